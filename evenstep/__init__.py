@@ -1,0 +1,44 @@
+"""evenstep: training that holds steady.
+
+The public names are loaded on first use, so that ``import evenstep`` costs next to nothing, prints nothing and touches no device.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "SPAM": "evenstep.optim",
+    "StableSPAM": "evenstep.optim",
+    "SCALE": "evenstep.optim",
+    "scale_groups": "evenstep.optim",
+    "stabilize": "evenstep.optim",
+    "AdaClip": "evenstep.optim",
+    "AdaGN": "evenstep.optim",
+    "GradientStabilizer": "evenstep.optim",
+}
+__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from evenstep.optim import SCALE as SCALE
+    from evenstep.optim import SPAM as SPAM
+    from evenstep.optim import AdaClip as AdaClip
+    from evenstep.optim import AdaGN as AdaGN
+    from evenstep.optim import GradientStabilizer as GradientStabilizer
+    from evenstep.optim import StableSPAM as StableSPAM
+    from evenstep.optim import scale_groups as scale_groups
+    from evenstep.optim import stabilize as stabilize
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        import importlib
+
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'evenstep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
