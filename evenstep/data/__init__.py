@@ -1,0 +1,23 @@
+"""Text to batches: sources of documents, tokenizers, token shards, and the order in which training reads them.
+ Importing this needs torch and numpy only; tokenizers, pyarrow, sentencepiece, datasets and rich are imported by what
+uses them.
+"""
+
+from evenstep.data.loader import BatchLoader, eval_batches
+from evenstep.data.prepare import DataSpec, prepare
+from evenstep.data.progress import PrepareProgress, prepare_display
+from evenstep.data.shards import TokenData, TokenStream
+from evenstep.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = [
+    "BatchLoader",
+    "DataSpec",
+    "PrepareProgress",
+    "TokenData",
+    "TokenStream",
+    "Tokenizer",
+    "eval_batches",
+    "load_tokenizer",
+    "prepare",
+    "prepare_display",
+]

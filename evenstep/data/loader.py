@@ -1,0 +1,187 @@
+"""The order of training: which tokens make batch number k, found without remembering the batches before it.
+ A stream of N tokens holds n = (N - 1) // seq_len windows of seq_len + 1 tokens; neighbours share one token, the last
+target of the one being the first input of the next. One epoch visits every window once, in an order drawn from (seed,
+epoch).
+ The order is a keyed permutation instead of a shuffled list. A Feistel network turns an index of b bits into another
+index of b bits: it splits the bits into two halves and mixes a hash of one half into the other, several times over.
+Every such step can be undone, so no two indices meet, whatever the hash: it is a permutation by construction. n is
+rarely a power of two, so b is the smallest width that holds n, and an index that lands outside is sent through again
+until it lands inside ("cycle walking", fewer than two rounds on average), which leaves a permutation of 0..n-1. Hence
+window k of an epoch costs a few dozen integer operations and no memory, for any n, and the position, one integer, is
+all the state a checkpoint needs. The position counts sequences over all ranks, so a run may go on with another world
+size.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from evenstep.data.shards import TokenStream
+from evenstep.errors import EvenstepError
+
+_ROUNDS = 6  # four already make a good shuffle; two more for the narrow halves of small corpora
+_MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
+_HIGH = np.uint64(32)
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class Permutation:
+    """A bijection of 0..n-1 chosen by (seed, epoch), the same on every machine and in every version of numpy."""
+
+    def __init__(self, n: int, seed: int, epoch: int):
+        self.n = n
+        bits = max(2, (n - 1).bit_length())
+        low = bits // 2
+        self._low = np.uint64(low)
+        self._low_mask, self._high_mask = np.uint64((1 << low) - 1), np.uint64((1 << (bits - low)) - 1)
+        digest = hashlib.blake2b(f"evenstep order {seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+        self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        """int64[k] in 0..n-1 -> int64[k] in 0..n-1."""
+        values = self._shuffle(indices.astype(np.uint64))
+        while len(outside := np.flatnonzero(values >= self.n)):
+            values[outside] = self._shuffle(values[outside])
+        return values.astype(np.int64)
+
+    def _shuffle(self, values: np.ndarray) -> np.ndarray:
+        high, low = values >> self._low, values & self._low_mask
+        for first, second in zip(self._keys[::2], self._keys[1::2], strict=True):
+            high = high ^ (_mix(low ^ first) & self._high_mask)
+            low = low ^ (_mix(high ^ second) & self._low_mask)
+        return (high << self._low) | low
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x * _MULTIPLIERS[0]
+    x = (x ^ (x >> _HIGH)) * _MULTIPLIERS[1]
+    return x >> _HIGH
+
+
+_permutation = lru_cache(maxsize=4)(Permutation)
+
+
+class BatchLoader:
+    """Endless batches of training windows, shuffled anew each epoch.
+
+    stream: the tokens. seq_len: tokens a sequence. batch_size: sequences a batch over all ranks. seed: any int.
+    rank, world_size: this process takes rows ``rank * b .. (rank + 1) * b`` of each batch, b = batch_size / world_size,
+    so that the batch over all ranks is the same for every world_size. position: sequences consumed over all ranks; set
+    it to seek, at no cost.
+
+    EvenstepError when batch_size is not divisible by world_size and when the stream is smaller than one batch.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        seq_len: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        position: int = 0,
+    ):
+        _check_positive(seq_len=seq_len, batch_size=batch_size, world_size=world_size)
+        if not 0 <= rank < world_size:
+            raise EvenstepError(f"rank is {rank}; allowed is 0 to {world_size - 1} with world_size {world_size}")
+        if batch_size % world_size:
+            raise EvenstepError(
+                f"batch_size {batch_size} is not divisible by world_size {world_size}; choose a multiple of "
+                f"{world_size}"
+            )
+        self.sequences_per_epoch = max(len(stream) - 1, 0) // seq_len
+        if self.sequences_per_epoch < batch_size:
+            raise EvenstepError(
+                f"the {stream.name} split has {len(stream):,} tokens; one batch of {batch_size} x {seq_len} needs "
+                f"{batch_size * seq_len + 1:,}: give more text, or lower batch_size or seq_len"
+            )
+        self.stream, self.seq_len, self.batch_size, self.seed, self.rank, self.world_size = (
+            stream,
+            seq_len,
+            batch_size,
+            seed,
+            rank,
+            world_size,
+        )
+        self.position = position
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        if value < 0:
+            raise EvenstepError(f"position is {value}; it counts consumed sequences and cannot be negative")
+        self._position = int(value)
+
+    def sequence_ids(self, start: int, stop: int) -> np.ndarray:
+        """Windows served at positions ``start .. stop - 1``: int64[stop - start]. Window w is tokens ``w * seq_len`` to
+        ``(w + 1) * seq_len``, both included. Changes nothing, so any stretch of a run can be looked up later."""
+        positions = np.arange(start, stop, dtype=np.int64)
+        epochs, within = np.divmod(positions, self.sequences_per_epoch)
+        ids = np.empty_like(positions)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1) if len(positions) else ():
+            here = slice(np.searchsorted(epochs, epoch), np.searchsorted(epochs, epoch, side="right"))
+            ids[here] = _permutation(self.sequences_per_epoch, self.seed, epoch)(within[here])
+        return ids
+
+    def next_batch(self) -> Batch:
+        """(inputs, targets): int64 CPU tensors [batch_size / world_size, seq_len], the targets one token ahead of the
+        inputs."""
+        rows = self.batch_size // self.world_size
+        start = self._position + self.rank * rows
+        tokens = np.empty((rows, self.seq_len + 1), dtype=np.int64)
+        for row, window in enumerate(self.sequence_ids(start, start + rows).tolist()):
+            tokens[row] = self.stream.read(window * self.seq_len, (window + 1) * self.seq_len + 1)
+        self._position += self.batch_size
+        return _inputs_and_targets(tokens)
+
+
+def eval_batches(stream: TokenStream, seq_len: int, batch_size: int, max_tokens: int | None = None) -> Iterator[Batch]:
+    """Every token after the first predicted exactly once, in order: (inputs, targets) as int64 CPU tensors [<=
+    batch_size, <= seq_len].
+
+    Full windows come first, the last batch of them with fewer rows if they do not come out even; what is left over is a
+    batch of one shorter row. ``max_tokens`` predicts only the first so many. Batches differ in size: weigh their losses
+    by their number of targets. EvenstepError, at once, for a stream of fewer than two tokens.
+    """
+    _check_positive(seq_len=seq_len, batch_size=batch_size)
+    if max_tokens is not None:
+        _check_positive(max_tokens=max_tokens)
+    if len(stream) < 2:
+        raise EvenstepError(
+            f"the {stream.name} split has {len(stream)} tokens, nothing to evaluate; raise val_fraction or give "
+            "more text"
+        )
+    targets = len(stream) - 1 if max_tokens is None else min(max_tokens, len(stream) - 1)
+    return _eval_batches(stream, seq_len, batch_size, targets)
+
+
+def _eval_batches(stream: TokenStream, seq_len: int, batch_size: int, targets: int) -> Iterator[Batch]:
+    full = targets // seq_len
+    for first in range(0, full, batch_size):
+        rows = min(batch_size, full - first)
+        flat = stream.read(first * seq_len, (first + rows) * seq_len + 1).astype(np.int64)
+        yield (
+            torch.from_numpy(flat[:-1].reshape(rows, seq_len)),
+            torch.from_numpy(flat[1:].reshape(rows, seq_len).copy()),
+        )
+    if full * seq_len < targets:
+        yield _inputs_and_targets(stream.read(full * seq_len, targets + 1).astype(np.int64)[None])
+
+
+def _inputs_and_targets(tokens: np.ndarray) -> Batch:
+    both = torch.from_numpy(tokens)
+    return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise EvenstepError(f"{name} is {value}; it must be at least 1")

@@ -1,0 +1,191 @@
+"""Token shards: a prepared corpus as a directory of flat files.
+
+    manifest.json        what is in the directory, with counts; written last, so a directory that has one is whole
+    train-00000.bin ...  token ids, one after the other, little-endian uint16 (up to 65536 ids) or uint32; no header
+    val-00000.bin ...
+    tokenizer.json ...   the tokenizer that made them
+ Every document is followed by one end-of-text token; documents run across the ends of shards. The files are
+memory-mapped: opening costs nothing, and only the pages that a batch touches are read.
+"""
+
+import hashlib
+import json
+from bisect import bisect_right
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evenstep.data.tokenizer import Tokenizer, load_tokenizer
+from evenstep.errors import EvenstepError
+
+FORMAT, VERSION = "evenstep-tokens", 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "val")
+SHARD_TOKENS = 100_000_000
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 for vocabularies of up to 65536 ids, else uint32; little-endian on every machine."""
+    return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
+
+
+class TokenStream:
+    """The tokens of one split, as if its shards were one array.
+
+    ``len()`` is the number of tokens, ``num_bytes`` the UTF-8 bytes of the documents' text, ``num_documents`` how many
+    there are.
+    """
+
+    def __init__(
+        self, files: list[Path], dtype: np.dtype, num_bytes: int = 0, num_documents: int = 0, name: str = "tokens"
+    ):
+        # Seen as plain arrays, which slice faster than the memmap class.
+        self._shards = [np.memmap(file, dtype=dtype, mode="r").view(np.ndarray) for file in files]
+        self._ends = list(accumulate(len(shard) for shard in self._shards))
+        self.dtype, self.num_bytes, self.num_documents, self.name = dtype, num_bytes, num_documents, name
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start:stop`` as a read-only array [stop - start] of ``dtype``; IndexError outside 0..len."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens {start}:{stop} of a stream of {len(self)}")
+        parts = []
+        shard = bisect_right(self._ends, start)
+        while start < stop:
+            begins = self._ends[shard] - len(self._shards[shard])
+            ends = min(stop, self._ends[shard])
+            parts.append(self._shards[shard][start - begins : ends - begins])
+            start, shard = ends, shard + 1
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+
+
+class TokenData:
+    """A directory of token shards, checked when opened: manifest and version, the size of every shard, the tokenizer's
+    files.
+
+    ``train`` and ``val`` are its ``TokenStream``s (``val`` is empty where nothing was held out), ``manifest`` its
+    manifest as a dict.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.manifest = _checked_manifest(self.path)
+        self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
+        dtype = np.dtype(self.manifest["dtype"])
+        self.train, self.val = (self._stream(name, dtype) for name in SPLITS)
+
+    def _stream(self, name: str, dtype: np.dtype) -> TokenStream:
+        split = self.manifest["splits"][name]
+        files = [self.path / shard["file"] for shard in split["shards"]]
+        return TokenStream(files, dtype, split["bytes"], split["documents"], name)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.path)
+
+
+def _checked_manifest(directory: Path) -> dict[str, Any]:
+    again = "; prepare it again from its source"
+    if not directory.is_dir():
+        raise EvenstepError(f"no such directory of token shards: '{directory}'")
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise EvenstepError(
+            f"{directory} holds no {MANIFEST}, so it is not a directory of prepared token shards"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise EvenstepError(f"{directory / MANIFEST} is not readable ({error}){again}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise EvenstepError(f"{directory / MANIFEST} is not a manifest of {FORMAT}{again}")
+    if manifest.get("version") != VERSION:
+        raise EvenstepError(
+            f"{directory} has format version {manifest.get('version')}, this evenstep reads version {VERSION}{again}"
+        )
+    try:
+        size = np.dtype(manifest["dtype"]).itemsize
+        shards = [
+            (shard["file"], shard["tokens"] * size) for name in SPLITS for shard in manifest["splits"][name]["shards"]
+        ]
+        counts = [manifest["splits"][name][count] for name in SPLITS for count in ("tokens", "documents", "bytes")]
+        hashes: dict[str, str] = manifest["tokenizer"]["files"]
+        counts += [manifest["tokenizer"]["vocab_size"]]
+    except (KeyError, TypeError) as error:
+        raise EvenstepError(f"{directory / MANIFEST} lacks {error}{again}") from error
+    for file, bytes_wanted in shards:
+        there = (directory / file).stat().st_size if (directory / file).is_file() else None
+        if there != bytes_wanted:
+            what = "is missing" if there is None else f"has {there} bytes where the manifest says {bytes_wanted}"
+            raise EvenstepError(f"shard {directory / file} {what}{again}")
+    for file, sha256 in hashes.items():
+        if not (directory / file).is_file() or hashlib.sha256((directory / file).read_bytes()).hexdigest() != sha256:
+            raise EvenstepError(f"{directory / file} is not the tokenizer that made these shards{again}")
+    return manifest
+
+
+class ShardWriter:
+    """Writes one split's tokens into files of at most ``shard_tokens`` tokens each."""
+
+    def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS):
+        self._directory, self._split, self._dtype, self._shard_tokens = directory, split, dtype, shard_tokens
+        self._file: Any = None
+        self._shards: list[dict[str, Any]] = []
+        self.tokens = self.documents = self.bytes = 0
+
+    def append(self, ids: list[int]) -> None:
+        tokens = np.asarray(ids, dtype=self._dtype)
+        while len(tokens):
+            if self._file is None:
+                self._shards.append({"file": f"{self._split}-{len(self._shards):05d}.bin", "tokens": 0})
+                self._file = (self._directory / self._shards[-1]["file"]).open("wb")
+            part = tokens[: self._shard_tokens - self._shards[-1]["tokens"]]
+            self._file.write(part.tobytes())
+            self._shards[-1]["tokens"] += len(part)
+            self.tokens += len(part)
+            tokens = tokens[len(part) :]
+            if self._shards[-1]["tokens"] == self._shard_tokens:
+                self._close_file()
+
+    def end_document(self, eos_id: int, num_bytes: int) -> None:
+        self.append([eos_id])
+        self.documents += 1
+        self.bytes += num_bytes
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
+
+    def close(self) -> dict[str, Any]:
+        """Returns this split's part of the manifest."""
+        self._close_file()
+        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "shards": self._shards}
+
+
+def write_manifest(
+    directory: Path, *, source: str, options: dict[str, Any], tokenizer: Tokenizer, splits: dict[str, dict[str, Any]]
+) -> None:
+    """Save the tokenizer and, last of all, the manifest."""
+    files = tokenizer.save(directory)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": source,
+        "options": options,
+        "tokenizer": {
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+            "files": {file: hashlib.sha256((directory / file).read_bytes()).hexdigest() for file in files},
+        },
+        "dtype": token_dtype(tokenizer.vocab_size).str,
+        "splits": splits,
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,233 @@
+"""Text to tokens and back.
+ Two kinds of tokenizer sit behind one class: a ``tokenizer.json`` (our own byte-level BPE, or any of Hugging Face's)
+and a SentencePiece ``.model``. Both encode documents as *plain text*: a document that happens to contain the characters
+of the end-of-text token gets those characters, never the token. Otherwise a web page that quotes "<|endoftext|>" would
+end a document in its middle.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from evenstep.errors import EvenstepError
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # every byte and the end of text
+_USUAL_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
+
+
+class Tokenizer(ABC):
+    """``vocab_size`` (largest id + 1), ``eos_id``, ``eos_token`` (its text) and ``fingerprint`` (a hash of all that
+    decides the ids)."""
+
+    vocab_size: int
+    eos_id: int
+    eos_token: str
+    fingerprint: str
+
+    @abstractmethod
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``. For a byte-level BPE, ``decode(encode(text)) == text`` for every text."""
+
+    @abstractmethod
+    def save(self, directory: str | Path) -> list[str]:
+        """Write what ``load_tokenizer(directory)`` needs; returns the names of the files."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, no special tokens added."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """``encode`` of many texts at once, on all cores."""
+        rows = self._encode_batch(texts)
+        return [self._spelt_out(text) if self.eos_id in row else row for text, row in zip(texts, rows, strict=True)]
+
+    def _spelt_out(self, text: str) -> list[int]:
+        # Some models find the special token's own text in their vocabulary (Unigram does). Cut through the middle of
+        # each mention.
+        half = len(self.eos_token) // 2
+        parts = text.split(self.eos_token)
+        heads = ["", *([self.eos_token[half:]] * (len(parts) - 1))]
+        tails = [*([self.eos_token[:half]] * (len(parts) - 1)), ""]
+        rows = self._encode_batch([head + part + tail for head, part, tail in zip(heads, parts, tails, strict=True)])
+        return [token for row in rows for token in row if token != self.eos_id]
+
+
+class JsonTokenizer(Tokenizer):
+    """A ``tokenizer.json`` of the ``tokenizers`` library; the bytes of the file are kept as they are, so its
+    fingerprint never changes."""
+
+    FILE = "tokenizer.json"
+
+    def __init__(self, content: bytes, eos_token: str | None = None, where: str = "tokenizer.json"):
+        """``eos_token`` None looks for one of the usual names among the added tokens."""
+        tokenizers = _tokenizers()
+        try:
+            self._model = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise EvenstepError(f"{where} is not a readable tokenizer.json: {str(error).splitlines()[0]}") from error
+        # A file may ask for truncation, padding or <bos>; packed training data wants none of them.
+        self._model.no_truncation()
+        self._model.no_padding()
+        self._model.encode_special_tokens = True  # text that looks like a special token is text
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        added = {token.content for token in self._model.get_added_tokens_decoder().values()}
+        eos = eos_token or next((name for name in _USUAL_NAMES if name in added), None)
+        if eos is None or eos not in vocabulary:
+            missing = f"'{eos}' is not in its vocabulary" if eos else f"it has none of {', '.join(_USUAL_NAMES)}"
+            raise EvenstepError(
+                f"{where} has no end-of-text token ({missing}); "
+                'name one in a tokenizer_config.json beside it: {"eos_token": "..."}'
+            )
+        self._content = content
+        self.eos_token, self.eos_id = eos, vocabulary[eos]
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.fingerprint = hashlib.sha256(content + b"\0" + eos.encode()).hexdigest()
+
+    @classmethod
+    def load(cls, path: Path) -> "JsonTokenizer":
+        return cls(_read(path), _configured_eos(path.parent), str(path))
+
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [row.ids for row in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._model.decode(list(ids), skip_special_tokens=False)
+
+    def save(self, directory: str | Path) -> list[str]:
+        Path(directory, self.FILE).write_bytes(self._content)
+        Path(directory, "tokenizer_config.json").write_text(
+            json.dumps({"eos_token": self.eos_token}) + "\n", encoding="utf-8"
+        )
+        return [self.FILE, "tokenizer_config.json"]
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece ``.model``."""
+
+    FILE = "tokenizer.model"
+
+    def __init__(self, content: bytes, where: str = "tokenizer.model"):
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise EvenstepError(f"{where} needs the sentencepiece package; pip install 'evenstep[train]'") from error
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self.vocab_size = self._model.get_piece_size()
+        except Exception as error:
+            raise EvenstepError(
+                f"{where} is not a readable SentencePiece model: {str(error).splitlines()[0]}"
+            ) from error
+        if self.vocab_size < 1:
+            raise EvenstepError(f"{where} is not a readable SentencePiece model: it holds no pieces")
+        self.eos_id = self._model.eos_id()
+        if self.eos_id < 0:
+            raise EvenstepError(f"{where} has no end-of-text token (eos_id is -1); train it with --eos_id")
+        self.eos_token = self._model.id_to_piece(self.eos_id)
+        self._content = content
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    @classmethod
+    def load(cls, path: Path) -> "SentencePieceTokenizer":
+        return cls(_read(path), str(path))
+
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._model.encode(texts, out_type=int, add_bos=False, add_eos=False)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._model.decode([int(token) for token in ids])
+
+    def save(self, directory: str | Path) -> list[str]:
+        Path(directory, self.FILE).write_bytes(self._content)
+        return [self.FILE]
+
+
+_LOADERS: dict[str, Callable[[Path], Tokenizer]] = {".json": JsonTokenizer.load, ".model": SentencePieceTokenizer.load}
+_IN_A_DIRECTORY = ("tokenizer.json", "tokenizer.model", "spiece.model")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a ``tokenizer.json``, a SentencePiece ``.model``, or a directory that holds one.
+
+    The end-of-text token is the ``eos_token`` of a ``tokenizer_config.json`` beside it, else an added token of a usual
+    name, or SentencePiece's own ``eos_id``. EvenstepError for a missing or unreadable file and for a tokenizer without
+    an end-of-text token.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        found = [path / name for name in _IN_A_DIRECTORY if (path / name).is_file()]
+        if not found:
+            raise EvenstepError(f"no tokenizer in {path}; it should hold one of {', '.join(_IN_A_DIRECTORY)}")
+        path = found[0]
+    if not path.exists():
+        raise EvenstepError(
+            f"no tokenizer at '{path}'; give 'bpe' to train one, or a tokenizer.json, a SentencePiece .model or "
+            "their directory"
+        )
+    if path.suffix not in _LOADERS:
+        raise EvenstepError(
+            f"cannot tell what kind of tokenizer '{path}' is; allowed are files ending in {' or '.join(_LOADERS)}"
+        )
+    return _LOADERS[path.suffix](path)
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of exactly ``vocab_size`` tokens learned from ``texts``; the same texts give the same tokenizer.
+
+    EvenstepError below 257 tokens (256 bytes and the end of text) and when the texts are too few for so many.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise EvenstepError(
+            f"vocab_size is {vocab_size}; a byte-level BPE needs at least {SMALLEST_VOCABULARY} (256 bytes + end of "
+            "text)"
+        )
+    tokenizers = _tokenizers()
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    size = model.get_vocab_size()
+    if size < vocab_size:
+        raise EvenstepError(
+            f"vocab_size is {vocab_size}, but this corpus only yields {size} tokens; give at most {size}, or more text"
+        )
+    return JsonTokenizer(model.to_str().encode("utf-8"), END_OF_TEXT)
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise EvenstepError("tokenizing needs the tokenizers package; pip install 'evenstep[train]'") from error
+    return tokenizers
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EvenstepError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+
+
+def _configured_eos(directory: Path) -> str | None:
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    try:
+        eos = json.loads(_read(path)).get("eos_token")
+    except (ValueError, AttributeError) as error:
+        raise EvenstepError(f"{path} is not a JSON object; mend it or take it away") from error
+    return eos.get("content") if isinstance(eos, dict) else eos
