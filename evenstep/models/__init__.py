@@ -1,0 +1,8 @@
+"""The language model: a LLaMA, its named sizes, Hugging Face import and export, text generation. Needs torch alone."""
+
+from evenstep.models.generate import generate
+from evenstep.models.hf import load_pretrained, save_pretrained
+from evenstep.models.llama import Llama, LlamaConfig
+from evenstep.models.sizes import SIZES, llama_config
+
+__all__ = ["SIZES", "Llama", "LlamaConfig", "generate", "llama_config", "load_pretrained", "save_pretrained"]

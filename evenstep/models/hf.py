@@ -1,0 +1,183 @@
+"""Weights in and out of the Hugging Face layout: ``model.safetensors`` and ``config.json`` of a ``LlamaForCausalLM``.
+
+Post-LN and Mix-LN models have no Hugging Face equivalent. They are saved with ``model_type`` "evenstep_llama", the keys
+``evenstep_norm`` and ``evenstep_norm_alpha``, and the weights in ``evenstep.safetensors``: with the usual file name
+``LlamaForCausalLM.from_pretrained`` would load them as a Pre-LN model after a mere warning, and compute something else.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenstep.errors import EvenstepError
+from evenstep.models.llama import Llama, LlamaConfig
+
+_WEIGHTS, _OWN_WEIGHTS, _INDEX, _CONFIG = (
+    "model.safetensors",
+    "evenstep.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+)
+
+_NAMES = {  # ours -> Hugging Face's
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+}
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise EvenstepError(
+            "reading and writing model weights needs the package safetensors: pip install 'evenstep[train]'"
+        ) from None
+    return safetensors.torch
+
+
+def save_pretrained(model: Llama, directory: str | Path) -> None:
+    """Write ``model`` into ``directory`` (made if missing), weights first and ``config.json`` last, replacing a model
+    that is there.
+
+    Tensors keep their dtype. A Pre-LN model opens in ``transformers`` as it is; see the head of this file for the
+    others. Writes are plain: a caller that must survive a kill writes into a new directory and renames it. Raises
+    ``EvenstepError`` without safetensors, ``OSError`` for a full disk.
+    """
+    directory = Path(directory)
+    save_file = _safetensors().save_file
+    pre = model.config.norm == "pre"
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in (_CONFIG, _WEIGHTS, _OWN_WEIGHTS, _INDEX):
+        (directory / name).unlink(missing_ok=True)
+    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, directory / (_WEIGHTS if pre else _OWN_WEIGHTS), metadata={"format": "pt"})
+    (directory / _CONFIG).write_text(json.dumps(_to_hf(model), indent=2) + "\n", encoding="utf-8")
+
+
+def _to_hf(model: Llama) -> dict[str, Any]:
+    config = model.config
+    pre = config.norm == "pre"
+    return {
+        "architectures": ["LlamaForCausalLM" if pre else "EvenstepLlama"],
+        "model_type": "llama" if pre else "evenstep_llama",
+        **({} if pre else {"evenstep_norm": config.norm, "evenstep_norm_alpha": config.norm_alpha}),
+        **{theirs: getattr(config, ours) for ours, theirs in _NAMES.items()},
+        "num_key_value_heads": config.num_heads,
+        "rope_theta": config.rope_theta,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,  # transformers would otherwise assume 1 and 2
+        "eos_token_id": None,
+        "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+    }
+
+
+def load_pretrained(directory: str | Path) -> Llama:
+    """The model saved in ``directory`` by :func:`save_pretrained` or by ``transformers``, on the CPU, in the dtype it
+    was saved in.
+
+    Weights may be in one file or in shards with an index; a tied head becomes a copy of the token table. Grouped-query
+    attention, biases, scaled rotary positions, other activations and other architectures are refused. Raises
+    ``EvenstepError`` for all of these and for missing, unreadable or mismatched files.
+    """
+    directory = Path(directory)
+    hf = _read_json(directory / _CONFIG)
+    config = _from_hf(hf, directory)
+    weights = _read_weights(directory, _WEIGHTS if config.norm == "pre" else _OWN_WEIGHTS)
+    if hf.get("tie_word_embeddings") and "model.embed_tokens.weight" in weights:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    with torch.device("meta"):
+        model = Llama(config)
+    wanted = model.state_dict()
+    # Old exports carry the rotary frequencies, which follow from the configuration.
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    problems = [f"{name} is missing" for name in wanted if name not in weights]
+    problems += [f"{name} is not part of the model" for name in weights if name not in wanted]
+    problems += [
+        f"{name} has shape {list(weights[name].shape)} where config.json asks for {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise EvenstepError(f"the weights in {directory} do not fit its config.json: {problems[0]}{more}")
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
+    """The configuration that ``config.json`` describes, or one line saying what about it we do not have."""
+    if hf.get("model_type") not in ("llama", "evenstep_llama"):
+        raise EvenstepError(f"{directory} holds a model of type {hf.get('model_type')!r}: only 'llama' can be loaded")
+    missing = [
+        name
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if name not in hf
+    ]
+    if missing:
+        raise EvenstepError(f"{directory / _CONFIG} has no {missing[0]!r}: it is not the configuration of a LLaMA")
+    heads = hf["num_attention_heads"]
+    # transformers 5 keeps all rotary settings in rope_parameters, earlier ones rope_theta and rope_scaling.
+    rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})}
+    unsupported = {
+        "grouped-query attention (num_key_value_heads)": (hf.get("num_key_value_heads") or heads) != heads,
+        "a head_dim other than hidden_size / num_attention_heads": (hf.get("head_dim") or hf["hidden_size"] // heads)
+        * heads
+        != hf["hidden_size"],
+        "attention_bias": hf.get("attention_bias", False),
+        "mlp_bias": hf.get("mlp_bias", False),
+        "scaled rotary positions (rope_scaling)": rope.get("rope_type", rope.get("type", "default")) != "default",
+        f"hidden_act {hf.get('hidden_act')!r}": hf.get("hidden_act", "silu") != "silu",
+    }
+    if found := [name for name, there in unsupported.items() if there]:
+        raise EvenstepError(
+            f"the model in {directory} uses {found[0]}, which this LLaMA does not have: choose a model without it"
+        )
+    return LlamaConfig(
+        **{ours: hf[theirs] for ours, theirs in _NAMES.items() if theirs in hf},
+        rope_theta=rope.get("rope_theta", 10000.0),
+        norm=hf.get("evenstep_norm", "pre"),
+        norm_alpha=hf.get("evenstep_norm_alpha", 0.25),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EvenstepError(f"there is no {path}: give a directory with config.json and safetensors weights") from None
+    except (OSError, ValueError) as error:
+        raise EvenstepError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise EvenstepError(f"{path} is not a JSON object")
+    return content
+
+
+def _read_weights(directory: Path, name: str) -> dict[str, Tensor]:
+    load_file = _safetensors().load_file
+    if (directory / name).exists() or not (directory / _INDEX).exists():
+        files = [name]
+    else:
+        files = sorted(set(_read_json(directory / _INDEX).get("weight_map", {}).values()))
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            weights.update(load_file(directory / file))
+        except FileNotFoundError:
+            raise EvenstepError(f"there is no {directory / file}: the model in {directory} is incomplete") from None
+        except Exception as error:  # safetensors raises its own type, which is no subclass of a common one
+            raise EvenstepError(f"cannot read {directory / file}: {error}") from None
+    return weights

@@ -1,0 +1,270 @@
+"""A LLaMA in one file: RMSNorm, rotary positions, SwiGLU, causal attention, an untied head.
+
+The parameter names and the rotary convention (the two halves of a head are the two coordinates) are those of Hugging
+Face's ``LlamaForCausalLM``, so weights go back and forth unchanged. Every matrix is its own ``nn.Linear`` without a
+bias and every block sits in ``model.model.layers``: what wants to swap layers, compile or shard block by block does so
+from outside; nothing here knows of it.
+
+Where the normalisation stands is one option (``norm``): ``pre`` is x + f(N(x)), ``post`` is N(x + f(x)), and ``mix``
+(Mix-LN, arXiv:2412.13795) makes the first floor(norm_alpha * num_layers) blocks post and the rest pre. The final norm
+is always there.
+
+Initialisation: every matrix, both vocabulary tables included, is normal with standard deviation 0.02, without scaling
+by depth, and every norm weight is one. That is ``initializer_range`` of Hugging Face's LLaMA and of the configurations
+published with GaLore (arXiv:2403.03507), from which the pretraining experiments of SPAM and Stable-SPAM descend.
+GPT-2's further division of the residual projections by sqrt(2 * layers) is not used.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from evenstep.errors import EvenstepError, nearest
+from evenstep.models.ops import chunked_cross_entropy, rms_norm, rotate
+
+NORMS = ("pre", "post", "mix")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a model; checked on construction, ``EvenstepError`` where something does not fit.
+
+    ``max_seq_len`` (default 256, the papers' length) is the context the model is meant for: generation keeps to it,
+    ``forward`` takes any length. ``norm_eps`` 1e-6, ``rope_theta`` 10000 and ``init_std`` 0.02 are LLaMA's;
+    ``norm_alpha`` 0.25 is Mix-LN's and used by ``mix`` alone.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    max_seq_len: int = 256
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    norm: str = "pre"
+    norm_alpha: float = 0.25
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_seq_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise EvenstepError(f"{name} is {value!r}: it must be a whole number of at least 1")
+        for name in ("norm_eps", "rope_theta", "init_std"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise EvenstepError(f"{name} is {value!r}: it must be a positive number")
+        if self.hidden_size % (2 * self.num_heads):
+            raise EvenstepError(
+                f"hidden_size {self.hidden_size} does not split into {self.num_heads} heads of even width: "
+                f"make it a multiple of {2 * self.num_heads}"
+            )
+        if self.norm not in NORMS:
+            raise EvenstepError(
+                f"norm is {self.norm!r}: choose one of {', '.join(NORMS)}{nearest(str(self.norm), NORMS)}"
+            )
+        if not isinstance(self.norm_alpha, int | float) or not 0 <= self.norm_alpha <= 1:
+            raise EvenstepError(f"norm_alpha is {self.norm_alpha!r}: it must be between 0 and 1")
+
+    @property
+    def num_post_norm(self) -> int:
+        """How many of the first blocks are Post-LN."""
+        # The small amount is for products such as 0.29 * 100 = 28.999999999999996, which mean 29.
+        return {"pre": 0, "post": self.num_layers, "mix": math.floor(self.norm_alpha * self.num_layers + 1e-9)}[
+            self.norm
+        ]
+
+
+class LayerCache(Protocol):
+    """What attention asks of a cache of past keys and values: ``append`` returns all of them, the new ones last."""
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; statistics in fp32, the result in x's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions; x [B, T, hidden] -> [B, T, hidden]."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_size = config.hidden_size // config.num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_size)
+        q = rotate(self.q_proj(x).view(heads), cos, sin).transpose(1, 2)
+        k = rotate(self.k_proj(x).view(heads), cos, sin).transpose(1, 2)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        # A cache is filled by one causal pass and then extended one token at a time: a lone query sees every key.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)
+        return self.o_proj(y.transpose(1, 2).reshape(x.shape))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each with a residual; the norm before each, or after the sum (``post_norm``)."""
+
+    def __init__(self, config: LlamaConfig, post_norm: bool) -> None:
+        super().__init__()
+        self.post_norm = post_norm
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+        if self.post_norm:
+            x = self.input_layernorm(x + self.self_attn(x, cos, sin, cache))
+            return self.post_attention_layernorm(x + self.mlp(x))
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaBody(nn.Module):
+    """Everything below the head: tokens [B, T] -> hidden states [B, T, hidden], the final norm applied."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i < config.num_post_norm) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, tokens: Tensor, start: int = 0, caches: list[LayerCache] | None = None) -> Tensor:
+        x = self.embed_tokens(tokens)
+        cos, sin = self._positions(start, tokens.shape[1], x.device)
+        for i, block in enumerate(self.layers):
+            if caches is not None:
+                x = block(x, cos, sin, caches[i])
+            elif self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin)
+        return self.norm(x)
+
+    def _positions(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary angles, fp32 [T, 1, head]; half of sin is negated, as ``rotate`` wants it.
+
+        Made anew on each pass: it costs microseconds, and a buffer would be lost on the meta device and rounded by
+        ``model.bfloat16()``.
+        """
+        width = self.config.hidden_size // self.config.num_heads
+        powers = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+        positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
+        angles = (positions[:, None] * (1.0 / self.config.rope_theta**powers))[:, None]
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+class Llama(nn.Module):
+    """The language model; parameters are drawn from torch's global random generator on construction.
+
+    ``activation_checkpointing`` (default False) keeps only each block's input in the forward pass and recomputes the
+    rest in the backward pass: a third more arithmetic for a fraction of the activation memory, and the same gradients
+    to the last bit. To compile, use ``model.model.compile()`` or ``block.compile()`` for each block of
+    ``model.model.layers``: both leave the parameter names alone.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaBody(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw every parameter anew from torch's global generator, as after ``to_empty()`` on a model built on meta."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(0.0, self.config.init_std)
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        return self.model.activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None:
+        self.model.activation_checkpointing = on
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Next-token logits [B, T, vocab] in the parameters' dtype (or autocast's) for int64 ``tokens`` [B, T]."""
+        return self.lm_head(self.model(tokens))
+
+    def loss(self, tokens: Tensor, targets: Tensor, *, reduction: str = "mean", chunk: int | None = None) -> Tensor:
+        """Cross entropy in nats, a 0-d fp32 tensor, of int64 ``targets`` [B, T] given ``tokens`` [B, T].
+
+        ``targets`` are already shifted: ``targets[b, t]`` is what follows ``tokens[b, :t + 1]``; a target of -100 is
+        left out. ``reduction`` is "mean" over the targets that count, or their "sum". The logits are brought to fp32
+        whatever the dtype of the parameters. ``chunk`` is how many rows (token positions) of logits exist at once, None
+        all of them. With 32000 words a row is 125 KiB in fp32 and the plain path holds several copies of [B * T,
+        vocab]; a chunk of a few hundred rows also stays in a CPU's cache and is the faster way there, a chunk of a few
+        rows is slow. Chunked gradients are made in the forward pass, so a chunked loss allows one ``backward()`` and no
+        second derivatives.
+        """
+        if reduction not in ("mean", "sum"):
+            raise EvenstepError(f"reduction is {reduction!r}: choose 'mean' or 'sum'")
+        hidden, targets = self.model(tokens).flatten(0, 1), targets.flatten()
+        if chunk is None:
+            return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction=reduction)
+        if chunk < 1:
+            raise EvenstepError(f"chunk is {chunk}: it is a number of rows of at least 1, or None for all at once")
+        return chunked_cross_entropy(hidden, self.lm_head, targets, reduction, chunk)
+
+    def num_parameters(self, embeddings: bool = True) -> int:
+        """How many parameters; without ``embeddings``, the token table and the head are left out."""
+        vocabulary = 0 if embeddings else self.model.embed_tokens.weight.numel() + self.lm_head.weight.numel()
+        return sum(p.numel() for p in self.parameters()) - vocabulary
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations of a forward and backward pass per token, as model FLOPs utilisation counts them
+        (PaLM, arXiv:2204.02311).
+
+        6 N + 12 * layers * hidden * seq_len: N are the parameters that multiply (all linear layers with the head; not
+        the token table, not the norms), two operations each and the backward pass twice the forward; the attention term
+        does not discount the causal mask. Recomputation by activation checkpointing is not counted.
+        """
+        c = self.config
+        matrices = (
+            c.num_layers * (4 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size)
+            + c.vocab_size * c.hidden_size
+        )
+        return 6 * matrices + 12 * c.num_layers * c.hidden_size * seq_len
