@@ -1,0 +1,259 @@
+"""The program ``evenstep``: parse, build, run. What the commands do lives in ``evenstep.train``.
+
+The flags of ``pretrain`` are made from the dataclasses of ``train/config.py``; torch is imported by the commands
+that train, so that ``--help``, ``runs`` and ``completion`` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from evenstep import __version__
+from evenstep.errors import EvenstepError, nearest
+from evenstep.train.config import SECTIONS, Config, SampleConfig, kinds, options
+
+DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
+
+EXAMPLES = """\
+examples:
+  evenstep pretrain                                  a small model on Python's own sources, a few minutes
+  evenstep pretrain recipes/demo.toml                a recipe: one file is one run
+  evenstep pretrain --data.source 'text:books/*.txt' --model.size 9m --train.tokens 20M
+  evenstep pretrain --resume runs/NAME               go on where a run stopped
+  evenstep generate runs/NAME --prompt 'Once'        text from a trained model
+  evenstep runs                                      what has been trained, and how well
+  eval "$(evenstep completion bash)"                 completion for this shell
+"""
+
+PRETRAIN = """\
+Train a model as RECIPE.toml says; every option of it can be given here as --section.key value, which wins.
+Ctrl-C finishes the step, saves, and says how to go on.
+"""
+
+PRETRAIN_EXAMPLES = """\
+examples:
+  evenstep pretrain recipes/demo.toml --train.steps 200 --out runs/short
+  evenstep pretrain --optim.name adamw --optim.betas 0.9,0.95 --optim.weight_decay 0.1 --train.clip_norm 1
+  evenstep pretrain recipes/demo.toml --print-config    show the whole configuration, train nothing
+  evenstep pretrain --resume runs/short --train.steps 400
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are EvenstepError, one line each."""
+
+    def error(self, message: str) -> NoReturn:
+        raise EvenstepError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    import shtab
+
+    parser = Parser(
+        prog="evenstep",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"evenstep {__version__}")
+    debug = Parser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+
+    pretrain = commands.add_parser(
+        "pretrain",
+        parents=[debug],
+        help="train a language model",
+        description=PRETRAIN,
+        epilog=PRETRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _pretrain_arguments(pretrain, shtab)
+
+    default = SampleConfig()
+    generate = commands.add_parser(
+        "generate", parents=[debug], help="write text with a trained model", allow_abbrev=False
+    )
+    run: Any = generate.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
+    run.complete = shtab.DIRECTORY
+    generate.add_argument("--prompt", default=default.prompt, help="how the text starts (default: as a new document)")
+    generate.add_argument("--tokens", type=int, default=default.tokens, help="tokens to write (default: %(default)s)")
+    generate.add_argument(
+        "--temperature",
+        type=float,
+        default=default.temperature,
+        help="0: always the likeliest token (default: %(default)s)",
+    )
+    generate.add_argument(
+        "--top-k", type=int, default=default.top_k, help="choose among so many tokens, 0: all (default: %(default)s)"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="another seed gives another text (default: %(default)s)")
+    generate.set_defaults(run_command=_generate)
+
+    runs = commands.add_parser("runs", parents=[debug], help="list runs", allow_abbrev=False)
+    directory: Any = runs.add_argument(
+        "directory", metavar="DIR", nargs="?", type=Path, default=Path("runs"), help="default: runs"
+    )
+    directory.complete = shtab.DIRECTORY
+    runs.set_defaults(run_command=_runs)
+
+    completion = commands.add_parser("completion", parents=[debug], help="print shell completion", allow_abbrev=False)
+    completion.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
+    completion.set_defaults(run_command=lambda args: print(shtab.complete(parser, args.shell)))
+    return parser
+
+
+def _pretrain_arguments(pretrain: argparse.ArgumentParser, shtab: Any) -> None:
+    recipe: Any = pretrain.add_argument(
+        "recipe", metavar="RECIPE.toml", nargs="?", type=Path, help="default: a quick run on Python's sources"
+    )
+    recipe.complete = shtab.FILE
+    pretrain.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    resume: Any = pretrain.add_argument(
+        "--resume", metavar="RUN", nargs="?", const="", help="go on with the run in this directory (none given: --out)"
+    )
+    resume.complete = shtab.DIRECTORY
+    pretrain.add_argument(
+        "--compile", dest="train.compile", action="store_const", const="true", help="short for --train.compile true"
+    )
+    groups = {name: pretrain.add_argument_group(f"[{name}] {cls.TITLE}") for name, cls in SECTIONS.items()}
+    groups[""] = pretrain.add_argument_group(Config.TITLE)
+    for key, (field, hint) in options().items():
+        text = field.metadata["help"]
+        if field.default is not None and field.default != "":
+            text += f" (default: {_shown(field.default)})"
+        names = [kind.__name__ for kind in kinds(hint) if kind is not type(None)]
+        argument: Any = groups[key.rpartition(".")[0]].add_argument(
+            f"--{key}", dest=key, metavar=names[0].upper(), help=text.replace("%", "%%")
+        )
+        if field.metadata["choices"] and str in kinds(hint):
+            argument.choices = None  # the configuration says what is allowed, with the nearest name
+    pretrain.set_defaults(run_command=_pretrain)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _pretrain(args: argparse.Namespace) -> None:
+    from evenstep.train.config_io import build, load_config, override, read_toml, to_toml
+
+    given = [(key, value) for key, value in vars(args).items() if key in options() and value is not None]
+    overrides = [*given, *args.extra]
+    directory = None
+    if args.resume is not None:
+        directory = Path(args.resume or dict(given).get("out") or "")
+        if not args.resume and "out" not in dict(given):
+            raise EvenstepError("--resume: which run? give its directory, --resume RUN (evenstep runs lists runs)")
+    if directory is not None and args.recipe is None and (directory / "config.toml").is_file():
+        config = build(override(read_toml(directory / "config.toml"), overrides))
+    else:
+        config = load_config(args.recipe, overrides)
+    if args.print_config:
+        print(to_toml(config), end="")
+        return
+
+    from evenstep.data import prepare_display
+    from evenstep.train.run import Run
+
+    with prepare_display() as show:
+        run = (
+            Run(config, data_progress=show) if directory is None else Run.resume(directory, config, data_progress=show)
+        )
+    run.fit()
+
+
+def _generate(args: argparse.Namespace) -> None:
+    sample = SampleConfig(prompt=args.prompt, tokens=args.tokens, temperature=args.temperature, top_k=args.top_k)
+
+    from evenstep.train.sample import generate_from
+
+    print(generate_from(args.run, sample, args.seed, say=_complain))
+
+
+def _runs(args: argparse.Namespace) -> None:
+    from evenstep.train.runs import list_runs, table
+
+    rows = list_runs(args.directory)
+    print(table(rows) if rows else f"no runs in {args.directory}; evenstep pretrain makes one")
+
+
+def split_options(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Take ``--section.key value`` pairs that no flag declares (an optimizer's own options, and mistakes) out of the
+    arguments.
+
+    argparse would leave the value of an unknown flag lying about, to be taken for the recipe.
+    """
+    known, rest, extra = options(), [], []
+    words = iter(argv)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in key or key in known:
+            rest.append(word)
+            continue
+        if not equals:
+            value = next(words, "")
+            if not value:
+                raise EvenstepError(f"--{key}: a value is missing")
+        extra.append((key, value))
+    return rest, extra
+
+
+def run_program(argv: Sequence[str]) -> None:
+    parser = build_parser()
+    rest, extra = split_options(argv) if argv[:1] == ["pretrain"] else (list(argv), [])
+    args, unknown = parser.parse_known_args(rest)
+    if unknown:
+        flags = [f"--{key}" for key in options()] + ["--resume", "--print-config", "--compile", "--debug", "--help"]
+        raise EvenstepError(f"unknown argument '{unknown[0]}'{nearest(unknown[0], flags)}; see evenstep --help")
+    if args.command is None:
+        parser.print_help()
+        return
+    args.extra = extra
+    args.run_command(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit status. Errors are one line on stderr, with ``--debug`` a stack trace."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        run_program(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # evenstep runs | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except KeyboardInterrupt:
+        _complain("stopped at once; what the last checkpoint holds is safe")
+        return 130
+    except Exception as problem:
+        if "--debug" in argv:
+            raise
+        message, status = explain(problem)
+        _complain(message)
+        return status
+    return 0
+
+
+def explain(problem: Exception) -> tuple[str, int]:
+    """One line for whatever went wrong, and the exit status."""
+    status = getattr(problem, "exit_status", 2 if isinstance(problem, EvenstepError) else 1)
+    if isinstance(problem, EvenstepError) or hasattr(problem, "exit_status"):
+        return f"error: {problem}" if isinstance(problem, EvenstepError) else str(problem), status
+    if isinstance(problem, ModuleNotFoundError):
+        return f"error: {problem.name} is not installed; pip install 'evenstep[train]'", status
+    if type(problem).__name__ == "OutOfMemoryError":
+        advice = "give a smaller --train.micro_batch_size, or --train.activation_checkpointing true"
+        return f"error: the GPU's memory is full; {advice}", status
+    first = next(iter(str(problem).splitlines()), "")
+    return f"error: {type(problem).__name__}: {first} (--debug shows where)", status
+
+
+def _complain(text: str) -> None:
+    print(f"evenstep: {text}", file=sys.stderr, flush=True)

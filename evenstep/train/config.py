@@ -1,0 +1,307 @@
+"""What a run is made of: one frozen dataclass per section, every option with its help, range and place in a resume.
+
+These classes are the single list of options. The command line's flags, ``docs/configuration.md``, the checks of type
+and range and the rules of what may change on ``--resume`` are all read from the fields below, so none of them can
+drift from the others. Nothing here imports torch: ``evenstep --help`` has to be quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from evenstep.errors import EvenstepError, nearest
+
+Resume = Literal["fixed", "rounding", "free"]
+"""May an option change on resume? fixed: no. rounding: yes, the last bits of the losses change. free: yes, nothing
+else moves."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    count: bool = False,
+    resume: Resume = "fixed",
+) -> Any:
+    """A dataclass field with its help; ``low``/``high`` are allowed values, ``above`` is not; ``count`` accepts 20K,
+    100M, 1.5B."""
+    metadata = {
+        "help": help, "low": low, "above": above, "high": high, "choices": choices, "count": count, "resume": resume,
+    }  # fmt: skip
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Checks every field's type and range when built, from Python as from a file."""
+
+    TITLE: ClassVar[str] = ""
+    SECTION: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            if f.metadata:
+                key = f"{self.SECTION}.{f.name}" if self.SECTION else f.name
+                object.__setattr__(self, f.name, checked(key, getattr(self, f.name), hints[f.name], f.metadata))
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    TITLE = "the text and its tokens"
+    SECTION = "data"
+    source: str = option("stdlib", "stdlib | kjv | text:GLOB | hf:NAME[:CONFIG] | shards:DIR")
+    tokenizer: str = option("bpe", "bpe (trained once on the source), or a tokenizer.json or SentencePiece .model file")
+    vocab_size: int | None = option(
+        None, "entries of the vocabulary bpe trains (none: 4096); of a given tokenizer, the most it may have", low=1
+    )
+    val_fraction: float = option(0.02, "share of the documents kept for validation", above=0, high=0.5)
+    text_field: str = option("text", "the field that holds the text in .jsonl, .parquet and hf: sources")
+    max_tokens: int | None = option(
+        None, "stop preparing after this many tokens (none: the whole source)", low=1, count=True
+    )
+    cache_dir: str | None = option(
+        None, "where prepared tokens are kept (none: the user's cache directory)", resume="free"
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    TITLE = "the model"
+    SECTION = "model"
+    size: str = option("tiny", "tiny, 9m, 20m, 35m, 40m, 60m, 71m, 100m, 130m, 250m, 350m, 1b, 3b or 7b")
+    norm: str = option("pre", "where each block normalises", choices=("pre", "post", "mix"))
+    norm_alpha: float = option(0.25, "share of Post-LN blocks; used by norm mix alone", low=0, high=1)
+    init: str | None = option(None, "a directory in Hugging Face layout to start from; its shape replaces model.size")
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    TITLE = "the optimizer (and its other hyperparameters by constructor name: --optim.gamma1 0.85)"
+    SECTION = "optim"
+    name: str = option("stable_spam", "stable_spam, spam, scale, adamw or adam")
+    lr: float = option(1e-3, "the highest learning rate", above=0)
+    weight_decay: float = option(0.0, "decay of the parameters that optim.decay names", low=0)
+    decay: str = option(
+        "matrices", "which parameters decay: those of two or more dimensions, or all", choices=("matrices", "all")
+    )
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Every other hyperparameter, by the name it has in the optimizer's constructor; checked against it by
+    train.optimizers."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(Section):
+    TITLE = "the learning rate over time"
+    SECTION = "schedule"
+    name: str = option(
+        "cosine", "cosine, wsd (warm-up, stable, decay) or constant", choices=("cosine", "wsd", "constant")
+    )
+    warmup_steps: int | None = option(None, "steps of linear warm-up (none: a tenth of all steps)", low=0)
+    min_lr_ratio: float = option(0.1, "the last learning rate as a share of the highest (cosine, wsd)", low=0, high=1)
+    decay_fraction: float = option(0.2, "share of the steps that wsd spends decaying", above=0, high=1)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    TITLE = "the training"
+    SECTION = "train"
+    steps: int | None = option(
+        None, "the budget in optimizer steps; give this or train.tokens", low=1, count=True, resume="free"
+    )
+    tokens: int | None = option(None, "the budget in tokens: 20K, 100M, 1.5B", low=1, count=True, resume="free")
+    batch_size: int = option(16, "sequences per optimizer step, over all ranks", low=1)
+    micro_batch_size: int | None = option(
+        None, "sequences in one forward pass (none: batch_size)", low=1, resume="rounding"
+    )
+    seq_len: int = option(256, "tokens per sequence", low=2)
+    dtype: str = option(
+        "fp32", "fp32; bf16-autocast (fp32 weights); bf16 (weights too)", choices=("fp32", "bf16-autocast", "bf16")
+    )
+    device: str = option(
+        "auto", "auto takes the GPU when there is one", choices=("auto", "cpu", "cuda"), resume="rounding"
+    )
+    compile: bool = option(False, "compile the model: slower to start, faster to run", resume="rounding")
+    activation_checkpointing: bool = option(
+        False, "recompute activations in backward: less memory, more time", resume="rounding"
+    )
+    loss_chunk: int | str = option(
+        "auto", "rows of logits alive at once; 0: all; auto: all unless they would take an eighth of the memory",
+        low=0, choices=("auto",), resume="rounding",
+    )  # fmt: skip
+    clip_norm: float = option(0.0, "clip the norm of all gradients together to this; 0: off", low=0)
+    deterministic: bool = option(False, "refuse operations whose result may differ between two runs", resume="rounding")
+    threads: int = option(0, "CPU threads; 0: as torch decides (OMP_NUM_THREADS)", low=0, resume="rounding")
+
+
+@dataclass(frozen=True)
+class EvalConfig(Section):
+    TITLE = "validation"
+    SECTION = "eval"
+    every: int = option(100, "steps between validations; 0: only at the end", low=0, resume="free")
+    max_tokens: int = option(1_000_000, "validation tokens to use; 0: all", low=0, count=True, resume="free")
+    batch_size: int | None = option(
+        None, "sequences in one validation pass (none: micro_batch_size)", low=1, resume="free"
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Section):
+    TITLE = "checkpoints"
+    SECTION = "checkpoint"
+    every: int = option(500, "steps between checkpoints; 0: only at the end and on interruption", low=0, resume="free")
+    keep: int = option(2, "how many of the newest checkpoints to keep", low=1, resume="free")
+
+
+@dataclass(frozen=True)
+class LogConfig(Section):
+    TITLE = "the log"
+    SECTION = "log"
+    every: int = option(10, "steps between lines of metrics.jsonl", low=1, resume="free")
+
+
+@dataclass(frozen=True)
+class SampleConfig(Section):
+    TITLE = "the text written at the end"
+    SECTION = "sample"
+    prompt: str = option("", "how the text starts (empty: as a new document)", resume="free")
+    tokens: int = option(120, "tokens to generate; 0: no sample", low=0, resume="free")
+    temperature: float = option(0.8, "0: always the likeliest token", low=0, resume="free")
+    top_k: int = option(50, "choose among this many likeliest tokens; 0: all", low=0, resume="free")
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """One run, resolved and checked. Raises EvenstepError, in one line, for whatever does not fit."""
+
+    TITLE = "the run"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=300))
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    seed: int = option(0, "seed of the initial weights and of the order of the data", low=0, high=2**31 - 1)
+    out: str | None = option(None, "the run's directory (none: runs/DATE-NAME)", resume="free")
+    name: str | None = option(None, "the run's name (none: the recipe's file name, or SIZE-OPTIMIZER)", resume="free")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        train = self.train
+        if (train.steps is None) == (train.tokens is None):
+            given = "neither is given" if train.steps is None else f"both are given ({train.steps} and {train.tokens})"
+            raise EvenstepError(f"train.steps and train.tokens: {given}; give the budget as one of them")
+        if train.batch_size % self.micro_batch_size:
+            raise EvenstepError(
+                f"train.batch_size {train.batch_size} is not divisible by train.micro_batch_size "
+                f"{self.micro_batch_size}; each forward pass takes the same number of sequences"
+            )
+        warmup = self.schedule.warmup_steps
+        if warmup is not None and warmup >= self.total_steps:
+            raise EvenstepError(
+                f"schedule.warmup_steps {warmup} leaves nothing of the {self.total_steps} steps; "
+                "give fewer, or none for a tenth of them"
+            )
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.train.micro_batch_size or self.train.batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.batch_size * self.train.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        """The budget in steps; a budget in tokens is rounded up to whole steps."""
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.tokens is not None
+        return math.ceil(self.train.tokens / self.tokens_per_step)
+
+    @property
+    def warmup_steps(self) -> int:
+        given = self.schedule.warmup_steps
+        return self.total_steps // 10 if given is None else given
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "optim": OptimConfig,
+    "schedule": ScheduleConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "checkpoint": CheckpointConfig,
+    "log": LogConfig,
+    "sample": SampleConfig,
+}
+
+
+def options() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """Every option by its full name (``train.steps``, ``seed``) with its field and resolved type, in the order of
+    help and docs."""
+    found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
+    for cls in (*SECTIONS.values(), Config):
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            if f.metadata:
+                found[f"{cls.SECTION}.{f.name}" if cls.SECTION else f.name] = (f, hints[f.name])
+    return found
+
+
+def kinds(hint: Any) -> tuple[type, ...]:
+    """The plain types of a hint: ``int | None`` -> (int, NoneType)."""
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def parse_count(text: str) -> int:
+    """``"1.5B"`` -> 1500000000; K, M, B (or G) and T are powers of a thousand. ValueError when it is no whole
+    number."""
+    scale = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}.get(text[-1:].upper())
+    value = float(text[:-1]) * scale if scale else float(text.replace("_", ""))
+    if not math.isfinite(value) or round(value) != round(value, 6):
+        raise ValueError(text)
+    return round(value)
+
+
+def checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
+    """``value`` as the option's type, in its range; EvenstepError names the option, what was given and what is
+    allowed."""
+    allowed, choices = kinds(hint), meta["choices"]
+    if meta["count"] and isinstance(value, str):
+        try:
+            value = parse_count(value)
+        except ValueError:
+            raise EvenstepError(
+                f"{key}: {value!r} is no count; give a whole number, or one like 20K, 100M, 1.5B"
+            ) from None
+    if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
+        value = float(value)
+    if type(value) not in allowed:
+        names = " or ".join({"NoneType": "none"}.get(kind.__name__, kind.__name__) for kind in allowed)
+        raise EvenstepError(f"{key}: {value!r} is {type(value).__name__}, expected {names}")
+    if isinstance(value, str) and choices and value not in choices:
+        number = "a number or " if int in allowed else ""
+        raise EvenstepError(f"{key}: {value!r} is not {number}one of {', '.join(choices)}{nearest(value, choices)}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        low, above, high = meta["low"], meta["above"], meta["high"]
+        fits = math.isfinite(value) and (low is None or value >= low) and (above is None or value > above)
+        if not fits or (high is not None and value > high):
+            lower = f"at least {low}" if low is not None else f"above {above}"
+            upper = f" and at most {high}" if high is not None else ""
+            raise EvenstepError(f"{key}: {value} is out of range; it must be {lower}{upper}")
+    return value

@@ -1,0 +1,215 @@
+"""Reading a run's configuration from TOML and the command line, and writing it back.
+
+A recipe is a TOML file with the sections of ``config.py``; what the command line says replaces what the recipe says.
+The resolved configuration is written into the run's directory, and reading that file gives the same configuration
+again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evenstep.errors import EvenstepError, nearest
+from evenstep.train.config import SECTIONS, Config, kinds, options
+
+Tables = dict[str, Any]
+
+# Two names for one budget: the last one said wins over the other one said earlier.
+_RIVALS = {"train.steps": "train.tokens", "train.tokens": "train.steps"}
+
+
+def load_config(recipe: Path | None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """The configuration of ``recipe`` (none: the defaults, a quick run) with ``overrides`` such as ``("train.steps",
+    "500")``.
+
+    EvenstepError, one line, for a file that is missing or no TOML, an unknown key (with the nearest known one), a
+    wrong type or range.
+    """
+    tables = read_toml(recipe) if recipe is not None else {}
+    if recipe is not None:
+        tables.setdefault("name", recipe.stem)
+    return build(override(tables, overrides), quick_budget=recipe is None)
+
+
+def read_toml(path: Path) -> Tables:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EvenstepError(f"{path}: no such file; a recipe is a .toml file, see recipes/") from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise EvenstepError(f"{path}: cannot be read ({problem})") from None
+    except tomllib.TOMLDecodeError as problem:
+        raise EvenstepError(f"{path}: not valid TOML: {problem}") from None
+
+
+def override(tables: Tables, overrides: Sequence[tuple[str, str]]) -> Tables:
+    """``tables`` with the texts of the command line put in, each read as its option's type."""
+    known = options()
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in tables.items()}
+    named = {key for key, _ in overrides}
+    for key, text in overrides:
+        section, _, name = key.rpartition(".")
+        if key in known:
+            field, hint = known[key]
+            value = from_text(text, kinds(hint), count=field.metadata["count"])
+            rival = _RIVALS.get(key)
+            if rival and rival not in named:
+                result.get("train", {}).pop(rival.split(".")[1], None)
+        elif section == "optim":
+            value = literal(text)
+        else:
+            raise unknown(key)
+        table = result.setdefault(section, {}) if section else result
+        if not isinstance(table, dict):
+            raise EvenstepError(f"{section}: expected a section [{section}], got {table!r}")
+        table.pop(name, None)
+        if value is not None:
+            table[name] = value
+    return result
+
+
+def build(tables: Tables, *, quick_budget: bool = False) -> Config:
+    """The checked configuration of nested tables; unknown sections and keys are errors that suggest the nearest
+    known one.
+
+    ``quick_budget`` gives a configuration without a budget the one of a quick run, as the program does when no
+    recipe is given.
+    """
+    known = options()
+    parts: dict[str, Any] = {}
+    for key, value in tables.items():
+        if key in SECTIONS:
+            if not isinstance(value, Mapping):
+                raise EvenstepError(f"{key}: expected a section [{key}], got {value!r}")
+            parts[key] = value
+        elif key in known:
+            parts[key] = value
+        else:
+            raise unknown(key)
+    for section, cls in SECTIONS.items():
+        given = dict(parts.get(section, {}))
+        if section == "optim":
+            extra = {name: given.pop(name) for name in list(given) if f"optim.{name}" not in known}
+            given["options"] = extra
+        for name in given:
+            if f"{section}.{name}" not in known and name != "options":
+                raise unknown(f"{section}.{name}")
+        if section == "train" and quick_budget and not given.keys() & {"steps", "tokens"}:
+            given["steps"] = Config().train.steps
+        parts[section] = cls(**given)
+    return Config(**parts)
+
+
+def unknown(key: str) -> EvenstepError:
+    known = list(options())
+    hint = nearest(key, known)
+    if not hint and "." not in key:
+        hint = nearest(key, list(SECTIONS))
+    return EvenstepError(f"unknown option '{key}'{hint or '; evenstep pretrain --help lists all options'}")
+
+
+def from_text(text: str, allowed: tuple[type, ...], *, count: bool = False) -> Any:
+    """The command line's ``text`` as the first of the ``allowed`` types that reads it; ``none`` is None where None
+    is allowed."""
+    if type(None) in allowed and text.lower() == "none":
+        return None
+    if bool in allowed and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if count:
+        return text
+    for kind in (int, float):
+        if kind in allowed:
+            try:
+                return kind(text)
+            except ValueError:
+                pass
+    return text
+
+
+def literal(text: str) -> Any:
+    """A value whose type the optimizer's constructor knows: TOML's literals, ``0.9,0.95`` as a list, ``none``, else
+    the text."""
+    if text.lower() == "none":
+        return None
+    for attempt in (text, f"[{text}]"):
+        try:
+            value = tomllib.loads(f"v = {attempt}")["v"]
+        except tomllib.TOMLDecodeError:
+            continue
+        return value
+    return text
+
+
+def to_tables(config: Config) -> Tables:
+    """The configuration as nested tables of TOML's types; options that are None are left out, which reads back as
+    None."""
+    tables: Tables = {}
+    for key in ("name", "out", "seed"):
+        if getattr(config, key) is not None:
+            tables[key] = getattr(config, key)
+    for section, cls in SECTIONS.items():
+        part = getattr(config, section)
+        values = {f.name: getattr(part, f.name) for f in dataclasses.fields(cls) if f.metadata}
+        values |= dict(getattr(part, "options", {}))
+        tables[section] = {name: value for name, value in values.items() if value is not None}
+    return tables
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML text; ``build(tomllib.loads(text))`` gives an equal configuration."""
+    lines: list[str] = []
+    for key, value in to_tables(config).items():
+        if isinstance(value, dict):
+            lines += ["", f"[{key}]", *(f"{name} = {_toml(item)}" for name, item in value.items())]
+        else:
+            lines.append(f"{key} = {_toml(value)}")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL, which JSON leaves as it is
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    raise EvenstepError(
+        f"{value!r} cannot be written to config.toml; give a number, a text, true, false or a list of these"
+    )
+
+
+def config_hash(config: Config) -> str:
+    """16 hex digits over everything that decides the result: equal for two runs that differ only in name and place."""
+    text = to_toml(dataclasses.replace(config, name=None, out=None))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def changed_options(old: Config, new: Config) -> list[str]:
+    """Names of the options that differ and may not differ on resume; a change of ``train.steps`` and the like is not
+    listed."""
+    known = options()
+    before, after = flat(old), flat(new)
+    return [
+        key
+        for key in {**before, **after}
+        if before.get(key) != after.get(key) and (key not in known or known[key][0].metadata["resume"] == "fixed")
+    ]
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """``{"train.steps": 300, ...}``, None left out."""
+    result: dict[str, Any] = {}
+    for key, value in to_tables(config).items():
+        if isinstance(value, dict):
+            result |= {f"{key}.{name}": item for name, item in value.items()}
+        else:
+            result[key] = value
+    return result

@@ -1,0 +1,109 @@
+"""Where a run took place: device, memory, versions and commit, for the log and summary.json."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evenstep import __version__
+from evenstep.errors import EvenstepError
+
+# Dense peak in FLOP/s without sparsity, (fp32, bf16), from NVIDIA's data sheets; a GPU that is not listed gets no MFU.
+_PEAKS = {
+    "B200": (75e12, 2250e12),
+    "H200": (67e12, 989e12),
+    "H100 PCIe": (51e12, 756e12),
+    "H100": (67e12, 989e12),
+    "A100": (19.5e12, 312e12),
+    "L40S": (91.6e12, 362e12),
+    "L4": (30.3e12, 121e12),
+    "RTX 4090": (82.6e12, 165.2e12),
+    "RTX 3090": (35.6e12, 71e12),
+    "V100": (15.7e12, 125e12),
+}
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU when torch sees one; EvenstepError when ``cuda`` is asked for in vain."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EvenstepError("train.device: 'cuda' was asked for, but torch sees no GPU; use cpu or auto")
+    return torch.device(name)
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """The GPU's peak for the run's dtype in FLOP/s, or None on a CPU and on GPUs that are not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peaks[dtype != "fp32"] for key, peaks in _PEAKS.items() if key in name), None)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of the device's memory, used or not: a number that is the same when the run is resumed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 * 2**30
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Peak bytes: of torch's allocations on a GPU, of the whole process on a CPU (None where the system does not
+    tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def describe_hardware(device: torch.device) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        facts |= {"gpu": torch.cuda.get_device_name(device), "gpu_memory": total_memory(device)}
+    return facts
+
+
+def versions() -> dict[str, str]:
+    return {"evenstep": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def commit() -> str | None:
+    """The git commit of evenstep's own source tree, ``+`` appended when it has changes; None outside a clone."""
+    source = Path(__file__).resolve().parents[2]
+    if not (source / ".git").exists():
+        return None
+    try:
+        head = _git(source, "rev-parse", "HEAD")
+        dirty = _git(source, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if dirty else "")
+
+
+def _git(directory: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(directory), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

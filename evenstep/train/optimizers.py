@@ -1,0 +1,153 @@
+"""The optimizers by name: where each class lives and how a model's parameters become its groups.
+
+Hyperparameters are checked against the constructor itself, so an optimizer's options are written down once, in its
+own signature.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from evenstep.errors import EvenstepError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from evenstep.train.config import OptimConfig
+
+Groups = list[dict[str, Any]]
+
+# Arguments that this module sets itself, or that choose an implementation and not a hyperparameter.
+_OURS = {"self", "params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize"}
+
+
+def one_group(model: nn.Module) -> Groups:
+    return [{"params": list(model.named_parameters())}]
+
+
+def scale_roles(model: nn.Module) -> Groups:
+    from evenstep.optim import scale_groups
+
+    return scale_groups(model)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``home`` is ``module:class``; ``fixed`` are constructor arguments that the user does not choose."""
+
+    home: str
+    groups: Callable[[nn.Module], Groups] = one_group
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+    def load(self) -> type[Optimizer]:
+        module, _, name = self.home.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+OPTIMIZERS: dict[str, Entry] = {
+    "stable_spam": Entry("evenstep.optim:StableSPAM"),
+    "spam": Entry("evenstep.optim:SPAM"),
+    "scale": Entry("evenstep.optim:SCALE", groups=scale_roles),
+    "adamw": Entry("torch.optim:AdamW", fixed={"fused": True}),
+    "adam": Entry("torch.optim:Adam", fixed={"fused": True}),
+}
+
+
+def entry(config: OptimConfig) -> Entry:
+    """The table's entry of ``config.name``; EvenstepError names the nearest when there is none."""
+    if config.name not in OPTIMIZERS:
+        names = ", ".join(OPTIMIZERS)
+        raise EvenstepError(
+            f"optim.name: unknown optimizer '{config.name}'{nearest(config.name, list(OPTIMIZERS))} (known: {names})"
+        )
+    return OPTIMIZERS[config.name]
+
+
+def hyperparameters(name: str) -> dict[str, inspect.Parameter]:
+    """What ``optim.KEY`` may be for this optimizer, beside lr and weight_decay: name -> parameter of the
+    constructor."""
+    signature = inspect.signature(OPTIMIZERS[name].load())
+    return {
+        key: parameter
+        for key, parameter in signature.parameters.items()
+        if key not in _OURS and parameter.kind is not parameter.VAR_KEYWORD
+    }
+
+
+def check_optimizer(config: OptimConfig) -> None:
+    """EvenstepError for an unknown optimizer or an option that its constructor does not have; imports torch, builds
+    nothing."""
+    official = getattr(entry(config).load(), "ALIASES", {})
+    allowed = ["lr", "weight_decay", *hyperparameters(config.name)]
+    for key in config.options:
+        if key not in allowed and key not in official:
+            raise EvenstepError(
+                f"optim.{key}: {config.name} has no such hyperparameter{nearest(key, allowed)} "
+                f"(it has: {', '.join(allowed)})"
+            )
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The optimizer of ``config`` over every trainable parameter of ``model``.
+
+    ``decay = "matrices"``: parameters of fewer than two dimensions go to a group of their own with weight_decay 0,
+    as norms and biases are scales and offsets that have no reason to be small. EvenstepError for options or values
+    the constructor refuses.
+    """
+    check_optimizer(config)
+    chosen = entry(config)
+    groups = chosen.groups(model)
+    if config.weight_decay and config.decay == "matrices":
+        groups = [part for group in groups for part in split_by_decay(group)]
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
+    constructor: Any = chosen.load()
+    try:
+        return constructor(groups, lr=config.lr, weight_decay=config.weight_decay, **values, **chosen.fixed)
+    except EvenstepError:
+        raise
+    except (ValueError, TypeError) as problem:
+        raise EvenstepError(f"optim: {config.name} refuses its options: {problem}") from problem
+
+
+def split_by_decay(group: dict[str, Any]) -> Groups:
+    """The group's matrices with its decay, then its vectors without."""
+    rest = {key: value for key, value in group.items() if key != "params"}
+    matrices = [item for item in group["params"] if _tensor(item).ndim >= 2]
+    vectors = [item for item in group["params"] if _tensor(item).ndim < 2]
+    parts: Groups = [{**rest, "params": matrices}] if matrices else []
+    return [*parts, {**rest, "params": vectors, "weight_decay": 0.0}] if vectors else parts
+
+
+def _tensor(item: Any) -> Any:
+    return item[1] if isinstance(item, tuple) else item
+
+
+class LearningRates:
+    """Scales every group's own rates (``lr``, and ``adam_lr`` where a group has one) by the schedule's factor."""
+
+    KEYS = ("lr", "adam_lr")
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.base = [
+            {key: group[key] for key in self.KEYS if group.get(key) is not None} for group in optimizer.param_groups
+        ]
+
+    def set(self, optimizer: Optimizer, factor: float) -> None:
+        for group, base in zip(optimizer.param_groups, self.base, strict=True):
+            for key, rate in base.items():
+                group[key] = rate * factor
+
+
+def steps_to_reset(optimizer: Optimizer) -> int | None:
+    """Steps until the next moment reset of any group, None when the optimizer has none; reads the groups' clocks."""
+    waits = []
+    for group in optimizer.param_groups:
+        interval = int(group.get("reset_interval") or 0)
+        if interval:
+            waits.append(interval - int(group.get("t", 0)) % interval)
+    return min(waits, default=None)

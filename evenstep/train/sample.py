@@ -1,0 +1,42 @@
+"""Text from a trained model: at the end of a run, and for ``evenstep generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from evenstep.data import Tokenizer, load_tokenizer
+from evenstep.errors import EvenstepError
+from evenstep.models import Llama, generate, load_pretrained
+from evenstep.train.checkpoint import newest_checkpoint
+from evenstep.train.config import SampleConfig
+
+
+def sample_text(model: Llama, tokenizer: Tokenizer, sample: SampleConfig, seed: int) -> str:
+    """The prompt and what the model makes of it; the same seed gives the same text. Empty for ``tokens`` 0.
+
+    The text starts as a document does in training, after an end-of-text token, and ends at the next one.
+    """
+    if not sample.tokens:
+        return ""
+    prompt = tokenizer.encode(sample.prompt)
+    new = generate(
+        model,
+        [tokenizer.eos_id, *prompt],
+        sample.tokens,
+        temperature=sample.temperature,
+        top_k=sample.top_k or None,
+        generator=torch.Generator().manual_seed(seed),
+        stop=tokenizer.eos_id,
+    )
+    return tokenizer.decode([*prompt, *new])
+
+
+def generate_from(run: Path, sample: SampleConfig, seed: int, say: Callable[[str], None]) -> str:
+    """Text from the newest whole checkpoint of a run. EvenstepError when ``run`` is no run or has no checkpoint."""
+    if not run.is_dir():
+        raise EvenstepError(f"{run}: no such directory; give the directory of a run (evenstep runs lists them)")
+    checkpoint = newest_checkpoint(run, say)
+    return sample_text(load_pretrained(checkpoint).eval(), load_tokenizer(checkpoint), sample, seed)

@@ -1,0 +1,109 @@
+"""From a configuration to the parts of a run: device, tokens, model, chunk of the loss, directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evenstep.data import DataSpec, TokenData, prepare
+from evenstep.errors import EvenstepError
+from evenstep.models import Llama, llama_config, load_pretrained
+from evenstep.train.config import Config
+from evenstep.train.hardware import total_memory
+
+CHUNK_BYTES = 64 * 2**20
+"""Logits alive at once when the loss is chunked by ``auto``."""
+
+
+def default_name(config: Config) -> str:
+    return config.name or f"{config.model.size}-{config.optim.name}"
+
+
+def fresh_directory(config: Config) -> Path:
+    """The run's directory, which must not hold anything yet; it is not created here."""
+    out = Path(config.out) if config.out else Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{default_name(config)}"
+    if (out / "config.toml").exists():
+        raise EvenstepError(f"{out} holds a run already; continue it with --resume {out}, or give another --out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise EvenstepError(f"{out} exists and is not an empty directory; give another --out")
+    return out
+
+
+def set_up_torch(config: Config) -> None:
+    """Process-wide settings of torch: threads and determinism."""
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
+    torch.use_deterministic_algorithms(config.train.deterministic)
+
+
+def load_data(config: Config, progress: Any = None) -> TokenData:
+    data = config.data
+    # The split has its own fixed seed: runs of different seeds validate on the same documents.
+    spec = DataSpec(
+        source=data.source,
+        tokenizer=data.tokenizer,
+        vocab_size=data.vocab_size,
+        val_fraction=data.val_fraction,
+        text_field=data.text_field,
+        max_tokens=data.max_tokens,
+        cache_dir=data.cache_dir,
+    )
+    return prepare(spec, progress)
+
+
+def build_model(config: Config, vocab_size: int, directory: Path | None, device: torch.device) -> Llama:
+    """The model of the configuration, freshly initialised from ``config.seed``, or loaded from ``directory`` (a
+    checkpoint)."""
+    source = directory or (Path(config.model.init) if config.model.init else None)
+    if source is None:
+        torch.manual_seed(config.seed)
+        shape = {"max_seq_len": config.train.seq_len, "norm": config.model.norm, "norm_alpha": config.model.norm_alpha}
+        model = Llama(llama_config(config.model.size, vocab_size, **shape))
+    else:
+        model = load_pretrained(source)
+        torch.manual_seed(config.seed)
+    if vocab_size > model.config.vocab_size:
+        raise EvenstepError(
+            f"the tokenizer has {vocab_size} entries, the model of {source} only {model.config.vocab_size}; "
+            "give the tokenizer that belongs to it (data.tokenizer), or a smaller data.vocab_size"
+        )
+    if config.train.seq_len > model.config.max_seq_len:
+        raise EvenstepError(
+            f"train.seq_len {config.train.seq_len} is longer than the {model.config.max_seq_len} positions "
+            f"of the model of {source}; give at most that"
+        )
+    model.activation_checkpointing = config.train.activation_checkpointing
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    return model.to(device=device, dtype=dtype)
+
+
+def loss_chunk(config: Config, vocab_size: int, device: torch.device, say: Callable[[str], None]) -> int | None:
+    """Rows of logits alive at once, None for all.
+
+    The rule of ``auto``: the whole logits of one forward pass, their fp32 copy for the softmax and their gradient
+    take about 12 bytes a value. While that is below an eighth of the device's memory the logits stay whole, which is
+    faster; above it they come in chunks of 64 MiB. It is decided by total memory, not by what happens to be free, so
+    a resumed run decides the same.
+    """
+    given = config.train.loss_chunk
+    if isinstance(given, int):
+        return given or None
+    rows = config.micro_batch_size * config.train.seq_len
+    whole = rows * vocab_size * 12
+    if whole <= total_memory(device) / 8:
+        return None
+    chunk = max(64, CHUNK_BYTES // (4 * vocab_size) // 64 * 64)
+    if chunk >= rows:
+        return None
+    say(
+        f"loss in chunks of {chunk} rows: whole logits would take {whole / 2**30:.1f} GiB "
+        "(train.loss_chunk 0 keeps them whole; a smaller train.micro_batch_size also helps)"
+    )
+    return chunk

@@ -1,0 +1,98 @@
+"""What a checkpoint of a run holds beside the manifest: written by ``write_state``, put back by ``restore_state``."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from evenstep.errors import EvenstepError
+from evenstep.models import save_pretrained
+from evenstep.train.checkpoint import read_tensors, write_tensors
+from evenstep.train.config_io import to_tables
+
+if TYPE_CHECKING:
+    from evenstep.train.run import Run
+
+
+def write_state(run: Run, directory: Path) -> None:
+    """Model and tokenizer in Hugging Face layout, ``optimizer.pt``, and ``trainer.pt`` with everything else that
+    moves."""
+    save_pretrained(run.model, directory)
+    run.tokenizer.save(directory)
+    write_tensors(directory / "optimizer.pt", run.optimizer.state_dict())
+    trainer = {
+        "step": run.step_number,
+        "tokens": run.tokens,
+        "position": run.loader.position,
+        "seconds": run.seconds,
+        "step_seconds": run.step_seconds,
+        "window_loss": run.window.loss,
+        "window_steps": run.window.steps,
+        "rng": rng_state(),
+        "tokenizer": run.tokenizer.fingerprint,
+        "data": data_identity(run),
+        "config": to_tables(run.config),
+    }
+    write_tensors(directory / "trainer.pt", trainer)
+
+
+def restore_state(run: Run, checkpoint: Path, trainer: dict[str, Any]) -> None:
+    """Put ``trainer`` and the optimizer's state into a run whose model was loaded from ``checkpoint``.
+
+    EvenstepError when the text or the tokenizer are not those of the checkpoint any more.
+    """
+    if trainer["tokenizer"] != run.tokenizer.fingerprint:
+        raise EvenstepError(
+            f"{checkpoint} was trained with another tokenizer than '{run.config.data.tokenizer}' is now; "
+            "bring back the one it had, or start a new run with another --out"
+        )
+    if trainer["data"] != data_identity(run):
+        raise EvenstepError(
+            f"{checkpoint} was trained on other tokens than {run.config.data.source} gives now (the text has changed); "
+            "bring back the text, or start a new run from the checkpoint with --model.init"
+        )
+    run.optimizer.load_state_dict(read_tensors(checkpoint / "optimizer.pt"))
+    run.step_number, run.tokens = trainer["step"], trainer["tokens"]
+    run.seconds, run.step_seconds = trainer["seconds"], trainer["step_seconds"]
+    run.loader.position = trainer["position"]
+    run.window.loss.copy_(trainer["window_loss"])
+    run.window.steps = trainer["window_steps"]
+    set_rng_state(trainer["rng"])
+
+
+def data_identity(run: Run) -> str:
+    """A hash of the counts and of both ends of the token stream: quick for any corpus, different for another text."""
+    train, val = run.data.train, run.data.val
+    digest = hashlib.sha256(repr((len(train), len(val), train.num_bytes, val.num_bytes)).encode())
+    for start in (0, max(0, len(train) - 65536)):
+        digest.update(train.read(start, min(start + 65536, len(train))).astype("<u4").tobytes())
+    return digest.hexdigest()
+
+
+def rng_state() -> dict[str, Any]:
+    """Every random state of the process, in types that ``torch.load(weights_only=True)`` reads."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, cached],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,133 @@
+"""What a finished run leaves behind for people: the curve, the summary and the closing lines."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evenstep.train.config_io import config_hash
+from evenstep.train.files import replace_text
+from evenstep.train.hardware import commit, describe_hardware, peak_memory, versions
+from evenstep.train.metrics import finite, read_metrics
+from evenstep.train.progress import clock
+from evenstep.train.sample import sample_text
+
+if TYPE_CHECKING:
+    from evenstep.train.run import Run
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Sample, curve, summary.json and the closing lines of a run that has reached its end; returns the summary."""
+    config, train, validation = run.config, run.metrics.last_train or {}, run.metrics.last_validation or {}
+    summary = {
+        "name": config.name,
+        "steps": run.step_number,
+        "tokens": run.tokens,
+        "train_loss": train.get("loss"),
+        "val_loss": validation.get("val_loss"),
+        "perplexity": validation.get("perplexity"),
+        "bits_per_byte": validation.get("bits_per_byte"),
+        "val_tokens": validation.get("val_tokens"),
+        "seconds": run.seconds,
+        "tokens_per_second": run.tokens / run.step_seconds if run.step_seconds else None,
+        "peak_memory": peak_memory(run.device),
+        "model": config.model.size,
+        "parameters": run.model.num_parameters(),
+        "optimizer": config.optim.name,
+        "seed": config.seed,
+        "config_hash": config_hash(config),
+        "commit": commit(),
+        "hardware": describe_hardware(run.device),
+        "versions": versions(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "sample": sample_text(run.model, run.tokenizer, config.sample, config.seed),
+    }
+    files = ["config.toml", "metrics.jsonl", "summary.json", "checkpoints/"]
+    title = f"{config.name}: {config.model.size}, {config.optim.name}, {config.data.source}"
+    if draw_curve(run.out / "metrics.jsonl", run.out / "curve.png", title):
+        files.insert(3, "curve.png")
+    else:
+        run.say("no curve.png: matplotlib is not installed (pip install 'evenstep[train]')")
+    clean = {key: finite(value) for key, value in summary.items()}
+    replace_text(run.out / "summary.json", json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
+    for line in closing_lines(run.out, summary, files):
+        run.say(line)
+    return clean
+
+
+def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential mean, corrected for its start, so that it neither lags nor begins at zero."""
+    result, mean, mass = [], 0.0, 0.0
+    for value in values:
+        mean = weight * mean + (1 - weight) * value
+        mass = weight * mass + (1 - weight)
+        result.append(mean / mass)
+    return result
+
+
+def draw_curve(metrics: Path, picture: Path, title: str) -> bool:
+    """Training loss (raw and smoothed) and validation loss over the tokens seen, as a PNG. False when matplotlib is
+    not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    records = read_metrics(metrics)
+    train = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
+    val = [(r["tokens"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")  # no pyplot: nothing global, no display
+    axes = figure.add_subplot()
+    if train:
+        tokens, losses = [x for x, _ in train], [y for _, y in train]
+        axes.plot(tokens, losses, color="tab:blue", alpha=0.3, linewidth=1)
+        axes.plot(
+            tokens,
+            smoothed(losses),
+            color="tab:blue",
+            linewidth=1.8,
+            label=f"training (smoothed), last {losses[-1]:.3f}",
+        )
+    if val:
+        axes.plot(
+            *zip(*val, strict=True), "o-", color="tab:orange", markersize=4, label=f"validation, last {val[-1][1]:.3f}"
+        )
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    axes.xaxis.set_major_formatter(lambda x, _: short_count(x))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if train or val:
+        axes.legend(frameon=False)
+    figure.savefig(picture, dpi=130)
+    return True
+
+
+def short_count(value: float) -> str:
+    """1500000 -> ``1.5M``."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+def closing_lines(out: Path, summary: dict[str, Any], files: list[str]) -> list[str]:
+    """The block printed after the last step: numbers, sample, files, and the commands that come next."""
+    run = shlex.quote(str(out))
+    lines = [
+        "",
+        f"validation loss {summary['val_loss']:.4f}   perplexity {summary['perplexity']:.2f}   "
+        f"bits per byte {summary['bits_per_byte']:.4f}",
+        f"{short_count(summary['tokens'])} tokens in {clock(summary['seconds'])}   "
+        f"{summary['tokens_per_second']:,.0f} tokens/s",
+    ]
+    if summary.get("sample"):
+        lines += ["", "a sample of the model's text:", *(f"  {line}" for line in summary["sample"].splitlines())]
+    return [
+        *lines,
+        "",
+        f"written to {out}: {', '.join(files)}",
+        f"more text:  evenstep generate {run} --prompt 'In the beginning'",
+        f"go on:      evenstep pretrain --resume {run} --train.steps {2 * summary['steps']}",
+    ]
