@@ -120,7 +120,7 @@ class TrainConfig(Section):
         None, "the budget in optimizer steps; give this or train.tokens", low=1, count=True, resume="free"
     )
     tokens: int | None = option(None, "the budget in tokens: 20K, 100M, 1.5B", low=1, count=True, resume="free")
-    batch_size: int = option(16, "sequences per optimizer step, over all ranks", low=1)
+    batch_size: int = option(8, "sequences per optimizer step, over all ranks", low=1)
     micro_batch_size: int | None = option(
         None, "sequences in one forward pass (none: batch_size)", low=1, resume="rounding"
     )
@@ -255,7 +255,8 @@ def options() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
     """Every option by its full name (``train.steps``, ``seed``) with its field and resolved type, in the order of
     help and docs."""
     found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
-    for cls in (*SECTIONS.values(), Config):
+    classes: tuple[type[Section], ...] = (*SECTIONS.values(), Config)
+    for cls in classes:
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             if f.metadata:

@@ -107,10 +107,12 @@ def build(tables: Tables, *, quick_budget: bool = False) -> Config:
 
 
 def unknown(key: str) -> EvenstepError:
+    if key in SECTIONS:
+        names = ", ".join(name for name in options() if name.startswith(f"{key}."))
+        return EvenstepError(f"'{key}' is a section, not an option; it has {names}")
     known = list(options())
-    hint = nearest(key, known)
-    if not hint and "." not in key:
-        hint = nearest(key, list(SECTIONS))
+    alike = known if "." in key else [*(name for name in known if "." not in name), *SECTIONS, *known]
+    hint = nearest(key, alike)
     return EvenstepError(f"unknown option '{key}'{hint or '; evenstep pretrain --help lists all options'}")
 
 

@@ -46,7 +46,7 @@ def finish(run: Run) -> dict[str, Any]:
         "sample": sample_text(run.model, run.tokenizer, config.sample, config.seed),
     }
     files = ["config.toml", "metrics.jsonl", "summary.json", "checkpoints/"]
-    title = f"{config.name}: {config.model.size}, {config.optim.name}, {config.data.source}"
+    title = f"{config.name} on {config.data.source}"
     if draw_curve(run.out / "metrics.jsonl", run.out / "curve.png", title):
         files.insert(3, "curve.png")
     else:
@@ -58,8 +58,9 @@ def finish(run: Run) -> dict[str, Any]:
     return clean
 
 
-def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential mean, corrected for its start, so that it neither lags nor begins at zero."""
+def smoothed(values: list[float]) -> list[float]:
+    """Exponential mean over about a twentieth of the values, corrected for its start; a few values stay as they are."""
+    weight = 1 - min(1.0, 20 / max(1, len(values)))
     result, mean, mass = [], 0.0, 0.0
     for value in values:
         mean = weight * mean + (1 - weight) * value
@@ -88,7 +89,7 @@ def draw_curve(metrics: Path, picture: Path, title: str) -> bool:
             smoothed(losses),
             color="tab:blue",
             linewidth=1.8,
-            label=f"training (smoothed), last {losses[-1]:.3f}",
+            label=f"training, last {losses[-1]:.3f}",
         )
     if val:
         axes.plot(

@@ -1,0 +1,169 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evenstep.errors import EvenstepError
+from evenstep.train.checkpoint import find_fault, list_checkpoints, newest_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+def write(directory: Path) -> None:
+    (directory / "weights.bin").write_bytes(bytes(range(256)) * 8)
+    (directory / "config.json").write_text("{}")
+
+
+def silent(_: str) -> None:
+    pass
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Two good checkpoints of a run."""
+    for step in (5, 10):
+        save_checkpoint(tmp_path / "checkpoints", step, write, keep=3)
+    return tmp_path / "checkpoints"
+
+
+def names(place):
+    return sorted(path.name for path in place.iterdir())
+
+
+def test_a_checkpoint_is_whole_and_the_newest_wins(place):
+    assert names(place) == ["step-000005", "step-000010"]
+    assert find_fault(place / "step-000010") is None
+    assert newest_checkpoint(place.parent, silent) == place / "step-000010"
+
+
+def test_steps_are_ordered_as_numbers(place):
+    save_checkpoint(place, 1_000_000, write, keep=3)
+    save_checkpoint(place, 999_999, write, keep=3)
+    assert [path.name for path in list_checkpoints(place)] == ["step-1000000", "step-999999", "step-000010"]
+
+
+def test_only_the_newest_are_kept_and_deletion_comes_last(place):
+    def check_then_write(directory):
+        assert names(place)[-2:] == ["step-000005", "step-000010"]
+        write(directory)
+
+    save_checkpoint(place, 15, check_then_write, keep=1)
+    assert names(place) == ["step-000015"]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def tamper(path):
+    data = bytearray(path.read_bytes())
+    data[7] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage, word", [(truncate, "2047 bytes"), (tamper, "altered"), (Path.unlink, "missing")])
+def test_a_damaged_checkpoint_is_named_and_passed_over(place, damage, word):
+    damage(place / "step-000010" / "weights.bin")
+    said: list[str] = []
+    assert newest_checkpoint(place.parent, said.append) == place / "step-000005"
+    assert len(said) == 1 and "step-000010" in said[0] and "weights.bin" in said[0] and word in said[0]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": {"a": 3}}'])
+def test_a_damaged_manifest_is_a_fault_like_any_other(place, content):
+    (place / "step-000010" / "manifest.json").write_text(content)
+    assert newest_checkpoint(place.parent, silent) == place / "step-000005"
+
+
+def test_no_whole_checkpoint_is_one_clear_line(place, tmp_path):
+    for path in list_checkpoints(place):
+        truncate(path / "config.json")
+    with pytest.raises(EvenstepError, match="none of its 2 checkpoints is whole"):
+        newest_checkpoint(place.parent, silent)
+    with pytest.raises(EvenstepError, match="no checkpoint there"):
+        newest_checkpoint(tmp_path / "elsewhere", silent)
+
+
+@pytest.mark.parametrize(
+    "problem", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("write failed\nat x")]
+)
+def test_a_full_disk_leaves_the_earlier_checkpoints(place, problem):
+    def fill(directory):
+        write(directory)
+        raise problem
+
+    with pytest.raises(EvenstepError) as caught:
+        save_checkpoint(place, 15, fill, keep=1)
+    message = str(caught.value)
+    assert "\n" not in message and "step 15" in message and "--resume" in message
+    assert "No space left" in message or "write failed" in message
+    assert names(place) == ["step-000005", "step-000010"] and find_fault(place / "step-000005") is None
+
+
+def test_an_interrupted_save_leaves_the_earlier_checkpoints(place):
+    def stopped(directory):
+        write(directory)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(place, 15, stopped, keep=1)
+    assert names(place) == ["step-000005", "step-000010"]
+
+
+def test_a_broken_checkpoint_of_the_same_step_is_replaced(place):
+    truncate(place / "step-000010" / "weights.bin")
+    save_checkpoint(place, 10, write, keep=3)
+    assert find_fault(place / "step-000010") is None
+
+
+def test_a_kill_while_saving_leaves_the_earlier_checkpoints(place):
+    code = f"""
+import os, signal
+from pathlib import Path
+from evenstep.train.checkpoint import save_checkpoint
+def write(directory):
+    (directory / "weights.bin").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+save_checkpoint(Path({str(place)!r}), 15, write, 1)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGKILL
+    assert names(place) == [".step-000015.partial", "step-000005", "step-000010"]
+    assert newest_checkpoint(place.parent, silent) == place / "step-000010"
+    save_checkpoint(place, 20, write, keep=2)
+    assert names(place) == ["step-000010", "step-000020"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on the size of files")
+def test_a_real_write_error_in_torch_save_is_one_line(place):
+    torch = pytest.importorskip("torch")
+    del torch
+    code = f"""
+import resource
+from pathlib import Path
+import torch
+from evenstep.errors import EvenstepError
+from evenstep.train.checkpoint import save_checkpoint, write_tensors
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_checkpoint(Path({str(place)!r}), 15, lambda d: write_tensors(d / "optimizer.pt", torch.zeros(100_000)), 1)
+except EvenstepError as problem:
+    print(problem)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1 and "could not save the checkpoint of step 15" in done.stdout
+    assert names(place) == ["step-000005", "step-000010"]
+
+
+def test_the_manifest_lists_every_file_with_its_size(place):
+    manifest = json.loads((place / "step-000005" / "manifest.json").read_text())
+    assert manifest["step"] == 5
+    assert {name: facts["bytes"] for name, facts in manifest["files"].items()} == {
+        "config.json": 2,
+        "weights.bin": 2048,
+    }

@@ -1,0 +1,197 @@
+import dataclasses
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evenstep.errors import EvenstepError
+from evenstep.train.config import Config, OptimConfig, SampleConfig, TrainConfig, options, parse_count
+from evenstep.train.config_io import build, changed_options, config_hash, load_config, to_toml
+
+ROOT = Path(__file__).parents[1]
+
+# The stable names. A name may be added here, never changed or taken away.
+OPTION_NAMES = """
+data.source data.tokenizer data.vocab_size data.val_fraction data.text_field data.max_tokens data.cache_dir
+model.size model.norm model.norm_alpha model.init
+optim.name optim.lr optim.weight_decay optim.decay
+schedule.name schedule.warmup_steps schedule.min_lr_ratio schedule.decay_fraction
+train.steps train.tokens train.batch_size train.micro_batch_size train.seq_len train.dtype train.device train.compile
+train.activation_checkpointing train.loss_chunk train.clip_norm train.deterministic train.threads
+eval.every eval.max_tokens eval.batch_size
+checkpoint.every checkpoint.keep
+log.every
+sample.prompt sample.tokens sample.temperature sample.top_k
+seed out name
+""".split()  # noqa: SIM905
+
+
+def test_option_names_are_frozen():
+    assert list(options()) == OPTION_NAMES
+
+
+def test_every_option_has_help_and_a_default_in_its_range():
+    Config()
+    assert all(len(field.metadata["help"]) > 5 for field, _ in options().values())
+
+
+def test_the_configuration_needs_no_torch():
+    code = "import sys, evenstep.train.config_io; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("20K", 20_000), ("100M", 10**8), ("1.5B", 1_500_000_000), ("7", 7), ("1e6", 10**6), ("2_000", 2000)],
+)
+def test_counts(text, value):
+    assert parse_count(text) == value
+    assert load_config(None, [("train.tokens", text)]).train.tokens == value
+
+
+def test_the_command_line_wins_over_the_recipe(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('seed = 5\n[train]\nsteps = 10\nbatch_size = 4\n[optim]\nname = "spam"\nthreshold = 10.0\n')
+    config = load_config(recipe, [("train.batch_size", "6"), ("optim.threshold", "20"), ("optim.betas", "0.9,0.95")])
+    assert (config.seed, config.train.steps, config.train.batch_size, config.name) == (5, 10, 6, "mine")
+    assert config.optim.options == {"threshold": 20, "betas": [0.9, 0.95]}
+
+
+def test_a_budget_on_the_command_line_replaces_the_other_kind_in_the_recipe(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[train]\nsteps = 10\n")
+    config = load_config(recipe, [("train.tokens", "1M")])
+    assert (config.train.steps, config.train.tokens) == (None, 10**6)
+    assert config.total_steps == 489  # 1e6 / (8 * 256) = 488.3
+
+
+def test_none_on_the_command_line_clears_a_recipes_value(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[train]\nsteps = 10\nmicro_batch_size = 2\n[optim]\ntotal_steps = 40\n")
+    config = load_config(recipe, [("train.micro_batch_size", "none"), ("optim.total_steps", "none")])
+    assert config.train.micro_batch_size is None and config.optim.options == {}
+
+
+BAD = [
+    (("train.stesp", "5"), ["train.stesp", "did you mean 'train.steps'"]),
+    (("sede", "5"), ["sede", "did you mean 'seed'"]),
+    (("nothing.like_this_at_all_xyz", "5"), ["nothing.like_this_at_all_xyz", "--help"]),
+    (("optim.lr", "-1"), ["optim.lr", "-1", "above 0"]),
+    (("optim.lr", "nan"), ["optim.lr", "nan", "above 0"]),
+    (("optim.lr", "fast"), ["optim.lr", "fast", "float"]),
+    (("train.batch_size", "7.5"), ["train.batch_size", "7.5", "int"]),
+    (("train.batch_size", "0"), ["train.batch_size", "0", "at least 1"]),
+    (("train.compile", "yes"), ["train.compile", "yes", "bool"]),
+    (("train.tokens", "12Q"), ["train.tokens", "12Q", "1.5B"]),
+    (("train.loss_chunk", "few"), ["train.loss_chunk", "few", "auto"]),
+    (("schedule.name", "cosin"), ["schedule.name", "cosin", "did you mean 'cosine'"]),
+    (("data.val_fraction", "0.9"), ["data.val_fraction", "0.9", "at most 0.5"]),
+    (("train.micro_batch_size", "3"), ["batch_size 8", "not divisible", "micro_batch_size 3"]),
+    (("schedule.warmup_steps", "300"), ["warmup_steps 300", "300 steps"]),
+]
+
+
+@pytest.mark.parametrize("override, words", BAD, ids=[bad[0][0] + "=" + bad[0][1] for bad in BAD])
+def test_a_mistake_is_one_clear_line(override, words):
+    with pytest.raises(EvenstepError) as caught:
+        load_config(None, [override])
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[train]\nsteps = 5\nbatchsize = 4\n", ["train.batchsize", "did you mean 'train.batch_size'"]),
+        ("[trian]\nsteps = 5\n", ["trian", "did you mean 'train'"]),
+        ("[train]\nsteps = '5'\nseq_len = '8'\n", ["train.seq_len", "'8'", "int"]),
+        ("[train]\nsteps = true\n", ["train.steps", "bool", "int"]),
+        ("train = 5\n", ["train", "section"]),
+        ("[train]\nseq_len = 8\n", ["train.steps", "train.tokens", "neither"]),
+        ("[train]\nsteps = 5\ntokens = 5\n", ["train.steps", "train.tokens", "both"]),
+        ("[train\n", ["TOML"]),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_one_clear_line(tmp_path, text, words):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(text)
+    with pytest.raises(EvenstepError) as caught:
+        load_config(recipe)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_a_missing_recipe_is_one_clear_line(tmp_path):
+    with pytest.raises(EvenstepError, match="no such file"):
+        load_config(tmp_path / "none.toml")
+
+
+def test_types_are_checked_from_python_too():
+    with pytest.raises(EvenstepError, match=r"train\.batch_size"):
+        TrainConfig(steps=3, batch_size="4")  # type: ignore[arg-type]
+    assert OptimConfig(lr=1).lr == 1.0
+
+
+@given(
+    prompt=st.text(st.characters(exclude_categories=("Cs",))),
+    lr=st.floats(1e-12, 1e12),
+    seed=st.integers(0, 2**31 - 1),
+    extra=st.lists(st.floats(0, 1) | st.booleans() | st.integers() | st.text('ab"\\\n\x7f')),
+)
+def test_written_and_read_back_is_the_same_configuration(prompt, lr, seed, extra):
+    config = Config(sample=SampleConfig(prompt=prompt), optim=OptimConfig(lr=lr, options={"x": extra}), seed=seed)
+    assert build(tomllib.loads(to_toml(config))) == config
+
+
+def test_hash_tells_what_decides_the_result():
+    config = Config()
+    assert config_hash(config) == config_hash(dataclasses.replace(config, name="other", out="elsewhere"))
+    assert config_hash(config) != config_hash(dataclasses.replace(config, seed=1))
+
+
+def test_what_may_change_on_resume():
+    def changed(*overrides):
+        return changed_options(load_config(None, []), load_config(None, list(overrides)))
+
+    assert changed(("train.steps", "900"), ("eval.every", "7"), ("checkpoint.keep", "9"), ("train.threads", "1")) == []
+    assert changed(("optim.lr", "0.5"), ("train.seq_len", "8"), ("seed", "3")) == ["seed", "optim.lr", "train.seq_len"]
+    assert changed(("optim.gamma1", "0.5")) == ["optim.gamma1"]
+
+
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])
+def test_recipes_are_valid(recipe):
+    from evenstep.train.optimizers import OPTIMIZERS, check_optimizer
+
+    config = load_config(recipe)
+    if recipe.stem != "demo":
+        _, size, name = recipe.stem.split("-")
+        assert (config.model.size, config.optim.name) == (size, name)
+        assert config.tokens_per_step == 131072 and "Published perplexity" in recipe.read_text()
+    try:
+        OPTIMIZERS[config.optim.name].load()
+    except AttributeError:
+        pytest.skip(f"{config.optim.name} is not there yet")
+    check_optimizer(config.optim)
+
+
+def test_there_is_a_recipe_for_every_published_row():
+    wanted = {
+        f"c4-{size}-{name}"
+        for size in ("60m", "130m", "350m", "1b")
+        for name in ("stable_spam", "spam", "scale", "adam")
+    }
+    assert {path.stem for path in RECIPES} == wanted | {"demo"}
+
+
+def test_the_reference_page_is_up_to_date():
+    from evenstep.train.reference import configuration_page
+
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == configuration_page(), "run: python -m evenstep.train.reference > docs/configuration.md"

@@ -1,0 +1,95 @@
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+import evenstep.optim
+from evenstep.errors import EvenstepError
+from evenstep.models import Llama, llama_config
+from evenstep.train.config import OptimConfig
+from evenstep.train.optimizers import OPTIMIZERS, LearningRates, build_optimizer, check_optimizer, steps_to_reset
+
+HOMES = {"stable_spam": "StableSPAM", "spam": "SPAM", "scale": "SCALE"}
+AVAILABLE = [name for name in OPTIMIZERS if name not in HOMES or hasattr(evenstep.optim, HOMES[name])]
+
+
+def model():
+    return Llama(llama_config("tiny", 64, num_layers=1, max_seq_len=8))
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_every_parameter_is_in_exactly_one_group_and_one_step_moves_it(name):
+    m = model()
+    optimizer = build_optimizer(m, OptimConfig(name=name, lr=0.01, weight_decay=0.1))
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len({id(p) for p in held}) == len(list(m.parameters()))
+    before = [p.detach().clone() for p in m.parameters()]
+    for p in m.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, m.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_matrices_decay_and_vectors_do_not(name):
+    def decays(rule):
+        optimizer = build_optimizer(model(), OptimConfig(name=name, weight_decay=0.1, decay=rule))
+        return {(p.ndim >= 2, group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+
+    assert decays("matrices") == {(True, 0.1), (False, 0.0)}
+    assert decays("all") == {(True, 0.1), (False, 0.1)}
+
+
+def test_an_unknown_optimizer_names_the_nearest():
+    with pytest.raises(EvenstepError, match=r"did you mean .stable_spam.*known: stable_spam, spam"):
+        check_optimizer(OptimConfig(name="stablespam"))
+
+
+def test_options_are_checked_against_the_constructor():
+    check_optimizer(OptimConfig(name="adamw", options={"betas": [0.9, 0.95], "eps": 1e-6}))
+    with pytest.raises(
+        EvenstepError, match=r"optim\.beats: adamw .*did you mean 'betas'.*it has: lr, weight_decay, betas"
+    ):
+        check_optimizer(OptimConfig(name="adamw", options={"beats": [0.9, 0.95]}))
+    with pytest.raises(EvenstepError, match=r"optim\.gamma1: adamw has no"):
+        check_optimizer(OptimConfig(name="adamw", options={"gamma1": 0.5}))
+    check_optimizer(OptimConfig(name="stable_spam", options={"gamma1": 0.85, "update_proj_gap": 500}))
+
+
+@pytest.mark.parametrize("option, value", [("betas", [0.9, 1.5]), ("eps", -1.0), ("betas", "high")])
+@pytest.mark.parametrize("name", ["adamw", "stable_spam"])
+def test_a_value_the_constructor_refuses_is_one_clear_line(name, option, value):
+    with pytest.raises(EvenstepError) as caught:
+        build_optimizer(model(), OptimConfig(name=name, options={option: value}))
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_options_reach_the_optimizer(name):
+    betas = "betas" in inspect.signature(OPTIMIZERS[name].load()).parameters
+    assert betas
+    optimizer = build_optimizer(model(), OptimConfig(name=name, lr=0.5, options={"betas": [0.8, 0.9]}))
+    assert all(tuple(group["betas"]) == (0.8, 0.9) for group in optimizer.param_groups)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_rates_scale_each_groups_own():
+    layer = nn.Linear(2, 2)
+    groups = [{"params": [layer.weight], "lr": 0.4, "adam_lr": 0.2}, {"params": [layer.bias], "adam_lr": None}]
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    rates = LearningRates(optimizer)
+    for factor in (0.5, 0.25):  # of the base, not of the last value
+        rates.set(optimizer, factor)
+    first, second = optimizer.param_groups
+    assert (first["lr"], first["adam_lr"], second["lr"], second["adam_lr"]) == (0.1, 0.05, 0.025, None)
+
+
+@pytest.mark.parametrize("clock", [7, torch.tensor(7), torch.tensor(7.0, dtype=torch.float64)])
+def test_steps_to_reset_reads_int_and_tensor_clocks(clock):
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    assert steps_to_reset(optimizer) is None
+    optimizer.param_groups[0].update(reset_interval=5, t=clock)
+    assert steps_to_reset(optimizer) == 3
+    optimizer.param_groups[0].update(reset_interval=0)
+    assert steps_to_reset(optimizer) is None
