@@ -59,7 +59,8 @@ def _toml(text: str) -> str:
 
 def _default(parameter: inspect.Parameter) -> str:
     value = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-    return f"`{parameter.name} = {str(value).lower() if value is None or isinstance(value, bool) else value!r}`"
+    text = str(value).lower() if value is None or isinstance(value, bool) else repr(value)
+    return f"`{parameter.name} = {text}`"
 
 
 if __name__ == "__main__":

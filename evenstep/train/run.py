@@ -119,6 +119,7 @@ class Run:
         self.out = Path(config.out or "")
         self.device = pick_device(config.train.device)
         check_optimizer(config.optim)
+        setup.check_model(config)
         setup.set_up_torch(config)
         self.data = setup.load_data(config, data_progress)
         self.tokenizer = self.data.tokenizer

@@ -58,6 +58,14 @@ def load_data(config: Config, progress: Any = None) -> TokenData:
     return prepare(spec, progress)
 
 
+def check_model(config: Config) -> None:
+    """EvenstepError for what is known to be wrong with the model before the text is prepared, which may take long."""
+    if config.model.init is None:
+        llama_config(config.model.size, vocab_size=1)
+    elif not Path(config.model.init).is_dir():
+        raise EvenstepError(f"model.init: {config.model.init} is not a directory; give one in Hugging Face layout")
+
+
 def build_model(config: Config, vocab_size: int, directory: Path | None, device: torch.device) -> Llama:
     """The model of the configuration, freshly initialised from ``config.seed``, or loaded from ``directory`` (a
     checkpoint)."""

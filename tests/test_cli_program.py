@@ -1,0 +1,200 @@
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from train_support import flags, quick_overrides, write_corpus
+
+from evenstep import __version__, cli
+from evenstep.train.config import options
+
+ROOT = Path(__file__).parents[1]
+
+
+def program(*words, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "evenstep", *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+def call(capsys, *words):
+    """The program in this process: exit status, stdout, stderr."""
+    try:
+        status = cli.main([str(word) for word in words])
+    except SystemExit as leaving:
+        status = leaving.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_version_and_help(capsys):
+    assert call(capsys, "--version") == (0, f"evenstep {__version__}\n", "")
+    status, out, _ = call(capsys, "--help")
+    assert status == 0 and "examples:" in out and "pretrain" in out and "completion" in out
+    assert call(capsys)[1] == out
+
+
+def test_pretrain_help_shows_every_option_in_its_group(capsys):
+    status, out, _ = call(capsys, "pretrain", "--help")
+    assert status == 0
+    for key in options():
+        assert f"--{key} " in out, key
+    assert "[optim]" in out and "default: 0.001" in out and "examples:" in out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["runs", "/"], ["completion", "bash"]])
+def test_quick_commands_do_not_load_torch_or_any_extra(words):
+    blocked = "torch matplotlib rich tokenizers safetensors numpy transformers".split()  # noqa: SIM905
+    code = f"""
+import sys
+for name in {blocked!r}:
+    sys.modules[name] = None  # importing it now fails
+from evenstep.cli import main
+sys.exit(main({words!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "shell, word", [("bash", "--train.batch_size"), ("zsh", "--train.batch_size"), ("tcsh", "pretrain")]
+)
+def test_completion(capsys, shell, word):
+    status, out, _ = call(capsys, "completion", shell)
+    assert status == 0 and word in out
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_commands_and_options(capsys, tmp_path):
+    (tmp_path / "completion").write_text(call(capsys, "completion", "bash")[1])
+
+    def complete(*words):
+        typed = " ".join(f"'{word}'" for word in words)
+        script = f"""source {tmp_path}/completion; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}
+            $(complete -p evenstep | sed 's/.*-F \\([^ ]*\\).*/\\1/'); printf '%s\\n' "${{COMPREPLY[@]}}" """
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+        assert done.stderr == ""
+        return done.stdout.split()
+
+    assert complete("evenstep", "pre") == ["pretrain"]
+    assert complete("evenstep", "pretrain", "--train.st") == ["--train.steps"]
+
+
+def test_print_config_is_a_recipe(capsys, tmp_path):
+    words = ["--train.steps=7", "--optim.betas", "0.9,0.95", "--compile", "--seed", "3"]
+    status, out, _ = call(capsys, "pretrain", *words, "--print-config")
+    tables = tomllib.loads(out)
+    assert status == 0 and tables["seed"] == 3 and tables["optim"]["betas"] == [0.9, 0.95]
+    assert tables["train"]["steps"] == 7 and tables["train"]["compile"] is True
+    (tmp_path / "again.toml").write_text(out)
+    assert tomllib.loads(call(capsys, "pretrain", tmp_path / "again.toml", "--print-config")[1]) == tables | {
+        "name": "again"
+    }
+
+
+def test_an_optimizers_option_before_the_recipe_is_no_recipe(capsys, tmp_path):
+    (tmp_path / "r.toml").write_text("[train]\nsteps = 3\n")
+    _, out, _ = call(capsys, "pretrain", "--optim.gamma1", "0.5", tmp_path / "r.toml", "--print-config")
+    assert tomllib.loads(out)["optim"]["gamma1"] == 0.5 and tomllib.loads(out)["train"]["steps"] == 3
+
+
+BAD = [
+    (["pretrain", "--trian.steps", "5"], ["trian.steps", "did you mean 'train.steps'"]),
+    (["pretrain", "--sede", "5"], ["--sede", "did you mean '--seed'"]),
+    (["pretrain", "--optim.lr", "-1"], ["optim.lr", "-1", "above 0"]),
+    (["pretrain", "--optim.gamma1"], ["optim.gamma1", "value is missing"]),
+    (["pretrain", "--train.steps"], ["--train.steps", "expected one argument"]),
+    (["pretrain", "--optim.name", "stable-spam"], ["stable-spam", "did you mean 'stable_spam'"]),
+    (["pretrain", "--optim.gama1", "0.5"], ["optim.gama1", "did you mean 'gamma1'"]),
+    (["pretrain", "--model.size", "60mm"], ["60mm", "'60m'"]),
+    (["pretrain", "--model.init", "{tmp}/no"], ["model.init", "{tmp}/no"]),
+    (["pretrain", "nosuch.toml"], ["nosuch.toml", "no such file"]),
+    (["pretrain", "--resume"], ["--resume", "which run"]),
+    (["pretrain", "--resume", "{tmp}"], ["{tmp}", "not a run"]),
+    (["pretrain", "--data.source", "text:{tmp}/none-*.txt"], ["none-*.txt"]),
+    (["generate", "{tmp}/nowhere"], ["nowhere", "no such directory"]),
+    (["generate", "{tmp}"], ["{tmp}", "no checkpoint"]),
+    (["generate", "{tmp}", "--temperature", "-1"], ["temperature", "-1", "at least 0"]),
+    (["runs", "{tmp}/nowhere"], ["nowhere", "no such directory"]),
+    (["pretend"], ["pretend", "pretrain"]),
+    (["completion", "cmd"], ["cmd", "bash"]),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+@pytest.mark.parametrize("words, expected", BAD, ids=[" ".join(words)[:60] for words, _ in BAD])
+def test_a_mistake_is_one_line_and_a_status(capsys, monkeypatch, tmp_path, corpus, words, expected):
+    monkeypatch.setenv("EVENSTEP_CACHE", str(corpus.parent / "cache"))
+    monkeypatch.chdir(tmp_path)
+    places = {"tmp": tmp_path, "corpus": corpus}
+    status, out, err = call(capsys, *[word.format(**places) for word in words])
+    assert status == 2, err
+    lines = [line for line in err.splitlines() if line.startswith("evenstep: ")]
+    assert len(lines) == 1 and lines[0].startswith("evenstep: error: ") and out == ""
+    assert all(word.format(**places) in lines[0] for word in expected), lines[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_debug_shows_the_stack_trace(tmp_path):
+    done = program("pretrain", tmp_path / "nosuch.toml", "--debug")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "EvenstepError" in done.stderr
+    assert "Traceback" not in program("pretrain", tmp_path / "nosuch.toml").stderr
+
+
+def test_a_missing_extra_names_what_to_install():
+    assert cli.explain(ModuleNotFoundError("No module named 'rich'", name="rich"))[0] == (
+        "error: rich is not installed; pip install 'evenstep[train]'"
+    )
+
+
+def test_unexpected_problems_and_full_disks_are_one_line_too():
+    message, status = cli.explain(OSError(28, "No space left on device"))
+    assert status == 1 and "No space left on device" in message and "\n" not in message
+    assert "\n" not in cli.explain(RuntimeError("a\nb\nc"))[0]
+
+
+def test_train_list_generate_resume(capsys, tmp_path, corpus):
+    """The whole way of a user, through the program's own door."""
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("safetensors")
+    out = tmp_path / "runs" / "first"
+    words = flags(quick_overrides(corpus, out, optim__name="stable_spam"))
+    status, text, err = call(capsys, "pretrain", *words)
+    assert status == 0, err
+    assert text.count("\nstep ") + text.startswith("step ") == 8 + 2  # one line a log step, one a validation
+    assert f"evenstep generate {out}" in text and "validation loss" in text
+
+    assert call(capsys, "pretrain", *words)[2].startswith(f"evenstep: error: {out} holds a run already")
+
+    status, text, _ = call(capsys, "runs", tmp_path / "runs")
+    head, row = text.splitlines()
+    assert head.split() == ["name", "when", "size", "optimizer", "steps", "val", "loss", "status"]
+    cells = row.split()
+    assert cells[0] == "first" and cells[3:6] == ["tiny", "stable_spam", "8"] and cells[-1] == "finished"
+
+    first = call(capsys, "generate", out, "--prompt", "light and", "--tokens", "12", "--seed", "3")
+    assert first == call(capsys, "generate", out, "--prompt", "light and", "--tokens", "12", "--seed", "3")
+    assert first[0] == 0 and first[1].startswith("light and") and len(first[1]) > 12
+
+    status, text, err = call(capsys, "pretrain", "--resume", out, "--train.steps", "10")
+    assert status == 0, err
+    assert "resumed from" in text and "step 10/10" in text
+    status, _, err = call(capsys, "pretrain", "--resume", "--out", out, "--optim.lr", "0.5")
+    assert status == 2 and "another optim.lr" in err
+
+    (out / "summary.json").unlink()
+    assert call(capsys, "runs", out)[1].splitlines()[1].endswith("interrupted")
+    (out / "config.toml").write_text("[")
+    assert call(capsys, "runs", out)[1].splitlines()[1].endswith("unreadable")
