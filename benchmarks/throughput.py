@@ -193,9 +193,7 @@ def main() -> None:
 
     result = {**surroundings(args.threads), "transformers": transformers.__version__}
     print(", ".join(f"{key} {value}" for key, value in result.items()))
-    print(
-        f"fp32, {BATCH} x {LENGTH} tokens, adamw for transformers, {args.optim} and loss chunks of {args.chunk} for evenstep"
-    )
+    print(f"fp32, {BATCH} x {LENGTH} tokens; evenstep with {args.optim}, loss chunks of {args.chunk}; reference: adamw")
     print(f"{'size':6}{'':24}{'tokens/s':>10}{'ratio':>8}{'peak MiB':>10}{'of training':>13}", flush=True)
     names = [name for name, (_, compiled) in CONTESTANTS.items() if args.compile or not compiled]
     rows = []

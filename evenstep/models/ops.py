@@ -80,7 +80,8 @@ def chunked_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, redu
 
     In fp32 a plain ``nn.Linear`` goes to ``torch.nn.functional.linear_cross_entropy`` (PyTorch 2.13), which makes the
     gradients in the forward pass. In 16 bits that function also rounds the loss to 16 bits (4.6757 reads 4.6562), so
-    there, and in older PyTorch, the chunks are recomputed in the backward pass instead: one more product with the head.
+    there, and in older PyTorch, the chunks are recomputed in the backward pass instead: one more product with the head,
+    whose gradient is summed over the chunks in its own dtype (bf16 error 0.3 % whole, 0.5 % in 16 chunks, 0.9 % in 64).
     """
     fp32 = hidden.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
     if fp32 and type(head) is nn.Linear and hasattr(nn, "LinearCrossEntropyOptions"):
