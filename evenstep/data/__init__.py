@@ -4,7 +4,7 @@ uses them.
 """
 
 from evenstep.data.loader import BatchLoader, eval_batches
-from evenstep.data.prepare import DataSpec, prepare
+from evenstep.data.pipeline import DataSpec, prepare
 from evenstep.data.progress import PrepareProgress, prepare_display
 from evenstep.data.shards import TokenData, TokenStream
 from evenstep.data.tokenizer import Tokenizer, load_tokenizer

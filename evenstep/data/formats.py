@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 from evenstep.errors import EvenstepError
 
-SECTION_CHARS = 65_536
+SECTION_CHARS = 16_384
 """Longest document taken from a plain text file. Text files carry no document boundaries: a book or a log of any size
-is cut into sections of at most this many characters (about 16k tokens, many times a training window), so memory stays
+is cut into sections of at most this many characters (about 4k tokens, many times a training window), so memory stays
 bounded and the split into training and validation works even for a corpus of a single file."""
 
 Document = tuple[str, int]

@@ -22,7 +22,7 @@ from evenstep.errors import EvenstepError
 
 BPE = "bpe"
 DEFAULT_VOCAB = 4096
-SAMPLE_BYTES = 64_000_000  # text the BPE is trained on, at most
+SAMPLE_BYTES = 16_000_000  # text the BPE is trained on, at most; the trainer takes about ten times that in memory
 PIECE_CHARS = 1 << 17  # longest text handed to the tokenizer at once
 BATCH_CHARS = 1 << 20  # text tokenised together; a token costs the tokenizer about 100 bytes, so some 40 MB
 
@@ -37,8 +37,8 @@ class DataSpec:
     tokenizer: ``bpe`` trains a byte-level BPE on the training documents; else a tokenizer.json, a SentencePiece .model
     or their directory.
     vocab_size: tokens of the BPE (None: 4096); with a given tokenizer or shards, the most it may have (None: any).
-    val_fraction: share of documents held out, 0 <= val_fraction < 1; 0 holds none out. The default suits corpora of
-    tens of megabytes.
+    val_fraction: share of documents held out, 0 <= val_fraction < 1; 0 holds none out. The default suits corpora
+    of megabytes; gigabytes need less.
     text_field: the field (JSON lines, Parquet, hf) that holds a document's text.
     max_tokens: stop after the document that brings the training split to so many tokens; None reads the source to its
     end.
@@ -49,7 +49,7 @@ class DataSpec:
     source: str
     tokenizer: str = BPE
     vocab_size: int | None = None
-    val_fraction: float = 0.02
+    val_fraction: float = 0.05
     text_field: str = "text"
     max_tokens: int | None = None
     cache_dir: str | Path | None = None
@@ -58,7 +58,7 @@ class DataSpec:
     def __post_init__(self) -> None:
         split_source(self.source)
         if not 0 <= self.val_fraction < 1:
-            raise EvenstepError(f"val_fraction is {self.val_fraction}; allowed is 0 <= val_fraction < 1, such as 0.02")
+            raise EvenstepError(f"val_fraction is {self.val_fraction}; allowed is 0 <= val_fraction < 1, such as 0.05")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise EvenstepError(f"vocab_size is {self.vocab_size}; it must be positive")
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -201,7 +201,7 @@ def _bpe(corpus: Corpus, spec: DataSpec, root: Path, tell: ProgressCallback) -> 
 
 def _sample(corpus: Corpus, spec: DataSpec, whole: bool, tell: ProgressCallback) -> Iterator[str]:
     """Training documents for the BPE, ``SAMPLE_BYTES`` at most: an even sample of a source of known size that is read
-    whole, else its first ones (reading the whole of C4 to choose 64 MB of it would take days)."""
+    whole, else its first ones (reading the whole of C4 to choose 16 MB of it would take days)."""
     keep = min(1.0, SAMPLE_BYTES / max(corpus.total_bytes or 1, 1)) if whole else 1.0
     documents = taken = used = 0
     for text, content, position in _documents(corpus):
