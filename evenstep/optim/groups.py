@@ -1,0 +1,113 @@
+"""Which parameter is what: SCALE treats the embedding, the hidden matrices, the last layer and the vectors
+differently.
+"""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+KINDS = ("embedding", "hidden", "last", "vector")
+HEADS = ("lm_head", "embed_out", "head", "output", "classifier", "score")
+"""Names under which models keep their last layer."""
+
+
+def scale_groups(
+    model: nn.Module,
+    *,
+    embedding: str | Iterable[str] = (),
+    hidden: str | Iterable[str] = (),
+    last: str | Iterable[str] = (),
+) -> list[dict[str, Any]]:
+    """Param groups for `SCALE`: one each for ``"embedding"``, ``"hidden"``, ``"last"`` and ``"vector"`` under the key
+    ``kind``.
+
+    Weights of ``nn.Embedding`` are embeddings; the weight of the last layer is found by its name (``lm_head``,
+    ``embed_out``, ``head``, ``output``, ``classifier``, ``score``); weights of linear, bilinear and convolution layers
+    are hidden; tensors of fewer than two dimensions are vectors. Frozen parameters are left out. Every trainable
+    parameter lands in exactly one group, as a named parameter.
+
+    Args:
+        model: the module whose parameters are grouped.
+        embedding, hidden, last: names of parameters, or patterns such as ``"encoder.pos_*"``, that belong to a kind
+            whatever the rules say.
+
+    Raises:
+        ValueError: a parameter that no rule classifies, a pattern that matches nothing, no last layer, or one tied to
+            the embedding; the message lists the names and how to settle them.
+    """
+    given = {"embedding": _patterns(embedding), "hidden": _patterns(hidden), "last": _patterns(last)}
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for given_kind, patterns in given.items():
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in params):
+                raise ValueError(
+                    f"scale_groups: {given_kind}={pattern!r} matches no trainable parameter of {type(model).__name__}"
+                )
+
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in KINDS}
+    unknown: list[str] = []
+    owner = _owners(model)
+    for name, p in params.items():
+        named = (k for k, patterns in given.items() if any(fnmatchcase(name, x) for x in patterns))
+        kind = next(named, None) or _kind(name, p, owner[name], find_last=not given["last"])
+        if kind is None:
+            unknown.append(f"{name} {tuple(p.shape)}")
+        else:
+            groups[kind].append((name, p))
+    if unknown:
+        raise ValueError(
+            f"scale_groups could not classify {', '.join(unknown)}; "
+            "name them in embedding=, hidden= or last= (patterns are allowed)"
+        )
+    tied = _tied_heads(model, {id(p) for _, p in groups["embedding"]})
+    if not groups["last"] and tied:
+        raise ValueError(
+            f"scale_groups: the last layer {tied[0]} shares the weight of the embedding, so it cannot be both; "
+            f"untie them, or say which it is, for example last={groups['embedding'][0][0]!r}"
+        )
+    if not groups["last"]:
+        raise ValueError(
+            f"scale_groups found no last layer in {type(model).__name__} (none is named {', '.join(HEADS)}); "
+            "name its weight, for example last='decoder.out.weight'"
+        )
+    return [{"params": members, "kind": kind} for kind, members in groups.items() if members]
+
+
+def _patterns(given: str | Iterable[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _owners(model: nn.Module) -> dict[str, nn.Module]:
+    """Full parameter name -> the module that holds it directly."""
+    return {
+        f"{path}.{name}" if path else name: module
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def _is_head(module_path: str) -> bool:
+    return module_path.rsplit(".", 1)[-1] in HEADS
+
+
+def _kind(name: str, p: nn.Parameter, owner: nn.Module, *, find_last: bool) -> str | None:
+    if p.dim() < 2:
+        return "vector"
+    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    path, _, leaf = name.rpartition(".")
+    if find_last and leaf == "weight" and _is_head(path):
+        return "last"
+    if isinstance(owner, nn.Linear | nn.Bilinear | nn.modules.conv._ConvNd | nn.MultiheadAttention):
+        return "hidden"
+    return "hidden" if type(owner).__name__ == "Conv1D" else None  # transformers' transposed linear layer of GPT-2
+
+
+def _tied_heads(model: nn.Module, embeddings: set[int]) -> list[str]:
+    return [
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear) and id(module.weight) in embeddings
+    ]

@@ -1,0 +1,233 @@
+"""SPAM: Adam with spike-aware clipping, momentum reset, and sparse momentum (arXiv:2501.06842, ICLR 2025)."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from evenstep.optim.base import EvenOptimizer, Group, State, clock, hyper, moment, scalar, state_dtype
+from evenstep.optim.masks import draw_mask, pack, unpack
+from evenstep.transforms import AdamStep, Gradients, SpikeClip, adam_, reset_due, rewarm_factor
+
+
+class SPAM(EvenOptimizer):
+    """Adam that clips entries far above their own history, resets its moments now and then, and warms up again after
+    each reset.
+
+    Per entry: where ``g**2 > threshold * v`` (``v``: the second moment before this step, without bias correction),
+    ``g`` becomes ``sign(g) * sqrt(threshold * v)``. An entry with ``v == 0`` has no history and is not a spike. No
+    clipping happens while ``t`` or the number of steps since the last reset is below ``clip_start``.
+
+    With ``density`` d < 1 only a random fraction d of each matrix (2 or more dimensions) has moments and is updated,
+    until the next reset draws another: state memory is d of the dense one, plus one bit per entry for the mask.
+
+    Args:
+        params: parameters, named parameters ``(name, tensor)`` or param groups, as in torch. Every option below may
+            differ per group.
+        lr: learning rate, a float or a 0-d tensor. Default 1e-3 (paper: 60M).
+        betas: decay of the moments. Default (0.9, 0.999).
+        eps: added to the root of the second moment. Default 1e-6 (official code).
+        weight_decay: decoupled weight decay, multiplied by ``lr`` and not by the re-warm-up. Default 0.
+        threshold: the spike threshold, theta in the paper. Default 5000; 0 for no clipping.
+        reset_interval: steps between resets, 0 for never. Default 500. Official names ``DeltaT``, ``update_proj_gap``.
+        warmup_steps: length of the re-warm-up after a reset. Default 150. Official name ``warmup_epoch``.
+        clip_start: steps without clipping at the start and after a reset. Default 20 (official code,
+            ``grad_accu_steps`` there).
+        density: fraction of each matrix that is trained at a time, in (0, 1]. Default 1.0. Each mask holds
+            ``round(density * n)`` entries.
+        variant: ``"paper"`` (default), or ``"official"`` for the published code's trajectory step by step: bias
+            correction that is not restarted by a reset, ``eps`` added before bias correction, decay after the update
+            (none with ``density`` < 1), and entries without history clipped to zero.
+        fused: None or False; kernels choose themselves.
+        **official: the official names above.
+
+    State per parameter, fp32 (fp64 for fp64 parameters): ``exp_avg``, ``exp_avg_sq``, the scalar ``age`` (updates since
+    the last reset; with ``variant="official"`` since the start) and, where sparse, ``mask`` (uint8, one bit per entry,
+    in the order of a flattened tensor).
+
+    A tensor whose gradient holds a NaN or Inf is skipped on the device, and `stats` says so. Gradients are never
+    modified.
+
+    Raises:
+        ValueError: an option is out of range. TypeError: an unknown argument. RuntimeError: a sparse gradient (in
+            ``step``).
+    """
+
+    ALIASES: ClassVar[dict[str, str]] = {
+        "DeltaT": "reset_interval",
+        "update_proj_gap": "reset_interval",
+        "warmup_epoch": "warmup_steps",
+        "grad_accu_steps": "clip_start",
+    }
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        threshold: float = 5000.0,
+        reset_interval: int = 500,
+        warmup_steps: int = 150,
+        clip_start: int = 20,
+        density: float = 1.0,
+        *,
+        variant: str = "paper",
+        fused: bool | None = None,
+        **official: Any,
+    ):
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "threshold": threshold,
+            "reset_interval": reset_interval,
+            "warmup_steps": warmup_steps,
+            "clip_start": clip_start,
+            "density": density,
+            "variant": variant,
+        }
+        super().__init__(params, options, official, fused)
+
+    # ---- masks ----
+
+    def new_state(self, p: Tensor, group: Group, index: int) -> State:
+        if group["density"] == 1 or p.dim() < 2:
+            return {"exp_avg": moment(p), "exp_avg_sq": moment(p), "age": scalar(p)}
+        return {"age": scalar(p), "mask_set_at": group["t"]} | _sparse_moments(p, self._draw_mask(group, index))
+
+    def _draw_mask(self, group: Group, index: int) -> Tensor:
+        p = group["params"][index]
+        # The seed says whose mask this is and when it is drawn: equal on all ranks, and the same again after a resume.
+        place = next(i for i, other in enumerate(self.param_groups) if other is group)
+        return draw_mask(p.numel(), group["density"], (place, index, group["t"])).to(p.device)
+
+    def _redraw_masks(self, group: Group, params: list[Tensor], finite: Tensor) -> None:
+        index = {p: i for i, p in enumerate(group["params"])}
+        for p, accepted in zip(params, finite.unbind(), strict=True):
+            state = self.state[p]
+            if state.get("mask_set_at") in (None, group["t"] - 1):  # dense, or given by hand for this step
+                continue
+            bits = self._draw_mask(group, index[p])
+            if state["exp_avg"].numel() == round(group["density"] * p.numel()):
+                state["mask"].copy_(torch.where(accepted, bits, state["mask"]))
+            else:  # a mask of another size was given by hand
+                state.update(_sparse_moments(p, bits))
+            state["mask_set_at"] = group["t"]
+
+    def set_mask(self, p: Tensor, mask: Tensor) -> None:
+        """Train the entries of ``p`` where ``mask`` (bool, the shape of ``p``) is True, with new moments, until a later
+        reset draws another.
+
+        A mask given just before a step whose number is a multiple of ``reset_interval`` is the one in force from that
+        step on.
+
+        Raises ValueError for a mask of another shape or dtype, or a parameter that is dense.
+        """
+        state = self.state.get(p, {})
+        if "mask" not in state:
+            raise ValueError(
+                "set_mask: the parameter is dense (density 1 or fewer than 2 dimensions) or not in this optimizer"
+            )
+        if mask.dtype != torch.bool or mask.shape != p.shape:
+            raise ValueError(
+                f"set_mask: expected a bool tensor of shape {tuple(p.shape)}, got {mask.dtype} of {tuple(mask.shape)}"
+            )
+        group = next(group for group in self.param_groups if any(p is q for q in group["params"]))
+        state.update(_sparse_moments(p, pack(mask).to(p.device)), mask_set_at=group["t"])
+        if group["variant"] == "paper":
+            state["age"].zero_()
+
+    def get_mask(self, p: Tensor) -> Tensor:
+        """The entries of ``p`` that are trained at present: a bool tensor in its shape."""
+        state = self.state[p]
+        return (
+            unpack(state["mask"], p.numel()).view(p.shape) if "mask" in state else torch.ones_like(p, dtype=torch.bool)
+        )
+
+    # ---- the step ----
+
+    def update(self, group: Group, params: list[Tensor]) -> dict[str, Tensor]:
+        official = group["variant"] == "official"
+        every, threshold, weight_decay = group["reset_interval"], group["threshold"], group["weight_decay"]
+        raw = Gradients.measure([p.grad for p in params if p.grad is not None], state_dtype(params[0]))
+        if every and group["t"] % every == 0:
+            self._redraw_masks(group, params, raw.finite)
+
+        t, lr = clock(group), hyper(group["lr"])
+        reset = reset_due(t, every)
+        age = self.stacked(params, "age")
+        age = age + 1 if official else age * (1 - reset) + 1
+        plan = AdamStep.plan(
+            raw.finite,
+            age,
+            reset,
+            lr=lr,
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=0.0 if official else weight_decay,
+            warmup=rewarm_factor(t, every, group["warmup_steps"]),
+            eps_before_correction=official,
+        )
+        clip = SpikeClip(threshold, self._clips(group, t), forget=reset, zero_history=official) if threshold else None
+
+        # Of a sparse tensor only the entries of its mask take part: they are taken out, updated and put back.
+        where = [self._entries(p) for p in params]
+        trained = _taken(params, where)
+        update_norm = adam_(
+            trained,
+            raw.of(_taken(raw.tensors, where)),
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            plan,
+            clip,
+        )
+        for p, values, entries in zip(params, trained, where, strict=True):
+            if entries is not None:
+                p.put_(entries, values)
+        if official and weight_decay and group["density"] == 1:
+            for p, accepted in zip(params, raw.finite.unbind(), strict=True):
+                p.mul_(1 - lr * weight_decay * accepted)
+        self.store(params, raw.finite, age=age)
+
+        size = raw.peak.new_tensor([max(p.numel(), 1) for p in trained])
+        return {
+            "grad_max": raw.peak,
+            "grad_norm": raw.norm,
+            "norm_after": clip.norms() if clip else raw.norm,
+            "clip_limit": torch.full_like(raw.peak, math.nan),
+            "clipped": clip.counts() / size if clip else torch.zeros_like(size),
+            "gain": torch.ones_like(size),
+            "update_rms": update_norm / size.sqrt(),
+            "skipped": (~raw.finite).to(raw.dtype),
+        }
+
+    @staticmethod
+    def _clips(group: Group, t: Tensor) -> Tensor:
+        """Whether entries are clipped on this step: 1 or 0."""
+        started = t >= group["clip_start"]
+        if group["reset_interval"]:
+            started = started & (torch.remainder(t, group["reset_interval"]) >= group["clip_start"])
+        return started.to(t.dtype)
+
+    def _entries(self, p: Tensor) -> Tensor | None:
+        """Flat indices of the entries that are trained, None for all."""
+        state = self.state[p]
+        if "mask" not in state:
+            return None
+        return torch.nonzero_static(unpack(state["mask"], p.numel()), size=state["exp_avg"].numel()).view(-1)
+
+
+def _sparse_moments(p: Tensor, bits: Tensor) -> State:
+    """New compact moments for the entries of a packed mask."""
+    kept = int(unpack(bits, p.numel()).sum())
+    m, v = (torch.zeros(kept, dtype=state_dtype(p), device=p.device) for _ in range(2))
+    return {"exp_avg": m, "exp_avg_sq": v, "mask": bits}
+
+
+def _taken(tensors: list[Tensor], where: list[Tensor | None]) -> list[Tensor]:
+    return [x if entries is None else torch.take(x, entries) for x, entries in zip(tensors, where, strict=True)]

@@ -1,0 +1,154 @@
+"""Stable-SPAM: Adam on spike-clipped, norm-stabilised gradients, with periodic momentum resets (arXiv:2502.17055)."""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from evenstep.optim.base import EvenOptimizer, Group, State, clock, hyper, moment, scalar, state_dtype
+from evenstep.transforms import AdamStep, Gradients, adaclip, adagn, adam_, cosine_factor, reset_due
+
+
+class StableSPAM(EvenOptimizer):
+    """Adam whose gradients are clipped by AdaClip and rescaled by AdaGN, and whose moments are reset now and then
+    (MoRet).
+
+    Per tensor and step: decoupled weight decay; entries above a running mean of the tensor's largest entry are scaled
+    down to it (AdaClip); the tensor gets the norm that its own norm's history suggests (AdaGN); every
+    ``reset_interval`` steps Adam's moments start anew; Adam. The statistics of AdaClip and AdaGN are never reset.
+
+    Args:
+        params: parameters, named parameters ``(name, tensor)`` or param groups, as in torch. Every option below may
+            differ per group.
+        lr: learning rate, a float or a 0-d tensor. Default 1e-3 (paper, section 5).
+        betas: decay of Adam's moments. Default (0.9, 0.999).
+        eps: added to the root of the second moment, and to AdaGN's. Default 1e-8 (official code).
+        weight_decay: decoupled weight decay, multiplied by ``lr``. Default 0.
+        gamma1, gamma2: AdaGN's decay of the norm's mean and mean square. Default 0.7 and 0.9, the paper's values for
+            4-bit training; it uses 0.85 and 0.99999 for BF16.
+        gamma3: AdaClip's decay of the largest entry. Default 0.999. Official name ``theta``.
+        total_steps: length of an optional cosine schedule that multiplies ``beta1`` and ``gamma1`` (official code, not
+            in the paper); None for none. Official name ``total_T``.
+        eta_min: where that schedule ends, and stays. Default 0.5.
+        reset_interval: steps between moment resets, 0 for never. Default 1000. Official names ``update_proj_gap``,
+            ``DeltaT``.
+        variant: ``"paper"`` (default), or ``"official"`` for the published code's trajectory step by step: one counter
+            for statistics and moments, which after a reset inflates AdaClip's limit; the reset step still uses the old
+            moments; the schedule is periodic.
+        fused: None or False; kernels choose themselves.
+        **official: the official names above.
+
+    State per parameter, fp32 (fp64 for fp64 parameters): ``exp_avg``, ``exp_avg_sq`` and the scalars ``peak`` (mean of
+    the largest entry), ``norm``, ``norm_rms`` (mean and root mean square of the norm), ``n`` (updates), ``age``
+    (updates since the last reset).
+
+    A tensor whose gradient holds a NaN or Inf is skipped on the device, and `stats` says so. Gradients are never
+    modified.
+
+    Raises:
+        ValueError: an option is out of range. TypeError: an unknown argument. RuntimeError: a sparse gradient (in
+            ``step``).
+    """
+
+    ALIASES: ClassVar[dict[str, str]] = {
+        "theta": "gamma3",
+        "total_T": "total_steps",
+        "update_proj_gap": "reset_interval",
+        "DeltaT": "reset_interval",
+    }
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        gamma1: float = 0.7,
+        gamma2: float = 0.9,
+        gamma3: float = 0.999,
+        total_steps: int | None = None,
+        eta_min: float = 0.5,
+        reset_interval: int = 1000,
+        *,
+        variant: str = "paper",
+        fused: bool | None = None,
+        **official: Any,
+    ):
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "gamma1": gamma1,
+            "gamma2": gamma2,
+            "gamma3": gamma3,
+            "total_steps": total_steps,
+            "eta_min": eta_min,
+            "reset_interval": reset_interval,
+            "variant": variant,
+        }
+        super().__init__(params, options, official, fused)
+
+    def new_state(self, p: Tensor, group: Group, index: int) -> State:
+        scalars = {name: scalar(p) for name in ("peak", "norm", "norm_rms", "n", "age")}
+        return {"exp_avg": moment(p), "exp_avg_sq": moment(p), **scalars}
+
+    def update(self, group: Group, params: list[Tensor]) -> dict[str, Tensor]:
+        official = group["variant"] == "official"
+        t, lr = clock(group), hyper(group["lr"])
+        reset = reset_due(t, group["reset_interval"])
+        beta1, beta2 = group["betas"]
+        gamma1 = group["gamma1"]
+        if group["total_steps"] is not None:
+            factor = cosine_factor(t, group["total_steps"], group["eta_min"], hold=not official)
+            beta1, gamma1 = beta1 * factor, gamma1 * factor
+
+        n = self.stacked(params, "n") + 1
+        age = self.stacked(params, "age") * (1 - reset) + 1
+
+        raw = Gradients.measure([p.grad for p in params if p.grad is not None], state_dtype(params[0]))
+        grads, peak = adaclip(raw, self.stacked(params, "peak"), n, group["gamma3"])
+        norm, clipped = grads.norms()
+        gain, norm_ema, norm_rms = adagn(
+            norm,
+            self.stacked(params, "norm"),
+            self.stacked(params, "norm_rms"),
+            n,
+            gamma1,
+            group["gamma2"],
+            group["eps"],
+        )
+        exp_avg = [self.state[p]["exp_avg"] for p in params]
+        exp_avg_sq = [self.state[p]["exp_avg_sq"] for p in params]
+        # The official code resets after the update instead of before: the old moments take this step, with the bias
+        # correction of age 1.
+        plan = AdamStep.plan(
+            raw.finite,
+            age,
+            torch.zeros_like(reset) if official else reset,
+            lr=lr,
+            betas=(beta1, beta2),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+        update_norm = adam_(params, grads.amplified(gain), exp_avg, exp_avg_sq, plan)
+        if official:
+            kept = torch.where(raw.finite, torch.ones_like(age) * (1 - reset), torch.ones_like(age)).unbind()
+            torch._foreach_mul_(exp_avg, kept)
+            torch._foreach_mul_(exp_avg_sq, kept)
+            n = age  # one counter for both: after a reset the statistics are corrected as if they were new
+        self.store(params, raw.finite, peak=peak, norm=norm_ema, norm_rms=norm_rms, n=n, age=age)
+
+        size = raw.peak.new_tensor([max(p.numel(), 1) for p in params])
+        return {
+            "grad_max": raw.peak,
+            "grad_norm": raw.norm,
+            "norm_after": norm * gain,
+            "clip_limit": grads.limit if grads.limit is not None else raw.peak,
+            "clipped": clipped / size,
+            "gain": gain,
+            "update_rms": update_norm / size.sqrt(),
+            "skipped": (~raw.finite).to(raw.dtype),
+        }

@@ -1,0 +1,65 @@
+"""What each hyperparameter may be: one table for constructors, param groups and transforms."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+Check = tuple[Callable[[Any], bool], str]
+
+
+def _number(low: float, high: float = math.inf, *, below: bool = False) -> Callable[[Any], bool]:
+    def holds(x: Any) -> bool:
+        if isinstance(x, Tensor):
+            return x.numel() == 1
+        return (
+            isinstance(x, int | float) and not isinstance(x, bool) and low <= x and (x < high if below else x <= high)
+        )
+
+    return holds
+
+
+def _betas(x: Any) -> bool:
+    return isinstance(x, Sequence) and len(x) == 2 and all(_fraction(b) for b in x)
+
+
+_fraction = _number(0, 1, below=True)
+_positive = _number(0, math.inf, below=True)
+
+
+def _count(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
+CHECKS: dict[str, Check] = {
+    "lr": (_positive, "a number >= 0"),
+    "adam_lr": (lambda x: x is None or _positive(x), "a number >= 0, or None"),
+    "betas": (_betas, "two numbers in [0, 1)"),
+    "momentum": (_fraction, "a number in [0, 1)"),
+    "eps": (_positive, "a number >= 0"),
+    "weight_decay": (_positive, "a number >= 0"),
+    "gamma1": (_fraction, "a number in [0, 1)"),
+    "gamma2": (_fraction, "a number in [0, 1)"),
+    "gamma3": (_fraction, "a number in [0, 1)"),
+    "total_steps": (lambda x: x is None or (_count(x) and x > 0), "a whole number > 0, or None"),
+    "eta_min": (_number(0, 1), "a number in [0, 1]"),
+    "reset_interval": (_count, "a whole number >= 0 (0 = never)"),
+    "threshold": (_positive, "a number >= 0 (0 = no clipping)"),
+    "warmup_steps": (_count, "a whole number >= 0"),
+    "clip_start": (_count, "a whole number >= 0"),
+    "density": (lambda x: _number(0, 1)(x) and x > 0, "a number in (0, 1]"),
+    "variant": (lambda x: x in ("paper", "official"), "'paper' or 'official'"),
+    "norm": (lambda x: x in ("rms", "l2"), "'rms' or 'l2'"),
+}
+"""What each hyperparameter may be; the same for the constructor and for every param group."""
+
+
+def check(owner: str, /, **options: Any) -> None:
+    """Raise ValueError for the first option that is out of range, saying what was given and what is allowed."""
+    for name, value in options.items():
+        holds, allowed = CHECKS[name]
+        if not holds(value):
+            raise ValueError(
+                f"{owner}: {name}={value!r} is not {allowed}" if owner else f"{name}={value!r} is not {allowed}"
+            )

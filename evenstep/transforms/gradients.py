@@ -1,0 +1,127 @@
+"""The gradients of one step, read but never written.
+
+A transform such as AdaClip or AdaGN needs a few numbers per tensor (its largest entry, its norm) and results in a few
+more (a limit, a gain). `Gradients` carries those numbers beside the raw tensors and applies them when a piece is read,
+so that no transformed copy of a whole gradient ever exists and ``p.grad`` stays as the user left it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from evenstep.transforms.blocks import blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """``k`` gradient tensors on one device. Per-tensor numbers are vectors of shape ``[k]`` in ``dtype``, the dtype of
+    the statistics.
+    """
+
+    tensors: list[Tensor]
+    dtype: torch.dtype
+    peak: Tensor
+    """Largest absolute entry; 0 for an empty tensor, NaN or Inf when any entry is."""
+    norm: Tensor
+    """2-norm, before any transform."""
+    finite: Tensor
+    """Boolean: every entry is finite. The other tensors are read as zeros."""
+    gain: Tensor
+    """Every entry is multiplied by it, after clipping; 0 where not finite."""
+    limit: Tensor | None = None
+    """Entries above it (absolute value) are multiplied by ``limit / peak``."""
+
+    @classmethod
+    def measure(cls, tensors: list[Tensor], dtype: torch.dtype) -> "Gradients":
+        """Take the largest absolute entry and the 2-norm of each tensor, in one pass."""
+        peaks, norms = [], []
+        for g in tensors:
+            parts = [_peak_and_norm(piece.to(dtype)) for (piece,) in blocks(g)]
+            peaks.append(torch.stack([peak for peak, _ in parts]).amax())
+            norms.append(_peak_and_norm(torch.stack([norm for _, norm in parts]))[1])
+        peak = torch.stack(peaks)
+        finite = torch.isfinite(peak)
+        return cls(tensors, dtype, peak, torch.stack(norms), finite, finite.to(dtype))
+
+    def of(self, tensors: list[Tensor]) -> "Gradients":
+        """The same numbers for other tensors, such as a part of each."""
+        return replace(self, tensors=tensors)
+
+    @property
+    def largest(self) -> Tensor:
+        """Largest absolute entry of each tensor as it stands, before any clipping."""
+        return self.peak * self.gain
+
+    def clipped(self, limit: Tensor) -> "Gradients":
+        """Entries above ``limit`` as they stand now are scaled so that the largest lands on it (a rescale, not a
+        clamp).
+
+        Raises ValueError when the gradients are clipped already.
+        """
+        if self.limit is not None:
+            raise ValueError("these gradients are clipped already; a step clips once")
+        return replace(self, limit=torch.where(self.gain > 0, limit / self.gain, torch.inf))
+
+    def amplified(self, gain: Tensor) -> "Gradients":
+        """Every entry is multiplied by ``gain``, after clipping."""
+        return replace(self, gain=torch.where(self.finite, self.gain * gain, torch.zeros_like(gain)))
+
+    def reader(self, i: int) -> Callable[[Tensor], Tensor]:
+        """A function from a piece of tensor ``i`` to its transformed entries, in ``dtype``; never the piece's own
+        memory.
+        """
+        gain, dtype = self.gain[i], self.dtype
+        # In a tensor that is not finite the gain is 0, which leaves zeros and NaNs: nan_to_num makes them zeros.
+        if self.limit is None:
+            return lambda piece: torch.nan_to_num_(piece.to(dtype) * gain, nan=0.0)
+        limit = self.limit[i]
+        reduced = limit / self.peak[i] * gain
+        return lambda piece: torch.nan_to_num_(_scale(piece.to(dtype), limit, gain, reduced)[0], nan=0.0)
+
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """The 2-norm of each tensor as it stands and the number of entries clipped, both ``[k]``; one pass if clipped,
+        none if not.
+        """
+        if self.limit is None:
+            return self.norm * self.gain, torch.zeros_like(self.norm)
+        # In units of the largest entry that is left, so that squares neither overflow nor vanish.
+        unit = torch.minimum(self.peak, self.limit)
+        inverse = 1 / unit.clamp(min=torch.finfo(self.dtype).tiny)
+        norms, counts = [], []
+        for tensor, limit, gain, reduced in zip(
+            self.tensors,
+            self.limit.unbind(),
+            inverse.unbind(),
+            (self.limit / self.peak * inverse).unbind(),
+            strict=True,
+        ):
+            parts = []
+            for (piece,) in blocks(tensor):
+                values, over = _scale(piece.to(self.dtype), limit, gain, reduced)
+                parts.append((torch.linalg.vector_norm(values), over.sum()))
+            norms.append(torch.linalg.vector_norm(torch.stack([norm for norm, _ in parts])))
+            counts.append(torch.stack([count for _, count in parts]).sum())
+        return torch.stack(norms) * unit * self.gain, torch.stack(counts)
+
+
+def _scale(g: Tensor, limit: Tensor, gain: Tensor, reduced: Tensor) -> tuple[Tensor, Tensor]:
+    """``g`` times ``reduced`` where it is above the limit, else times ``gain``; and 1 or 0 for above or not.
+
+    The mask is in floats because torch's boolean masks and ``where`` are not vectorised on CPU.
+    """
+    over = g.abs().gt_(limit)
+    return torch.rsub(over, 1.0).mul_(gain).addcmul_(over, reduced).mul_(g), over
+
+
+def _peak_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest absolute entry and 2-norm, the squares taken in units of the former: 1e20 does not overflow, 1e-30 does
+    not vanish.
+    """
+    if x.numel() == 0:
+        return x.new_zeros(()), x.new_zeros(())
+    low, high = torch.aminmax(x)
+    peak = torch.maximum(-low, high)
+    unit = peak.clamp(min=torch.finfo(x.dtype).tiny)
+    return peak, torch.linalg.vector_norm(x / unit) * unit
