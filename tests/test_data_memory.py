@@ -63,4 +63,4 @@ def test_300_megabytes_take_less_memory_than_they_measure_even_with_the_tokenize
     peak, read = grown(f"text:{tmp_path}/large.txt", tmp_path / "c")
     print(f"peak memory beyond the imports: {peak / 1e6:.0f} MB for {read / 1e6:.0f} MB of text")
     assert read >= 300_000_000
-    assert peak < 220_000_000
+    assert peak < 260_000_000  # the trainer keeps a table of 16 MB of text's words; the rest takes some 80 MB
