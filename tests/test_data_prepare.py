@@ -96,6 +96,7 @@ def test_the_split_depends_on_the_text_alone(tmp_path, tokenizer):
     grown = prepare(replace(spec, source=f"text:{tmp_path}/more.jsonl", seed=9))
     assert set(documents_of(grown, "val")) - {"new"} == held_out
     assert not held_out & set(documents_of(grown, "train"))
+    assert pipeline.place(b"x" * 999 + b"a") != pipeline.place(b"x" * 999 + b"b"), "all of the text counts"
     larger = prepare(replace(spec, val_fraction=0.5))
     assert held_out < set(documents_of(larger, "val"))
 

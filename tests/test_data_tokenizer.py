@@ -94,6 +94,7 @@ def test_the_end_token_is_the_one_the_configuration_names(bpe, tmp_path):
     model.add_special_tokens(["<stop>", "</s>"])
     model.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).eos_token == END_OF_TEXT
+    assert len(load_tokenizer(tmp_path).encode("<stop>")) > 1, "every special token in a text is text"
     for value in ("<stop>", {"content": "<stop>"}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": value}))
         assert load_tokenizer(tmp_path / "tokenizer.json").eos_token == "<stop>"
