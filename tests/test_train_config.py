@@ -81,6 +81,7 @@ BAD = [
     (("sede", "5"), ["sede", "did you mean 'seed'"]),
     (("nothing.like_this_at_all_xyz", "5"), ["nothing.like_this_at_all_xyz", "--help"]),
     (("optim.lr", "-1"), ["optim.lr", "-1", "above 0"]),
+    (("optim.lr", "0"), ["optim.lr", "0", "above 0"]),
     (("optim.lr", "nan"), ["optim.lr", "nan", "above 0"]),
     (("optim.lr", "fast"), ["optim.lr", "fast", "float"]),
     (("train.batch_size", "7.5"), ["train.batch_size", "7.5", "int"]),
@@ -91,7 +92,7 @@ BAD = [
     (("schedule.name", "cosin"), ["schedule.name", "cosin", "did you mean 'cosine'"]),
     (("data.val_fraction", "0.9"), ["data.val_fraction", "0.9", "at most 0.5"]),
     (("train.micro_batch_size", "3"), ["batch_size 8", "not divisible", "micro_batch_size 3"]),
-    (("schedule.warmup_steps", "300"), ["warmup_steps 300", "300 steps"]),
+    (("schedule.warmup_steps", "200"), ["warmup_steps 200", "200 steps"]),
 ]
 
 

@@ -118,6 +118,14 @@ def test_fit_after_resume_writes_the_same_log(corpus, tmp_path):
         assert again[key] == whole[key]
 
 
+def test_resuming_a_finished_run_repeats_nothing(corpus, tmp_path):
+    first = Run(quick(corpus, tmp_path / "run"), say=silent).fit()
+    log = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    again = Run.resume(tmp_path / "run", say=silent).fit()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log
+    assert (again["val_loss"], again["sample"]) == (first["val_loss"], first["sample"])
+
+
 def test_a_longer_budget_trains_on(corpus, tmp_path):
     from evenstep.train.config_io import load_config
 
@@ -283,6 +291,16 @@ def test_a_nan_that_nobody_looked_at_is_never_saved(corpus, tmp_path):
     with pytest.raises(EvenstepError, match="nan"):
         run._save_finite()
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains_and_resumes(corpus, tmp_path):
+    _, plain = train(quick(corpus, tmp_path / "plain"), 3)
+    run, losses = train(quick(corpus, tmp_path / "run", train__compile="true"), 2)
+    run.save()
+    again = Run.resume(tmp_path / "run", say=silent)
+    assert [*losses, again.step().loss.item()] == pytest.approx(plain, rel=1e-4)
+    assert run.evaluate().loss > 0
 
 
 # ---- evaluation ----

@@ -245,9 +245,9 @@ class Run:
                     break
                 result = self.step()
                 progress.step(result.step, result.loss.item() if self.device.type == "cpu" else None)
+                self.seconds = before + time.perf_counter() - began
                 if self._is_log_step(result.step):
                     self._log(result, progress)
-                self.seconds = before + time.perf_counter() - began
                 if stop.signal is not None:
                     saved = self._save_finite()
                     raise Interrupted(

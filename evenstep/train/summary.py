@@ -43,6 +43,7 @@ def finish(run: Run) -> dict[str, Any]:
         "hardware": describe_hardware(run.device),
         "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "prompt": config.sample.prompt,
         "sample": sample_text(run.model, run.tokenizer, config.sample, config.seed),
     }
     files = ["config.toml", "metrics.jsonl", "summary.json", "checkpoints/"]
@@ -116,6 +117,7 @@ def short_count(value: float) -> str:
 def closing_lines(out: Path, summary: dict[str, Any], files: list[str]) -> list[str]:
     """The block printed after the last step: numbers, sample, files, and the commands that come next."""
     run = shlex.quote(str(out))
+    prompt = f" --prompt {shlex.quote(summary['prompt'])}" if summary["prompt"] else ""
     lines = [
         "",
         f"validation loss {summary['val_loss']:.4f}   perplexity {summary['perplexity']:.2f}   "
@@ -129,6 +131,6 @@ def closing_lines(out: Path, summary: dict[str, Any], files: list[str]) -> list[
         *lines,
         "",
         f"written to {out}: {', '.join(files)}",
-        f"more text:  evenstep generate {run} --prompt 'In the beginning'",
+        f"more text:  evenstep generate {run}{prompt}",
         f"go on:      evenstep pretrain --resume {run} --train.steps {2 * summary['steps']}",
     ]
