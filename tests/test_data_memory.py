@@ -53,7 +53,7 @@ def test_a_larger_file_takes_no_more_memory_than_a_small_one(tmp_path):
         assert read >= size
         peaks.append(peak)
     # All of the larger text tokenised at once would add some 200 MB.
-    assert peaks[1] - peaks[0] < 12_000_000
+    assert peaks[1] - peaks[0] < 40_000_000
     assert peaks[1] < 150_000_000
 
 
