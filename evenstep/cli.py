@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 from evenstep import __version__
 from evenstep.errors import EvenstepError, nearest
-from evenstep.train.config import SECTIONS, Config, SampleConfig, kinds, options
+from evenstep.train.checks import kinds
+from evenstep.train.config import SECTIONS, Config, SampleConfig, options
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
 

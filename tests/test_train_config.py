@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evenstep.errors import EvenstepError
-from evenstep.train.config import Config, OptimConfig, SampleConfig, TrainConfig, options, parse_count
+from evenstep.train.checks import parse_count
+from evenstep.train.config import Config, OptimConfig, SampleConfig, TrainConfig, options
 from evenstep.train.config_io import build, changed_options, config_hash, load_config, to_toml
 
 ROOT = Path(__file__).parents[1]

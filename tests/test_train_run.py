@@ -285,6 +285,16 @@ def test_a_nan_loss_stops_before_the_weights_are_touched(corpus, tmp_path):
     assert Run.resume(tmp_path / "run", say=silent).step().loss.isfinite()
 
 
+def test_weights_that_one_update_destroyed_are_never_saved(corpus, tmp_path):
+    """The loss of that step was still finite; keeping such a checkpoint would push out the good one."""
+    run = Run(quick(corpus, tmp_path / "run", checkpoint__every="1", checkpoint__keep="1"), say=silent)
+    hook = lambda *_: run.parameters[3].data.fill_(math.nan) if run.step_number == 2 else None  # noqa: E731
+    run.optimizer.register_step_post_hook(hook)
+    with pytest.raises(EvenstepError, match=r"weights is not finite at step 3.*step-000002"):
+        run.fit()
+    assert Run.resume(tmp_path / "run", say=silent).step_number == 2
+
+
 def test_a_nan_that_nobody_looked_at_is_never_saved(corpus, tmp_path):
     run, _ = train(quick(corpus, tmp_path / "run"), 2)
     run.window.loss += math.nan  # as on a GPU between two log steps

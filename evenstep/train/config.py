@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from evenstep.errors import EvenstepError, nearest
+from evenstep.errors import EvenstepError
+from evenstep.train.checks import checked
 
 Resume = Literal["fixed", "rounding", "free"]
 """May an option change on resume? fixed: no. rounding: yes, the last bits of the losses change. free: yes, nothing
@@ -262,47 +262,3 @@ def options() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
             if f.metadata:
                 found[f"{cls.SECTION}.{f.name}" if cls.SECTION else f.name] = (f, hints[f.name])
     return found
-
-
-def kinds(hint: Any) -> tuple[type, ...]:
-    """The plain types of a hint: ``int | None`` -> (int, NoneType)."""
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def parse_count(text: str) -> int:
-    """``"1.5B"`` -> 1500000000; K, M, B (or G) and T are powers of a thousand. ValueError when it is no whole
-    number."""
-    scale = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}.get(text[-1:].upper())
-    value = float(text[:-1]) * scale if scale else float(text.replace("_", ""))
-    if not math.isfinite(value) or round(value) != round(value, 6):
-        raise ValueError(text)
-    return round(value)
-
-
-def checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
-    """``value`` as the option's type, in its range; EvenstepError names the option, what was given and what is
-    allowed."""
-    allowed, choices = kinds(hint), meta["choices"]
-    if meta["count"] and isinstance(value, str):
-        try:
-            value = parse_count(value)
-        except ValueError:
-            raise EvenstepError(
-                f"{key}: {value!r} is no count; give a whole number, or one like 20K, 100M, 1.5B"
-            ) from None
-    if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
-        value = float(value)
-    if type(value) not in allowed:
-        names = " or ".join({"NoneType": "none"}.get(kind.__name__, kind.__name__) for kind in allowed)
-        raise EvenstepError(f"{key}: {value!r} is {type(value).__name__}, expected {names}")
-    if isinstance(value, str) and choices and value not in choices:
-        number = "a number or " if int in allowed else ""
-        raise EvenstepError(f"{key}: {value!r} is not {number}one of {', '.join(choices)}{nearest(value, choices)}")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        low, above, high = meta["low"], meta["above"], meta["high"]
-        fits = math.isfinite(value) and (low is None or value >= low) and (above is None or value > above)
-        if not fits or (high is not None and value > high):
-            lower = f"at least {low}" if low is not None else f"above {above}"
-            upper = f" and at most {high}" if high is not None else ""
-            raise EvenstepError(f"{key}: {value} is out of range; it must be {lower}{upper}")
-    return value

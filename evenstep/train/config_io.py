@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from evenstep.errors import EvenstepError, nearest
-from evenstep.train.config import SECTIONS, Config, kinds, options
+from evenstep.train.checks import kinds
+from evenstep.train.config import SECTIONS, Config, options
 
 Tables = dict[str, Any]
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from evenstep.train.config import SECTIONS, Config, kinds, options
+from evenstep.train.checks import kinds
+from evenstep.train.config import SECTIONS, Config, options
 from evenstep.train.optimizers import OPTIMIZERS, hyperparameters
 
 _INTRO = """\

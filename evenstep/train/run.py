@@ -27,11 +27,12 @@ from evenstep.train.config import Config
 from evenstep.train.config_io import build, changed_options, read_toml, to_toml
 from evenstep.train.evaluate import EvalResult, evaluate
 from evenstep.train.files import locked, replace_text
-from evenstep.train.hardware import peak_flops, peak_memory, pick_device
+from evenstep.train.hardware import pick_device
 from evenstep.train.interrupts import Interrupted, Interrupts
 from evenstep.train.metrics import Metrics
-from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer, steps_to_reset
+from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer
 from evenstep.train.progress import LineProgress, make_progress
+from evenstep.train.records import train_record, validation_record
 from evenstep.train.schedule import lr_factor
 from evenstep.train.state import restore_state, write_state
 from evenstep.train.summary import finish
@@ -159,7 +160,7 @@ class Run:
         inputs, targets = inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
         loss = self._accumulate(inputs, targets)
         if self.device.type == "cpu" and not math.isfinite(loss.item()):
-            raise self._diverged(number, loss.item())
+            raise self._diverged(number, f"the loss is {loss.item()}")
         norm = None
         if config.train.clip_norm:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.train.clip_norm, foreach=True)
@@ -194,7 +195,7 @@ class Run:
     def _is_log_step(self, number: int) -> bool:
         return number % self.config.log.every == 0 or number == self.config.total_steps
 
-    def _diverged(self, step: int, loss: float) -> EvenstepError:
+    def _diverged(self, step: int, what: str) -> EvenstepError:
         kept = list_checkpoints(self.out / "checkpoints")
         way_on = (
             f"the last good checkpoint is {kept[0]}; --resume {self.out} goes on from it"
@@ -202,7 +203,7 @@ class Run:
             else "no checkpoint was saved before it"
         )
         return EvenstepError(
-            f"the loss is {loss} at step {step}, training stopped; {way_on}. "
+            f"{what} at step {step}, training stopped; {way_on}. "
             "Lower optim.lr, lengthen schedule.warmup_steps or set train.clip_norm in a new run"
         )
 
@@ -261,51 +262,31 @@ class Run:
         return finish(self)
 
     def _save_finite(self) -> Path:
-        """Save, but never weights of which the loss is NaN: on a GPU this is the first time that anyone looks."""
-        if not math.isfinite(self.window.loss.item()):
-            raise self._diverged(self.step_number, self.window.loss.item())
+        """Save, but never weights that are lost: the loss is of the weights before the update, so these are looked
+        at too."""
+        loss = self.window.loss.item()
+        if not math.isfinite(loss):
+            raise self._diverged(self.step_number, f"the loss is {loss}")
+        if not math.isfinite(torch.nn.utils.get_total_norm(self.parameters, foreach=True).item()):
+            raise self._diverged(self.step_number, "the norm of the weights is not finite")
         return self.save()
 
     def _log(self, result: StepResult, progress: LineProgress) -> None:
         window, waiting = self.window, time.perf_counter()
         loss = window.loss.item() / window.steps  # waits for the GPU
         if not math.isfinite(loss):
-            raise self._diverged(result.step, loss)
+            raise self._diverged(result.step, f"the loss is {loss}")
         waited = time.perf_counter() - waiting
         self.step_seconds += waited
         seconds = window.seconds + waited
-        speed = window.timed_steps * self.config.tokens_per_step / seconds
-        record: dict[str, Any] = {
-            "step": result.step,
-            "tokens": self.tokens,
-            "loss": loss,
-            "lr": result.lr,
-            "grad_norm": result.grad_norm.item() if result.grad_norm is not None else None,
-            "tokens_per_second": speed,
-            "data_share": window.data_seconds / seconds,
-            "memory": peak_memory(self.device),
-            "seconds": self.seconds,
-        }
-        peak = peak_flops(self.device, self.config.train.dtype)
-        if peak:
-            record["mfu"] = speed * self.model.flops_per_token(self.config.train.seq_len) / peak
-        wait = steps_to_reset(self.optimizer)
-        if wait is not None:
-            record["steps_to_reset"] = wait
+        record = train_record(self, result, loss, seconds)
         self.metrics.write(record)
         progress.train(record)
         self.window = self._new_window()
 
     def _validate(self, progress: LineProgress) -> None:
         result = self.evaluate()
-        record = {
-            "step": self.step_number,
-            "tokens": self.tokens,
-            "val_loss": result.loss,
-            "perplexity": result.perplexity,
-            "bits_per_byte": result.bits_per_byte,
-            "val_tokens": result.tokens,
-        }
+        record = validation_record(self, result)
         self.metrics.write(record)
         progress.validation(record)
 

@@ -1,0 +1,52 @@
+"""The lines of metrics.jsonl, as dicts; their keys are stable names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from evenstep.train.hardware import peak_flops, peak_memory
+from evenstep.train.optimizers import steps_to_reset
+
+if TYPE_CHECKING:
+    from evenstep.train.evaluate import EvalResult
+    from evenstep.train.run import Run, StepResult
+
+
+def train_record(run: Run, result: StepResult, loss: float, seconds: float) -> dict[str, Any]:
+    """A training line: ``loss`` is the mean over the steps since the last line, ``seconds`` the time they took in
+    this process.
+
+    ``data_share`` is the share of that time spent waiting for batches, ``memory`` the peak in bytes, ``mfu`` (GPU
+    alone) the model's FLOPs over the GPU's peak, ``steps_to_reset`` there when the optimizer resets its moments.
+    """
+    window, config = run.window, run.config
+    speed = window.timed_steps * config.tokens_per_step / seconds
+    record: dict[str, Any] = {
+        "step": result.step,
+        "tokens": run.tokens,
+        "loss": loss,
+        "lr": result.lr,
+        "grad_norm": result.grad_norm.item() if result.grad_norm is not None else None,
+        "tokens_per_second": speed,
+        "data_share": window.data_seconds / seconds,
+        "memory": peak_memory(run.device),
+        "seconds": run.seconds,
+    }
+    peak = peak_flops(run.device, config.train.dtype)
+    if peak:
+        record["mfu"] = speed * run.model.flops_per_token(config.train.seq_len) / peak
+    wait = steps_to_reset(run.optimizer)
+    if wait is not None:
+        record["steps_to_reset"] = wait
+    return record
+
+
+def validation_record(run: Run, result: EvalResult) -> dict[str, Any]:
+    return {
+        "step": run.step_number,
+        "tokens": run.tokens,
+        "val_loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "val_tokens": result.tokens,
+    }
