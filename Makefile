@@ -1,0 +1,48 @@
+# Every target makes what it needs: `make demo` and `make test` work in a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The exact version, first: a plain or ranged request pulls gigabytes of CUDA packages. On a GPU machine install the
+# torch of your choice into $(VENV) beforehand and set TORCH to it, e.g. `make test TORCH=torch`.
+TORCH ?= torch==2.13.0
+
+# Small tensor operations stall when OpenMP threads outnumber the free cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow lint format bench clean
+
+demo: $(VENV)/.train  ## train a small LLaMA on real text: about three minutes, no download beyond pip
+	$(BIN)/evenstep pretrain recipes/demo.toml $(ARGS)
+
+test: $(VENV)/.dev  ## the test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.dev  ## the tests that are left out of `make test` for their length
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+lint: $(VENV)/.dev  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## put the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## training throughput against transformers, one thread
+	$(BIN)/python benchmarks/throughput.py --compile $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+
+$(VENV)/.train: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[train]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@ $(VENV)/.train
