@@ -40,7 +40,8 @@ def set_up_torch(config: Config) -> None:
         torch.set_num_threads(config.train.threads)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    if torch.are_deterministic_algorithms_enabled() != config.train.deterministic:  # the call itself loads the compiler
+        torch.use_deterministic_algorithms(config.train.deterministic)
 
 
 def load_data(config: Config, progress: Any = None) -> TokenData:
