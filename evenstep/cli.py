@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         "pretrain",
         parents=[debug],
         help="train a language model",
+        usage="evenstep pretrain [RECIPE.toml] [--section.key VALUE ...] [--resume [RUN]]",
         description=PRETRAIN,
         epilog=PRETRAIN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -131,11 +132,9 @@ def _pretrain_arguments(pretrain: argparse.ArgumentParser, shtab: Any) -> None:
         if field.default is not None and field.default != "":
             text += f" (default: {_shown(field.default)})"
         names = [kind.__name__ for kind in kinds(hint) if kind is not type(None)]
-        argument: Any = groups[key.rpartition(".")[0]].add_argument(
+        groups[key.rpartition(".")[0]].add_argument(
             f"--{key}", dest=key, metavar=names[0].upper(), help=text.replace("%", "%%")
         )
-        if field.metadata["choices"] and str in kinds(hint):
-            argument.choices = None  # the configuration says what is allowed, with the nearest name
     pretrain.set_defaults(run_command=_pretrain)
 
 
