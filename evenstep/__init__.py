@@ -1,6 +1,7 @@
 """evenstep: training that holds steady.
 
-The public names are loaded on first use, so that ``import evenstep`` costs next to nothing, prints nothing and touches no device.
+The public names are loaded on first use, so that ``import evenstep`` costs next to nothing, prints nothing and touches
+no device.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ _HOME = {
     "AdaGN": "evenstep.optim",
     "GradientStabilizer": "evenstep.optim",
 }
-__all__ = [*sorted(_HOME), "__version__"]  # noqa: PLE0604
+__all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
     from evenstep.optim import SCALE as SCALE

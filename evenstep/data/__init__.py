@@ -1,5 +1,6 @@
 """Text to batches: sources of documents, tokenizers, token shards, and the order in which training reads them.
- Importing this needs torch and numpy only; tokenizers, pyarrow, sentencepiece, datasets and rich are imported by what
+
+Importing this needs torch and numpy only; tokenizers, pyarrow, sentencepiece, datasets and rich are imported by what
 uses them.
 """
 

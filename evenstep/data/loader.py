@@ -1,8 +1,10 @@
 """The order of training: which tokens make batch number k, found without remembering the batches before it.
- A stream of N tokens holds n = (N - 1) // seq_len windows of seq_len + 1 tokens; neighbours share one token, the last
+
+A stream of N tokens holds n = (N - 1) // seq_len windows of seq_len + 1 tokens; neighbours share one token, the last
 target of the one being the first input of the next. One epoch visits every window once, in an order drawn from (seed,
 epoch).
- The order is a keyed permutation instead of a shuffled list. A Feistel network turns an index of b bits into another
+
+The order is a keyed permutation instead of a shuffled list. A Feistel network turns an index of b bits into another
 index of b bits: it splits the bits into two halves and mixes a hash of one half into the other, several times over.
 Every such step can be undone, so no two indices meet, whatever the hash: it is a permutation by construction. n is
 rarely a power of two, so b is the smallest width that holds n, and an index that lands outside is sent through again

@@ -206,7 +206,8 @@ class Llama(nn.Module):
         self.config = config
         self.model = LlamaBody(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.init_weights()
+        if not self.lm_head.weight.is_meta:  # nothing to draw there, and drawing on meta loads torch's compiler
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -128,19 +128,21 @@ class SCALE(EvenOptimizer):
     def _matrix_step(self, group: Group, params: list[Tensor], grads: Gradients) -> tuple[Tensor, Tensor]:
         """Returns the norm of each normalised gradient and of each update."""
         embedding, beta, decay = group["kind"] == "embedding", group["momentum"], group["weight_decay"]
-        rates = torch.where(grads.finite, hyper(group["lr"]), 0.0).to(grads.dtype)
+        one = torch.ones_like(grads.peak)
+        rates = torch.where(grads.finite, one * hyper(group["lr"]), 0 * one)
+        keeps = torch.where(grads.finite, one * beta, one)
+        peaks = torch.where(grads.finite, grads.peak, one)
         norms = []
         for i, p in enumerate(params):
             read, rate, parts = grads.reader(i), rates[i], []
-            keep = torch.where(grads.finite[i], beta, 1.0)
             moments = [self.state[p]["exp_avg"]] if group["kind"] == "last" else []
             if embedding:
                 pieces = (piece for (piece,) in row_blocks(grads.tensors[i]))
-                size = column_norms(pieces, read, grads.peak[i], p.shape[0], group["norm"])
+                size = column_norms(pieces, read, peaks[i], p.shape[0], group["norm"])
             for x, piece, *averages in row_blocks(p, grads.tensors[i], *moments):
                 g = read(piece)
                 for m in averages:
-                    g = m.mul_(keep).add_(g, alpha=1 - beta)
+                    g = m.mul_(keeps[i]).add_(g, alpha=1 - beta)
                 direction = g / (size if embedding else row_norms(g, group["norm"]))
                 parts.append(torch.linalg.vector_norm(direction))
                 start = x.to(g.dtype) * (1 - rate * decay) if decay else x

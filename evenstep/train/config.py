@@ -136,7 +136,7 @@ class TrainConfig(Section):
         False, "recompute activations in backward: less memory, more time", resume="rounding"
     )
     loss_chunk: int | str = option(
-        "auto", "rows of logits alive at once; 0: all; auto: all unless they would take an eighth of the memory",
+        "auto", "rows of logits alive at once; 0: all; auto: 256 on a CPU, else all if they fit an eighth of memory",
         low=0, choices=("auto",), resume="rounding",
     )  # fmt: skip
     clip_norm: float = option(0.0, "clip the norm of all gradients together to this; 0: off", low=0)

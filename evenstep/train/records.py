@@ -1,15 +1,43 @@
-"""The lines of metrics.jsonl, as dicts; their keys are stable names."""
+"""What a step gives, what is gathered between log lines, and the lines of metrics.jsonl, whose keys are stable
+names.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from evenstep.train.hardware import peak_flops, peak_memory
 from evenstep.train.optimizers import steps_to_reset
 
 if TYPE_CHECKING:
     from evenstep.train.evaluate import EvalResult
-    from evenstep.train.run import Run, StepResult
+    from evenstep.train.run import Run
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """``loss``: mean over the step's tokens, 0-d on the device. ``grad_norm``: of all gradients before clipping, on
+    log steps or when clipping."""
+
+    step: int
+    loss: Tensor
+    lr: float
+    grad_norm: Tensor | None
+
+
+@dataclass
+class Window:
+    """What has been gathered since the last training line of the log; its loss is part of a checkpoint, its times
+    are not."""
+
+    loss: Tensor
+    steps: int = 0
+    timed_steps: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
 
 
 def train_record(run: Run, result: StepResult, loss: float, seconds: float) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +31,12 @@ from evenstep.train.interrupts import Interrupted, Interrupts
 from evenstep.train.metrics import Metrics
 from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer
 from evenstep.train.progress import LineProgress, make_progress
-from evenstep.train.records import train_record, validation_record
+from evenstep.train.records import StepResult, Window, train_record, validation_record
 from evenstep.train.schedule import lr_factor
 from evenstep.train.state import restore_state, write_state
 from evenstep.train.summary import finish
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """``loss``: mean over the step's tokens, 0-d on the device. ``grad_norm``: of all gradients before clipping, on
-    log steps or when clipping."""
-
-    step: int
-    loss: Tensor
-    lr: float
-    grad_norm: Tensor | None
-
-
-@dataclass
-class Window:
-    """What has been gathered since the last training line of the log; its loss is part of a checkpoint, its times
-    are not."""
-
-    loss: Tensor
-    steps: int = 0
-    timed_steps: int = 0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
 
 
 class Run:
@@ -131,7 +107,9 @@ class Run:
         self.loader = BatchLoader(self.data.train, train.seq_len, train.batch_size, config.seed)
         self.chunk = setup.loss_chunk(config, self.model.config.vocab_size, self.device, say)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=train.dtype == "bf16-autocast")
-        self.loss = torch.compile(self.model.loss, dynamic=False) if train.compile else self.model.loss
+        if train.compile:  # block by block: one small graph serves all, and the chunked loss cannot be compiled
+            for block in self.model.model.layers:
+                block.compile(dynamic=False)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.step_number = 0
         self.tokens = 0
@@ -148,18 +126,23 @@ class Run:
         """Read a batch, run forward and backward in micro batches, update. The loss is the mean over tokens, however
         they are split.
 
-        EvenstepError when the loss is NaN or infinite: on a CPU before the weights are touched, on a GPU at the next
-        log step.
+        EvenstepError when the loss is NaN or infinite: on a CPU before the weights are touched, and with a checkpoint
+        of them, on a GPU at the next log step.
         """
         config, began = self.config, time.perf_counter()
         number = self.step_number + 1
         factor = lr_factor(config.schedule, number, config.total_steps, config.warmup_steps)
         self.rates.set(self.optimizer, factor)
+        position = self.loader.position
         inputs, targets = self.loader.next_batch()
         waited = time.perf_counter() - began
         inputs, targets = inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
         loss = self._accumulate(inputs, targets)
         if self.device.type == "cpu" and not math.isfinite(loss.item()):
+            self.loader.position = position
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.step_number and self._weights_are_finite():
+                self.save()
             raise self._diverged(number, f"the loss is {loss.item()}")
         norm = None
         if config.train.clip_norm:
@@ -187,7 +170,7 @@ class Run:
         parts = []
         for x, y in zip(inputs.split(size), targets.split(size), strict=True):
             with self.autocast:
-                part = self.loss(x, y, chunk=self.chunk) * (y.numel() / total)
+                part = self.model.loss(x, y, chunk=self.chunk) * (y.numel() / total)
             part.backward()
             parts.append(part.detach())
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
@@ -267,9 +250,12 @@ class Run:
         loss = self.window.loss.item()
         if not math.isfinite(loss):
             raise self._diverged(self.step_number, f"the loss is {loss}")
-        if not math.isfinite(torch.nn.utils.get_total_norm(self.parameters, foreach=True).item()):
+        if not self._weights_are_finite():
             raise self._diverged(self.step_number, "the norm of the weights is not finite")
         return self.save()
+
+    def _weights_are_finite(self) -> bool:
+        return math.isfinite(torch.nn.utils.get_total_norm(self.parameters, foreach=True).item())
 
     def _log(self, result: StepResult, progress: LineProgress) -> None:
         window, waiting = self.window, time.perf_counter()

@@ -19,6 +19,11 @@ from evenstep.train.hardware import total_memory
 CHUNK_BYTES = 64 * 2**20
 """Logits alive at once when the loss is chunked by ``auto``."""
 
+CPU_ROWS = 256
+"""Rows of logits alive at once on a CPU: fewer waste matrix products, more leave the cache
+(benchmarks/throughput.py).
+"""
+
 
 def default_name(config: Config) -> str:
     return config.name or f"{config.model.size}-{config.optim.name}"
@@ -96,15 +101,17 @@ def build_model(config: Config, vocab_size: int, directory: Path | None, device:
 def loss_chunk(config: Config, vocab_size: int, device: torch.device, say: Callable[[str], None]) -> int | None:
     """Rows of logits alive at once, None for all.
 
-    The rule of ``auto``: the whole logits of one forward pass, their fp32 copy for the softmax and their gradient
-    take about 12 bytes a value. While that is below an eighth of the device's memory the logits stay whole, which is
-    faster; above it they come in chunks of 64 MiB. It is decided by total memory, not by what happens to be free, so
-    a resumed run decides the same.
+    The rule of ``auto``: on a CPU in fp32 always 256 rows, which stay in cache and are the fastest way too. Elsewhere
+    the whole logits of one forward pass, their fp32 copy for the softmax and their gradient take about 12 bytes a
+    value; while that is below an eighth of the device's memory they stay whole, which is faster, above it they come in
+    chunks of 64 MiB. It is decided by total memory, not by what happens to be free, so a resumed run decides the same.
     """
     given = config.train.loss_chunk
     if isinstance(given, int):
         return given or None
     rows = config.micro_batch_size * config.train.seq_len
+    if device.type == "cpu" and config.train.dtype == "fp32":
+        return CPU_ROWS if rows > CPU_ROWS else None
     whole = rows * vocab_size * 12
     if whole <= total_memory(device) / 8:
         return None

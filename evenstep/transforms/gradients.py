@@ -31,7 +31,7 @@ class Gradients:
     gain: Tensor
     """Every entry is multiplied by it, after clipping; 0 where not finite."""
     limit: Tensor | None = None
-    """Entries above it (absolute value) are multiplied by ``limit / peak``."""
+    """Entries of the raw tensor above it (absolute value) are multiplied by ``limit / peak``."""
 
     @classmethod
     def measure(cls, tensors: list[Tensor], dtype: torch.dtype) -> "Gradients":
@@ -48,6 +48,11 @@ class Gradients:
     def of(self, tensors: list[Tensor]) -> "Gradients":
         """The same numbers for other tensors, such as a part of each."""
         return replace(self, tensors=tensors)
+
+    @property
+    def _rescale(self) -> Tensor:
+        assert self.limit is not None
+        return torch.where(self.limit < self.peak, self.limit / self.peak, torch.ones_like(self.peak))
 
     @property
     def largest(self) -> Tensor:
@@ -77,7 +82,7 @@ class Gradients:
         if self.limit is None:
             return lambda piece: torch.nan_to_num_(piece.to(dtype) * gain, nan=0.0)
         limit = self.limit[i]
-        reduced = limit / self.peak[i] * gain
+        reduced = self._rescale[i] * gain
         return lambda piece: torch.nan_to_num_(_scale(piece.to(dtype), limit, gain, reduced)[0], nan=0.0)
 
     def norms(self) -> tuple[Tensor, Tensor]:
@@ -94,7 +99,7 @@ class Gradients:
             self.tensors,
             self.limit.unbind(),
             inverse.unbind(),
-            (self.limit / self.peak * inverse).unbind(),
+            (self._rescale * inverse).unbind(),
             strict=True,
         ):
             parts = []
