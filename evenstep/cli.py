@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ from evenstep import __version__
 from evenstep.errors import EvenstepError, nearest
 from evenstep.train.checks import checked, kinds, limits
 from evenstep.train.config import SECTIONS, Config, SampleConfig, options
-from evenstep.train.hyperparameters import CHOICES, owners
+from evenstep.train.hyperparameters import owners
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
 
@@ -104,7 +105,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
     runs.set_defaults(run_command=_runs)
 
     completion = commands.add_parser("completion", parents=[debug], help="print shell completion", allow_abbrev=False)
-    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    completion.add_argument("shell", metavar="SHELL", help="bash, zsh, tcsh, fish or powershell")
     completion.set_defaults(run_command=_completion)
     return parser, commands
 
@@ -196,24 +197,9 @@ def _runs(args: argparse.Namespace) -> None:
 
 
 def _completion(args: argparse.Namespace) -> None:
-    try:
-        import shtab
-    except ImportError:
-        raise EvenstepError("completion needs the package shtab; pip install 'evenstep[train]'") from None
-    parser, commands = build_parser()
-    directories = ("run", "directory", "resume", "out", "data.cache_dir", "model.init")
-    paths = dict.fromkeys(directories, shtab.DIRECTORY) | dict.fromkeys(("recipe", "data.tokenizer"), shtab.FILE)
-    # Only here: argparse would check choices itself, without the suggestion of what was meant.
-    choices = {key: field.metadata["choices"] for key, (field, _) in options().items()}
-    choices |= {key: ("true", "false") for key, (_, hint) in options().items() if bool in kinds(hint)}
-    choices |= {f"optim.{name}": values for name, values in CHOICES.items()}
-    for command in commands.choices.values():
-        for action in command._actions:
-            if action.dest in paths:
-                action.complete = paths[action.dest]
-            elif choices.get(action.dest) and action.nargs != 0:
-                action.choices = choices[action.dest]
-    print(shtab.complete(parser, args.shell))
+    from evenstep.completion import script
+
+    print(script(*build_parser(), args.shell))
 
 
 def split_options(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -256,9 +242,9 @@ def run_program(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status. Errors are one line on stderr, with ``--debug`` a stack trace."""
     argv = sys.argv[1:] if argv is None else argv
-    for name in ("stdout", "stderr"):  # None when the shell closed it (>&-)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the program
+    # None when the shell closed them (>&-).
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the program
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
         run_program(argv)
         sys.stdout.flush()
@@ -292,4 +278,5 @@ def explain(problem: Exception) -> tuple[str, int]:
 
 
 def _complain(text: str) -> None:
-    print(f"evenstep: {text}", file=sys.stderr, flush=True)
+    with suppress(BrokenPipeError):
+        print(f"evenstep: {text}", file=sys.stderr, flush=True)

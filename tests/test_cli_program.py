@@ -68,7 +68,8 @@ sys.exit(main({words!r}))
 
 
 @pytest.mark.parametrize(
-    "shell, word", [("bash", "--train.batch_size"), ("zsh", "--train.batch_size"), ("tcsh", "pretrain")]
+    "shell, word",
+    [("bash", "--train.batch_size"), ("zsh", "--train.batch_size"), ("tcsh", "pretrain"), ("fish", "train.dtype")],
 )
 def test_completion(capsys, shell, word):
     status, out, _ = call(capsys, "completion", shell)

@@ -118,6 +118,7 @@ def test_a_run_that_saved_nothing_can_be_started_again(corpus, tmp_path):
     poison(run, 1)
     with pytest.raises(EvenstepError):
         run.fit()
+    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
     with pytest.raises(EvenstepError, match="no checkpoint yet; start it again with") as caught:
         Run.resume(out, say=silent)
     assert trains(*advised(str(caught.value)))

@@ -19,7 +19,8 @@ the command line `none` clears an option that may be none.
 
 The last column says what `--resume` allows. **free**: may change. **rounding**: may change, and the last bits of the
 losses change with it. **fixed**: a resumed run keeps it; a change is refused by name. A larger `train.steps` or
-`train.tokens` trains on; a cosine or wsd schedule then gives other learning rates from that step on.
+`train.tokens` trains on, and one below the steps done is refused; under a cosine or wsd schedule another budget gives
+other learning rates from that step on.
 """
 
 
