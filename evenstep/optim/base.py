@@ -12,7 +12,6 @@ The rules that keep a run exact, wherever it is stopped and resumed:
   value: a gradient with a NaN or Inf leaves its parameter and state as they were by arithmetic, not by a branch.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -20,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evenstep.errors import nearest
-from evenstep.transforms import CHECKS, check
-
-Group = dict[str, Any]
-State = dict[str, Any]
+from evenstep.optim.names import renamed, without_inert
+from evenstep.optim.sharding import Bucket, buckets, combine, local, state_dtype
+from evenstep.optim.state import Group, State, in_param_order, place_clock
+from evenstep.transforms import CHECKS, Gradients, Steps, Weights, check, lockstep
 
 
 class EvenOptimizer(Optimizer):
@@ -36,7 +34,7 @@ class EvenOptimizer(Optimizer):
     def __init__(self, params: Iterable[Any], hyper: dict[str, Any], official: Mapping[str, Any], fused: bool | None):
         if fused:
             raise ValueError("fused=True was given, but this version has no fused kernels; use fused=None or False")
-        defaults = _renamed(official, self.ALIASES, type(self).__name__, set(hyper))
+        defaults = renamed(without_inert(official), self.ALIASES, type(self).__name__, set(hyper))
         self.stats: dict[str, Tensor] = {}
         super().__init__(params, hyper | defaults)
 
@@ -54,18 +52,19 @@ class EvenOptimizer(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group is a dict with 'params' and options, got {type(param_group).__name__}")
-        group = self._prepare_group(
-            _renamed(param_group, self.ALIASES, "param group", set(self.defaults), strict=False)
-        )
+        group = self._prepare_group(renamed(param_group, self.ALIASES, "param group", set(self.defaults), strict=False))
         for name, value in (self.defaults | group).items():
             self._check(name, value)
-        group.setdefault("t", max((other["t"] for other in self.param_groups), default=0))
+        group.setdefault("t", max((int(other["t"]) for other in self.param_groups), default=0))
         super().add_param_group(group)
         added = self.param_groups[-1]
         try:
+            place_clock(added)
             for index, p in enumerate(added["params"]):
                 _check_parameter(p, index)
                 self.state[p] = self.new_state(p, added, index)
+                if added["rounding"] == "kahan" and p.dtype != state_dtype(p):
+                    self.state[p]["compensation"] = torch.zeros_like(p)
         except Exception:
             self.param_groups.pop()
             raise
@@ -93,19 +92,41 @@ class EvenOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_sparse_gradients()
-        measured: list[tuple[list[Tensor], dict[str, Tensor]]] = []
         for group in self.param_groups:
             group["t"] += 1
-            for params in alike(group["params"]):
-                measured.append((params, self.update(group, params)))
-        self.stats = in_param_order(self.param_groups, measured)
+        self._update([(group, bucket) for group in self.param_groups for bucket in buckets(group["params"])])
         return loss
 
-    def update(self, group: Group, params: list[Tensor]) -> dict[str, Tensor]:
-        """Update ``params``, all on one device, of one state dtype and with gradients; return their statistics, vectors
-        of shape ``[k]``.
-        """
+    def _update(self, work: list[tuple[Group, Bucket]]) -> None:
+        layouts = [bucket.layout for _, bucket in work]
+        steps = [self.update(group, bucket) for group, bucket in work]
+        numbers = lockstep(steps, lambda requests: combine(requests, layouts))
+        measured = [(bucket.params, found) for (_, bucket), found in zip(work, numbers, strict=True)]
+        self.stats = in_param_order(self.param_groups, measured)
+
+    def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
+        """Update the parameters of ``bucket``; return their statistics, vectors of shape ``[k]``."""
         raise NotImplementedError
+
+    def gradients(self, group: Group, bucket: Bucket) -> Steps[Gradients]:
+        return Gradients.measure(bucket.grads, bucket.dtype, -1.0 if group["maximize"] else 1.0)
+
+    def weights(self, group: Group, bucket: Bucket) -> Weights:
+        """The parameters of ``bucket`` with what their rounding needs."""
+        if group["rounding"] == "nearest" or all(p.dtype == bucket.dtype for p in bucket.here):
+            return Weights(bucket.here)
+        if group["rounding"] == "kahan":
+            return Weights(bucket.here, lost=self.parts(bucket, "compensation"))
+        index = {p: i for i, p in enumerate(group["params"])}
+        place = next(i for i, other in enumerate(self.param_groups) if other is group)
+        # Seeded by step and place: resumable, equal on replicas, and the global generators stay as they are.
+        seeds = [((int(group["t"]) * 1_000_003 + place) * 1_000_003 + index[p]) % 2**62 for p in bucket.params]
+        noise = [torch.Generator(p.device).manual_seed(seed) for p, seed in zip(bucket.here, seeds, strict=True)]
+        return Weights(bucket.here, noise=noise)
+
+    def parts(self, bucket: Bucket, name: str) -> list[Tensor]:
+        """What is here of one entry of the state of each parameter."""
+        return [local(self.state[p][name]) for p in bucket.params]
 
     def _refuse_sparse_gradients(self) -> None:
         for group in self.param_groups:
@@ -116,14 +137,14 @@ class EvenOptimizer(Optimizer):
                         "use a dense embedding (sparse=False) or another optimizer for it"
                     )
 
-    def stacked(self, params: list[Tensor], name: str) -> Tensor:
+    def stacked(self, bucket: Bucket, name: str) -> Tensor:
         """A scalar of the state of each parameter, as one vector."""
-        return torch.stack([self.state[p][name] for p in params])
+        return torch.stack([self.state[p][name] for p in bucket.params])
 
-    def store(self, params: list[Tensor], where: Tensor, **vectors: Tensor) -> None:
+    def store(self, bucket: Bucket, where: Tensor, **vectors: Tensor) -> None:
         """Write vectors back into the scalars of the state, for the parameters where ``where`` (bool ``[k]``) holds."""
         for name, vector in vectors.items():
-            for p, keep, new in zip(params, where.unbind(), vector.unbind(), strict=True):
+            for p, keep, new in zip(bucket.params, where.unbind(), vector.unbind(), strict=True):
                 old = self.state[p][name]
                 old.copy_(torch.where(keep, new, old))
 
@@ -143,6 +164,8 @@ class EvenOptimizer(Optimizer):
                 hook.remove()
 
     def _restore_exactly(self, saved: dict[str, Any]) -> None:
+        for group in self.param_groups:
+            place_clock(group)
         ids = [i for group in saved["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):
@@ -151,87 +174,8 @@ class EvenOptimizer(Optimizer):
                     self.state[p][name] = value.detach().to(p.device, copy=True)
 
 
-def clock(group: Group) -> Tensor:
-    """``group["t"]`` as a 0-d float64 tensor for the arithmetic of `evenstep.transforms.clock`."""
-    return torch.tensor(float(group["t"]), dtype=torch.float64)
-
-
-def hyper(value: float | Tensor) -> Tensor:
-    """A hyperparameter that moves with time (the learning rate) as a 0-d tensor."""
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-
-
-def state_dtype(p: Tensor) -> torch.dtype:
-    """fp32, or fp64 for an fp64 parameter."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
-
-
-def scalar(p: Tensor) -> Tensor:
-    """A zero for the scalars of a parameter's state."""
-    return torch.zeros((), dtype=state_dtype(p), device=p.device)
-
-
-def moment(p: Tensor) -> Tensor:
-    """Zeros in the shape of ``p``, for the moments of its state."""
-    return torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format)
-
-
-def alike(params: list[Tensor]) -> list[list[Tensor]]:
-    """The parameters that have a gradient, split by device and state dtype."""
-    buckets: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for p in params:
-        if p.grad is not None:
-            buckets.setdefault((p.device, state_dtype(p)), []).append(p)
-    return list(buckets.values())
-
-
-def in_param_order(groups: list[Group], measured: list[tuple[list[Tensor], dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """Statistics of some parameters each, as one vector per name over all parameters; NaN for those without a
-    gradient.
-    """
-    params = [p for group in groups for p in group["params"]]
-    if len(measured) == 1 and len(measured[0][0]) == len(params):
-        return measured[0][1]
-    place = {p: i for i, p in enumerate(params)}
-    stats: dict[str, Tensor] = {}
-    for some, numbers in measured:
-        for name, vector in numbers.items():
-            if name not in stats:
-                stats[name] = vector.new_full((len(params),), math.nan)
-            where = torch.tensor([place[p] for p in some], device=stats[name].device)
-            stats[name].index_copy_(0, where, vector.to(stats[name]))
-    return stats
-
-
 def _check_parameter(p: Tensor, index: int) -> None:
     if not p.is_floating_point():
         raise ValueError(
             f"parameter {index} of the group has dtype {p.dtype}; real floating-point parameters are supported"
         )
-
-
-def _renamed(
-    given: Mapping[str, Any], aliases: Mapping[str, str], what: str, known: set[str], *, strict: bool = True
-) -> dict[str, Any]:
-    """Official names to ours. ``strict`` refuses unknown names; otherwise only those that look like a mistyped
-    hyperparameter.
-    """
-    result: dict[str, Any] = {}
-    for name, value in given.items():
-        ours = aliases.get(name, name)
-        if ours in result or (ours != name and ours in given):
-            raise ValueError(f"{what}: {name!r} and {ours!r} are two names of one setting; give one of them")
-        if ours not in known:
-            hint = nearest(name, [*known, *aliases])
-            if strict:
-                raise TypeError(f"{what}: unknown argument {name!r}{hint}")
-            if _looks_mistyped(name, known):
-                raise ValueError(f"{what}: unknown option {name!r}{hint}")
-        result[ours] = value
-    return result
-
-
-def _looks_mistyped(name: str, known: set[str]) -> bool:
-    import difflib
-
-    return name not in known and bool(difflib.get_close_matches(name, known, n=1, cutoff=0.85))

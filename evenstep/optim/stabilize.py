@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evenstep.optim.base import Group, alike, in_param_order, scalar, state_dtype
-from evenstep.transforms import Gradients, Transform, blocks, check
+from evenstep.optim.sharding import Bucket, buckets, combine, local
+from evenstep.optim.state import Group, in_param_order, scalar, statistics
+from evenstep.transforms import Gradients, Steps, Transform, blocks, check, lockstep
 
 PREFIX = "stabilize."
 CLOCK = "stabilize_t"
@@ -132,52 +133,43 @@ class Stabilized(Optimizer):
                         f"stabilize does not take sparse gradients (parameter {index} of its group has one)"
                     )
         self._advance()
+        work = [bucket for group in self.param_groups for bucket in buckets(group["params"])]
+        layouts = [bucket.layout for bucket in work]
+        transformed = lockstep(
+            [self._transformed(bucket) for bucket in work], lambda requests: combine(requests, layouts)
+        )
         given: list[tuple[Tensor, Tensor]] = []
-        measured = []
         try:
-            for group in self.param_groups:
-                for params in alike(group["params"]):
-                    grads = self._transformed(params)
-                    measured.append((params, self._numbers(grads)))
-                    for i, p in enumerate(params):
-                        given.append((p, grads.tensors[i]))
-                        p.grad = _copied(grads, i)
+            for bucket, grads in zip(work, transformed, strict=True):
+                for i, p in enumerate(bucket.params):
+                    assert p.grad is not None
+                    given.append((p, p.grad))
+                    p.grad = _copied(grads, i, p.grad)
             self.base.step()
         finally:
             for p, grad in given:
                 p.grad = grad
+        measured = [
+            (bucket.params, statistics(grads, bucket, torch.full_like(grads.peak, torch.nan)))
+            for bucket, grads in zip(work, transformed, strict=True)
+        ]
         self.stats = in_param_order(self.param_groups, measured)
         if self.reset_interval:
             self._check_moments()
         return loss
 
-    def _transformed(self, params: list[Tensor]) -> Gradients:
-        grads = Gradients.measure([p.grad for p in params if p.grad is not None], state_dtype(params[0]))
+    def _transformed(self, bucket: Bucket) -> Steps[Gradients]:
+        grads = yield from Gradients.measure(bucket.grads, bucket.dtype)
         finite = grads.finite.unbind()
         for transform in self.transforms:
             keys = {name: f"{transform.name}.{name}" for name in transform.scalars}
-            state = {name: torch.stack([self.statistics[p][key] for p in params]) for name, key in keys.items()}
-            grads, new = transform(grads, state)
+            state = {name: torch.stack([self.statistics[p][key] for p in bucket.params]) for name, key in keys.items()}
+            grads, new = yield from transform(grads, state)
             for name, vector in new.items():
-                for p, accepted, value in zip(params, finite, vector.unbind(), strict=True):
+                for p, accepted, value in zip(bucket.params, finite, vector.unbind(), strict=True):
                     old = self.statistics[p][keys[name]]
                     old.copy_(torch.where(accepted, value, old))
-        return grads
-
-    @staticmethod
-    def _numbers(grads: Gradients) -> dict[str, Tensor]:
-        after, clipped = grads.norms()
-        size = grads.peak.new_tensor([max(g.numel(), 1) for g in grads.tensors])
-        return {
-            "grad_max": grads.peak,
-            "grad_norm": grads.norm,
-            "norm_after": after,
-            "clip_limit": torch.full_like(size, torch.nan) if grads.limit is None else grads.limit,
-            "clipped": clipped / size,
-            "gain": grads.gain,
-            "update_rms": torch.full_like(size, torch.nan),
-            "skipped": (~grads.finite).to(grads.dtype),
-        }
+        return (yield from grads.with_norms())
 
     # ---- moment resets ----
 
@@ -262,10 +254,10 @@ class Stabilized(Optimizer):
         return list(zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True))
 
 
-def _copied(grads: Gradients, i: int) -> Tensor:
+def _copied(grads: Gradients, i: int, like: Tensor) -> Tensor:
     """The transformed gradient ``i`` as a tensor like the one that came."""
-    result = torch.empty_like(grads.tensors[i])
+    result = torch.empty_like(like)
     read = grads.reader(i)
-    for piece, out in blocks(grads.tensors[i], result):
+    for piece, out in blocks(grads.tensors[i], local(result)):
         out.copy_(read(piece))
     return result

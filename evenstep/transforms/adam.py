@@ -1,7 +1,7 @@
 """Adam's update, written once for every optimizer that ends in it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from evenstep.transforms.blocks import blocks
 from evenstep.transforms.clock import bias_correction
 from evenstep.transforms.gradients import Gradients
+from evenstep.transforms.rounding import write
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,36 @@ class AdamStep:
         )
 
 
+@dataclass(slots=True)
+class Weights:
+    """The parameters of a step (the parts that are here) and how results are written into them."""
+
+    tensors: list[Tensor]
+    lost: list[Tensor] | None = None
+    """Kahan's compensation, where rounding is ``"kahan"``."""
+    noise: list[torch.Generator] = field(default_factory=list)
+    """A random generator per tensor, where rounding is ``"stochastic"``."""
+
+    def extras(self, i: int) -> list[Tensor]:
+        return [] if self.lost is None else [self.lost[i]]
+
+    def write(self, i: int, p: Tensor, exact: Tensor, extras: list[Tensor]) -> None:
+        write(p, exact, extras[0] if extras else None, self.noise[i] if self.noise else None)
+
+
 Clip = Callable[[int, Tensor, Tensor], Tensor]
 """(number of the tensor, gradient, second moment before this step) -> gradient."""
 
 
+def opened(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """A stored moment for arithmetic in ``dtype``: itself where it is stored so, else a decoded copy."""
+    if type(stored) is not Tensor and hasattr(stored, "dequantize"):
+        return stored.dequantize().to(dtype)
+    return stored.to(dtype)
+
+
 def adam_(
-    params: list[Tensor],
+    weights: Weights,
     grads: Gradients,
     exp_avg: list[Tensor],
     exp_avg_sq: list[Tensor],
@@ -92,20 +117,24 @@ def adam_(
     """
     largest = torch.finfo(grads.dtype).max
     norms = []
-    for i, tensors in enumerate(zip(params, grads.tensors, exp_avg, exp_avg_sq, strict=True)):
+    for i, tensors in enumerate(zip(weights.tensors, grads.tensors, exp_avg, exp_avg_sq, strict=True)):
         read, parts = grads.reader(i), []
         keep1, keep2, step_size, root_bias2 = how.keep1[i], how.keep2[i], how.step_size[i], how.root_bias2[i]
-        for p, piece, m, v in blocks(*tensors):
-            g = read(piece)
+        for p, piece, stored_m, stored_v, *extras in blocks(*tensors, *weights.extras(i)):
+            g, m, v = read(piece), opened(stored_m, grads.dtype), opened(stored_v, grads.dtype)
             if clip is not None:
                 g = clip(i, g, v)
             m.mul_(keep1).addcmul_(g, how.add1)
             v.mul_(keep2).addcmul_(g, g, value=how.add2).clamp_(max=largest)
             update = torch.div(m, v.sqrt().div_(root_bias2).add_(how.eps)).mul_(step_size)
-            if how.shrink is None:
-                p.sub_(update)
-            else:
-                p.copy_(p.to(update.dtype).mul(how.shrink[i]).sub_(update))
+            if m is not stored_m:
+                stored_m.copy_(m)
+                stored_v.copy_(v)
             parts.append(torch.linalg.vector_norm(update))
+            if p.dtype == grads.dtype:
+                (p if how.shrink is None else p.mul_(how.shrink[i])).sub_(update)
+            else:
+                start = p.to(grads.dtype)
+                weights.write(i, p, (start if how.shrink is None else start.mul_(how.shrink[i])) - update, extras)
         norms.append(torch.linalg.vector_norm(torch.stack(parts)))
     return torch.stack(norms)

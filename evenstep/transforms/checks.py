@@ -50,6 +50,10 @@ CHECKS: dict[str, Check] = {
     "clip_start": (_count, "a whole number >= 0"),
     "density": (lambda x: _number(0, 1)(x) and x > 0, "a number in (0, 1]"),
     "variant": (lambda x: x in ("paper", "official"), "'paper' or 'official'"),
+    "maximize": (lambda x: isinstance(x, bool), "True or False"),
+    "capturable": (lambda x: isinstance(x, bool), "True or False"),
+    "rounding": (lambda x: x in ("nearest", "stochastic", "kahan"), "'nearest', 'stochastic' or 'kahan'"),
+    "state": (lambda x: x in ("fp32", "bf16", "int8"), "'fp32', 'bf16' or 'int8'"),
     "norm": (lambda x: x in ("rms", "l2"), "'rms' or 'l2'"),
 }
 """What each hyperparameter may be; the same for the constructor and for every param group."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from evenstep.transforms.checks import check
 from evenstep.transforms.gradients import Gradients
+from evenstep.transforms.lockstep import Steps
 from evenstep.transforms.stable import adaclip, adagn
 
 
@@ -19,7 +20,7 @@ class Transform(Protocol):
     name: str
     scalars: tuple[str, ...]
 
-    def __call__(self, grads: Gradients, state: dict[str, Tensor]) -> tuple[Gradients, dict[str, Tensor]]:
+    def __call__(self, grads: Gradients, state: dict[str, Tensor]) -> Steps[tuple[Gradients, dict[str, Tensor]]]:
         """Transform ``k`` gradients. ``state`` holds a vector ``[k]`` per statistic; returned is its new value."""
 
 
@@ -37,9 +38,10 @@ class AdaClip:
         check(type(self).__name__, gamma3=gamma3)
         self.gamma3 = gamma3
 
-    def __call__(self, grads: Gradients, state: dict[str, Tensor]) -> tuple[Gradients, dict[str, Tensor]]:
+    def __call__(self, grads: Gradients, state: dict[str, Tensor]) -> Steps[tuple[Gradients, dict[str, Tensor]]]:
         n = state["n"] + 1
         grads, peak = adaclip(grads, state["peak"], n, self.gamma3)
+        yield from ()
         return grads, {"peak": peak, "n": n}
 
     def __repr__(self) -> str:
@@ -62,10 +64,10 @@ class AdaGN:
         check(type(self).__name__, gamma1=gamma1, gamma2=gamma2, eps=eps)
         self.gamma1, self.gamma2, self.eps = gamma1, gamma2, eps
 
-    def __call__(self, grads: Gradients, state: dict[str, Tensor]) -> tuple[Gradients, dict[str, Tensor]]:
+    def __call__(self, grads: Gradients, state: dict[str, Tensor]) -> Steps[tuple[Gradients, dict[str, Tensor]]]:
         n = state["n"] + 1
-        norm, _ = grads.norms()
-        gain, ema, rms = adagn(norm, state["norm"], state["norm_rms"], n, self.gamma1, self.gamma2, self.eps)
+        grads = yield from grads.with_norms()
+        gain, ema, rms = adagn(grads.norm, state["norm"], state["norm_rms"], n, self.gamma1, self.gamma2, self.eps)
         return grads.amplified(gain), {"norm": ema, "norm_rms": rms, "n": n}
 
     def __repr__(self) -> str:

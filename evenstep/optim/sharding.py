@@ -1,0 +1,116 @@
+"""Sharded parameters: which part of a tensor is here, and how numbers of its parts become numbers of the whole.
+
+A DTensor is stripped once, at the start of a step; everything after works on plain local tensors. What the parts must
+agree on goes through `combine`: one message per mesh dimension and round for all parameters together.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenstep.transforms import Combine
+
+
+def is_sharded(x: Any) -> bool:
+    """Whether ``x`` is a DTensor (asked without importing torch.distributed)."""
+    return hasattr(x, "device_mesh") and hasattr(x, "to_local")
+
+
+def local(x: Tensor) -> Tensor:
+    """The part of ``x`` that is here, sharing its memory; ``x`` itself when it is whole."""
+    return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Over which dimensions of which mesh a tensor is cut, and along which of its own dimensions; empty when whole."""
+
+    mesh: Any = None
+    cuts: tuple[tuple[int, int], ...] = ()
+    """(mesh dimension, tensor dimension) pairs."""
+
+    @classmethod
+    def of(cls, p: Tensor) -> "Layout":
+        """Raises ValueError for a partial DTensor, whose parts are summands and not slices."""
+        if not is_sharded(p):
+            return cls()
+        placements = p.placements  # type: ignore[attr-defined]
+        if any(placement.is_partial() for placement in placements):
+            raise ValueError(
+                "a parameter or gradient is a partial DTensor (its parts are summands); redistribute it first"
+            )
+        cuts = tuple((i, placement.dim) for i, placement in enumerate(placements) if placement.is_shard())
+        return cls(p.device_mesh, cuts) if cuts else cls()  # type: ignore[attr-defined]
+
+    def mesh_dims(self, over: int | None) -> tuple[int, ...]:
+        """The mesh dimensions that cut the tensor along what a number was taken over: all, dimension 0, or the others
+        (1).
+        """
+        return tuple(dim for dim, cut in self.cuts if over is None or (cut == 0) == (over == 0))
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters of one group that are updated together: one device, one state dtype, one layout, all with
+    gradients.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    """What is here of the gradients."""
+    here: list[Tensor]
+    """What is here of the parameters."""
+    dtype: torch.dtype
+    layout: Layout
+
+    def sizes(self) -> Tensor:
+        """Entries of each whole tensor, at least 1, ``[k]``."""
+        return torch.tensor([max(p.numel(), 1) for p in self.params], dtype=self.dtype, device=self.here[0].device)
+
+
+def state_dtype(p: Tensor) -> torch.dtype:
+    """fp32, or fp64 for an fp64 parameter."""
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def buckets(params: list[Tensor]) -> list[Bucket]:
+    """The parameters that have a gradient, split by device, state dtype and layout."""
+    found: dict[tuple[torch.device, torch.dtype, Layout], list[Tensor]] = {}
+    for p in params:
+        if p.grad is not None:
+            layout = Layout.of(p)
+            if layout != Layout.of(p.grad):
+                raise ValueError(
+                    "a gradient is sharded differently from its parameter; redistribute it before the step"
+                )
+            found.setdefault((p.device, state_dtype(p), layout), []).append(p)
+    return [
+        Bucket(some, [local(p.grad) for p in some if p.grad is not None], [local(p) for p in some], dtype, layout)
+        for (_, dtype, layout), some in found.items()
+    ]
+
+
+def combine(requests: dict[int, Combine], layouts: list[Layout]) -> dict[int, Tensor]:
+    """Answer the requests of one round: those of whole tensors with themselves, the others with one all-reduce per
+    operation and mesh dimension for all together.
+    """
+    answers: dict[int, Tensor] = {}
+    together: dict[tuple[Any, ...], list[int]] = {}
+    for i, request in requests.items():
+        dims = layouts[i].mesh_dims(request.over)
+        if dims:
+            key = (layouts[i].mesh, dims, request.op, request.values.dtype, request.values.device)
+            together.setdefault(key, []).append(i)
+        else:
+            answers[i] = request.values
+    for (mesh, dims, op, _, _), members in together.items():
+        import torch.distributed as dist
+
+        message = torch.cat([requests[i].values for i in members])
+        for dim in dims:
+            dist.all_reduce(message, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, mesh.get_group(dim))
+        parts = message.split([requests[i].values.numel() for i in members])
+        answers.update(zip(members, parts, strict=True))
+    return answers

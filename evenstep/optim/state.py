@@ -1,0 +1,93 @@
+"""The pieces that states and groups are made of: clocks, zeros for moments and scalars, and the numbers of a step."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenstep.optim.sharding import Bucket, state_dtype
+from evenstep.transforms import Gradients
+
+Group = dict[str, Any]
+State = dict[str, Any]
+
+
+def clock(group: Group) -> Tensor:
+    """``group["t"]`` as a 0-d float64 tensor for the arithmetic of `evenstep.transforms.clock`."""
+    t = group["t"]
+    return t.to(torch.float64) if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
+
+
+def place_clock(group: Group) -> None:
+    """Under ``capturable`` the clock lives on the device, where a replayed CUDA graph can advance it."""
+    if group["capturable"]:
+        if group["rounding"] == "stochastic" or group.get("density", 1) != 1:
+            raise ValueError(
+                "capturable=True does not go with rounding='stochastic' or density < 1, which draw random numbers "
+                "on the host"
+            )
+        device = group["params"][0].device if group["params"] else "cpu"
+        group["t"] = torch.as_tensor(group["t"], dtype=torch.int64).to(device, copy=True)
+    else:
+        group["t"] = int(group["t"])
+
+
+def hyper(value: float | Tensor) -> Tensor:
+    """A hyperparameter that moves with time (the learning rate) as a 0-d tensor."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def scalar(p: Tensor) -> Tensor:
+    """A zero for the scalars of a parameter's state."""
+    return torch.zeros((), dtype=state_dtype(p), device=p.device)
+
+
+def moment(p: Tensor, stored: str = "fp32", *, signed: bool = True) -> Tensor:
+    """Zeros in the shape of ``p``, for the moments of its state: fp32 (fp64 for fp64 parameters), bf16 or 8-bit blocks.
+
+    8 bits are torchao's: blocks of 256 entries with an fp32 scale each and a dynamic map of 256 values. As there,
+    tensors of fewer than 4096 entries, or not a multiple of 256, stay fp32.
+    """
+    if stored == "int8" and p.numel() >= 4096 and p.numel() % 256 == 0:
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        return OptimState8bit.zeros(p.shape, signed, 256, p.device)
+    dtype = torch.bfloat16 if stored == "bf16" else state_dtype(p)
+    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def statistics(grads: Gradients, bucket: Bucket, update_norm: Tensor) -> dict[str, Tensor]:
+    """What `stats` holds of one bucket, vectors ``[k]``. Norms of gradients are those of whole tensors."""
+    assert grads.norms is not None
+    unknown = torch.full_like(grads.peak, math.nan)
+    sizes = bucket.sizes()
+    return {
+        "grad_max": grads.peak,
+        "grad_norm": grads.norms.raw,
+        "norm_after": grads.norm,
+        "clip_limit": unknown if grads.limit is None else grads.limit,
+        "clipped": grads.norms.count / sizes,
+        "gain": grads.gain,
+        # Of a sharded tensor's update only a part is here, and its norm is not worth a message of its own.
+        "update_rms": unknown if bucket.layout.cuts else update_norm / sizes.sqrt(),
+        "skipped": (~grads.finite).to(grads.dtype),
+    }
+
+
+def in_param_order(groups: list[Group], measured: list[tuple[list[Tensor], dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Statistics of some parameters each, as one vector per name over all parameters; NaN for those without a
+    gradient.
+    """
+    params = [p for group in groups for p in group["params"]]
+    if len(measured) == 1 and len(measured[0][0]) == len(params):
+        return measured[0][1]
+    place = {p: i for i, p in enumerate(params)}
+    stats: dict[str, Tensor] = {}
+    for some, numbers in measured:
+        for name, vector in numbers.items():
+            if name not in stats:
+                stats[name] = vector.new_full((len(params),), math.nan)
+            where = torch.tensor([place[p] for p in some], device=stats[name].device)
+            stats[name].index_copy_(0, where, vector.to(stats[name]))
+    return stats
