@@ -169,16 +169,20 @@ class SCALE(EvenOptimizer):
 
         # Norms over a dimension of which only a part is here, or over the rows of pieces, come before the update.
         whole: list[Tensor | None] = [None] * len(sources)
-        asked = grads.with_norms()
         if over == 0 or bucket.layout.mesh_dims(over):
             squares = [
                 squared_norms((piece for (piece,) in row_blocks(x)), read, over)
                 for x, read in zip(sources, readers, strict=True)
             ]
-            sizes = [x.numel() for x in squares]
-            combined = yield Combine("sum", torch.cat([x.flatten() for x in squares]), over)
-            whole = [part.view_as(x) for part, x in zip(combined.split(sizes), squares, strict=True)]
-        grads = yield from asked
+            sums, combined = yield (
+                grads.squares(),
+                Combine("sum", torch.cat([x.flatten() for x in squares]), over),
+            )
+            grads = grads.with_sums(sums)
+            parts_of = combined.split([x.numel() for x in squares])
+            whole = [part.view_as(x) for part, x in zip(parts_of, squares, strict=True)]
+        else:
+            grads = yield from grads.with_norms()
         weights, norms = self.weights(group, bucket), []
         for i, (p, source) in enumerate(zip(weights.tensors, sources, strict=True)):
             parts, start = [], 0

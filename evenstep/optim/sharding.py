@@ -92,25 +92,26 @@ def buckets(params: list[Tensor]) -> list[Bucket]:
     ]
 
 
-def combine(requests: dict[int, Combine], layouts: list[Layout]) -> dict[int, Tensor]:
+def combine(requests: dict[int, tuple[Combine, ...]], layouts: list[Layout]) -> dict[int, list[Tensor]]:
     """Answer the requests of one round: those of whole tensors with themselves, the others with one all-reduce per
-    operation and mesh dimension for all together.
+    operation and mesh dimension for all together (in fp64, so that the values of all dtypes fit one message).
     """
-    answers: dict[int, Tensor] = {}
-    together: dict[tuple[Any, ...], list[int]] = {}
-    for i, request in requests.items():
-        dims = layouts[i].mesh_dims(request.over)
-        if dims:
-            key = (layouts[i].mesh, dims, request.op, request.values.dtype, request.values.device)
-            together.setdefault(key, []).append(i)
-        else:
-            answers[i] = request.values
-    for (mesh, dims, op, _, _), members in together.items():
+    answers = {i: [request.values for request in several] for i, several in requests.items()}
+    together: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
+    for i, several in requests.items():
+        for j, request in enumerate(several):
+            dims = layouts[i].mesh_dims(request.over)
+            if dims:
+                key = (layouts[i].mesh, dims, request.op, request.values.device)
+                together.setdefault(key, []).append((i, j))
+    for (mesh, dims, op, _), members in together.items():
         import torch.distributed as dist
 
-        message = torch.cat([requests[i].values for i in members])
+        asked = [answers[i][j] for i, j in members]
+        message = torch.cat([values.to(torch.float64) for values in asked])
         for dim in dims:
             dist.all_reduce(message, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, mesh.get_group(dim))
-        parts = message.split([requests[i].values.numel() for i in members])
-        answers.update(zip(members, parts, strict=True))
+        parts = message.split([values.numel() for values in asked])
+        for (i, j), values, part in zip(members, asked, parts, strict=True):
+            answers[i][j] = part.to(values.dtype)
     return answers

@@ -60,7 +60,7 @@ class Gradients:
             peaks.append(torch.stack([peak for peak, _ in parts]).amax())
             norms.append(_peak_and_norm(torch.stack([norm for _, norm in parts]))[1])
         # A maximum over machines may lose a NaN, but not an infinity.
-        peak = yield Combine("max", torch.nan_to_num(torch.stack(peaks), nan=torch.inf, posinf=torch.inf))
+        [peak] = yield (Combine("max", torch.nan_to_num(torch.stack(peaks), nan=torch.inf, posinf=torch.inf)),)
         finite = torch.isfinite(peak)
         return cls(tensors, dtype, peak, torch.stack(norms), finite, finite.to(dtype), sign=sign)
 
@@ -109,21 +109,32 @@ class Gradients:
         """Take the norms of whole tensors, once for all who ask; one pass if clipped, none if not."""
         if self.norms is not None:
             return self
+        [sums] = yield (self.squares(),)
+        return self.with_sums(sums)
+
+    def squares(self) -> Combine:
+        """What `with_sums` wants summed over the parts: squares in units of the largest entry that is left, so that
+        they neither overflow nor vanish.
+        """
         here, count = self._clipped_here()
-        # In units of the largest entry that is left, so that squares neither overflow nor vanish.
-        largest = self.peak if self.limit is None else torch.minimum(self.peak, self.limit)
         tiny = torch.finfo(self.dtype).tiny
-        squares = torch.stack(
-            [(self.here / self.peak.clamp(min=tiny)) ** 2, (here / largest.clamp(min=tiny)) ** 2, count]
-        )
-        raw, clipped, count = (yield Combine("sum", squares.flatten())).view(3, -1).unbind()
-        return replace(self, norms=Norms(raw.sqrt() * self.peak, clipped.sqrt() * largest, count))
+        raw, clipped = self.here / self.peak.clamp(min=tiny), here / self._left.clamp(min=tiny)
+        return Combine("sum", torch.cat([raw.square(), clipped.square(), count]))
+
+    def with_sums(self, sums: Tensor) -> "Gradients":
+        raw, clipped, count = sums.view(3, -1).unbind()
+        return replace(self, norms=Norms(raw.sqrt() * self.peak, clipped.sqrt() * self._left, count))
+
+    @property
+    def _left(self) -> Tensor:
+        """Largest entry after clipping."""
+        return self.peak if self.limit is None else torch.minimum(self.peak, self.limit)
 
     def _clipped_here(self) -> tuple[Tensor, Tensor]:
         """2-norm after clipping and number of clipped entries, of the parts that are here."""
         if self.limit is None:
             return self.here, torch.zeros_like(self.here)
-        unit = torch.minimum(self.peak, self.limit)
+        unit = self._left
         inverse = 1 / unit.clamp(min=torch.finfo(self.dtype).tiny)
         norms, counts = [], []
         for tensor, limit, gain, reduced in zip(

@@ -28,19 +28,21 @@ class Combine:
     over: int | None = None
 
 
-Steps = Generator[Combine, Tensor, R]
-"""A step that asks for combined values on its way and returns an ``R``."""
+Steps = Generator[tuple[Combine, ...], list[Tensor], R]
+"""A step that asks for combined values on its way, several at a time if it likes, and returns an ``R``."""
 
 
-def lockstep(steps: Sequence[Steps[R]], combine: Callable[[dict[int, Combine]], dict[int, Tensor]]) -> list[R]:
+def lockstep(
+    steps: Sequence[Steps[R]], combine: Callable[[dict[int, tuple[Combine, ...]]], dict[int, list[Tensor]]]
+) -> list[R]:
     """Advance all ``steps`` together to their ends and return their results. ``combine`` gets the requests of one round
     by number.
     """
     results: dict[int, R] = {}
-    answers: dict[int, Tensor] = {}
+    answers: dict[int, list[Tensor]] = {}
     waiting = list(range(len(steps)))
     while waiting:
-        requests: dict[int, Combine] = {}
+        requests: dict[int, tuple[Combine, ...]] = {}
         for i in waiting:
             try:
                 requests[i] = steps[i].send(answers[i]) if i in answers else next(steps[i])
