@@ -19,6 +19,7 @@ from evenstep.transforms import (
     Steps,
     adam_,
     blocks,
+    combined,
     floored,
     opened,
     row_blocks,
@@ -174,12 +175,10 @@ class SCALE(EvenOptimizer):
                 squared_norms((piece for (piece,) in row_blocks(x)), read, over)
                 for x, read in zip(sources, readers, strict=True)
             ]
-            sums, combined = yield (
-                grads.squares(),
-                Combine("sum", torch.cat([x.flatten() for x in squares]), over),
-            )
+            across = Combine("sum", torch.cat([x.flatten() for x in squares]), over)
+            sums, totals = yield from combined(grads.squares(), across)
             grads = grads.with_sums(sums)
-            parts_of = combined.split([x.numel() for x in squares])
+            parts_of = totals.split([x.numel() for x in squares])
             whole = [part.view_as(x) for part, x in zip(parts_of, squares, strict=True)]
         else:
             grads = yield from grads.with_norms()

@@ -92,26 +92,23 @@ def buckets(params: list[Tensor]) -> list[Bucket]:
     ]
 
 
-def combine(requests: dict[int, tuple[Combine, ...]], layouts: list[Layout]) -> dict[int, list[Tensor]]:
+def combine(requests: dict[int, tuple[Combine, ...]], layouts: list[Layout]) -> None:
     """Answer the requests of one round: those of whole tensors with themselves, the others with one all-reduce per
     operation and mesh dimension for all together (in fp64, so that the values of all dtypes fit one message).
     """
-    answers = {i: [request.values for request in several] for i, several in requests.items()}
-    together: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
+    together: dict[tuple[Any, ...], list[Combine]] = {}
     for i, several in requests.items():
-        for j, request in enumerate(several):
+        for request in several:
             dims = layouts[i].mesh_dims(request.over)
             if dims:
                 key = (layouts[i].mesh, dims, request.op, request.values.device)
-                together.setdefault(key, []).append((i, j))
+                together.setdefault(key, []).append(request)
     for (mesh, dims, op, _), members in together.items():
         import torch.distributed as dist
 
-        asked = [answers[i][j] for i, j in members]
-        message = torch.cat([values.to(torch.float64) for values in asked])
+        message = torch.cat([request.values.to(torch.float64) for request in members])
         for dim in dims:
             dist.all_reduce(message, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, mesh.get_group(dim))
-        parts = message.split([values.numel() for values in asked])
-        for (i, j), values, part in zip(members, asked, parts, strict=True):
-            answers[i][j] = part.to(values.dtype)
-    return answers
+        parts = message.split([request.values.numel() for request in members])
+        for request, part in zip(members, parts, strict=True):
+            request.answer = part.to(request.values.dtype)

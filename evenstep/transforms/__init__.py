@@ -6,7 +6,7 @@ from evenstep.transforms.checks import CHECKS, check
 from evenstep.transforms.clock import bias_correction, cosine_factor, reset_due, rewarm_factor
 from evenstep.transforms.column_norm import floored, row_blocks, row_norms, squared_norms
 from evenstep.transforms.gradients import Gradients
-from evenstep.transforms.lockstep import Combine, Steps, lockstep
+from evenstep.transforms.lockstep import Combine, Steps, combined, lockstep
 from evenstep.transforms.rounding import ROUNDINGS, write
 from evenstep.transforms.spike_clip import SpikeClip
 from evenstep.transforms.stable import adaclip, adagn
@@ -31,6 +31,7 @@ __all__ = [
     "bias_correction",
     "blocks",
     "check",
+    "combined",
     "cosine_factor",
     "floored",
     "lockstep",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evenstep.transforms.blocks import blocks
-from evenstep.transforms.lockstep import Combine, Steps
+from evenstep.transforms.lockstep import Combine, Steps, combined
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,8 @@ class Gradients:
             peaks.append(torch.stack([peak for peak, _ in parts]).amax())
             norms.append(_peak_and_norm(torch.stack([norm for _, norm in parts]))[1])
         # A maximum over machines may lose a NaN, but not an infinity.
-        [peak] = yield (Combine("max", torch.nan_to_num(torch.stack(peaks), nan=torch.inf, posinf=torch.inf)),)
+        bound = torch.nan_to_num(torch.stack(peaks), nan=torch.inf, posinf=torch.inf)
+        [peak] = yield from combined(Combine("max", bound))
         finite = torch.isfinite(peak)
         return cls(tensors, dtype, peak, torch.stack(norms), finite, finite.to(dtype), sign=sign)
 
@@ -109,7 +110,7 @@ class Gradients:
         """Take the norms of whole tensors, once for all who ask; one pass if clipped, none if not."""
         if self.norms is not None:
             return self
-        [sums] = yield (self.squares(),)
+        [sums] = yield from combined(self.squares())
         return self.with_sums(sums)
 
     def squares(self) -> Combine:

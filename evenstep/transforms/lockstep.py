@@ -2,8 +2,10 @@
 
 A sharded parameter is a part here and parts elsewhere; its largest entry is the maximum over the parts, its squared
 norm their sum. The steps of this package are therefore written as generators: they ``yield`` what is to be combined
-over the parts and receive the result. All of them advance together, so that what many parameters ask for at the same
-point travels in one message. Without shards the answer is the question, and a step costs what a plain function would.
+over the parts and find the result in what they yielded. All of them advance together, so that what many parameters ask
+for at the same point travels in one message. Without shards the answer is the question, and a step costs what a plain
+function would.
+(A value sent into a generator would say the same, but torch.compile does not trace it through ``yield from``.)
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -15,7 +17,7 @@ from torch import Tensor
 R = TypeVar("R")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Combine:
     """``values`` are to be combined over the parts of a tensor, elementwise, by ``"max"`` or ``"sum"``.
 
@@ -26,28 +28,32 @@ class Combine:
     op: str
     values: Tensor
     over: int | None = None
+    answer: Tensor | None = None
 
 
-Steps = Generator[tuple[Combine, ...], list[Tensor], R]
+Steps = Generator[tuple[Combine, ...], None, R]
 """A step that asks for combined values on its way, several at a time if it likes, and returns an ``R``."""
 
 
-def lockstep(
-    steps: Sequence[Steps[R]], combine: Callable[[dict[int, tuple[Combine, ...]]], dict[int, list[Tensor]]]
-) -> list[R]:
+def combined(*requests: Combine) -> Steps[list[Tensor]]:
+    """Ask, wait, and return the answers: ``[peak] = yield from combined(Combine("max", peaks))``."""
+    yield requests
+    return [request.values if request.answer is None else request.answer for request in requests]
+
+
+def _filed(number: int, step: Steps[R], results: dict[int, R]) -> Steps[None]:
+    results[number] = yield from step
+
+
+def lockstep(steps: Sequence[Steps[R]], combine: Callable[[dict[int, tuple[Combine, ...]]], None]) -> list[R]:
     """Advance all ``steps`` together to their ends and return their results. ``combine`` gets the requests of one round
-    by number.
+    by number and writes their answers; a request left without one is answered with its own values.
     """
     results: dict[int, R] = {}
-    answers: dict[int, list[Tensor]] = {}
-    waiting = list(range(len(steps)))
-    while waiting:
-        requests: dict[int, tuple[Combine, ...]] = {}
-        for i in waiting:
-            try:
-                requests[i] = steps[i].send(answers[i]) if i in answers else next(steps[i])
-            except StopIteration as stop:
-                results[i] = stop.value
-        waiting = list(requests)
-        answers = combine(requests) if requests else {}
+    running = {i: _filed(i, step, results) for i, step in enumerate(steps)}
+    while running:
+        asked = {i: next(step, None) for i, step in running.items()}
+        requests = {i: several for i, several in asked.items() if several is not None}
+        running = {i: running[i] for i in requests}
+        combine(requests)
     return [results[i] for i in range(len(steps))]
