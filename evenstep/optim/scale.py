@@ -109,6 +109,10 @@ class SCALE(EvenOptimizer):
         adam_lr = group.get("adam_lr", self.defaults["adam_lr"])
         if kind == "vector" and adam_lr is not None:
             self._check("adam_lr", adam_lr)
+            if "lr" in group and group["lr"] != adam_lr and "adam_lr" in group:
+                raise ValueError(
+                    f"SCALE: the group of vectors gives both lr={group['lr']!r} and adam_lr={adam_lr!r}; give one"
+                )
             group.setdefault("lr", adam_lr)
         return group
 

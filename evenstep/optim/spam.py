@@ -11,7 +11,7 @@ from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.masks import draw_mask, pack, unpack
 from evenstep.optim.sharding import Bucket, is_sharded
 from evenstep.optim.state import clock, hyper, moment, scalar, statistics
-from evenstep.transforms import AdamStep, SpikeClip, Steps, adam_, reset_due, rewarm_factor
+from evenstep.transforms import AdamStep, EntryClip, Steps, adam_, reset_due, rewarm_factor
 
 
 class SPAM(EvenOptimizer):
@@ -117,7 +117,7 @@ class SPAM(EvenOptimizer):
         if is_sharded(p):
             raise ValueError("SPAM: density < 1 is not supported for sharded parameters; use density=1, or DDP")
         sparse = _sparse_moments(p, self._draw_mask(group, index), stored)
-        return {"age": scalar(p), "mask_set_at": int(group["t"])} | sparse
+        return {"age": scalar(p), "mask_set_at": -1} | sparse
 
     def _draw_mask(self, group: Group, index: int) -> Tensor:
         p = group["params"][index]
@@ -134,9 +134,8 @@ class SPAM(EvenOptimizer):
             bits = self._draw_mask(group, index[p])
             if state["exp_avg"].numel() == round(group["density"] * p.numel()):
                 state["mask"].copy_(torch.where(accepted, bits, state["mask"]))
-            else:  # a mask of another size was given by hand
+            elif accepted:  # a mask of another size was given by hand: the one place that must ask the device
                 state.update(_sparse_moments(p, bits, group["state"]))
-            state["mask_set_at"] = group["t"]
 
     def set_mask(self, p: Tensor, mask: Tensor) -> None:
         """Train the entries of ``p`` where ``mask`` (bool, the shape of ``p``) is True, with new moments, until a later
@@ -193,7 +192,7 @@ class SPAM(EvenOptimizer):
             warmup=rewarm_factor(t, every, group["warmup_steps"]),
             eps_before_correction=official,
         )
-        clip = SpikeClip(threshold, self._clips(group, t), forget=reset, zero_history=official) if threshold else None
+        clip = EntryClip(threshold, self._clips(group, t), forget=reset, zero_history=official) if threshold else None
 
         # Of a sparse tensor only the entries of its mask take part: they are taken out, updated and put back.
         where = [self._entries(p) for p in bucket.params]
