@@ -95,12 +95,16 @@ def buckets(params: list[Tensor]) -> list[Bucket]:
 def combine(requests: dict[int, tuple[Combine, ...]], layouts: list[Layout]) -> None:
     """Answer the requests of one round: those of whole tensors with themselves, the others with one all-reduce per
     operation and mesh dimension for all together (in fp64, so that the values of all dtypes fit one message).
+
+    What is asked of all tensors (``"gather"``) is here already, in the values of the others: each tensor counts once,
+    however it is cut, and no message is sent.
     """
+    _gather(requests)
     together: dict[tuple[Any, ...], list[Combine]] = {}
     for i, several in requests.items():
         for request in several:
             dims = layouts[i].mesh_dims(request.over)
-            if dims:
+            if dims and request.op != "gather":
                 key = (layouts[i].mesh, dims, request.op, request.values.device)
                 together.setdefault(key, []).append(request)
     for (mesh, dims, op, _), members in together.items():
@@ -112,3 +116,11 @@ def combine(requests: dict[int, tuple[Combine, ...]], layouts: list[Layout]) -> 
         parts = message.split([request.values.numel() for request in members])
         for request, part in zip(members, parts, strict=True):
             request.answer = part.to(request.values.dtype)
+
+
+def _gather(requests: dict[int, tuple[Combine, ...]]) -> None:
+    """Answer the ``"gather"`` requests of each place with the values of all of them, one after the other."""
+    for several in zip(*requests.values(), strict=False):
+        if several[0].op == "gather":
+            for request in several:
+                request.answer = torch.cat([other.values.to(request.values) for other in several])

@@ -59,16 +59,19 @@ def moment(p: Tensor, stored: str = "fp32", *, signed: bool = True) -> Tensor:
 
 def statistics(grads: Gradients, bucket: Bucket, update_norm: Tensor) -> dict[str, Tensor]:
     """What `stats` holds of one bucket, vectors ``[k]``. Norms of gradients are those of whole tensors."""
-    assert grads.norms is not None
+    first = grads.origin or grads
+    assert first.norms is not None
     unknown = torch.full_like(grads.peak, math.nan)
+    limited = grads if first.limit is None else first
+    assert limited.norms is not None
     sizes = bucket.sizes()
     return {
-        "grad_max": grads.peak,
-        "grad_norm": grads.norms.raw,
+        "grad_max": first.peak,
+        "grad_norm": first.norms.raw,
         "norm_after": grads.norm,
-        "clip_limit": unknown if grads.limit is None else grads.limit,
-        "clipped": grads.norms.count / sizes,
-        "gain": grads.gain,
+        "clip_limit": unknown if limited.limit is None else limited.limit,
+        "clipped": limited.norms.count / sizes,
+        "gain": grads.gain if grads is first else grads.gain * first.gain,
         # Of a sharded tensor's update only a part is here, and its norm is not worth a message of its own.
         "update_rms": unknown if bucket.layout.cuts else update_norm / sizes.sqrt(),
         "skipped": (~grads.finite).to(grads.dtype),

@@ -7,24 +7,37 @@ from evenstep.transforms.clock import bias_correction, cosine_factor, reset_due,
 from evenstep.transforms.column_norm import floored, row_blocks, row_norms, squared_norms
 from evenstep.transforms.gradients import Gradients
 from evenstep.transforms.lockstep import Combine, Steps, combined, lockstep
+from evenstep.transforms.model_wide import AutoClip, NormClip, SkipStep, ZClip
+from evenstep.transforms.momentum_reset import MomentumReset
 from evenstep.transforms.rounding import ROUNDINGS, write
-from evenstep.transforms.spike_clip import SpikeClip
+from evenstep.transforms.spike_clip import EntryClip
 from evenstep.transforms.stable import adaclip, adagn
-from evenstep.transforms.units import AdaClip, AdaGN, GradientStabilizer, Transform
+from evenstep.transforms.transform import Now, Statistics, Transform, shared_dtype
+from evenstep.transforms.units import AGC, AdaClip, AdaGN, GradientStabilizer, SpikeClip, ValueClip
 
 __all__ = [
+    "AGC",
     "CHECKS",
     "ROUNDINGS",
     "AdaClip",
     "AdaGN",
     "AdamStep",
+    "AutoClip",
     "Combine",
+    "EntryClip",
     "GradientStabilizer",
     "Gradients",
+    "MomentumReset",
+    "NormClip",
+    "Now",
+    "SkipStep",
     "SpikeClip",
+    "Statistics",
     "Steps",
     "Transform",
+    "ValueClip",
     "Weights",
+    "ZClip",
     "adaclip",
     "adagn",
     "adam_",
@@ -40,6 +53,7 @@ __all__ = [
     "rewarm_factor",
     "row_blocks",
     "row_norms",
+    "shared_dtype",
     "squared_norms",
     "write",
 ]

@@ -50,15 +50,17 @@ class Gradients:
     """-1 to ascend."""
     norms: Norms | None = None
     """What `with_norms` found."""
+    origin: "Gradients | None" = None
+    """The gradients as they came, where `replaced` put other tensors in their place."""
 
     @classmethod
     def measure(cls, tensors: list[Tensor], dtype: torch.dtype, sign: float = 1.0) -> "Steps[Gradients]":
         """Take the largest absolute entry and the norm of each tensor, in one pass."""
         peaks, norms = [], []
         for g in tensors:
-            parts = [_peak_and_norm(piece.to(dtype)) for (piece,) in blocks(g)]
+            parts = [peak_and_norm(piece.to(dtype)) for (piece,) in blocks(g)]
             peaks.append(torch.stack([peak for peak, _ in parts]).amax())
-            norms.append(_peak_and_norm(torch.stack([norm for _, norm in parts]))[1])
+            norms.append(peak_and_norm(torch.stack([norm for _, norm in parts]))[1])
         # A maximum over machines may lose a NaN, but not an infinity.
         bound = torch.nan_to_num(torch.stack(peaks), nan=torch.inf, posinf=torch.inf)
         [peak] = yield from combined(Combine("max", bound))
@@ -94,6 +96,23 @@ class Gradients:
         """Every entry is multiplied by ``gain``, after clipping."""
         return replace(self, gain=torch.where(self.finite, self.gain * gain, torch.zeros_like(gain)))
 
+    def kept_if(self, keep: Tensor) -> "Gradients":
+        """All of them where ``keep`` (0-d bool), else zeros that count as not finite."""
+        finite = self.finite & keep
+        return replace(self, finite=finite, gain=torch.where(finite, self.gain, torch.zeros_like(self.gain)))
+
+    def replaced(self, tensors: list[Tensor]) -> "Steps[Gradients]":
+        """The same gradients with other values, for a transform that limits and gains cannot express; takes one pass,
+        and where sharded a message more.
+        """
+        new = yield from Gradients.measure(tensors, self.dtype)
+        finite = self.finite & new.finite
+        return replace(new, finite=finite, gain=finite.to(self.dtype), origin=self.origin or self)
+
+    def read(self, i: int) -> Tensor:
+        """All of tensor ``i`` as it stands: a new tensor in ``dtype``."""
+        return self.reader(i)(self.tensors[i])
+
     def reader(self, i: int) -> Callable[[Tensor], Tensor]:
         """A function from a piece of tensor ``i`` to its transformed entries, in ``dtype``; never the piece's own
         memory.
@@ -110,8 +129,11 @@ class Gradients:
         """Take the norms of whole tensors, once for all who ask; one pass if clipped, none if not."""
         if self.norms is not None:
             return self
-        [sums] = yield from combined(self.squares())
-        return self.with_sums(sums)
+        if self.origin is None or self.origin.norms is not None:
+            [sums] = yield from combined(self.squares())
+            return self.with_sums(sums)
+        sums, before = yield from combined(self.squares(), self.origin.squares())
+        return replace(self.with_sums(sums), origin=self.origin.with_sums(before))
 
     def squares(self) -> Combine:
         """What `with_sums` wants summed over the parts: squares in units of the largest entry that is left, so that
@@ -164,7 +186,7 @@ def _scale(g: Tensor, limit: Tensor, gain: Tensor, reduced: Tensor) -> tuple[Ten
     return torch.rsub(over, 1.0).mul_(gain).addcmul_(over, reduced).mul_(g), over
 
 
-def _peak_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+def peak_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     """Largest absolute entry and 2-norm, the squares taken in units of the former: 1e20 does not overflow, 1e-30 does
     not vanish.
     """

@@ -19,7 +19,8 @@ R = TypeVar("R")
 
 @dataclass(slots=True)
 class Combine:
-    """``values`` are to be combined over the parts of a tensor, elementwise, by ``"max"`` or ``"sum"``.
+    """``values`` are to be combined over the parts of a tensor, elementwise, by ``"max"`` or ``"sum"``; or, by
+    ``"gather"``, strung together with those of all other tensors that ask at the same place.
 
     ``over`` names the dimension of the tensor that the values were taken over, None for all: parts that are cut along
     another dimension hold other values and not parts of these.
