@@ -21,8 +21,11 @@ from torch.optim import Optimizer
 
 from evenstep.optim.names import renamed, without_inert
 from evenstep.optim.sharding import Bucket, buckets, combine, local, state_dtype
-from evenstep.optim.state import Group, State, in_param_order, place_clock
-from evenstep.transforms import CHECKS, Gradients, Steps, Weights, check, lockstep
+from evenstep.optim.state import Group, State, at_present, in_param_order, place_clock
+from evenstep.transforms import CHECKS, Gradients, Steps, Weights, check, lockstep, noise_seeds
+
+Work = tuple[Group, Bucket]
+"""What one call of `EvenOptimizer.update` gets."""
 
 
 class EvenOptimizer(Optimizer):
@@ -36,11 +39,13 @@ class EvenOptimizer(Optimizer):
             raise ValueError("fused=True was given, but this version has no fused kernels; use fused=None or False")
         defaults = renamed(without_inert(official), self.ALIASES, type(self).__name__, set(hyper))
         self.stats: dict[str, Tensor] = {}
+        self._places: dict[Tensor, tuple[int, int]] = {}
         super().__init__(params, hyper | defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("stats", {})  # not part of a copy or a saved state
+        self._places = {}
 
     # ---- groups and state ----
 
@@ -91,62 +96,114 @@ class EvenOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_sparse_gradients()
-        for group in self.param_groups:
-            group["t"] += 1
-        self._update([(group, bucket) for group in self.param_groups for bucket in buckets(group["params"])])
+        work = self._begin()
+        self._end(work, self._update(work))
         return loss
 
-    def _update(self, work: list[tuple[Group, Bucket]]) -> None:
+    # What is done on the host stays out of a compiled step (the decorator is torch's own, which unlike
+    # torch.compiler.disable does not load the compiler when this module is imported).
+
+    @torch._disable_dynamo
+    def _begin(self) -> list[Work]:
+        self._refuse_sparse_gradients(p for group in self.param_groups for p in group["params"])
+        self._advance()
+        return self._work((group, group["params"]) for group in self.param_groups)
+
+    def _advance(self) -> None:
+        for group in self.param_groups:
+            group["t"] += 1
+
+    def _work(self, chosen: Iterable[tuple[Group, list[Tensor]]]) -> list[Work]:
+        work = []
+        for group, params in chosen:
+            for bucket in buckets(params, self.state):
+                self.prepare(group, bucket)
+                places = [self._place(p)[1] for p in bucket.params] if group["rounding"] == "stochastic" else []
+                work.append((at_present(group) | {"places": places}, bucket))
+        return work
+
+    def prepare(self, group: Group, bucket: Bucket) -> None:
+        """What a step does on the host before it."""
+
+    def _update(self, work: list[Work]) -> list[dict[str, Tensor]]:
         layouts = [bucket.layout for _, bucket in work]
         steps = [self.update(group, bucket) for group, bucket in work]
-        numbers = lockstep(steps, lambda requests: combine(requests, layouts))
-        measured = [(bucket.params, found) for (_, bucket), found in zip(work, numbers, strict=True)]
-        self.stats = in_param_order(self.param_groups, measured)
+        return lockstep(steps, lambda requests: combine(requests, layouts))
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
-        """Update the parameters of ``bucket``; return their statistics, vectors of shape ``[k]``."""
+        """Update the parameters of ``bucket``; return their statistics, vectors of shape ``[k]``. ``group`` is as
+        `at_present` gives it.
+        """
         raise NotImplementedError
+
+    @torch._disable_dynamo
+    def _end(self, work: list[Work], found: list[dict[str, Tensor]]) -> None:
+        measured = [(bucket.params, numbers) for (_, bucket), numbers in zip(work, found, strict=True)]
+        self.stats = in_param_order(self.param_groups, measured)
+
+    @torch.no_grad()
+    def step_parameter(self, p: Tensor) -> None:
+        """Update one parameter from its gradient, for gradient release: the gradient of each parameter is used and
+        freed while the backward pass goes on.
+
+        ``p.register_post_accumulate_grad_hook(release)`` with ``def release(p): optimizer.step_parameter(p); p.grad =
+        None``. The result is that of ``step()`` bit for bit, since nothing here is taken over several tensors. The
+        clock advances once a sweep: when a parameter comes that had its turn already. `stats` stays as it is. Sharded
+        parameters cost messages of their own, and every rank must release them in the same order.
+
+        Raises:
+            ValueError: ``p`` is not in this optimizer, or its group is capturable. RuntimeError: a sparse gradient.
+        """
+        work = self._begin_parameter(p)
+        if work:
+            self._update(work)
+
+    @torch._disable_dynamo
+    def _begin_parameter(self, p: Tensor) -> list[Work]:
+        group, _ = self._place(p)
+        if group["capturable"]:
+            raise ValueError("step_parameter counts on the host; it does not go with capturable=True")
+        if p.grad is None:
+            return []
+        self._refuse_sparse_gradients([p])
+        if group.get("sweep") != group["t"] or self.state[p].get("released_at") == group["t"]:
+            self._advance()
+            for other in self.param_groups:
+                other["sweep"] = other["t"]
+        self.state[p]["released_at"] = group["t"]
+        return self._work([(group, [p])])
+
+    def _place(self, p: Tensor) -> tuple[Group, tuple[int, int]]:
+        """The group of a parameter, and the numbers of both."""
+        if p not in self._places:
+            groups = enumerate(self.param_groups)
+            self._places = {q: (i, j) for i, group in groups for j, q in enumerate(group["params"])}
+        if p not in self._places:
+            raise ValueError(f"a parameter of shape {tuple(p.shape)} is not in this optimizer")
+        place = self._places[p]
+        return self.param_groups[place[0]], place
 
     def gradients(self, group: Group, bucket: Bucket) -> Steps[Gradients]:
         return Gradients.measure(bucket.grads, bucket.dtype, -1.0 if group["maximize"] else 1.0)
 
-    def weights(self, group: Group, bucket: Bucket) -> Weights:
+    def weights(self, group: Group, bucket: Bucket, finite: Tensor) -> Weights:
         """The parameters of ``bucket`` with what their rounding needs."""
-        if group["rounding"] == "nearest" or all(p.dtype == bucket.dtype for p in bucket.here):
-            return Weights(bucket.here)
+        lost: list[Tensor | None] = [None] * len(bucket.here)
+        seeds: list[Tensor | None] = [None] * len(bucket.here)
         if group["rounding"] == "kahan":
-            return Weights(bucket.here, lost=self.parts(bucket, "compensation"))
-        index = {p: i for i, p in enumerate(group["params"])}
-        place = next(i for i, other in enumerate(self.param_groups) if other is group)
-        # Seeded by step and place: resumable, equal on replicas, and the global generators stay as they are.
-        seeds = [((int(group["t"]) * 1_000_003 + place) * 1_000_003 + index[p]) % 2**62 for p in bucket.params]
-        noise = [torch.Generator(p.device).manual_seed(seed) for p, seed in zip(bucket.here, seeds, strict=True)]
-        return Weights(bucket.here, noise=noise)
+            lost = [local(state["compensation"]) if "compensation" in state else None for state in bucket.states]
+        elif group["rounding"] == "stochastic":
+            seeds[:] = noise_seeds(group["t"], group["places"])
+        return Weights(bucket.here, finite, lost, seeds)
 
-    def parts(self, bucket: Bucket, name: str) -> list[Tensor]:
-        """What is here of one entry of the state of each parameter."""
-        return [local(self.state[p][name]) for p in bucket.params]
-
-    def _refuse_sparse_gradients(self) -> None:
-        for group in self.param_groups:
-            for index, p in enumerate(group["params"]):
-                if p.grad is not None and p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not take sparse gradients (parameter {index} of a group has one); "
-                        "use a dense embedding (sparse=False) or another optimizer for it"
-                    )
-
-    def stacked(self, bucket: Bucket, name: str) -> Tensor:
-        """A scalar of the state of each parameter, as one vector."""
-        return torch.stack([self.state[p][name] for p in bucket.params])
-
-    def store(self, bucket: Bucket, where: Tensor, **vectors: Tensor) -> None:
-        """Write vectors back into the scalars of the state, for the parameters where ``where`` (bool ``[k]``) holds."""
-        for name, vector in vectors.items():
-            for p, keep, new in zip(bucket.params, where.unbind(), vector.unbind(), strict=True):
-                old = self.state[p][name]
-                old.copy_(torch.where(keep, new, old))
+    def _refuse_sparse_gradients(self, params: Iterable[Tensor]) -> None:
+        for p in params:
+            if p.grad is not None and p.grad.is_sparse:
+                place, index = self._place(p)[1]
+                raise RuntimeError(
+                    f"{type(self).__name__} does not take sparse gradients (parameter {index} of group {place} has "
+                    "one); use a dense embedding (sparse=False) or another optimizer for it"
+                )
 
     # ---- saving and loading ----
 

@@ -11,7 +11,7 @@ from evenstep.errors import nearest
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.groups import KINDS
 from evenstep.optim.sharding import Bucket
-from evenstep.optim.state import clock, hyper, moment, scalar, statistics
+from evenstep.optim.state import moment, scalar, statistics
 from evenstep.transforms import (
     AdamStep,
     Combine,
@@ -19,7 +19,7 @@ from evenstep.transforms import (
     Steps,
     adam_,
     blocks,
-    combined,
+    close,
     floored,
     opened,
     row_blocks,
@@ -127,30 +127,30 @@ class SCALE(EvenOptimizer):
         return {"exp_avg": moment(p, stored)} if kind == "last" else {}
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
-        grads = yield from self.gradients(group, bucket)
+        grads = yield self.gradients(group, bucket)
         if group["kind"] == "vector":
-            grads = yield from grads.with_norms()
+            grads = yield grads.with_norms()
             update_norm = self._vector_step(group, bucket, grads)
             return statistics(grads, bucket, update_norm)
-        grads, directions = yield from self._matrix_step(group, bucket, grads)
-        found = statistics(grads, bucket, directions * hyper(group["lr"]) * grads.finite)
+        grads, directions = yield self._matrix_step(group, bucket, grads)
+        found = statistics(grads, bucket, directions * group["lr"] * grads.finite)
         found["norm_after"] = torch.full_like(directions, torch.nan) if bucket.layout.cuts else directions
         return found | {"gain": found["norm_after"] / found["grad_norm"].clamp(min=torch.finfo(bucket.dtype).tiny)}
 
     def _vector_step(self, group: Group, bucket: Bucket, grads: Gradients) -> Tensor:
-        age = self.stacked(bucket, "age") + 1
+        age = bucket.stacked("age") + 1
         plan = AdamStep.plan(
             grads.finite,
             age,
-            torch.zeros_like(clock(group)),
-            lr=hyper(group["lr"]),
+            torch.zeros_like(group["t"]),
+            lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
-        exp_avg, exp_avg_sq = self.parts(bucket, "exp_avg"), self.parts(bucket, "exp_avg_sq")
-        update_norm = adam_(self.weights(group, bucket), grads, exp_avg, exp_avg_sq, plan)
-        self.store(bucket, grads.finite, age=age)
+        exp_avg, exp_avg_sq = bucket.parts("exp_avg"), bucket.parts("exp_avg_sq")
+        update_norm = adam_(self.weights(group, bucket, grads.finite), grads, exp_avg, exp_avg_sq, plan)
+        bucket.store(grads.finite, age=age)
         return update_norm
 
     def _matrix_step(self, group: Group, bucket: Bucket, grads: Gradients) -> Steps[tuple[Gradients, Tensor]]:
@@ -158,17 +158,16 @@ class SCALE(EvenOptimizer):
         over = 0 if group["kind"] == "embedding" else 1
         last, decay, norm = group["kind"] == "last", group["weight_decay"], group["norm"]
         one = torch.ones_like(grads.peak)
-        rates = torch.where(grads.finite, one * hyper(group["lr"]), 0 * one)
+        rates = torch.where(grads.finite, one * group["lr"], 0 * one)
         readers = [grads.reader(i) for i in range(len(bucket.params))]
         if last:
-            averages = self.parts(bucket, "exp_avg")
+            averages = bucket.parts("exp_avg")
             keeps = torch.where(grads.finite, one * group["momentum"], one)
             for i, m in enumerate(averages):
                 for stored, piece in blocks(m, bucket.grads[i]):
                     average = opened(stored, bucket.dtype)
                     average.mul_(keeps[i]).add_(readers[i](piece), alpha=1 - group["momentum"])
-                    if average is not stored:
-                        stored.copy_(average)
+                    close(stored, average, grads.finite[i])
             readers = [lambda piece: opened(piece, bucket.dtype)] * len(averages)
         sources = averages if last else bucket.grads
 
@@ -180,15 +179,15 @@ class SCALE(EvenOptimizer):
                 for x, read in zip(sources, readers, strict=True)
             ]
             across = Combine("sum", torch.cat([x.flatten() for x in squares]), over)
-            sums, totals = yield from combined(grads.squares(), across)
+            sums, totals = yield grads.squares(), across
             grads = grads.with_sums(sums)
             parts_of = totals.split([x.numel() for x in squares])
             whole = [part.view_as(x) for part, x in zip(parts_of, squares, strict=True)]
         else:
-            grads = yield from grads.with_norms()
-        weights, norms = self.weights(group, bucket), []
+            grads = yield grads.with_norms()
+        weights, norms = self.weights(group, bucket, grads.finite), []
         for i, (p, source) in enumerate(zip(weights.tensors, sources, strict=True)):
-            parts, start = [], 0
+            parts, start, done = [], 0, 0
             shape = bucket.params[i].shape
             count = shape[0] if over == 0 else math.prod(shape[1:])
             for x, piece, *extras in row_blocks(p, source, *weights.extras(i)):
@@ -203,6 +202,7 @@ class SCALE(EvenOptimizer):
                 direction = g / size
                 parts.append(torch.linalg.vector_norm(direction))
                 begin = x.to(g.dtype) * (1 - rates[i] * decay) if decay else x.to(g.dtype)
-                weights.write(i, x, begin - direction.mul_(rates[i]), extras)
+                weights.write(i, x, begin - direction.mul_(rates[i]), extras, done)
+                done += x.numel()
             norms.append(torch.linalg.vector_norm(torch.stack(parts)))
         return grads, torch.stack(norms)

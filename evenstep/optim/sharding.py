@@ -4,6 +4,7 @@ A DTensor is stripped once, at the start of a step; everything after works on pl
 agree on goes through `combine`: one message per mesh dimension and round for all parameters together.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +63,24 @@ class Bucket:
     """What is here of the gradients."""
     here: list[Tensor]
     """What is here of the parameters."""
+    states: list[dict[str, Any]]
+    """The state of each parameter, where one was given."""
     dtype: torch.dtype
     layout: Layout
+
+    def parts(self, name: str) -> list[Tensor]:
+        """What is here of one entry of the state of each parameter."""
+        return [local(state[name]) for state in self.states]
+
+    def stacked(self, name: str) -> Tensor:
+        """A scalar of the state of each parameter, as one vector ``[k]``."""
+        return torch.stack([state[name] for state in self.states])
+
+    def store(self, where: Tensor, **vectors: Tensor) -> None:
+        """Write vectors back into the scalars of the state, for the parameters where ``where`` (bool ``[k]``) holds."""
+        for name, vector in vectors.items():
+            for state, keep, new in zip(self.states, where.unbind(), vector.unbind(), strict=True):
+                state[name].copy_(torch.where(keep, new, state[name]))
 
     def sizes(self) -> Tensor:
         """Entries of each whole tensor, at least 1, ``[k]``."""
@@ -75,8 +92,8 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
-def buckets(params: list[Tensor]) -> list[Bucket]:
-    """The parameters that have a gradient, split by device, state dtype and layout."""
+def buckets(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]] | None = None) -> list[Bucket]:
+    """The parameters that have a gradient, with their ``state``, split by device, state dtype and layout."""
     found: dict[tuple[torch.device, torch.dtype, Layout], list[Tensor]] = {}
     for p in params:
         if p.grad is not None:
@@ -87,7 +104,14 @@ def buckets(params: list[Tensor]) -> list[Bucket]:
                 )
             found.setdefault((p.device, state_dtype(p), layout), []).append(p)
     return [
-        Bucket(some, [local(p.grad) for p in some if p.grad is not None], [local(p) for p in some], dtype, layout)
+        Bucket(
+            params=some,
+            grads=[local(p.grad) for p in some if p.grad is not None],
+            here=[local(p) for p in some],
+            states=[] if state is None else [state[p] for p in some],
+            dtype=dtype,
+            layout=layout,
+        )
         for (_, dtype, layout), some in found.items()
     ]
 

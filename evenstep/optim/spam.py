@@ -1,8 +1,8 @@
 """SPAM: Adam with spike-aware clipping, momentum reset, and sparse momentum (arXiv:2501.06842, ICLR 2025)."""
 
 import math
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,8 +10,10 @@ from torch import Tensor
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.masks import draw_mask, pack, unpack
 from evenstep.optim.sharding import Bucket, is_sharded
-from evenstep.optim.state import clock, hyper, moment, scalar, statistics
+from evenstep.optim.state import moment, scalar, statistics
 from evenstep.transforms import AdamStep, EntryClip, Steps, adam_, reset_due, rewarm_factor
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 
 class SPAM(EvenOptimizer):
@@ -116,26 +118,26 @@ class SPAM(EvenOptimizer):
             return {"exp_avg": moment(p, stored), "exp_avg_sq": moment(p, stored, signed=False), "age": scalar(p)}
         if is_sharded(p):
             raise ValueError("SPAM: density < 1 is not supported for sharded parameters; use density=1, or DDP")
-        sparse = _sparse_moments(p, self._draw_mask(group, index), stored)
+        sparse = _sparse_moments(p, self._draw_mask(group, p), round(group["density"] * p.numel()), stored)
         return {"age": scalar(p), "mask_set_at": -1} | sparse
 
-    def _draw_mask(self, group: Group, index: int) -> Tensor:
-        p = group["params"][index]
+    def _draw_mask(self, group: Group, p: Tensor) -> Tensor:
         # The seed says whose mask this is and when it is drawn: equal on all ranks, and the same again after a resume.
-        place = next(i for i, other in enumerate(self.param_groups) if other is group)
-        return draw_mask(p.numel(), group["density"], (place, index, int(group["t"]))).to(p.device)
+        return draw_mask(p.numel(), group["density"], (*self._place(p)[1], int(group["t"]))).to(p.device)
 
-    def _redraw_masks(self, group: Group, params: list[Tensor], finite: Tensor) -> None:
-        index = {p: i for i, p in enumerate(group["params"])}
-        for p, accepted in zip(params, finite.unbind(), strict=True):
-            state = self.state[p]
+    def prepare(self, group: Group, bucket: Bucket) -> None:
+        """On a reset the sparse parameters get new masks, where their gradients are finite."""
+        if group["density"] == 1 or not group["reset_interval"] or group["t"] % group["reset_interval"]:
+            return
+        for p, grad, state in zip(bucket.params, bucket.grads, bucket.states, strict=True):
             if state.get("mask_set_at") in (None, group["t"] - 1):  # dense, or given by hand for this step
                 continue
-            bits = self._draw_mask(group, index[p])
-            if state["exp_avg"].numel() == round(group["density"] * p.numel()):
+            bits, count = self._draw_mask(group, p), round(group["density"] * p.numel())
+            accepted = torch.isfinite(grad).all()
+            if state["exp_avg"].numel() == count:
                 state["mask"].copy_(torch.where(accepted, bits, state["mask"]))
             elif accepted:  # a mask of another size was given by hand: the one place that must ask the device
-                state.update(_sparse_moments(p, bits, group["state"]))
+                state.update(_sparse_moments(p, bits, count, group["state"]))
 
     def set_mask(self, p: Tensor, mask: Tensor) -> None:
         """Train the entries of ``p`` where ``mask`` (bool, the shape of ``p``) is True, with new moments, until a later
@@ -155,8 +157,9 @@ class SPAM(EvenOptimizer):
             raise ValueError(
                 f"set_mask: expected a bool tensor of shape {tuple(p.shape)}, got {mask.dtype} of {tuple(mask.shape)}"
             )
-        group = next(group for group in self.param_groups if any(p is q for q in group["params"]))
-        state.update(_sparse_moments(p, pack(mask).to(p.device), group["state"]), mask_set_at=group["t"])
+        group, _ = self._place(p)
+        sparse = _sparse_moments(p, pack(mask).to(p.device), int(mask.sum()), group["state"])
+        state.update(sparse, mask_set_at=group["t"])
         if group["variant"] == "paper":
             state["age"].zero_()
 
@@ -172,14 +175,11 @@ class SPAM(EvenOptimizer):
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         official = group["variant"] == "official"
         every, threshold, weight_decay = group["reset_interval"], group["threshold"], group["weight_decay"]
-        grads = yield from self.gradients(group, bucket)
-        grads = yield from grads.with_norms()
-        if group["density"] != 1 and every and group["t"] % every == 0:
-            self._redraw_masks(group, bucket.params, grads.finite)
-
-        t, lr = clock(group), hyper(group["lr"])
+        grads = yield self.gradients(group, bucket)
+        grads = yield grads.with_norms()
+        t, lr = group["t"], group["lr"]
         reset = reset_due(t, every)
-        age = self.stacked(bucket, "age")
+        age = bucket.stacked("age")
         age = age + 1 if official else age * (1 - reset) + 1
         plan = AdamStep.plan(
             grads.finite,
@@ -195,20 +195,19 @@ class SPAM(EvenOptimizer):
         clip = EntryClip(threshold, self._clips(group, t), forget=reset, zero_history=official) if threshold else None
 
         # Of a sparse tensor only the entries of its mask take part: they are taken out, updated and put back.
-        where = [self._entries(p) for p in bucket.params]
-        weights = self.weights(group, bucket)
+        where = [_entries(state, p.numel()) for p, state in zip(bucket.params, bucket.states, strict=True)]
+        weights = self.weights(group, bucket, grads.finite)
         weights.tensors = trained = _taken(bucket.here, where)
         lost = weights.lost
-        weights.lost = lost and _taken(lost, where)
-        exp_avg, exp_avg_sq = self.parts(bucket, "exp_avg"), self.parts(bucket, "exp_avg_sq")
+        weights.lost = _taken(lost, where)
+        exp_avg, exp_avg_sq = bucket.parts("exp_avg"), bucket.parts("exp_avg_sq")
         update_norm = adam_(weights, grads.of(_taken(bucket.grads, where)), exp_avg, exp_avg_sq, plan, clip)
         _put_back(bucket.here, trained, where)
-        if lost and weights.lost:
-            _put_back(lost, weights.lost, where)
+        _put_back(lost, weights.lost, where)
         if official and weight_decay and group["density"] == 1:
             for p, accepted in zip(bucket.here, grads.finite.unbind(), strict=True):
                 p.mul_(1 - lr * weight_decay * accepted)
-        self.store(bucket, grads.finite, age=age)
+        bucket.store(grads.finite, age=age)
 
         found = statistics(grads, bucket, update_norm)
         if any(entries is not None for entries in where):
@@ -230,25 +229,27 @@ class SPAM(EvenOptimizer):
             started = started & (torch.remainder(t, group["reset_interval"]) >= group["clip_start"])
         return started.to(t.dtype)
 
-    def _entries(self, p: Tensor) -> Tensor | None:
-        """Flat indices of the entries that are trained, None for all."""
-        state = self.state[p]
-        if "mask" not in state:
-            return None
-        return torch.nonzero_static(unpack(state["mask"], p.numel()), size=state["exp_avg"].numel()).view(-1)
+
+def _entries(state: State, n: int) -> Tensor | None:
+    """Flat indices of the entries of a tensor of ``n`` that are trained, None for all."""
+    if "mask" not in state:
+        return None
+    return torch.nonzero_static(unpack(state["mask"], n), size=state["exp_avg"].numel()).view(-1)
 
 
-def _sparse_moments(p: Tensor, bits: Tensor, stored: str) -> State:
-    """New compact moments for the entries of a packed mask."""
-    compact = p.new_empty(int(unpack(bits, p.numel()).sum()))
+def _sparse_moments(p: Tensor, bits: Tensor, count: int, stored: str) -> State:
+    """New compact moments for the ``count`` entries of a packed mask."""
+    compact = p.new_empty(count)
     return {"exp_avg": moment(compact, stored), "exp_avg_sq": moment(compact, stored, signed=False), "mask": bits}
 
 
-def _taken(tensors: list[Tensor], where: list[Tensor | None]) -> list[Tensor]:
-    return [x if entries is None else torch.take(x, entries) for x, entries in zip(tensors, where, strict=True)]
+def _taken(tensors: Sequence[T], where: list[Tensor | None]) -> list[T]:
+    return [
+        x if x is None or entries is None else torch.take(x, entries) for x, entries in zip(tensors, where, strict=True)
+    ]
 
 
-def _put_back(tensors: list[Tensor], values: list[Tensor], where: list[Tensor | None]) -> None:
+def _put_back(tensors: Sequence[T], values: Sequence[T], where: list[Tensor | None]) -> None:
     for x, some, entries in zip(tensors, values, where, strict=True):
-        if entries is not None:
+        if x is not None and some is not None and entries is not None:
             x.put_(entries, some)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.sharding import Bucket
-from evenstep.optim.state import clock, hyper, moment, scalar, statistics
-from evenstep.transforms import AdamStep, Steps, adaclip, adagn, adam_, cosine_factor, opened, reset_due
+from evenstep.optim.state import moment, scalar, statistics
+from evenstep.transforms import AdamStep, Steps, adaclip, adagn, adam_, close, cosine_factor, opened, reset_due
 
 
 class StableSPAM(EvenOptimizer):
@@ -113,7 +113,7 @@ class StableSPAM(EvenOptimizer):
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         official = group["variant"] == "official"
-        t, lr = clock(group), hyper(group["lr"])
+        t, lr = group["t"], group["lr"]
         reset = reset_due(t, group["reset_interval"])
         beta1, beta2 = group["betas"]
         gamma1 = group["gamma1"]
@@ -121,12 +121,12 @@ class StableSPAM(EvenOptimizer):
             factor = cosine_factor(t, group["total_steps"], group["eta_min"], hold=not official)
             beta1, gamma1 = beta1 * factor, gamma1 * factor
 
-        n = self.stacked(bucket, "n") + 1
-        age = self.stacked(bucket, "age") * (1 - reset) + 1
-        grads = yield from self.gradients(group, bucket)
-        grads, peak = adaclip(grads, self.stacked(bucket, "peak"), n, group["gamma3"])
-        grads = yield from grads.with_norms()
-        norms = self.stacked(bucket, "norm"), self.stacked(bucket, "norm_rms")
+        n = bucket.stacked("n") + 1
+        age = bucket.stacked("age") * (1 - reset) + 1
+        grads = yield self.gradients(group, bucket)
+        grads, peak = adaclip(grads, bucket.stacked("peak"), n, group["gamma3"])
+        grads = yield grads.with_norms()
+        norms = bucket.stacked("norm"), bucket.stacked("norm_rms")
         gain, norm, norm_rms = adagn(grads.norm, *norms, n, gamma1, group["gamma2"], group["eps"])
         grads = grads.amplified(gain)
 
@@ -141,13 +141,13 @@ class StableSPAM(EvenOptimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
-        exp_avg, exp_avg_sq = self.parts(bucket, "exp_avg"), self.parts(bucket, "exp_avg_sq")
-        update_norm = adam_(self.weights(group, bucket), grads, exp_avg, exp_avg_sq, plan)
+        exp_avg, exp_avg_sq = bucket.parts("exp_avg"), bucket.parts("exp_avg_sq")
+        update_norm = adam_(self.weights(group, bucket, grads.finite), grads, exp_avg, exp_avg_sq, plan)
         if official:
             kept = torch.where(grads.finite, torch.ones_like(age) * (1 - reset), torch.ones_like(age))
-            for keep, *moments in zip(kept.unbind(), exp_avg, exp_avg_sq, strict=True):
+            for keep, accepted, *moments in zip(kept.unbind(), grads.finite.unbind(), exp_avg, exp_avg_sq, strict=True):
                 for m in moments:
-                    m.copy_(opened(m, bucket.dtype) * keep)
+                    close(m, opened(m, bucket.dtype).mul_(keep), accepted)
             n = age  # one counter for both: after a reset the statistics are corrected as if they were new
-        self.store(bucket, grads.finite, peak=peak, norm=norm, norm_rms=norm_rms, n=n, age=age)
+        bucket.store(grads.finite, peak=peak, norm=norm, norm_rms=norm_rms, n=n, age=age)
         return statistics(grads, bucket, update_norm)

@@ -13,29 +13,28 @@ Group = dict[str, Any]
 State = dict[str, Any]
 
 
-def clock(group: Group) -> Tensor:
-    """``group["t"]`` as a 0-d float64 tensor for the arithmetic of `evenstep.transforms.clock`."""
-    t = group["t"]
-    return t.to(torch.float64) if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64)
+def at_present(group: Group) -> Group:
+    """The options of a group as a step reads them: ``t`` and ``lr``, which move with time, are 0-d tensors.
+
+    Both are float64 (a tensor given as ``lr`` stays as it is). A compiled step takes them as inputs, where Python
+    numbers would be compiled in.
+    """
+    t, lr = group["t"], group["lr"]
+    return group | {
+        "t": t.to(torch.float64) if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64),
+        "lr": lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+    }
 
 
 def place_clock(group: Group) -> None:
     """Under ``capturable`` the clock lives on the device, where a replayed CUDA graph can advance it."""
     if group["capturable"]:
-        if group["rounding"] == "stochastic" or group.get("density", 1) != 1:
-            raise ValueError(
-                "capturable=True does not go with rounding='stochastic' or density < 1, which draw random numbers "
-                "on the host"
-            )
+        if group.get("density", 1) != 1:
+            raise ValueError("capturable=True does not go with density < 1, whose masks are drawn on the host")
         device = group["params"][0].device if group["params"] else "cpu"
         group["t"] = torch.as_tensor(group["t"], dtype=torch.int64).to(device, copy=True)
     else:
         group["t"] = int(group["t"])
-
-
-def hyper(value: float | Tensor) -> Tensor:
-    """A hyperparameter that moves with time (the learning rate) as a 0-d tensor."""
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
 def scalar(p: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What the optimizers are made of: each equation of the papers, once, as functions on lists of tensors."""
 
-from evenstep.transforms.adam import AdamStep, Weights, adam_, opened
+from evenstep.transforms.adam import AdamStep, Weights, adam_, close, opened
 from evenstep.transforms.blocks import blocks
 from evenstep.transforms.checks import CHECKS, check
 from evenstep.transforms.clock import bias_correction, cosine_factor, reset_due, rewarm_factor
@@ -9,7 +9,7 @@ from evenstep.transforms.gradients import Gradients
 from evenstep.transforms.lockstep import Combine, Steps, combined, lockstep
 from evenstep.transforms.model_wide import AutoClip, NormClip, SkipStep, ZClip
 from evenstep.transforms.momentum_reset import MomentumReset
-from evenstep.transforms.rounding import ROUNDINGS, write
+from evenstep.transforms.rounding import ROUNDINGS, noise_seeds
 from evenstep.transforms.spike_clip import EntryClip
 from evenstep.transforms.stable import adaclip, adagn
 from evenstep.transforms.transform import Now, Statistics, Transform, shared_dtype
@@ -44,10 +44,12 @@ __all__ = [
     "bias_correction",
     "blocks",
     "check",
+    "close",
     "combined",
     "cosine_factor",
     "floored",
     "lockstep",
+    "noise_seeds",
     "opened",
     "reset_due",
     "rewarm_factor",
@@ -55,5 +57,4 @@ __all__ = [
     "row_norms",
     "shared_dtype",
     "squared_norms",
-    "write",
 ]

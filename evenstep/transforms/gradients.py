@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evenstep.transforms.blocks import blocks
-from evenstep.transforms.lockstep import Combine, Steps, combined
+from evenstep.transforms.lockstep import Combine, Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Gradients:
             norms.append(peak_and_norm(torch.stack([norm for _, norm in parts]))[1])
         # A maximum over machines may lose a NaN, but not an infinity.
         bound = torch.nan_to_num(torch.stack(peaks), nan=torch.inf, posinf=torch.inf)
-        [peak] = yield from combined(Combine("max", bound))
+        [peak] = yield (Combine("max", bound),)
         finite = torch.isfinite(peak)
         return cls(tensors, dtype, peak, torch.stack(norms), finite, finite.to(dtype), sign=sign)
 
@@ -130,9 +130,9 @@ class Gradients:
         if self.norms is not None:
             return self
         if self.origin is None or self.origin.norms is not None:
-            [sums] = yield from combined(self.squares())
+            [sums] = yield (self.squares(),)
             return self.with_sums(sums)
-        sums, before = yield from combined(self.squares(), self.origin.squares())
+        sums, before = yield self.squares(), self.origin.squares()
         return replace(self.with_sums(sums), origin=self.origin.with_sums(before))
 
     def squares(self) -> Combine:

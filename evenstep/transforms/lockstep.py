@@ -5,12 +5,14 @@ norm their sum. The steps of this package are therefore written as generators: t
 over the parts and find the result in what they yielded. All of them advance together, so that what many parameters ask
 for at the same point travels in one message. Without shards the answer is the question, and a step costs what a plain
 function would.
-(A value sent into a generator would say the same, but torch.compile does not trace it through ``yield from``.)
+
+A step that needs another one's result says ``found = yield other_step`` and `lockstep` runs that one first. ``yield
+from`` does the same, but torch.compile (2.13) loses the value that it returns.
 """
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -32,18 +34,15 @@ class Combine:
     answer: Tensor | None = None
 
 
-Steps = Generator[tuple[Combine, ...], None, R]
-"""A step that asks for combined values on its way, several at a time if it likes, and returns an ``R``."""
+Steps = Generator[Any, Any, R]
+"""A step that returns an ``R``. It yields tuples of `Combine`, for which it gets a list of answers, or other steps, for
+which it gets their results.
+"""
 
 
 def combined(*requests: Combine) -> Steps[list[Tensor]]:
     """Ask, wait, and return the answers: ``[peak] = yield from combined(Combine("max", peaks))``."""
-    yield requests
-    return [request.values if request.answer is None else request.answer for request in requests]
-
-
-def _filed(number: int, step: Steps[R], results: dict[int, R]) -> Steps[None]:
-    results[number] = yield from step
+    return (yield requests)
 
 
 def lockstep(steps: Sequence[Steps[R]], combine: Callable[[dict[int, tuple[Combine, ...]]], None]) -> list[R]:
@@ -51,10 +50,39 @@ def lockstep(steps: Sequence[Steps[R]], combine: Callable[[dict[int, tuple[Combi
     by number and writes their answers; a request left without one is answered with its own values.
     """
     results: dict[int, R] = {}
-    running = {i: _filed(i, step, results) for i, step in enumerate(steps)}
+    running: dict[int, list[Steps[Any]]] = {i: [step] for i, step in enumerate(steps)}
+    answers: dict[int, list[Tensor]] = {}
     while running:
-        asked = {i: next(step, None) for i, step in running.items()}
-        requests = {i: several for i, several in asked.items() if several is not None}
+        requests: dict[int, tuple[Combine, ...]] = {}
+        for i, stack in running.items():
+            asked, result = _advanced(stack, answers.get(i))
+            if asked is None:
+                results[i] = result
+            else:
+                requests[i] = asked
         running = {i: running[i] for i in requests}
         combine(requests)
+        answers = {i: [_answer(request) for request in several] for i, several in requests.items()}
     return [results[i] for i in range(len(steps))]
+
+
+def _answer(request: Combine) -> Tensor:
+    return request.values if request.answer is None else request.answer
+
+
+def _advanced(stack: list[Steps[Any]], value: Any) -> tuple[tuple[Combine, ...] | None, Any]:
+    """Go on with the last of a stack of steps, each waiting for the one after it, until one asks (then what it asks) or
+    all have ended (then None and the result).
+    """
+    while stack:
+        try:
+            yielded = stack[-1].send(value)
+        except StopIteration as stop:
+            stack.pop()
+            value = stop.args[0] if stop.args else None  # torch.compile knows args but not value
+        else:
+            if isinstance(yielded, tuple):
+                return yielded, None
+            stack.append(yielded)
+            value = None
+    return None, value
