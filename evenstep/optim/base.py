@@ -12,6 +12,7 @@ The rules that keep a run exact, wherever it is stopped and resumed:
   value: a gradient with a NaN or Inf leaves its parameter and state as they were by arithmetic, not by a branch.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 from evenstep.optim.names import renamed, without_inert
 from evenstep.optim.sharding import Bucket, buckets, combine, local, state_dtype
 from evenstep.optim.state import Group, State, at_present, in_param_order, place_clock
+from evenstep.optim.takeover import adopt
 from evenstep.transforms import CHECKS, Gradients, Steps, Weights, check, lockstep, noise_seeds
 
 Work = tuple[Group, Bucket]
@@ -67,9 +69,7 @@ class EvenOptimizer(Optimizer):
             place_clock(added)
             for index, p in enumerate(added["params"]):
                 _check_parameter(p, index)
-                self.state[p] = self.new_state(p, added, index)
-                if added["rounding"] == "kahan" and p.dtype != state_dtype(p):
-                    self.state[p]["compensation"] = torch.zeros_like(p)
+                self.state[p] = self.fresh_state(p, added, index)
         except Exception:
             self.param_groups.pop()
             raise
@@ -80,6 +80,13 @@ class EvenOptimizer(Optimizer):
     def _check(self, name: str, value: Any) -> None:
         if name in self.defaults and name in CHECKS:
             check(type(self).__name__, **{name: value})
+
+    def fresh_state(self, p: Tensor, group: Group, index: int) -> State:
+        """All that a new parameter starts from."""
+        state = self.new_state(p, group, index)
+        if group["rounding"] == "kahan" and p.dtype != state_dtype(p):
+            state["compensation"] = torch.zeros_like(p)
+        return state
 
     def new_state(self, p: Tensor, group: Group, index: int) -> State:
         """The state of a new parameter, the ``index``-th of its group."""
@@ -208,10 +215,24 @@ class EvenOptimizer(Optimizer):
     # ---- saving and loading ----
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but state keeps its own dtype bit for bit whatever the dtype of the parameters."""
+        """As torch's, but state keeps its own dtype bit for bit whatever the dtype of the parameters.
+
+        The state of torch's Adam and AdamW, of the published classes and of pytorch_optimizer's is taken over: moments
+        and step counts go on, what is missing starts anew, and a UserWarning says which (see
+        `evenstep.optim.takeover`). Raises ValueError, before anything changes, for a state of other shapes or of an
+        unknown optimizer.
+        """
         final: dict[str, Any] = {}
+        said: list[str] = []
+
+        def translate(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            adopted, notes = adopt(self, given)
+            final.update(adopted)
+            said.append(notes)
+            return adopted
+
         hooks = [
-            self.register_load_state_dict_pre_hook(lambda _, given: final.update(given)),
+            self.register_load_state_dict_pre_hook(translate),
             self.register_load_state_dict_post_hook(lambda _: self._restore_exactly(final), prepend=True),
         ]
         try:
@@ -219,6 +240,8 @@ class EvenOptimizer(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+        if said[0]:
+            warnings.warn(said[0], stacklevel=2)
 
     def _restore_exactly(self, saved: dict[str, Any]) -> None:
         for group in self.param_groups:
