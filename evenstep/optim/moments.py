@@ -88,9 +88,10 @@ class Snapshot:
 
 def _plain(x: Tensor) -> Iterator[Tensor]:
     """The plain tensors that ``x`` is made of: the part of a DTensor that is here, codes and scales of 8-bit blocks."""
+    x = local(x)
     if hasattr(type(x), "__tensor_flatten__"):
-        for name in x.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-            yield from _plain(getattr(x, name))
+        for part in (getattr(x, name) for name in x.__tensor_flatten__()[0]):  # type: ignore[attr-defined]
+            yield from _plain(part)
     else:
         yield x.detach()
 

@@ -1,17 +1,14 @@
 """Gradient transforms that look at one tensor at a time."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from evenstep.transforms.checks import check
-from evenstep.transforms.column_norm import squared_norms
 from evenstep.transforms.gradients import Gradients
 from evenstep.transforms.lockstep import Combine, Steps, combined
 from evenstep.transforms.spike_clip import EntryClip
 from evenstep.transforms.stable import adaclip, adagn
-from evenstep.transforms.transform import Now, Statistics, Transform
+from evenstep.transforms.transform import Now, Statistics, Transform, shared_dtype
 
 Result = Steps[tuple[Gradients, Statistics]]
 
@@ -171,9 +168,5 @@ class AGC(Transform):
 
 def _unit_squares(x: Tensor) -> Tensor:
     """Squared norms of the rows of ``x`` in fp64, of all of it for fewer than 2 dimensions; flat."""
-    rows = x if x.dim() > 1 else x.reshape(1, -1)
-    return squared_norms([rows], lambda piece: piece, 1).flatten() if math.prod(rows.shape) else _none(rows)
-
-
-def _none(rows: Tensor) -> Tensor:
-    return torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    rows = x.flatten(1) if x.dim() > 1 else x.reshape(1, -1)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=shared_dtype(x.device)).square()
