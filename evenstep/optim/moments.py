@@ -57,6 +57,28 @@ def unknown_entries(states: Iterable[dict[str, Any]], moments: frozenset[str]) -
     )
 
 
+def on_host(x: Tensor) -> bool:
+    """Whether a value can be read without waiting for a device."""
+    return x.device.type == "cpu"
+
+
+def divided(accepted: dict[Tensor, Tensor], nonfinite: str) -> tuple[set[Tensor], list[Tensor]]:
+    """Parameters that the base is to step, and those among them that may have to be put back afterwards, by whether
+    their flags (0-d bool: the gradient is good) may be read.
+    """
+    read = [p for p, flag in accepted.items() if nonfinite == "skip" or (nonfinite == "restore" and on_host(flag))]
+    values = _values([accepted[p] for p in read])
+    stepped = set(accepted) - {p for p, good in zip(read, values, strict=True) if not good}
+    return stepped, [p for p in accepted if p not in set(read)] if nonfinite == "restore" else []
+
+
+def _values(flags: list[Tensor]) -> list[bool]:
+    """The values of 0-d tensors: one read of the device (one each, where there are several devices)."""
+    if len({flag.device for flag in flags}) == 1:
+        return torch.stack(flags).tolist()
+    return [bool(flag) for flag in flags]
+
+
 class Snapshot:
     """Parameters and their state before a step, to be put back on the device where a step should not have been.
 
@@ -103,4 +125,4 @@ def _copies(x: Tensor) -> list[Tensor]:
 def _put_back(x: Tensor, saved: list[Tensor], flag: Tensor) -> None:
     for part, old in zip(_plain(x), saved, strict=False):
         if part.device == flag.device and part.shape == old.shape:
-            part.copy_(torch.where(flag, part, old))
+            torch.where(flag, part, old, out=part)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from evenstep.optim.chain import CLOCK, PREFIX, Chain, Transformed
-from evenstep.optim.moments import MOMENTS, Snapshot, reset_, unknown_entries
+from evenstep.optim.moments import MOMENTS, Snapshot, divided, reset_, unknown_entries
 from evenstep.optim.sharding import buckets, combine, local
 from evenstep.optim.state import Group, in_param_order, statistics
 from evenstep.transforms import Gradients, MomentumReset, SkipStep, Transform, blocks, check, lockstep
@@ -50,11 +50,12 @@ def stabilize(
         nonfinite: what happens to a tensor whose gradient has a NaN or Inf. It is counted (``stats["skipped"]``, and
             under ``stabilize.skipped`` in the state), and leaves the statistics as they were, in any case.
 
-            ``"restore"`` (default): the tensor and its base state are as before the step, without reading anything from
-            the device. Takes a copy of parameters and base state during the step. (A step count that the base keeps
-            on the host for a parameter on another device goes on.)
+            ``"restore"`` (default): the tensor and its base state are as before the step, without waiting for a device.
+            On CPU the base does not see the tensor. Elsewhere it does, and both are put back: that takes a copy of
+            parameters and base state during the step, and a step count that the base keeps on the host goes on.
 
-            ``"skip"``: the base does not see the tensor. One host read a step, no copy; for when memory is short.
+            ``"skip"``: the base does not see the tensor, on any device. One read of the device a step, no copy; for
+            when memory is short or steps are long.
 
             ``"zero"``: the base sees zeros, so that its momentum and weight decay still move the tensor. No read, no
             copy.
@@ -184,16 +185,8 @@ class Stabilized(Optimizer):
         accepted = {
             p: flag for one in found for p, flag in zip(one.bucket.params, one.grads.finite.unbind(), strict=True)
         }
-        stepped = set(accepted)
-        if self.nonfinite == "skip":
-            flags = [one.grads.finite.tolist() for one in found]  # the one read of the device
-            stepped = {
-                p
-                for one, kept in zip(found, flags, strict=True)
-                for p, k in zip(one.bucket.params, kept, strict=True)
-                if k
-            }
-        snapshot = Snapshot(self.base, list(accepted), self.moments) if self.nonfinite == "restore" else None
+        stepped, unread = divided(accepted, self.nonfinite)
+        snapshot = Snapshot(self.base, unread, self.moments)
         for p in resets:
             if p in stepped:
                 reset_(self.base.state.get(p, {}), self.moments)
@@ -204,8 +197,7 @@ class Stabilized(Optimizer):
                     p.grad = _copied(one.grads, i, p.grad) if p in stepped else None  # type: ignore[arg-type]
             if stepped or not accepted:
                 self.base.step()
-            if snapshot:
-                snapshot.restore(list(accepted.values()))
+            snapshot.restore([accepted[p] for p in unread])
         finally:
             for p, grad in given.items():
                 p.grad = grad
@@ -290,13 +282,6 @@ def _check_base(base: Any) -> None:
             f"{type(base).__name__} evaluates its closure many times a step, and transforms would not see those "
             "gradients; stabilize takes optimizers whose step() needs no closure"
         )
-
-
-def _read(flags: list[Tensor]) -> list[bool]:
-    """The values of 0-d tensors: one read of the device (one each, where there are several devices)."""
-    if len({flag.device for flag in flags}) == 1:
-        return torch.stack(flags).tolist()
-    return [bool(flag) for flag in flags]
 
 
 def _copied(grads: Gradients, i: int, like: Tensor) -> Tensor:
