@@ -113,7 +113,13 @@ class EvenOptimizer(Optimizer):
     @torch._disable_dynamo
     def _begin(self) -> list[Work]:
         self._refuse_sparse_gradients(p for group in self.param_groups for p in group["params"])
-        self._advance()
+        given = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        sweeping = [group for group in self.param_groups if "sweep" in group and group["sweep"] == group["t"]]
+        # After a sweep of step_parameter, step() updates what is left of it at the same t.
+        if not sweeping or any(self._had_its_turn(group, p) for group, p in given):
+            self._advance()
+        for group in sweeping:
+            group["sweep"] = 0
         return self._work((group, group["params"]) for group in self.param_groups)
 
     def _advance(self) -> None:
@@ -154,12 +160,15 @@ class EvenOptimizer(Optimizer):
         freed while the backward pass goes on.
 
         ``p.register_post_accumulate_grad_hook(release)`` with ``def release(p): optimizer.step_parameter(p); p.grad =
-        None``. The result is that of ``step()`` bit for bit, since nothing here is taken over several tensors. The
-        clock advances once a sweep: when a parameter comes that had its turn already. `stats` stays as it is. Sharded
-        parameters cost messages of their own, and every rank must release them in the same order.
+        None``. The result is that of ``step()`` bit for bit, since nothing here is taken over several tensors.
+
+        Call ``step()`` after the backward pass as ever: it updates what has a gradient still and closes the sweep.
+        Without that call, the next sweep begins (and the clock advances) when a parameter comes that had its turn
+        already. `stats` stays as it is. Sharded parameters cost messages of their own, and every rank must release them
+        in the same order.
 
         Raises:
-            ValueError: ``p`` is not in this optimizer, or its group is capturable. RuntimeError: a sparse gradient.
+            ValueError: ``p`` is not in this optimizer, or a group is capturable. RuntimeError: a sparse gradient.
         """
         work = self._begin_parameter(p)
         if work:
@@ -168,17 +177,20 @@ class EvenOptimizer(Optimizer):
     @torch._disable_dynamo
     def _begin_parameter(self, p: Tensor) -> list[Work]:
         group, _ = self._place(p)
-        if group["capturable"]:
+        if any(other["capturable"] for other in self.param_groups):
             raise ValueError("step_parameter counts on the host; it does not go with capturable=True")
         if p.grad is None:
             return []
         self._refuse_sparse_gradients([p])
-        if group.get("sweep") != group["t"] or self.state[p].get("released_at") == group["t"]:
+        if group.get("sweep") != group["t"] or self._had_its_turn(group, p):
             self._advance()
             for other in self.param_groups:
                 other["sweep"] = other["t"]
         self.state[p]["released_at"] = group["t"]
         return self._work([(group, [p])])
+
+    def _had_its_turn(self, group: Group, p: Tensor) -> bool:
+        return bool(self.state[p].get("released_at") == group["t"])
 
     def _place(self, p: Tensor) -> tuple[Group, tuple[int, int]]:
         """The group of a parameter, and the numbers of both."""
@@ -251,7 +263,7 @@ class EvenOptimizer(Optimizer):
         for i, p in zip(ids, params, strict=True):
             for name, value in saved["state"].get(i, {}).items():
                 if isinstance(value, Tensor):
-                    self.state[p][name] = value.detach().to(p.device, copy=True)
+                    self.state[p][name] = value.detach().to(p.device).clone()
 
 
 def _check_parameter(p: Tensor, index: int) -> None:

@@ -4,6 +4,7 @@ A DTensor is stripped once, at the start of a step; everything after works on pl
 agree on goes through `combine`: one message per mesh dimension and round for all parameters together.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,20 @@ def is_sharded(x: Any) -> bool:
 def local(x: Tensor) -> Tensor:
     """The part of ``x`` that is here, sharing its memory; ``x`` itself when it is whole."""
     return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
+
+
+def parts(x: Tensor) -> int:
+    """Into how many parts ``x`` is cut."""
+    return math.prod(x.device_mesh.size(dim) for dim, _ in Layout.of(x).cuts) if is_sharded(x) else 1  # type: ignore[attr-defined]
+
+
+def like(x: Tensor, part: Tensor) -> Tensor:
+    """``part`` as what is here of a tensor that is laid out as ``x`` is, evenly cut."""
+    if not is_sharded(x):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(part, x.device_mesh, x.placements, run_check=False)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -143,8 +158,12 @@ def combine(requests: dict[int, tuple[Combine, ...]], layouts: list[Layout]) -> 
 
 
 def _gather(requests: dict[int, tuple[Combine, ...]]) -> None:
-    """Answer the ``"gather"`` requests of each place with the values of all of them, one after the other."""
+    """Answer the ``"gather"`` requests of each place with the values of all of them, one after the other. Tensors on
+    the meta device have no values to give to others.
+    """
     for several in zip(*requests.values(), strict=False):
         if several[0].op == "gather":
             for request in several:
-                request.answer = torch.cat([other.values.to(request.values) for other in several])
+                meta = request.values.is_meta
+                heard = [other.values for other in several if meta or not other.values.is_meta]
+                request.answer = torch.cat([values.to(request.values) for values in heard])

@@ -1,12 +1,13 @@
 """The pieces that states and groups are made of: clocks, zeros for moments and scalars, and the numbers of a step."""
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evenstep.optim.sharding import Bucket, state_dtype
+from evenstep.optim.sharding import Bucket, like, local, parts, state_dtype
 from evenstep.transforms import Gradients
 
 Group = dict[str, Any]
@@ -21,8 +22,10 @@ def at_present(group: Group) -> Group:
     """
     t, lr = group["t"], group["lr"]
     return group | {
-        "t": t.to(torch.float64) if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64),
-        "lr": lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+        "t": t.to(torch.float64)
+        if isinstance(t, Tensor)
+        else torch.tensor(float(t), dtype=torch.float64, device="cpu"),
+        "lr": lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu"),
     }
 
 
@@ -42,16 +45,33 @@ def scalar(p: Tensor) -> Tensor:
     return torch.zeros((), dtype=state_dtype(p), device=p.device)
 
 
+@functools.cache
+def _eight_bit_blocks() -> Any:
+    """torchao's tensor of 8-bit codes, taught to be cloned, without which no optimizer that holds one can be copied."""
+    try:
+        from torchao.optim.subclass_8bit import OptimState8bit
+    except ImportError as error:
+        raise ImportError("state='int8' needs torchao (pip install torchao); state='bf16' does without") from error
+
+    @OptimState8bit.implements(torch.ops.aten.clone.default)
+    def clone(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        x = args[0]
+        return OptimState8bit(x.codes.clone(), x.scale.clone(), x.qmap.clone(), x.signed, x.dtype)
+
+    return OptimState8bit
+
+
 def moment(p: Tensor, stored: str = "fp32", *, signed: bool = True) -> Tensor:
     """Zeros in the shape of ``p``, for the moments of its state: fp32 (fp64 for fp64 parameters), bf16 or 8-bit blocks.
 
     8 bits are torchao's: blocks of 256 entries with an fp32 scale each and a dynamic map of 256 values. As there,
     tensors of fewer than 4096 entries, or not a multiple of 256, stay fp32.
     """
-    if stored == "int8" and p.numel() >= 4096 and p.numel() % 256 == 0:
-        from torchao.optim.subclass_8bit import OptimState8bit
-
-        return OptimState8bit.zeros(p.shape, signed, 256, p.device)
+    if stored == "int8":
+        blocks = _eight_bit_blocks()
+        part = local(p)
+        if part.numel() * parts(p) == p.numel() >= 4096 and part.numel() % 256 == 0:
+            return like(p, blocks.zeros(part.shape, signed, 256, p.device))
     dtype = torch.bfloat16 if stored == "bf16" else state_dtype(p)
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
