@@ -49,6 +49,7 @@ def unknown_entries(states: Iterable[dict[str, Any]], moments: frozenset[str]) -
             for state in states
             for name, value in state.items()
             if name not in moments
+            and not str(name).startswith("stabilize.")
             and name not in STARTS
             and isinstance(value, Tensor)
             and value.is_floating_point()

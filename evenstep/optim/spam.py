@@ -252,4 +252,6 @@ def _taken(tensors: Sequence[T], where: list[Tensor | None]) -> list[T]:
 def _put_back(tensors: Sequence[T], values: Sequence[T], where: list[Tensor | None]) -> None:
     for x, some, entries in zip(tensors, values, where, strict=True):
         if x is not None and some is not None and entries is not None:
-            x.put_(entries, some)
+            flat = x.reshape(-1).index_copy_(0, entries, some)  # put_ has no deterministic form
+            if not x.is_contiguous():
+                x.copy_(flat.view(x.shape))
