@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from evenstep.optim.sharding import is_sharded
+
 IN_SHAPE = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "square_avg"})
 """State entries that have the shape of their parameter wherever they are known; with a ``mask`` they hold a part."""
 
@@ -44,8 +46,8 @@ def checked_copy(base: Optimizer, numbered: list[tuple[Any, Tensor]], states: di
     copied = dict(states)
     for i, p in numbered:
         saved = states.get(i)
-        if not isinstance(saved, dict):
-            continue
+        if not isinstance(saved, dict) or any(isinstance(value, dict) for value in saved.values()):
+            continue  # nested by its library (bitsandbytes), which alone knows what belongs there
         present = base.state.get(p, {})
         needed = (
             WHOLE if saved.keys() & WHOLE == saved.keys() and isinstance(base, torch.optim.Adam) else present.keys()
@@ -74,4 +76,5 @@ def _check_shape(p: Tensor, i: Any, name: str, value: Tensor, present: Any, part
 
 
 def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    quantised = type(value) is not Tensor and hasattr(value, "dequantize") and not is_sharded(value)
+    return value.detach().clone() if isinstance(value, Tensor) and not quantised else value

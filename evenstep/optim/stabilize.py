@@ -11,7 +11,6 @@ finiteness from the device. Of an exact skip, no such read, and no extra memory,
 chooses.
 """
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from evenstep.optim.bases import check_base, check_parameters, checked_copy
 from evenstep.optim.chain import CLOCK, PREFIX, Chain, Transformed
 from evenstep.optim.moments import MOMENTS, Snapshot, divided, reset_, unknown_entries
 from evenstep.optim.sharding import buckets, combine, local
@@ -61,9 +61,10 @@ def stabilize(
             copy.
 
     Raises:
-        TypeError: ``optimizer`` is no torch Optimizer, or one that needs its closure (LBFGS). ValueError: a transform
-            given twice, ``reset_interval`` or ``nonfinite`` out of range, or (at the first step of a base with unknown
-            state) entries of which it is not known whether they are moments. RuntimeError: a sparse gradient.
+        TypeError: ``optimizer`` is no torch Optimizer, or one that needs its closure (LBFGS). ValueError: a complex
+            parameter, ``differentiable=True``, a transform given twice, ``reset_interval`` or ``nonfinite`` out of
+            range, or (at the first step of a base with unknown state) entries of which it is not known whether they are
+            moments. RuntimeError: a sparse gradient.
     """
     return Stabilized(optimizer, transforms, reset_interval, moments, nonfinite)
 
@@ -81,7 +82,7 @@ class Stabilized(Optimizer):
         moments: Iterable[str] = (),
         nonfinite: str = "restore",
     ):
-        _check_base(base)
+        check_base(base)
         check("stabilize", reset_interval=reset_interval, nonfinite=nonfinite)
         transforms = tuple(transforms)
         resets = [unit for unit in transforms if isinstance(unit, MomentumReset)]
@@ -126,9 +127,14 @@ class Stabilized(Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         self.base.add_param_group(param_group)
-        self._adopt(self.param_groups[-1])
+        try:
+            self._adopt(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def _adopt(self, group: Group) -> None:
+        check_parameters(group["params"])
         group.setdefault(CLOCK, max((other.get(CLOCK, 0) for other in self.param_groups), default=0))
         for p in group["params"]:
             self.chain.adopt(p)
@@ -261,6 +267,7 @@ class Stabilized(Optimizer):
                 theirs[i] = rest
         if len(state_dict["param_groups"]) == len(self.param_groups):  # else the base says what is wrong
             self.chain.check_saved((p, ours.get(i, {})) for i, p in self._numbered(state_dict))
+            theirs = checked_copy(self.base, self._numbered(state_dict), theirs)
         self.base.load_state_dict({**state_dict, "state": theirs})
         for group in self.param_groups:
             group.setdefault(CLOCK, 0)
@@ -271,17 +278,6 @@ class Stabilized(Optimizer):
     def _numbered(self, saved: dict[str, Any]) -> list[tuple[Any, Tensor]]:
         ids = [i for group in saved["param_groups"] for i in group["params"]]
         return list(zip(ids, (p for group in self.param_groups for p in group["params"]), strict=False))
-
-
-def _check_base(base: Any) -> None:
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"stabilize expects a torch Optimizer, got {type(base).__name__}")
-    closure = inspect.signature(base.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"{type(base).__name__} evaluates its closure many times a step, and transforms would not see those "
-            "gradients; stabilize takes optimizers whose step() needs no closure"
-        )
 
 
 def _copied(grads: Gradients, i: int, like: Tensor) -> Tensor:
