@@ -166,8 +166,10 @@ class Stabilized(Optimizer):
         found = lockstep(steps, lambda requests: combine(requests, layouts))
         if self._rehearses(found):
             self._swapped_step(found, [])
-            for state in self.base.state.values():
+            for p, state in self.base.state.items():
                 reset_(state, self.moments)
+                # The tool that asked for this goes by the names that it finds here when it unflattens a state.
+                state.update({PREFIX + key: value for key, value in self.statistics[p].items()})
             return loss
         due = [group for group in self.param_groups if self.reset_interval and self._turn(group)]
         self._swapped_step(found, [p for group in due for p in group["params"]])
