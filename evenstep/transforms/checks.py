@@ -16,7 +16,9 @@ def _number(low: float, high: float = math.inf, *, below: bool = False) -> Calla
             if x.numel() != 1 or x.device.type != "cpu":
                 return x.numel() == 1  # a value on a device is not fetched to be looked at
             x = x.item()
-        return isinstance(x, Real) and not isinstance(x, bool) and low <= x and (x < high if below else x <= high)
+        if not isinstance(x, Real) or isinstance(x, bool):
+            return False
+        return low <= float(x) and (float(x) < high if below else float(x) <= high)
 
     return holds
 
@@ -34,7 +36,7 @@ def _above_zero(x: Any) -> bool:
 
 
 def _count(x: Any) -> bool:
-    return isinstance(x, Integral) and not isinstance(x, bool) and x >= 0
+    return isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= 0
 
 
 CHECKS: dict[str, Check] = {
