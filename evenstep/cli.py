@@ -10,13 +10,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from evenstep import __version__
 from evenstep.errors import EvenstepError, nearest
-from evenstep.train.checks import kinds
+from evenstep.train.checks import checked, kinds, limits
 from evenstep.train.config import SECTIONS, Config, SampleConfig, options
+from evenstep.train.hyperparameters import owners
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
 
@@ -52,9 +54,8 @@ class Parser(argparse.ArgumentParser):
         raise EvenstepError(f"{message}; see {self.prog} --help")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    import shtab
-
+def build_parser() -> tuple[argparse.ArgumentParser, Any]:
+    """The parser, and the action that holds the parsers of the commands."""
     parser = Parser(
         prog="evenstep",
         description=DESCRIPTION,
@@ -65,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"evenstep {__version__}")
     debug = Parser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
 
     pretrain = commands.add_parser(
@@ -77,14 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _pretrain_arguments(pretrain, shtab)
+    _pretrain_arguments(pretrain)
 
     default = SampleConfig()
     generate = commands.add_parser(
         "generate", parents=[debug], help="write text with a trained model", allow_abbrev=False
     )
-    run: Any = generate.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
-    run.complete = shtab.DIRECTORY
+    generate.add_argument("run", metavar="RUN", type=Path, help="directory of a run, or one of its checkpoints")
     generate.add_argument("--prompt", default=default.prompt, help="how the text starts (default: as a new document)")
     generate.add_argument("--tokens", type=int, default=default.tokens, help="tokens to write (default: %(default)s)")
     generate.add_argument(
@@ -100,52 +101,59 @@ def build_parser() -> argparse.ArgumentParser:
     generate.set_defaults(run_command=_generate)
 
     runs = commands.add_parser("runs", parents=[debug], help="list runs", allow_abbrev=False)
-    directory: Any = runs.add_argument(
-        "directory", metavar="DIR", nargs="?", type=Path, default=Path("runs"), help="default: runs"
-    )
-    directory.complete = shtab.DIRECTORY
+    runs.add_argument("directory", metavar="DIR", nargs="?", type=Path, default=Path("runs"), help="default: runs")
     runs.set_defaults(run_command=_runs)
 
     completion = commands.add_parser("completion", parents=[debug], help="print shell completion", allow_abbrev=False)
-    completion.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
-    completion.set_defaults(run_command=lambda args: print(shtab.complete(parser, args.shell)))
-    return parser
+    completion.add_argument("shell", metavar="SHELL", help="bash, zsh, tcsh, fish or powershell")
+    completion.set_defaults(run_command=_completion)
+    return parser, commands
 
 
-def _pretrain_arguments(pretrain: argparse.ArgumentParser, shtab: Any) -> None:
-    recipe: Any = pretrain.add_argument(
+def _pretrain_arguments(pretrain: argparse.ArgumentParser) -> None:
+    pretrain.add_argument(
         "recipe", metavar="RECIPE.toml", nargs="?", type=Path, help="default: a quick run on Python's sources"
     )
-    recipe.complete = shtab.FILE
     pretrain.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    resume: Any = pretrain.add_argument(
+    pretrain.add_argument(
         "--resume", metavar="RUN", nargs="?", const="", help="go on with the run in this directory (none given: --out)"
     )
-    resume.complete = shtab.DIRECTORY
     pretrain.add_argument(
         "--compile", dest="train.compile", action="store_const", const="true", help="short for --train.compile true"
     )
     groups = {name: pretrain.add_argument_group(f"[{name}] {cls.TITLE}") for name, cls in SECTIONS.items()}
     groups[""] = pretrain.add_argument_group(Config.TITLE)
     for key, (field, hint) in options().items():
-        text = field.metadata["help"]
+        text = field.metadata["help"] + limits(field.metadata)
         if field.default is not None and field.default != "":
             text += f" (default: {_shown(field.default)})"
         names = [kind.__name__ for kind in kinds(hint) if kind is not type(None)]
+        optional: Any = {"nargs": "?", "const": "true"} if bool in kinds(hint) else {}
         groups[key.rpartition(".")[0]].add_argument(
-            f"--{key}", dest=key, metavar=names[0].upper(), help=text.replace("%", "%%")
+            f"--{key}", dest=key, metavar=names[0].upper(), help=text.replace("%", "%%"), **optional
         )
+    own = pretrain.add_argument_group("[optim] hyperparameters, with the default of each optimizer that has it")
+    for name, defaults in owners().items():
+        text = ", ".join(f"{optimizer} {_shown(default)}" for optimizer, default in defaults.items())
+        own.add_argument(f"--optim.{name}", dest=f"optim.{name}", metavar="VALUE", help=text)
     pretrain.set_defaults(run_command=_pretrain)
 
 
 def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def declared() -> set[str]:
+    """Names of the flags ``--section.key``: every option, and the optimizers' hyperparameters."""
+    return {*options(), *(f"optim.{name}" for name in owners())}
 
 
 def _pretrain(args: argparse.Namespace) -> None:
     from evenstep.train.config_io import build, load_config, override, read_toml, to_toml
 
-    given = [(key, value) for key, value in vars(args).items() if key in options() and value is not None]
+    given = [(key, value) for key, value in vars(args).items() if key in declared() and value is not None]
     overrides = [*given, *args.extra]
     directory = None
     if args.resume is not None:
@@ -171,11 +179,14 @@ def _pretrain(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    known = options()
+    checked("--seed", args.seed, int, known["seed"][0].metadata)
+    checked("--tokens", args.tokens, int, {**known["sample.tokens"][0].metadata, "low": 1})
     sample = SampleConfig(prompt=args.prompt, tokens=args.tokens, temperature=args.temperature, top_k=args.top_k)
 
-    from evenstep.train.sample import generate_from
+    from evenstep.train.sample import generate_from, printable
 
-    print(generate_from(args.run, sample, args.seed, say=_complain))
+    print(printable(generate_from(args.run, sample, args.seed, say=_complain)))
 
 
 def _runs(args: argparse.Namespace) -> None:
@@ -185,13 +196,19 @@ def _runs(args: argparse.Namespace) -> None:
     print(table(rows) if rows else f"no runs in {args.directory}; evenstep pretrain makes one")
 
 
+def _completion(args: argparse.Namespace) -> None:
+    from evenstep.completion import script
+
+    print(script(*build_parser(), args.shell))
+
+
 def split_options(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Take ``--section.key value`` pairs that no flag declares (an optimizer's own options, and mistakes) out of the
-    arguments.
+    """Take ``--section.key value`` pairs that no flag declares (an official name of a hyperparameter, and mistakes) out
+    of the arguments.
 
     argparse would leave the value of an unknown flag lying about, to be taken for the recipe.
     """
-    known, rest, extra = options(), [], []
+    known, rest, extra = declared(), [], []
     words = iter(argv)
     for word in words:
         key, equals, value = word.removeprefix("--").partition("=")
@@ -200,19 +217,21 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]
             continue
         if not equals:
             value = next(words, "")
-            if not value:
+            if not value or value.startswith("--"):  # a negative number has one dash
                 raise EvenstepError(f"--{key}: a value is missing")
         extra.append((key, value))
     return rest, extra
 
 
 def run_program(argv: Sequence[str]) -> None:
-    parser = build_parser()
-    rest, extra = split_options(argv) if argv[:1] == ["pretrain"] else (list(argv), [])
+    parser, commands = build_parser()
+    command = next((word for word in argv if not word.startswith("-")), "")
+    rest, extra = split_options(argv) if command == "pretrain" else (list(argv), [])
     args, unknown = parser.parse_known_args(rest)
     if unknown:
-        flags = [f"--{key}" for key in options()] + ["--resume", "--print-config", "--compile", "--debug", "--help"]
-        raise EvenstepError(f"unknown argument '{unknown[0]}'{nearest(unknown[0], flags)}; see evenstep --help")
+        flags = commands.choices[args.command]._option_string_actions if args.command else ["--version", "--debug"]
+        place = " ".join(["evenstep", *filter(None, [args.command])])
+        raise EvenstepError(f"unknown argument '{unknown[0]}'{nearest(unknown[0], list(flags))}; see {place} --help")
     if args.command is None:
         parser.print_help()
         return
@@ -223,6 +242,9 @@ def run_program(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status. Errors are one line on stderr, with ``--debug`` a stack trace."""
     argv = sys.argv[1:] if argv is None else argv
+    # None when the shell closed them (>&-).
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the program
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
         run_program(argv)
         sys.stdout.flush()
@@ -230,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except KeyboardInterrupt:
-        _complain("stopped at once; what the last checkpoint holds is safe")
+        _complain("stopped at once")
         return 130
     except Exception as problem:
         if "--debug" in argv:
@@ -256,4 +278,5 @@ def explain(problem: Exception) -> tuple[str, int]:
 
 
 def _complain(text: str) -> None:
-    print(f"evenstep: {text}", file=sys.stderr, flush=True)
+    with suppress(BrokenPipeError):
+        print(f"evenstep: {text}", file=sys.stderr, flush=True)

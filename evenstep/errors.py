@@ -12,5 +12,7 @@ def nearest(given: str, allowed: "list[str] | tuple[str, ...]") -> str:
     """``"; did you mean 'x'?"`` for the closest allowed name, or an empty string when nothing is close."""
     import difflib
 
-    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    # Dashes would make all flags alike, and "did you mean what you said?" helps nobody.
+    others = {name.lstrip("-"): name for name in allowed if name != given}
+    close = difflib.get_close_matches(given.lstrip("-"), others, n=1, cutoff=0.6)
+    return f"; did you mean '{others[close[0]]}'?" if close else ""

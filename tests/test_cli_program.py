@@ -9,6 +9,7 @@ import pytest
 from train_support import flags, quick_overrides, write_corpus
 
 from evenstep import __version__, cli
+from evenstep.errors import EvenstepError
 from evenstep.train.config import options
 
 ROOT = Path(__file__).parents[1]
@@ -48,11 +49,13 @@ def test_pretrain_help_shows_every_option_in_its_group(capsys):
     for key in options():
         assert f"--{key} " in out, key
     assert "[optim]" in out and "default: 0.001" in out and "examples:" in out
+    assert "(pre | post | mix)" in out and "--optim.gamma1 VALUE" in out and "stable_spam 1000, spam 500" in out
 
 
 @pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["runs", "/"], ["completion", "bash"]])
 def test_quick_commands_do_not_load_torch_or_any_extra(words):
     blocked = "torch matplotlib rich tokenizers safetensors numpy transformers".split()  # noqa: SIM905
+    blocked += ["shtab"] if words[0] != "completion" else []
     code = f"""
 import sys
 for name in {blocked!r}:
@@ -65,7 +68,8 @@ sys.exit(main({words!r}))
 
 
 @pytest.mark.parametrize(
-    "shell, word", [("bash", "--train.batch_size"), ("zsh", "--train.batch_size"), ("tcsh", "pretrain")]
+    "shell, word",
+    [("bash", "--train.batch_size"), ("zsh", "--train.batch_size"), ("tcsh", "pretrain"), ("fish", "train.dtype")],
 )
 def test_completion(capsys, shell, word):
     status, out, _ = call(capsys, "completion", shell)
@@ -86,6 +90,12 @@ def test_bash_completes_commands_and_options(capsys, tmp_path):
 
     assert complete("evenstep", "pre") == ["pretrain"]
     assert complete("evenstep", "pretrain", "--train.st") == ["--train.steps"]
+    assert complete("evenstep", "pretrain", "--train.dtype", "bf16-") == ["bf16-autocast"]
+    assert complete("evenstep", "pretrain", "--optim.name", "st") == ["stable_spam"]
+    assert complete("evenstep", "pretrain", "--model.size", "6") == ["60m"]
+    assert complete("evenstep", "pretrain", "--model.norm", "p") == ["pre", "post"]
+    assert complete("evenstep", "pretrain", "--optim.gam") == ["--optim.gamma1", "--optim.gamma2", "--optim.gamma3"]
+    assert complete("evenstep", "pretrain", "--optim.variant", "o") == ["official"]
 
 
 def test_print_config_is_a_recipe(capsys, tmp_path):
@@ -110,7 +120,13 @@ BAD = [
     (["pretrain", "--trian.steps", "5"], ["trian.steps", "did you mean 'train.steps'"]),
     (["pretrain", "--sede", "5"], ["--sede", "did you mean '--seed'"]),
     (["pretrain", "--optim.lr", "-1"], ["optim.lr", "-1", "above 0"]),
-    (["pretrain", "--optim.gamma1"], ["optim.gamma1", "value is missing"]),
+    (["pretrain", "--optim.gamma1"], ["optim.gamma1", "expected one argument"]),
+    (["pretrain", "--optim.gamma1", "--out", "x"], ["optim.gamma1", "expected one argument"]),
+    (["pretrain", "--optim.update_proj_gap", "--out", "x"], ["optim.update_proj_gap", "value is missing"]),
+    (["runs", "--resume"], ["'--resume'", "see evenstep runs --help"]),
+    (["pretrain", "--bogus"], ["'--bogus'; see evenstep pretrain --help"]),
+    (["generate", "{tmp}", "--seed", "99999999999999999999"], ["--seed", "at most"]),
+    (["generate", "{tmp}", "--tokens", "0"], ["--tokens", "at least 1"]),
     (["pretrain", "--train.steps"], ["--train.steps", "expected one argument"]),
     (["pretrain", "--optim.name", "stable-spam"], ["stable-spam", "did you mean 'stable_spam'"]),
     (["pretrain", "--optim.gama1", "0.5"], ["optim.gama1", "did you mean 'gamma1'"]),
@@ -153,6 +169,29 @@ def test_debug_shows_the_stack_trace(tmp_path):
     assert "Traceback" not in program("pretrain", tmp_path / "nosuch.toml").stderr
 
 
+def test_completion_without_shtab_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    status, _, err = call(capsys, "completion", "bash")
+    assert status == 2 and "pip install 'evenstep[train]'" in err
+
+
+def test_debug_may_stand_before_the_command(capsys, tmp_path):
+    assert call(capsys, "--debug", "runs", tmp_path)[0] == 0
+    with pytest.raises(EvenstepError):
+        cli.main(["--debug", "pretrain", "--optim.update_proj_gap", "5", str(tmp_path / "no.toml")])
+
+
+def test_a_bare_boolean_is_true(capsys):
+    out = call(capsys, "pretrain", "--train.compile", "--seed", "1", "--print-config")[1]
+    assert tomllib.loads(out)["train"]["compile"] is True
+
+
+def test_a_closed_stdout_is_no_error(tmp_path):
+    command = f"'{sys.executable}' -m evenstep runs '{tmp_path}' >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_missing_extra_names_what_to_install():
     assert cli.explain(ModuleNotFoundError("No module named 'rich'", name="rich"))[0] == (
         "error: rich is not installed; pip install 'evenstep[train]'"
@@ -187,6 +226,9 @@ def test_train_list_generate_resume(capsys, tmp_path, corpus):
     first = call(capsys, "generate", out, "--prompt", "light and", "--tokens", "12", "--seed", "3")
     assert first == call(capsys, "generate", out, "--prompt", "light and", "--tokens", "12", "--seed", "3")
     assert first[0] == 0 and first[1].startswith("light and") and len(first[1]) > 12
+
+    where = out / "checkpoints" / "step-000008"
+    assert call(capsys, "generate", where, "--prompt", "light and", "--tokens", "12", "--seed", "3") == first
 
     status, text, err = call(capsys, "pretrain", "--resume", out, "--train.steps", "10")
     assert status == 0, err

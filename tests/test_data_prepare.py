@@ -93,7 +93,7 @@ def test_the_split_depends_on_the_text_alone(tmp_path, tokenizer):
     assert not held_out & set(documents_of(data, "train"))
     lines = (tmp_path / "docs.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "more.jsonl").write_text("".join(reversed(lines)) + "".join(lines[:50]) + '{"text": "new"}\n')
-    grown = prepare(replace(spec, source=f"text:{tmp_path}/more.jsonl", seed=9))
+    grown = prepare(replace(spec, source=f"text:{tmp_path}/more.jsonl"))
     assert set(documents_of(grown, "val")) - {"new"} == held_out
     assert not held_out & set(documents_of(grown, "train"))
     assert pipeline.place(b"x" * 999 + b"a") != pipeline.place(b"x" * 999 + b"b"), "all of the text counts"
@@ -128,7 +128,7 @@ def test_the_cache_answers_the_second_time(tmp_path):
     assert [step.stage for step in steps] == ["tokenizer", "tokens"] and steps[-1].fraction == 1.0
     assert steps[-1].tokens == len(first.train) + len(first.val) and steps[-1].documents == 200
     steps.clear()
-    again = prepare(replace(spec, seed=5), steps.append)
+    again = prepare(spec, steps.append)
     assert again.path == first.path and again.manifest == first.manifest and not steps
     assert first.vocab_size == first.tokenizer.vocab_size == 300
     assert (
@@ -187,12 +187,12 @@ def test_prepared_shards_open_from_anywhere(tmp_path, tokenizer):
     moved = made.path.rename(tmp_path / "moved")
     data = prepare(DataSpec(f"shards:{moved}", tokenizer=tokenizer))
     assert len(data.train) == len(made.train) and data.train.num_bytes == made.train.num_bytes
-    refused(DataSpec(f"shards:{moved}", vocab_size=100), "have 280 tokens, more than vocab_size 100")
+    refused(DataSpec(f"shards:{moved}", vocab_size=100), "have 280 tokens, more than data.vocab_size 100")
     other = tmp_path / "other"
     other.mkdir()
     train_bpe(iter(["another text"]), 258).save(other)
     refused(DataSpec(f"shards:{moved}", tokenizer=str(other)), "were not made with the tokenizer")
-    refused(DataSpec(f"shards:{tmp_path}/nowhere"), "no such directory of token shards")
+    refused(DataSpec(f"shards:{tmp_path}/nowhere"), r"no such directory of token shards.*give shards:DIR")
     refused(DataSpec(f"shards:{other}"), "holds no manifest.json")
 
 
@@ -208,7 +208,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
     data = prepare(spec)
     assert data.train.read(0, 4).tolist() == [65535, 65536, 69999, 70000] and data.train.read(0, 4).dtype == np.uint32
     assert shards.token_dtype(65_536) == np.uint16 and shards.token_dtype(65_537) == np.uint32
-    refused(replace(spec, vocab_size=32_000), "has 70001 tokens, more than vocab_size 32000")
+    refused(replace(spec, vocab_size=32_000), "has 70001 tokens, more than data.vocab_size 32000")
 
 
 def test_max_tokens_stops_after_the_document_that_reaches_it(tmp_path, tokenizer):
@@ -288,7 +288,7 @@ def test_empty_corpora_and_splits_are_refused_with_advice(tmp_path, tokenizer):
         DataSpec(blank, cache_dir=tmp_path / "c"),
         DataSpec(blank, tokenizer=tokenizer, cache_dir=tmp_path / "c"),
     ):
-        refused(spec, "corpus 'text' is empty: 1 files read, no text in them")
+        refused(spec, r"no text in the corpus 'text': 1 file \(.*jsonl\) held none; give another data\.source")
     few = DataSpec(corpus(tmp_path, 5), tokenizer=tokenizer, val_fraction=1e-6, cache_dir=tmp_path / "c")
     with pytest.raises(EvenstepError, match="validation split is empty: none of 5 documents") as error:
         prepare(few)
@@ -301,7 +301,7 @@ def test_empty_corpora_and_splits_are_refused_with_advice(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"val_fraction": 1.0}, "val_fraction is 1.0; allowed is 0 <= val_fraction < 1"),
+        ({"val_fraction": 1.0}, "data.val_fraction is 1.0; it must be at least 0 and below 1"),
         ({"val_fraction": -0.1}, "val_fraction is -0.1"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"vocab_size": 0}, "vocab_size is 0"),
@@ -358,3 +358,18 @@ def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(tmp_path, tokenizer
     with prepare_display(terminal) as show:
         prepare(replace(spec, val_fraction=0.3), show)
     assert "tokenising" in terminal.getvalue() and "━" in terminal.getvalue()
+
+
+def test_a_cache_that_cannot_be_written_is_found_before_the_tokenizer_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(pipeline, "train_bpe", lambda *_: pytest.fail("too late"))
+    refused(
+        DataSpec(corpus(tmp_path), cache_dir=tmp_path / "file" / "cache"),
+        r"cannot write the data cache.*data\.cache_dir",
+    )
+
+
+def test_the_program_and_the_library_hold_out_the_same_share(tmp_path):
+    from evenstep.train.config import DataConfig
+
+    assert DataSpec("stdlib").val_fraction == DataConfig().val_fraction

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from evenstep.errors import EvenstepError
 from evenstep.train.checks import parse_count
-from evenstep.train.config import Config, OptimConfig, SampleConfig, TrainConfig, options
-from evenstep.train.config_io import build, changed_options, config_hash, load_config, to_toml
+from evenstep.train.config import SIZE_NAMES, Config, ModelConfig, OptimConfig, SampleConfig, TrainConfig, options
+from evenstep.train.config_io import build, changed_options, config_hash, literal, load_config, to_toml
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,7 +87,7 @@ BAD = [
     (("optim.lr", "fast"), ["optim.lr", "fast", "float"]),
     (("train.batch_size", "7.5"), ["train.batch_size", "7.5", "int"]),
     (("train.batch_size", "0"), ["train.batch_size", "0", "at least 1"]),
-    (("train.compile", "yes"), ["train.compile", "yes", "bool"]),
+    (("train.compile", "yes"), ["train.compile", "yes", "true or false"]),
     (("train.tokens", "12Q"), ["train.tokens", "12Q", "1.5B"]),
     (("train.loss_chunk", "few"), ["train.loss_chunk", "few", "auto"]),
     (("schedule.name", "cosin"), ["schedule.name", "cosin", "did you mean 'cosine'"]),
@@ -149,6 +149,45 @@ def test_written_and_read_back_is_the_same_configuration(prompt, lr, seed, extra
     assert build(tomllib.loads(to_toml(config))) == config
 
 
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        (".3", 0.3), ("5.", 5.0), ("1e-8", 1e-8), ("-2", -2), ("7", 7), ("5K", 5000), ("1.5M", 1_500_000),
+        ("0.9,0.95", [0.9, 0.95]), (".9,.95", [0.9, 0.95]), ("[.9, .95]", [0.9, 0.95]), ("0.9,", [0.9]),
+        ("true", True), ("none", None), ("official", "official"), ("K", "K"),
+    ],
+)  # fmt: skip
+def test_an_optimizers_option_is_read_as_what_it_looks_like(text, value):
+    assert literal(text) == value and type(literal(text)) is type(value)
+
+
+def test_a_table_in_the_optimizers_section_is_named():
+    with pytest.raises(EvenstepError, match=r"optim\.x: .*cannot be written"):
+        to_toml(build({"optim": {"x": {"a": 1}}, "train": {"steps": 1}}))
+
+
+def test_the_model_is_tiny_unless_one_is_given():
+    assert (ModelConfig().size, ModelConfig().norm, ModelConfig().norm_alpha) == ("tiny", "pre", 0.25)
+    assert (ModelConfig(init="x").size, ModelConfig(init="x").norm, ModelConfig(init="x").label) == (
+        None,
+        None,
+        "custom",
+    )
+
+
+def test_the_names_of_sizes_are_those_of_the_models():
+    from evenstep.models import SIZES
+
+    assert list(SIZE_NAMES) == list(SIZES)
+
+
+def test_nobody_is_asked_whether_he_meant_what_he_said():
+    from evenstep.errors import nearest
+
+    assert nearest("--debug", ["--debug", "--out"]) == "" and nearest("--bogus", ["--out", "--seed"]) == ""
+    assert nearest("--sede", ["--seed", "--out"]) == "; did you mean '--seed'?"
+
+
 def test_hash_tells_what_decides_the_result():
     config = Config()
     assert config_hash(config) == config_hash(dataclasses.replace(config, name="other", out="elsewhere"))
@@ -157,7 +196,7 @@ def test_hash_tells_what_decides_the_result():
 
 def test_what_may_change_on_resume():
     def changed(*overrides):
-        return changed_options(load_config(None, []), load_config(None, list(overrides)))
+        return list(changed_options(load_config(None, []), load_config(None, list(overrides))))
 
     assert changed(("train.steps", "900"), ("eval.every", "7"), ("checkpoint.keep", "9"), ("train.threads", "1")) == []
     assert changed(("optim.lr", "0.5"), ("train.seq_len", "8"), ("seed", "3")) == ["seed", "optim.lr", "train.seq_len"]
@@ -172,7 +211,9 @@ def test_recipes_are_valid(recipe):
     from evenstep.train.optimizers import OPTIMIZERS, check_optimizer
 
     config = load_config(recipe)
-    if recipe.stem != "demo":
+    if recipe.stem.startswith("slimpajama"):
+        assert config.data.source == "hf:cerebras/SlimPajama-627B" and config.tokens_per_step == 131072
+    elif recipe.stem != "demo":
         _, size, name = recipe.stem.split("-")
         assert (config.model.size, config.optim.name) == (size, name)
         assert config.tokens_per_step == 131072 and "Published perplexity" in recipe.read_text()
@@ -189,7 +230,7 @@ def test_there_is_a_recipe_for_every_published_row():
         for size in ("60m", "130m", "350m", "1b")
         for name in ("stable_spam", "spam", "scale", "adam")
     }
-    assert {path.stem for path in RECIPES} == wanted | {"demo"}
+    assert {path.stem for path in RECIPES} == wanted | {"demo", "slimpajama-60m-stable_spam"}
 
 
 def test_the_reference_page_is_up_to_date():

@@ -8,7 +8,16 @@ import evenstep.optim
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, llama_config
 from evenstep.train.config import OptimConfig
-from evenstep.train.optimizers import OPTIMIZERS, LearningRates, build_optimizer, check_optimizer, steps_to_reset
+from evenstep.train.config_io import literal
+from evenstep.train.hyperparameters import CHOICES, HYPERPARAMETERS, owners
+from evenstep.train.optimizers import (
+    OPTIMIZERS,
+    LearningRates,
+    build_optimizer,
+    check_optimizer,
+    hyperparameters,
+    steps_to_reset,
+)
 
 HOMES = {"stable_spam": "StableSPAM", "spam": "SPAM", "scale": "SCALE"}
 AVAILABLE = [name for name in OPTIMIZERS if name not in HOMES or hasattr(evenstep.optim, HOMES[name])]
@@ -42,8 +51,21 @@ def test_matrices_decay_and_vectors_do_not(name):
 
 
 def test_an_unknown_optimizer_names_the_nearest():
-    with pytest.raises(EvenstepError, match=r"did you mean .stable_spam.*known: stable_spam, spam"):
-        check_optimizer(OptimConfig(name="stablespam"))
+    with pytest.raises(EvenstepError, match=r"one of stable_spam, spam, .*did you mean .stable_spam"):
+        OptimConfig(name="stablespam")
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_the_table_for_help_is_the_constructors_signature(name):
+    found = {key: parameter.default for key, parameter in hyperparameters(name).items()}
+    assert found == HYPERPARAMETERS[name] and list(HYPERPARAMETERS) == list(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_completed_choices_are_taken(key):
+    for name in owners()[key]:
+        for value in CHOICES[key]:
+            build_optimizer(model(), OptimConfig(name=name, options={key: literal(value)}))
 
 
 def test_options_are_checked_against_the_constructor():
@@ -76,13 +98,18 @@ def test_options_reach_the_optimizer(name):
 
 def test_rates_scale_each_groups_own():
     layer = nn.Linear(2, 2)
-    groups = [{"params": [layer.weight], "lr": 0.4, "adam_lr": 0.2}, {"params": [layer.bias], "adam_lr": None}]
-    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    optimizer = torch.optim.AdamW([{"params": [layer.weight], "lr": 0.4}, {"params": [layer.bias]}], lr=0.1)
     rates = LearningRates(optimizer)
     for factor in (0.5, 0.25):  # of the base, not of the last value
         rates.set(optimizer, factor)
-    first, second = optimizer.param_groups
-    assert (first["lr"], first["adam_lr"], second["lr"], second["adam_lr"]) == (0.1, 0.05, 0.025, None)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.025]
+
+
+def test_the_schedule_reaches_scales_rate_of_vectors():
+    optimizer = build_optimizer(model(), OptimConfig(name="scale", lr=0.4, options={"adam_lr": 0.2}))
+    LearningRates(optimizer).set(optimizer, 0.5)
+    rates = {(p.ndim, group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {(2, 0.2), (1, 0.1)}
 
 
 @pytest.mark.parametrize("clock", [7, torch.tensor(7), torch.tensor(7.0, dtype=torch.float64)])

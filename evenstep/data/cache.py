@@ -1,5 +1,6 @@
 """A cache of directories that a kill, a full disk or a second process cannot spoil.
- An entry is built under another name beside its place and renamed into it when whole. A rename of a directory either
+
+An entry is built under another name beside its place and renamed into it when whole. A rename of a directory either
 happens or does not, and never replaces a directory that holds files: of two processes that build the same entry one
 wins, and the other uses what is there.
 """
@@ -27,6 +28,22 @@ def cache_root(cache_dir: str | Path | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evenstep"
 
 
+def check_writable(entry: Path) -> None:
+    """EvenstepError when ``entry`` could not be built; for what has to be worked out before it is."""
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=entry.parent).cleanup()
+    except OSError as error:
+        raise _not_writable(entry, error) from error
+
+
+def _not_writable(entry: Path, error: OSError) -> EvenstepError:
+    return EvenstepError(
+        f"cannot write the data cache {entry.parent}: {error.strerror or error}; free space there or give another "
+        "place with data.cache_dir or EVENSTEP_CACHE"
+    )
+
+
 @contextmanager
 def building(entry: Path) -> Iterator[Path]:
     """An empty directory to build ``entry`` in; becomes ``entry`` when the block ends well, else disappears."""
@@ -46,10 +63,7 @@ def building(entry: Path) -> Iterator[Path]:
                 raise
         _sync(entry.parent)
     except OSError as error:
-        where = "give another place with cache_dir or EVENSTEP_CACHE"
-        raise EvenstepError(
-            f"cannot write the data cache {entry.parent}: {error.strerror or error}; free space there or {where}"
-        ) from error
+        raise _not_writable(entry, error) from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)

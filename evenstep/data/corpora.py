@@ -1,5 +1,6 @@
 """Sources of documents.
- A source is written ``PREFIX`` or ``PREFIX:REST`` (``stdlib``, ``text:notes/*.md``). ``SOURCES`` maps each prefix to a
+
+A source is written ``PREFIX`` or ``PREFIX:REST`` (``stdlib``, ``text:notes/*.md``). ``SOURCES`` maps each prefix to a
 function that turns REST into a ``Corpus``: where documents come from, as a stream that can be read more than once,
 always in the same order, and which files the stream depends on, so that the cache knows when it is stale. A new kind of
 source is one function and one line of the table.

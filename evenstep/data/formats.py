@@ -1,5 +1,6 @@
 """Readers of single files: whole text, JSON lines, Parquet.
- A reader yields ``(document, bytes_read)``: the text of one document, and how far into the file (in bytes) reading has
+
+A reader yields ``(document, bytes_read)``: the text of one document, and how far into the file (in bytes) reading has
 come, which drives the progress bar and nothing else. All of them read as a stream: none holds more than one document,
 or one batch of rows, in memory.
 """
@@ -79,14 +80,15 @@ def text_of(value: object, field: str, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise EvenstepError(
-            f"{where}: field '{field}' holds {type(value).__name__}, not text; choose another with text_field"
+            f"{where}: field '{field}' holds {type(value).__name__}, not text; choose another with data.text_field"
         )
     return value
 
 
 def no_such_field(field: str, there: list[str], where: str) -> EvenstepError:
     return EvenstepError(
-        f"{where} has no field '{field}'; it has {', '.join(map(str, there)) or 'none'}: choose one with text_field"
+        f"{where} has no field '{field}'; it has {', '.join(map(str, there)) or 'none'}: "
+        "choose one with data.text_field"
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evenstep.data import shards
-from evenstep.data.cache import building, cache_root, discard
+from evenstep.data.cache import building, cache_root, check_writable, discard
 from evenstep.data.corpora import PREPARED, Corpus, open_corpus, split_source
 from evenstep.data.formats import cut
 from evenstep.data.progress import PrepareProgress
@@ -43,27 +43,27 @@ class DataSpec:
     max_tokens: stop after the document that brings the training split to so many tokens; None reads the source to its
     end.
     cache_dir: None means $EVENSTEP_CACHE, else $XDG_CACHE_HOME/evenstep, else ~/.cache/evenstep.
-    seed: order of the training windows, for whoever builds the BatchLoader; the tokens do not depend on it.
     """
 
     source: str
     tokenizer: str = BPE
     vocab_size: int | None = None
-    val_fraction: float = 0.05
+    val_fraction: float = 0.02
     text_field: str = "text"
     max_tokens: int | None = None
     cache_dir: str | Path | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
         split_source(self.source)
         if not 0 <= self.val_fraction < 1:
-            raise EvenstepError(f"val_fraction is {self.val_fraction}; allowed is 0 <= val_fraction < 1, such as 0.05")
+            raise EvenstepError(
+                f"data.val_fraction is {self.val_fraction}; it must be at least 0 and below 1, such as 0.02"
+            )
         if self.vocab_size is not None and self.vocab_size < 1:
-            raise EvenstepError(f"vocab_size is {self.vocab_size}; it must be positive")
+            raise EvenstepError(f"data.vocab_size is {self.vocab_size}; it must be positive")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise EvenstepError(
-                f"max_tokens is {self.max_tokens}; it must be positive (leave it out to read the whole source)"
+                f"data.max_tokens is {self.max_tokens}; it must be positive (leave it out to read the whole source)"
             )
 
 
@@ -105,7 +105,8 @@ def _open_shards(directory: Path, spec: DataSpec) -> TokenData:
             )
     if spec.vocab_size is not None and data.vocab_size > spec.vocab_size:
         raise EvenstepError(
-            f"the shards in {directory} have {data.vocab_size} tokens, more than vocab_size {spec.vocab_size}"
+            f"the shards in {directory} have {data.vocab_size} tokens, more than data.vocab_size "
+            f"{spec.vocab_size}; raise or drop it"
         )
     return data
 
@@ -114,8 +115,8 @@ def _given(path: str, vocab_size: int | None) -> Tokenizer:
     tokenizer = load_tokenizer(path)
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise EvenstepError(
-            f"the tokenizer '{path}' has {tokenizer.vocab_size} tokens, more than vocab_size {vocab_size}; raise or "
-            "drop it"
+            f"the tokenizer '{path}' has {tokenizer.vocab_size} tokens, more than data.vocab_size {vocab_size}; "
+            "raise or drop it"
         )
     return tokenizer
 
@@ -165,11 +166,13 @@ def _documents(corpus: Corpus) -> Iterator[tuple[str, bytes, int]]:
 
 def _nothing_to_train_on(corpus: Corpus, documents: int, val_fraction: float) -> EvenstepError:
     if not documents:
+        first = f" ({corpus.files[0]}{', ...' if len(corpus.files) > 1 else ''})" if corpus.files else ""
+        read = f"{count} file{'s' * (count > 1)}{first}" if (count := len(corpus.files)) else "the dataset"
         return EvenstepError(
-            f"the corpus '{corpus.name}' is empty: {len(corpus.files) or 'no'} files read, no text in them"
+            f"there is no text in the corpus '{corpus.name}': {read} held none; give another data.source"
         )
     return EvenstepError(
-        f"the training split is empty: val_fraction {val_fraction} holds out all {documents} documents; lower it"
+        f"the training split is empty: data.val_fraction {val_fraction} holds out all {documents} documents; lower it"
     )
 
 
@@ -192,6 +195,7 @@ def _bpe(corpus: Corpus, spec: DataSpec, root: Path, tell: ProgressCallback) -> 
             return load_tokenizer(entry)
         except EvenstepError:
             discard(entry)
+    check_writable(entry)
     # Trained outside the cache's error handling: what goes wrong there is the corpus's fault, not the disk's.
     tokenizer = train_bpe(_sample(corpus, spec, whole, tell), vocab_size)
     with building(entry) as directory:
@@ -279,7 +283,7 @@ def _write(
         raise _nothing_to_train_on(corpus, val.documents, spec.val_fraction)
     if spec.val_fraction > 0 and not val.documents:
         raise EvenstepError(
-            f"the validation split is empty: none of {train.documents} documents falls below val_fraction "
+            f"the validation split is empty: none of {train.documents} documents falls below data.val_fraction "
             f"{spec.val_fraction}; "
             f"give one above {sides[0]:.4f}, or 0 for no validation, or more documents"
         )

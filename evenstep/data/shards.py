@@ -4,7 +4,8 @@
     train-00000.bin ...  token ids, one after the other, little-endian uint16 (up to 65536 ids) or uint32; no header
     val-00000.bin ...
     tokenizer.json ...   the tokenizer that made them
- Every document is followed by one end-of-text token; documents run across the ends of shards. The files are
+
+Every document is followed by one end-of-text token; documents run across the ends of shards. The files are
 memory-mapped: opening costs nothing, and only the pages that a batch touches are read.
 """
 
@@ -94,12 +95,16 @@ class TokenData:
 def _checked_manifest(directory: Path) -> dict[str, Any]:
     again = "; prepare it again from its source"
     if not directory.is_dir():
-        raise EvenstepError(f"no such directory of token shards: '{directory}'")
+        raise EvenstepError(
+            f"no such directory of token shards: '{directory}' (looked from {Path.cwd()}); give shards:DIR an entry of "
+            "tokens/ in a data cache"
+        )
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise EvenstepError(
-            f"{directory} holds no {MANIFEST}, so it is not a directory of prepared token shards"
+            f"{directory} holds no {MANIFEST}, so it is not a directory of prepared token shards; give shards:DIR "
+            "an entry of tokens/ in a data cache"
         ) from error
     except (OSError, ValueError) as error:
         raise EvenstepError(f"{directory / MANIFEST} is not readable ({error}){again}") from error

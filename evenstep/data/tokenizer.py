@@ -1,5 +1,6 @@
 """Text to tokens and back.
- Two kinds of tokenizer sit behind one class: a ``tokenizer.json`` (our own byte-level BPE, or any of Hugging Face's)
+
+Two kinds of tokenizer sit behind one class: a ``tokenizer.json`` (our own byte-level BPE, or any of Hugging Face's)
 and a SentencePiece ``.model``. Both encode documents as *plain text*: a document that happens to contain the characters
 of the end-of-text token gets those characters, never the token. Otherwise a web page that quotes "<|endoftext|>" would
 end a document in its middle.

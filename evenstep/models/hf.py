@@ -36,7 +36,8 @@ _NAMES = {  # ours -> Hugging Face's
 }
 
 
-def _safetensors() -> Any:
+def require_safetensors() -> Any:
+    """``safetensors.torch``; EvenstepError when it is not installed."""
     try:
         import safetensors.torch
     except ImportError:
@@ -55,7 +56,7 @@ def save_pretrained(model: Llama, directory: str | Path) -> None:
     ``EvenstepError`` without safetensors, ``OSError`` for a full disk.
     """
     directory = Path(directory)
-    save_file = _safetensors().save_file
+    save_file = require_safetensors().save_file
     pre = model.config.norm == "pre"
     directory.mkdir(parents=True, exist_ok=True)
     for name in (_CONFIG, _WEIGHTS, _OWN_WEIGHTS, _INDEX):
@@ -83,6 +84,12 @@ def _to_hf(model: Llama) -> dict[str, Any]:
         "eos_token_id": None,
         "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
     }
+
+
+def read_config(directory: str | Path) -> LlamaConfig:
+    """The shape of the model in ``directory``, its weights unread; EvenstepError as for :func:`load_pretrained`."""
+    directory = Path(directory)
+    return _from_hf(_read_json(directory / _CONFIG), directory)
 
 
 def load_pretrained(directory: str | Path) -> Llama:
@@ -167,7 +174,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(directory: Path, name: str) -> dict[str, Tensor]:
-    load_file = _safetensors().load_file
+    load_file = require_safetensors().load_file
     if (directory / name).exists() or not (directory / _INDEX).exists():
         files = [name]
     else:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,9 @@ _NAME = re.compile(r"step-(\d+)")
 _PARTIAL = re.compile(r"\.step-\d+\.partial")
 
 
-def save_checkpoint(directory: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
-    """Let ``write`` fill a fresh directory, then make it ``directory/step-NNNNNN`` and keep the ``keep`` newest.
+def save_checkpoint(directory: Path, step: int, write: Callable[[Path], None], keep: int | None) -> Path:
+    """Let ``write`` fill a fresh directory, then make it ``directory/step-NNNNNN`` and keep the ``keep`` newest (None:
+    all).
 
     Whatever goes wrong (a full disk, an interruption), the partial directory is removed and every earlier checkpoint
     stays as it is; an error of the disk becomes an EvenstepError of one line.
@@ -51,17 +53,34 @@ def save_checkpoint(directory: Path, step: int, write: Callable[[Path], None], k
     except EvenstepError:
         raise
     except Exception as problem:  # torch and safetensors wrap the disk's errors in types of their own
-        reason = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem).splitlines()[0]
+        intact = "earlier checkpoints are intact, " if list_checkpoints(directory) else ""
         raise EvenstepError(
-            f"could not save the checkpoint of step {step} in {directory}: {reason}; earlier checkpoints are intact: "
-            f"make room and continue with: evenstep pretrain --resume {directory.parent}"
+            f"could not save the checkpoint of step {step} in {directory}: {_reason(problem)}; {intact}make room and "
+            f"{way_on(directory.parent)}"
         ) from problem
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for old in list_checkpoints(directory)[keep:]:
+    for old in list_checkpoints(directory)[keep:] if keep else []:
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _reason(problem: BaseException) -> str:
+    """The system's own words where an error of the disk is behind the problem, else the problem's first line."""
+    seen: BaseException | None = problem
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen.strerror
+        seen = seen.__cause__ or seen.__context__
+    return next(iter(str(problem).splitlines()), type(problem).__name__)
+
+
+def way_on(run: Path) -> str:
+    """How to go on with a run that stopped: from its checkpoints, or from the start where it has none."""
+    if list_checkpoints(run / "checkpoints"):
+        return f"go on with: evenstep pretrain --resume {shlex.quote(str(run))}"
+    return f"start it again with: evenstep pretrain {shlex.quote(str(run / 'config.toml'))}"
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -95,6 +114,8 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Path:
         raise EvenstepError(
             f"{run}: none of its {len(candidates)} checkpoints is whole; start again with another --out"
         )
+    if (run / "config.toml").is_file():
+        raise EvenstepError(f"{run} holds no checkpoint yet; {way_on(run)}")
     raise EvenstepError(
         f"{run}: no checkpoint there; give the directory of a run that has saved one (evenstep runs lists runs)"
     )

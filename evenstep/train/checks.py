@@ -40,7 +40,8 @@ def checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
         value = float(value)
     if type(value) not in allowed:
-        names = " or ".join({"NoneType": "none"}.get(kind.__name__, kind.__name__) for kind in allowed)
+        words = {"NoneType": "none", "bool": "true or false"}
+        names = " or ".join(words.get(kind.__name__, kind.__name__) for kind in allowed)
         raise EvenstepError(f"{key}: {value!r} is {type(value).__name__}, expected {names}")
     if isinstance(value, str) and choices and value not in choices:
         number = "a number or " if int in allowed else ""
@@ -53,3 +54,12 @@ def checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
             upper = f" and at most {high}" if high is not None else ""
             raise EvenstepError(f"{key}: {value} is out of range; it must be {lower}{upper}")
     return value
+
+
+def limits(meta: Mapping[str, Any]) -> str:
+    """The range or the choices of an option for help and docs, or nothing: `` (>= 0, <= 1)``."""
+    if meta["choices"] and len(meta["choices"]) > 1:
+        return f" ({' | '.join(meta['choices'])})"
+    bounds = [(">=", meta["low"]), (">", meta["above"]), ("<=", meta["high"])]
+    found = [f"{sign} {bound}" for sign, bound in bounds if bound is not None]
+    return f" ({', '.join(found)})" if found else ""

@@ -16,6 +16,12 @@ from typing import Any, ClassVar, Literal
 
 from evenstep.errors import EvenstepError
 from evenstep.train.checks import checked
+from evenstep.train.hyperparameters import HYPERPARAMETERS
+
+SIZE_NAMES = (
+    "tiny", "9m", "20m", "35m", "40m", "60m", "71m", "100m", "130m", "250m", "350m", "1b", "3b", "7b",
+)  # fmt: skip
+"""The names in evenstep.models.SIZES, which needs torch."""
 
 Resume = Literal["fixed", "rounding", "free"]
 """May an option change on resume? fixed: no. rounding: yes, the last bits of the losses change. free: yes, nothing
@@ -65,7 +71,7 @@ class DataConfig(Section):
     vocab_size: int | None = option(
         None, "entries of the vocabulary bpe trains (none: 4096); of a given tokenizer, the most it may have", low=1
     )
-    val_fraction: float = option(0.02, "share of the documents kept for validation", above=0, high=0.5)
+    val_fraction: float = option(0.02, "share of the documents kept for validation; 0: none", low=0, high=0.5)
     text_field: str = option("text", "the field that holds the text in .jsonl, .parquet and hf: sources")
     max_tokens: int | None = option(
         None, "stop preparing after this many tokens (none: the whole source)", low=1, count=True
@@ -79,17 +85,35 @@ class DataConfig(Section):
 class ModelConfig(Section):
     TITLE = "the model"
     SECTION = "model"
-    size: str = option("tiny", "tiny, 9m, 20m, 35m, 40m, 60m, 71m, 100m, 130m, 250m, 350m, 1b, 3b or 7b")
-    norm: str = option("pre", "where each block normalises", choices=("pre", "post", "mix"))
-    norm_alpha: float = option(0.25, "share of Post-LN blocks; used by norm mix alone", low=0, high=1)
-    init: str | None = option(None, "a directory in Hugging Face layout to start from; its shape replaces model.size")
+    size: str | None = option(None, "the shape (none: tiny; with model.init, that model's own)", choices=SIZE_NAMES)
+    norm: str | None = option(
+        None, "where each block normalises (none: pre; with model.init, as that model does)",
+        choices=("pre", "post", "mix"),
+    )  # fmt: skip
+    norm_alpha: float | None = option(
+        None, "share of Post-LN blocks, used by norm mix alone (none: 0.25; with model.init, that model's own)",
+        low=0, high=1,
+    )  # fmt: skip
+    init: str | None = option(None, "a directory in Hugging Face layout to start from")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init is None:
+            for name, default in (("size", "tiny"), ("norm", "pre"), ("norm_alpha", 0.25)):
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, default)
+
+    @property
+    def label(self) -> str:
+        """The size in names and tables; "custom" for a given model of no named shape."""
+        return self.size or "custom"
 
 
 @dataclass(frozen=True)
 class OptimConfig(Section):
     TITLE = "the optimizer (and its other hyperparameters by constructor name: --optim.gamma1 0.85)"
     SECTION = "optim"
-    name: str = option("stable_spam", "stable_spam, spam, scale, adamw or adam")
+    name: str = option("stable_spam", "the optimizer", choices=tuple(HYPERPARAMETERS))
     lr: float = option(1e-3, "the highest learning rate", above=0)
     weight_decay: float = option(0.0, "decay of the parameters that optim.decay names", low=0)
     decay: str = option(
@@ -105,9 +129,9 @@ class ScheduleConfig(Section):
     TITLE = "the learning rate over time"
     SECTION = "schedule"
     name: str = option(
-        "cosine", "cosine, wsd (warm-up, stable, decay) or constant", choices=("cosine", "wsd", "constant")
+        "cosine", "its shape after the warm-up (wsd: stable, then decay)", choices=("cosine", "wsd", "constant")
     )
-    warmup_steps: int | None = option(None, "steps of linear warm-up (none: a tenth of all steps)", low=0)
+    warmup_steps: int | None = option(None, "steps of linear warm-up (none: a tenth of all steps)", low=0, count=True)
     min_lr_ratio: float = option(0.1, "the last learning rate as a share of the highest (cosine, wsd)", low=0, high=1)
     decay_fraction: float = option(0.2, "share of the steps that wsd spends decaying", above=0, high=1)
 
@@ -126,8 +150,9 @@ class TrainConfig(Section):
     )
     seq_len: int = option(256, "tokens per sequence", low=2)
     dtype: str = option(
-        "fp32", "fp32; bf16-autocast (fp32 weights); bf16 (weights too)", choices=("fp32", "bf16-autocast", "bf16")
-    )
+        "fp32", "number format; bf16-autocast keeps fp32 weights, bf16 does not",
+        choices=("fp32", "bf16-autocast", "bf16"),
+    )  # fmt: skip
     device: str = option(
         "auto", "auto takes the GPU when there is one", choices=("auto", "cpu", "cuda"), resume="rounding"
     )
@@ -148,7 +173,7 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     TITLE = "validation"
     SECTION = "eval"
-    every: int = option(100, "steps between validations; 0: only at the end", low=0, resume="free")
+    every: int = option(100, "steps between validations; 0: only at the end", low=0, count=True, resume="free")
     max_tokens: int = option(1_000_000, "validation tokens to use; 0: all", low=0, count=True, resume="free")
     batch_size: int | None = option(
         None, "sequences in one validation pass (none: micro_batch_size)", low=1, resume="free"
@@ -159,7 +184,9 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     TITLE = "checkpoints"
     SECTION = "checkpoint"
-    every: int = option(500, "steps between checkpoints; 0: only at the end and on interruption", low=0, resume="free")
+    every: int = option(
+        500, "steps between checkpoints; 0: only at the end and on interruption", low=0, count=True, resume="free"
+    )
     keep: int = option(2, "how many of the newest checkpoints to keep", low=1, resume="free")
 
 

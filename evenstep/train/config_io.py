@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from evenstep.errors import EvenstepError, nearest
-from evenstep.train.checks import kinds
+from evenstep.train.checks import kinds, parse_count
 from evenstep.train.config import SECTIONS, Config, options
 
 Tables = dict[str, Any]
+
+_WORDS = {"none": None, "true": True, "false": False}
 
 # Two names for one budget: the last one said wins over the other one said earlier.
 _RIVALS = {"train.steps": "train.tokens", "train.tokens": "train.steps"}
@@ -136,16 +138,20 @@ def from_text(text: str, allowed: tuple[type, ...], *, count: bool = False) -> A
 
 
 def literal(text: str) -> Any:
-    """A value whose type the optimizer's constructor knows: TOML's literals, ``0.9,0.95`` as a list, ``none``, else
-    the text."""
-    if text.lower() == "none":
-        return None
-    for attempt in (text, f"[{text}]"):
+    """A value whose type the optimizer's constructor knows: a number as Python writes it (``.3``, ``1e-8``), a count
+    (``5K``), ``true``, ``false`` or ``none``, a list of these (``0.9,0.95``, with or without brackets), else the
+    text."""
+    if text.startswith("[") and text.endswith("]"):
+        return [literal(part.strip()) for part in text[1:-1].split(",") if part.strip()]
+    if "," in text:
+        return literal(f"[{text}]")
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for read in (int, float, parse_count):
         try:
-            value = tomllib.loads(f"v = {attempt}")["v"]
-        except tomllib.TOMLDecodeError:
-            continue
-        return value
+            return read(text)
+        except ValueError:
+            pass
     return text
 
 
@@ -169,23 +175,23 @@ def to_toml(config: Config) -> str:
     lines: list[str] = []
     for key, value in to_tables(config).items():
         if isinstance(value, dict):
-            lines += ["", f"[{key}]", *(f"{name} = {_toml(item)}" for name, item in value.items())]
+            lines += ["", f"[{key}]", *(f"{name} = {_toml(item, f'{key}.{name}')}" for name, item in value.items())]
         else:
-            lines.append(f"{key} = {_toml(value)}")
+            lines.append(f"{key} = {_toml(value, key)}")
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def _toml(value: Any) -> str:
+def _toml(value: Any, key: str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "[" + ", ".join(_toml(item, key) for item in value) + "]"
     if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL, which JSON leaves as it is
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
     raise EvenstepError(
-        f"{value!r} cannot be written to config.toml; give a number, a text, true, false or a list of these"
+        f"{key}: {value!r} cannot be written to config.toml; give a number, a text, true, false or a list of these"
     )
 
 
@@ -195,16 +201,16 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def changed_options(old: Config, new: Config) -> list[str]:
-    """Names of the options that differ and may not differ on resume; a change of ``train.steps`` and the like is not
-    listed."""
+def changed_options(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Options that differ and may not differ on resume, with both values; a change of ``train.steps`` and the like is
+    not listed."""
     known = options()
     before, after = flat(old), flat(new)
-    return [
-        key
+    return {
+        key: (before.get(key), after.get(key))
         for key in {**before, **after}
         if before.get(key) != after.get(key) and (key not in known or known[key][0].metadata["resume"] == "fixed")
-    ]
+    }
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -4,6 +4,7 @@ trains."""
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,16 @@ def replace_text(path: Path, text: str) -> None:
         raise EvenstepError(
             f"could not write {path}: {problem.strerror}; make room there or give another --out"
         ) from problem
+
+
+def check_creatable(directory: Path) -> None:
+    """EvenstepError when ``directory`` could not be made and written to; leaves nothing behind. For a run's directory,
+    which is made after long work."""
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=".evenstep-", dir=there).cleanup()
+    except OSError as problem:
+        raise EvenstepError(f"{directory} cannot be created ({problem.strerror}); give another --out") from None
 
 
 @contextmanager

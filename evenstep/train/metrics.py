@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evenstep.errors import EvenstepError
+from evenstep.train.checkpoint import way_on
 from evenstep.train.files import replace_text
 
 
@@ -19,6 +20,7 @@ class Metrics:
 
     def __init__(self, path: Path, last_step: int | None = None) -> None:
         self.path = path
+        self.seconds = 0.0  # of training, as the newest record has them
         self.last_train: dict[str, Any] | None = None
         self.last_validation: dict[str, Any] | None = None
         if last_step is not None and path.exists():
@@ -37,6 +39,7 @@ class Metrics:
         return self.last_validation["step"] if self.last_validation else None
 
     def _remember(self, record: dict[str, Any]) -> None:
+        self.seconds = record.get("seconds", self.seconds)
         if "val_loss" in record:
             self.last_validation = record
         else:
@@ -48,7 +51,7 @@ class Metrics:
             self._file.flush()
         except OSError as problem:
             raise EvenstepError(
-                f"could not write {self.path}: {problem.strerror}; make room and resume the run"
+                f"could not write {self.path}: {problem.strerror}; make room and {way_on(self.path.parent)}"
             ) from problem
         self._remember(record)
 

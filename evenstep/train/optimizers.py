@@ -58,16 +58,6 @@ OPTIMIZERS: dict[str, Entry] = {
 }
 
 
-def entry(config: OptimConfig) -> Entry:
-    """The table's entry of ``config.name``; EvenstepError names the nearest when there is none."""
-    if config.name not in OPTIMIZERS:
-        names = ", ".join(OPTIMIZERS)
-        raise EvenstepError(
-            f"optim.name: unknown optimizer '{config.name}'{nearest(config.name, list(OPTIMIZERS))} (known: {names})"
-        )
-    return OPTIMIZERS[config.name]
-
-
 def hyperparameters(name: str) -> dict[str, inspect.Parameter]:
     """What ``optim.KEY`` may be for this optimizer, beside lr and weight_decay: name -> parameter of the
     constructor."""
@@ -80,9 +70,8 @@ def hyperparameters(name: str) -> dict[str, inspect.Parameter]:
 
 
 def check_optimizer(config: OptimConfig) -> None:
-    """EvenstepError for an unknown optimizer or an option that its constructor does not have; imports torch, builds
-    nothing."""
-    official = getattr(entry(config).load(), "ALIASES", {})
+    """EvenstepError for an option that the optimizer's constructor does not have; imports torch, builds nothing."""
+    official = getattr(OPTIMIZERS[config.name].load(), "ALIASES", {})
     allowed = ["lr", "weight_decay", *hyperparameters(config.name)]
     for key in config.options:
         if key not in allowed and key not in official:
@@ -100,7 +89,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     the constructor refuses.
     """
     check_optimizer(config)
-    chosen = entry(config)
+    chosen = OPTIMIZERS[config.name]
     groups = chosen.groups(model)
     if config.weight_decay and config.decay == "matrices":
         groups = [part for group in groups for part in split_by_decay(group)]
@@ -128,19 +117,14 @@ def _tensor(item: Any) -> Any:
 
 
 class LearningRates:
-    """Scales every group's own rates (``lr``, and ``adam_lr`` where a group has one) by the schedule's factor."""
-
-    KEYS = ("lr", "adam_lr")
+    """Scales every group's own rate by the schedule's factor."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.base = [
-            {key: group[key] for key in self.KEYS if group.get(key) is not None} for group in optimizer.param_groups
-        ]
+        self.base = [group["lr"] for group in optimizer.param_groups]
 
     def set(self, optimizer: Optimizer, factor: float) -> None:
-        for group, base in zip(optimizer.param_groups, self.base, strict=True):
-            for key, rate in base.items():
-                group[key] = rate * factor
+        for group, rate in zip(optimizer.param_groups, self.base, strict=True):
+            group["lr"] = rate * factor
 
 
 def steps_to_reset(optimizer: Optimizer) -> int | None:

@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from typing import Any, TextIO
+
+
+def silence(descriptor: int) -> None:
+    """Let whatever is written there from now on vanish."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def tell(text: str, out: TextIO | None = None) -> None:
+    """Print a line at once. When its reader has gone (``| head``) the output falls silent and the run goes on: hours
+    of training must not end for that."""
+    out = out or sys.stdout
+    try:
+        print(text, file=out, flush=True)
+    except BrokenPipeError:
+        silence(out.fileno())
+        with suppress(OSError):
+            print("evenstep: nobody reads the output any more; training goes on without it", file=sys.stderr)
 
 
 def clock(seconds: float) -> str:
@@ -60,7 +81,7 @@ class LineProgress:
         self.say(validation_line(record))
 
     def say(self, text: str) -> None:
-        print(text, file=self.out, flush=True)
+        tell(text, self.out)
 
 
 class LiveProgress(LineProgress):

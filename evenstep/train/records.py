@@ -77,4 +77,5 @@ def validation_record(run: Run, result: EvalResult) -> dict[str, Any]:
         "perplexity": result.perplexity,
         "bits_per_byte": result.bits_per_byte,
         "val_tokens": result.tokens,
+        "seconds": run.seconds,
     }

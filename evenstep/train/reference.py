@@ -3,12 +3,11 @@ docs/configuration.md``."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-from evenstep.train.checks import kinds
+from evenstep.train.checks import kinds, limits
 from evenstep.train.config import SECTIONS, Config, options
-from evenstep.train.optimizers import OPTIMIZERS, hyperparameters
+from evenstep.train.hyperparameters import HYPERPARAMETERS
 
 _INTRO = """\
 # Configuration
@@ -20,7 +19,8 @@ the command line `none` clears an option that may be none.
 
 The last column says what `--resume` allows. **free**: may change. **rounding**: may change, and the last bits of the
 losses change with it. **fixed**: a resumed run keeps it; a change is refused by name. A larger `train.steps` or
-`train.tokens` trains on; a cosine or wsd schedule then gives other learning rates from that step on.
+`train.tokens` trains on, and one below the steps done is refused; under a cosine or wsd schedule another budget gives
+other learning rates from that step on.
 """
 
 
@@ -37,31 +37,25 @@ def configuration_page() -> str:
             meta = field.metadata
             kind = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds(hint))
             default = "none" if field.default is None else repr(field.default).replace("'", '"')
-            text = meta["help"].replace("|", "\\|")
-            lines.append(f"| `{key}` | {kind} | `{_toml(default)}` | {text}{_limits(meta)} | {meta['resume']} |")
+            text = (meta["help"] + limits(meta)).replace("|", "\\|")
+            lines.append(f"| `{key}` | {kind} | `{_toml(default)}` | {text} | {meta['resume']} |")
         lines.append("")
     lines += ["## Hyperparameters of the optimizers", "", "Each is an option `optim.NAME`; fixed on resume.", ""]
     lines += ["| `optim.name` | hyperparameters and their defaults |", "|---|---|"]
-    for name in OPTIMIZERS:
-        shown = ", ".join(_default(parameter) for parameter in hyperparameters(name).values())
+    for name, values in HYPERPARAMETERS.items():
+        shown = ", ".join(f"`{key} = {_shown(value)}`" for key, value in values.items())
         lines.append(f"| `{name}` | {shown} |")
     return "\n".join(lines) + "\n"
-
-
-def _limits(meta: Any) -> str:
-    bounds = [(">=", meta["low"]), (">", meta["above"]), ("<=", meta["high"])]
-    found = [f"{sign} {bound}" for sign, bound in bounds if bound is not None]
-    return f" ({', '.join(found)})" if found else ""
 
 
 def _toml(text: str) -> str:
     return {"True": "true", "False": "false"}.get(text, text)
 
 
-def _default(parameter: inspect.Parameter) -> str:
-    value = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-    text = str(value).lower() if value is None or isinstance(value, bool) else repr(value)
-    return f"`{parameter.name} = {text}`"
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return repr(list(value) if isinstance(value, tuple) else value)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,20 +21,22 @@ from torch import Tensor
 
 from evenstep.data import BatchLoader, eval_batches
 from evenstep.errors import EvenstepError
+from evenstep.models.hf import require_safetensors
 from evenstep.train import setup
-from evenstep.train.checkpoint import list_checkpoints, newest_checkpoint, read_tensors, save_checkpoint
+from evenstep.train.advice import diverged
+from evenstep.train.checkpoint import newest_checkpoint, read_tensors, save_checkpoint, way_on
 from evenstep.train.config import Config
-from evenstep.train.config_io import build, changed_options, read_toml, to_toml
+from evenstep.train.config_io import build, read_toml, to_toml
 from evenstep.train.evaluate import EvalResult, evaluate
 from evenstep.train.files import locked, replace_text
 from evenstep.train.hardware import pick_device
-from evenstep.train.interrupts import Interrupted, Interrupts
+from evenstep.train.interrupts import Interrupted, Interrupts, Stopped
 from evenstep.train.metrics import Metrics
 from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer
-from evenstep.train.progress import LineProgress, make_progress
+from evenstep.train.progress import LineProgress, make_progress, tell
 from evenstep.train.records import StepResult, Window, train_record, validation_record
 from evenstep.train.schedule import lr_factor
-from evenstep.train.state import restore_state, write_state
+from evenstep.train.state import check_resume, restore_state, write_state
 from evenstep.train.summary import finish
 
 Say = Callable[[str], None]
@@ -46,7 +49,9 @@ class Run:
     Raises EvenstepError, one line, for whatever does not fit together: data, model, optimizer, directory, checkpoint.
     """
 
-    def __init__(self, config: Config, *, say: Say = print, data_progress: Any = None) -> None:
+    def __init__(self, config: Config, *, say: Say = tell, data_progress: Any = None) -> None:
+        if config.model.init:
+            config = setup.with_shape_of(config, Path(config.model.init))
         out = setup.fresh_directory(config)
         self._build(
             dataclasses.replace(config, out=str(out), name=setup.default_name(config)), None, say, data_progress
@@ -55,17 +60,20 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise EvenstepError(f"{self.out} cannot be created ({problem.strerror}); give another --out") from None
+        if (self.out / "config.toml").exists():
+            say(f"{self.out} stopped before its first checkpoint; it starts again")
+            (self.out / "metrics.jsonl").unlink(missing_ok=True)
         replace_text(self.out / "config.toml", to_toml(self.config))
         self.metrics = Metrics(self.out / "metrics.jsonl")
 
     @classmethod
     def resume(
-        cls, directory: Path | str, config: Config | None = None, *, say: Say = print, data_progress: Any = None
+        cls, directory: Path | str, config: Config | None = None, *, say: Say = tell, data_progress: Any = None
     ) -> Run:
         """The run of ``directory`` at its newest whole checkpoint; ``config`` may change what does not touch exactness.
 
         A larger ``train.steps`` trains on; under a cosine or wsd schedule it also changes the learning rates from
-        here on.
+        here on. One below the steps done is refused. Nothing is written before all of it fits.
         """
         directory = Path(directory)
         if not (directory / "config.toml").is_file():
@@ -74,20 +82,20 @@ class Run:
         config = dataclasses.replace(config, out=str(directory), name=config.name or directory.name)
         with locked(directory):
             checkpoint = newest_checkpoint(directory, say)
+        if config.model.init:
+            config = setup.with_shape_of(config, checkpoint)
         trainer = read_tensors(checkpoint / "trainer.pt")
-        saved = build(trainer["config"])
-        if changed := changed_options(saved, config):
-            raise EvenstepError(
-                f"{directory} was trained with another {', '.join(changed)}; resuming keeps these as they were: "
-                "leave them out, or start a new run with another --out"
-            )
+        check_resume(directory, config, trainer)
         run = cls.__new__(cls)
         run._build(config, checkpoint, say, data_progress)
         restore_state(run, checkpoint, trainer)
+        run.saved = checkpoint
         replace_text(directory / "config.toml", to_toml(config))
         (directory / "summary.json").unlink(missing_ok=True)  # it spoke of another end
         run.metrics = Metrics(directory / "metrics.jsonl", last_step=run.step_number)
-        say(f"resumed from {checkpoint}, {run.config.total_steps - run.step_number} steps to go")
+        run.seconds = max(run.seconds, run.metrics.seconds)  # what came after the save and is not repeated
+        left = config.total_steps - run.step_number
+        say(f"resumed from {checkpoint}, {f'{left} steps to go' if left else 'nothing left to do'}")
         return run
 
     def _build(self, config: Config, checkpoint: Path | None, say: Say, data_progress: Any) -> None:
@@ -96,7 +104,7 @@ class Run:
         self.out = Path(config.out or "")
         self.device = pick_device(config.train.device)
         check_optimizer(config.optim)
-        setup.check_model(config)
+        require_safetensors()  # without it the first checkpoint would end the run
         setup.set_up_torch(config)
         self.data = setup.load_data(config, data_progress)
         self.tokenizer = self.data.tokenizer
@@ -115,6 +123,7 @@ class Run:
         self.tokens = 0
         self.seconds = 0.0
         self.step_seconds = 0.0
+        self.saved: Path | None = None  # the checkpoint of this very moment
         self.window = self._new_window()
 
     def _new_window(self) -> Window:
@@ -127,7 +136,7 @@ class Run:
         they are split.
 
         EvenstepError when the loss is NaN or infinite: on a CPU before the weights are touched, and with a checkpoint
-        of them, on a GPU at the next log step.
+        of them beside the earlier ones, on a GPU at the next log step.
         """
         config, began = self.config, time.perf_counter()
         number = self.step_number + 1
@@ -141,9 +150,9 @@ class Run:
         if self.device.type == "cpu" and not math.isfinite(loss.item()):
             self.loader.position = position
             self.optimizer.zero_grad(set_to_none=True)
-            if self.step_number and self._weights_are_finite():
-                self.save()
-            raise self._diverged(number, f"the loss is {loss.item()}")
+            rescue = self.step_number > 0 and self._weights_are_finite()
+            rescued = (self.saved or self.save(keep_all=True)) if rescue else None
+            raise diverged(self.config, number, f"the loss is {loss.item()}", rescued)
         norm = None
         if config.train.clip_norm:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.train.clip_norm, foreach=True)
@@ -153,6 +162,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
         self.step_number = number
+        self.saved = None
         self.tokens += targets.numel()
         window = self.window
         window.loss += loss
@@ -178,80 +188,81 @@ class Run:
     def _is_log_step(self, number: int) -> bool:
         return number % self.config.log.every == 0 or number == self.config.total_steps
 
-    def _diverged(self, step: int, what: str) -> EvenstepError:
-        kept = list_checkpoints(self.out / "checkpoints")
-        way_on = (
-            f"the last good checkpoint is {kept[0]}; --resume {self.out} goes on from it"
-            if kept
-            else "no checkpoint was saved before it"
-        )
-        return EvenstepError(
-            f"{what} at step {step}, training stopped; {way_on}. "
-            "Lower optim.lr, lengthen schedule.warmup_steps or set train.clip_norm in a new run"
-        )
-
     # ---- validation, checkpoints ----
 
-    def evaluate(self) -> EvalResult:
+    def evaluate(self, stop: Interrupts | None = None) -> EvalResult:
         """Token-weighted loss on the validation split (at most ``eval.max_tokens`` of it); the model is left in
-        training mode."""
+        training mode. A signal to ``stop`` ends it between two batches, with Stopped."""
         config, val = self.config, self.data.val
         batch_size = config.eval.batch_size or config.micro_batch_size
         batches = eval_batches(val, config.train.seq_len, batch_size, config.eval.max_tokens or None)
+        batches = stop.watch(batches) if stop else batches
         per_token = val.num_bytes / max(1, len(val))
         return evaluate(self.model, batches, per_token, device=self.device, autocast=self.autocast, chunk=self.chunk)
 
-    def save(self) -> Path:
+    def save(self, *, keep_all: bool = False) -> Path:
         """Write a checkpoint of this moment; returns its directory. EvenstepError on a full disk, earlier
-        checkpoints intact."""
-        return save_checkpoint(
+        checkpoints intact. ``keep_all``: one that may be worthless, so no earlier one is deleted for it."""
+        self.saved = save_checkpoint(
             self.out / "checkpoints",
             self.step_number,
             lambda directory: write_state(self, directory),
-            self.config.checkpoint.keep,
+            None if keep_all else self.config.checkpoint.keep,
         )
+        return self.saved
 
     # ---- the loop ----
 
     def fit(self) -> dict[str, Any]:
         """Train to the end of the budget with log, validation, checkpoints; returns what summary.json holds.
 
-        SIGINT or SIGTERM: the step is finished, a checkpoint saved and Interrupted raised with the way to go on.
+        SIGINT, SIGTERM or SIGHUP: the step is finished or the validation given up, a checkpoint saved and Interrupted
+        raised with the way to go on.
         """
-        config, total = self.config, self.config.total_steps
-        began, before = time.perf_counter(), self.seconds
-        with locked(self.out), make_progress(total, self.step_number) as progress, Interrupts() as stop:
-            while True:
-                at_end = self.step_number >= total
-                if (at_end or _due(self.step_number, config.eval.every)) and self.metrics.validated != self.step_number:
-                    self._validate(progress)
-                if at_end:
-                    break
-                result = self.step()
-                progress.step(result.step, result.loss.item() if self.device.type == "cpu" else None)
-                self.seconds = before + time.perf_counter() - began
-                if self._is_log_step(result.step):
-                    self._log(result, progress)
-                if stop.signal is not None:
-                    saved = self._save_finite()
-                    raise Interrupted(
-                        f"stopped after step {self.step_number} of {total}, saved {saved}; "
-                        f"go on with: evenstep pretrain --resume {self.out}",
-                        stop.signal,
-                    )
-                if _due(result.step, config.checkpoint.every) or result.step == total:
-                    self._save_finite()
-        self.seconds = before + time.perf_counter() - began
+        self._since = time.perf_counter() - self.seconds
+        with locked(self.out), Interrupts() as stop:
+            try:
+                with make_progress(self.config.total_steps, self.step_number) as progress:
+                    self._train(progress, stop)
+            except KeyboardInterrupt:
+                message = f"stopped at once, without saving; {way_on(self.out)}"
+                raise Interrupted(message, signal.SIGINT) from None
+        self.seconds = self._clock()
         return finish(self)
+
+    def _train(self, progress: LineProgress, stop: Interrupts) -> None:
+        config, total = self.config, self.config.total_steps
+        while True:
+            at_end = self.step_number >= total
+            if stop.signal is None and (at_end or _due(self.step_number, config.eval.every)):
+                self._validate(progress, stop)
+            if stop.signal is not None:
+                saved = self.saved or self._save_finite()
+                raise Interrupted(
+                    f"stopped after step {self.step_number} of {total}, saved {saved}; {way_on(self.out)}", stop.signal
+                )
+            if at_end:
+                return
+            result = self.step()
+            progress.step(result.step, result.loss.item() if self.device.type == "cpu" else None)
+            self.seconds = self._clock()
+            if self._is_log_step(result.step):
+                self._log(result, progress)
+            if _due(result.step, config.checkpoint.every) or result.step == total:
+                self._save_finite()
+
+    def _clock(self) -> float:
+        """Seconds of training, with those before a resume."""
+        return time.perf_counter() - self._since
 
     def _save_finite(self) -> Path:
         """Save, but never weights that are lost: the loss is of the weights before the update, so these are looked
         at too."""
         loss = self.window.loss.item()
         if not math.isfinite(loss):
-            raise self._diverged(self.step_number, f"the loss is {loss}")
+            raise diverged(self.config, self.step_number, f"the loss is {loss}")
         if not self._weights_are_finite():
-            raise self._diverged(self.step_number, "the norm of the weights is not finite")
+            raise diverged(self.config, self.step_number, "the norm of the weights is not finite")
         return self.save()
 
     def _weights_are_finite(self) -> bool:
@@ -261,7 +272,7 @@ class Run:
         window, waiting = self.window, time.perf_counter()
         loss = window.loss.item() / window.steps  # waits for the GPU
         if not math.isfinite(loss):
-            raise self._diverged(result.step, f"the loss is {loss}")
+            raise diverged(self.config, result.step, f"the loss is {loss}")
         waited = time.perf_counter() - waiting
         self.step_seconds += waited
         seconds = window.seconds + waited
@@ -270,8 +281,14 @@ class Run:
         progress.train(record)
         self.window = self._new_window()
 
-    def _validate(self, progress: LineProgress) -> None:
-        result = self.evaluate()
+    def _validate(self, progress: LineProgress, stop: Interrupts) -> None:
+        if not len(self.data.val) or self.metrics.validated == self.step_number:
+            return
+        try:
+            result = self.evaluate(stop)
+        except Stopped:  # it is done again by whoever resumes
+            return
+        self.seconds = self._clock()
         record = validation_record(self, result)
         self.metrics.write(record)
         progress.validation(record)

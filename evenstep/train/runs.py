@@ -43,7 +43,7 @@ def _row(config: Path) -> RunRow:
     try:
         tables = tomllib.loads(config.read_text(encoding="utf-8"))
         records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-        size, optimizer = tables["model"]["size"], tables["optim"]["name"]
+        size, optimizer = tables["model"].get("size", "custom"), tables["optim"]["name"]
         finished = (run / "summary.json").exists() and bool(
             json.loads((run / "summary.json").read_text(encoding="utf-8"))
         )

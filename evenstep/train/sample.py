@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from evenstep.data import Tokenizer, load_tokenizer
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, generate, load_pretrained
-from evenstep.train.checkpoint import newest_checkpoint
+from evenstep.train.checkpoint import MANIFEST, newest_checkpoint
 from evenstep.train.config import SampleConfig
 
 
@@ -34,9 +35,18 @@ def sample_text(model: Llama, tokenizer: Tokenizer, sample: SampleConfig, seed: 
     return tokenizer.decode([*prompt, *new])
 
 
+def printable(text: str) -> str:
+    """``text`` with its control characters, newline and tab apart, as escapes: a model may write what a terminal
+    obeys."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def generate_from(run: Path, sample: SampleConfig, seed: int, say: Callable[[str], None]) -> str:
-    """Text from the newest whole checkpoint of a run. EvenstepError when ``run`` is no run or has no checkpoint."""
+    """Text from the newest whole checkpoint of a run, or from the checkpoint that ``run`` itself is. EvenstepError when
+    it is neither."""
     if not run.is_dir():
         raise EvenstepError(f"{run}: no such directory; give the directory of a run (evenstep runs lists them)")
-    checkpoint = newest_checkpoint(run, say)
+    checkpoint = run if (run / MANIFEST).is_file() else newest_checkpoint(run, say)
     return sample_text(load_pretrained(checkpoint).eval(), load_tokenizer(checkpoint), sample, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from datetime import datetime
@@ -12,8 +13,11 @@ import torch
 
 from evenstep.data import DataSpec, TokenData, prepare
 from evenstep.errors import EvenstepError
-from evenstep.models import Llama, llama_config, load_pretrained
+from evenstep.models import SIZES, Llama, llama_config, load_pretrained
+from evenstep.models.hf import read_config
+from evenstep.train.checkpoint import list_checkpoints
 from evenstep.train.config import Config
+from evenstep.train.files import check_creatable, is_running
 from evenstep.train.hardware import total_memory
 
 CHUNK_BYTES = 64 * 2**20
@@ -26,16 +30,23 @@ CPU_ROWS = 256
 
 
 def default_name(config: Config) -> str:
-    return config.name or f"{config.model.size}-{config.optim.name}"
+    return config.name or f"{config.model.label}-{config.optim.name}"
 
 
 def fresh_directory(config: Config) -> Path:
-    """The run's directory, which must not hold anything yet; it is not created here."""
+    """The run's directory, which must hold nothing yet, or a run that stopped before its first checkpoint; it is not
+    created here."""
     out = Path(config.out) if config.out else Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{default_name(config)}"
     if (out / "config.toml").exists():
-        raise EvenstepError(f"{out} holds a run already; continue it with --resume {out}, or give another --out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if is_running(out):
+            raise EvenstepError(f"{out} is being trained by another process; wait for it, or give another --out")
+        if list_checkpoints(out / "checkpoints"):
+            raise EvenstepError(f"{out} holds a run already; continue it with --resume {out}, or give another --out")
+        if (out / "summary.json").exists():
+            raise EvenstepError(f"{out} holds a finished run without its checkpoints; give another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise EvenstepError(f"{out} exists and is not an empty directory; give another --out")
+    check_creatable(out)
     return out
 
 
@@ -64,12 +75,26 @@ def load_data(config: Config, progress: Any = None) -> TokenData:
     return prepare(spec, progress)
 
 
-def check_model(config: Config) -> None:
-    """EvenstepError for what is known to be wrong with the model before the text is prepared, which may take long."""
-    if config.model.init is None:
-        llama_config(config.model.size, vocab_size=1)
-    elif not Path(config.model.init).is_dir():
-        raise EvenstepError(f"model.init: {config.model.init} is not a directory; give one in Hugging Face layout")
+def with_shape_of(config: Config, source: Path) -> Config:
+    """``config`` with the shape of the model in ``source``; EvenstepError when it asks for another one.
+
+    ``model.size`` becomes None for a shape that has no name.
+    """
+    if not source.is_dir():
+        raise EvenstepError(f"model.init: {source} is not a directory; give one in Hugging Face layout")
+    shape = read_config(source)
+    names = (name for name, size in SIZES.items() if all(getattr(shape, key) == value for key, value in size.items()))
+    found: dict[str, Any] = {"size": next(names, None), "norm": shape.norm}
+    if shape.norm == "mix":
+        found["norm_alpha"] = shape.norm_alpha
+    for key, value in found.items():
+        given = getattr(config.model, key)
+        if given not in (None, value):
+            raise EvenstepError(
+                f"model.{key} {given} contradicts the model in {source}, which has {value or 'a shape of its own'}; "
+                "leave it out"
+            )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
 
 
 def build_model(config: Config, vocab_size: int, directory: Path | None, device: torch.device) -> Llama:
@@ -79,7 +104,7 @@ def build_model(config: Config, vocab_size: int, directory: Path | None, device:
     if source is None:
         torch.manual_seed(config.seed)
         shape = {"max_seq_len": config.train.seq_len, "norm": config.model.norm, "norm_alpha": config.model.norm_alpha}
-        model = Llama(llama_config(config.model.size, vocab_size, **shape))
+        model = Llama(llama_config(config.model.label, vocab_size, **shape))
     else:
         model = load_pretrained(source)
         torch.manual_seed(config.seed)

@@ -13,7 +13,8 @@ import torch
 from evenstep.errors import EvenstepError
 from evenstep.models import save_pretrained
 from evenstep.train.checkpoint import read_tensors, write_tensors
-from evenstep.train.config_io import to_tables
+from evenstep.train.config import Config
+from evenstep.train.config_io import build, changed_options, to_tables
 
 if TYPE_CHECKING:
     from evenstep.train.run import Run
@@ -39,6 +40,28 @@ def write_state(run: Run, directory: Path) -> None:
         "config": to_tables(run.config),
     }
     write_tensors(directory / "trainer.pt", trainer)
+
+
+def check_resume(directory: Path, config: Config, trainer: dict[str, Any]) -> None:
+    """EvenstepError when ``config`` asks for something that the run of the checkpoint cannot become."""
+    if changed := changed_options(build(trainer["config"]), config):
+        values = ", ".join(
+            f"{key} (it was {_shown(was)}, given is {_shown(now)})" for key, (was, now) in changed.items()
+        )
+        raise EvenstepError(
+            f"{directory} was trained with another {values}; resuming keeps what decides the result: leave "
+            f"{'it' if len(changed) == 1 else 'them'} out, or start a new run with another --out"
+        )
+    if config.total_steps < trainer["step"]:
+        budget = "steps" if config.train.steps is not None else "tokens"
+        raise EvenstepError(
+            f"train.{budget} {getattr(config.train, budget)} ends at step {config.total_steps}, but {directory} has "
+            f"done {trainer['step']} already; give a larger budget, or leave it out"
+        )
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def restore_state(run: Run, checkpoint: Path, trainer: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from evenstep.train.files import replace_text
 from evenstep.train.hardware import commit, describe_hardware, peak_memory, versions
 from evenstep.train.metrics import finite, read_metrics
 from evenstep.train.progress import clock
-from evenstep.train.sample import sample_text
+from evenstep.train.sample import printable, sample_text
 
 if TYPE_CHECKING:
     from evenstep.train.run import Run
@@ -34,7 +34,7 @@ def finish(run: Run) -> dict[str, Any]:
         "seconds": run.seconds,
         "tokens_per_second": run.tokens / run.step_seconds if run.step_seconds else None,
         "peak_memory": peak_memory(run.device),
-        "model": config.model.size,
+        "model": config.model.label,
         "parameters": run.model.num_parameters(),
         "optimizer": config.optim.name,
         "seed": config.seed,
@@ -114,19 +114,31 @@ def short_count(value: float) -> str:
     return f"{value:.4g}"
 
 
+def _validation(summary: dict[str, Any]) -> str:
+    if summary["val_loss"] is None:
+        return "no validation: the text has no validation split (data.val_fraction 0)"
+    return (
+        f"validation loss {summary['val_loss']:.4f}   perplexity {summary['perplexity']:.2f}   "
+        f"bits per byte {summary['bits_per_byte']:.4f}"
+    )
+
+
 def closing_lines(out: Path, summary: dict[str, Any], files: list[str]) -> list[str]:
     """The block printed after the last step: numbers, sample, files, and the commands that come next."""
     run = shlex.quote(str(out))
     prompt = f" --prompt {shlex.quote(summary['prompt'])}" if summary["prompt"] else ""
     lines = [
         "",
-        f"validation loss {summary['val_loss']:.4f}   perplexity {summary['perplexity']:.2f}   "
-        f"bits per byte {summary['bits_per_byte']:.4f}",
+        _validation(summary),
         f"{short_count(summary['tokens'])} tokens in {clock(summary['seconds'])}   "
         f"{summary['tokens_per_second']:,.0f} tokens/s",
     ]
     if summary.get("sample"):
-        lines += ["", "a sample of the model's text:", *(f"  {line}" for line in summary["sample"].splitlines())]
+        lines += [
+            "",
+            "a sample of the model's text:",
+            *(f"  {line}" for line in printable(summary["sample"]).split("\n")),
+        ]
     return [
         *lines,
         "",

@@ -1,0 +1,39 @@
+"""Completion for shells, from the parser and the list of options."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from evenstep.errors import EvenstepError, nearest
+from evenstep.train.checks import kinds
+from evenstep.train.config import options
+from evenstep.train.hyperparameters import CHOICES
+
+
+def script(parser: argparse.ArgumentParser, commands: Any, shell: str) -> str:
+    """The completion of ``parser`` for ``shell``, with the values of its options; ``commands`` is the action that holds
+    the parsers of its commands. EvenstepError without shtab, and for a shell it does not know.
+
+    It changes the parser, which must not parse after that: argparse would check the choices itself, without the
+    suggestion of what was meant.
+    """
+    try:
+        import shtab
+    except ImportError:
+        raise EvenstepError("completion needs the package shtab; pip install 'evenstep[train]'") from None
+    if shell not in shtab.SUPPORTED_SHELLS:
+        names = ", ".join(shtab.SUPPORTED_SHELLS)
+        raise EvenstepError(f"no completion for '{shell}'{nearest(shell, shtab.SUPPORTED_SHELLS)}; give {names}")
+    directories = ("run", "directory", "resume", "out", "data.cache_dir", "model.init")
+    paths = dict.fromkeys(directories, shtab.DIRECTORY) | dict.fromkeys(("recipe", "data.tokenizer"), shtab.FILE)
+    choices = {key: field.metadata["choices"] for key, (field, _) in options().items()}
+    choices |= {key: ("true", "false") for key, (_, hint) in options().items() if bool in kinds(hint)}
+    choices |= {f"optim.{name}": values for name, values in CHOICES.items()} | {"shell": shtab.SUPPORTED_SHELLS}
+    for command in commands.choices.values():
+        for action in command._actions:
+            if action.dest in paths:
+                action.complete = paths[action.dest]
+            elif choices.get(action.dest) and action.nargs != 0:
+                action.choices = choices[action.dest]
+    return shtab.complete(parser, shell)
