@@ -17,16 +17,32 @@ _HOME = {
     "AdaClip": "evenstep.optim",
     "AdaGN": "evenstep.optim",
     "GradientStabilizer": "evenstep.optim",
+    "ZClip": "evenstep.optim",
+    "ValueClip": "evenstep.optim",
+    "SpikeClip": "evenstep.optim",
+    "SkipStep": "evenstep.optim",
+    "NormClip": "evenstep.optim",
+    "MomentumReset": "evenstep.optim",
+    "AutoClip": "evenstep.optim",
+    "AGC": "evenstep.optim",
 }
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
+    from evenstep.optim import AGC as AGC
     from evenstep.optim import SCALE as SCALE
     from evenstep.optim import SPAM as SPAM
     from evenstep.optim import AdaClip as AdaClip
     from evenstep.optim import AdaGN as AdaGN
+    from evenstep.optim import AutoClip as AutoClip
     from evenstep.optim import GradientStabilizer as GradientStabilizer
+    from evenstep.optim import MomentumReset as MomentumReset
+    from evenstep.optim import NormClip as NormClip
+    from evenstep.optim import SkipStep as SkipStep
+    from evenstep.optim import SpikeClip as SpikeClip
     from evenstep.optim import StableSPAM as StableSPAM
+    from evenstep.optim import ValueClip as ValueClip
+    from evenstep.optim import ZClip as ZClip
     from evenstep.optim import scale_groups as scale_groups
     from evenstep.optim import stabilize as stabilize
 

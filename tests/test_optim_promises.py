@@ -249,6 +249,59 @@ def test_masks_are_uniform_over_entries():
     assert abs(big[:CHUNK].double().mean() - 0.1) < 0.002
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5], ids=["another size", "the same size"])
+def test_a_bad_gradient_on_a_reset_keeps_a_mask_given_by_hand(share):
+    p = nn.Parameter(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)))
+    optimizer = SPAM([p], density=0.5, reset_interval=4)
+    mask = torch.zeros(36, dtype=torch.bool)
+    mask[: round(share * 36)] = True
+    optimizer.set_mask(p, mask.view(6, 6))
+    for t in range(1, 9):
+        p.grad = torch.ones_like(p)
+        before = copy.deepcopy(optimizer.state[p])
+        if t == 4:
+            p.grad[0, 0] = torch.nan
+        optimizer.step()
+        same = {
+            key: torch.equal(torch.as_tensor(value), torch.as_tensor(before[key]))
+            for key, value in optimizer.state[p].items()
+        }
+        assert t != 4 or all(same.values()), same
+        assert same.get("mask", False) == (t != 8), t
+
+
+def test_every_reset_draws_a_mask_even_on_neighbouring_steps():
+    p = nn.Parameter(torch.ones(20, 20))
+    optimizer = SPAM([p], density=0.5, reset_interval=1)
+    masks = [optimizer.get_mask(p)]
+    for _ in range(4):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        masks.append(optimizer.get_mask(p))
+    assert len({mask.numpy().tobytes() for mask in masks}) == 5
+
+
+def test_scale_takes_adam_lr_for_vectors_and_refuses_two_rates():
+    model = Small()
+    optimizer = SCALE(scale_groups(model), lr=0.01, adam_lr=0.003)
+    assert {group["kind"]: group["lr"] for group in optimizer.param_groups} == {
+        "embedding": 0.01,
+        "hidden": 0.01,
+        "last": 0.01,
+        "vector": 0.003,
+    }
+    with pytest.raises(ValueError, match=r"both lr=0.01 and adam_lr=0.0005; give one"):
+        SCALE([{**group, "lr": 0.01, "adam_lr": 5e-4} for group in scale_groups(model)])
+
+
+def test_numbers_of_any_library_are_numbers_and_tensors_are_looked_at():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = StableSPAM([p], lr=np.float32(1e-3), reset_interval=np.int64(3), eps=1)
+    assert optimizer.param_groups[0]["reset_interval"] == 3
+    with pytest.raises(ValueError, match="lr=tensor"):
+        StableSPAM([p], lr=torch.tensor(-1.0))
+
+
 def test_set_mask_is_checked():
     p, v = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(5))
     optimizer = SPAM([p, v], density=0.5)

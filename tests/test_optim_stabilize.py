@@ -204,3 +204,8 @@ def test_scale_groups_says_what_it_cannot_classify():
         scale_groups(nn.Sequential(nn.Linear(3, 3)))
     with pytest.raises(ValueError, match="matches no trainable parameter"):
         scale_groups(Language(), last="decoder.*")
+    several = nn.ModuleList([nn.ModuleDict({"output": nn.Linear(3, 3)}) for _ in range(2)])
+    with pytest.raises(ValueError, match=r"several last layers: 0.output.weight, 1.output.weight"):
+        scale_groups(several)
+    with pytest.raises(ValueError, match=r"could not classify 0\.weight"):
+        scale_groups(nn.Sequential(nn.ConvTranspose1d(2, 3, 4)))

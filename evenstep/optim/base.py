@@ -12,7 +12,7 @@ The rules that keep a run exact, wherever it is stopped and resumed:
   value: a gradient with a NaN or Inf leaves its parameter and state as they were by arithmetic, not by a branch.
 """
 
-import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evenstep.errors import nearest
-from evenstep.transforms import CHECKS, check
+from evenstep.optim.names import renamed, without_inert
+from evenstep.optim.sharding import Bucket, buckets, combine, local, state_dtype
+from evenstep.optim.state import Group, State, at_present, in_param_order, place_clock
+from evenstep.optim.takeover import adopt
+from evenstep.transforms import CHECKS, Gradients, Steps, Weights, check, lockstep, noise_seeds
 
-Group = dict[str, Any]
-State = dict[str, Any]
+Work = tuple[Group, Bucket]
+"""What one call of `EvenOptimizer.update` gets."""
 
 
 class EvenOptimizer(Optimizer):
@@ -36,13 +39,15 @@ class EvenOptimizer(Optimizer):
     def __init__(self, params: Iterable[Any], hyper: dict[str, Any], official: Mapping[str, Any], fused: bool | None):
         if fused:
             raise ValueError("fused=True was given, but this version has no fused kernels; use fused=None or False")
-        defaults = _renamed(official, self.ALIASES, type(self).__name__, set(hyper))
+        defaults = renamed(without_inert(official), self.ALIASES, type(self).__name__, set(hyper))
         self.stats: dict[str, Tensor] = {}
+        self._places: dict[Tensor, tuple[int, int]] = {}
         super().__init__(params, hyper | defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("stats", {})  # not part of a copy or a saved state
+        self._places = {}
 
     # ---- groups and state ----
 
@@ -54,18 +59,17 @@ class EvenOptimizer(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group is a dict with 'params' and options, got {type(param_group).__name__}")
-        group = self._prepare_group(
-            _renamed(param_group, self.ALIASES, "param group", set(self.defaults), strict=False)
-        )
+        group = self._prepare_group(renamed(param_group, self.ALIASES, "param group", set(self.defaults), strict=False))
         for name, value in (self.defaults | group).items():
             self._check(name, value)
-        group.setdefault("t", max((other["t"] for other in self.param_groups), default=0))
+        group.setdefault("t", max((int(other["t"]) for other in self.param_groups), default=0))
         super().add_param_group(group)
         added = self.param_groups[-1]
         try:
+            place_clock(added)
             for index, p in enumerate(added["params"]):
                 _check_parameter(p, index)
-                self.state[p] = self.new_state(p, added, index)
+                self.state[p] = self.fresh_state(p, added, index)
         except Exception:
             self.param_groups.pop()
             raise
@@ -76,6 +80,13 @@ class EvenOptimizer(Optimizer):
     def _check(self, name: str, value: Any) -> None:
         if name in self.defaults and name in CHECKS:
             check(type(self).__name__, **{name: value})
+
+    def fresh_state(self, p: Tensor, group: Group, index: int) -> State:
+        """All that a new parameter starts from."""
+        state = self.new_state(p, group, index)
+        if group["rounding"] == "kahan" and p.dtype != state_dtype(p):
+            state["compensation"] = torch.zeros_like(p)
+        return state
 
     def new_state(self, p: Tensor, group: Group, index: int) -> State:
         """The state of a new parameter, the ``index``-th of its group."""
@@ -92,48 +103,148 @@ class EvenOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_sparse_gradients()
-        measured: list[tuple[list[Tensor], dict[str, Tensor]]] = []
-        for group in self.param_groups:
-            group["t"] += 1
-            for params in alike(group["params"]):
-                measured.append((params, self.update(group, params)))
-        self.stats = in_param_order(self.param_groups, measured)
+        work = self._begin()
+        self._end(work, self._update(work))
         return loss
 
-    def update(self, group: Group, params: list[Tensor]) -> dict[str, Tensor]:
-        """Update ``params``, all on one device, of one state dtype and with gradients; return their statistics, vectors
-        of shape ``[k]``.
+    # What is done on the host stays out of a compiled step (the decorator is torch's own, which unlike
+    # torch.compiler.disable does not load the compiler when this module is imported).
+
+    @torch._disable_dynamo
+    def _begin(self) -> list[Work]:
+        self._refuse_sparse_gradients(p for group in self.param_groups for p in group["params"])
+        given = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        sweeping = [group for group in self.param_groups if "sweep" in group and group["sweep"] == group["t"]]
+        # After a sweep of step_parameter, step() updates what is left of it at the same t.
+        if not sweeping or any(self._had_its_turn(group, p) for group, p in given):
+            self._advance()
+        for group in sweeping:
+            group["sweep"] = 0
+        return self._work((group, group["params"]) for group in self.param_groups)
+
+    def _advance(self) -> None:
+        for group in self.param_groups:
+            group["t"] += 1
+
+    def _work(self, chosen: Iterable[tuple[Group, list[Tensor]]]) -> list[Work]:
+        work = []
+        for group, params in chosen:
+            for bucket in buckets(params, self.state):
+                self.prepare(group, bucket)
+                places = [self._place(p)[1] for p in bucket.params] if group["rounding"] == "stochastic" else []
+                work.append((at_present(group) | {"places": places}, bucket))
+        return work
+
+    def prepare(self, group: Group, bucket: Bucket) -> None:
+        """What a step does on the host before it."""
+
+    def _update(self, work: list[Work]) -> list[dict[str, Tensor]]:
+        layouts = [bucket.layout for _, bucket in work]
+        steps = [self.update(group, bucket) for group, bucket in work]
+        return lockstep(steps, lambda requests: combine(requests, layouts))
+
+    def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
+        """Update the parameters of ``bucket``; return their statistics, vectors of shape ``[k]``. ``group`` is as
+        `at_present` gives it.
         """
         raise NotImplementedError
 
-    def _refuse_sparse_gradients(self) -> None:
-        for group in self.param_groups:
-            for index, p in enumerate(group["params"]):
-                if p.grad is not None and p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not take sparse gradients (parameter {index} of a group has one); "
-                        "use a dense embedding (sparse=False) or another optimizer for it"
-                    )
+    @torch._disable_dynamo
+    def _end(self, work: list[Work], found: list[dict[str, Tensor]]) -> None:
+        measured = [(bucket.params, numbers) for (_, bucket), numbers in zip(work, found, strict=True)]
+        self.stats = in_param_order(self.param_groups, measured)
 
-    def stacked(self, params: list[Tensor], name: str) -> Tensor:
-        """A scalar of the state of each parameter, as one vector."""
-        return torch.stack([self.state[p][name] for p in params])
+    @torch.no_grad()
+    def step_parameter(self, p: Tensor) -> None:
+        """Update one parameter from its gradient, for gradient release: the gradient of each parameter is used and
+        freed while the backward pass goes on.
 
-    def store(self, params: list[Tensor], where: Tensor, **vectors: Tensor) -> None:
-        """Write vectors back into the scalars of the state, for the parameters where ``where`` (bool ``[k]``) holds."""
-        for name, vector in vectors.items():
-            for p, keep, new in zip(params, where.unbind(), vector.unbind(), strict=True):
-                old = self.state[p][name]
-                old.copy_(torch.where(keep, new, old))
+        ``p.register_post_accumulate_grad_hook(release)`` with ``def release(p): optimizer.step_parameter(p); p.grad =
+        None``. The result is that of ``step()`` bit for bit, since nothing here is taken over several tensors.
+
+        Call ``step()`` after the backward pass as ever: it updates what has a gradient still and closes the sweep.
+        Without that call, the next sweep begins (and the clock advances) when a parameter comes that had its turn
+        already. `stats` stays as it is. Sharded parameters cost messages of their own, and every rank must release them
+        in the same order.
+
+        Raises:
+            ValueError: ``p`` is not in this optimizer, or a group is capturable. RuntimeError: a sparse gradient.
+        """
+        work = self._begin_parameter(p)
+        if work:
+            self._update(work)
+
+    @torch._disable_dynamo
+    def _begin_parameter(self, p: Tensor) -> list[Work]:
+        group, _ = self._place(p)
+        if any(other["capturable"] for other in self.param_groups):
+            raise ValueError("step_parameter counts on the host; it does not go with capturable=True")
+        if p.grad is None:
+            return []
+        self._refuse_sparse_gradients([p])
+        if group.get("sweep") != group["t"] or self._had_its_turn(group, p):
+            self._advance()
+            for other in self.param_groups:
+                other["sweep"] = other["t"]
+        self.state[p]["released_at"] = group["t"]
+        return self._work([(group, [p])])
+
+    def _had_its_turn(self, group: Group, p: Tensor) -> bool:
+        return bool(self.state[p].get("released_at") == group["t"])
+
+    def _place(self, p: Tensor) -> tuple[Group, tuple[int, int]]:
+        """The group of a parameter, and the numbers of both."""
+        if p not in self._places:
+            groups = enumerate(self.param_groups)
+            self._places = {q: (i, j) for i, group in groups for j, q in enumerate(group["params"])}
+        if p not in self._places:
+            raise ValueError(f"a parameter of shape {tuple(p.shape)} is not in this optimizer")
+        place = self._places[p]
+        return self.param_groups[place[0]], place
+
+    def gradients(self, group: Group, bucket: Bucket) -> Steps[Gradients]:
+        return Gradients.measure(bucket.grads, bucket.dtype, -1.0 if group["maximize"] else 1.0)
+
+    def weights(self, group: Group, bucket: Bucket, finite: Tensor) -> Weights:
+        """The parameters of ``bucket`` with what their rounding needs."""
+        lost: list[Tensor | None] = [None] * len(bucket.here)
+        seeds: list[Tensor | None] = [None] * len(bucket.here)
+        if group["rounding"] == "kahan":
+            lost = [local(state["compensation"]) if "compensation" in state else None for state in bucket.states]
+        elif group["rounding"] == "stochastic":
+            seeds[:] = noise_seeds(group["t"], group["places"])
+        return Weights(bucket.here, finite, lost, seeds)
+
+    def _refuse_sparse_gradients(self, params: Iterable[Tensor]) -> None:
+        for p in params:
+            if p.grad is not None and p.grad.is_sparse:
+                place, index = self._place(p)[1]
+                raise RuntimeError(
+                    f"{type(self).__name__} does not take sparse gradients (parameter {index} of group {place} has "
+                    "one); use a dense embedding (sparse=False) or another optimizer for it"
+                )
 
     # ---- saving and loading ----
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but state keeps its own dtype bit for bit whatever the dtype of the parameters."""
+        """As torch's, but state keeps its own dtype bit for bit whatever the dtype of the parameters.
+
+        The state of torch's Adam and AdamW, of the published classes and of pytorch_optimizer's is taken over: moments
+        and step counts go on, what is missing starts anew, and a UserWarning says which (see
+        `evenstep.optim.takeover`). Raises ValueError, before anything changes, for a state of other shapes or of an
+        unknown optimizer.
+        """
         final: dict[str, Any] = {}
+        said: list[str] = []
+
+        def translate(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            adopted, notes = adopt(self, given)
+            final.update(adopted)
+            said.append(notes)
+            return adopted
+
         hooks = [
-            self.register_load_state_dict_pre_hook(lambda _, given: final.update(given)),
+            self.register_load_state_dict_pre_hook(translate),
             self.register_load_state_dict_post_hook(lambda _: self._restore_exactly(final), prepend=True),
         ]
         try:
@@ -141,66 +252,18 @@ class EvenOptimizer(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+        if said[0]:
+            warnings.warn(said[0], stacklevel=2)
 
     def _restore_exactly(self, saved: dict[str, Any]) -> None:
+        for group in self.param_groups:
+            place_clock(group)
         ids = [i for group in saved["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):
             for name, value in saved["state"].get(i, {}).items():
                 if isinstance(value, Tensor):
-                    self.state[p][name] = value.detach().to(p.device, copy=True)
-
-
-def clock(group: Group) -> Tensor:
-    """``group["t"]`` as a 0-d float64 tensor for the arithmetic of `evenstep.transforms.clock`."""
-    return torch.tensor(float(group["t"]), dtype=torch.float64)
-
-
-def hyper(value: float | Tensor) -> Tensor:
-    """A hyperparameter that moves with time (the learning rate) as a 0-d tensor."""
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-
-
-def state_dtype(p: Tensor) -> torch.dtype:
-    """fp32, or fp64 for an fp64 parameter."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
-
-
-def scalar(p: Tensor) -> Tensor:
-    """A zero for the scalars of a parameter's state."""
-    return torch.zeros((), dtype=state_dtype(p), device=p.device)
-
-
-def moment(p: Tensor) -> Tensor:
-    """Zeros in the shape of ``p``, for the moments of its state."""
-    return torch.zeros_like(p, dtype=state_dtype(p), memory_format=torch.preserve_format)
-
-
-def alike(params: list[Tensor]) -> list[list[Tensor]]:
-    """The parameters that have a gradient, split by device and state dtype."""
-    buckets: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for p in params:
-        if p.grad is not None:
-            buckets.setdefault((p.device, state_dtype(p)), []).append(p)
-    return list(buckets.values())
-
-
-def in_param_order(groups: list[Group], measured: list[tuple[list[Tensor], dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """Statistics of some parameters each, as one vector per name over all parameters; NaN for those without a
-    gradient.
-    """
-    params = [p for group in groups for p in group["params"]]
-    if len(measured) == 1 and len(measured[0][0]) == len(params):
-        return measured[0][1]
-    place = {p: i for i, p in enumerate(params)}
-    stats: dict[str, Tensor] = {}
-    for some, numbers in measured:
-        for name, vector in numbers.items():
-            if name not in stats:
-                stats[name] = vector.new_full((len(params),), math.nan)
-            where = torch.tensor([place[p] for p in some], device=stats[name].device)
-            stats[name].index_copy_(0, where, vector.to(stats[name]))
-    return stats
+                    self.state[p][name] = value.detach().to(p.device).clone()
 
 
 def _check_parameter(p: Tensor, index: int) -> None:
@@ -208,30 +271,3 @@ def _check_parameter(p: Tensor, index: int) -> None:
         raise ValueError(
             f"parameter {index} of the group has dtype {p.dtype}; real floating-point parameters are supported"
         )
-
-
-def _renamed(
-    given: Mapping[str, Any], aliases: Mapping[str, str], what: str, known: set[str], *, strict: bool = True
-) -> dict[str, Any]:
-    """Official names to ours. ``strict`` refuses unknown names; otherwise only those that look like a mistyped
-    hyperparameter.
-    """
-    result: dict[str, Any] = {}
-    for name, value in given.items():
-        ours = aliases.get(name, name)
-        if ours in result or (ours != name and ours in given):
-            raise ValueError(f"{what}: {name!r} and {ours!r} are two names of one setting; give one of them")
-        if ours not in known:
-            hint = nearest(name, [*known, *aliases])
-            if strict:
-                raise TypeError(f"{what}: unknown argument {name!r}{hint}")
-            if _looks_mistyped(name, known):
-                raise ValueError(f"{what}: unknown option {name!r}{hint}")
-        result[ours] = value
-    return result
-
-
-def _looks_mistyped(name: str, known: set[str]) -> bool:
-    import difflib
-
-    return name not in known and bool(difflib.get_close_matches(name, known, n=1, cutoff=0.85))

@@ -67,6 +67,11 @@ def scale_groups(
             f"scale_groups: the last layer {tied[0]} shares the weight of the embedding, so it cannot be both; "
             f"untie them, or say which it is, for example last={groups['embedding'][0][0]!r}"
         )
+    if not given["last"] and len(groups["last"]) > 1:
+        raise ValueError(
+            f"scale_groups found several last layers: {', '.join(name for name, _ in groups['last'])}; "
+            "say which it is with last=, and what the others are"
+        )
     if not groups["last"]:
         raise ValueError(
             f"scale_groups found no last layer in {type(model).__name__} (none is named {', '.join(HEADS)}); "
@@ -100,9 +105,10 @@ def _kind(name: str, p: nn.Parameter, owner: nn.Module, *, find_last: bool) -> s
     path, _, leaf = name.rpartition(".")
     if find_last and leaf == "weight" and _is_head(path):
         return "last"
-    if isinstance(owner, nn.Linear | nn.Bilinear | nn.modules.conv._ConvNd | nn.MultiheadAttention):
-        return "hidden"
-    return "hidden" if type(owner).__name__ == "Conv1D" else None  # transformers' transposed linear layer of GPT-2
+    # A transposed layer (transformers' Conv1D of GPT-2, ConvTranspose) keeps its input dimension first and is left to
+    # the user, since SCALE normalises over dimension 1.
+    convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
+    return "hidden" if isinstance(owner, nn.Linear | nn.Bilinear | convolutions | nn.MultiheadAttention) else None
 
 
 def _tied_heads(model: nn.Module, embeddings: set[int]) -> list[str]:

@@ -1,5 +1,6 @@
 """SCALE: normalised gradients with momentum for the last layer alone (arXiv:2506.16659)."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -7,9 +8,24 @@ import torch
 from torch import Tensor
 
 from evenstep.errors import nearest
-from evenstep.optim.base import EvenOptimizer, Group, State, clock, hyper, moment, scalar, state_dtype
+from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.groups import KINDS
-from evenstep.transforms import AdamStep, Gradients, adam_, column_norms, row_blocks, row_norms
+from evenstep.optim.sharding import Bucket
+from evenstep.optim.state import moment, scalar, statistics
+from evenstep.transforms import (
+    AdamStep,
+    Combine,
+    Gradients,
+    Steps,
+    adam_,
+    blocks,
+    close,
+    floored,
+    opened,
+    row_blocks,
+    row_norms,
+    squared_norms,
+)
 
 
 class SCALE(EvenOptimizer):
@@ -30,6 +46,11 @@ class SCALE(EvenOptimizer):
         betas, eps: AdamW's, for the vectors. Default (0.9, 0.999) and 1e-8.
         norm: ``"rms"`` (default: the official code, to which every published learning rate belongs) or ``"l2"`` (the
             paper's text). A row of ``n`` entries gets a step ``sqrt(n)`` times smaller with ``"l2"``.
+        maximize: ascend instead of descend. Default False.
+        capturable: keep the clock on the device, so that the step can be captured in a CUDA graph. Default False.
+        rounding: how results enter 16-bit parameters: ``"nearest"`` (default), ``"stochastic"`` or ``"kahan"`` (2 more
+            bytes per parameter); no difference for fp32 parameters.
+        state: how moments are stored: ``"fp32"`` (default), ``"bf16"``, or ``"int8"`` (blocks of 256, needs torchao).
         fused: None or False; kernels choose themselves.
         **official: the official names ``wd`` (weight_decay), ``adamw_betas`` (betas), ``adamw_eps`` (eps).
 
@@ -57,6 +78,10 @@ class SCALE(EvenOptimizer):
         eps: float = 1e-8,
         *,
         norm: str = "rms",
+        maximize: bool = False,
+        capturable: bool = False,
+        rounding: str = "nearest",
+        state: str = "fp32",
         fused: bool | None = None,
         **official: Any,
     ):
@@ -68,6 +93,10 @@ class SCALE(EvenOptimizer):
             "betas": betas,
             "eps": eps,
             "norm": norm,
+            "maximize": maximize,
+            "capturable": capturable,
+            "rounding": rounding,
+            "state": state,
         }
         super().__init__(params, options, official, fused)
 
@@ -80,73 +109,100 @@ class SCALE(EvenOptimizer):
         adam_lr = group.get("adam_lr", self.defaults["adam_lr"])
         if kind == "vector" and adam_lr is not None:
             self._check("adam_lr", adam_lr)
+            if "lr" in group and group["lr"] != adam_lr and "adam_lr" in group:
+                raise ValueError(
+                    f"SCALE: the group of vectors gives both lr={group['lr']!r} and adam_lr={adam_lr!r}; give one"
+                )
             group.setdefault("lr", adam_lr)
         return group
 
     def new_state(self, p: Tensor, group: Group, index: int) -> State:
-        kind = group["kind"]
+        kind, stored = group["kind"], group["state"]
         if kind == "vector":
-            return {"exp_avg": moment(p), "exp_avg_sq": moment(p), "age": scalar(p)}
+            return {"exp_avg": moment(p, stored), "exp_avg_sq": moment(p, stored, signed=False), "age": scalar(p)}
         if p.dim() < 2:
             raise ValueError(
                 f"SCALE: parameter {index} of shape {tuple(p.shape)} is in a group of kind {kind!r}; make it 'vector'"
             )
-        return {"exp_avg": moment(p)} if kind == "last" else {}
+        return {"exp_avg": moment(p, stored)} if kind == "last" else {}
 
-    def update(self, group: Group, params: list[Tensor]) -> dict[str, Tensor]:
-        grads = Gradients.measure([p.grad for p in params if p.grad is not None], state_dtype(params[0]))
-        step = self._vector_step if group["kind"] == "vector" else self._matrix_step
-        norm_after, update_norm = step(group, params, grads)
-        size = grads.peak.new_tensor([max(p.numel(), 1) for p in params])
-        return {
-            "grad_max": grads.peak,
-            "grad_norm": grads.norm,
-            "norm_after": norm_after,
-            "clip_limit": torch.full_like(size, torch.nan),
-            "clipped": torch.zeros_like(size),
-            "gain": norm_after / grads.norm.clamp(min=torch.finfo(grads.dtype).tiny),
-            "update_rms": update_norm / size.sqrt(),
-            "skipped": (~grads.finite).to(grads.dtype),
-        }
+    def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
+        grads = yield self.gradients(group, bucket)
+        if group["kind"] == "vector":
+            grads = yield grads.with_norms()
+            update_norm = self._vector_step(group, bucket, grads)
+            return statistics(grads, bucket, update_norm)
+        grads, directions = yield self._matrix_step(group, bucket, grads)
+        found = statistics(grads, bucket, directions * group["lr"] * grads.finite)
+        found["norm_after"] = torch.full_like(directions, torch.nan) if bucket.layout.cuts else directions
+        return found | {"gain": found["norm_after"] / found["grad_norm"].clamp(min=torch.finfo(bucket.dtype).tiny)}
 
-    def _vector_step(self, group: Group, params: list[Tensor], grads: Gradients) -> tuple[Tensor, Tensor]:
-        age = self.stacked(params, "age") + 1
+    def _vector_step(self, group: Group, bucket: Bucket, grads: Gradients) -> Tensor:
+        age = bucket.stacked("age") + 1
         plan = AdamStep.plan(
             grads.finite,
             age,
-            torch.zeros_like(clock(group)),
-            lr=hyper(group["lr"]),
+            torch.zeros_like(group["t"]),
+            lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
-        exp_avg, exp_avg_sq = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq"))
-        update_norm = adam_(params, grads, exp_avg, exp_avg_sq, plan)
-        self.store(params, grads.finite, age=age)
-        return grads.norm, update_norm
+        exp_avg, exp_avg_sq = bucket.parts("exp_avg"), bucket.parts("exp_avg_sq")
+        update_norm = adam_(self.weights(group, bucket, grads.finite), grads, exp_avg, exp_avg_sq, plan)
+        bucket.store(grads.finite, age=age)
+        return update_norm
 
-    def _matrix_step(self, group: Group, params: list[Tensor], grads: Gradients) -> tuple[Tensor, Tensor]:
-        """Returns the norm of each normalised gradient and of each update."""
-        embedding, beta, decay = group["kind"] == "embedding", group["momentum"], group["weight_decay"]
+    def _matrix_step(self, group: Group, bucket: Bucket, grads: Gradients) -> Steps[tuple[Gradients, Tensor]]:
+        """Returns the gradients with their norms, and the norm of each normalised gradient."""
+        over = 0 if group["kind"] == "embedding" else 1
+        last, decay, norm = group["kind"] == "last", group["weight_decay"], group["norm"]
         one = torch.ones_like(grads.peak)
-        rates = torch.where(grads.finite, one * hyper(group["lr"]), 0 * one)
-        keeps = torch.where(grads.finite, one * beta, one)
-        peaks = torch.where(grads.finite, grads.peak, one)
-        norms = []
-        for i, p in enumerate(params):
-            read, rate, parts = grads.reader(i), rates[i], []
-            moments = [self.state[p]["exp_avg"]] if group["kind"] == "last" else []
-            if embedding:
-                pieces = (piece for (piece,) in row_blocks(grads.tensors[i]))
-                size = column_norms(pieces, read, peaks[i], p.shape[0], group["norm"])
-            for x, piece, *averages in row_blocks(p, grads.tensors[i], *moments):
-                g = read(piece)
-                for m in averages:
-                    g = m.mul_(keeps[i]).add_(g, alpha=1 - beta)
-                direction = g / (size if embedding else row_norms(g, group["norm"]))
+        rates = torch.where(grads.finite, one * group["lr"], 0 * one)
+        readers = [grads.reader(i) for i in range(len(bucket.params))]
+        if last:
+            averages = bucket.parts("exp_avg")
+            keeps = torch.where(grads.finite, one * group["momentum"], one)
+            for i, m in enumerate(averages):
+                for stored, piece in blocks(m, bucket.grads[i]):
+                    average = opened(stored, bucket.dtype)
+                    average.mul_(keeps[i]).add_(readers[i](piece), alpha=1 - group["momentum"])
+                    close(stored, average, grads.finite[i])
+            readers = [lambda piece: opened(piece, bucket.dtype)] * len(averages)
+        sources = averages if last else bucket.grads
+
+        # Norms over a dimension of which only a part is here, or over the rows of pieces, come before the update.
+        whole: list[Tensor | None] = [None] * len(sources)
+        if over == 0 or bucket.layout.mesh_dims(over):
+            squares = [
+                squared_norms((piece for (piece,) in row_blocks(x)), read, over)
+                for x, read in zip(sources, readers, strict=True)
+            ]
+            across = Combine("sum", torch.cat([x.flatten() for x in squares]), over)
+            sums, totals = yield grads.squares(), across
+            grads = grads.with_sums(sums)
+            parts_of = totals.split([x.numel() for x in squares])
+            whole = [part.view_as(x) for part, x in zip(parts_of, squares, strict=True)]
+        else:
+            grads = yield grads.with_norms()
+        weights, norms = self.weights(group, bucket, grads.finite), []
+        for i, (p, source) in enumerate(zip(weights.tensors, sources, strict=True)):
+            parts, start, done = [], 0, 0
+            shape = bucket.params[i].shape
+            count = shape[0] if over == 0 else math.prod(shape[1:])
+            for x, piece, *extras in row_blocks(p, source, *weights.extras(i)):
+                g = readers[i](piece)
+                squares_here = whole[i]
+                if squares_here is None:
+                    size = row_norms(g, count, norm)
+                else:
+                    rows = squares_here if over == 0 else squares_here[start : start + g.shape[0]]
+                    size = floored(rows.sqrt().to(g.dtype), count, norm)
+                start += g.shape[0]
+                direction = g / size
                 parts.append(torch.linalg.vector_norm(direction))
-                start = x.to(g.dtype) * (1 - rate * decay) if decay else x
-                x.copy_(start - direction.mul_(rate))
+                begin = x.to(g.dtype) * (1 - rates[i] * decay) if decay else x.to(g.dtype)
+                weights.write(i, x, begin - direction.mul_(rates[i]), extras, done)
+                done += x.numel()
             norms.append(torch.linalg.vector_norm(torch.stack(parts)))
-        norm = torch.stack(norms)
-        return norm, norm * rates
+        return grads, torch.stack(norms)

@@ -1,15 +1,19 @@
 """SPAM: Adam with spike-aware clipping, momentum reset, and sparse momentum (arXiv:2501.06842, ICLR 2025)."""
 
 import math
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from evenstep.optim.base import EvenOptimizer, Group, State, clock, hyper, moment, scalar, state_dtype
+from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.masks import draw_mask, pack, unpack
-from evenstep.transforms import AdamStep, Gradients, SpikeClip, adam_, reset_due, rewarm_factor
+from evenstep.optim.sharding import Bucket, is_sharded
+from evenstep.optim.state import moment, scalar, statistics
+from evenstep.transforms import AdamStep, EntryClip, Steps, adam_, reset_due, rewarm_factor
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 
 class SPAM(EvenOptimizer):
@@ -40,6 +44,11 @@ class SPAM(EvenOptimizer):
         variant: ``"paper"`` (default), or ``"official"`` for the published code's trajectory step by step: bias
             correction that is not restarted by a reset, ``eps`` added before bias correction, decay after the update
             (none with ``density`` < 1), and entries without history clipped to zero.
+        maximize: ascend instead of descend. Default False.
+        capturable: keep the clock on the device, so that the step can be captured in a CUDA graph. Default False.
+        rounding: how results enter 16-bit parameters: ``"nearest"`` (default), ``"stochastic"`` or ``"kahan"`` (2 more
+            bytes per parameter); no difference for fp32 parameters.
+        state: how moments are stored: ``"fp32"`` (default), ``"bf16"``, or ``"int8"`` (blocks of 256, needs torchao).
         fused: None or False; kernels choose themselves.
         **official: the official names above.
 
@@ -76,6 +85,10 @@ class SPAM(EvenOptimizer):
         density: float = 1.0,
         *,
         variant: str = "paper",
+        maximize: bool = False,
+        capturable: bool = False,
+        rounding: str = "nearest",
+        state: str = "fp32",
         fused: bool | None = None,
         **official: Any,
     ):
@@ -90,34 +103,41 @@ class SPAM(EvenOptimizer):
             "clip_start": clip_start,
             "density": density,
             "variant": variant,
+            "maximize": maximize,
+            "capturable": capturable,
+            "rounding": rounding,
+            "state": state,
         }
         super().__init__(params, options, official, fused)
 
     # ---- masks ----
 
     def new_state(self, p: Tensor, group: Group, index: int) -> State:
+        stored = group["state"]
         if group["density"] == 1 or p.dim() < 2:
-            return {"exp_avg": moment(p), "exp_avg_sq": moment(p), "age": scalar(p)}
-        return {"age": scalar(p), "mask_set_at": group["t"]} | _sparse_moments(p, self._draw_mask(group, index))
+            return {"exp_avg": moment(p, stored), "exp_avg_sq": moment(p, stored, signed=False), "age": scalar(p)}
+        if is_sharded(p):
+            raise ValueError("SPAM: density < 1 is not supported for sharded parameters; use density=1, or DDP")
+        sparse = _sparse_moments(p, self._draw_mask(group, p), round(group["density"] * p.numel()), stored)
+        return {"age": scalar(p), "mask_set_at": -1} | sparse
 
-    def _draw_mask(self, group: Group, index: int) -> Tensor:
-        p = group["params"][index]
+    def _draw_mask(self, group: Group, p: Tensor) -> Tensor:
         # The seed says whose mask this is and when it is drawn: equal on all ranks, and the same again after a resume.
-        place = next(i for i, other in enumerate(self.param_groups) if other is group)
-        return draw_mask(p.numel(), group["density"], (place, index, group["t"])).to(p.device)
+        return draw_mask(p.numel(), group["density"], (*self._place(p)[1], int(group["t"]))).to(p.device)
 
-    def _redraw_masks(self, group: Group, params: list[Tensor], finite: Tensor) -> None:
-        index = {p: i for i, p in enumerate(group["params"])}
-        for p, accepted in zip(params, finite.unbind(), strict=True):
-            state = self.state[p]
+    def prepare(self, group: Group, bucket: Bucket) -> None:
+        """On a reset the sparse parameters get new masks, where their gradients are finite."""
+        if group["density"] == 1 or not group["reset_interval"] or group["t"] % group["reset_interval"]:
+            return
+        for p, grad, state in zip(bucket.params, bucket.grads, bucket.states, strict=True):
             if state.get("mask_set_at") in (None, group["t"] - 1):  # dense, or given by hand for this step
                 continue
-            bits = self._draw_mask(group, index[p])
-            if state["exp_avg"].numel() == round(group["density"] * p.numel()):
+            bits, count = self._draw_mask(group, p), round(group["density"] * p.numel())
+            accepted = torch.isfinite(grad).all()
+            if state["exp_avg"].numel() == count:
                 state["mask"].copy_(torch.where(accepted, bits, state["mask"]))
-            else:  # a mask of another size was given by hand
-                state.update(_sparse_moments(p, bits))
-            state["mask_set_at"] = group["t"]
+            elif accepted:  # a mask of another size was given by hand: the one place that must ask the device
+                state.update(_sparse_moments(p, bits, count, group["state"]))
 
     def set_mask(self, p: Tensor, mask: Tensor) -> None:
         """Train the entries of ``p`` where ``mask`` (bool, the shape of ``p``) is True, with new moments, until a later
@@ -137,8 +157,9 @@ class SPAM(EvenOptimizer):
             raise ValueError(
                 f"set_mask: expected a bool tensor of shape {tuple(p.shape)}, got {mask.dtype} of {tuple(mask.shape)}"
             )
-        group = next(group for group in self.param_groups if any(p is q for q in group["params"]))
-        state.update(_sparse_moments(p, pack(mask).to(p.device)), mask_set_at=group["t"])
+        group, _ = self._place(p)
+        sparse = _sparse_moments(p, pack(mask).to(p.device), int(mask.sum()), group["state"])
+        state.update(sparse, mask_set_at=group["t"])
         if group["variant"] == "paper":
             state["age"].zero_()
 
@@ -151,19 +172,17 @@ class SPAM(EvenOptimizer):
 
     # ---- the step ----
 
-    def update(self, group: Group, params: list[Tensor]) -> dict[str, Tensor]:
+    def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         official = group["variant"] == "official"
         every, threshold, weight_decay = group["reset_interval"], group["threshold"], group["weight_decay"]
-        raw = Gradients.measure([p.grad for p in params if p.grad is not None], state_dtype(params[0]))
-        if every and group["t"] % every == 0:
-            self._redraw_masks(group, params, raw.finite)
-
-        t, lr = clock(group), hyper(group["lr"])
+        grads = yield self.gradients(group, bucket)
+        grads = yield grads.with_norms()
+        t, lr = group["t"], group["lr"]
         reset = reset_due(t, every)
-        age = self.stacked(params, "age")
+        age = bucket.stacked("age")
         age = age + 1 if official else age * (1 - reset) + 1
         plan = AdamStep.plan(
-            raw.finite,
+            grads.finite,
             age,
             reset,
             lr=lr,
@@ -173,38 +192,34 @@ class SPAM(EvenOptimizer):
             warmup=rewarm_factor(t, every, group["warmup_steps"]),
             eps_before_correction=official,
         )
-        clip = SpikeClip(threshold, self._clips(group, t), forget=reset, zero_history=official) if threshold else None
+        clip = EntryClip(threshold, self._clips(group, t), forget=reset, zero_history=official) if threshold else None
 
         # Of a sparse tensor only the entries of its mask take part: they are taken out, updated and put back.
-        where = [self._entries(p) for p in params]
-        trained = _taken(params, where)
-        update_norm = adam_(
-            trained,
-            raw.of(_taken(raw.tensors, where)),
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
-            plan,
-            clip,
-        )
-        for p, values, entries in zip(params, trained, where, strict=True):
-            if entries is not None:
-                p.put_(entries, values)
+        where = [_entries(state, p.numel()) for p, state in zip(bucket.params, bucket.states, strict=True)]
+        weights = self.weights(group, bucket, grads.finite)
+        weights.tensors = trained = _taken(bucket.here, where)
+        lost = weights.lost
+        weights.lost = _taken(lost, where)
+        exp_avg, exp_avg_sq = bucket.parts("exp_avg"), bucket.parts("exp_avg_sq")
+        update_norm = adam_(weights, grads.of(_taken(bucket.grads, where)), exp_avg, exp_avg_sq, plan, clip)
+        _put_back(bucket.here, trained, where)
+        _put_back(lost, weights.lost, where)
         if official and weight_decay and group["density"] == 1:
-            for p, accepted in zip(params, raw.finite.unbind(), strict=True):
+            for p, accepted in zip(bucket.here, grads.finite.unbind(), strict=True):
                 p.mul_(1 - lr * weight_decay * accepted)
-        self.store(params, raw.finite, age=age)
+        bucket.store(grads.finite, age=age)
 
-        size = raw.peak.new_tensor([max(p.numel(), 1) for p in trained])
-        return {
-            "grad_max": raw.peak,
-            "grad_norm": raw.norm,
-            "norm_after": clip.norms() if clip else raw.norm,
-            "clip_limit": torch.full_like(raw.peak, math.nan),
-            "clipped": clip.counts() / size if clip else torch.zeros_like(size),
-            "gain": torch.ones_like(size),
-            "update_rms": update_norm / size.sqrt(),
-            "skipped": (~raw.finite).to(raw.dtype),
-        }
+        found = statistics(grads, bucket, update_norm)
+        if any(entries is not None for entries in where):
+            sizes = update_norm.new_tensor([max(p.numel(), 1) for p in trained])
+            found["update_rms"] = update_norm / sizes.sqrt()
+        else:
+            sizes = bucket.sizes()
+        if clip and not bucket.layout.cuts:
+            found |= {"norm_after": clip.norms(), "clipped": clip.counts() / sizes}
+        elif clip:  # only a part is here, and its count is not worth a message of its own
+            found |= {name: torch.full_like(sizes, math.nan) for name in ("norm_after", "clipped")}
+        return found
 
     @staticmethod
     def _clips(group: Group, t: Tensor) -> Tensor:
@@ -214,20 +229,29 @@ class SPAM(EvenOptimizer):
             started = started & (torch.remainder(t, group["reset_interval"]) >= group["clip_start"])
         return started.to(t.dtype)
 
-    def _entries(self, p: Tensor) -> Tensor | None:
-        """Flat indices of the entries that are trained, None for all."""
-        state = self.state[p]
-        if "mask" not in state:
-            return None
-        return torch.nonzero_static(unpack(state["mask"], p.numel()), size=state["exp_avg"].numel()).view(-1)
+
+def _entries(state: State, n: int) -> Tensor | None:
+    """Flat indices of the entries of a tensor of ``n`` that are trained, None for all."""
+    if "mask" not in state:
+        return None
+    return torch.nonzero_static(unpack(state["mask"], n), size=state["exp_avg"].numel()).view(-1)
 
 
-def _sparse_moments(p: Tensor, bits: Tensor) -> State:
-    """New compact moments for the entries of a packed mask."""
-    kept = int(unpack(bits, p.numel()).sum())
-    m, v = (torch.zeros(kept, dtype=state_dtype(p), device=p.device) for _ in range(2))
-    return {"exp_avg": m, "exp_avg_sq": v, "mask": bits}
+def _sparse_moments(p: Tensor, bits: Tensor, count: int, stored: str) -> State:
+    """New compact moments for the ``count`` entries of a packed mask."""
+    compact = p.new_empty(count)
+    return {"exp_avg": moment(compact, stored), "exp_avg_sq": moment(compact, stored, signed=False), "mask": bits}
 
 
-def _taken(tensors: list[Tensor], where: list[Tensor | None]) -> list[Tensor]:
-    return [x if entries is None else torch.take(x, entries) for x, entries in zip(tensors, where, strict=True)]
+def _taken(tensors: Sequence[T], where: list[Tensor | None]) -> list[T]:
+    return [
+        x if x is None or entries is None else torch.take(x, entries) for x, entries in zip(tensors, where, strict=True)
+    ]
+
+
+def _put_back(tensors: Sequence[T], values: Sequence[T], where: list[Tensor | None]) -> None:
+    for x, some, entries in zip(tensors, values, where, strict=True):
+        if x is not None and some is not None and entries is not None:
+            flat = x.reshape(-1).index_copy_(0, entries, some)  # put_ has no deterministic form
+            if not x.is_contiguous():
+                x.copy_(flat.view(x.shape))

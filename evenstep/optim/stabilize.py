@@ -4,7 +4,11 @@ Torch's optimizers read ``p.grad``. `stabilize` therefore swaps each ``p.grad`` 
 optimizer and puts the gradients back, also when the step fails. Param groups and base state are the base's own (seen
 through properties, so that they cannot come apart when either object loads a state); the statistics of the transforms
 are kept beside them, since an extra key in ``state[p]`` would make torch's optimizers believe that they had initialised
-that parameter, and are merged under prefixed keys in ``state_dict``.
+that parameter, and are merged under prefixed keys in ``state_dict`` (see chain.py).
+
+A tensor whose gradient is not finite should not be stepped, but a base cannot be told so without reading the gradient's
+finiteness from the device. Of an exact skip, no such read, and no extra memory, any two are possible: ``nonfinite``
+chooses.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,66 +18,84 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evenstep.optim.base import Group, alike, in_param_order, scalar, state_dtype
-from evenstep.transforms import Gradients, Transform, blocks, check
-
-PREFIX = "stabilize."
-CLOCK = "stabilize_t"
-
-MOMENTS = frozenset(
-    """exp_avg exp_avg_sq exp_avg_diff exp_inf max_exp_avg_sq max_exp_avg_sqs momentum_buffer momentum square_avg
-    grad_avg acc_delta sum row_var col_var variance exp_avg_sq_row exp_avg_sq_col state1 state2 m v vmean
-    moment1 moment2""".split()  # noqa: SIM905
-)
-"""State entries that hold moments, as torch's optimizers and the common libraries name them: a reset fills them with
-zeros.
-"""
+from evenstep.optim.bases import check_base, check_parameters, checked_copy
+from evenstep.optim.chain import CLOCK, PREFIX, Chain, Transformed
+from evenstep.optim.moments import MOMENTS, Snapshot, divided, reset_, unknown_entries
+from evenstep.optim.sharding import buckets, combine, local
+from evenstep.optim.state import Group, in_param_order, statistics
+from evenstep.transforms import Gradients, MomentumReset, SkipStep, Transform, blocks, check, lockstep
 
 
 def stabilize(
-    optimizer: Optimizer, *transforms: Transform, reset_interval: int = 0, moments: Iterable[str] = ()
+    optimizer: Optimizer,
+    *transforms: Transform,
+    reset_interval: int = 0,
+    moments: Iterable[str] = (),
+    nonfinite: str = "restore",
 ) -> "Stabilized":
     """Put gradient transforms before ``optimizer``; the result is a torch Optimizer over the same groups and
     parameters.
 
     ``stabilize(torch.optim.AdamW(model.parameters()), AdaClip(), AdaGN(), reset_interval=1000)``. Learning-rate
     schedulers, hooks, ``state_dict`` and ``param_groups`` work as on any optimizer; step the result instead of the
-    base. The gradients are the user's again after the step. A gradient with a NaN or Inf reaches the base as zeros and
-    leaves the statistics as they were.
+    base. The gradients are the user's again after the step. Without transforms, and while gradients are finite, it is
+    the base to the bit.
 
     Args:
         optimizer: any torch Optimizer that reads ``p.grad``.
         transforms: applied in the order given; each kind at most once.
         reset_interval: every so many steps the base's moments and step counts start anew before the step; 0 (default)
-            for never.
-        moments: names of state entries to reset besides the known ones (`MOMENTS`), for bases with names of their own.
+            for never. Short for `MomentumReset`.
+        moments: names of state entries to reset besides the known ones, for bases with names of their own.
+        nonfinite: what happens to a tensor whose gradient has a NaN or Inf. It is counted (``stats["skipped"]``, and
+            under ``stabilize.skipped`` in the state), and leaves the statistics as they were, in any case.
+
+            ``"restore"`` (default): the tensor and its base state are as before the step, without waiting for a device.
+            On CPU the base does not see the tensor. Elsewhere it does, and both are put back: that takes a copy of
+            parameters and base state during the step, and a step count that the base keeps on the host goes on.
+
+            ``"skip"``: the base does not see the tensor, on any device. One read of the device a step, no copy; for
+            when memory is short or steps are long.
+
+            ``"zero"``: the base sees zeros, so that its momentum and weight decay still move the tensor. No read, no
+            copy.
 
     Raises:
-        TypeError: ``optimizer`` is no torch Optimizer. ValueError: a transform given twice, ``reset_interval`` out of
+        TypeError: ``optimizer`` is no torch Optimizer, or one that needs its closure (LBFGS). ValueError: a complex
+            parameter, ``differentiable=True``, a transform given twice, ``reset_interval`` or ``nonfinite`` out of
             range, or (at the first step of a base with unknown state) entries of which it is not known whether they are
             moments. RuntimeError: a sparse gradient.
     """
-    return Stabilized(optimizer, transforms, reset_interval, frozenset(moments))
+    return Stabilized(optimizer, transforms, reset_interval, moments, nonfinite)
 
 
 class Stabilized(Optimizer):
     """What `stabilize` returns. ``base`` is the optimizer behind the transforms, ``stats`` what they saw in the last
-    step.
+    step, ``chain`` the transforms with their statistics.
     """
 
-    def __init__(self, base: Optimizer, transforms: Iterable[Transform], reset_interval: int, moments: frozenset[str]):
-        if not isinstance(base, Optimizer):
-            raise TypeError(f"stabilize expects a torch Optimizer, got {type(base).__name__}")
-        check("stabilize", reset_interval=reset_interval)
-        self.transforms = tuple(transforms)
-        names = [transform.name for transform in self.transforms]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"stabilize: {', '.join(twice)} is given more than once; each kind of transform goes once")
+    def __init__(
+        self,
+        base: Optimizer,
+        transforms: Iterable[Transform],
+        reset_interval: int = 0,
+        moments: Iterable[str] = (),
+        nonfinite: str = "restore",
+    ):
+        check_base(base)
+        check("stabilize", reset_interval=reset_interval, nonfinite=nonfinite)
+        transforms = tuple(transforms)
+        resets = [unit for unit in transforms if isinstance(unit, MomentumReset)]
+        if resets and reset_interval:
+            raise ValueError("stabilize: give reset_interval or a MomentumReset, not both")
+        if nonfinite == "zero" and any(isinstance(unit, SkipStep) for unit in transforms):
+            raise ValueError("stabilize: nonfinite='zero' skips nothing; with SkipStep use 'restore' or 'skip'")
+        reset = resets[0] if resets else MomentumReset(reset_interval)
         self.base = base
-        self.reset_interval = reset_interval
-        self.moments = MOMENTS | moments
-        self.statistics: dict[Tensor, dict[str, Tensor]] = {}
+        self.reset_interval = reset.every
+        self.moments = MOMENTS | frozenset(moments) | frozenset(reset.moments)
+        self.nonfinite = nonfinite
+        self.chain = Chain(transforms, reset.every)
         self.stats: dict[str, Tensor] = {}
         # Optimizer.__init__ would make groups and state of its own; __setstate__ sets up the rest (hooks, profiling).
         self.__setstate__({})
@@ -94,25 +116,36 @@ class Stabilized(Optimizer):
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         return self.base.defaults
 
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        return self.chain.transforms
+
+    @property
+    def statistics(self) -> dict[Tensor, dict[str, Tensor]]:
+        """The statistics of the transforms of each parameter, by ``"transform.statistic"``."""
+        return self.chain.statistics
+
     def add_param_group(self, param_group: Group) -> None:
         self.base.add_param_group(param_group)
-        self._adopt(self.param_groups[-1])
+        try:
+            self._adopt(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def _adopt(self, group: Group) -> None:
+        check_parameters(group["params"])
         group.setdefault(CLOCK, max((other.get(CLOCK, 0) for other in self.param_groups), default=0))
         for p in group["params"]:
-            self.statistics[p] = {key: scalar(p) for key in self._keys()}
-
-    def _keys(self) -> list[str]:
-        return [f"{transform.name}.{name}" for transform in self.transforms for name in transform.scalars]
+            self.chain.adopt(p)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("base", "transforms", "reset_interval", "moments", "statistics")
+        own = ("base", "reset_interval", "moments", "nonfinite", "chain")
         return {name: self.__dict__[name] for name in own} | {"stats": {}}
 
     def __repr__(self) -> str:
-        chain = ", ".join(map(repr, self.transforms))
-        return f"stabilize({chain}, reset_interval={self.reset_interval}) of {self.base!r}"
+        chain = "".join(f"{unit!r}, " for unit in self.transforms)
+        return f"stabilize({chain}reset_interval={self.reset_interval}) of {self.base!r}"
 
     # ---- one step ----
 
@@ -125,92 +158,76 @@ class Stabilized(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_sparse_gradients()
+        work = [(group, bucket) for group in self.param_groups for bucket in buckets(group["params"])]
+        layouts = [bucket.layout for _, bucket in work]
+        seen = torch.as_tensor(loss) if isinstance(loss, Tensor | float) else None
+        steps = [self.chain.transformed(bucket, group[CLOCK] + 1, seen) for group, bucket in work]
+        found = lockstep(steps, lambda requests: combine(requests, layouts))
+        if self._rehearses(found):
+            self._swapped_step(found, [])
+            for p, state in self.base.state.items():
+                reset_(state, self.moments)
+                # The tool that asked for this goes by the names that it finds here when it unflattens a state.
+                state.update({PREFIX + key: value for key, value in self.statistics[p].items()})
+            return loss
+        due = [group for group in self.param_groups if self.reset_interval and self._turn(group)]
+        self._swapped_step(found, [p for group in due for p in group["params"]])
+        for group in self.param_groups:
+            group[CLOCK] += 1
+        self.chain.keep(found)
+        measured = [
+            (one.bucket.params, statistics(one.grads, one.bucket, torch.full_like(one.grads.peak, torch.nan)))
+            for one in found
+        ]
+        self.stats = in_param_order(self.param_groups, measured)
+        if self.reset_interval:
+            self._check_moments()
+        return loss
+
+    def _turn(self, group: Group) -> bool:
+        return (group[CLOCK] + 1) % self.reset_interval == 0
+
+    def _swapped_step(self, found: list[Transformed], resets: list[Tensor]) -> None:
+        """Step the base on the transformed gradients, after a reset of some parameters' moments."""
+        accepted = {
+            p: flag for one in found for p, flag in zip(one.bucket.params, one.grads.finite.unbind(), strict=True)
+        }
+        stepped, unread = divided(accepted, self.nonfinite)
+        snapshot = Snapshot(self.base, unread, self.moments)
+        for p in resets:
+            if p in stepped:
+                reset_(self.base.state.get(p, {}), self.moments)
+        given = {p: p.grad for p in accepted}
+        try:
+            for one in found:
+                for i, p in enumerate(one.bucket.params):
+                    p.grad = _copied(one.grads, i, p.grad) if p in stepped else None  # type: ignore[arg-type]
+            if stepped or not accepted:
+                self.base.step()
+            snapshot.restore([accepted[p] for p in unread])
+        finally:
+            for p, grad in given.items():
+                p.grad = grad
+
+    def _rehearses(self, found: list[Transformed]) -> bool:
+        """Whether this is the step on zero gradients at learning rate 0 with which checkpoint tools make lazy state;
+        such a step changes nothing else. The values are looked at in this one case alone.
+        """
+        if self.base.state or not found or any(float(group.get("lr", 1)) != 0 for group in self.param_groups):
+            return False
+        return all(not (one.grads.origin or one.grads).peak.any() for one in found)
+
+    def _refuse_sparse_gradients(self) -> None:
         for group in self.param_groups:
             for index, p in enumerate(group["params"]):
                 if p.grad is not None and p.grad.is_sparse:
                     raise RuntimeError(
                         f"stabilize does not take sparse gradients (parameter {index} of its group has one)"
                     )
-        self._advance()
-        given: list[tuple[Tensor, Tensor]] = []
-        measured = []
-        try:
-            for group in self.param_groups:
-                for params in alike(group["params"]):
-                    grads = self._transformed(params)
-                    measured.append((params, self._numbers(grads)))
-                    for i, p in enumerate(params):
-                        given.append((p, grads.tensors[i]))
-                        p.grad = _copied(grads, i)
-            self.base.step()
-        finally:
-            for p, grad in given:
-                p.grad = grad
-        self.stats = in_param_order(self.param_groups, measured)
-        if self.reset_interval:
-            self._check_moments()
-        return loss
-
-    def _transformed(self, params: list[Tensor]) -> Gradients:
-        grads = Gradients.measure([p.grad for p in params if p.grad is not None], state_dtype(params[0]))
-        finite = grads.finite.unbind()
-        for transform in self.transforms:
-            keys = {name: f"{transform.name}.{name}" for name in transform.scalars}
-            state = {name: torch.stack([self.statistics[p][key] for p in params]) for name, key in keys.items()}
-            grads, new = transform(grads, state)
-            for name, vector in new.items():
-                for p, accepted, value in zip(params, finite, vector.unbind(), strict=True):
-                    old = self.statistics[p][keys[name]]
-                    old.copy_(torch.where(accepted, value, old))
-        return grads
-
-    @staticmethod
-    def _numbers(grads: Gradients) -> dict[str, Tensor]:
-        after, clipped = grads.norms()
-        size = grads.peak.new_tensor([max(g.numel(), 1) for g in grads.tensors])
-        return {
-            "grad_max": grads.peak,
-            "grad_norm": grads.norm,
-            "norm_after": after,
-            "clip_limit": torch.full_like(size, torch.nan) if grads.limit is None else grads.limit,
-            "clipped": clipped / size,
-            "gain": grads.gain,
-            "update_rms": torch.full_like(size, torch.nan),
-            "skipped": (~grads.finite).to(grads.dtype),
-        }
-
-    # ---- moment resets ----
-
-    def _advance(self) -> None:
-        for group in self.param_groups:
-            group[CLOCK] += 1
-            if self.reset_interval and group[CLOCK] % self.reset_interval == 0:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        self._reset(self.base.state.get(p, {}))
-
-    def _reset(self, state: dict[str, Any]) -> None:
-        """Moments and step count as after construction: a count that went on would repeat the bias correction's
-        mistake.
-        """
-        for name, value in state.items():
-            if name in self.moments and isinstance(value, Tensor):
-                value.zero_()
-            elif name == "mu_product" and isinstance(value, Tensor):  # NAdam's product of momenta
-                value.fill_(1)
-            elif name == "step":
-                state[name] = value.zero_() if isinstance(value, Tensor) else 0
 
     def _check_moments(self) -> None:
-        known = self.moments | {"step", "mu_product"}
-        unknown = sorted(
-            {
-                name
-                for state in self.base.state.values()
-                for name, value in state.items()
-                if name not in known and isinstance(value, Tensor) and value.is_floating_point()
-            }
-        )
+        unknown = unknown_entries(self.base.state.values(), self.moments)
         if unknown:
             raise ValueError(
                 f"stabilize(reset_interval={self.reset_interval}) does not know whether these state entries of "
@@ -236,7 +253,11 @@ class Stabilized(Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave. The state of a bare base loads too: then the statistics start anew."""
+        """Load what `state_dict` gave. The state of a bare base loads too: then the statistics start anew.
+
+        Raises ValueError, before anything changes, when a statistic has another shape than the transforms given here
+        keep.
+        """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
@@ -246,26 +267,25 @@ class Stabilized(Optimizer):
             rest = {key: value for key, value in entries.items() if not str(key).startswith(PREFIX)}
             if rest:
                 theirs[i] = rest
+        if len(state_dict["param_groups"]) == len(self.param_groups):  # else the base says what is wrong
+            self.chain.check_saved((p, ours.get(i, {})) for i, p in self._numbered(state_dict))
+            theirs = checked_copy(self.base, self._numbered(state_dict), theirs)
         self.base.load_state_dict({**state_dict, "state": theirs})
         for group in self.param_groups:
             group.setdefault(CLOCK, 0)
-        for i, p in self._numbered(state_dict):
-            self.statistics[p] = {key: scalar(p) for key in self._keys()}
-            for key, value in ours.get(i, {}).items():
-                if key in self.statistics[p]:
-                    self.statistics[p][key].copy_(value)
+        self.chain.load([(p, ours.get(i, {})) for i, p in self._numbered(state_dict)])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _numbered(self, saved: dict[str, Any]) -> list[tuple[Any, Tensor]]:
         ids = [i for group in saved["param_groups"] for i in group["params"]]
-        return list(zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True))
+        return list(zip(ids, (p for group in self.param_groups for p in group["params"]), strict=False))
 
 
-def _copied(grads: Gradients, i: int) -> Tensor:
+def _copied(grads: Gradients, i: int, like: Tensor) -> Tensor:
     """The transformed gradient ``i`` as a tensor like the one that came."""
-    result = torch.empty_like(grads.tensors[i])
+    result = torch.empty_like(like)
     read = grads.reader(i)
-    for piece, out in blocks(grads.tensors[i], result):
+    for piece, out in blocks(grads.tensors[i], local(result)):
         out.copy_(read(piece))
     return result

@@ -6,8 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from evenstep.optim.base import EvenOptimizer, Group, State, clock, hyper, moment, scalar, state_dtype
-from evenstep.transforms import AdamStep, Gradients, adaclip, adagn, adam_, cosine_factor, reset_due
+from evenstep.optim.base import EvenOptimizer, Group, State
+from evenstep.optim.sharding import Bucket
+from evenstep.optim.state import moment, scalar, statistics
+from evenstep.transforms import AdamStep, Steps, adaclip, adagn, adam_, close, cosine_factor, opened, reset_due
 
 
 class StableSPAM(EvenOptimizer):
@@ -36,6 +38,11 @@ class StableSPAM(EvenOptimizer):
         variant: ``"paper"`` (default), or ``"official"`` for the published code's trajectory step by step: one counter
             for statistics and moments, which after a reset inflates AdaClip's limit; the reset step still uses the old
             moments; the schedule is periodic.
+        maximize: ascend instead of descend. Default False.
+        capturable: keep the clock on the device, so that the step can be captured in a CUDA graph. Default False.
+        rounding: how results enter 16-bit parameters: ``"nearest"`` (default), ``"stochastic"`` or ``"kahan"`` (2 more
+            bytes per parameter); no difference for fp32 parameters.
+        state: how moments are stored: ``"fp32"`` (default), ``"bf16"``, or ``"int8"`` (blocks of 256, needs torchao).
         fused: None or False; kernels choose themselves.
         **official: the official names above.
 
@@ -73,6 +80,10 @@ class StableSPAM(EvenOptimizer):
         reset_interval: int = 1000,
         *,
         variant: str = "paper",
+        maximize: bool = False,
+        capturable: bool = False,
+        rounding: str = "nearest",
+        state: str = "fp32",
         fused: bool | None = None,
         **official: Any,
     ):
@@ -88,16 +99,21 @@ class StableSPAM(EvenOptimizer):
             "eta_min": eta_min,
             "reset_interval": reset_interval,
             "variant": variant,
+            "maximize": maximize,
+            "capturable": capturable,
+            "rounding": rounding,
+            "state": state,
         }
         super().__init__(params, options, official, fused)
 
     def new_state(self, p: Tensor, group: Group, index: int) -> State:
         scalars = {name: scalar(p) for name in ("peak", "norm", "norm_rms", "n", "age")}
-        return {"exp_avg": moment(p), "exp_avg_sq": moment(p), **scalars}
+        stored = group["state"]
+        return {"exp_avg": moment(p, stored), "exp_avg_sq": moment(p, stored, signed=False), **scalars}
 
-    def update(self, group: Group, params: list[Tensor]) -> dict[str, Tensor]:
+    def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         official = group["variant"] == "official"
-        t, lr = clock(group), hyper(group["lr"])
+        t, lr = group["t"], group["lr"]
         reset = reset_due(t, group["reset_interval"])
         beta1, beta2 = group["betas"]
         gamma1 = group["gamma1"]
@@ -105,27 +121,19 @@ class StableSPAM(EvenOptimizer):
             factor = cosine_factor(t, group["total_steps"], group["eta_min"], hold=not official)
             beta1, gamma1 = beta1 * factor, gamma1 * factor
 
-        n = self.stacked(params, "n") + 1
-        age = self.stacked(params, "age") * (1 - reset) + 1
+        n = bucket.stacked("n") + 1
+        age = bucket.stacked("age") * (1 - reset) + 1
+        grads = yield self.gradients(group, bucket)
+        grads, peak = adaclip(grads, bucket.stacked("peak"), n, group["gamma3"])
+        grads = yield grads.with_norms()
+        norms = bucket.stacked("norm"), bucket.stacked("norm_rms")
+        gain, norm, norm_rms = adagn(grads.norm, *norms, n, gamma1, group["gamma2"], group["eps"])
+        grads = grads.amplified(gain)
 
-        raw = Gradients.measure([p.grad for p in params if p.grad is not None], state_dtype(params[0]))
-        grads, peak = adaclip(raw, self.stacked(params, "peak"), n, group["gamma3"])
-        norm, clipped = grads.norms()
-        gain, norm_ema, norm_rms = adagn(
-            norm,
-            self.stacked(params, "norm"),
-            self.stacked(params, "norm_rms"),
-            n,
-            gamma1,
-            group["gamma2"],
-            group["eps"],
-        )
-        exp_avg = [self.state[p]["exp_avg"] for p in params]
-        exp_avg_sq = [self.state[p]["exp_avg_sq"] for p in params]
         # The official code resets after the update instead of before: the old moments take this step, with the bias
         # correction of age 1.
         plan = AdamStep.plan(
-            raw.finite,
+            grads.finite,
             age,
             torch.zeros_like(reset) if official else reset,
             lr=lr,
@@ -133,22 +141,13 @@ class StableSPAM(EvenOptimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
-        update_norm = adam_(params, grads.amplified(gain), exp_avg, exp_avg_sq, plan)
+        exp_avg, exp_avg_sq = bucket.parts("exp_avg"), bucket.parts("exp_avg_sq")
+        update_norm = adam_(self.weights(group, bucket, grads.finite), grads, exp_avg, exp_avg_sq, plan)
         if official:
-            kept = torch.where(raw.finite, torch.ones_like(age) * (1 - reset), torch.ones_like(age)).unbind()
-            torch._foreach_mul_(exp_avg, kept)
-            torch._foreach_mul_(exp_avg_sq, kept)
+            kept = torch.where(grads.finite, torch.ones_like(age) * (1 - reset), torch.ones_like(age))
+            for keep, accepted, *moments in zip(kept.unbind(), grads.finite.unbind(), exp_avg, exp_avg_sq, strict=True):
+                for m in moments:
+                    close(m, opened(m, bucket.dtype).mul_(keep), accepted)
             n = age  # one counter for both: after a reset the statistics are corrected as if they were new
-        self.store(params, raw.finite, peak=peak, norm=norm_ema, norm_rms=norm_rms, n=n, age=age)
-
-        size = raw.peak.new_tensor([max(p.numel(), 1) for p in params])
-        return {
-            "grad_max": raw.peak,
-            "grad_norm": raw.norm,
-            "norm_after": norm * gain,
-            "clip_limit": grads.limit if grads.limit is not None else raw.peak,
-            "clipped": clipped / size,
-            "gain": gain,
-            "update_rms": update_norm / size.sqrt(),
-            "skipped": (~raw.finite).to(raw.dtype),
-        }
+        bucket.store(grads.finite, peak=peak, norm=norm, norm_rms=norm_rms, n=n, age=age)
+        return statistics(grads, bucket, update_norm)

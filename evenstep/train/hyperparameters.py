@@ -11,13 +11,16 @@ from typing import Any
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "stable_spam": {
         "betas": (0.9, 0.999), "eps": 1e-8, "gamma1": 0.7, "gamma2": 0.9, "gamma3": 0.999, "total_steps": None,
-        "eta_min": 0.5, "reset_interval": 1000, "variant": "paper",
+        "eta_min": 0.5, "reset_interval": 1000, "variant": "paper", "rounding": "nearest", "state": "fp32",
     },
     "spam": {
         "betas": (0.9, 0.999), "eps": 1e-6, "threshold": 5000.0, "reset_interval": 500, "warmup_steps": 150,
-        "clip_start": 20, "density": 1.0, "variant": "paper",
+        "clip_start": 20, "density": 1.0, "variant": "paper", "rounding": "nearest", "state": "fp32",
     },
-    "scale": {"momentum": 0.9, "adam_lr": None, "betas": (0.9, 0.999), "eps": 1e-8, "norm": "rms"},
+    "scale": {
+        "momentum": 0.9, "adam_lr": None, "betas": (0.9, 0.999), "eps": 1e-8, "norm": "rms", "rounding": "nearest",
+        "state": "fp32",
+    },
     "adamw": {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False},
     "adam": {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, "decoupled_weight_decay": False},
 }  # fmt: skip
@@ -25,6 +28,8 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "variant": ("paper", "official"),
     "norm": ("rms", "l2"),
+    "rounding": ("nearest", "stochastic", "kahan"),
+    "state": ("fp32", "bf16", "int8"),
     "amsgrad": ("true", "false"),
     "decoupled_weight_decay": ("true", "false"),
 }

@@ -9,6 +9,7 @@ from torch import Tensor
 from evenstep.transforms.blocks import blocks
 from evenstep.transforms.clock import bias_correction
 from evenstep.transforms.gradients import Gradients
+from evenstep.transforms.rounding import stochastically_rounded, write_kahan
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,63 @@ class AdamStep:
         )
 
 
+@dataclass(slots=True)
+class Weights:
+    """The parameters of a step (the parts that are here) and how results are written into them."""
+
+    tensors: list[Tensor]
+    finite: Tensor
+    """[k] bool: the others are to stay as they are."""
+    lost: list[Tensor | None]
+    """Kahan's compensation, where rounding is ``"kahan"``."""
+    seeds: list[Tensor | None]
+    """0-d int32, where rounding is ``"stochastic"``."""
+
+    def extras(self, i: int) -> list[Tensor]:
+        lost = self.lost[i]
+        return [] if lost is None else [lost]
+
+    def write(self, i: int, p: Tensor, exact: Tensor, extras: list[Tensor], start: int) -> None:
+        """Round ``exact`` into ``p``, a piece of tensor ``i`` that begins at its entry ``start``."""
+        seed = self.seeds[i]
+        if p.dtype == exact.dtype:
+            p.copy_(exact)
+        elif extras:
+            write_kahan(p, exact, extras[0], self.finite[i].to(exact.dtype))
+        elif seed is not None:
+            p.copy_(stochastically_rounded(exact, p.dtype, seed, start))
+        else:
+            p.copy_(exact)
+
+
 Clip = Callable[[int, Tensor, Tensor], Tensor]
 """(number of the tensor, gradient, second moment before this step) -> gradient."""
 
 
+def opened(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """A stored moment for arithmetic in ``dtype``: itself where it is stored so, else a decoded copy."""
+    return stored.dequantize().to(dtype) if _is_coded(stored) else stored.to(dtype)
+
+
+def close(stored: Tensor, moment: Tensor, accepted: Tensor) -> None:
+    """Store what `opened` gave, after the arithmetic, if ``accepted`` (0-d bool)."""
+    if _is_coded(stored):
+        # Coding again what was decoded may give other codes (a block's largest entry is coded exactly only if it is
+        # positive), so a moment that should stay needs its old ones.
+        before = stored.codes.clone(), stored.scale.clone()  # type: ignore[attr-defined]
+        stored.copy_(moment)
+        for part, old in zip((stored.codes, stored.scale), before, strict=True):  # type: ignore[attr-defined]
+            part.copy_(torch.where(accepted, part, old))
+    elif stored.dtype != moment.dtype:
+        stored.copy_(moment)
+
+
+def _is_coded(stored: Tensor) -> bool:
+    return type(stored) is not Tensor and hasattr(stored, "codes")
+
+
 def adam_(
-    params: list[Tensor],
+    weights: Weights,
     grads: Gradients,
     exp_avg: list[Tensor],
     exp_avg_sq: list[Tensor],
@@ -92,20 +144,25 @@ def adam_(
     """
     largest = torch.finfo(grads.dtype).max
     norms = []
-    for i, tensors in enumerate(zip(params, grads.tensors, exp_avg, exp_avg_sq, strict=True)):
-        read, parts = grads.reader(i), []
+    for i, tensors in enumerate(zip(weights.tensors, grads.tensors, exp_avg, exp_avg_sq, strict=True)):
+        read, parts, start = grads.reader(i), [], 0
         keep1, keep2, step_size, root_bias2 = how.keep1[i], how.keep2[i], how.step_size[i], how.root_bias2[i]
-        for p, piece, m, v in blocks(*tensors):
-            g = read(piece)
+        for p, piece, stored_m, stored_v, *extras in blocks(*tensors, *weights.extras(i)):
+            g, m, v = read(piece), opened(stored_m, grads.dtype), opened(stored_v, grads.dtype)
             if clip is not None:
                 g = clip(i, g, v)
             m.mul_(keep1).addcmul_(g, how.add1)
             v.mul_(keep2).addcmul_(g, g, value=how.add2).clamp_(max=largest)
             update = torch.div(m, v.sqrt().div_(root_bias2).add_(how.eps)).mul_(step_size)
-            if how.shrink is None:
-                p.sub_(update)
-            else:
-                p.copy_(p.to(update.dtype).mul(how.shrink[i]).sub_(update))
+            close(stored_m, m, weights.finite[i])
+            close(stored_v, v, weights.finite[i])
             parts.append(torch.linalg.vector_norm(update))
+            if p.dtype == grads.dtype:
+                (p if how.shrink is None else p.mul_(how.shrink[i])).sub_(update)
+            else:
+                before = p.to(grads.dtype)
+                exact = (before if how.shrink is None else before.mul_(how.shrink[i])) - update
+                weights.write(i, p, exact, extras, start)
+                start += p.numel()
         norms.append(torch.linalg.vector_norm(torch.stack(parts)))
     return torch.stack(norms)

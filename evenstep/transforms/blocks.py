@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 BLOCK = 1 << 16
 """Entries per piece: 256 KiB in fp32, so that the buffers of an Adam update share a 2 MiB cache (best of 2^13 to 2^17
@@ -23,7 +24,7 @@ def splittable(*tensors: Tensor) -> bool:
         first.device.type == "cpu"
         and first.numel() > BLOCK
         and not torch.compiler.is_compiling()
-        and all(t.is_contiguous() for t in tensors)
+        and all(type(t) in (Tensor, Parameter) and t.is_contiguous() for t in tensors)
     )
 
 

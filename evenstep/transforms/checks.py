@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -12,10 +13,12 @@ Check = tuple[Callable[[Any], bool], str]
 def _number(low: float, high: float = math.inf, *, below: bool = False) -> Callable[[Any], bool]:
     def holds(x: Any) -> bool:
         if isinstance(x, Tensor):
-            return x.numel() == 1
-        return (
-            isinstance(x, int | float) and not isinstance(x, bool) and low <= x and (x < high if below else x <= high)
-        )
+            if x.numel() != 1 or x.device.type != "cpu":
+                return x.numel() == 1  # a value on a device is not fetched to be looked at
+            x = x.item()
+        if not isinstance(x, Real) or isinstance(x, bool):
+            return False
+        return low <= float(x) and (float(x) < high if below else float(x) <= high)
 
     return holds
 
@@ -28,8 +31,12 @@ _fraction = _number(0, 1, below=True)
 _positive = _number(0, math.inf, below=True)
 
 
+def _above_zero(x: Any) -> bool:
+    return _positive(x) and x > 0
+
+
 def _count(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+    return isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= 0
 
 
 CHECKS: dict[str, Check] = {
@@ -50,6 +57,21 @@ CHECKS: dict[str, Check] = {
     "clip_start": (_count, "a whole number >= 0"),
     "density": (lambda x: _number(0, 1)(x) and x > 0, "a number in (0, 1]"),
     "variant": (lambda x: x in ("paper", "official"), "'paper' or 'official'"),
+    "maximize": (lambda x: isinstance(x, bool), "True or False"),
+    "capturable": (lambda x: isinstance(x, bool), "True or False"),
+    "rounding": (lambda x: x in ("nearest", "stochastic", "kahan"), "'nearest', 'stochastic' or 'kahan'"),
+    "state": (lambda x: x in ("fp32", "bf16", "int8"), "'fp32', 'bf16' or 'int8'"),
+    "beta2": (_fraction, "a number in [0, 1)"),
+    "alpha": (_fraction, "a number in [0, 1)"),
+    "limit": (_above_zero, "a number > 0"),
+    "max_norm": (_above_zero, "a number > 0"),
+    "clipping": (_above_zero, "a number > 0"),
+    "sigma": (_positive, "a number >= 0"),
+    "percentile": (_number(0, 100), "a number in [0, 100]"),
+    "window": (lambda x: _count(x) and x > 0, "a whole number > 0"),
+    "every": (_count, "a whole number >= 0 (0 = never)"),
+    "watch": (lambda x: x in ("norm", "loss"), "'norm' or 'loss'"),
+    "nonfinite": (lambda x: x in ("restore", "skip", "zero"), "'restore', 'skip' or 'zero'"),
     "norm": (lambda x: x in ("rms", "l2"), "'rms' or 'l2'"),
 }
 """What each hyperparameter may be; the same for the constructor and for every param group."""

@@ -13,39 +13,35 @@ FLOOR = 1e-8
 
 
 def row_blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Matching groups of rows, small enough to stay in cache, of tensors of one shape seen as (dim 0, rest)."""
-    if not splittable(*matrices):
-        yield tuple(x.reshape(x.shape[0], -1) if x.dim() > 2 and x.is_contiguous() else x for x in matrices)
-        return
-    rows = max(BLOCK // max(matrices[0][0].numel(), 1), 1)
-    yield from zip(*(x.view(x.shape[0], -1).split(rows) for x in matrices), strict=True)
+    """Matching groups of rows of tensors of one shape, small enough to stay in cache where splitting is possible."""
+    if splittable(*matrices):
+        rows = max(BLOCK // max(matrices[0][0].numel(), 1), 1)
+        yield from zip(*(x.split(rows) for x in matrices), strict=True)
+    else:
+        yield matrices
 
 
-def row_norms(g: Tensor, norm: str) -> Tensor:
+def row_norms(g: Tensor, count: int, norm: str) -> Tensor:
     """The norm of each row, all dimensions but the first taken together, in a shape that divides ``g``.
 
-    ``"rms"`` is the root mean square (the official code; published learning rates belong to it), ``"l2"`` the paper's
-    text.
+    ``"rms"`` is the root mean square over ``count`` entries (the official code; published learning rates belong to it),
+    ``"l2"`` the paper's text.
     """
-    dims = tuple(range(1, g.dim()))
-    unit = _unit(*torch.aminmax(g)) if g.numel() else g.new_ones(())
-    size = torch.linalg.vector_norm(g / unit, dim=dims, keepdim=True) * unit
-    return _floored(size, g.numel() // max(g.shape[0], 1), norm)
+    low, high = torch.aminmax(g) if g.numel() else (g.new_zeros(()), g.new_zeros(()))
+    # Squares are taken in units of the largest entry, so that they neither overflow nor vanish.
+    unit = torch.maximum(-low, high).clamp(min=torch.finfo(g.dtype).tiny)
+    size = torch.linalg.vector_norm(g / unit, dim=tuple(range(1, g.dim())), keepdim=True) * unit
+    return floored(size, count, norm)
 
 
-def column_norms(
-    pieces: Iterable[Tensor], read: Callable[[Tensor], Tensor], peak: Tensor, rows: int, norm: str
-) -> Tensor:
-    """The norm of each column over all ``rows``, which come in ``pieces``; ``peak`` is their largest absolute entry."""
-    unit = _unit(-peak, peak)
-    squares = torch.stack([(read(piece) / unit).square_().sum(0, keepdim=True) for piece in pieces])
-    return _floored(squares.sum(0).sqrt() * unit, rows, norm)
+def squared_norms(pieces: Iterable[Tensor], read: Callable[[Tensor], Tensor], over: int) -> Tensor:
+    """Squared norms in fp64 of the rows (``over=1``) or, over the rows of all pieces, of the columns (``over=0``)."""
+    found = [read(piece).double().square_() for piece in pieces]
+    if over == 0:
+        return torch.stack([squares.sum(0, keepdim=True) for squares in found]).sum(0)
+    return torch.cat([squares.sum(tuple(range(1, squares.dim())), keepdim=True) for squares in found])
 
 
-def _unit(low: Tensor, high: Tensor) -> Tensor:
-    """What squares are measured in, so that they neither overflow nor vanish."""
-    return torch.maximum(-low, high).clamp(min=torch.finfo(high.dtype).tiny)
-
-
-def _floored(size: Tensor, count: int, norm: str) -> Tensor:
+def floored(size: Tensor, count: int, norm: str) -> Tensor:
+    """A 2-norm over ``count`` entries as the norm of that name, at least `FLOOR`."""
     return (size / math.sqrt(max(count, 1)) if norm == "rms" else size).clamp(min=FLOOR)

@@ -12,52 +12,75 @@ import torch
 from torch import Tensor
 
 from evenstep.transforms.blocks import blocks
+from evenstep.transforms.lockstep import Combine, Steps
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """2-norms ``[k]`` of whole tensors and how many of their entries were clipped."""
+
+    raw: Tensor
+    """Before any transform."""
+    clipped: Tensor
+    """After clipping, before any gain."""
+    count: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """``k`` gradient tensors on one device. Per-tensor numbers are vectors of shape ``[k]`` in ``dtype``, the dtype of
-    the statistics.
+    """``k`` gradient tensors (or the parts of them that are here) on one device.
+
+    Per-tensor numbers are vectors of shape ``[k]`` in ``dtype``, the dtype of the statistics, and speak of whole
+    tensors.
     """
 
     tensors: list[Tensor]
     dtype: torch.dtype
     peak: Tensor
-    """Largest absolute entry; 0 for an empty tensor, NaN or Inf when any entry is."""
-    norm: Tensor
-    """2-norm, before any transform."""
+    """Largest absolute entry; 0 for an empty tensor, Inf when any entry is not finite."""
+    here: Tensor
+    """2-norm of the part that is here, before any transform."""
     finite: Tensor
     """Boolean: every entry is finite. The other tensors are read as zeros."""
     gain: Tensor
     """Every entry is multiplied by it, after clipping; 0 where not finite."""
     limit: Tensor | None = None
     """Entries of the raw tensor above it (absolute value) are multiplied by ``limit / peak``."""
+    sign: float = 1.0
+    """-1 to ascend."""
+    norms: Norms | None = None
+    """What `with_norms` found."""
+    origin: "Gradients | None" = None
+    """The gradients as they came, where `replaced` put other tensors in their place."""
 
     @classmethod
-    def measure(cls, tensors: list[Tensor], dtype: torch.dtype) -> "Gradients":
-        """Take the largest absolute entry and the 2-norm of each tensor, in one pass."""
+    def measure(cls, tensors: list[Tensor], dtype: torch.dtype, sign: float = 1.0) -> "Steps[Gradients]":
+        """Take the largest absolute entry and the norm of each tensor, in one pass."""
         peaks, norms = [], []
         for g in tensors:
-            parts = [_peak_and_norm(piece.to(dtype)) for (piece,) in blocks(g)]
+            parts = [peak_and_norm(piece.to(dtype)) for (piece,) in blocks(g)]
             peaks.append(torch.stack([peak for peak, _ in parts]).amax())
-            norms.append(_peak_and_norm(torch.stack([norm for _, norm in parts]))[1])
-        peak = torch.stack(peaks)
+            norms.append(peak_and_norm(torch.stack([norm for _, norm in parts]))[1])
+        # A maximum over machines may lose a NaN, but not an infinity.
+        bound = torch.nan_to_num(torch.stack(peaks), nan=torch.inf, posinf=torch.inf)
+        [peak] = yield (Combine("max", bound),)
         finite = torch.isfinite(peak)
-        return cls(tensors, dtype, peak, torch.stack(norms), finite, finite.to(dtype))
+        return cls(tensors, dtype, peak, torch.stack(norms), finite, finite.to(dtype), sign=sign)
 
     def of(self, tensors: list[Tensor]) -> "Gradients":
         """The same numbers for other tensors, such as a part of each."""
         return replace(self, tensors=tensors)
 
     @property
-    def _rescale(self) -> Tensor:
-        assert self.limit is not None
-        return torch.where(self.limit < self.peak, self.limit / self.peak, torch.ones_like(self.peak))
-
-    @property
     def largest(self) -> Tensor:
         """Largest absolute entry of each tensor as it stands, before any clipping."""
         return self.peak * self.gain
+
+    @property
+    def norm(self) -> Tensor:
+        """2-norm of each tensor as it stands; `with_norms` must have been asked before."""
+        assert self.norms is not None
+        return self.norms.clipped * self.gain
 
     def clipped(self, limit: Tensor) -> "Gradients":
         """Entries above ``limit`` as they stand now are scaled so that the largest lands on it (a rescale, not a
@@ -67,17 +90,34 @@ class Gradients:
         """
         if self.limit is not None:
             raise ValueError("these gradients are clipped already; a step clips once")
-        return replace(self, limit=torch.where(self.gain > 0, limit / self.gain, torch.inf))
+        return replace(self, limit=torch.where(self.gain > 0, limit / self.gain, torch.inf), norms=None)
 
     def amplified(self, gain: Tensor) -> "Gradients":
         """Every entry is multiplied by ``gain``, after clipping."""
         return replace(self, gain=torch.where(self.finite, self.gain * gain, torch.zeros_like(gain)))
 
+    def kept_if(self, keep: Tensor) -> "Gradients":
+        """All of them where ``keep`` (0-d bool), else zeros that count as not finite."""
+        finite = self.finite & keep
+        return replace(self, finite=finite, gain=torch.where(finite, self.gain, torch.zeros_like(self.gain)))
+
+    def replaced(self, tensors: list[Tensor]) -> "Steps[Gradients]":
+        """The same gradients with other values, for a transform that limits and gains cannot express; takes one pass,
+        and where sharded a message more.
+        """
+        new = yield from Gradients.measure(tensors, self.dtype)
+        finite = self.finite & new.finite
+        return replace(new, finite=finite, gain=finite.to(self.dtype), origin=self.origin or self)
+
+    def read(self, i: int) -> Tensor:
+        """All of tensor ``i`` as it stands: a new tensor in ``dtype``."""
+        return self.reader(i)(self.tensors[i])
+
     def reader(self, i: int) -> Callable[[Tensor], Tensor]:
         """A function from a piece of tensor ``i`` to its transformed entries, in ``dtype``; never the piece's own
         memory.
         """
-        gain, dtype = self.gain[i], self.dtype
+        gain, dtype = self.gain[i] * self.sign, self.dtype
         # In a tensor that is not finite the gain is 0, which leaves zeros and NaNs: nan_to_num makes them zeros.
         if self.limit is None:
             return lambda piece: torch.nan_to_num_(piece.to(dtype) * gain, nan=0.0)
@@ -85,22 +125,43 @@ class Gradients:
         reduced = self._rescale[i] * gain
         return lambda piece: torch.nan_to_num_(_scale(piece.to(dtype), limit, gain, reduced)[0], nan=0.0)
 
-    def norms(self) -> tuple[Tensor, Tensor]:
-        """The 2-norm of each tensor as it stands and the number of entries clipped, both ``[k]``; one pass if clipped,
-        none if not.
+    def with_norms(self) -> "Steps[Gradients]":
+        """Take the norms of whole tensors, once for all who ask; one pass if clipped, none if not."""
+        if self.norms is not None:
+            return self
+        if self.origin is None or self.origin.norms is not None:
+            [sums] = yield (self.squares(),)
+            return self.with_sums(sums)
+        sums, before = yield self.squares(), self.origin.squares()
+        return replace(self.with_sums(sums), origin=self.origin.with_sums(before))
+
+    def squares(self) -> Combine:
+        """What `with_sums` wants summed over the parts: squares in units of the largest entry that is left, so that
+        they neither overflow nor vanish.
         """
+        here, count = self._clipped_here()
+        tiny = torch.finfo(self.dtype).tiny
+        raw, clipped = self.here / self.peak.clamp(min=tiny), here / self._left.clamp(min=tiny)
+        return Combine("sum", torch.cat([raw.square(), clipped.square(), count]))
+
+    def with_sums(self, sums: Tensor) -> "Gradients":
+        raw, clipped, count = sums.view(3, -1).unbind()
+        return replace(self, norms=Norms(raw.sqrt() * self.peak, clipped.sqrt() * self._left, count))
+
+    @property
+    def _left(self) -> Tensor:
+        """Largest entry after clipping."""
+        return self.peak if self.limit is None else torch.minimum(self.peak, self.limit)
+
+    def _clipped_here(self) -> tuple[Tensor, Tensor]:
+        """2-norm after clipping and number of clipped entries, of the parts that are here."""
         if self.limit is None:
-            return self.norm * self.gain, torch.zeros_like(self.norm)
-        # In units of the largest entry that is left, so that squares neither overflow nor vanish.
-        unit = torch.minimum(self.peak, self.limit)
+            return self.here, torch.zeros_like(self.here)
+        unit = self._left
         inverse = 1 / unit.clamp(min=torch.finfo(self.dtype).tiny)
         norms, counts = [], []
         for tensor, limit, gain, reduced in zip(
-            self.tensors,
-            self.limit.unbind(),
-            inverse.unbind(),
-            (self._rescale * inverse).unbind(),
-            strict=True,
+            self.tensors, self.limit.unbind(), inverse.unbind(), (self._rescale * inverse).unbind(), strict=True
         ):
             parts = []
             for (piece,) in blocks(tensor):
@@ -108,7 +169,12 @@ class Gradients:
                 parts.append((torch.linalg.vector_norm(values), over.sum()))
             norms.append(torch.linalg.vector_norm(torch.stack([norm for norm, _ in parts])))
             counts.append(torch.stack([count for _, count in parts]).sum())
-        return torch.stack(norms) * unit * self.gain, torch.stack(counts)
+        return torch.stack(norms) * unit, torch.stack(counts)
+
+    @property
+    def _rescale(self) -> Tensor:
+        assert self.limit is not None
+        return torch.where(self.limit < self.peak, self.limit / self.peak, torch.ones_like(self.peak))
 
 
 def _scale(g: Tensor, limit: Tensor, gain: Tensor, reduced: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +186,7 @@ def _scale(g: Tensor, limit: Tensor, gain: Tensor, reduced: Tensor) -> tuple[Ten
     return torch.rsub(over, 1.0).mul_(gain).addcmul_(over, reduced).mul_(g), over
 
 
-def _peak_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+def peak_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     """Largest absolute entry and 2-norm, the squares taken in units of the former: 1e20 does not overflow, 1e-30 does
     not vanish.
     """

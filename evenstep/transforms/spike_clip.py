@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class SpikeClip:
+class EntryClip:
     """Entries with ``g**2 > threshold * v`` become ``sign(g) * sqrt(threshold * v)``, for the tensors of one step, and
     are counted.
 

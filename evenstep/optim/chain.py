@@ -1,0 +1,141 @@
+"""A chain of gradient transforms with its statistics: where they are kept, and when new ones count.
+
+Each parameter has its own dict of statistics, as in an optimizer's state, so that they travel with any checkpoint
+format. Those that belong to the whole model stand in the dict of every parameter, on one device as one tensor.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenstep.optim.sharding import Bucket, local, state_dtype
+from evenstep.optim.state import scalar
+from evenstep.transforms import Combine, Gradients, Now, Statistics, Steps, Transform, combined, shared_dtype
+
+PREFIX = "stabilize."
+CLOCK = "stabilize_t"
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """What became of one bucket: its gradients, the new statistics by transform, and whether the shared ones count."""
+
+    bucket: Bucket
+    grads: Gradients
+    new: list[Statistics]
+    all_finite: Tensor
+
+
+class Chain:
+    """Transforms in their order, and the statistics of the parameters that were adopted."""
+
+    def __init__(self, transforms: tuple[Transform, ...], reset_interval: int):
+        names = [unit.name for unit in transforms]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"stabilize: {', '.join(twice)} is given more than once; each kind of transform goes once")
+        self.transforms = transforms
+        self.reset_interval = reset_interval
+        self.statistics: dict[Tensor, dict[str, Tensor]] = {}
+
+    def adopt(self, p: Tensor) -> None:
+        """Statistics of a new parameter, zero; the shared ones are those of the others."""
+        found = {"skipped": scalar(p)}
+        for unit in self.transforms:
+            found |= {f"{unit.name}.{name}": scalar(p) for name in unit.scalars}
+            for name in unit.entries:
+                found[f"{unit.name}.{name}"] = torch.zeros_like(p, dtype=state_dtype(p), requires_grad=False)
+            for name, shape in unit.shared.items():
+                found[f"{unit.name}.{name}"] = self._shared(f"{unit.name}.{name}", shape, p.device)
+        self.statistics[p] = found
+
+    def _shared(self, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        known = [state[key] for state in self.statistics.values() if key in state]
+        here = next((value for value in known if value.device == device), None)
+        if here is not None:
+            return here
+        dtype = shared_dtype(device)
+        return known[0].to(device, dtype) if known else torch.zeros(shape, dtype=dtype, device=device)
+
+    # ---- one step ----
+
+    def transformed(self, bucket: Bucket, t: int, loss: Tensor | None) -> Steps[Transformed]:
+        """Send the gradients of a bucket through the chain; nothing is written yet."""
+        for p in bucket.params:
+            self._follow(p)
+        now = Now(bucket.here, t, self.reset_interval, loss)
+        grads = yield from Gradients.measure(bucket.grads, bucket.dtype)
+        new = []
+        for unit in self.transforms:
+            grads, found = yield from unit(grads, self._read(unit, bucket), now)
+            new.append(found)
+        grads = yield from grads.with_norms()
+        # Every bucket asks, so that all are heard: what belongs to the model counts if all of it is finite.
+        [finite] = yield from combined(Combine("gather", grads.finite.to(grads.dtype)))
+        return Transformed(bucket, grads, new, finite.amin() > 0)
+
+    def _follow(self, p: Tensor) -> None:
+        """Statistics go where their parameter went."""
+        for key, value in self.statistics[p].items():
+            if value.device != p.device:
+                moved = torch.zeros_like(value, device=p.device) if value.is_meta else value.to(p.device)
+                self.statistics[p][key] = moved
+
+    def _read(self, unit: Transform, bucket: Bucket) -> Statistics:
+        def stored(name: str) -> list[Tensor]:
+            return [self.statistics[p][f"{unit.name}.{name}"] for p in bucket.params]
+
+        state: Statistics = {name: torch.stack(stored(name)) for name in unit.scalars}
+        state |= {name: [local(value) for value in stored(name)] for name in unit.entries}
+        return state | {name: stored(name)[0] for name in unit.shared}
+
+    def keep(self, found: list[Transformed]) -> None:
+        """Write what a step found into the statistics: each tensor's where its gradient was finite, the shared ones
+        where all were.
+        """
+        for one in found:
+            params, finite = one.bucket.params, one.grads.finite
+            for p, flag in zip(params, finite.unbind(), strict=True):
+                self.statistics[p]["skipped"].add_(~flag)
+            for unit, new in zip(self.transforms, one.new, strict=True):
+                for name in (*unit.scalars, *unit.entries):
+                    for p, flag, value in zip(params, finite.unbind(), new[name], strict=True):
+                        old = local(self.statistics[p][f"{unit.name}.{name}"])
+                        old.copy_(torch.where(flag, value, old))
+        if found:
+            self._keep_shared(found[0])
+
+    def _keep_shared(self, one: Transformed) -> None:
+        """All buckets found the same; it is written to each tensor that holds it once."""
+        for unit, new in zip(self.transforms, one.new, strict=True):
+            for name in unit.shared:
+                key = f"{unit.name}.{name}"
+                old = self.statistics[one.bucket.params[0]][key]
+                value = new[name] if unit.sees_skipped_steps else torch.where(one.all_finite, new[name], old)
+                for holder in {id(state[key]): state[key] for state in self.statistics.values()}.values():
+                    holder.copy_(value)
+
+    # ---- loading ----
+
+    def check_saved(self, saved: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
+        for p, entries in saved:
+            for key, value in entries.items():
+                mine = self.statistics[p].get(key)
+                if mine is not None and mine.shape != value.shape:
+                    raise ValueError(
+                        f"stabilize: the saved {key} has shape {tuple(value.shape)}, the transform given here keeps "
+                        f"{tuple(mine.shape)}; give it the options of the saved run"
+                    )
+
+    def load(self, saved: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Start all statistics anew and put in what was saved."""
+        self.statistics.clear()
+        for p, _ in saved:
+            self.adopt(p)
+        for p, entries in saved:
+            for key, value in entries.items():
+                if key in self.statistics[p]:
+                    self.statistics[p][key].copy_(value)

@@ -1,0 +1,115 @@
+"""The pieces that states and groups are made of: clocks, zeros for moments and scalars, and the numbers of a step."""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenstep.optim.sharding import Bucket, like, local, parts, state_dtype
+from evenstep.transforms import Gradients
+
+Group = dict[str, Any]
+State = dict[str, Any]
+
+
+def at_present(group: Group) -> Group:
+    """The options of a group as a step reads them: ``t`` and ``lr``, which move with time, are 0-d tensors.
+
+    Both are float64 (a tensor given as ``lr`` stays as it is). A compiled step takes them as inputs, where Python
+    numbers would be compiled in.
+    """
+    t, lr = group["t"], group["lr"]
+    return group | {
+        "t": t.to(torch.float64)
+        if isinstance(t, Tensor)
+        else torch.tensor(float(t), dtype=torch.float64, device="cpu"),
+        "lr": lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu"),
+    }
+
+
+def place_clock(group: Group) -> None:
+    """Under ``capturable`` the clock lives on the device, where a replayed CUDA graph can advance it."""
+    if group["capturable"]:
+        if group.get("density", 1) != 1:
+            raise ValueError("capturable=True does not go with density < 1, whose masks are drawn on the host")
+        device = group["params"][0].device if group["params"] else "cpu"
+        group["t"] = torch.as_tensor(group["t"], dtype=torch.int64).to(device, copy=True)
+    else:
+        group["t"] = int(group["t"])
+
+
+def scalar(p: Tensor) -> Tensor:
+    """A zero for the scalars of a parameter's state."""
+    return torch.zeros((), dtype=state_dtype(p), device=p.device)
+
+
+@functools.cache
+def _eight_bit_blocks() -> Any:
+    """torchao's tensor of 8-bit codes, taught to be cloned, without which no optimizer that holds one can be copied."""
+    try:
+        from torchao.optim.subclass_8bit import OptimState8bit
+    except ImportError as error:
+        raise ImportError("state='int8' needs torchao (pip install torchao); state='bf16' does without") from error
+
+    @OptimState8bit.implements(torch.ops.aten.clone.default)
+    def clone(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        x = args[0]
+        return OptimState8bit(x.codes.clone(), x.scale.clone(), x.qmap.clone(), x.signed, x.dtype)
+
+    return OptimState8bit
+
+
+def moment(p: Tensor, stored: str = "fp32", *, signed: bool = True) -> Tensor:
+    """Zeros in the shape of ``p``, for the moments of its state: fp32 (fp64 for fp64 parameters), bf16 or 8-bit blocks.
+
+    8 bits are torchao's: blocks of 256 entries with an fp32 scale each and a dynamic map of 256 values. As there,
+    tensors of fewer than 4096 entries, or not a multiple of 256, stay fp32.
+    """
+    if stored == "int8":
+        blocks = _eight_bit_blocks()
+        part = local(p)
+        if part.numel() * parts(p) == p.numel() >= 4096 and part.numel() % 256 == 0:
+            return like(p, blocks.zeros(part.shape, signed, 256, p.device))
+    dtype = torch.bfloat16 if stored == "bf16" else state_dtype(p)
+    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def statistics(grads: Gradients, bucket: Bucket, update_norm: Tensor) -> dict[str, Tensor]:
+    """What `stats` holds of one bucket, vectors ``[k]``. Norms of gradients are those of whole tensors."""
+    first = grads.origin or grads
+    assert first.norms is not None
+    unknown = torch.full_like(grads.peak, math.nan)
+    limited = grads if first.limit is None else first
+    assert limited.norms is not None
+    sizes = bucket.sizes()
+    return {
+        "grad_max": first.peak,
+        "grad_norm": first.norms.raw,
+        "norm_after": grads.norm,
+        "clip_limit": unknown if limited.limit is None else limited.limit,
+        "clipped": limited.norms.count / sizes,
+        "gain": grads.gain if grads is first else grads.gain * first.gain,
+        # Of a sharded tensor's update only a part is here, and its norm is not worth a message of its own.
+        "update_rms": unknown if bucket.layout.cuts else update_norm / sizes.sqrt(),
+        "skipped": (~grads.finite).to(grads.dtype),
+    }
+
+
+def in_param_order(groups: list[Group], measured: list[tuple[list[Tensor], dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Statistics of some parameters each, as one vector per name over all parameters; NaN for those without a
+    gradient.
+    """
+    params = [p for group in groups for p in group["params"]]
+    if len(measured) == 1 and len(measured[0][0]) == len(params):
+        return measured[0][1]
+    place = {p: i for i, p in enumerate(params)}
+    stats: dict[str, Tensor] = {}
+    for some, numbers in measured:
+        for name, vector in numbers.items():
+            if name not in stats:
+                stats[name] = vector.new_full((len(params),), math.nan)
+            where = torch.tensor([place[p] for p in some], device=stats[name].device)
+            stats[name].index_copy_(0, where, vector.to(stats[name]))
+    return stats

@@ -1,0 +1,159 @@
+"""Sharded equals single: two gloo processes against one."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from evenstep import SCALE, SPAM, AdaClip, AdaGN, StableSPAM, scale_groups, stabilize
+
+WORLD = 2
+STEPS = 30
+
+
+class Small(nn.Module):
+    """Odd sizes, so that shards are uneven and some are empty."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.hidden = nn.Linear(6, 7)
+        self.narrow = nn.Linear(7, 1)
+        self.wide = nn.Linear(1, 7)
+        self.lm_head = nn.Linear(7, 11, bias=False)
+
+    def forward(self, tokens):
+        x = torch.tanh(self.hidden(self.embed(tokens)))
+        return self.lm_head(x + self.wide(torch.tanh(self.narrow(x))))
+
+
+MAKERS = {
+    "stable_spam": lambda m: StableSPAM(m.parameters(), lr=0.01, reset_interval=7, weight_decay=0.1),
+    "spam": lambda m: SPAM(m.parameters(), lr=0.01, reset_interval=9, warmup_steps=5, clip_start=3, threshold=50.0),
+    "scale": lambda m: SCALE(scale_groups(m), lr=0.01),
+    "scale_l2": lambda m: SCALE(scale_groups(m), lr=0.01, norm="l2"),
+    "stabilized": lambda m: stabilize(torch.optim.AdamW(m.parameters(), lr=0.01), AdaClip(), AdaGN(), reset_interval=7),
+}
+
+
+def gradients(step, shapes):
+    generator = torch.Generator().manual_seed(step)
+    grads = [torch.randn(shape, generator=generator) * 0.1 for shape in shapes]
+    if step % 6 == 5:
+        grads[2][0] *= 1000  # a spike that one rank alone may hold
+    if step == 11:
+        grads[1][-1, -1] = torch.nan
+    return grads
+
+
+def train(model, optimizer, place, steps=range(STEPS)):
+    """``place(p, whole)`` makes the gradient of ``p`` from the whole tensor. Returns the statistics of each step."""
+    params = list(model.parameters())
+    shapes = [p.shape for p in Small().parameters()]
+    stats = []
+    for step in steps:
+        for p, whole in zip(params, gradients(step, shapes), strict=True):
+            p.grad = place(p, whole)
+        optimizer.step()
+        stats.append(copy.deepcopy(optimizer.stats))
+    return stats
+
+
+def single(name):
+    torch.manual_seed(0)
+    model = Small()
+    optimizer = MAKERS[name](model)
+    stats = train(model, optimizer, lambda p, whole: whole)
+    return model, stats
+
+
+def setup(rank, world, path):
+    dist.init_process_group("gloo", rank=rank, world_size=world, init_method=f"file://{path}")
+    torch.set_num_threads(1)
+
+
+def run(worker, tmp_path, *args, world=WORLD):
+    mp.spawn(worker, args=(world, str(tmp_path / "rendezvous"), *args), nprocs=world, join=True)
+
+
+class Counting:
+    """Counts all_reduce calls by operation."""
+
+    def __init__(self):
+        self.calls = []
+        self.real = dist.all_reduce
+
+    def __enter__(self):
+        dist.all_reduce = lambda tensor, op=dist.ReduceOp.SUM, *args, **kwargs: (
+            self.calls.append(str(op)),
+            self.real(tensor, op, *args, **kwargs),
+        )[1]
+        return self.calls
+
+    def __exit__(self, *_):
+        dist.all_reduce = self.real
+
+
+def fsdp_worker(rank, world, path, name, mesh_shape):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    setup(rank, world, path)
+    mesh = dist.init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard")[-len(mesh_shape) :])
+    torch.manual_seed(0)
+    model = Small()
+    fully_shard(model, mesh=mesh)
+    optimizer = MAKERS[name](model)
+    place = lambda p, whole: distribute_tensor(whole, p.device_mesh, p.placements)  # noqa: E731
+    with Counting() as calls:
+        stats = train(model, optimizer, place)
+    if len(mesh_shape) == 1:
+        per_step = len(calls) / STEPS
+        assert per_step <= 2, f"{per_step} all-reduces a step"
+        assert calls.count(str(dist.ReduceOp.MAX)) == STEPS
+    alone, expected = single(name)
+    for (parameter, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-6, msg=lambda m, n=parameter: f"{n}: {m}")
+    for ours, theirs in zip(stats, expected, strict=True):
+        for key in ("grad_max", "grad_norm", "gain", "clip_limit", "skipped"):
+            if name.startswith("scale") and key == "gain":
+                continue
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-6, equal_nan=True)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_fsdp2_with_uneven_shards_equals_a_single_process(name, tmp_path):
+    run(fsdp_worker, tmp_path, name, (WORLD,))
+
+
+def test_hsdp_equals_a_single_process(tmp_path):
+    run(fsdp_worker, tmp_path, "stable_spam", (2, 2), world=4)
+
+
+def tensor_parallel_worker(rank, world, path, name):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    setup(rank, world, path)
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    torch.manual_seed(0)
+    model = Small()
+    layouts = {"embed": [Shard(0), Shard(1)], "hidden": [Shard(0), Shard(0)], "lm_head": [Replicate(), Shard(1)]}
+    for module_name, module in model.named_children():
+        for key, p in list(module.named_parameters()):
+            placements = layouts.get(module_name, [Replicate(), Shard(0)]) if p.dim() == 2 else [Shard(0), Replicate()]
+            setattr(module, key, nn.Parameter(distribute_tensor(p.detach(), mesh, placements)))
+    optimizer = MAKERS[name](model)
+    train(model, optimizer, lambda p, whole: distribute_tensor(whole, p.device_mesh, p.placements))
+    alone, _ = single(name)
+    for (parameter, p), q in zip(model.named_parameters(), alone.named_parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q[1], rtol=1e-5, atol=1e-6, msg=lambda m, n=parameter: f"{n}: {m}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["stable_spam", "scale"])
+def test_two_dimensional_meshes_equal_a_single_process(name, tmp_path):
+    run(tensor_parallel_worker, tmp_path, name, world=4)
