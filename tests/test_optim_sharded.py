@@ -157,3 +157,57 @@ def tensor_parallel_worker(rank, world, path, name):
 @pytest.mark.parametrize("name", ["stable_spam", "scale"])
 def test_two_dimensional_meshes_equal_a_single_process(name, tmp_path):
     run(tensor_parallel_worker, tmp_path, name, world=4)
+
+
+def ddp_worker(rank, world, path, name):
+    """Each rank sees half of each batch; DDP averages, so that all ranks step as one process on whole batches."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    setup(rank, world, path)
+    torch.manual_seed(0)
+    alone, model = Small(), Small()
+    model.load_state_dict(alone.state_dict())
+    torch.manual_seed(100 + rank)  # masks must not depend on a rank's own random state
+    models = [alone, DistributedDataParallel(model)]
+    optimizers = [DDP_MAKERS[name](alone), DDP_MAKERS[name](model)]
+    for step in range(STEPS):
+        tokens = torch.randint(11, (4, 9), generator=torch.Generator().manual_seed(step))
+        half = tokens[rank * 2 : rank * 2 + 2]
+        for m, optimizer, batch in zip(models, optimizers, (tokens, half), strict=True):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(m(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+            (loss * (1000 if step == 11 else 1)).backward()
+            optimizer.step()
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-5)
+        parts = [torch.empty_like(p) for _ in range(world)]
+        dist.all_gather(parts, p.detach())
+        assert torch.equal(parts[0], parts[1]), "replicas must stay equal to the bit"
+        if name == "spam_sparse" and p.dim() == 2:
+            mask = optimizers[1].get_mask(p).to(torch.uint8)
+            masks = [torch.empty_like(mask) for _ in range(world)]
+            dist.all_gather(masks, mask)
+            assert torch.equal(masks[0], masks[1])
+    dist.destroy_process_group()
+
+
+DDP_MAKERS = MAKERS | {
+    "spam_sparse": lambda m: SPAM(m.parameters(), lr=0.01, reset_interval=9, warmup_steps=5, density=0.5)
+}
+
+
+@pytest.mark.parametrize("name", ["stable_spam", "spam_sparse", "scale"])
+def test_ddp_replicas_stay_equal_and_follow_a_single_process(name, tmp_path):
+    run(ddp_worker, tmp_path, name)
+
+
+def test_flat_shards_are_refused_with_an_explanation():
+    flat = nn.Parameter(torch.ones(8))
+    flat._fsdp_flattened = True  # as FullyShardedDataParallel marks its parameters
+    with pytest.raises(ValueError, match=r"flat shard \(FullyShardedDataParallel\).*use FSDP2"):
+        StableSPAM([flat])
+    optimizer = StableSPAM([nn.Parameter(torch.ones(2, 4))])
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(8))]  # as ZeRO swaps them
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(8)
+    with pytest.raises(RuntimeError, match=r"without add_param_group.*flat shard"):
+        optimizer.step()

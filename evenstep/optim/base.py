@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from evenstep.optim.names import renamed, without_inert
-from evenstep.optim.sharding import Bucket, buckets, combine, local, state_dtype
+from evenstep.optim.sharding import Bucket, buckets, combine, local, refuse_flat_shard, state_dtype
 from evenstep.optim.state import Group, State, at_present, in_param_order, place_clock
 from evenstep.optim.takeover import adopt
 from evenstep.transforms import CHECKS, Gradients, Steps, Weights, check, lockstep, noise_seeds
@@ -112,7 +112,9 @@ class EvenOptimizer(Optimizer):
 
     @torch._disable_dynamo
     def _begin(self) -> list[Work]:
-        self._refuse_sparse_gradients(p for group in self.param_groups for p in group["params"])
+        for group in self.param_groups:
+            self._refuse_sparse_gradients(group["params"])
+            self._refuse_strangers(group["params"])
         given = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         sweeping = [group for group in self.param_groups if "sweep" in group and group["sweep"] == group["t"]]
         # After a sweep of step_parameter, step() updates what is left of it at the same t.
@@ -224,6 +226,15 @@ class EvenOptimizer(Optimizer):
                     "one); use a dense embedding (sparse=False) or another optimizer for it"
                 )
 
+    def _refuse_strangers(self, params: Iterable[Tensor]) -> None:
+        """A sharding tool may have put a flat tensor of its own into a group, past `add_param_group`."""
+        for p in params:
+            if p.dim() == 1 and p not in self.state:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(p.shape)} was put into a group without add_param_group. If it is a "
+                    "flat shard (ZeRO): per-tensor statistics are impossible there; use FSDP2 (fully_shard) or DDP"
+                )
+
     # ---- saving and loading ----
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -271,3 +282,4 @@ def _check_parameter(p: Tensor, index: int) -> None:
         raise ValueError(
             f"parameter {index} of the group has dtype {p.dtype}; real floating-point parameters are supported"
         )
+    refuse_flat_shard(p)

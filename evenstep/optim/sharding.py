@@ -39,6 +39,17 @@ def like(x: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(part, x.device_mesh, x.placements, run_check=False)  # type: ignore[attr-defined]
 
 
+def refuse_flat_shard(p: Tensor) -> None:
+    """ValueError for the flattened parameters of FSDP1, of which one holds parts of many tensors: statistics of whole
+    tensors are impossible there.
+    """
+    if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} is a flat shard (FullyShardedDataParallel): the largest entry and "
+            "norm of each tensor cannot be known from it; use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
+        )
+
+
 @dataclass(frozen=True)
 class Layout:
     """Over which dimensions of which mesh a tensor is cut, and along which of its own dimensions; empty when whole."""
