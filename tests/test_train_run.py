@@ -453,6 +453,15 @@ def test_the_chunk_rule():
     assert lines == 1 and chunk == 512  # 64 MiB / (4 * 32000) = 524, rounded down to a multiple of 64
 
 
+@pytest.fixture
+def hangups_count():
+    """SIGHUP as a terminal delivers it, also when the suite itself runs under nohup, which ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups_count")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_step_and_saves(corpus, tmp_path, number):
     run = Run(quick(corpus, tmp_path / "run", checkpoint__every="0"), say=silent)
