@@ -9,7 +9,7 @@ from evenstep.transforms.gradients import Gradients
 from evenstep.transforms.lockstep import Combine, Steps, combined, lockstep
 from evenstep.transforms.model_wide import AutoClip, NormClip, SkipStep, ZClip
 from evenstep.transforms.momentum_reset import MomentumReset
-from evenstep.transforms.rounding import ROUNDINGS, noise_seeds
+from evenstep.transforms.rounding import noise_seeds
 from evenstep.transforms.spike_clip import EntryClip
 from evenstep.transforms.stable import adaclip, adagn
 from evenstep.transforms.transform import Now, Statistics, Transform, shared_dtype
@@ -18,7 +18,6 @@ from evenstep.transforms.units import AGC, AdaClip, AdaGN, GradientStabilizer, S
 __all__ = [
     "AGC",
     "CHECKS",
-    "ROUNDINGS",
     "AdaClip",
     "AdaGN",
     "AdamStep",

@@ -9,7 +9,6 @@ optimi does).
 import torch
 from torch import Tensor
 
-ROUNDINGS = ("nearest", "stochastic", "kahan")
 _GOLDEN, _MIX1, _MIX2 = -1640531527, -2048144789, -1028477387  # odd 32-bit constants of the usual mixers
 
 
