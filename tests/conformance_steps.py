@@ -96,7 +96,8 @@ def expanded_gradients(subject: Subject) -> None:
             optimizer.step()
         return values(params)
 
-    assert same(run(True), run(False))
+    # Not to the bit: a fused kernel may take the one and the plain code the other.
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(run(True), run(False), strict=True))
 
 
 LAYOUTS = {

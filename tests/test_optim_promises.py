@@ -338,7 +338,6 @@ def test_official_names_and_per_group_hyperparameters():
         (SPAM, {"density": 0.0}, "density=0.0"),
         (SPAM, {"threshold": -5}, "threshold=-5"),
         (SPAM, {"warmup_steps": -1}, "warmup_steps=-1"),
-        (StableSPAM, {"fused": True}, "no fused kernels"),
     ],
 )
 def test_values_out_of_range_are_refused_in_constructor_and_groups(cls, options, message):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from process_support import run_processes
 from torch import nn
 
 from evenstep import SCALE, SPAM, AdaClip, AdaGN, StableSPAM, scale_groups, stabilize
@@ -76,7 +76,7 @@ def setup(rank, world, path):
 
 
 def run(worker, tmp_path, *args, world=WORLD):
-    mp.spawn(worker, args=(world, str(tmp_path / "rendezvous"), *args), nprocs=world, join=True)
+    run_processes(worker, world, str(tmp_path / "rendezvous"), *args, count=world)
 
 
 class Counting:
@@ -125,11 +125,15 @@ def fsdp_worker(rank, world, path, name, mesh_shape):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", MAKERS)
+SOME = [pytest.param(name, marks=() if name in ("stable_spam", "scale") else pytest.mark.slow) for name in MAKERS]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_fsdp2_with_uneven_shards_equals_a_single_process(name, tmp_path):
     run(fsdp_worker, tmp_path, name, (WORLD,))
 
 
+@pytest.mark.slow
 def test_hsdp_equals_a_single_process(tmp_path):
     run(fsdp_worker, tmp_path, "stable_spam", (2, 2), world=4)
 
@@ -154,7 +158,7 @@ def tensor_parallel_worker(rank, world, path, name):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["stable_spam", "scale"])
+@pytest.mark.parametrize("name", ["stable_spam", pytest.param("scale", marks=pytest.mark.slow)])
 def test_two_dimensional_meshes_equal_a_single_process(name, tmp_path):
     run(tensor_parallel_worker, tmp_path, name, world=4)
 
@@ -196,7 +200,9 @@ DDP_MAKERS = MAKERS | {
 }
 
 
-@pytest.mark.parametrize("name", ["stable_spam", "spam_sparse", "scale"])
+@pytest.mark.parametrize(
+    "name", ["spam_sparse", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stable_spam", "scale"))]
+)
 def test_ddp_replicas_stay_equal_and_follow_a_single_process(name, tmp_path):
     run(ddp_worker, tmp_path, name)
 

@@ -9,6 +9,8 @@ import torch
 
 from evenstep import SCALE, SPAM, StableSPAM
 
+pytestmark = pytest.mark.usefixtures("either_code")
+
 VECTORS = Path(__file__).parent / "data" / "vectors"
 OPTIONS = {
     "StableSPAM": [

@@ -7,6 +7,7 @@ from torch import nn
 import evenstep.optim
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, llama_config
+from evenstep.telemetry.clocks import steps_to_reset
 from evenstep.train.config import OptimConfig
 from evenstep.train.config_io import literal
 from evenstep.train.hyperparameters import CHOICES, HYPERPARAMETERS, owners
@@ -16,7 +17,6 @@ from evenstep.train.optimizers import (
     build_optimizer,
     check_optimizer,
     hyperparameters,
-    steps_to_reset,
 )
 
 HOMES = {"stable_spam": "StableSPAM", "spam": "SPAM", "scale": "SCALE"}

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from evenstep.kernels import Measured
+from evenstep.optim.fused import Choice
 from evenstep.optim.names import renamed, without_inert
 from evenstep.optim.sharding import Bucket, buckets, combine, local, refuse_flat_shard, state_dtype
 from evenstep.optim.state import Group, State, at_present, in_param_order, place_clock
@@ -37,8 +39,7 @@ class EvenOptimizer(Optimizer):
     """Official name -> ours."""
 
     def __init__(self, params: Iterable[Any], hyper: dict[str, Any], official: Mapping[str, Any], fused: bool | None):
-        if fused:
-            raise ValueError("fused=True was given, but this version has no fused kernels; use fused=None or False")
+        self._choice = Choice(fused)
         defaults = renamed(without_inert(official), self.ALIASES, type(self).__name__, set(hyper))
         self.stats: dict[str, Tensor] = {}
         self._places: dict[Tensor, tuple[int, int]] = {}
@@ -47,7 +48,11 @@ class EvenOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("stats", {})  # not part of a copy or a saved state
+        self.__dict__.setdefault("_choice", Choice(None))
         self._places = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_choice": self._choice}
 
     # ---- groups and state ----
 
@@ -69,6 +74,7 @@ class EvenOptimizer(Optimizer):
             place_clock(added)
             for index, p in enumerate(added["params"]):
                 _check_parameter(p, index)
+                self._choice.check(p)
                 self.state[p] = self.fresh_state(p, added, index)
         except Exception:
             self.param_groups.pop()
@@ -131,7 +137,7 @@ class EvenOptimizer(Optimizer):
     def _work(self, chosen: Iterable[tuple[Group, list[Tensor]]]) -> list[Work]:
         work = []
         for group, params in chosen:
-            for bucket in buckets(params, self.state):
+            for bucket in buckets(params, self.state, self._choice):
                 self.prepare(group, bucket)
                 places = [self._place(p)[1] for p in bucket.params] if group["rounding"] == "stochastic" else []
                 work.append((at_present(group) | {"places": places}, bucket))
@@ -204,8 +210,16 @@ class EvenOptimizer(Optimizer):
         place = self._places[p]
         return self.param_groups[place[0]], place
 
-    def gradients(self, group: Group, bucket: Bucket) -> Steps[Gradients]:
-        return Gradients.measure(bucket.grads, bucket.dtype, -1.0 if group["maximize"] else 1.0)
+    def gradients(
+        self, group: Group, bucket: Bucket, *, late: bool = False, measured: Measured | None = None
+    ) -> Steps[Gradients]:
+        """The gradients of ``bucket``, measured; with ``late``, where kernels can, not before the pass that uses them,
+        which is for steps that need no number of a whole tensor but whether it is finite.
+        """
+        sign, kernels = -1.0 if group["maximize"] else 1.0, bucket.kernels
+        if late and kernels is not None and kernels.measures_late and not bucket.layout.cuts:
+            return Gradients.unmeasured(bucket.grads, sign, kernels)
+        return (yield Gradients.measure(bucket.grads, bucket.dtype, sign, kernels, measured))
 
     def weights(self, group: Group, bucket: Bucket, finite: Tensor) -> Weights:
         """The parameters of ``bucket`` with what their rounding needs."""

@@ -67,7 +67,7 @@ class Chain:
         for p in bucket.params:
             self._follow(p)
         now = Now(bucket.here, t, self.reset_interval, loss)
-        grads = yield from Gradients.measure(bucket.grads, bucket.dtype)
+        grads = yield from Gradients.measure(bucket.grads, bucket.dtype, kernels=bucket.kernels)
         new = []
         for unit in self.transforms:
             grads, found = yield from unit(grads, self._read(unit, bucket), now)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from evenstep.errors import nearest
+from evenstep.kernels import Kernels, RowWork, table
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.groups import KINDS
 from evenstep.optim.sharding import Bucket
 from evenstep.optim.state import moment, scalar, statistics
 from evenstep.transforms import (
+    FLOOR,
     AdamStep,
     Combine,
     Gradients,
@@ -20,6 +22,7 @@ from evenstep.transforms import (
     adam_,
     blocks,
     close,
+    filled,
     floored,
     opened,
     row_blocks,
@@ -51,7 +54,8 @@ class SCALE(EvenOptimizer):
         rounding: how results enter 16-bit parameters: ``"nearest"`` (default), ``"stochastic"`` or ``"kahan"`` (2 more
             bytes per parameter); no difference for fp32 parameters.
         state: how moments are stored: ``"fp32"`` (default), ``"bf16"``, or ``"int8"`` (blocks of 256, needs torchao).
-        fused: None or False; kernels choose themselves.
+        fused: kernels (C++ on CPU, Triton on CUDA): None (default) where they serve, False for the plain code, True for
+            an error where they do not. ``evenstep doctor`` shows what serves.
         **official: the official names ``wd`` (weight_decay), ``adamw_betas`` (betas), ``adamw_eps`` (eps).
 
     State, fp32 (fp64 for fp64 parameters): ``exp_avg`` of the last layer; ``exp_avg``, ``exp_avg_sq`` and ``age``
@@ -127,18 +131,23 @@ class SCALE(EvenOptimizer):
         return {"exp_avg": moment(p, stored)} if kind == "last" else {}
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
-        grads = yield self.gradients(group, bucket)
         if group["kind"] == "vector":
+            grads = yield self.gradients(group, bucket, late=True)
+            grads, update_norm = self._vector_step(group, bucket, grads)
             grads = yield grads.with_norms()
-            update_norm = self._vector_step(group, bucket, grads)
             return statistics(grads, bucket, update_norm)
-        grads, directions = yield self._matrix_step(group, bucket, grads)
+        if bucket.kernels is not None and not (group["kind"] != "embedding" and bucket.layout.mesh_dims(1)):
+            grads, directions = yield self._fused_matrix_step(group, bucket, bucket.kernels)
+        else:
+            grads = yield self.gradients(group, bucket)
+            grads, directions = yield self._matrix_step(group, bucket, grads)
         found = statistics(grads, bucket, directions * group["lr"] * grads.finite)
         found["norm_after"] = torch.full_like(directions, torch.nan) if bucket.layout.cuts else directions
         return found | {"gain": found["norm_after"] / found["grad_norm"].clamp(min=torch.finfo(bucket.dtype).tiny)}
 
-    def _vector_step(self, group: Group, bucket: Bucket, grads: Gradients) -> Tensor:
-        age = bucket.stacked("age") + 1
+    def _vector_step(self, group: Group, bucket: Bucket, grads: Gradients) -> tuple[Gradients, Tensor]:
+        scalars = bucket.stacked("age")
+        age = scalars.values[0] + 1
         plan = AdamStep.plan(
             grads.finite,
             age,
@@ -149,9 +158,58 @@ class SCALE(EvenOptimizer):
             weight_decay=group["weight_decay"],
         )
         exp_avg, exp_avg_sq = bucket.parts("exp_avg"), bucket.parts("exp_avg_sq")
-        update_norm = adam_(self.weights(group, bucket, grads.finite), grads, exp_avg, exp_avg_sq, plan)
-        bucket.store(grads.finite, age=age)
-        return update_norm
+        grads, update_norm = adam_(self.weights(group, bucket, grads.finite), grads, exp_avg, exp_avg_sq, plan)
+        scalars.store(grads.finite, age)
+        return grads, update_norm
+
+    def _fused_matrix_step(self, group: Group, bucket: Bucket, kernels: Kernels) -> Steps[tuple[Gradients, Tensor]]:
+        """As `_matrix_step`, by kernels; what one row or column is divided by must be here."""
+        columns = group["kind"] == "embedding"
+        shapes = [p.shape for p in bucket.params]
+        counts = [shape[0] if columns else math.prod(shape[1:]) for shape in shapes]
+        divisors: list[Tensor] = []
+        if columns:
+            measured, squares = kernels.columns(bucket.grads)
+            grads = yield self.gradients(group, bucket, measured=measured)
+            across = Combine("sum", torch.cat([x.flatten() for x in squares]), 0)
+            sums, totals = yield grads.squares(), across
+            grads = grads.with_sums(sums)
+            whole = totals.split([x.numel() for x in squares])
+            divisors = [
+                floored(part.sqrt().float(), count, group["norm"]) for part, count in zip(whole, counts, strict=True)
+            ]
+        else:
+            grads = yield self.gradients(group, bucket, late=True)
+        weights = self.weights(group, bucket, grads.finite)
+        last, momentum = group["kind"] == "last", group["momentum"]
+        roots = [math.sqrt(max(count, 1)) if group["norm"] == "rms" else 1.0 for count in counts]
+        numbers = table(
+            grads.peak,
+            grads.finite,
+            grads.numbers()[0],
+            momentum,
+            1 - momentum,
+            group["lr"],
+            1 - group["lr"] * group["weight_decay"],
+            grads.peak.new_tensor(roots),
+        )
+        found = kernels.rows_(
+            RowWork(
+                weights.tensors,
+                grads.tensors,
+                bucket.parts("exp_avg") if last else [],
+                divisors,
+                numbers,
+                FLOOR,
+                lost=filled(weights.lost),
+                seeds=filled(weights.seeds),
+                measure=grads.is_late,
+            )
+        )
+        if found.measured is not None:
+            grads = grads.seen(found.measured)
+        grads = yield grads.with_norms()
+        return grads, found.direction_norm
 
     def _matrix_step(self, group: Group, bucket: Bucket, grads: Gradients) -> Steps[tuple[Gradients, Tensor]]:
         """Returns the gradients with their norms, and the norm of each normalised gradient."""
@@ -205,4 +263,4 @@ class SCALE(EvenOptimizer):
                 weights.write(i, x, begin - direction.mul_(rates[i]), extras, done)
                 done += x.numel()
             norms.append(torch.linalg.vector_norm(torch.stack(parts)))
-        return grads, torch.stack(norms)
+        return grads, torch.stack(norms) * grads.finite

@@ -5,19 +5,24 @@ agree on goes through `combine`: one message per mesh dimension and round for al
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from evenstep.kernels import Kernels
 from evenstep.transforms import Combine
+
+PLAIN = frozenset({Tensor, Parameter})
+"""Types that are never sharded; asked first, since a step asks often."""
 
 
 def is_sharded(x: Any) -> bool:
     """Whether ``x`` is a DTensor (asked without importing torch.distributed)."""
-    return hasattr(x, "device_mesh") and hasattr(x, "to_local")
+    return type(x) not in PLAIN and hasattr(x, "device_mesh") and hasattr(x, "to_local")
 
 
 def local(x: Tensor) -> Tensor:
@@ -62,14 +67,14 @@ class Layout:
     def of(cls, p: Tensor) -> "Layout":
         """Raises ValueError for a partial DTensor, whose parts are summands and not slices."""
         if not is_sharded(p):
-            return cls()
+            return WHOLE
         placements = p.placements  # type: ignore[attr-defined]
         if any(placement.is_partial() for placement in placements):
             raise ValueError(
                 "a parameter or gradient is a partial DTensor (its parts are summands); redistribute it first"
             )
         cuts = tuple((i, placement.dim) for i, placement in enumerate(placements) if placement.is_shard())
-        return cls(p.device_mesh, cuts) if cuts else cls()  # type: ignore[attr-defined]
+        return cls(p.device_mesh, cuts) if cuts else WHOLE  # type: ignore[attr-defined]
 
     def mesh_dims(self, over: int | None) -> tuple[int, ...]:
         """The mesh dimensions that cut the tensor along what a number was taken over: all, dimension 0, or the others
@@ -78,10 +83,13 @@ class Layout:
         return tuple(dim for dim, cut in self.cuts if over is None or (cut == 0) == (over == 0))
 
 
+WHOLE = Layout()
+
+
 @dataclass(frozen=True)
 class Bucket:
-    """Parameters of one group that are updated together: one device, one state dtype, one layout, all with
-    gradients.
+    """Parameters of one group that are updated together: one device, one state dtype, one layout, one set of kernels,
+    all with gradients.
     """
 
     params: list[Tensor]
@@ -93,24 +101,45 @@ class Bucket:
     """The state of each parameter, where one was given."""
     dtype: torch.dtype
     layout: Layout
+    kernels: Kernels | None = None
+    """What does the work; None for the plain code."""
 
     def parts(self, name: str) -> list[Tensor]:
         """What is here of one entry of the state of each parameter."""
-        return [local(state[name]) for state in self.states]
+        found = [state[name] for state in self.states]
+        return [local(x) for x in found] if self.layout.cuts or not PLAIN.issuperset(map(type, found)) else found
 
-    def stacked(self, name: str) -> Tensor:
-        """A scalar of the state of each parameter, as one vector ``[k]``."""
-        return torch.stack([state[name] for state in self.states])
-
-    def store(self, where: Tensor, **vectors: Tensor) -> None:
-        """Write vectors back into the scalars of the state, for the parameters where ``where`` (bool ``[k]``) holds."""
-        for name, vector in vectors.items():
-            for state, keep, new in zip(self.states, where.unbind(), vector.unbind(), strict=True):
-                state[name].copy_(torch.where(keep, new, state[name]))
+    def stacked(self, *names: str) -> "Scalars":
+        """Scalars of the state of each parameter, as one vector ``[k]`` per name."""
+        scalars = [state[name] for name in names for state in self.states]
+        if self.kernels is None:
+            values, places = torch.stack(scalars), None
+        else:
+            values, places = self.kernels.gather(scalars)
+        return Scalars(values.view(len(names), -1), scalars, places, self.kernels)
 
     def sizes(self) -> Tensor:
         """Entries of each whole tensor, at least 1, ``[k]``."""
         return torch.tensor([max(p.numel(), 1) for p in self.params], dtype=self.dtype, device=self.here[0].device)
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """Some scalars of the state of ``k`` parameters, a row of ``values`` for each name."""
+
+    values: Tensor
+    tensors: list[Tensor]
+    places: Tensor | None
+    """Where kernels find them."""
+    kernels: Kernels | None
+
+    def store(self, where: Tensor, *vectors: Tensor) -> None:
+        """Write a vector per name back, for the parameters where ``where`` (bool ``[k]``) holds."""
+        new = torch.where(where, torch.stack(vectors), self.values).view(-1)
+        if self.kernels is None:
+            torch._foreach_copy_(self.tensors, new.unbind())
+        else:
+            self.kernels.scatter_(self.tensors, self.places, new)
 
 
 def state_dtype(p: Tensor) -> torch.dtype:
@@ -118,27 +147,42 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
-def buckets(params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]] | None = None) -> list[Bucket]:
-    """The parameters that have a gradient, with their ``state``, split by device, state dtype and layout."""
-    found: dict[tuple[torch.device, torch.dtype, Layout], list[Tensor]] = {}
+def buckets(
+    params: Iterable[Tensor],
+    state: Mapping[Tensor, dict[str, Any]] | None = None,
+    choose: Callable[[Tensor, Tensor, Mapping[str, Any]], Kernels | None] = lambda p, g, state: None,
+) -> list[Bucket]:
+    """The parameters that have a gradient, with their ``state``, split by device, state dtype, layout and kernels.
+
+    ``choose`` gets what is here of a parameter and its gradient, and its state.
+    """
+    found: dict[tuple[torch.device, torch.dtype, Layout, Kernels | None], list[tuple[Tensor, Tensor, Tensor]]] = {}
     for p in params:
-        if p.grad is not None:
-            layout = Layout.of(p)
-            if layout != Layout.of(p.grad):
+        grad = p.grad
+        if grad is None:
+            continue
+        if type(p) in PLAIN and type(grad) in PLAIN:
+            layout, here = WHOLE, p
+        else:
+            layout, theirs = Layout.of(p), Layout.of(grad)
+            if layout != theirs:
                 raise ValueError(
                     "a gradient is sharded differently from its parameter; redistribute it before the step"
                 )
-            found.setdefault((p.device, state_dtype(p), layout), []).append(p)
+            here, grad = local(p), local(grad)
+        kernels = choose(here, grad, {} if state is None else state[p])
+        found.setdefault((p.device, state_dtype(p), layout, kernels), []).append((p, grad, here))
     return [
         Bucket(
-            params=some,
-            grads=[local(p.grad) for p in some if p.grad is not None],
-            here=[local(p) for p in some],
-            states=[] if state is None else [state[p] for p in some],
+            params=[p for p, _, _ in some],
+            grads=[grad for _, grad, _ in some],
+            here=[here for _, _, here in some],
+            states=[] if state is None else [state[p] for p, _, _ in some],
             dtype=dtype,
             layout=layout,
+            kernels=kernels,
         )
-        for (_, dtype, layout), some in found.items()
+        for (_, dtype, layout, kernels), some in found.items()
     ]
 
 

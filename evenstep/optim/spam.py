@@ -11,7 +11,7 @@ from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.masks import draw_mask, pack, unpack
 from evenstep.optim.sharding import Bucket, is_sharded
 from evenstep.optim.state import moment, scalar, statistics
-from evenstep.transforms import AdamStep, EntryClip, Steps, adam_, reset_due, rewarm_factor
+from evenstep.transforms import AdamStep, EntryClip, Gradients, Steps, Weights, adam_, reset_due, rewarm_factor
 
 T = TypeVar("T", Tensor, Tensor | None)
 
@@ -49,7 +49,8 @@ class SPAM(EvenOptimizer):
         rounding: how results enter 16-bit parameters: ``"nearest"`` (default), ``"stochastic"`` or ``"kahan"`` (2 more
             bytes per parameter); no difference for fp32 parameters.
         state: how moments are stored: ``"fp32"`` (default), ``"bf16"``, or ``"int8"`` (blocks of 256, needs torchao).
-        fused: None or False; kernels choose themselves.
+        fused: kernels (C++ on CPU, Triton on CUDA): None (default) where they serve, False for the plain code, True for
+            an error where they do not. ``evenstep doctor`` shows what serves.
         **official: the official names above.
 
     State per parameter, fp32 (fp64 for fp64 parameters): ``exp_avg``, ``exp_avg_sq``, the scalar ``age`` (updates since
@@ -175,11 +176,11 @@ class SPAM(EvenOptimizer):
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         official = group["variant"] == "official"
         every, threshold, weight_decay = group["reset_interval"], group["threshold"], group["weight_decay"]
-        grads = yield self.gradients(group, bucket)
-        grads = yield grads.with_norms()
+        grads = yield self.gradients(group, bucket, late=True)
         t, lr = group["t"], group["lr"]
         reset = reset_due(t, every)
-        age = bucket.stacked("age")
+        scalars = bucket.stacked("age")
+        [age] = scalars.values
         age = age + 1 if official else age * (1 - reset) + 1
         plan = AdamStep.plan(
             grads.finite,
@@ -191,30 +192,21 @@ class SPAM(EvenOptimizer):
             weight_decay=0.0 if official else weight_decay,
             warmup=rewarm_factor(t, every, group["warmup_steps"]),
             eps_before_correction=official,
+            weight_decay_after=weight_decay if official and group["density"] == 1 else 0.0,
         )
         clip = EntryClip(threshold, self._clips(group, t), forget=reset, zero_history=official) if threshold else None
-
-        # Of a sparse tensor only the entries of its mask take part: they are taken out, updated and put back.
-        where = [_entries(state, p.numel()) for p, state in zip(bucket.params, bucket.states, strict=True)]
         weights = self.weights(group, bucket, grads.finite)
-        weights.tensors = trained = _taken(bucket.here, where)
-        lost = weights.lost
-        weights.lost = _taken(lost, where)
-        exp_avg, exp_avg_sq = bucket.parts("exp_avg"), bucket.parts("exp_avg_sq")
-        update_norm = adam_(weights, grads.of(_taken(bucket.grads, where)), exp_avg, exp_avg_sq, plan, clip)
-        _put_back(bucket.here, trained, where)
-        _put_back(lost, weights.lost, where)
-        if official and weight_decay and group["density"] == 1:
-            for p, accepted in zip(bucket.here, grads.finite.unbind(), strict=True):
-                p.mul_(1 - lr * weight_decay * accepted)
-        bucket.store(grads.finite, age=age)
+        grads, update_norm = (_compact_adam_ if bucket.kernels is None else _masked_adam_)(
+            bucket, weights, grads, plan, clip
+        )
+        scalars.store(grads.finite, age)
+        grads = yield grads.with_norms()
 
         found = statistics(grads, bucket, update_norm)
-        if any(entries is not None for entries in where):
-            sizes = update_norm.new_tensor([max(p.numel(), 1) for p in trained])
+        sizes = bucket.sizes()
+        if any("mask" in state for state in bucket.states):
+            sizes = update_norm.new_tensor([max(state["exp_avg"].numel(), 1) for state in bucket.states])
             found["update_rms"] = update_norm / sizes.sqrt()
-        else:
-            sizes = bucket.sizes()
         if clip and not bucket.layout.cuts:
             found |= {"norm_after": clip.norms(), "clipped": clip.counts() / sizes}
         elif clip:  # only a part is here, and its count is not worth a message of its own
@@ -228,6 +220,31 @@ class SPAM(EvenOptimizer):
         if group["reset_interval"]:
             started = started & (torch.remainder(t, group["reset_interval"]) >= group["clip_start"])
         return started.to(t.dtype)
+
+
+def _masked_adam_(
+    bucket: Bucket, weights: Weights, grads: Gradients, plan: AdamStep, clip: EntryClip | None
+) -> tuple[Gradients, Tensor]:
+    """Adam's step on the entries of the masks, by kernels that know about them."""
+    if any("mask" in state for state in bucket.states):
+        nothing = torch.empty(0, dtype=torch.uint8, device=bucket.here[0].device)
+        weights.masks = [state.get("mask", nothing) for state in bucket.states]
+    return adam_(weights, grads, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan, clip)
+
+
+def _compact_adam_(
+    bucket: Bucket, weights: Weights, grads: Gradients, plan: AdamStep, clip: EntryClip | None
+) -> tuple[Gradients, Tensor]:
+    """The same by the plain code: the entries of the masks are taken out, updated and put back."""
+    where = [_entries(state, p.numel()) for p, state in zip(bucket.params, bucket.states, strict=True)]
+    weights.tensors = trained = _taken(bucket.here, where)
+    lost = weights.lost
+    weights.lost = _taken(lost, where)
+    some = grads.of(_taken(bucket.grads, where))
+    _, update_norm = adam_(weights, some, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan, clip)
+    _put_back(bucket.here, trained, where)
+    _put_back(lost, weights.lost, where)
+    return grads, update_norm
 
 
 def _entries(state: State, n: int) -> Tensor | None:

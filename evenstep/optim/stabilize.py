@@ -20,10 +20,12 @@ from torch.optim import Optimizer
 
 from evenstep.optim.bases import check_base, check_parameters, checked_copy
 from evenstep.optim.chain import CLOCK, PREFIX, Chain, Transformed
+from evenstep.optim.fused import Choice
 from evenstep.optim.moments import MOMENTS, Snapshot, divided, reset_, unknown_entries
-from evenstep.optim.sharding import buckets, combine, local
+from evenstep.optim.sharding import buckets, combine
 from evenstep.optim.state import Group, in_param_order, statistics
-from evenstep.transforms import Gradients, MomentumReset, SkipStep, Transform, blocks, check, lockstep
+from evenstep.optim.swapped import Swap
+from evenstep.transforms import MomentumReset, SkipStep, Transform, check, lockstep
 
 
 def stabilize(
@@ -32,6 +34,7 @@ def stabilize(
     reset_interval: int = 0,
     moments: Iterable[str] = (),
     nonfinite: str = "restore",
+    fused: bool | None = None,
 ) -> "Stabilized":
     """Put gradient transforms before ``optimizer``; the result is a torch Optimizer over the same groups and
     parameters.
@@ -59,6 +62,8 @@ def stabilize(
 
             ``"zero"``: the base sees zeros, so that its momentum and weight decay still move the tensor. No read, no
             copy.
+        fused: None (default) for kernels where they serve, False for the plain code, True for an error where they do
+            not.
 
     Raises:
         TypeError: ``optimizer`` is no torch Optimizer, or one that needs its closure (LBFGS). ValueError: a complex
@@ -66,7 +71,7 @@ def stabilize(
             range, or (at the first step of a base with unknown state) entries of which it is not known whether they are
             moments. RuntimeError: a sparse gradient.
     """
-    return Stabilized(optimizer, transforms, reset_interval, moments, nonfinite)
+    return Stabilized(optimizer, transforms, reset_interval, moments, nonfinite, fused)
 
 
 class Stabilized(Optimizer):
@@ -81,6 +86,7 @@ class Stabilized(Optimizer):
         reset_interval: int = 0,
         moments: Iterable[str] = (),
         nonfinite: str = "restore",
+        fused: bool | None = None,
     ):
         check_base(base)
         check("stabilize", reset_interval=reset_interval, nonfinite=nonfinite)
@@ -96,6 +102,8 @@ class Stabilized(Optimizer):
         self.moments = MOMENTS | frozenset(moments) | frozenset(reset.moments)
         self.nonfinite = nonfinite
         self.chain = Chain(transforms, reset.every)
+        self._choice = Choice(fused)
+        self._swap = Swap()
         self.stats: dict[str, Tensor] = {}
         # Optimizer.__init__ would make groups and state of its own; __setstate__ sets up the rest (hooks, profiling).
         self.__setstate__({})
@@ -135,12 +143,14 @@ class Stabilized(Optimizer):
 
     def _adopt(self, group: Group) -> None:
         check_parameters(group["params"])
+        for p in group["params"]:
+            self._choice.check(p)
         group.setdefault(CLOCK, max((other.get(CLOCK, 0) for other in self.param_groups), default=0))
         for p in group["params"]:
             self.chain.adopt(p)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("base", "reset_interval", "moments", "nonfinite", "chain")
+        own = ("base", "reset_interval", "moments", "nonfinite", "chain", "_choice", "_swap")
         return {name: self.__dict__[name] for name in own} | {"stats": {}}
 
     def __repr__(self) -> str:
@@ -159,7 +169,9 @@ class Stabilized(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_sparse_gradients()
-        work = [(group, bucket) for group in self.param_groups for bucket in buckets(group["params"])]
+        work = [
+            (group, bucket) for group in self.param_groups for bucket in buckets(group["params"], None, self._choice)
+        ]
         layouts = [bucket.layout for _, bucket in work]
         seen = torch.as_tensor(loss) if isinstance(loss, Tensor | float) else None
         steps = [self.chain.transformed(bucket, group[CLOCK] + 1, seen) for group, bucket in work]
@@ -199,11 +211,12 @@ class Stabilized(Optimizer):
             if p in stepped:
                 reset_(self.base.state.get(p, {}), self.moments)
         given = {p: p.grad for p in accepted}
+        work = [(one.grads, i, p) for one in found for i, p in enumerate(one.bucket.params) if p in stepped]
         try:
-            for one in found:
-                for i, p in enumerate(one.bucket.params):
-                    p.grad = _copied(one.grads, i, p.grad) if p in stepped else None  # type: ignore[arg-type]
-            if stepped or not accepted:
+            for p in accepted:
+                p.grad = None
+            self._swap.step(self.base, work)
+            if not accepted:
                 self.base.step()
             snapshot.restore([accepted[p] for p in unread])
         finally:
@@ -280,12 +293,3 @@ class Stabilized(Optimizer):
     def _numbered(self, saved: dict[str, Any]) -> list[tuple[Any, Tensor]]:
         ids = [i for group in saved["param_groups"] for i in group["params"]]
         return list(zip(ids, (p for group in self.param_groups for p in group["params"]), strict=False))
-
-
-def _copied(grads: Gradients, i: int, like: Tensor) -> Tensor:
-    """The transformed gradient ``i`` as a tensor like the one that came."""
-    result = torch.empty_like(like)
-    read = grads.reader(i)
-    for piece, out in blocks(grads.tensors[i], local(result)):
-        out.copy_(read(piece))
-    return result

@@ -9,7 +9,7 @@ from torch import Tensor
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.sharding import Bucket
 from evenstep.optim.state import moment, scalar, statistics
-from evenstep.transforms import AdamStep, Steps, adaclip, adagn, adam_, close, cosine_factor, opened, reset_due
+from evenstep.transforms import AdamStep, Steps, adaclip, adagn, adam_, cosine_factor, reset_due
 
 
 class StableSPAM(EvenOptimizer):
@@ -43,7 +43,8 @@ class StableSPAM(EvenOptimizer):
         rounding: how results enter 16-bit parameters: ``"nearest"`` (default), ``"stochastic"`` or ``"kahan"`` (2 more
             bytes per parameter); no difference for fp32 parameters.
         state: how moments are stored: ``"fp32"`` (default), ``"bf16"``, or ``"int8"`` (blocks of 256, needs torchao).
-        fused: None or False; kernels choose themselves.
+        fused: kernels (C++ on CPU, Triton on CUDA): None (default) where they serve, False for the plain code, True for
+            an error where they do not. ``evenstep doctor`` shows what serves.
         **official: the official names above.
 
     State per parameter, fp32 (fp64 for fp64 parameters): ``exp_avg``, ``exp_avg_sq`` and the scalars ``peak`` (mean of
@@ -121,13 +122,13 @@ class StableSPAM(EvenOptimizer):
             factor = cosine_factor(t, group["total_steps"], group["eta_min"], hold=not official)
             beta1, gamma1 = beta1 * factor, gamma1 * factor
 
-        n = bucket.stacked("n") + 1
-        age = bucket.stacked("age") * (1 - reset) + 1
+        scalars = bucket.stacked("peak", "norm", "norm_rms", "n", "age")
+        peak, norm, norm_rms, n, age = scalars.values
+        n, age = n + 1, age * (1 - reset) + 1
         grads = yield self.gradients(group, bucket)
-        grads, peak = adaclip(grads, bucket.stacked("peak"), n, group["gamma3"])
+        grads, peak = adaclip(grads, peak, n, group["gamma3"])
         grads = yield grads.with_norms()
-        norms = bucket.stacked("norm"), bucket.stacked("norm_rms")
-        gain, norm, norm_rms = adagn(grads.norm, *norms, n, gamma1, group["gamma2"], group["eps"])
+        gain, norm, norm_rms = adagn(grads.norm, norm, norm_rms, n, gamma1, group["gamma2"], group["eps"])
         grads = grads.amplified(gain)
 
         # The official code resets after the update instead of before: the old moments take this step, with the bias
@@ -140,14 +141,11 @@ class StableSPAM(EvenOptimizer):
             betas=(beta1, beta2),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
+            forget_after=reset if official else None,
         )
-        exp_avg, exp_avg_sq = bucket.parts("exp_avg"), bucket.parts("exp_avg_sq")
-        update_norm = adam_(self.weights(group, bucket, grads.finite), grads, exp_avg, exp_avg_sq, plan)
+        weights = self.weights(group, bucket, grads.finite)
+        grads, update_norm = adam_(weights, grads, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan)
         if official:
-            kept = torch.where(grads.finite, torch.ones_like(age) * (1 - reset), torch.ones_like(age))
-            for keep, accepted, *moments in zip(kept.unbind(), grads.finite.unbind(), exp_avg, exp_avg_sq, strict=True):
-                for m in moments:
-                    close(m, opened(m, bucket.dtype).mul_(keep), accepted)
             n = age  # one counter for both: after a reset the statistics are corrected as if they were new
-        bucket.store(grads.finite, peak=peak, norm=norm, norm_rms=norm_rms, n=n, age=age)
+        scalars.store(grads.finite, peak, norm, norm_rms, n, age)
         return statistics(grads, bucket, update_norm)

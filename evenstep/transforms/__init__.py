@@ -1,10 +1,10 @@
 """What the optimizers are made of: each equation of the papers, once, as functions on lists of tensors."""
 
-from evenstep.transforms.adam import AdamStep, Weights, adam_, close, opened
+from evenstep.transforms.adam import AdamStep, Weights, adam_, close, filled, opened
 from evenstep.transforms.blocks import blocks
 from evenstep.transforms.checks import CHECKS, check
 from evenstep.transforms.clock import bias_correction, cosine_factor, reset_due, rewarm_factor
-from evenstep.transforms.column_norm import floored, row_blocks, row_norms, squared_norms
+from evenstep.transforms.column_norm import FLOOR, floored, row_blocks, row_norms, squared_norms
 from evenstep.transforms.gradients import Gradients
 from evenstep.transforms.lockstep import Combine, Steps, combined, lockstep
 from evenstep.transforms.model_wide import AutoClip, NormClip, SkipStep, ZClip
@@ -18,6 +18,7 @@ from evenstep.transforms.units import AGC, AdaClip, AdaGN, GradientStabilizer, S
 __all__ = [
     "AGC",
     "CHECKS",
+    "FLOOR",
     "AdaClip",
     "AdaGN",
     "AdamStep",
@@ -46,6 +47,7 @@ __all__ = [
     "close",
     "combined",
     "cosine_factor",
+    "filled",
     "floored",
     "lockstep",
     "noise_seeds",

@@ -1,15 +1,16 @@
 """Adam's update, written once for every optimizer that ends in it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from evenstep.kernels import AdamWork, is_coded, table
 from evenstep.transforms.blocks import blocks
 from evenstep.transforms.clock import bias_correction
 from evenstep.transforms.gradients import Gradients
 from evenstep.transforms.rounding import stochastically_rounded, write_kahan
+from evenstep.transforms.spike_clip import EntryClip
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,10 @@ class AdamStep:
     shrink: Tensor | None
     """[k] decoupled weight decay: what the parameter is multiplied by before the update; None for no decay."""
     eps: float
+    after: Tensor | None = None
+    """[k] what the moments are multiplied by once the step is taken; None for 1."""
+    shrink_after: Tensor | None = None
+    """[k] likewise for the parameter."""
 
     @classmethod
     def plan(
@@ -48,12 +53,15 @@ class AdamStep:
         weight_decay: float = 0.0,
         warmup: Tensor | float = 1.0,
         eps_before_correction: bool = False,
+        forget_after: Tensor | None = None,
+        weight_decay_after: float = 0.0,
     ) -> "AdamStep":
         """``age`` [k]: updates since the last reset, this one included; ``forget`` 0-d: 1 clears the moments before the
         gradient enters.
 
         ``eps_before_correction`` adds ``eps`` to the root of the second moment before its bias is corrected (official
-        SPAM), not after.
+        SPAM), not after. ``forget_after`` (0-d, 1 or 0) and ``weight_decay_after`` are as ``forget`` and
+        ``weight_decay``, once the step is taken (the published codes' order).
         """
         beta1, beta2 = betas
         one = torch.ones_like(age)
@@ -71,6 +79,8 @@ class AdamStep:
             root_bias2=root_bias2,
             shrink=torch.where(finite, one - lr * weight_decay, one) if weight_decay else None,
             eps=eps,
+            after=None if forget_after is None else torch.where(finite, one * (1 - forget_after), one),
+            shrink_after=torch.where(finite, one - lr * weight_decay_after, one) if weight_decay_after else None,
         )
 
 
@@ -85,6 +95,8 @@ class Weights:
     """Kahan's compensation, where rounding is ``"kahan"``."""
     seeds: list[Tensor | None]
     """0-d int32, where rounding is ``"stochastic"``."""
+    masks: list[Tensor] = field(default_factory=list)
+    """For kernels: packed bits of the entries that are trained (no bits for all), or an empty list for all of all."""
 
     def extras(self, i: int) -> list[Tensor]:
         lost = self.lost[i]
@@ -103,18 +115,20 @@ class Weights:
             p.copy_(exact)
 
 
-Clip = Callable[[int, Tensor, Tensor], Tensor]
-"""(number of the tensor, gradient, second moment before this step) -> gradient."""
+def filled(tensors: list[Tensor | None]) -> list[Tensor]:
+    """For kernels, which take lists of tensors: no list where there is none, empty tensors for those that miss."""
+    given = [x for x in tensors if x is not None]
+    return [given[0].new_empty(0) if x is None else x for x in tensors] if given else []
 
 
 def opened(stored: Tensor, dtype: torch.dtype) -> Tensor:
     """A stored moment for arithmetic in ``dtype``: itself where it is stored so, else a decoded copy."""
-    return stored.dequantize().to(dtype) if _is_coded(stored) else stored.to(dtype)
+    return stored.dequantize().to(dtype) if is_coded(stored) else stored.to(dtype)
 
 
 def close(stored: Tensor, moment: Tensor, accepted: Tensor) -> None:
     """Store what `opened` gave, after the arithmetic, if ``accepted`` (0-d bool)."""
-    if _is_coded(stored):
+    if is_coded(stored):
         # Coding again what was decoded may give other codes (a block's largest entry is coded exactly only if it is
         # positive), so a moment that should stay needs its old ones.
         before = stored.codes.clone(), stored.scale.clone()  # type: ignore[attr-defined]
@@ -125,23 +139,21 @@ def close(stored: Tensor, moment: Tensor, accepted: Tensor) -> None:
         stored.copy_(moment)
 
 
-def _is_coded(stored: Tensor) -> bool:
-    return type(stored) is not Tensor and hasattr(stored, "codes")
-
-
 def adam_(
     weights: Weights,
     grads: Gradients,
     exp_avg: list[Tensor],
     exp_avg_sq: list[Tensor],
     how: AdamStep,
-    clip: Clip | None = None,
-) -> Tensor:
-    """Decay, accumulate and step, in place. Returns the 2-norm of each tensor's update (without the decay), shape
-    ``[k]``.
+    clip: EntryClip | None = None,
+) -> tuple[Gradients, Tensor]:
+    """Decay, accumulate and step, in place. Returns the gradients, measured by now, and the 2-norm of each tensor's
+    update (without the decay), shape ``[k]``.
 
     The second moment is capped at the largest finite number, so that a gradient of 1e20 can be forgotten again.
     """
+    if grads.kernels is not None:
+        return _fused_adam_(weights, grads, exp_avg, exp_avg_sq, how, clip)
     largest = torch.finfo(grads.dtype).max
     norms = []
     for i, tensors in enumerate(zip(weights.tensors, grads.tensors, exp_avg, exp_avg_sq, strict=True)):
@@ -154,15 +166,67 @@ def adam_(
             m.mul_(keep1).addcmul_(g, how.add1)
             v.mul_(keep2).addcmul_(g, g, value=how.add2).clamp_(max=largest)
             update = torch.div(m, v.sqrt().div_(root_bias2).add_(how.eps)).mul_(step_size)
+            if how.after is not None:
+                m.mul_(how.after[i])
+                v.mul_(how.after[i])
             close(stored_m, m, weights.finite[i])
             close(stored_v, v, weights.finite[i])
             parts.append(torch.linalg.vector_norm(update))
-            if p.dtype == grads.dtype:
-                (p if how.shrink is None else p.mul_(how.shrink[i])).sub_(update)
-            else:
-                before = p.to(grads.dtype)
-                exact = (before if how.shrink is None else before.mul_(how.shrink[i])) - update
+            exact = p if p.dtype == grads.dtype else p.to(grads.dtype)
+            if how.shrink is not None:
+                exact.mul_(how.shrink[i])
+            exact.sub_(update)
+            if how.shrink_after is not None:
+                exact.mul_(how.shrink_after[i])
+            if exact is not p:
                 weights.write(i, p, exact, extras, start)
                 start += p.numel()
         norms.append(torch.linalg.vector_norm(torch.stack(parts)))
-    return torch.stack(norms)
+    return grads, torch.stack(norms)
+
+
+def _fused_adam_(
+    weights: Weights,
+    grads: Gradients,
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    how: AdamStep,
+    clip: EntryClip | None,
+) -> tuple[Gradients, Tensor]:
+    assert grads.kernels is not None
+    numbers = table(
+        grads.peak,
+        weights.finite,
+        *grads.numbers(),
+        how.keep1,
+        how.keep2,
+        how.add1,
+        how.add2,
+        how.step_size,
+        1 / how.root_bias2,
+        how.eps,
+        1.0 if how.shrink is None else how.shrink,
+        1.0 if how.shrink_after is None else how.shrink_after,
+        1.0 if how.after is None else how.after,
+        0.0 if clip is None else clip.factor,
+        0.0 if clip is None else clip.spread,
+    )
+    found = grads.kernels.adam_(
+        AdamWork(
+            weights.tensors,
+            grads.tensors,
+            exp_avg,
+            exp_avg_sq,
+            numbers,
+            masks=weights.masks,
+            lost=filled(weights.lost),
+            seeds=filled(weights.seeds),
+            capped=clip is not None,
+            zero_history=clip is not None and clip.zero_history,
+            measure=grads.is_late,
+            measured=grads.measured,
+        )
+    )
+    if clip is not None:
+        clip.found(found.clipped_norm, found.clipped)
+    return grads if found.measured is None else grads.seen(found.measured), found.update_norm

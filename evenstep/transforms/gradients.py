@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from evenstep.kernels import Kernels, Measured
 from evenstep.transforms.blocks import blocks
 from evenstep.transforms.lockstep import Combine, Steps
 
@@ -52,20 +53,63 @@ class Gradients:
     """What `with_norms` found."""
     origin: "Gradients | None" = None
     """The gradients as they came, where `replaced` put other tensors in their place."""
+    kernels: Kernels | None = None
+    """What reads the tensors; None for the plain code."""
+    measured: Measured | None = None
+    """What the kernels found of the parts that are here."""
 
     @classmethod
-    def measure(cls, tensors: list[Tensor], dtype: torch.dtype, sign: float = 1.0) -> "Steps[Gradients]":
-        """Take the largest absolute entry and the norm of each tensor, in one pass."""
-        peaks, norms = [], []
-        for g in tensors:
-            parts = [peak_and_norm(piece.to(dtype)) for (piece,) in blocks(g)]
-            peaks.append(torch.stack([peak for peak, _ in parts]).amax())
-            norms.append(peak_and_norm(torch.stack([norm for _, norm in parts]))[1])
-        # A maximum over machines may lose a NaN, but not an infinity.
-        bound = torch.nan_to_num(torch.stack(peaks), nan=torch.inf, posinf=torch.inf)
+    def measure(
+        cls,
+        tensors: list[Tensor],
+        dtype: torch.dtype,
+        sign: float = 1.0,
+        kernels: Kernels | None = None,
+        measured: Measured | None = None,
+    ) -> "Steps[Gradients]":
+        """Take the largest absolute entry and the norm of each tensor, in one pass (none if ``kernels`` have
+        ``measured`` them).
+        """
+        if kernels is not None:
+            measured = measured or kernels.measure(tensors)
+            bound, here = measured.peak, measured.norm
+        else:
+            peaks, norms = [], []
+            for g in tensors:
+                parts = [peak_and_norm(piece.to(dtype)) for (piece,) in blocks(g)]
+                peaks.append(torch.stack([peak for peak, _ in parts]).amax())
+                norms.append(peak_and_norm(torch.stack([norm for _, norm in parts]))[1])
+            # A maximum over machines may lose a NaN, but not an infinity.
+            bound = torch.nan_to_num(torch.stack(peaks), nan=torch.inf, posinf=torch.inf)
+            here = torch.stack(norms)
         [peak] = yield (Combine("max", bound),)
         finite = torch.isfinite(peak)
-        return cls(tensors, dtype, peak, torch.stack(norms), finite, finite.to(dtype), sign=sign)
+        gain = finite.to(dtype)
+        return cls(tensors, dtype, peak, here, finite, gain, sign=sign, kernels=kernels, measured=measured)
+
+    @classmethod
+    def unmeasured(cls, tensors: list[Tensor], sign: float, kernels: Kernels) -> "Gradients":
+        """Whole tensors that the kernels are going to measure in the pass that uses them (see `seen`): until then they
+        count as finite.
+        """
+        ones = torch.ones(len(tensors), dtype=torch.float32, device=tensors[0].device)
+        return cls(tensors, torch.float32, ones, ones, ones > 0, ones, sign=sign, kernels=kernels)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether these are `unmeasured`."""
+        return self.kernels is not None and self.measured is None
+
+    def seen(self, measured: Measured) -> "Gradients":
+        """What was `unmeasured`, measured."""
+        finite = torch.isfinite(measured.peak)
+        gain = torch.where(finite, self.gain, torch.zeros_like(self.gain))
+        return replace(self, peak=measured.peak, here=measured.norm, finite=finite, gain=gain, measured=measured)
+
+    def numbers(self) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """Gain, limit and reduced gain as kernels read them."""
+        gain = self.gain * self.sign
+        return (gain, torch.inf, gain) if self.limit is None else (gain, self.limit, self._rescale * gain)
 
     def of(self, tensors: list[Tensor]) -> "Gradients":
         """The same numbers for other tensors, such as a part of each."""
@@ -105,7 +149,7 @@ class Gradients:
         """The same gradients with other values, for a transform that limits and gains cannot express; takes one pass,
         and where sharded a message more.
         """
-        new = yield from Gradients.measure(tensors, self.dtype)
+        new = yield from Gradients.measure(tensors, self.dtype, kernels=self.kernels)
         finite = self.finite & new.finite
         return replace(new, finite=finite, gain=finite.to(self.dtype), origin=self.origin or self)
 
@@ -157,6 +201,8 @@ class Gradients:
         """2-norm after clipping and number of clipped entries, of the parts that are here."""
         if self.limit is None:
             return self.here, torch.zeros_like(self.here)
+        if self.kernels is not None and self.measured is not None:
+            return self.kernels.clip_norms(self.tensors, self.measured, self.limit, self._rescale)
         unit = self._left
         inverse = 1 / unit.clamp(min=torch.finfo(self.dtype).tiny)
         norms, counts = [], []

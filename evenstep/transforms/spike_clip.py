@@ -28,6 +28,10 @@ class EntryClip:
         self.parts.setdefault(i, []).append((torch.linalg.vector_norm(clipped), torch.ne(clipped, g).sum()))
         return clipped
 
+    def found(self, norms: Tensor, counts: Tensor) -> None:
+        """Take over what a kernel found, vectors ``[k]``."""
+        self.parts = {i: [pair] for i, pair in enumerate(zip(norms.unbind(), counts.unbind(), strict=True))}
+
     def norms(self) -> Tensor:
         """2-norm of each tensor after clipping, ``[k]``."""
         return torch.stack(

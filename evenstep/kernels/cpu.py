@@ -1,0 +1,129 @@
+"""The CPU kernels: cpu.cpp behind the interface that all kernels have."""
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from evenstep.kernels import cpu_ops
+from evenstep.kernels.cpu_library import chosen, library
+from evenstep.kernels.interface import AdamFound, AdamWork, Measured, RowFound, RowWork, is_coded
+
+_PLAIN = frozenset({Tensor, Parameter})
+_SERVED = frozenset({torch.float32, torch.bfloat16})
+
+
+class CpuKernels:
+    """See `evenstep.kernels.interface.Kernels`. Raises `Unavailable`."""
+
+    measures_late = True
+
+    def __init__(self) -> None:
+        library()
+        self.name = f"cpu {chosen()}"
+        cpu_ops.register()
+
+    def refusal(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
+        for x in (p, g, *states):  # asked for every tensor of every step: the common case first
+            if type(x) not in _PLAIN or x.dtype not in _SERVED or not x.is_contiguous():
+                return self._reason(p, g, *states)
+        return None
+
+    def _reason(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
+        for what, x in (("parameter", p), ("gradient", g)):
+            if type(x) not in _PLAIN:
+                return f"its {what} is a {type(x).__name__}"
+            if x.dtype not in _SERVED:
+                return f"its {what} is {x.dtype}; fp32 and bf16 are served"
+            if not x.is_contiguous():
+                return f"its {what} is not contiguous"
+        for x in states:
+            if is_coded(x):
+                if x.block_size != 256 or x.codes.numel() != p.numel():  # type: ignore[attr-defined]
+                    return "its 8-bit state is compact, or in other blocks than 256 entries"
+            elif x.dtype not in _SERVED:
+                return f"its state is {x.dtype}; fp32, bf16 and int8 are served"
+            elif not x.is_contiguous():
+                return "its state is not contiguous"
+        return None
+
+    def measure(self, grads: list[Tensor]) -> Measured:
+        peak, norm, block_peak, block_squares = torch.ops.evenstep.cpu_measure(grads)
+        return Measured(peak, norm, (block_peak, block_squares))
+
+    def clip_norms(
+        self, grads: list[Tensor], measured: Measured, limit: Tensor, rescale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.evenstep.cpu_clip_norms(grads, *measured.blocks, limit.float(), rescale.float())
+
+    def adam_(self, work: AdamWork) -> AdamFound:
+        m, m_scales, m_maps = opened(work.exp_avg)
+        v, v_scales, v_maps = opened(work.exp_avg_sq)
+        results = torch.ops.evenstep.cpu_adam_(
+            work.params,
+            work.grads,
+            m,
+            v,
+            m_scales,
+            v_scales,
+            m_maps,
+            v_maps,
+            work.masks,
+            work.lost,
+            work.seeds,
+            work.numbers,
+            work.capped,
+            work.zero_history,
+            work.measure,
+            list(work.measured.blocks[:1]) if work.measured is not None else [],
+        )
+        update_norm, clipped_norm, clipped, *found = results
+        measured = Measured(found[0], found[1], (found[2], found[3])) if work.measure else None
+        return AdamFound(update_norm, clipped_norm, clipped, measured)
+
+    def columns(self, grads: list[Tensor]) -> tuple[Measured, list[Tensor]]:
+        peak, norm, squares = torch.ops.evenstep.cpu_columns(grads)
+        shapes = [(1, *g.shape[1:]) for g in grads]
+        parts = squares.split([g[0].numel() if len(g) else 0 for g in grads])
+        return Measured(peak, norm, ()), [x.view(shape) for x, shape in zip(parts, shapes, strict=True)]
+
+    def rows_(self, work: RowWork) -> RowFound:
+        m, m_scales, m_maps = opened(work.exp_avg)
+        direction_norm, *found = torch.ops.evenstep.cpu_rows_(
+            work.params,
+            work.grads,
+            m,
+            m_scales,
+            m_maps,
+            work.divisors,
+            work.lost,
+            work.seeds,
+            work.numbers,
+            work.floor,
+            work.measure,
+        )
+        measured = Measured(found[0], found[1], (found[2], found[3])) if work.measure else None
+        return RowFound(direction_norm, measured)
+
+    def gather(self, scalars: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        return torch.ops.evenstep.cpu_gather(scalars)
+
+    def scatter_(self, scalars: list[Tensor], places: Tensor | None, values: Tensor) -> None:
+        torch.ops.evenstep.cpu_scatter_(scalars, places, values)
+
+    def transformed(self, out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
+        torch.ops.evenstep.cpu_transformed_(out, grads, numbers)
+
+
+def opened(moments: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Moments as plain tensors: what is stored, the scales of the coded ones (empty tensors for the others; no list
+    when none is coded), and their map, if any.
+    """
+    coded = [x for x in moments if is_coded(x)]
+    if not coded:
+        return moments, [], []
+    nothing = torch.empty(0, device="cpu")
+    return (
+        [x.codes if is_coded(x) else x for x in moments],  # type: ignore[attr-defined]
+        [x.scale if is_coded(x) else nothing for x in moments],  # type: ignore[attr-defined]
+        [coded[0].qmap],  # type: ignore[attr-defined]
+    )

@@ -1,0 +1,283 @@
+"""The functions of cpu.cpp as torch operators, with meta functions, so that torch.compile and fake tensors see through
+them. They take lists of tensors and write a table of their addresses for the library.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evenstep.kernels.cpu_library import FIELDS, library, threads
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+
+
+_SCHEMAS = {
+    "cpu_measure": "(Tensor[] grads) -> (Tensor, Tensor, Tensor, Tensor)",
+    "cpu_clip_norms": (
+        "(Tensor[] grads, Tensor block_peak, Tensor block_squares, Tensor limit, Tensor rescale) -> (Tensor, Tensor)"
+    ),
+    "cpu_adam_": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] m_scales, "
+        "Tensor(e!)[] v_scales, Tensor[] m_map, Tensor[] v_map, Tensor[] masks, Tensor(f!)[] lost, Tensor[] seeds, "
+        "Tensor numbers, bool capped, bool zero_history, bool measure, Tensor[] block_peak) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "cpu_columns": "(Tensor[] grads) -> (Tensor, Tensor, Tensor)",
+    "cpu_rows_": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] scales, Tensor[] map, "
+        "Tensor[] divisors, Tensor(d!)[] lost, Tensor[] seeds, Tensor numbers, float floor, bool measure) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "cpu_gather": "(Tensor[] scalars) -> (Tensor, Tensor)",
+    "cpu_scatter_": "(Tensor(a!)[] scalars, Tensor places, Tensor values) -> ()",
+    "cpu_transformed_": "(Tensor(a!)[] out, Tensor[] grads, Tensor numbers) -> ()",
+}
+
+
+@functools.cache
+def register() -> torch.library.Library:
+    """Make the operators known to torch, once."""
+    known = torch.library.Library("evenstep", "FRAGMENT")
+    for name, schema in _SCHEMAS.items():
+        known.define(name + schema)
+        known.impl(name, globals()[f"_{name}"], "CPU")
+        torch.library.register_fake(f"evenstep::{name}", globals()[f"_meta_{name}"], lib=known)
+    return known
+
+
+def _jobs(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor] = (),
+    exp_avg: Sequence[Tensor] = (),
+    exp_avg_sq: Sequence[Tensor] = (),
+    m_scales: Sequence[Tensor] = (),
+    v_scales: Sequence[Tensor] = (),
+    m_map: Sequence[Tensor] = (),
+    v_map: Sequence[Tensor] = (),
+    masks: Sequence[Tensor] = (),
+    lost: Sequence[Tensor] = (),
+    seeds: Sequence[Tensor] = (),
+) -> np.ndarray:
+    """The table of cpu.cpp's struct Job, a row per tensor. Empty tensors have the address 0."""
+    table = np.zeros((len(grads), FIELDS), dtype=np.int64)
+    table[:, 0] = [g.numel() for g in grads]
+    table[:, 1] = [g.shape[0] if g.dim() else 1 for g in grads]
+    for column, tensors in ((2, params), (3, grads), (4, exp_avg), (5, exp_avg_sq)):
+        if tensors:
+            table[:, column] = [_TYPES[x.dtype] for x in tensors]
+    for column, tensors in (
+        (6, params),
+        (7, grads),
+        (8, exp_avg),
+        (9, exp_avg_sq),
+        (10, m_scales),
+        (11, v_scales),
+        (12, m_map),
+        (13, v_map),
+        (14, masks),
+        (16, lost),
+        (17, seeds),
+    ):
+        if tensors:
+            table[:, column] = [x.data_ptr() for x in tensors]
+    if masks:
+        table[:, 15] = [m.numel() for m in exp_avg]
+    return table
+
+
+def _call(function: str, jobs: np.ndarray, *arguments: Tensor | np.ndarray | int | float) -> None:
+    """Tensors and arrays go by address, integers as 64 bits, floats as fp32."""
+    # Threads cost more than they bring for what fits a cache.
+    several = threads() if jobs[:, 0].sum() > 1 << 16 else 1
+    getattr(library(), f"evenstep_{function}")(
+        ctypes.c_void_p(jobs.ctypes.data),
+        ctypes.c_int64(len(jobs)),
+        ctypes.c_int64(several),
+        *(_argument(x) for x in arguments),
+    )
+
+
+def _argument(x: Tensor | np.ndarray | int | float) -> object:
+    if isinstance(x, Tensor):
+        return ctypes.c_void_p(x.data_ptr())
+    if isinstance(x, np.ndarray):
+        return ctypes.c_void_p(x.ctypes.data)
+    return ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int64(x)
+
+
+def _empty(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Told device and dtype, whatever torch's defaults are."""
+    return torch.empty(n, dtype=dtype, device="cpu")
+
+
+def _vectors(grads: Sequence[Tensor], count: int) -> list[Tensor]:
+    return [_empty(len(grads)) for _ in range(count)]
+
+
+def _blocks(grads: Sequence[Tensor], wanted: bool = True) -> tuple[Tensor, Tensor]:
+    size = library().evenstep_block()
+    count = sum(-(-g.numel() // size) for g in grads) if wanted else 0
+    return _empty(count), _empty(count, torch.float64)
+
+
+def _written(*several: Sequence[Tensor]) -> None:
+    """Let autograd know: it refuses a backward pass through what has changed since."""
+    for tensors in several:
+        torch.autograd.graph.increment_version(tensors)
+
+
+def _cpu_measure(grads: list[Tensor]) -> tuple[Tensor, ...]:
+    found = (*_vectors(grads, 2), *_blocks(grads))
+    _call("measure", _jobs(grads), *found)
+    return found
+
+
+def _cpu_clip_norms(
+    grads: list[Tensor], block_peak: Tensor, block_squares: Tensor, limit: Tensor, rescale: Tensor
+) -> tuple[Tensor, ...]:
+    found = _vectors(grads, 2)
+    _call("clip_norms", _jobs(grads), block_peak, block_squares, limit.contiguous(), rescale.contiguous(), *found)
+    return tuple(found)
+
+
+def _cpu_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    m_scales: list[Tensor],
+    v_scales: list[Tensor],
+    m_map: list[Tensor],
+    v_map: list[Tensor],
+    masks: list[Tensor],
+    lost: list[Tensor],
+    seeds: list[Tensor],
+    numbers: Tensor,
+    capped: bool,
+    zero_history: bool,
+    measure: bool,
+    block_peak: list[Tensor],
+) -> tuple[Tensor, ...]:
+    jobs = _jobs(
+        grads,
+        params,
+        exp_avg,
+        exp_avg_sq,
+        m_scales,
+        v_scales,
+        m_map * len(grads),
+        v_map * len(grads),
+        masks,
+        lost,
+        seeds,
+    )
+    found = (*_vectors(grads, 5), *_blocks(grads, measure))
+    vectors, peaks = found[:5], block_peak[0] if block_peak and not measure else found[5]
+    _call("adam", jobs, numbers.contiguous(), int(capped), int(zero_history), int(measure), *vectors, peaks, found[6])
+    _written(params, exp_avg, exp_avg_sq, m_scales, v_scales, lost)
+    return found
+
+
+def _cpu_columns(grads: list[Tensor]) -> tuple[Tensor, ...]:
+    lengths = [g[0].numel() if len(g) else 0 for g in grads]
+    squares = _empty(sum(lengths), torch.float64).zero_()
+    starts = _addresses(squares.split(lengths))
+    found = _vectors(grads, 2)
+    _call("columns", _jobs(grads), starts, *found)
+    return (*found, squares)
+
+
+def _cpu_rows_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    scales: list[Tensor],
+    map: list[Tensor],
+    divisors: list[Tensor],
+    lost: list[Tensor],
+    seeds: list[Tensor],
+    numbers: Tensor,
+    floor: float,
+    measure: bool,
+) -> tuple[Tensor, ...]:
+    jobs = _jobs(grads, params, exp_avg, m_scales=scales, m_map=map * len(grads), lost=lost, seeds=seeds)
+    dividing = _addresses(divisors) if divisors else np.zeros(len(grads), dtype=np.int64)
+    direction_norm, *measured = _vectors(grads, 3)
+    found = (direction_norm, *measured, *_blocks(grads, measure))
+    _call("rows", jobs, numbers.contiguous(), dividing, float(floor), int(measure), *found)
+    _written(params, exp_avg, scales, lost)
+    return found
+
+
+def _cpu_transformed_(out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
+    _call("transformed", _jobs(grads, out), numbers.contiguous())
+    _written(out)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
+    return np.array([x.data_ptr() for x in tensors], dtype=np.int64)
+
+
+def _cpu_gather(scalars: list[Tensor]) -> tuple[Tensor, Tensor]:
+    found = _empty(len(scalars))
+    places = torch.from_numpy(_addresses(scalars))
+    library().evenstep_gather(_argument(places), ctypes.c_int64(len(scalars)), _argument(found))
+    return found, places
+
+
+def _cpu_scatter_(scalars: list[Tensor], places: Tensor, values: Tensor) -> None:
+    library().evenstep_scatter(_argument(places), ctypes.c_int64(len(scalars)), _argument(values.contiguous()))
+    _written(scalars)
+
+
+# ---- shapes alone ----
+
+
+def _meta_vectors(grads: list[Tensor], count: int) -> tuple[Tensor, ...]:
+    return tuple(grads[0].new_empty(len(grads), dtype=torch.float32) for _ in range(count))
+
+
+def _meta_blocks(grads: list[Tensor], wanted: bool = True) -> tuple[Tensor, ...]:
+    size = library().evenstep_block()
+    count = sum((g.numel() + size - 1) // size for g in grads) if wanted else 0
+    return tuple(grads[0].new_empty(count, dtype=dtype) for dtype in (torch.float32, torch.float64))
+
+
+def _meta_cpu_measure(grads: list[Tensor]) -> tuple[Tensor, ...]:
+    return _meta_vectors(grads, 2) + _meta_blocks(grads)
+
+
+def _meta_cpu_clip_norms(
+    grads: list[Tensor], block_peak: Tensor, block_squares: Tensor, limit: Tensor, rescale: Tensor
+) -> tuple[Tensor, ...]:
+    return _meta_vectors(grads, 2)
+
+
+def _meta_cpu_adam_(params: list[Tensor], grads: list[Tensor], *rest: object) -> tuple[Tensor, ...]:
+    return _meta_vectors(grads, 5) + _meta_blocks(grads, bool(rest[-2]))
+
+
+def _meta_cpu_columns(grads: list[Tensor]) -> tuple[Tensor, ...]:
+    count = sum(g[0].numel() if len(g) else 0 for g in grads)
+    return (*_meta_vectors(grads, 2), grads[0].new_empty(count, dtype=torch.float64))
+
+
+def _meta_cpu_rows_(params: list[Tensor], grads: list[Tensor], *rest: object) -> tuple[Tensor, ...]:
+    return _meta_vectors(grads, 3) + _meta_blocks(grads, bool(rest[-1]))
+
+
+def _meta_cpu_gather(scalars: list[Tensor]) -> tuple[Tensor, Tensor]:
+    k = len(scalars)
+    return scalars[0].new_empty(k), scalars[0].new_empty(k, dtype=torch.int64)
+
+
+def _meta_cpu_scatter_(scalars: list[Tensor], places: Tensor, values: Tensor) -> None:
+    return None
+
+
+def _meta_cpu_transformed_(out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
+    return None

@@ -1,0 +1,45 @@
+"""Which parameters are updated by fused kernels and which by the plain code."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from evenstep.kernels import Kernels, kernels_for
+from evenstep.optim.sharding import local
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Entries of a parameter's state that kernels write."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the option ``fused`` means: None for kernels where they serve, False for never, True for an error where they
+    do not.
+    """
+
+    fused: bool | None
+
+    def check(self, p: Tensor) -> None:
+        """ValueError where ``fused=True`` and there are no kernels for the device of ``p``."""
+        found = kernels_for(p.device.type) if self.fused else None
+        if isinstance(found, str):
+            raise ValueError(f"fused=True: {found}; use fused=None or False (evenstep doctor tells more)")
+
+    def __call__(self, p: Tensor, grad: Tensor, state: Mapping[str, Any]) -> Kernels | None:
+        """The kernels for what is here of a parameter. RuntimeError where ``fused=True`` and there are none."""
+        if self.fused is False:
+            return None
+        kernels = kernels_for(p.device.type)
+        if isinstance(kernels, str):
+            reason: str | None = kernels
+        else:
+            reason = kernels.refusal(p, grad, *(local(state[name]) for name in MOMENTS if name in state))
+        if reason is None:
+            return kernels  # type: ignore[return-value]
+        if self.fused:
+            raise RuntimeError(
+                f"fused=True: a parameter of shape {tuple(p.shape)} cannot be served: {reason}; use fused=None"
+            )
+        return None

@@ -1,0 +1,45 @@
+"""The CPU kernels: evenstep/kernels/cpu.cpp, built once per instruction set and loaded with ctypes.
+
+They are optional. Without a compiler the install succeeds, and the plain version of everything serves.
+"""
+
+import platform
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+OPTIMISE = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+AVX2 = ["-mavx2", "-mfma", "-mpopcnt"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+BUILDS = {"default": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    BUILDS |= {"avx2": AVX2, "avx512": AVX512}
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+
+
+class BuildKernels(build_ext):
+    """Build each extension in a directory of its own: all have the same source."""
+
+    def build_extension(self, ext):
+        shared, self.build_temp = self.build_temp, f"{self.build_temp}/{ext.name}"
+        try:
+            super().build_extension(ext)
+        finally:
+            self.build_temp = shared
+
+
+setup(
+    ext_modules=[
+        Extension(
+            f"evenstep.kernels._cpu_{name}",
+            ["evenstep/kernels/cpu.cpp"],
+            extra_compile_args=[*OPTIMISE, *flags, *OPENMP],
+            extra_link_args=OPENMP,
+            language="c++",
+            optional=True,
+        )
+        for name, flags in BUILDS.items()
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)

@@ -1,0 +1,83 @@
+"""What the parity tests of the Triton kernels share: the device, awkward tensors, how close is equal."""
+
+import os
+
+import pytest
+import torch
+
+from evenstep.kernels import cuda_launch, cuda_tables
+from evenstep.kernels.cuda import TritonKernels
+from evenstep.transforms import lockstep
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+if INTERPRETED:
+    import triton_interpreter
+
+    triton_interpreter.mend()
+    cuda_tables.CHUNK, cuda_tables.TILE = 512, 256  # several chunks and rounds in small tensors
+    cuda_launch.COLUMN_ROWS = 32
+KERNELS = TritonKernels()
+FLOAT, BF16 = torch.float32, torch.bfloat16
+NUMBERS = torch.Generator().manual_seed(0)
+# A float that is computed another way may round to the bf16 number beside.
+CLOSE = {FLOAT: {"rtol": 1e-6, "atol": 1e-9}, BF16: {"rtol": 8e-3, "atol": 1e-9}}
+
+
+def randn(*shape, dtype=FLOAT, scale=1.0):
+    return (torch.randn(shape, generator=NUMBERS) * scale).to(dtype).to(DEVICE)
+
+
+def unaligned(*shape, dtype=FLOAT):
+    n = torch.Size(shape).numel()
+    return randn(n + 1, dtype=dtype)[1:].view(shape)
+
+
+def sample():
+    """Gradients of every awkward kind."""
+    return [
+        randn(1300),
+        randn(33, 7, dtype=BF16),
+        torch.zeros(0, 5, device=DEVICE),
+        torch.zeros(70, device=DEVICE),
+        randn(),
+        unaligned(1025),
+        unaligned(513, dtype=BF16),
+        randn(512, scale=1e30),
+        randn(40, scale=3e19),  # its squares overflow where what is kept of them does not
+        randn(600, scale=1e-30),
+        torch.cat([randn(700), torch.tensor([1e30], device=DEVICE)]),
+        torch.cat([randn(600), torch.tensor([float("nan")], device=DEVICE), randn(40)]),
+        torch.cat([torch.tensor([float("-inf")], device=DEVICE), randn(40)]),
+        randn(16, 32),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    NUMBERS.manual_seed(0)
+
+
+def run(steps):
+    return lockstep([steps], lambda requests: None)[0]
+
+
+def vector(k, low, high):
+    return (torch.rand(k, generator=NUMBERS) * (high - low) + low).to(DEVICE)
+
+
+def same(found, expected, **how):
+    torch.testing.assert_close(found, expected.to(found.dtype), **(how or CLOSE[FLOAT]))
+
+
+def copies(tensors):
+    """Copies with their own memory and the same alignment."""
+    return [
+        x.clone() if hasattr(x, "codes") else torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+        for x in tensors
+    ]
+
+
+def fill(stored, values):
+    stored.copy_(values)
+    return stored
