@@ -1,0 +1,185 @@
+"""Codes and scales: what a quantised tensor is in memory, packed, and back.
+
+``dequantize(quantize(x, f))`` is ``fake_quantize(x, f)`` to the last bit: both run the arithmetic of ``blocks.py``, and
+what is stored between them (codes, scales in their own dtype, zero points, outliers) loses nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evenstep.errors import EvenstepError
+from evenstep.lowbit import blocks
+from evenstep.lowbit.blocks import Blocks
+from evenstep.lowbit.fake_quant import as_dtype, as_rows, check, in_blocks, noise_like, split, spread
+from evenstep.lowbit.formats import Format
+
+SCALE_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "e8m0": torch.float8_e8m0fnu,
+    "e4m3": torch.float8_e4m3fn,
+}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A tensor in a low-bit format. R rows of C entries are the tensor's, along the format's axis.
+
+    Attributes:
+        format, shape, dtype: what it was made with, and what it becomes again.
+        codes: uint8 [R, C], one code an entry; packed: [R, C / 2] rounded up, the first entry in the low four bits.
+        scale: [R, G], in the scale's own dtype; for two-dimensional blocks one row per ``block_rows`` rows.
+        zero: uint8 zero points shaped like ``scale``, for asymmetric formats.
+        tensor_scale: fp32, 0-d or [R, 1], for formats with one.
+        positions, kept: int16 or int32 and fp32 [R, G, k]: where in its group each outlier is, and its value.
+        packed: whether two codes share a byte.
+    """
+
+    format: Format
+    shape: torch.Size
+    dtype: torch.dtype
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    tensor_scale: Tensor | None = None
+    positions: Tensor | None = None
+    kept: Tensor | None = None
+    packed: bool = False
+
+    def pack(self) -> Quantized:
+        """Two codes of at most 4 bits in a byte; codes of more bits stay a byte each."""
+        if self.packed or self.format.spec.bits > 4:
+            return self
+        return dataclasses.replace(self, codes=pack_nibbles(self.codes), packed=True)
+
+    def unpack(self) -> Quantized:
+        """The inverse of ``pack``."""
+        if not self.packed:
+            return self
+        width = as_rows_shape(self.shape, self.format)[1]
+        return dataclasses.replace(self, codes=unpack_nibbles(self.codes, width), packed=False)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be stored, by attribute name."""
+        named = {name: getattr(self, name) for name in ("codes", "scale", "zero", "tensor_scale", "positions", "kept")}
+        return {name: t for name, t in named.items() if t is not None}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """uint8 [..., C] codes below 16 -> uint8 [..., ceil(C / 2)], the first of a pair in the low bits."""
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def unpack_nibbles(packed: Tensor, width: int) -> Tensor:
+    """The inverse of ``pack_nibbles`` for rows of ``width`` codes."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)[..., :width]
+
+
+def quantize(x: Tensor, format: Format | str, generator: torch.Generator | None = None) -> Quantized:
+    """``x`` (any floating dtype, at least one entry) as codes and scales; unpacked, see ``Quantized.pack``.
+
+    ``generator`` as for ``fake_quantize``. EvenstepError as there, and for an empty tensor.
+    """
+    fmt = check(x, format)
+    if not x.numel():
+        raise EvenstepError(f"a tensor of shape {list(x.shape)} holds nothing to quantise")
+    with torch.no_grad():
+        along = x.movedim(fmt.axis, -1) if x.dim() else x
+        rows = as_rows(along, fmt)
+        total = blocks.tensor_scale(rows, fmt)
+        strips = []
+        for strip in split(rows, -2, fmt.block_rows):
+            columns = [_encode_piece(piece, fmt, total, generator) for piece in split(strip, -1, fmt.group)]
+            strips.append({name: torch.cat([part[name] for part in columns], 1) for name in columns[0]})
+        parts = {name: torch.cat([strip[name] for strip in strips], 0) for name in strips[0]}
+    return Quantized(fmt, along.shape, x.dtype, packed=False, tensor_scale=total, **parts)
+
+
+def _encode_piece(
+    piece: Tensor, fmt: Format, total: Tensor | None, generator: torch.Generator | None
+) -> dict[str, Tensor]:
+    """codes [R, C], scale [r, G], and what the format has of zero [r, G], positions and kept [R, G, k]."""
+    x, dims = in_blocks(piece, fmt)
+    coded = blocks.encode(x, fmt, dims, spread(total), noise_like(x, fmt, generator))
+    parts: dict[str, Tensor] = {}
+    if coded.zero is None:
+        codes = fmt.spec.encode(coded.values, x.signbit())
+    else:
+        codes = (coded.values + coded.zero).to(torch.uint8)
+        parts["zero"] = _flat(coded.zero, dims).to(torch.uint8)
+    if coded.limit is not None and coded.bits is not None:
+        count = min(fmt.outliers, x.shape[-1])
+        found = coded.bits.topk(count, -1)
+        # An entry that ties with the limit is quantised like the rest; it is stored as what it becomes.
+        plain = blocks.decode(coded, fmt, spread(total)).gather(-1, found.indices)
+        kept = torch.where(found.values > coded.limit, x.gather(-1, found.indices), plain)
+        pad = (0, fmt.outliers - count)  # repeat the last one where a group is smaller than the number of outliers
+        kept, where = (torch.cat((t, t[..., -1:].expand(*t.shape[:-1], pad[1])), -1) for t in (kept, found.indices))
+        parts["kept"] = kept
+        parts["positions"] = where.to(torch.int16 if fmt.group <= 2**15 and fmt.group else torch.int32)
+    scale = _flat(coded.scale, dims)
+    if fmt.scale == "e8m0":
+        scale = scale.to(torch.uint8).view(torch.float8_e8m0fnu)
+    return {"codes": codes.reshape(piece.shape), "scale": scale.to(SCALE_DTYPES[fmt.scale]), **parts}
+
+
+def _flat(scale: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """[..., G, 1] or [r, 1, G, 1] -> [r, G]."""
+    return scale.squeeze(-1) if dims == (-1,) else scale.squeeze(-1).squeeze(-2)
+
+
+def as_rows_shape(shape: torch.Size, fmt: Format) -> tuple[int, int]:
+    """Rows and columns of a tensor of ``shape`` in this format."""
+    count = shape.numel()
+    if fmt.flatten:
+        return (count // fmt.group, fmt.group) if count % fmt.group == 0 else (1, count)
+    return (count // shape[-1], shape[-1]) if shape else (1, 1)
+
+
+def dequantize(q: Quantized) -> Tensor:
+    """The tensor that ``q`` stands for, in the dtype and shape it was made from."""
+    q, fmt = q.unpack(), q.format
+    with torch.no_grad():
+        strips, row, line = [], 0, 0
+        for strip in split(q.codes, -2, fmt.block_rows):
+            height, lines = strip.shape[0], -(-strip.shape[0] // fmt.block_rows)
+            parts, column = [], 0
+            for piece in split(strip, -1, fmt.group):
+                groups = in_blocks(piece, fmt)[0].shape[-2]
+                at = (slice(line, line + lines), slice(column, column + groups))
+                rows_at = (slice(row, row + height), at[1])
+                parts.append(_decode_piece(piece, q, at, rows_at))
+                column += groups
+            strips.append(torch.cat(parts, -1))
+            row, line = row + height, line + lines
+        out = as_dtype(torch.cat(strips, -2), q.dtype).view(q.shape)
+    return out.movedim(-1, fmt.axis) if q.shape else out
+
+
+def _decode_piece(piece: Tensor, q: Quantized, at: tuple[slice, slice], rows_at: tuple[slice, slice]) -> Tensor:
+    fmt = q.format
+    codes, dims = in_blocks(piece, fmt)
+
+    def shaped(t: Tensor) -> Tensor:
+        t = t[at].unsqueeze(-1)
+        return t if dims == (-1,) else t.unsqueeze(1)
+
+    scale = shaped(q.scale.view(torch.uint8)).to(torch.int32) if fmt.scale == "e8m0" else shaped(q.scale).float()
+    grid = fmt.spec.values(piece.device)
+    values = grid[codes.long()] if q.zero is None else codes.float() - shaped(q.zero).float()
+    out = blocks.decode(Blocks(values, scale), fmt, spread(q.tensor_scale))
+    if q.positions is not None and q.kept is not None:
+        out = out.scatter(-1, q.positions[rows_at].long(), q.kept[rows_at])
+    return out.reshape(piece.shape)
