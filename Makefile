@@ -35,14 +35,17 @@ bench: $(VENV)/.dev  ## training throughput against transformers, one thread
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+# A change to any of these is installed anew: the editable install sees other changes by itself.
+INSTALL := pyproject.toml setup.py evenstep/kernels/cpu.cpp
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 
-$(VENV)/.train: pyproject.toml | $(BIN)/python
+$(VENV)/.train: $(INSTALL) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[train]"
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
+$(VENV)/.dev: $(INSTALL) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@ $(VENV)/.train

@@ -14,6 +14,7 @@ _HOME = {
     "SCALE": "evenstep.optim",
     "scale_groups": "evenstep.optim",
     "stabilize": "evenstep.optim",
+    "quantize_": "evenstep.lowbit",
     "AdaClip": "evenstep.optim",
     "AdaGN": "evenstep.optim",
     "GradientStabilizer": "evenstep.optim",
@@ -25,10 +26,12 @@ _HOME = {
     "MomentumReset": "evenstep.optim",
     "AutoClip": "evenstep.optim",
     "AGC": "evenstep.optim",
+    "SpikeMonitor": "evenstep.telemetry.monitor",
 }
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
+    from evenstep.lowbit import quantize_ as quantize_
     from evenstep.optim import AGC as AGC
     from evenstep.optim import SCALE as SCALE
     from evenstep.optim import SPAM as SPAM
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from evenstep.optim import ZClip as ZClip
     from evenstep.optim import scale_groups as scale_groups
     from evenstep.optim import stabilize as stabilize
+    from evenstep.telemetry.monitor import SpikeMonitor as SpikeMonitor
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from evenstep import __version__
+from evenstep.bench.arguments import add_bench
 from evenstep.errors import EvenstepError, nearest
+from evenstep.telemetry.commands import add_commands
 from evenstep.train.checks import checked, kinds, limits
 from evenstep.train.config import SECTIONS, Config, SampleConfig, options
 from evenstep.train.hyperparameters import owners
@@ -29,7 +31,9 @@ examples:
   evenstep pretrain --data.source 'text:books/*.txt' --model.size 9m --train.tokens 20M
   evenstep pretrain --resume runs/NAME               go on where a run stopped
   evenstep generate runs/NAME --prompt 'Once'        text from a trained model
+  evenstep bench step-time --shapes 9m               optimizers side by side: time, memory, bandwidth
   evenstep runs                                      what has been trained, and how well
+  evenstep report runs/NAME                          one page: losses, spikes, what was clipped and reset
   eval "$(evenstep completion bash)"                 completion for this shell
 """
 
@@ -104,9 +108,17 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
     runs.add_argument("directory", metavar="DIR", nargs="?", type=Path, default=Path("runs"), help="default: runs")
     runs.set_defaults(run_command=_runs)
 
+    add_bench(commands, debug)
+    add_commands(commands, debug)
+
     completion = commands.add_parser("completion", parents=[debug], help="print shell completion", allow_abbrev=False)
     completion.add_argument("shell", metavar="SHELL", help="bash, zsh, tcsh, fish or powershell")
     completion.set_defaults(run_command=_completion)
+
+    doctor = commands.add_parser(
+        "doctor", parents=[debug], help="show which kernels serve which device, and why not", allow_abbrev=False
+    )
+    doctor.set_defaults(run_command=_doctor)
     return parser, commands
 
 
@@ -202,6 +214,12 @@ def _completion(args: argparse.Namespace) -> None:
     print(script(*build_parser(), args.shell))
 
 
+def _doctor(args: argparse.Namespace) -> None:
+    from evenstep.kernels.doctor import print_diagnosis
+
+    print_diagnosis()
+
+
 def split_options(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Take ``--section.key value`` pairs that no flag declares (an official name of a hyperparameter, and mistakes) out
     of the arguments.
@@ -229,9 +247,9 @@ def run_program(argv: Sequence[str]) -> None:
     rest, extra = split_options(argv) if command == "pretrain" else (list(argv), [])
     args, unknown = parser.parse_known_args(rest)
     if unknown:
-        flags = commands.choices[args.command]._option_string_actions if args.command else ["--version", "--debug"]
-        place = " ".join(["evenstep", *filter(None, [args.command])])
-        raise EvenstepError(f"unknown argument '{unknown[0]}'{nearest(unknown[0], list(flags))}; see {place} --help")
+        leaf = getattr(args, "leaf", commands.choices.get(args.command, parser))
+        flags = list(leaf._option_string_actions)
+        raise EvenstepError(f"unknown argument '{unknown[0]}'{nearest(unknown[0], flags)}; see {leaf.prog} --help")
     if args.command is None:
         parser.print_help()
         return

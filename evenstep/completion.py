@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 from evenstep.errors import EvenstepError, nearest
@@ -25,15 +26,25 @@ def script(parser: argparse.ArgumentParser, commands: Any, shell: str) -> str:
     if shell not in shtab.SUPPORTED_SHELLS:
         names = ", ".join(shtab.SUPPORTED_SHELLS)
         raise EvenstepError(f"no completion for '{shell}'{nearest(shell, shtab.SUPPORTED_SHELLS)}; give {names}")
-    directories = ("run", "directory", "resume", "out", "data.cache_dir", "model.init")
-    paths = dict.fromkeys(directories, shtab.DIRECTORY) | dict.fromkeys(("recipe", "data.tokenizer"), shtab.FILE)
+    directories = ("run", "runs", "directory", "resume", "out", "data.cache_dir", "model.init")
+    files = ("recipe", "data.tokenizer", "json", "plot")
+    paths = dict.fromkeys(directories, shtab.DIRECTORY) | dict.fromkeys(files, shtab.FILE)
     choices = {key: field.metadata["choices"] for key, (field, _) in options().items()}
     choices |= {key: ("true", "false") for key, (_, hint) in options().items() if bool in kinds(hint)}
     choices |= {f"optim.{name}": values for name, values in CHOICES.items()} | {"shell": shtab.SUPPORTED_SHELLS}
+    for action in _actions(commands):
+        if action.dest in paths:
+            action.complete = paths[action.dest]
+        elif choices.get(action.dest) and action.nargs != 0:
+            action.choices = choices[action.dest]
+    return shtab.complete(parser, shell)
+
+
+def _actions(commands: Any) -> Iterator[Any]:
+    """The options of every command, and of the commands that a command has."""
     for command in commands.choices.values():
         for action in command._actions:
-            if action.dest in paths:
-                action.complete = paths[action.dest]
-            elif choices.get(action.dest) and action.nargs != 0:
-                action.choices = choices[action.dest]
-    return shtab.complete(parser, shell)
+            if isinstance(action, argparse._SubParsersAction):
+                yield from _actions(action)
+            else:
+                yield action

@@ -12,54 +12,22 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from evenstep.errors import EvenstepError
-from evenstep.train.checks import checked
 from evenstep.train.hyperparameters import HYPERPARAMETERS
+from evenstep.train.options import Section, option
 
 SIZE_NAMES = (
     "tiny", "9m", "20m", "35m", "40m", "60m", "71m", "100m", "130m", "250m", "350m", "1b", "3b", "7b",
 )  # fmt: skip
 """The names in evenstep.models.SIZES, which needs torch."""
 
-Resume = Literal["fixed", "rounding", "free"]
-"""May an option change on resume? fixed: no. rounding: yes, the last bits of the losses change. free: yes, nothing
-else moves."""
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] | None = None,
-    count: bool = False,
-    resume: Resume = "fixed",
-) -> Any:
-    """A dataclass field with its help; ``low``/``high`` are allowed values, ``above`` is not; ``count`` accepts 20K,
-    100M, 1.5B."""
-    metadata = {
-        "help": help, "low": low, "above": above, "high": high, "choices": choices, "count": count, "resume": resume,
-    }  # fmt: skip
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Section:
-    """Checks every field's type and range when built, from Python as from a file."""
-
-    TITLE: ClassVar[str] = ""
-    SECTION: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for f in dataclasses.fields(self):
-            if f.metadata:
-                key = f"{self.SECTION}.{f.name}" if self.SECTION else f.name
-                object.__setattr__(self, f.name, checked(key, getattr(self, f.name), hints[f.name], f.metadata))
+LOWBIT_NAMES = (
+    "fp4-official", "int4-official", "int8-official", "a4w4", "fp4", "e1m2", "int4", "int3", "int2", "int8", "fp8",
+    "mxfp4", "mxfp6", "mxfp8", "nvfp4", "nvfp4-train",
+)  # fmt: skip
+"""The names in evenstep.lowbit.RECIPES, which needs torch."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +166,23 @@ class LogConfig(Section):
 
 
 @dataclass(frozen=True)
+class TelemetryConfig(Section):
+    TITLE = "what the optimizer saw (docs/telemetry.md)"
+    SECTION = "telemetry"
+    enabled: bool = option(True, "measure every step, and tell of spikes", resume="free")
+    every: int = option(10, "least steps between two lines with the numbers of all parameters", low=1, resume="free")
+    samples: int = option(64, "coordinates of each parameter whose GSS is followed; 0: none", low=0, resume="free")
+    ratio: float = option(
+        10.0, "an event: a largest entry above this many times its recent mean", above=1, resume="free"
+    )
+    sigma: float = option(7.0, "spike rate: standard deviations above the mean", above=0, resume="free")
+    window: int = option(1000, "spike rate: steps of its mean and of the rate", low=2, resume="free")
+    tensorboard: bool = option(False, "also write for TensorBoard, into the run's directory", resume="free")
+    wandb: str = option("off", "also Weights & Biases", choices=("off", "offline", "online"), resume="free")
+    trackio: bool = option(False, "also trackio's local database", resume="free")
+
+
+@dataclass(frozen=True)
 class SampleConfig(Section):
     TITLE = "the text written at the end"
     SECTION = "sample"
@@ -220,10 +205,16 @@ class Config(Section):
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     seed: int = option(0, "seed of the initial weights and of the order of the data", low=0, high=2**31 - 1)
+    lowbit: str | None = option(
+        None, "the low-bit recipe of the linear layers (none: high precision)", choices=LOWBIT_NAMES
+    )
     out: str | None = option(None, "the run's directory (none: runs/DATE-NAME)", resume="free")
-    name: str | None = option(None, "the run's name (none: the recipe's file name, or SIZE-OPTIMIZER)", resume="free")
+    name: str | None = option(
+        None, "the run's name (none: the recipe's file name, or SIZE-OPTIMIZER[-LOWBIT])", resume="free"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -274,6 +265,7 @@ SECTIONS: dict[str, type[Section]] = {
     "eval": EvalConfig,
     "checkpoint": CheckpointConfig,
     "log": LogConfig,
+    "telemetry": TelemetryConfig,
     "sample": SampleConfig,
 }
 

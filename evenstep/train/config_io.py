@@ -159,7 +159,7 @@ def to_tables(config: Config) -> Tables:
     """The configuration as nested tables of TOML's types; options that are None are left out, which reads back as
     None."""
     tables: Tables = {}
-    for key in ("name", "out", "seed"):
+    for key in ("name", "out", "seed", "lowbit"):
         if getattr(config, key) is not None:
             tables[key] = getattr(config, key)
     for section, cls in SECTIONS.items():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 from evenstep.errors import EvenstepError
+from evenstep.telemetry.schema import read_records, to_line
 from evenstep.train.checkpoint import way_on
 from evenstep.train.files import replace_text
 
@@ -15,7 +14,8 @@ from evenstep.train.files import replace_text
 class Metrics:
     """Appends records to a file. ``last_step`` (on resume): later lines, and a line torn by a kill, are cut first.
 
-    ``last_train`` and ``last_validation`` are the newest records of each kind, None before the first.
+    Lines of training and validation, and those of telemetry, which have a ``kind``.
+    ``last_train`` and ``last_validation`` are the newest records of the former, None before the first.
     """
 
     def __init__(self, path: Path, last_step: int | None = None) -> None:
@@ -24,10 +24,10 @@ class Metrics:
         self.last_train: dict[str, Any] | None = None
         self.last_validation: dict[str, Any] | None = None
         if last_step is not None and path.exists():
-            kept = [record for record in read_metrics(path) if record["step"] <= last_step]
+            kept = up_to(last_step, read_records(path))
             for record in kept:
                 self._remember(record)
-            replace_text(path, "".join(_line(record) for record in kept))
+            replace_text(path, "".join(to_line(record) for record in kept))
         try:
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
         except OSError as problem:
@@ -39,6 +39,8 @@ class Metrics:
         return self.last_validation["step"] if self.last_validation else None
 
     def _remember(self, record: dict[str, Any]) -> None:
+        if "kind" in record:
+            return
         self.seconds = record.get("seconds", self.seconds)
         if "val_loss" in record:
             self.last_validation = record
@@ -47,7 +49,7 @@ class Metrics:
 
     def write(self, record: dict[str, Any]) -> None:
         try:
-            self._file.write(_line(record))
+            self._file.write(to_line(record))
             self._file.flush()
         except OSError as problem:
             raise EvenstepError(
@@ -59,23 +61,19 @@ class Metrics:
         self._file.close()
 
 
+def up_to(last_step: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a run resumed at ``last_step`` keeps. Telemetry tells of a step when it is drained, so of its lines those
+    that stand after a later step's are cut too: they are written again."""
+    kept, past = [], False
+    for record in records:
+        later = record["step"] > last_step
+        past = past or later
+        if not later and not (past and "kind" in record):
+            kept.append(record)
+    return kept
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of the file in order; lines that are no JSON object with a step (torn by a kill) are left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
-    return records
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: such numbers become None (null)."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps({key: finite(value) for key, value in record.items()}, ensure_ascii=False) + "\n"
+    """The training and validation records of the file in order, telemetry's left out; lines that are no JSON object
+    with a step (torn by a kill) are left out too."""
+    return [record for record in read_records(path, telemetry=False) if "kind" not in record]

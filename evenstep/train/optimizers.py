@@ -125,13 +125,3 @@ class LearningRates:
     def set(self, optimizer: Optimizer, factor: float) -> None:
         for group, rate in zip(optimizer.param_groups, self.base, strict=True):
             group["lr"] = rate * factor
-
-
-def steps_to_reset(optimizer: Optimizer) -> int | None:
-    """Steps until the next moment reset of any group, None when the optimizer has none; reads the groups' clocks."""
-    waits = []
-    for group in optimizer.param_groups:
-        interval = int(group.get("reset_interval") or 0)
-        if interval:
-            waits.append(interval - int(group.get("t", 0)) % interval)
-    return min(waits, default=None)

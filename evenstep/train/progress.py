@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -80,6 +81,9 @@ class LineProgress:
     def validation(self, record: dict[str, Any]) -> None:
         self.say(validation_line(record))
 
+    def parameters(self, names: list[str], record: dict[str, Any]) -> None:
+        """Called when the numbers of all parameters are there (telemetry's record of them)."""
+
     def say(self, text: str) -> None:
         tell(text, self.out)
 
@@ -93,6 +97,14 @@ class LiveProgress(LineProgress):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
+        class Bar(Progress):
+            summary: Any = None
+
+            def get_renderables(self) -> Iterator[Any]:
+                yield self.make_tasks_table(self.tasks)
+                if self.summary is not None:
+                    yield self.summary
+
         # Few refreshes: the bar's thread shares the interpreter with the training loop.
         self._console = Console(file=self.out, highlight=False)
         columns = (
@@ -100,7 +112,7 @@ class LiveProgress(LineProgress):
             BarColumn(bar_width=None),
             TextColumn("{task.description}"),
         )
-        self._bar = Progress(*columns, console=self._console, refresh_per_second=4, expand=True)
+        self._bar = Bar(*columns, console=self._console, refresh_per_second=4, expand=True)
         self._task = self._bar.add_task("starting", total=total, completed=start)
         self._tail = ""
 
@@ -121,6 +133,11 @@ class LiveProgress(LineProgress):
             part for part in line if part.startswith(("lr", "eta", "reset")) or part.endswith("tok/s")
         )
         self._bar.update(self._task, completed=record["step"], description=f"loss {record['loss']:.4f}  {self._tail}")
+
+    def parameters(self, names: list[str], record: dict[str, Any]) -> None:
+        from evenstep.telemetry.live import worst_table
+
+        self._bar.summary = worst_table(names, record)
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)

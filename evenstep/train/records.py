@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from evenstep.telemetry.clocks import steps_to_reset
 from evenstep.train.hardware import peak_flops, peak_memory
-from evenstep.train.optimizers import steps_to_reset
 
 if TYPE_CHECKING:
     from evenstep.train.evaluate import EvalResult
@@ -38,6 +38,14 @@ class Window:
     timed_steps: int = 0
     seconds: float = 0.0
     data_seconds: float = 0.0
+
+    def add(self, loss: Tensor, seconds: float, data_seconds: float) -> None:
+        """One more step."""
+        self.loss += loss
+        self.steps += 1
+        self.timed_steps += 1
+        self.seconds += seconds
+        self.data_seconds += data_seconds
 
 
 def train_record(run: Run, result: StepResult, loss: float, seconds: float) -> dict[str, Any]:

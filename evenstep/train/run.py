@@ -38,6 +38,7 @@ from evenstep.train.records import StepResult, Window, train_record, validation_
 from evenstep.train.schedule import lr_factor
 from evenstep.train.state import check_resume, restore_state, write_state
 from evenstep.train.summary import finish
+from evenstep.train.telemetry import RunTelemetry
 
 Say = Callable[[str], None]
 
@@ -108,9 +109,10 @@ class Run:
         setup.set_up_torch(config)
         self.data = setup.load_data(config, data_progress)
         self.tokenizer = self.data.tokenizer
-        self.model = setup.build_model(config, self.data.vocab_size, checkpoint, self.device)
+        self.model = setup.build_model(config, self.data.vocab_size, checkpoint, self.device, say)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.rates = LearningRates(self.optimizer)
+        self.telemetry = RunTelemetry(self)
         train = config.train
         self.loader = BatchLoader(self.data.train, train.seq_len, train.batch_size, config.seed)
         self.chunk = setup.loss_chunk(config, self.model.config.vocab_size, self.device, say)
@@ -158,19 +160,15 @@ class Run:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.train.clip_norm, foreach=True)
         elif self._is_log_step(number):
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
+        self.telemetry.observe(loss, position)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
         self.step_number = number
         self.saved = None
         self.tokens += targets.numel()
-        window = self.window
-        window.loss += loss
-        window.steps += 1
-        window.timed_steps += 1
-        window.data_seconds += waited
         elapsed = time.perf_counter() - began
-        window.seconds += elapsed
+        self.window.add(loss, elapsed, waited)
         self.step_seconds += elapsed
         return StepResult(number, loss, config.optim.lr * factor, norm)
 
@@ -203,6 +201,7 @@ class Run:
     def save(self, *, keep_all: bool = False) -> Path:
         """Write a checkpoint of this moment; returns its directory. EvenstepError on a full disk, earlier
         checkpoints intact. ``keep_all``: one that may be worthless, so no earlier one is deleted for it."""
+        self.telemetry.settle(last=keep_all or self.step_number == self.config.total_steps)
         self.saved = save_checkpoint(
             self.out / "checkpoints",
             self.step_number,
@@ -222,7 +221,8 @@ class Run:
         self._since = time.perf_counter() - self.seconds
         with locked(self.out), Interrupts() as stop:
             try:
-                with make_progress(self.config.total_steps, self.step_number) as progress:
+                progress = make_progress(self.config.total_steps, self.step_number)
+                with progress, self.telemetry.live(progress):
                     self._train(progress, stop)
             except KeyboardInterrupt:
                 message = f"stopped at once, without saving; {way_on(self.out)}"
@@ -276,8 +276,9 @@ class Run:
         waited = time.perf_counter() - waiting
         self.step_seconds += waited
         seconds = window.seconds + waited
+        self.telemetry.settle(last=False)
         record = train_record(self, result, loss, seconds)
-        self.metrics.write(record)
+        self.telemetry.write(record)
         progress.train(record)
         self.window = self._new_window()
 
@@ -290,7 +291,7 @@ class Run:
             return
         self.seconds = self._clock()
         record = validation_record(self, result)
-        self.metrics.write(record)
+        self.telemetry.write(record)
         progress.validation(record)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from evenstep.data import DataSpec, TokenData, prepare
 from evenstep.errors import EvenstepError
+from evenstep.lowbit import lowbit_report, quantize_
 from evenstep.models import SIZES, Llama, llama_config, load_pretrained
 from evenstep.models.hf import read_config
 from evenstep.train.checkpoint import list_checkpoints
@@ -30,7 +31,7 @@ CPU_ROWS = 256
 
 
 def default_name(config: Config) -> str:
-    return config.name or f"{config.model.label}-{config.optim.name}"
+    return config.name or "-".join(filter(None, (config.model.label, config.optim.name, config.lowbit)))
 
 
 def fresh_directory(config: Config) -> Path:
@@ -97,7 +98,9 @@ def with_shape_of(config: Config, source: Path) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **found))
 
 
-def build_model(config: Config, vocab_size: int, directory: Path | None, device: torch.device) -> Llama:
+def build_model(
+    config: Config, vocab_size: int, directory: Path | None, device: torch.device, say: Callable[[str], None]
+) -> Llama:
     """The model of the configuration, freshly initialised from ``config.seed``, or loaded from ``directory`` (a
     checkpoint)."""
     source = directory or (Path(config.model.init) if config.model.init else None)
@@ -120,7 +123,20 @@ def build_model(config: Config, vocab_size: int, directory: Path | None, device:
         )
     model.activation_checkpointing = config.train.activation_checkpointing
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    return model.to(device=device, dtype=dtype)
+    return with_lowbit(model.to(device=device, dtype=dtype), config.lowbit, say)
+
+
+def with_lowbit(model: Llama, recipe: str | None, say: Callable[[str], None]) -> Llama:
+    """``model`` with its linear layers in low bits; its weights and their names stay what they are."""
+    if recipe is None:
+        return model
+    report = lowbit_report(quantize_(model, recipe))
+    kernels = f", {', '.join(report.kernels)}" if report.kernels else ""
+    say(
+        f"low-bit recipe {recipe}: {len(report.swapped)} linear layers at {report.bits_per_weight:.2f} bits per "
+        f"weight{kernels}, {len(report.kept)} layers in high precision"
+    )
+    return model
 
 
 def loss_chunk(config: Config, vocab_size: int, device: torch.device, say: Callable[[str], None]) -> int | None:

@@ -38,6 +38,7 @@ def write_state(run: Run, directory: Path) -> None:
         "tokenizer": run.tokenizer.fingerprint,
         "data": data_identity(run),
         "config": to_tables(run.config),
+        "telemetry": run.telemetry.state(),
     }
     write_tensors(directory / "trainer.pt", trainer)
 
@@ -85,6 +86,7 @@ def restore_state(run: Run, checkpoint: Path, trainer: dict[str, Any]) -> None:
     run.loader.position = trainer["position"]
     run.window.loss.copy_(trainer["window_loss"])
     run.window.steps = trainer["window_steps"]
+    run.telemetry.load(trainer.get("telemetry"))
     set_rng_state(trainer["rng"])
 
 

@@ -8,10 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evenstep.telemetry.schema import finite
 from evenstep.train.config_io import config_hash
 from evenstep.train.files import replace_text
 from evenstep.train.hardware import commit, describe_hardware, peak_memory, versions
-from evenstep.train.metrics import finite, read_metrics
+from evenstep.train.metrics import read_metrics
 from evenstep.train.progress import clock
 from evenstep.train.sample import printable, sample_text
 
@@ -37,6 +38,7 @@ def finish(run: Run) -> dict[str, Any]:
         "model": config.model.label,
         "parameters": run.model.num_parameters(),
         "optimizer": config.optim.name,
+        "lowbit": config.lowbit,
         "seed": config.seed,
         "config_hash": config_hash(config),
         "commit": commit(),

@@ -1,0 +1,178 @@
+"use strict";
+// Builds the page from the data; in a live page, builds it again when the data has changed.
+
+E.curve = (runs, name, label, more = {}) =>
+  runs.map((run, i) => ({
+    label: runs.length > 1 ? `${label} ${run.name}` : label,
+    color: E.runColor(i),
+    ...(run.curves[name] ?? {}),
+    ...more,
+  }));
+
+E.KINDS = { spike: "spike", loss_spike: "loss spike", reset: "moments reset", skipped: "not finite", recovered: "recovered" };
+E.kindColor = (kind) => E.color(kind in E.KINDS ? kind : "skipped");
+
+E.summary = (runs, facts) => {
+  const names = facts.filter((name) => runs.some((run) => name in run.facts));
+  const notes = runs.flatMap((run) => run.notes.map((note) => E.el("p", { className: "note" }, runs.length > 1 ? `${run.name}: ${note}` : note)));
+  const table = E.sideBySide(runs, names, (run, name) => E.number(run.facts[name]));
+  return E.section("The run in numbers", false, ...notes, table);
+};
+
+E.eventSection = (runs) => {
+  const rows = runs.flatMap((run) => run.events.filter((event) => event.event !== "reset").map((event) => ({ ...event, run: run.name })));
+  if (!rows.length) return E.section("Events", true, E.el("p", { className: "soft" }, "none"));
+  const columns = [
+    ...(runs.length > 1 ? [{ name: "run", title: "run" }] : []),
+    { name: "step", title: "step", number: true },
+    { name: "event", title: "event", text: (row) => E.KINDS[row.event] ?? row.event },
+    { name: "size", title: "times its mean", number: true },
+    { name: "where", title: "where", text: (row) => row.where + (row.count > 5 ? ` and ${row.count - 5} more` : "") },
+    { name: "before", title: "loss before", number: true },
+    { name: "after", title: "loss after", number: true },
+    { name: "first", title: "data rows", number: true, text: (row) => (row.rows ? `${row.rows[0]}–${row.rows[1]}` : "–") },
+  ];
+  for (const row of rows) row.first = row.rows ? row.rows[0] : null;
+  const go = (row) => E.show(row.step - 50, row.step + 50);
+  const about = E.el("p", { className: "soft" }, "Click a head to sort, a line to look at the steps around it.");
+  const table = E.table(columns, rows, { sort: ["size", true], go });
+  table.id = "events";
+  return E.section("Events", true, about, table);
+};
+
+// The picture of one run with its choices; the parameter that is clicked gets a chart of its own.
+E.heatSection = (title, runs, part, fields, id) => {
+  const there = runs.filter((run) => run[part]);
+  if (!there.length) return null;
+  const chosen = (E.chosen[id] ??= { run: 0, field: null, row: null });
+  const choose = (label, options, value, change) => {
+    const select = E.el("select", { ariaLabel: label }, ...options.map(([key, text]) => E.el("option", { value: key }, text)));
+    select.value = value;
+    select.addEventListener("change", () => change(select.value));
+    return select;
+  };
+  const [bar, holder, detail] = [E.el("div", { className: "bar" }), E.el("div", { className: "plot", id }), E.el("div")];
+  const about = E.el("p", { className: "soft" }, "Drag to zoom, double-click to see all, click a row for its numbers. Colours are logarithmic.");
+  const section = E.section(title, true, bar, holder, about, detail);
+  const draw = () => {
+    const run = there[Math.min(chosen.run, there.length - 1)];
+    const heat = run[part];
+    const names = Object.keys(fields).filter((name) => name in heat.fields);
+    if (!names.includes(chosen.field)) chosen.field = names[0];
+    const field = E.decode(heat.fields[chosen.field]);
+    E.charts = E.charts.filter((chart) => !section.contains(chart.holder));
+    bar.replaceChildren(
+      choose("number", names.map((name) => [name, fields[name]]), chosen.field, (name) => ((chosen.field = name), draw())),
+      ...(there.length > 1 ? [choose("run", there.map((one, i) => [i, one.name]), chosen.run, (i) => ((chosen.run = Number(i)), draw()))] : []),
+      E.scaleBar(field),
+    );
+    holder.replaceChildren();
+    const plot = E.heatChart(holder, heat, field, `${fields[chosen.field]} of ${run.name}`, (row) => ((chosen.row = row), one()));
+    const range = E.range ?? E.limits;
+    plot.setScale("x", { min: range[0], max: range[1] });
+    const one = () => {
+      E.charts = E.charts.filter((chart) => !detail.contains(chart.holder));
+      detail.replaceChildren();
+      if (chosen.row === null || chosen.row >= heat.rows.length) return;
+      const lines = names.slice(0, 6).map((name, i) => ({ label: fields[name], color: E.runColor(i), ...E.rowLine(heat, name, chosen.row) }));
+      const chart = E.lineChart(heat.names[chosen.row], lines, { log: true });
+      detail.append(chart);
+      chart.ready?.();
+    };
+    one();
+  };
+  section.ready = draw;
+  return section;
+};
+
+E.build = (data) => {
+  const runs = data.runs;
+  const zoomed = E.range && (E.range[0] > E.limits[0] || E.range[1] < E.limits[1]);
+  const kept = zoomed ? E.range : null;
+  E.limits = [0, Math.max(1, ...runs.map((run) => run.steps))];
+  E.charts = [];
+  const marks = runs.flatMap((run) => run.events.map((event) => ({ step: event.step, color: E.kindColor(event.event) })));
+  const present = Object.keys(E.KINDS).filter((kind) => runs.some((run) => run.events.some((event) => event.event === kind)));
+  const key = E.el("p", { className: "soft" }, ...present.flatMap((kind) => {
+    const dot = E.el("span", { className: "key" });
+    dot.style.background = E.kindColor(kind);
+    return [dot, E.KINDS[kind]];
+  }));
+  const pair = (a, b, first, second) => [...E.curve(runs, a, first), ...E.curve(runs, b, second, { dash: [5, 4] })];
+  const facts = ["steps", "loss", "val_loss", "spike_rate", "spikes", "max_ratio", "max_gss", "loss_spikes", "recovery_steps", "unrecovered", "skipped", "resets", "clipped", "gradient_error", "tokens_per_second"];
+  const settings = [...new Set(runs.flatMap((run) => run.config.map(([name]) => name)))];
+  const configs = runs.map((run) => Object.fromEntries(run.config));
+  const setting = (run, name) => configs[runs.indexOf(run)][name] ?? "–";
+  const machine = [...new Set(runs.flatMap((run) => run.hardware.map(([name]) => name)))];
+  const sections = [
+    E.lineChart("Loss", [...E.curve(runs, "loss", "training"), ...E.curve(runs, "val_loss", "validation", { dots: true, dash: [2, 3] })], { marks, wide: true, height: 300, about: key }),
+    E.heatSection("Parameters over the steps", runs, "heat", data.fields, "heat"),
+    E.eventSection(runs),
+    E.summary(runs, facts),
+    E.lineChart("Gradient norm, before and after the transforms", pair("norm", "norm_after", "before", "after"), { log: true, marks }),
+    E.lineChart("Spike rate", E.curve(runs, "spike_rate", "share of recent steps")),
+    E.lineChart("Learning rate", E.curve(runs, "lr", "rate")),
+    E.lineChart("Entries clipped", pair("clipped_mean", "clipped_max", "mean of all tensors", "largest")),
+    E.lineChart("Update over weight (RMS)", pair("update_ratio_mean", "update_ratio_max", "mean of all tensors", "largest"), { log: true }),
+    E.lineChart("Tokens per second", E.curve(runs, "tokens_per_second", "speed")),
+    E.heatSection("Quantised layers over the steps", runs, "lowbit", data.lowbit_fields, "quantised"),
+    ...(runs.length > 1 ? [E.section("Where the configurations differ", true, E.sideBySide(runs, settings, setting, { onlyDifferent: true }))] : []),
+    ...(settings.length ? [E.section("Configuration", false, E.sideBySide(runs, settings, setting))] : []),
+    ...(machine.length ? [E.section("Hardware", false, E.sideBySide(runs, machine, (run, name) => Object.fromEntries(run.hardware)[name] ?? "–"))] : []),
+  ].filter(Boolean);
+  document.getElementById("main").replaceChildren(...sections);
+  for (const section of sections) section.ready?.();
+  E.show(...(kept ?? E.limits));
+};
+
+E.tools = () => {
+  const root = document.documentElement;
+  const button = (text, label, act) => {
+    const made = E.el("button", { type: "button", ariaLabel: label, title: label }, text);
+    made.addEventListener("click", act);
+    return made;
+  };
+  const move = (shift, zoom) => {
+    const [a, b] = E.range ?? E.limits;
+    const [middle, half] = [(a + b) / 2 + (shift * (b - a)) / 2, ((b - a) / 2) * zoom];
+    E.show(middle - half, middle + half);
+  };
+  const theme = button("◐", "light or dark", () => {
+    root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
+    E.build(E.data);
+  });
+  document.getElementById("tools").append(
+    button("◀", "earlier steps", () => move(-1, 1)),
+    button("−", "more steps", () => move(0, 2)),
+    button("+", "fewer steps", () => move(0, 0.5)),
+    button("▶", "later steps", () => move(1, 1)),
+    button("all steps", "all steps", () => E.show(...E.limits)),
+    theme,
+  );
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  root.dataset.theme = dark.matches ? "dark" : "light";
+  dark.addEventListener("change", () => {
+    root.dataset.theme = dark.matches ? "dark" : "light";
+    E.build(E.data);
+  });
+};
+
+E.poll = async (version) => {
+  try {
+    const answer = await fetch("data.json", { cache: "no-store", headers: version ? { "If-None-Match": version } : {} });
+    if (answer.status === 200) {
+      E.data = await answer.json();
+      E.build(E.data);
+      version = answer.headers.get("ETag");
+    }
+  } catch {
+    // The run's server has gone; the page keeps what it has and asks again.
+  }
+  setTimeout(() => E.poll(version), 3000);
+};
+
+E.chosen = {};
+E.data = JSON.parse(document.getElementById("data").textContent);
+E.tools();
+E.build(E.data);
+if (E.data.live) setTimeout(() => E.poll(null), 3000);

@@ -1,0 +1,102 @@
+"""The commands ``report``, ``watch`` and ``study``: their flags, and what they call."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+REPORT = """\
+Make one HTML file that shows RUN, or several runs side by side: losses, spikes, gradient norms, what was clipped and
+reset, and which data rows caused it. The file needs no network; open it in any browser.
+"""
+
+REPORT_EXAMPLES = """\
+examples:
+  evenstep report runs/NAME                                    writes runs/NAME/report.html
+  evenstep report runs/a runs/b --out compare.html             two runs side by side
+  evenstep report runs/NAME --fail-on 'spike_rate>0.02'        status 1 when the condition holds, for CI
+"""
+
+STUDY = """\
+Train small LLaMA and Pythia-shaped models with Adam and record the gradient spike score (GSS) of the SPAM paper over
+layers and time: how often gradients spike, where, how large, and how long one injected spike stays in the moments of
+Adam, SPAM and Stable-SPAM. Writes pictures and numbers.
+"""
+
+
+def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
+    """Add the commands to the action that holds those of the program."""
+    shared = {"parents": [debug], "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    report = commands.add_parser(
+        "report", help="make a page of a run's telemetry", description=REPORT, epilog=REPORT_EXAMPLES, **shared
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="directory of a run, or a metrics.jsonl")
+    report.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in the (first) run's directory")
+    report.add_argument(
+        "--fail-on",
+        metavar="CONDITION",
+        action="append",
+        default=[],
+        help="status 1 when it holds for a run, such as 'spike_rate>0.02'; may be repeated",
+    )
+    report.set_defaults(run_command=_report)
+
+    watch = commands.add_parser(
+        "watch",
+        help="show a run's page while it trains",
+        description="Serve the page of RUN on this machine alone.",
+        **shared,
+    )
+    watch.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="directory of a run")
+    watch.add_argument("--port", type=int, default=8642, help="0: any free one (default: %(default)s)")
+    watch.set_defaults(run_command=_watch)
+
+    study = commands.add_parser(
+        "study", help="repeat the gradient spike study of the SPAM paper", description=STUDY, **shared
+    )
+    study.add_argument("--out", metavar="DIR", type=Path, default=Path("spike-study"), help="default: %(default)s")
+    study.add_argument(
+        "--models", metavar="NAMES", default="llama-9m,pythia-9m", help="comma-separated (default: %(default)s)"
+    )
+    study.add_argument("--steps", type=int, default=400, help="of each model (default: %(default)s)")
+    study.add_argument("--samples", type=int, default=256, help="coordinates of each tensor (default: %(default)s)")
+    study.add_argument("--source", default="stdlib", help="text, as --data.source of pretrain (default: %(default)s)")
+    study.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    study.set_defaults(run_command=_study)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from evenstep.telemetry.facts import check_conditions, parse_condition
+    from evenstep.telemetry.page import write_report
+    from evenstep.telemetry.runlog import load_run
+
+    conditions = [parse_condition(text) for text in args.fail_on]
+    runs = [load_run(path) for path in args.runs]
+    first = runs[0].path
+    out = args.out or (first if first.is_dir() else first.parent) / "report.html"
+    size = write_report(runs, out)
+    print(f"{out} ({size / 2**20:.1f} MB)")
+    for run in runs:
+        for note in run.notes:
+            print(f"{run.name}: {note}")
+    check_conditions(conditions, runs)
+
+
+def _watch(args: argparse.Namespace) -> None:
+    from evenstep.telemetry.watch import watch
+
+    watch(args.runs, args.port)
+
+
+def _study(args: argparse.Namespace) -> None:
+    from evenstep.telemetry.study import study
+
+    study(
+        args.out,
+        models=args.models.split(","),
+        steps=args.steps,
+        samples=args.samples,
+        source=args.source,
+        seed=args.seed,
+    )

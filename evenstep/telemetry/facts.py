@@ -1,0 +1,103 @@
+"""The few numbers that say how a run went: for the page's head, for comparing runs, and for conditions in CI."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from evenstep.errors import EvenstepError, nearest
+from evenstep.telemetry.runlog import RunLog, is_number
+
+FACTS: dict[str, str] = {
+    "steps": "steps done",
+    "loss": "last training loss (mean over the last log line)",
+    "val_loss": "last validation loss",
+    "tokens_per_second": "training speed, the last one logged",
+    "spike_rate": "largest spike rate of the run: share of recent steps with a norm or loss above its window",
+    "spikes": "steps on which a tensor spiked",
+    "max_ratio": "largest spike: largest entry of a gradient over its recent mean",
+    "max_gss": "largest GSS of a sampled coordinate",
+    "loss_spikes": "loss spikes",
+    "recovery_steps": "longest recovery from a loss spike, in steps",
+    "unrecovered": "1 if the last loss spike has not recovered, else 0",
+    "skipped": "steps on which a gradient was not finite",
+    "resets": "moment resets",
+    "clipped": "largest share of a tensor's entries clipped in one record",
+    "gradient_error": "largest relative quantisation error of a layer's gradients",
+}
+"""Name -> meaning, for the page and for ``--fail-on``."""
+
+
+def facts(run: RunLog) -> dict[str, float]:
+    """What is known of `FACTS`; a number that the run does not have is left out."""
+    found: dict[str, float] = {"steps": run.steps}
+    for name in ("loss", "val_loss", "tokens_per_second"):
+        values = run.series(name)[1]
+        if values:
+            found[name] = values[-1]
+    if run.windows:
+        rates = [w["spike_rate"] for w in run.windows if is_number(w.get("spike_rate"))]
+        found |= {"spike_rate": max(rates)} if rates else {}
+        kinds = [event["event"] for event in run.events]
+        found |= {name: kinds.count(kind) for name, kind in _COUNTED.items()}
+        found["skipped"] += kinds.count("nonfinite")
+        recoveries = [e["steps"] for e in run.events if e["event"] == "recovered" and is_number(e.get("steps"))]
+        found["unrecovered"] = float(kinds.count("loss_spike") > kinds.count("recovered"))
+        found["recovery_steps"] = max(recoveries, default=0)
+    for name, column in {"max_ratio": "ratio", "max_gss": "gss", "clipped": "clipped"}.items():
+        numbers = run.columns.get(column)
+        if numbers is not None and np.isfinite(numbers).any():
+            found[name] = float(np.nanmax(numbers))
+    errors = [layer.get("gradient_error") for record in run.lowbit for layer in record["layers"].values()]
+    known = [error for error in errors if is_number(error)]
+    return found | ({"gradient_error": max(known)} if known else {})
+
+
+_COUNTED = {"spikes": "spike", "loss_spikes": "loss_spike", "skipped": "skipped", "resets": "reset"}
+
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
+class ConditionMet(Exception):
+    """A run did what it must not; the program ends with status 1."""
+
+    exit_status = 1
+
+
+def parse_condition(text: str) -> tuple[str, str, float]:
+    """``"spike_rate>0.02"`` -> ("spike_rate", ">", 0.02). EvenstepError for anything else."""
+    match = re.fullmatch(r"\s*(\w+)\s*(>=|<=|==|>|<)\s*(\S+)\s*", text)
+    try:
+        if not match or math.isnan(float(match[3])):  # a NaN never holds, which would look like success
+            raise ValueError(text)
+        name, sign, number = match[1], match[2], float(match[3])
+    except ValueError:
+        raise EvenstepError(f"--fail-on {text!r}: give NAME>NUMBER (or >=, <, <=, ==), like spike_rate>0.02") from None
+    if name not in FACTS:
+        raise EvenstepError(f"--fail-on: no number '{name}'{nearest(name, list(FACTS))}; there are {', '.join(FACTS)}")
+    return name, sign, number
+
+
+def check_conditions(conditions: list[tuple[str, str, float]], runs: list[RunLog]) -> None:
+    """Raises `ConditionMet` naming each condition that holds for a run, and EvenstepError for one whose number the run
+    does not have: silence would look like success."""
+    met = []
+    for run in runs:
+        found = facts(run)
+        for name, sign, number in conditions:
+            if name not in found:
+                raise EvenstepError(f"--fail-on {name}: {run.path} does not have that number")
+            if _OPERATORS[sign](found[name], number):
+                met.append(f"{run.name}: {name} is {found[name]:.4g}, failing on {sign} {number:g}")
+    if met:
+        raise ConditionMet("; ".join(met))

@@ -1,0 +1,225 @@
+"""Reads what a run has left behind, and keeps what is good of it. Needs no torch.
+
+metrics.jsonl may be half written, come from another version, or hold anything at all: what does not fit is left out,
+and counted in ``notes``, which the page shows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evenstep.errors import EvenstepError
+from evenstep.telemetry.schema import VERSION, is_step, iter_records
+
+Record = dict[str, Any]
+Series = tuple[list[float], list[float]]
+"""Steps and values."""
+
+STEP_LISTS = ("losses", "norms", "norms_after")
+
+
+@dataclass
+class RunLog:
+    """``parameters``: steps ``[n]`` (the first and last of each record) and, per column, values ``[n, k]``, NaN where
+    missing."""
+
+    name: str
+    path: Path
+    notes: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    optimizer: str = ""
+    rules: dict[str, Any] = field(default_factory=dict)
+    train: list[Record] = field(default_factory=list)
+    validation: list[Record] = field(default_factory=list)
+    windows: list[Record] = field(default_factory=list)
+    events: list[Record] = field(default_factory=list)
+    lowbit: list[Record] = field(default_factory=list)
+    first: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    last: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    columns: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        records = [*self.train[-1:], *self.validation[-1:], *self.windows[-1:]]
+        return max((record["step"] for record in records), default=0)
+
+    def series(self, key: str) -> Series:
+        """A number of the training or validation lines over the steps."""
+        records = self.validation if key in ("val_loss", "perplexity", "bits_per_byte") else self.train
+        points = [(r["step"], r[key]) for r in records if is_number(r.get(key))]
+        return [p[0] for p in points], [p[1] for p in points]
+
+    def per_step(self, key: str) -> Series:
+        """A number of every single step: ``losses``, ``norms`` or ``norms_after``."""
+        steps: list[float] = []
+        values: list[float] = []
+        for window in self.windows:
+            for i, value in enumerate(window.get(key) or ()):
+                if is_number(value):
+                    steps.append(window["first"] + i)
+                    values.append(value)
+        return steps, values
+
+    def losses(self) -> Series:
+        """Of every step where telemetry wrote it, else of the log lines."""
+        found = self.per_step("losses")
+        return found if found[0] else self.series("loss")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and value == value
+
+
+def load_run(path: Path) -> RunLog:
+    """The run in a directory, or that of a single .jsonl file. EvenstepError when there is none; for everything else
+    that is wrong, a note."""
+    metrics = path / "metrics.jsonl" if path.is_dir() else path
+    directory = metrics.parent
+    if not path.exists() or (path.is_dir() and not metrics.exists() and not (path / "config.toml").exists()):
+        raise EvenstepError(f"{path} is not a run: it has no metrics.jsonl; evenstep runs lists runs")
+    run = RunLog(name=(path if path.is_dir() else path.with_suffix("")).resolve().name, path=path)
+    if path.is_dir():
+        _read_facts(run, directory)
+    try:
+        _read_metrics(run, metrics)
+    except FileNotFoundError:
+        run.notes.append("metrics.jsonl is not there yet")
+    except OSError as problem:
+        raise EvenstepError(f"{metrics} cannot be read ({problem.strerror})") from None
+    if not run.train and not run.windows and not run.validation:
+        run.notes.append("no step has been logged yet")
+    elif not run.windows:
+        run.notes.append("there is no telemetry in this run: telemetry.enabled was false, or it is of an older version")
+    return run
+
+
+def _read_facts(run: RunLog, directory: Path) -> None:
+    readers = {"config.toml": ("config", tomllib.loads), "summary.json": ("summary", json.loads)}
+    for name, (where, read) in readers.items():
+        try:
+            found = read((directory / name).read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it is no table")
+            setattr(run, where, found)
+        except FileNotFoundError:
+            if name == "config.toml":
+                run.notes.append("config.toml is not there")
+        except (OSError, ValueError, RecursionError) as problem:
+            run.notes.append(f"{name} cannot be read: {problem}")
+
+
+def _read_metrics(run: RunLog, path: Path) -> None:
+    unreadable, misfits, unknown = 0, 0, set()
+    parameters: list[Record] = []
+    readers = {"start": _start, "window": _window, "parameters": _parameters, "event": _event, "lowbit": _lowbit}
+    for record in iter_records(path):
+        if record is None:
+            unreadable += 1
+            continue
+        kind = record.get("kind")
+        if kind is None:
+            (run.validation if "val_loss" in record else run.train).append(record)
+        elif isinstance(kind, str) and kind in readers:
+            misfits += not readers[kind](run, record, parameters)
+        else:
+            unknown.add(str(kind))
+    _stack(run, parameters)
+    if unreadable:
+        run.notes.append(f"{_lines(unreadable)} of metrics.jsonl could not be read and {_are(unreadable)} left out")
+    if misfits:
+        run.notes.append(f"{_lines(misfits)} of telemetry did not fit its schema and {_are(misfits)} left out")
+    if unknown:
+        run.notes.append(f"lines of an unknown kind were left out: {', '.join(sorted(unknown))[:200]}")
+
+
+def _lines(n: int) -> str:
+    return f"{n} line{'s' if n > 1 else ''}"
+
+
+def _are(n: int) -> str:
+    return "were" if n > 1 else "was"
+
+
+def _start(run: RunLog, record: Record, parameters: list[Record]) -> bool:
+    names = record.get("names")
+    if not isinstance(names, list):
+        return False
+    if run.names and [str(name) for name in names] != run.names:
+        parameters.clear()
+        run.notes.append(f"the parameters changed at step {record['step']}; their numbers are shown from there on")
+    run.names, run.optimizer = [str(name) for name in names], str(record.get("optimizer", ""))
+    run.rules = record["rules"] if isinstance(record.get("rules"), dict) else {}
+    version = record.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        run.notes.append(f"telemetry of version {version}, this program knows {VERSION}: some may be missing")
+    return True
+
+
+def _window(run: RunLog, record: Record, _: list[Record]) -> bool:
+    lists = [record.get(name) or [] for name in STEP_LISTS]
+    if not is_step(record.get("first")) or not all(isinstance(values, list) for values in lists):
+        return False
+    run.windows.append(record)
+    return True
+
+
+def _parameters(run: RunLog, record: Record, parameters: list[Record]) -> bool:
+    columns = {name: values for name, values in record.items() if isinstance(values, list)}
+    fits = all(len(values) == len(run.names) for values in columns.values())
+    if not columns or not fits or not is_step(record.get("first")):
+        return False
+    parameters.append(record)
+    return True
+
+
+def _event(run: RunLog, record: Record, _: list[Record]) -> bool:
+    tensors = record.get("tensors", [])
+    if not isinstance(record.get("event"), str) or not isinstance(tensors, list):
+        return False
+    if not all(isinstance(tensor, dict) and "name" in tensor for tensor in tensors):
+        return False
+    run.events.append(record)
+    return True
+
+
+def _lowbit(run: RunLog, record: Record, _: list[Record]) -> bool:
+    layers = record.get("layers")
+    if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
+        return False
+    run.lowbit.append(record)
+    return True
+
+
+def _stack(run: RunLog, parameters: list[Record]) -> None:
+    run.first = np.array([record["first"] for record in parameters], np.int64)
+    run.last = np.array([record["step"] for record in parameters], np.int64)
+    names = dict.fromkeys(name for record in parameters for name, values in record.items() if isinstance(values, list))
+    for name in names:
+        run.columns[name] = matrix([record.get(name) for record in parameters], len(run.names))
+    if "update_rms" in names and "weight_rms" in names:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = run.columns["update_rms"] / run.columns["weight_rms"]
+        run.columns["update_ratio"] = np.where(np.isfinite(ratio), ratio, np.nan)
+
+
+def matrix(rows: list[Any], k: int) -> NDArray[np.float32]:
+    """Lists of ``k`` numbers as an array ``[n, k]``; what is no number is NaN, a row that is no list all NaN."""
+    result = np.full((len(rows), k), np.nan, np.float32)
+    for i, row in enumerate(rows):
+        if not isinstance(row, list):
+            continue
+        try:
+            result[i] = np.array(row, dtype=np.float32)  # None becomes NaN
+        except (TypeError, ValueError, OverflowError):
+            result[i] = [value if is_number(value) else math.nan for value in row]
+    return np.where(np.isfinite(result), result, np.float32(math.nan))

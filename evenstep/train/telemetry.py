@@ -1,0 +1,119 @@
+"""The telemetry of a run: its monitor, the sinks that its configuration asks for, and its lines in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from evenstep.lowbit.metrics import lowbit_metrics
+from evenstep.telemetry.monitor import SpikeMonitor
+from evenstep.telemetry.sinks import Guarded, TensorBoardSink, TrackioSink, WandbSink, opened
+from evenstep.train.config_io import to_tables
+from evenstep.train.interrupts import Interrupted
+from evenstep.train.progress import LineProgress
+
+if TYPE_CHECKING:
+    from evenstep.train.run import Run
+
+
+def weight_noise(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """What quantisation does to the weight of every low-bit layer, as `SpikeMonitor` takes it: ``saturation``,
+    ``underflow`` and ``error``.
+
+    Asked at every drain, where it takes up to a tenth of a step. The gradients that a recipe quantises exist within
+    the backward pass alone, so there is no ``gradient_error``. Every named recipe rounds weights to the nearest: no
+    random number is drawn, and the run is the same to the bit without telemetry.
+    """
+    return {
+        layer: {"saturation": found["saturation"], "underflow": found["underflow"], "error": found["relative_error"]}
+        for layer, found in lowbit_metrics(model).items()
+    }
+
+
+class RunTelemetry:
+    """Made with the run; ``monitor`` is None where ``telemetry.enabled`` is false."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.sinks: list[Guarded] = []
+        config = run.config.telemetry
+        self.monitor = None
+        if config.enabled:
+            self.monitor = SpikeMonitor(
+                run.model,
+                run.optimizer,
+                every=run.config.log.every,
+                sinks=[self],
+                say=None,
+                samples=config.samples,
+                ratio=config.ratio,
+                sigma=config.sigma,
+                window=config.window,
+                parameters_every=config.every,
+                lowbit=partial(weight_noise, run.model) if run.config.lowbit else None,
+            )
+
+    def observe(self, loss: Tensor, position: int) -> None:
+        """Before the optimizer's step: its loss, and the loader's position before its batch."""
+        if self.monitor:
+            rows = (position, position + self.run.config.train.batch_size)
+            self.monitor.observe(loss, rows=rows, step=self.run.step_number + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """A record of any kind into metrics.jsonl and the other sinks."""
+        self.run.metrics.write(record)
+        for sink in self.sinks:
+            sink.write(record)
+
+    def close(self) -> None:
+        """The run closes its own files; what `live` opened it closes."""
+
+    def settle(self, *, last: bool) -> None:
+        """Write what has been seen. ``last``: also what waits for the next step, which may never come."""
+        if self.monitor:
+            self.monitor.flush() if last else self.monitor.drain()
+
+    @contextmanager
+    def live(self, progress: LineProgress) -> Iterator[None]:
+        """While the run trains: sinks are open, events are told. Whatever ends it, the last steps are not lost: they
+        are in the checkpoint, or written here."""
+        self.sinks = self._open()
+        if self.monitor:
+            self.monitor.say, self.monitor.show = progress.say, progress.parameters
+        try:
+            yield
+        except (Interrupted, KeyboardInterrupt):
+            raise
+        except Exception:
+            if self.run.saved is None:
+                self.settle(last=True)
+            raise
+        finally:
+            for sink in self.sinks:
+                sink.close()
+            self.sinks = []
+
+    def _open(self) -> list[Guarded]:
+        run, config = self.run, self.run.config.telemetry
+        name, tables = str(run.config.name), to_tables(run.config)
+        builders: list[tuple[bool, str, Any]] = [
+            (config.tensorboard, "tensorboard", lambda: TensorBoardSink(run.out / "tensorboard")),
+            (config.wandb != "off", "wandb", lambda: WandbSink(run.out, name, mode=config.wandb, config=tables)),
+            (config.trackio, "trackio", lambda: TrackioSink(name, config=tables)),
+        ]
+        found = [opened(build, package) for wanted, package, build in builders if wanted]
+        return [sink for sink in found if sink is not None]
+
+    def state(self) -> dict[str, Any] | None:
+        return self.monitor.state_dict() if self.monitor else None
+
+    def load(self, state: dict[str, Any] | None) -> None:
+        """None: the checkpoint was written without telemetry, which then starts with this step."""
+        if self.monitor and state is not None:
+            self.monitor.load_state_dict(state)
+        elif self.monitor:
+            self.monitor.step = self.run.step_number

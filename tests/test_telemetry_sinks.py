@@ -1,0 +1,148 @@
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+from telemetry_support import write_run
+from train_support import quick, write_corpus
+
+from evenstep.errors import EvenstepError
+from evenstep.telemetry.schema import read_records, to_line
+from evenstep.telemetry.sinks import Guarded, JsonlSink, TensorBoardSink, opened, scalars
+from evenstep.train.run import Run
+
+
+@pytest.fixture
+def records(tmp_path):
+    return read_records(write_run(tmp_path / "given", steps=40, lowbit=True) / "metrics.jsonl")
+
+
+def test_jsonl_holds_what_was_written(tmp_path, records):
+    sink = JsonlSink(tmp_path / "log.jsonl")
+    for record in records:
+        sink.write(record)
+    assert read_records(tmp_path / "log.jsonl") == records  # each line is there at once
+    sink.close()
+
+
+def test_scalars_of_every_kind(records):
+    found = {}
+    for record in records:
+        found |= scalars(record)
+    assert found["train/loss"] > 0 and found["validation/val_loss"] == 3.1
+    assert found["telemetry/spike_rate"] == 0.001 and found["telemetry/norm_after"] > 0
+    assert max(scalars(r).get("telemetry/max_ratio", 0) for r in records) == 143.0
+    assert found["lowbit/model.embed_tokens.weight/gradient_error"] == 0.3
+    assert not any(name.endswith("/step") for name in found)
+
+
+def test_tensorboard_can_read_its_files(tmp_path, records):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoardSink(tmp_path / "tb")
+    for record in records:
+        sink.write(record)
+    sink.close()
+    found = EventAccumulator(str(tmp_path / "tb")).Reload()
+    losses = [(event.step, event.value) for event in found.Scalars("train/loss")]
+    expected = [(r["step"], pytest.approx(r["loss"])) for r in records if "loss" in r]
+    assert losses == expected
+    assert "events/spike/text_summary" in found.Tags()["tensors"]
+
+
+def test_wandb_offline_writes_a_run_that_can_be_synced(tmp_path, records, monkeypatch):
+    pytest.importorskip("wandb")
+    from evenstep.telemetry.sinks import WandbSink
+
+    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    sink = WandbSink(tmp_path, "run", config={"seed": 3})
+    for record in records:
+        sink.write(record)
+    sink.close()
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"telemetry/max_ratio" in log.read_bytes() and b"train/loss" in log.read_bytes()
+
+
+@pytest.mark.slow
+def test_trackio_keeps_the_numbers(tmp_path):
+    pytest.importorskip("trackio")
+    write_run(tmp_path / "given", steps=20)
+    code = """
+import sys
+from pathlib import Path
+from evenstep.telemetry.schema import read_records
+from evenstep.telemetry.sinks import TrackioSink
+sink = TrackioSink("run", config={"seed": 3})
+for record in read_records(Path(sys.argv[1])):
+    sink.write(record)
+sink.close()
+"""
+    place = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HOME": str(tmp_path)}
+    words = [sys.executable, "-c", code, str(tmp_path / "given" / "metrics.jsonl")]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **place}, timeout=120)
+    assert done.returncode == 0, done.stderr
+    stored = b"".join(path.read_bytes() for path in (tmp_path / "trackio").rglob("*") if path.is_file())
+    assert b"train/loss" in stored and b"telemetry/max_ratio" in stored
+
+
+class Failing:
+    def __init__(self):
+        self.calls = 0
+
+    def write(self, record):
+        self.calls += 1
+        raise ConnectionError("no network\nand more")
+
+    def close(self):
+        raise AssertionError("it was dropped")
+
+
+def test_a_sink_that_fails_warns_once_and_is_left_alone():
+    sink = Failing()
+    guarded = Guarded(sink)
+    with pytest.warns(UserWarning, match=r"Failing could not write \(no network\); training goes on"):
+        guarded.write({"step": 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guarded.write({"step": 2})
+        guarded.close()
+    assert sink.calls == 1
+
+
+def test_a_sink_that_cannot_start_warns_and_one_not_installed_is_an_error():
+    def offline():
+        raise OSError("no route to host")
+
+    def missing():
+        raise ModuleNotFoundError("No module named 'wandb'", name="wandb")
+
+    with pytest.warns(UserWarning, match="wandb could not be started .no route to host"):
+        assert opened(offline, "wandb") is None
+    with pytest.raises(EvenstepError, match="pip install 'wandb'"):
+        opened(missing, "wandb")
+
+
+def test_a_run_feeds_the_sinks_it_was_told_to(tmp_path, monkeypatch):
+    made = []
+
+    class Keeper:
+        def __init__(self, directory):
+            self.directory, self.records, self.open = directory, [], True
+            made.append(self)
+
+        def write(self, record):
+            self.records.append(record)
+
+        def close(self):
+            self.open = False
+
+    monkeypatch.setattr("evenstep.train.telemetry.TensorBoardSink", Keeper)
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    Run(quick(corpus, tmp_path / "run", telemetry__tensorboard="true"), say=lambda *_: None).fit()
+    (sink,) = made
+    assert sink.directory == tmp_path / "run" / "tensorboard" and not sink.open
+    log = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "".join(map(to_line, sink.records)) == log
