@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 # torch of your choice into $(VENV) beforehand and set TORCH to it, e.g. `make test TORCH=torch`.
 TORCH ?= torch==2.13.0
 
+# Tests run in this many processes at once.
+WORKERS ?= 2
+
 # Small tensor operations stall when OpenMP threads outnumber the free cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -15,7 +18,7 @@ demo: $(VENV)/.train  ## train a small LLaMA on real text: about three minutes, 
 	$(BIN)/evenstep pretrain recipes/demo.toml $(ARGS)
 
 test: $(VENV)/.dev  ## the test suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.dev  ## the tests that are left out of `make test` for their length
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
