@@ -336,7 +336,7 @@ def test_the_page_works_in_a_browser(browser, tmp_path):
     tip = browser.find_element(By.CSS_SELECTOR, "#heat .tip")
     assert tip.is_displayed() and "layers.2.self_attn.k_proj" in tip.text
     assert "101–110" in tip.text and "140" in tip.text
-    # It is painted: the cell of the spike is darker than its neighbour.
+    # It is painted, and the calm around it looks calm: the cell of the spike is darker than its neighbour.
     pixel = """const c = E.charts.find((c) => c.holder.id === 'heat'), r = devicePixelRatio;
         const at = (x, y) => [...c.ctx.getImageData(c.valToPos(x, 'x', true), c.valToPos(y, 'y', true), 1, 1).data];
         return [at(105, 20.5), at(155, 20.5)]"""
@@ -349,11 +349,15 @@ def test_the_page_works_in_a_browser(browser, tmp_path):
     )
     assert 60 < low < 100 and 140 < high < 180
     assert run_js("return E.charts.every((c) => Math.abs(c.scales.x.min - arguments[0]) < 1)", low)
+    height = run_js("return [E.charts[0].scales.y.min, E.charts[0].scales.y.max]")
+    assert 2 < height[0] < 6 < height[1] < 10  # still losses: only the steps are shared
     browser.find_element(By.CSS_SELECTOR, "[aria-label='all steps']").click()
     assert run_js("return E.charts.every((c) => c.scales.x.max === 400)")
     # A click on a row shows the numbers of that parameter.
+    run_js("arguments[0].scrollIntoView({block: 'center'})", over)
     ActionChains(browser).move_to_element_with_offset(over, *offset).click().perform()
     assert "model.layers.2.self_attn.k_proj.weight" in browser.find_element(By.TAG_NAME, "main").text
+    assert run_js("return E.charts.every((c) => c.scales.x.max === E.charts[0].scales.x.max)")
     # The table of events sorts by any head, both ways.
     head = browser.find_elements(By.CSS_SELECTOR, "#events th button")[0]
 

@@ -43,14 +43,14 @@ E.table = (columns, rows, { sort, go = null } = {}) => {
 };
 
 // A row per name, a column per run; rows in which the runs differ stand out.
-E.sideBySide = (runs, names, value, { onlyDifferent = false } = {}) => {
+E.sideBySide = (runs, names, value, { onlyDifferent = false, title = (name) => name, colors = false } = {}) => {
   const lines = names
     .map((name) => [name, runs.map((run) => value(run, name))])
     .map(([name, values]) => ({ name, values, differs: runs.length > 1 && new Set(values).size > 1 }))
     .filter((line) => !onlyDifferent || line.differs);
-  const head = E.el("tr", {}, E.el("th", {}), ...runs.map((run) => E.el("th", { scope: "col" }, run.name)));
+  const head = E.el("tr", {}, E.el("th", {}), ...runs.map((run, i) => E.el("th", { scope: "col" }, colors ? E.key(E.runColor(i)) : null, run.name)));
   const body = lines.map((line) =>
-    E.el("tr", { className: onlyDifferent || !line.differs ? "" : "differs" }, E.el("td", {}, line.name), ...line.values.map((text) => E.el("td", {}, text))),
+    E.el("tr", { className: onlyDifferent || !line.differs ? "" : "differs" }, E.el("td", {}, title(line.name)), ...line.values.map((text) => E.el("td", {}, text))),
   );
   return E.el("div", { className: "scroll", tabIndex: 0 }, E.el("table", {}, E.el("thead", {}, head), E.el("tbody", {}, ...body)));
 };
