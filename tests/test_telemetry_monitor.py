@@ -18,7 +18,7 @@ from train_support import quick, write_corpus
 from evenstep import SCALE, SPAM, AdaClip, AdaGN, SpikeMonitor, StableSPAM, scale_groups, stabilize
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.detect import Detector
-from evenstep.telemetry.lines import event_line
+from evenstep.telemetry.lines import event_line, short
 from evenstep.telemetry.probe import COLUMNS, Probe
 from evenstep.telemetry.schema import read_records
 from evenstep.telemetry.series import Rolling, digits
@@ -310,6 +310,15 @@ def test_the_line_of_an_event():
     event = {"event": "spike", "step": 812, "count": 1, "tensors": [tensor], "loss_before": 3.41, "loss_after": 3.44}
     assert event_line(event | {"rows": [51968, 52000]}) == (
         "step 812 spike x143 in layers.3.mlp.down_proj, 0.012 % clipped, loss 3.41 -> 3.44, data rows 51968-52000"
+    )
+
+
+def test_names_are_short_but_say_something():
+    assert short("model.layers.3.mlp.down_proj.weight") == "layers.3.mlp.down_proj"
+    assert (short("3.weight"), short("features.3.weight"), short("3.bias")) == (
+        "3.weight",
+        "features.3.weight",
+        "3.bias",
     )
 
 

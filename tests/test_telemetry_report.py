@@ -139,6 +139,17 @@ def test_a_log_from_before_telemetry_has_a_page(tmp_path):
     assert payload([run])["runs"][0]["curves"]["norm"] == {"x": [10], "y": [2.0]}
 
 
+def test_a_run_appended_to_the_log_of_another_takes_its_place(tmp_path):
+    out = write_run(tmp_path / "run", steps=200)
+    once = payload([load_run(out)])["runs"][0]
+    log = out / "metrics.jsonl"
+    log.write_text("\ufeff" + write_run(tmp_path / "before").joinpath("metrics.jsonl").read_text() + log.read_text())
+    run = load_run(out)
+    assert run.notes == ["the log begins again after step 0: what it held before of later steps is left out"]
+    run.notes = []
+    assert payload([run])["runs"][0] == once
+
+
 def test_a_newer_schema_is_told_of(tmp_path):
     out = write_run(tmp_path / "run")
     log = out / "metrics.jsonl"
@@ -146,7 +157,9 @@ def test_a_newer_schema_is_told_of(tmp_path):
     assert any("version 7" in note for note in load_run(out).notes)
 
 
-@pytest.mark.parametrize("words", [["{tmp}/nowhere"], ["{tmp}"], ["{run}", "--fail-on", "spike_rat>1"]])
+@pytest.mark.parametrize(
+    "words", [["{tmp}/nowhere"], ["{tmp}"], ["{run}/config.toml"], ["{run}", "--fail-on", "spike_rat>1"]]
+)
 def test_mistakes_are_one_line(tmp_path, capsys, words):
     run = write_run(tmp_path / "run", steps=20)
     status, out, err = call(capsys, "report", *[word.format(tmp=tmp_path, run=run) for word in words])
