@@ -145,7 +145,7 @@ def test_a_run_appended_to_the_log_of_another_takes_its_place(tmp_path):
     log = out / "metrics.jsonl"
     log.write_text("\ufeff" + write_run(tmp_path / "before").joinpath("metrics.jsonl").read_text() + log.read_text())
     run = load_run(out)
-    assert run.notes == ["the log begins again after step 0: what it held before of later steps is left out"]
+    assert run.notes == ["the log begins again after step 0; later steps that it held before are left out"]
     run.notes = []
     assert payload([run])["runs"][0] == once
 

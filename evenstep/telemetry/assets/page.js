@@ -44,7 +44,7 @@ E.summary = (runs) => {
   const bad = (run, name) => ["skipped", "unrecovered", "loss_spikes"].includes(name) && run.facts[name] > 0;
   const tile = (name) =>
     E.el("div", { className: bad(runs[0], name) ? "tile bad" : "tile", title: `${name}: ${E.data.facts[name]}` }, E.el("b", {}, E.fact(name, runs[0].facts[name])), E.el("span", {}, E.FACTS[name]));
-  const body = runs.length > 1 ? E.sideBySide(runs, names, (run, name) => E.fact(name, run.facts[name]), { title: (name) => E.FACTS[name], colors: true }) : E.el("div", { className: "tiles" }, ...names.map(tile));
+  const body = runs.length > 1 ? E.sideBySide(runs, names, (run, name) => E.fact(name, run.facts[name]), { facts: E.FACTS }) : E.el("div", { className: "tiles" }, ...names.map(tile));
   return E.el("section", { className: runs.length > 1 ? "wide" : "wide bare", ariaLabel: "the run in numbers" }, ...notes, body);
 };
 
