@@ -24,7 +24,7 @@ E.FACTS = {
   unrecovered: "not recovered",
   skipped: "steps not finite",
   resets: "moment resets",
-  clipped: "most entries clipped",
+  clipped: "clipped, at most",
   gradient_error: "gradient error",
   steps: "steps",
   tokens_per_second: "tokens a second",
