@@ -161,7 +161,7 @@ def _start(run: RunLog, record: Record, parameters: list[Record]) -> bool:
         for lines in kept:
             lines[:] = [line for line in lines if line["step"] <= record["step"]]
         run.notes.append(
-            f"the log begins again after step {record['step']}: what it held before of later steps is left out"
+            f"the log begins again after step {record['step']}; later steps that it held before are left out"
         )
     if run.names and [str(name) for name in names] != run.names:
         parameters.clear()
