@@ -3,7 +3,10 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +18,8 @@ from train_support import quick, write_corpus
 from evenstep import SCALE, SPAM, AdaClip, AdaGN, SpikeMonitor, StableSPAM, scale_groups, stabilize
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.detect import Detector
-from evenstep.telemetry.lines import event_line
+from evenstep.telemetry.lines import event_line, short
+from evenstep.telemetry.probe import COLUMNS, Probe
 from evenstep.telemetry.schema import read_records
 from evenstep.telemetry.series import Rolling, digits
 from evenstep.telemetry.sinks import JsonlSink
@@ -138,6 +142,36 @@ def test_measured_numbers_are_those_of_the_gradient():
     np.testing.assert_allclose(record["weight_rms"], weights, rtol=1e-2, atol=2e-3)
     assert sink.of("window")[0]["norms"] == digits([math.sqrt(sum(n * n for n in norms))])
     assert sink.of("start")[0]["names"] == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradients_are_measured_alike_with_and_without_kernels(fused, monkeypatch):
+    if not fused:
+        monkeypatch.setattr("evenstep.optim.fused.kernels_for", lambda device: "switched off")
+    draw = torch.Generator().manual_seed(1)
+    grads = [torch.randn(300, 300, generator=draw), torch.randn(7, generator=draw).bfloat16()]
+    grads += [torch.randn(5, 5, generator=draw).double(), torch.randn(40, 30, generator=draw).t(), torch.zeros(3)]
+    grads += [torch.full((9,), 1e25), torch.full((9,), 1e-30), torch.zeros(0), torch.tensor([1.0, math.nan, 2.0])]
+    params = [nn.Parameter(torch.zeros_like(g)) for g in grads]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    probe = Probe(torch.optim.SGD(params), 0)
+    probe.before(weights=False)
+    found = dict(zip(COLUMNS, probe.after(), strict=True))
+    peaks = [float(g.abs().max()) if g.numel() else 0.0 for g in grads[:-1]]
+    torch.testing.assert_close(found["grad_max"], torch.tensor([*peaks, math.inf]))
+    norms = torch.tensor([float(g.double().norm()) for g in grads[:-1]])
+    torch.testing.assert_close(found["grad_norm"][:-1], norms)
+    assert not math.isfinite(found["grad_norm"][-1])
+
+
+@pytest.mark.slow
+def test_watching_costs_less_than_one_per_cent_of_a_step(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks" / "telemetry_cost.py"
+    words = [sys.executable, script, "--size", "60m", "--steps", "20", "--json", tmp_path / "cost.json"]
+    subprocess.run(words, check=True)
+    rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
+    assert len(rows) == 4 and all(row["share"] < 0.01 for row in rows), rows
 
 
 def test_gss_is_the_papers_score_of_single_coordinates():
@@ -276,6 +310,15 @@ def test_the_line_of_an_event():
     event = {"event": "spike", "step": 812, "count": 1, "tensors": [tensor], "loss_before": 3.41, "loss_after": 3.44}
     assert event_line(event | {"rows": [51968, 52000]}) == (
         "step 812 spike x143 in layers.3.mlp.down_proj, 0.012 % clipped, loss 3.41 -> 3.44, data rows 51968-52000"
+    )
+
+
+def test_names_are_short_but_say_something():
+    assert short("model.layers.3.mlp.down_proj.weight") == "layers.3.mlp.down_proj"
+    assert (short("3.weight"), short("features.3.weight"), short("3.bias")) == (
+        "3.weight",
+        "features.3.weight",
+        "3.bias",
     )
 
 

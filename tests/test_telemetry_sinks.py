@@ -52,40 +52,50 @@ def test_tensorboard_can_read_its_files(tmp_path, records):
     assert "events/spike/text_summary" in found.Tags()["tensors"]
 
 
-def test_wandb_offline_writes_a_run_that_can_be_synced(tmp_path, records, monkeypatch):
-    pytest.importorskip("wandb")
-    from evenstep.telemetry.sinks import WandbSink
-
-    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path))
-    sink = WandbSink(tmp_path, "run", config={"seed": 3})
-    for record in records:
-        sink.write(record)
-    sink.close()
-    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    assert b"telemetry/max_ratio" in log.read_bytes() and b"train/loss" in log.read_bytes()
-
-
-@pytest.mark.slow
-def test_trackio_keeps_the_numbers(tmp_path):
-    pytest.importorskip("trackio")
-    write_run(tmp_path / "given", steps=20)
-    code = """
+# What a background process or thread writes is whole when the program has ended: the sinks of others run in one of
+# their own, beside a run that the program has opened itself.
+PROGRAM = """
 import sys
 from pathlib import Path
+import {package}
 from evenstep.telemetry.schema import read_records
-from evenstep.telemetry.sinks import TrackioSink
-sink = TrackioSink("run", config={"seed": 3})
+from evenstep.telemetry import sinks
+{package}.init(project="own", **{options})
+sink = sinks.{sink}
 for record in read_records(Path(sys.argv[1])):
     sink.write(record)
 sink.close()
+{package}.log({{"still/mine": 1.0}})
+{package}.finish()
 """
-    place = {"TRACKIO_DIR": str(tmp_path / "trackio"), "HOME": str(tmp_path)}
-    words = [sys.executable, "-c", code, str(tmp_path / "given" / "metrics.jsonl")]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **place}, timeout=120)
+
+
+def written_by(tmp_path, package, sink, options):
+    pytest.importorskip(package)
+    write_run(tmp_path / "given", steps=40)
+    names = ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_DIR", "TRACKIO_DIR")
+    words = [sys.executable, "-c", PROGRAM.format(package=package, sink=sink, options=options)]
+    words.append(str(tmp_path / "given" / "metrics.jsonl"))
+    place = {name: str(tmp_path) for name in names}
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | place, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
-    stored = b"".join(path.read_bytes() for path in (tmp_path / "trackio").rglob("*") if path.is_file())
-    assert b"train/loss" in stored and b"telemetry/max_ratio" in stored
+
+
+def test_wandb_offline_writes_a_run_that_can_be_synced(tmp_path):
+    sink = f"WandbSink({str(tmp_path / 'run')!r}, 'run', config={{'seed': 3}})"
+    (tmp_path / "run").mkdir()
+    written_by(tmp_path, "wandb", sink, {"mode": "offline"})
+    (log,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    (own,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"telemetry/max_ratio" in log.read_bytes() and b"train/loss" in log.read_bytes()
+    assert b"still/mine" in own.read_bytes() and b"train/loss" not in own.read_bytes()
+
+
+def test_trackio_keeps_the_numbers(tmp_path):
+    written_by(tmp_path, "trackio", "TrackioSink('run', config={'seed': 3})", {"embed": False})
+    stored = {path.stem: path.read_bytes() for path in tmp_path.rglob("*.db*")}
+    assert b"train/loss" in stored["evenstep"] and b"telemetry/max_ratio" in stored["evenstep"]
+    assert b"still/mine" in stored["own"] and b"train/loss" not in stored["own"]
 
 
 class Failing:

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from evenstep import cli
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.study import Trained, contamination, spike_scores, study
 from evenstep.telemetry.study_models import build, check_model, part_of
@@ -61,6 +62,14 @@ def test_bad_options_are_one_line(tmp_path, options, message):
     with pytest.raises(EvenstepError, match=message):
         study(tmp_path / "out", **(good | options))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_as_it_stands_asks_for_models_that_there_are(monkeypatch):
+    asked = []
+    monkeypatch.setattr("evenstep.telemetry.study.study", lambda out, **options: asked.append(options))
+    assert cli.main(["study"]) == 0
+    for name in asked[0]["models"]:
+        check_model(name)
 
 
 def test_pythia_shapes_are_pythias():

@@ -57,7 +57,7 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     )
     study.add_argument("--out", metavar="DIR", type=Path, default=Path("spike-study"), help="default: %(default)s")
     study.add_argument(
-        "--models", metavar="NAMES", default="llama-9m,pythia-9m", help="comma-separated (default: %(default)s)"
+        "--models", metavar="NAMES", default="llama-9m,pythia-14m", help="comma-separated (default: %(default)s)"
     )
     study.add_argument("--steps", type=int, default=400, help="of each model (default: %(default)s)")
     study.add_argument("--samples", type=int, default=256, help="coordinates of each tensor (default: %(default)s)")

@@ -9,8 +9,11 @@ Event = dict[str, Any]
 
 
 def short(name: str) -> str:
-    """A parameter's name as people say it: ``model.layers.3.mlp.down_proj.weight`` -> ``layers.3.mlp.down_proj``."""
-    return name.removeprefix("model.").removesuffix(".weight")
+    """A parameter's name as people say it: ``model.layers.3.mlp.down_proj.weight`` -> ``layers.3.mlp.down_proj``, but
+    ``3.weight`` stays: a number alone says nothing.
+    """
+    brief = name.removeprefix("model.").removesuffix(".weight")
+    return name if brief.rpartition(".")[2].isdigit() else brief
 
 
 def _tensors(event: Event) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evenstep.telemetry.facts import facts
+from evenstep.telemetry.facts import FACTS, facts
 from evenstep.telemetry.lines import event_line, short
 from evenstep.telemetry.runlog import RunLog, Series, is_number, matrix
 
@@ -41,6 +41,11 @@ FIELDS: dict[str, str] = {
 }
 """Columns that the heat map shows, with their titles."""
 
+COLORS: dict[str, tuple[float, float]] = {"ratio": (2.0, 100.0), "gss": (5.0, 500.0), "gradient_error": (0.01, 1.0)}
+"""Where the colours of a picture begin, and where they end at the earliest: a calm run looks calm. Of the other columns
+they go from the smallest to the largest value.
+"""
+
 LOWBIT_FIELDS: dict[str, str] = {
     "gradient_error": "relative error, gradients",
     "error": "relative error",
@@ -52,7 +57,8 @@ LOWBIT_FIELDS: dict[str, str] = {
 def payload(runs: list[RunLog], *, live: bool = False) -> dict[str, Any]:
     """All that the page shows, in types that JSON has."""
     cells = CELLS // max(1, len(runs))
-    return {"live": live, "fields": FIELDS, "lowbit_fields": LOWBIT_FIELDS, "runs": [_run(run, cells) for run in runs]}
+    titles = {"facts": FACTS, "fields": FIELDS, "lowbit_fields": LOWBIT_FIELDS, "colors": COLORS}
+    return {"live": live, **titles, "runs": [_run(run, cells) for run in runs]}
 
 
 def _run(run: RunLog, cells: int) -> dict[str, Any]:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from evenstep.optim.fused import Choice
 from evenstep.optim.sharding import Bucket, Layout, buckets, combine, local, parts, state_dtype
 from evenstep.optim.state import in_param_order
 from evenstep.telemetry.schema import GSS_THRESHOLD
-from evenstep.transforms import Combine, Steps, blocks, combined, lockstep
+from evenstep.transforms import Combine, Gradients, Steps, lockstep
 
 STATS = ("grad_max", "grad_norm", "norm_after", "clip_limit", "clipped", "gain", "update_rms", "skipped")
 """What `stats` of an optimizer may have; the rest of a row is measured here."""
@@ -78,7 +79,8 @@ class Probe:
 
     def _measure(self) -> dict[str, Tensor]:
         groups = self.optimizer.param_groups
-        work = [bucket for group in groups for bucket in buckets(p for p in group["params"] if _dense(p))]
+        dense = [[p for p in group["params"] if _dense(p)] for group in groups]
+        work = [bucket for params in dense for bucket in buckets(params, choose=Choice(None))]
         layouts = [bucket.layout for bucket in work]
         found = lockstep([_norms(bucket) for bucket in work], lambda requests: combine(requests, layouts))
         numbers = in_param_order(groups, [(bucket.params, one) for bucket, one in zip(work, found, strict=True)])
@@ -160,20 +162,6 @@ def _dense(p: Tensor) -> bool:
 
 def _norms(bucket: Bucket) -> Steps[dict[str, Tensor]]:
     """Largest entry and norm of each gradient; Inf for a largest entry that is none."""
-    found = []
-    for g in bucket.grads:
-        # Piece by piece, so that the second look at it finds it in the cache.
-        looks = [_look(piece, bucket.dtype) for (piece,) in blocks(g) if piece.numel()] or [
-            g.new_zeros(3, dtype=bucket.dtype)
-        ]
-        low, high, norms = torch.stack(looks).unbind(1)
-        found.append(torch.stack([torch.maximum(-low.amin(), high.amax()), norms.square().sum()]))
-    peak, squares = torch.stack(found).unbind(1)
-    peak = torch.nan_to_num(peak, nan=math.inf, posinf=math.inf)  # a maximum over machines may lose a NaN
-    peak, squares = yield from combined(Combine("max", peak), Combine("sum", squares))
-    return {"grad_max": peak, "grad_norm": squares.sqrt()}
-
-
-def _look(piece: Tensor, dtype: torch.dtype) -> Tensor:
-    low, high = torch.aminmax(piece)
-    return torch.stack([low.to(dtype), high.to(dtype), torch.linalg.vector_norm(piece, dtype=dtype)])
+    grads = yield Gradients.measure(bucket.grads, bucket.dtype, kernels=bucket.kernels)
+    grads = yield grads.with_norms()
+    return {"grad_max": grads.peak, "grad_norm": grads.norms.raw}

@@ -111,18 +111,18 @@ def _read_facts(run: RunLog, directory: Path) -> None:
             if not isinstance(found, dict):
                 raise ValueError("it is no table")
             setattr(run, where, found)
-        except FileNotFoundError:
-            if name == "config.toml":
-                run.notes.append("config.toml is not there")
+        except FileNotFoundError:  # of a training loop of one's own, or not yet
+            pass
         except (OSError, ValueError, RecursionError) as problem:
             run.notes.append(f"{name} cannot be read: {problem}")
 
 
 def _read_metrics(run: RunLog, path: Path) -> None:
-    unreadable, misfits, unknown = 0, 0, set()
+    unreadable, misfits, unknown, total = 0, 0, set(), 0
     parameters: list[Record] = []
     readers = {"start": _start, "window": _window, "parameters": _parameters, "event": _event, "lowbit": _lowbit}
     for record in iter_records(path):
+        total += 1
         if record is None:
             unreadable += 1
             continue
@@ -133,6 +133,8 @@ def _read_metrics(run: RunLog, path: Path) -> None:
             misfits += not readers[kind](run, record, parameters)
         else:
             unknown.add(str(kind))
+    if total == unreadable > 0 and path == run.path:  # a file that was named, and is something else
+        raise EvenstepError(f"{path} is no metrics.jsonl: none of its lines is a record; give the directory of a run")
     _stack(run, parameters)
     if unreadable:
         run.notes.append(f"{_lines(unreadable)} of metrics.jsonl could not be read and {_are(unreadable)} left out")
@@ -154,6 +156,13 @@ def _start(run: RunLog, record: Record, parameters: list[Record]) -> bool:
     names = record.get("names")
     if not isinstance(names, list):
         return False
+    kept = (run.train, run.validation, run.windows, run.events, run.lowbit, parameters)
+    if any(line["step"] > record["step"] for lines in kept for line in lines):  # trained again, into the same file
+        for lines in kept:
+            lines[:] = [line for line in lines if line["step"] <= record["step"]]
+        run.notes.append(
+            f"the log begins again after step {record['step']}; later steps that it held before are left out"
+        )
     if run.names and [str(name) for name in names] != run.names:
         parameters.clear()
         run.notes.append(f"the parameters changed at step {record['step']}; their numbers are shown from there on")

@@ -50,7 +50,7 @@ def iter_records(path: Path, *, telemetry: bool = True) -> Iterator[dict[str, An
     """The records of a file in order, None for each line that cannot be used. ``telemetry=False`` leaves its lines
     out.
     """
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         for line in file:
             if not telemetry and line.startswith(TELEMETRY_LINE):
                 continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextvars import Context
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,8 +62,11 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Weights & Biases. ``mode``: "offline" writes to ``directory``/wandb, to be sent later with ``wandb sync``;
-    "online" sends at once. ``config`` is kept with the run."""
+    """Weights & Biases, as a run of its own beside any that the program has. ``mode``: "offline" writes to
+    ``directory``/wandb, to be sent later with ``wandb sync``; "online" sends at once. ``config`` is kept with the run.
+
+    After `close`, wandb's service process writes the last block of an offline file; the program's exit waits for it.
+    """
 
     def __init__(self, directory: Path | str, name: str, *, mode: str = "offline", config: Any = None) -> None:
         import wandb
@@ -73,6 +77,7 @@ class WandbSink:
             dir=str(directory),
             mode=mode,  # type: ignore[arg-type]
             config=config,
+            reinit="create_new",  # the default hands out the program's own run, which `close` would finish
             settings=wandb.Settings(silent=True),
         )
 
@@ -88,21 +93,23 @@ class WandbSink:
 
 
 class TrackioSink:
-    """trackio's local database (``TRACKIO_DIR``); ``trackio show`` displays it."""
+    """trackio's local database (``TRACKIO_DIR``), as a run of its own; ``trackio show`` displays it."""
 
     def __init__(self, name: str, *, config: Any = None) -> None:
         import trackio
 
-        self._trackio = trackio
-        trackio.init(project="evenstep", name=name, config=config, embed=False, resume="allow")
+        # `init` finishes the run of the current context: in an empty one it finds none.
+        self._run = Context().run(
+            lambda: trackio.init(project="evenstep", name=name, config=config, embed=False, resume="allow")
+        )
 
     def write(self, record: Record) -> None:
         values = scalars(record)
         if values:
-            self._trackio.log(values, step=record["step"])
+            self._run.log(values, step=record["step"])
 
     def close(self) -> None:
-        self._trackio.finish()
+        self._run.finish()
 
 
 def scalars(record: Record) -> dict[str, Any]:

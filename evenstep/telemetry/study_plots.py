@@ -28,7 +28,7 @@ def draw_all(out: Path, trained: list[Trained], moments: dict[str, Any]) -> list
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)
         paths.append(out / f"{name}.png")
-        figure.savefig(paths[-1], dpi=80)
+        figure.savefig(paths[-1], dpi=110)
     return paths
 
 
@@ -49,8 +49,10 @@ def _where(trained: list[Trained]) -> Figure:
     grid = figure.subplots(len(trained), 2, squeeze=False, width_ratios=(1, 3))
     for (bars, picture), one in zip(grid, trained, strict=True):
         parts = one.by_part()
-        bars.barh(list(parts)[::-1], [100 * share for share in parts.values()][::-1], color="tab:red")
+        drawn = bars.barh(list(parts)[::-1], [100 * share for share in parts.values()][::-1], color="tab:red")
+        bars.bar_label(drawn, fmt="%.2g", padding=3, fontsize=8)
         bars.set(title=one.name, xlabel="coordinates and steps\nthat are spikes (%)")
+        bars.margins(x=0.25)
         rows, largest = one.largest()
         starts = np.arange(0, largest.shape[1], -(-largest.shape[1] // COLUMNS))
         pooled = np.maximum.reduceat(largest, starts, axis=1)
@@ -59,9 +61,11 @@ def _where(trained: list[Trained]) -> Figure:
             np.maximum(pooled, 1), aspect="auto", norm=scale, cmap="magma_r", extent=extent, interpolation="nearest"
         )
         every = max(1, len(rows) // 12)
-        picture.set_yticks(range(0, len(rows), every), rows[::every], fontsize=7)
+        picture.set_yticks(
+            range(0, len(rows), every), [row.removeprefix("gpt_neox.") for row in rows[::every]], fontsize=7
+        )
         picture.set(xlabel="step", title="largest GSS of each tensor")
-        figure.colorbar(shown, ax=picture)
+        figure.colorbar(shown, ax=picture, label="GSS")
     return figure
 
 

@@ -2,12 +2,19 @@
 // Line charts over the steps. All of them show the same stretch of steps and share their cursor.
 
 E.LEFT = 64; // room for the labels of the left axis
+E.SYNC = { key: "steps", setSeries: false, scales: ["x", null] }; // the charts share the steps and not what is upwards
 
 E.show = (min, max) => {
   const [low, high] = E.limits;
   const width = Math.min(Math.max(max - min, 2), high - low);
   const start = Math.min(Math.max(min, low), high - width);
   for (const chart of E.charts) chart.setScale("x", { min: start, max: start + width });
+};
+
+// A new chart shows the steps that the others do.
+E.look = (chart) => {
+  const [min, max] = E.range ?? E.limits;
+  chart?.setScale("x", { min, max });
 };
 
 E.axis = (extra) => ({
@@ -38,7 +45,8 @@ E.hooks = (more) => ({
   ...more,
 });
 
-// lines: [{label, x, y, color, dash, dots}]; marks: [{step, color}] are drawn as ticks at the foot.
+// lines: [{label, x, y, color, dash, dots}]; marks: [{step, color}] are drawn as ticks at the foot, and through the whole
+// chart where they are few.
 E.lineChart = (title, lines, { log = false, marks = [], wide = false, height = 230, about = null } = {}) => {
   const there = lines.filter((line) => line.x && line.x.length);
   const holder = E.el("div", { className: "plot" });
@@ -60,21 +68,25 @@ E.lineChart = (title, lines, { log = false, marks = [], wide = false, height = 2
   }));
   const drawMarks = (u) => {
     const { left, top, width, height: tall } = u.bbox;
-    for (const mark of marks) {
-      const at = u.valToPos(mark.step, "x", true);
-      if (at < left || at > left + width) continue;
-      u.ctx.fillStyle = mark.color;
-      u.ctx.globalAlpha = 0.85;
-      u.ctx.fillRect(Math.round(at) - 1, top + tall - 10 * devicePixelRatio, 2, 10 * devicePixelRatio);
-      u.ctx.globalAlpha = 1;
+    const shown = marks.map((mark) => [u.valToPos(mark.step, "x", true), mark.color]).filter(([at]) => at >= left && at <= left + width);
+    const foot = 10 * devicePixelRatio;
+    u.ctx.save();
+    for (const [at, color] of shown) {
+      u.ctx.fillStyle = color;
+      u.ctx.globalAlpha = 0.9;
+      u.ctx.fillRect(Math.round(at) - 1, top + tall - foot, 2, foot);
+      u.ctx.globalAlpha = 0.35;
+      if (shown.length <= 60) u.ctx.fillRect(Math.round(at), top, 1, tall - foot);
     }
+    u.ctx.restore();
   };
   const options = {
     height,
     scales: { x: E.xScale(), y: log ? { distr: 3 } : {} },
     axes: [E.axis({}), E.axis({ size: E.LEFT, values: (u, ticks) => ticks.map((v) => (v === null ? "" : E.number(v))) })],
     series: [{ label: "step", value: (u, value) => E.number(value) }, ...series],
-    cursor: { sync: { key: "steps", setSeries: false }, drag: { x: true, y: false } },
+    legend: { markers: { width: 2, fill: (u, i) => u.series[i].stroke(u, i), dash: (u, i) => (u.series[i].dash ? "dashed" : "solid") } },
+    cursor: { sync: E.SYNC, drag: { x: true, y: false } },
     hooks: E.hooks({ draw: [drawMarks] }),
   };
   section.ready = () => E.place(holder, options, data, E.limits);

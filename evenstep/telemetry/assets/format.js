@@ -24,5 +24,12 @@ E.number = (value) => {
 E.color = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 E.runColor = (i) => E.color("run" + (i % 6));
 
+// A small square of a colour, before what it stands for.
+E.key = (color) => {
+  const square = E.el("span", { className: "key" });
+  square.style.background = color;
+  return square;
+};
+
 E.section = (title, wide, ...children) =>
   E.el("section", { className: wide ? "wide" : "" }, E.el("h2", {}, title), ...children);

@@ -12,19 +12,28 @@ E.decode = (field, count) => {
 E.valueOf = (field, code) =>
   code === 0 ? null : code === 1 ? 0 : field.low * Math.pow(field.high / field.low, (code - 2) / 253);
 
-E.palette = () => {
+E.stop = ([r, g, blue]) => (255 << 24) | (blue << 16) | (g << 8) | r;
+
+// The values at the ends of the colours.
+E.ends = (field, name) => {
+  const [low, high] = E.data.colors[name] ?? [field.low, field.high];
+  return [low, Math.max(high, field.high)];
+};
+
+// A colour for each code of a field, the palest below the first of its ends.
+E.palette = (field, [low, high]) => {
   const stops = [0, 1, 2, 3, 4].map((i) => {
     const hex = parseInt(E.color("heat" + i).slice(1), 16);
     return [hex >> 16, (hex >> 8) & 255, hex & 255];
   });
   const colors = new Uint32Array(256);
   for (let code = 2; code < 256; code++) {
-    const at = ((code - 2) / 253) * 4;
+    const share = Math.log(E.valueOf(field, code) / low) / Math.log(high / low);
+    const at = 4 * Math.min(1, Math.max(0, high > low ? share : 0));
     const [a, b] = [stops[Math.floor(at)], stops[Math.min(4, Math.floor(at) + 1)]];
-    const [r, g, blue] = a.map((value, i) => Math.round(value + (b[i] - value) * (at % 1)));
-    colors[code] = (255 << 24) | (blue << 16) | (g << 8) | r;
+    colors[code] = E.stop(a.map((value, i) => Math.round(value + (b[i] - value) * (at % 1))));
   }
-  colors[1] = colors[2];
+  colors[1] = E.stop(stops[0]);
   return colors; // code 0, nothing measured, stays transparent
 };
 
@@ -70,16 +79,24 @@ E.paint = (u, heat, field) => {
   u.ctx.restore();
 };
 
-E.scaleBar = (field) => {
+E.scaleBar = (field, ends) => {
   const canvas = E.el("canvas", { width: 254, height: 1 });
   const image = new ImageData(254, 1);
-  new Uint32Array(image.data.buffer).set(E.palette().subarray(2));
+  const all = { low: ends[0], high: ends[1] };
+  new Uint32Array(image.data.buffer).set(E.palette(all, ends).subarray(2));
   canvas.getContext("2d").putImageData(image, 0, 0);
-  return E.el("span", { className: "scale" }, E.number(field.low), canvas, E.number(field.high));
+  const least = (field.low < ends[0] ? "≤ " : "") + E.number(ends[0]);
+  return E.el("span", { className: "scale" }, least, canvas, E.number(ends[1]));
+};
+
+// What fits beside a picture on a phone: "model.layers.3.mlp.down_proj" -> "3 down_proj".
+E.brief = (name) => {
+  const text = name.replace(/^.*?(\d+)\..*?([^.]+)$/, "$1 $2");
+  return text.length > 13 ? text.slice(0, 12) + "…" : text;
 };
 
 // Fills holder with the picture; pick(row) is called for a click on a row.
-E.heatChart = (holder, heat, field, title, pick) => {
+E.heatChart = (holder, heat, field, ends, title, pick) => {
   const rows = heat.rows.length;
   const tip = E.el("div", { className: "tip", hidden: true });
   const where = (u) => {
@@ -102,8 +119,8 @@ E.heatChart = (holder, heat, field, title, pick) => {
     tip.style.right = right ? `${u.over.clientWidth - u.cursor.left + 14}px` : "auto";
     tip.style.top = `${Math.min(u.cursor.top + 14, u.over.clientHeight - 50)}px`;
   };
-  const labels = (u, ticks) => ticks.map((at) => heat.rows[Math.floor(at)] ?? "");
   const narrow = holder.clientWidth < 600;
+  const labels = (u, ticks) => ticks.map((at) => heat.rows[Math.floor(at)] ?? "").map((name) => (narrow ? E.brief(name) : name));
   const options = {
     height: Math.min(640, Math.max(200, 60 + rows * 12)),
     legend: { show: false },
@@ -111,35 +128,36 @@ E.heatChart = (holder, heat, field, title, pick) => {
     axes: [
       E.axis({}),
       E.axis({
-        size: narrow ? E.LEFT : 215,
+        size: narrow ? 92 : 215,
         grid: { show: false },
         splits: (u, i, min, max) => {
           const every = Math.max(1, Math.ceil((max - min) / (u.bbox.height / devicePixelRatio / 14)));
           const from = Math.max(0, Math.floor(min));
           return Array.from({ length: Math.ceil((Math.min(rows, max) - from) / every) }, (_, j) => from + j * every + 0.5);
         },
-        values: narrow ? (u, ticks) => ticks.map((at) => String(Math.floor(at))) : labels,
+        values: labels,
         font: "11px system-ui, sans-serif",
       }),
     ],
     series: [{}, { paths: () => null, points: { show: false } }],
-    cursor: { sync: { key: "steps", setSeries: false }, drag: { x: true, y: true, uni: 12 }, points: { show: false } },
+    cursor: { sync: E.SYNC, drag: { x: true, y: true, uni: 12 }, points: { show: false } },
     hooks: E.hooks({ draw: [(u) => E.paint(u, heat, field)], setCursor: [hover] }),
   };
   const data = [heat.last, heat.last.map(() => rows / 2)];
   const plot = E.place(holder, options, data, E.limits);
-  plot.colors = E.palette();
+  plot.colors = E.palette(field, ends);
   plot.over.append(tip);
   plot.over.addEventListener("mouseenter", () => (plot.hovered = true));
   plot.over.addEventListener("mouseleave", () => ((plot.hovered = false), (tip.hidden = true)));
-  plot.over.addEventListener("dblclick", () => plot.setScale("y", { min: 0, max: rows }));
+  plot.whole = () => plot.setScale("y", { min: 0, max: rows });
+  plot.over.addEventListener("dblclick", plot.whole);
   plot.over.addEventListener("click", () => {
     const cell = where(plot);
     if (cell) pick(cell.row);
   });
   plot.over.setAttribute("role", "img");
   plot.over.setAttribute("aria-label", title);
-  plot.setScale("y", { min: 0, max: rows });
+  plot.whole();
   return plot;
 };
 

@@ -12,11 +12,40 @@ E.curve = (runs, name, label, more = {}) =>
 E.KINDS = { spike: "spike", loss_spike: "loss spike", reset: "moments reset", skipped: "not finite", recovered: "recovered" };
 E.kindColor = (kind) => E.color(kind in E.KINDS ? kind : "skipped");
 
-E.summary = (runs, facts) => {
-  const names = facts.filter((name) => runs.some((run) => name in run.facts));
+E.FACTS = {
+  loss: "training loss",
+  val_loss: "validation loss",
+  spikes: "steps with a spike",
+  max_ratio: "largest spike",
+  spike_rate: "spike rate",
+  max_gss: "largest GSS",
+  loss_spikes: "loss spikes",
+  recovery_steps: "steps to recover",
+  unrecovered: "not recovered",
+  skipped: "steps not finite",
+  resets: "moment resets",
+  clipped: "clipped, at most",
+  gradient_error: "gradient error",
+  steps: "steps",
+  tokens_per_second: "tokens a second",
+};
+E.fact = (name, value) => {
+  if (!Number.isFinite(value)) return "–";
+  if (name === "max_ratio") return `×${E.number(Number(value.toPrecision(3)))}`;
+  if (name === "spike_rate" || name === "clipped") return `${E.number(Number((100 * value).toPrecision(3)))} %`;
+  return E.number(value);
+};
+
+// One run: a tile for each number. Several: a table of them, side by side.
+E.summary = (runs) => {
+  const calm = runs.every((run) => !run.facts.loss_spikes) ? ["recovery_steps", "unrecovered"] : [];
+  const names = Object.keys(E.FACTS).filter((name) => runs.some((run) => name in run.facts) && !calm.includes(name));
   const notes = runs.flatMap((run) => run.notes.map((note) => E.el("p", { className: "note" }, runs.length > 1 ? `${run.name}: ${note}` : note)));
-  const table = E.sideBySide(runs, names, (run, name) => E.number(run.facts[name]));
-  return E.section("The run in numbers", false, ...notes, table);
+  const bad = (run, name) => ["skipped", "unrecovered", "loss_spikes"].includes(name) && run.facts[name] > 0;
+  const tile = (name) =>
+    E.el("div", { className: bad(runs[0], name) ? "tile bad" : "tile", title: `${name}: ${E.data.facts[name]}` }, E.el("b", {}, E.fact(name, runs[0].facts[name])), E.el("span", {}, E.FACTS[name]));
+  const body = runs.length > 1 ? E.sideBySide(runs, names, (run, name) => E.fact(name, run.facts[name]), { facts: E.FACTS }) : E.el("div", { className: "tiles" }, ...names.map(tile));
+  return E.el("section", { className: runs.length > 1 ? "wide" : "wide bare", ariaLabel: "the run in numbers" }, ...notes, body);
 };
 
 E.eventSection = (runs) => {
@@ -60,16 +89,16 @@ E.heatSection = (title, runs, part, fields, id) => {
     const names = Object.keys(fields).filter((name) => name in heat.fields);
     if (!names.includes(chosen.field)) chosen.field = names[0];
     const field = E.decode(heat.fields[chosen.field]);
+    const ends = E.ends(field, chosen.field);
     E.charts = E.charts.filter((chart) => !section.contains(chart.holder));
     bar.replaceChildren(
       choose("number", names.map((name) => [name, fields[name]]), chosen.field, (name) => ((chosen.field = name), draw())),
       ...(there.length > 1 ? [choose("run", there.map((one, i) => [i, one.name]), chosen.run, (i) => ((chosen.run = Number(i)), draw()))] : []),
-      E.scaleBar(field),
+      E.scaleBar(field, ends),
     );
     holder.replaceChildren();
-    const plot = E.heatChart(holder, heat, field, `${fields[chosen.field]} of ${run.name}`, (row) => ((chosen.row = row), one()));
-    const range = E.range ?? E.limits;
-    plot.setScale("x", { min: range[0], max: range[1] });
+    const plot = E.heatChart(holder, heat, field, ends, `${fields[chosen.field]} of ${run.name}`, (row) => ((chosen.row = row), one()));
+    E.look(plot);
     const one = () => {
       E.charts = E.charts.filter((chart) => !detail.contains(chart.holder));
       detail.replaceChildren();
@@ -77,7 +106,7 @@ E.heatSection = (title, runs, part, fields, id) => {
       const lines = names.slice(0, 6).map((name, i) => ({ label: fields[name], color: E.runColor(i), ...E.rowLine(heat, name, chosen.row) }));
       const chart = E.lineChart(heat.names[chosen.row], lines, { log: true });
       detail.append(chart);
-      chart.ready?.();
+      E.look(chart.ready?.());
     };
     one();
   };
@@ -93,22 +122,18 @@ E.build = (data) => {
   E.charts = [];
   const marks = runs.flatMap((run) => run.events.map((event) => ({ step: event.step, color: E.kindColor(event.event) })));
   const present = Object.keys(E.KINDS).filter((kind) => runs.some((run) => run.events.some((event) => event.event === kind)));
-  const key = E.el("p", { className: "soft" }, ...present.flatMap((kind) => {
-    const dot = E.el("span", { className: "key" });
-    dot.style.background = E.kindColor(kind);
-    return [dot, E.KINDS[kind]];
-  }));
-  const pair = (a, b, first, second) => [...E.curve(runs, a, first), ...E.curve(runs, b, second, { dash: [5, 4] })];
-  const facts = ["steps", "loss", "val_loss", "spike_rate", "spikes", "max_ratio", "max_gss", "loss_spikes", "recovery_steps", "unrecovered", "skipped", "resets", "clipped", "gradient_error", "tokens_per_second"];
+  const key = E.el("p", { className: "soft" }, ...present.flatMap((kind) => [E.key(E.kindColor(kind)), E.KINDS[kind]]));
+  const other = runs.length > 1 ? { dash: [5, 4] } : { color: E.runColor(1) };
+  const pair = (a, b, first, second) => [...E.curve(runs, a, first), ...E.curve(runs, b, second, other)];
   const settings = [...new Set(runs.flatMap((run) => run.config.map(([name]) => name)))];
   const configs = runs.map((run) => Object.fromEntries(run.config));
   const setting = (run, name) => configs[runs.indexOf(run)][name] ?? "–";
   const machine = [...new Set(runs.flatMap((run) => run.hardware.map(([name]) => name)))];
   const sections = [
-    E.lineChart("Loss", [...E.curve(runs, "loss", "training"), ...E.curve(runs, "val_loss", "validation", { dots: true, dash: [2, 3] })], { marks, wide: true, height: 300, about: key }),
+    E.summary(runs),
+    E.lineChart("Loss", [...E.curve(runs, "loss", "training"), ...E.curve(runs, "val_loss", "validation", runs.length > 1 ? { dots: true, dash: [2, 3] } : { dots: true, color: E.runColor(1) })], { marks, wide: true, height: 300, about: key }),
     E.heatSection("Parameters over the steps", runs, "heat", data.fields, "heat"),
     E.eventSection(runs),
-    E.summary(runs, facts),
     E.lineChart("Gradient norm, before and after the transforms", pair("norm", "norm_after", "before", "after"), { log: true, marks }),
     E.lineChart("Spike rate", E.curve(runs, "spike_rate", "share of recent steps")),
     E.lineChart("Learning rate", E.curve(runs, "lr", "rate")),
@@ -146,7 +171,10 @@ E.tools = () => {
     button("−", "more steps", () => move(0, 2)),
     button("+", "fewer steps", () => move(0, 0.5)),
     button("▶", "later steps", () => move(1, 1)),
-    button("all steps", "all steps", () => E.show(...E.limits)),
+    button("all steps", "all steps", () => {
+      E.show(...E.limits);
+      for (const chart of E.charts) chart.whole?.();
+    }),
     theme,
   );
   const dark = matchMedia("(prefers-color-scheme: dark)");

@@ -42,15 +42,15 @@ E.table = (columns, rows, { sort, go = null } = {}) => {
   return E.el("div", { className: "scroll", tabIndex: 0 }, E.el("table", {}, E.el("thead", {}, E.el("tr", {}, ...heads)), body));
 };
 
-// A row per name, a column per run; rows in which the runs differ stand out.
-E.sideBySide = (runs, names, value, { onlyDifferent = false } = {}) => {
+// A row per name, a column per run; rows in which the runs differ stand out. `facts` has titles of names: numbers, which differ anyway.
+E.sideBySide = (runs, names, value, { onlyDifferent = false, facts = null } = {}) => {
   const lines = names
     .map((name) => [name, runs.map((run) => value(run, name))])
     .map(([name, values]) => ({ name, values, differs: runs.length > 1 && new Set(values).size > 1 }))
     .filter((line) => !onlyDifferent || line.differs);
-  const head = E.el("tr", {}, E.el("th", {}), ...runs.map((run) => E.el("th", { scope: "col" }, run.name)));
+  const head = E.el("tr", {}, E.el("th", {}), ...runs.map((run, i) => E.el("th", { scope: "col" }, facts ? E.key(E.runColor(i)) : null, run.name)));
   const body = lines.map((line) =>
-    E.el("tr", { className: onlyDifferent || !line.differs ? "" : "differs" }, E.el("td", {}, line.name), ...line.values.map((text) => E.el("td", {}, text))),
+    E.el("tr", { className: onlyDifferent || facts || !line.differs ? "" : "differs" }, E.el("td", {}, facts?.[line.name] ?? line.name), ...line.values.map((text) => E.el("td", {}, text))),
   );
   return E.el("div", { className: "scroll", tabIndex: 0 }, E.el("table", {}, E.el("thead", {}, head), E.el("tbody", {}, ...body)));
 };
