@@ -141,7 +141,7 @@ def _is_view(x: Tensor) -> bool:
 
 
 def _low(t: Tensor, fmt: Format | None, dtype: torch.dtype) -> Tensor:
-    return (t if fmt is None else apply(t, fmt)).to(dtype)
+    return t.to(dtype) if fmt is None else apply(t, fmt, dtype=dtype)
 
 
 def _shared(x: Tensor, fmt: Format | None, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from evenstep.errors import EvenstepError
 from evenstep.lowbit import blocks
 from evenstep.lowbit.blocks import Blocks
-from evenstep.lowbit.fake_quant import as_dtype, as_rows, check, in_blocks, noise_like, split, spread
+from evenstep.lowbit.fake_quant import as_dtype, as_rows, as_rows_shape, check, in_blocks, noise_like, split, spread
 from evenstep.lowbit.formats import Format
 
 SCALE_DTYPES = {
@@ -138,14 +138,6 @@ def _encode_piece(
 def _flat(scale: Tensor, dims: tuple[int, ...]) -> Tensor:
     """[..., G, 1] or [r, 1, G, 1] -> [r, G]."""
     return scale.squeeze(-1) if dims == (-1,) else scale.squeeze(-1).squeeze(-2)
-
-
-def as_rows_shape(shape: torch.Size, fmt: Format) -> tuple[int, int]:
-    """Rows and columns of a tensor of ``shape`` in this format."""
-    count = shape.numel()
-    if fmt.flatten:
-        return (count // fmt.group, fmt.group) if count % fmt.group == 0 else (1, count)
-    return (count // shape[-1], shape[-1]) if shape else (1, 1)
 
 
 def dequantize(q: Quantized) -> Tensor:
