@@ -21,6 +21,8 @@ MOST_OUTLIERS = 4
 DTYPES = (torch.float32, torch.bfloat16)
 """Of the input; of the output the same, or bf16."""
 
+_SCHEMA = "(Tensor x, int width, int[] plan, float top, ScalarType dtype, Tensor? after) -> Tensor"
+
 _known: torch.library.Library | None = None
 
 
@@ -41,14 +43,17 @@ def _ready() -> bool:
     except (Unavailable, AttributeError):  # an older build lacks the function
         return False
     _known = torch.library.Library("evenstep", "FRAGMENT")
-    _known.define("cpu_fake_quantize(Tensor x, int width, int[] plan, float top, ScalarType dtype) -> Tensor")
+    _known.define(f"cpu_fake_quantize{_SCHEMA}")
     _known.impl("cpu_fake_quantize", _cpu_fake_quantize, "CPU")
     torch.library.register_fake("evenstep::cpu_fake_quantize", _meta_cpu_fake_quantize, lib=_known)
     return True
 
 
-def _cpu_fake_quantize(x: Tensor, width: int, plan: Sequence[int], top: float, dtype: torch.dtype) -> Tensor:
-    """``x`` as rows of ``width`` entries, each row in groups by ``plan`` (``FIELDS``)."""
+def _cpu_fake_quantize(
+    x: Tensor, width: int, plan: Sequence[int], top: float, dtype: torch.dtype, after: Tensor | None
+) -> Tensor:
+    """``x`` as rows of ``width`` entries, each row in groups by ``plan`` (``FIELDS``). ``after`` is not read: a compiler
+    that sees it there cannot do this before it has made that tensor."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=dtype, device="cpu")
     rows = x.numel() // width
@@ -64,5 +69,7 @@ def _cpu_fake_quantize(x: Tensor, width: int, plan: Sequence[int], top: float, d
     return out
 
 
-def _meta_cpu_fake_quantize(x: Tensor, width: int, plan: Sequence[int], top: float, dtype: torch.dtype) -> Tensor:
+def _meta_cpu_fake_quantize(
+    x: Tensor, width: int, plan: Sequence[int], top: float, dtype: torch.dtype, after: Tensor | None
+) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)

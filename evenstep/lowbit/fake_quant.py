@@ -55,21 +55,28 @@ def check(x: Tensor, format: Format | str) -> Format:
 
 
 def apply(
-    x: Tensor, fmt: Format, generator: torch.Generator | None = None, dtype: torch.dtype | None = None
+    x: Tensor,
+    fmt: Format,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    after: Tensor | None = None,
 ) -> Tensor:
-    """``fake_quantize`` without its checks, and without a gradient; then in ``dtype``, if given."""
+    """``fake_quantize`` without its checks, and without a gradient; then in ``dtype``, if given. ``after``: a tensor
+    that is there first, whatever a compiler would like."""
     dtype = dtype or x.dtype
     if not x.numel():
         return x.detach().clone().to(dtype)
     with torch.no_grad():
         if fmt.axis not in (-1, x.dim() - 1) and x.dim():
-            return _by_rows(x.movedim(fmt.axis, -1), fmt, generator, dtype).movedim(-1, fmt.axis)
-        return _by_rows(x, fmt, generator, dtype)
+            return _by_rows(x.movedim(fmt.axis, -1), fmt, generator, dtype, after).movedim(-1, fmt.axis)
+        return _by_rows(x, fmt, generator, dtype, after)
 
 
-def _by_rows(x: Tensor, fmt: Format, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
+def _by_rows(
+    x: Tensor, fmt: Format, generator: torch.Generator | None, dtype: torch.dtype, after: Tensor | None
+) -> Tensor:
     if fused.serves(x, fmt, dtype):
-        return fused.fake_quantize(x, as_rows_shape(x.shape, fmt)[1], fmt, dtype)
+        return fused.fake_quantize(x, as_rows_shape(x.shape, fmt)[1], fmt, dtype, after)
     rows = as_rows(x, fmt)
     total = blocks.tensor_scale(rows, fmt)
     step = max(1, CACHE_ENTRIES // rows.shape[-1]) if fmt.block_rows == 1 else len(rows)

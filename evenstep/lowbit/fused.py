@@ -33,8 +33,9 @@ def serves(x: Tensor, fmt: Format, dtype: torch.dtype) -> bool:
     )
 
 
-def fake_quantize(x: Tensor, width: int, fmt: Format, dtype: torch.dtype) -> Tensor:
-    """``x`` (at least one entry) as rows of ``width``, quantised and dequantised, in its own shape and ``dtype``."""
+def fake_quantize(x: Tensor, width: int, fmt: Format, dtype: torch.dtype, after: Tensor | None) -> Tensor:
+    """``x`` (at least one entry) as rows of ``width``, quantised and dequantised, in its own shape and ``dtype``; not
+    before ``after`` is there."""
     grid = fmt.spec
     plan = [
         fmt.group,
@@ -49,4 +50,4 @@ def fake_quantize(x: Tensor, width: int, fmt: Format, dtype: torch.dtype) -> Ten
         int(fmt.official),
         fmt.outliers,
     ]
-    return torch.ops.evenstep.cpu_fake_quantize(x, width, plan, float(grid.top), dtype)
+    return torch.ops.evenstep.cpu_fake_quantize(x, width, plan, float(grid.top), dtype, after)
