@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lowbit_support import ALL, OURS, generator, normal
 
 from evenstep.lowbit import FORMATS, Format, dequantize, fake_quantize, quantize
 from evenstep.lowbit.fake_quant import CACHE_ENTRIES
+
+pytestmark = pytest.mark.usefixtures("either_lowbit_code")
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -44,7 +46,7 @@ def test_quantising_twice_is_quantising_once(name):
 FINITE = st.floats(-(2.0**99), 2.0**99, width=32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     values=st.lists(FINITE, min_size=1, max_size=80),
     name=st.sampled_from([name for name in ALL if ALL[name].block_rows == 1 and ALL[name].axis == -1]),
@@ -60,7 +62,7 @@ def test_any_numbers_stay_finite_signed_and_zero_where_they_were_zero(values, na
             assert out.abs().max() <= 2 * x.abs().max()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=200), power=st.integers(-20, 20))
 def test_a_power_of_two_passes_through(values, power):
     x = torch.tensor(values)

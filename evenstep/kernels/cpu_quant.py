@@ -52,8 +52,8 @@ def _ready() -> bool:
 def _cpu_fake_quantize(
     x: Tensor, width: int, plan: Sequence[int], top: float, dtype: torch.dtype, after: Tensor | None
 ) -> Tensor:
-    """``x`` as rows of ``width`` entries, each row in groups by ``plan`` (``FIELDS``). ``after`` is not read: a compiler
-    that sees it there cannot do this before it has made that tensor."""
+    """``x`` as rows of ``width`` entries, each row in groups by ``plan`` (``FIELDS``). ``after`` is not read: a
+    compiler that sees it there cannot do this before it has made that tensor."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=dtype, device="cpu")
     rows = x.numel() // width

@@ -1,8 +1,8 @@
 """``fake_quantize`` in one pass over memory on a CPU: what of it the kernel of evenstep/kernels/cpu_quant.cpp does.
 
 The same numbers to the bit, in eager mode and compiled (the operator is opaque to the compiler). Without the compiled
-library, and for what the kernel leaves out (stochastic rounding, two-dimensional blocks, fp16, scales of 16 bits, E3M0),
-the plain code serves.
+library, and for what the kernel leaves out (stochastic rounding, two-dimensional blocks, fp16, scales of 16 bits,
+E3M0), the plain code serves.
 """
 
 from __future__ import annotations
