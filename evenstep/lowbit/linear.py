@@ -39,8 +39,9 @@ class LowBitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(device):
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.weight.dtype
+        if x.dtype != dtype and not autocast:
             raise RuntimeError(
                 f"the input is {x.dtype} and the weight {dtype}: bring one to the other, or use autocast"
             )
