@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from evenstep.errors import EvenstepError
 from evenstep.lowbit.fast_paths import close_fast_paths
-from evenstep.lowbit.fast_paths import close_fast_paths
 from evenstep.lowbit.formats import FORMATS, Format
 from evenstep.lowbit.linear import LowBitLinear, make_low
 from evenstep.lowbit.quantized import SCALE_DTYPES, Quantized, dequantize, quantize
@@ -123,7 +122,6 @@ def load_quantized_(model: M, directory: str | Path) -> M:
         ) from None
     for name, recipe in recipes.items():
         make_low(model.get_submodule(name), recipe, None)
-    close_fast_paths(model)
     close_fast_paths(model)
     return model
 
