@@ -27,8 +27,7 @@ def test_codes_packed_or_not_give_the_fake_quantised_tensor_to_the_bit(name):
             assert fake.dtype == dtype and fake.shape == x.shape
             assert torch.equal(dequantize(q), fake) and torch.equal(dequantize(q.pack()), fake)
             assert torch.equal(q.pack().unpack().codes, q.codes)
-    if fmt.spec.bits == 4:
-        assert quantize(normal(4, 512), fmt).pack().codes.numel() == 4 * 512 // 2
+    assert quantize(normal(4, 512), fmt).pack().codes.numel() == 4 * 512 * fmt.spec.bits // 8
 
 
 @pytest.mark.parametrize("name", [*OURS, "outliers", "fp16 scale", "bf16 scale"])
