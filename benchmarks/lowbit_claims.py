@@ -92,7 +92,19 @@ class Results:
         return loss if len(loss) == len({row.lr for row in self.sweep}) else {}
 
     def seeds(self, optimizer: str, precision: str) -> dict[int, float]:
-        return {r.seed: r.loss for r in self.long if (r.optimizer, r.precision) == (optimizer, precision)}
+        """Losses of the long runs by seed, at ``long_rate``."""
+        rate = self.long_rate(optimizer, precision)
+        return {r.seed: r.loss for r in self._long(optimizer, precision) if r.lr == rate}
+
+    def long_rate(self, optimizer: str, precision: str) -> float | None:
+        """The rate of a cell's long runs; of several, that with the most seeds, then with the lowest mean."""
+        by_rate: dict[float, list[float]] = {}
+        for row in self._long(optimizer, precision):
+            by_rate.setdefault(row.lr, []).append(row.loss)
+        return min(by_rate, key=lambda lr: (-len(by_rate[lr]), statistics.mean(by_rate[lr])), default=None)
+
+    def _long(self, optimizer: str, precision: str) -> list[Row]:
+        return [r for r in self.long if (r.optimizer, r.precision) == (optimizer, precision)]
 
     def seed_range(self) -> float | None:
         """The largest range over seeds of a long cell, of those with several seeds that did not diverge."""

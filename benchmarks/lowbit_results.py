@@ -158,7 +158,7 @@ def _seeds(results: Results) -> list[str]:
         return []
     count = max(len(results.seeds(*cell)) for cell in results.cells(results.long))
     lines = [f"## {count} seeds at the best rate", "", f"![Loss of the long runs]({SEEDS})", ""]
-    lines += ["The rate is the best of the sweep (bf16: of fp32).", ""]
+    lines += ["The rate is the best of the sweep (bf16: of fp32); of several tried, the best.", ""]
     lines += ["| precision | optimizer | rate | mean loss | range over seeds | seeds | against the same in fp32 |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for optimizer, precision in results.cells(results.long):
@@ -166,9 +166,8 @@ def _seeds(results: Results) -> list[str]:
         values = list(losses.values())
         cost = "" if precision == "fp32" or not base else _difference(_mean(values), _mean(base.values()))
         spread = f"{max(values) - min(values):.4f}" if max(values) < float("inf") else ""
-        rates = {row.lr for row in results.long if (row.optimizer, row.precision) == (optimizer, precision)}
         lines.append(
-            f"| {precision} | {optimizer} | {', '.join(f'{lr:g}' for lr in sorted(rates))} | "
+            f"| {precision} | {optimizer} | {results.long_rate(optimizer, precision):g} | "
             f"{_loss(_mean(values), 4)} | {spread} | {len(values)} | {cost} |"
         )
     return [*lines, ""]
@@ -198,7 +197,8 @@ def _limits(document: dict[str, Any], results: Results) -> list[str]:
         "## What this does not show",
         "",
         "Models of this size and runs of this length have few spikes, which is what Stable-SPAM is made for. Its "
-        f"moment reset comes every 1000 steps, and the longest run here has {steps}. The rate is chosen by one seed. "
+        f"moment reset comes every 1000 steps, and the longest run here has {steps}. The rate is chosen by one seed, "
+        "in runs shorter than those it is used for, and the best rate of a longer run may be lower. "
         "The papers measure perplexity on C4 with models 40 to 700 times as large and far longer runs; the direction "
         "of a difference can be compared, its size cannot. All low-bit arithmetic is simulated.",
         "",

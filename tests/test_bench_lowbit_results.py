@@ -70,6 +70,13 @@ def test_range_and_rise_over_rates_are_two_claims():
     assert found["rise at the highest rate: stable_spam fp4 below adamw fp4"] == ("confirmed", "0.400 against diverged")
 
 
+def test_of_several_rates_of_the_long_runs_the_best_counts():
+    better = [Row(r.optimizer, r.precision, 1e-3, r.seed, 9000, r.loss - 1) for r in long(0.1)[:3]]
+    results, cell = Results(SWEEP + long(0.1) + better), CLAIMS[0]
+    assert results.long_rate(*cell) == 1e-3 and list(results.seeds(*cell).values()) == pytest.approx([3.0, 3.01, 3.02])
+    assert Results(SWEEP + long(0.1) + better[:2]).long_rate(*cell) == 2e-3  # fewer seeds
+
+
 def test_nothing_is_said_before_the_runs_are_there():
     assert {v.verdict for v in verdicts(Results(SWEEP))} == {"open"}
     assert Results(SWEEP).missing() == "6 runs of the sweep and 30 long runs are missing"
