@@ -39,7 +39,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # A change to any of these is installed anew: the editable install sees other changes by itself.
-INSTALL := pyproject.toml setup.py evenstep/kernels/cpu.cpp
+INSTALL := pyproject.toml setup.py evenstep/kernels/cpu.cpp evenstep/kernels/cpu_quant.cpp
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

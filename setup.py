@@ -1,4 +1,4 @@
-"""The CPU kernels: evenstep/kernels/cpu.cpp, built once per instruction set and loaded with ctypes.
+"""The CPU kernels: evenstep/kernels/cpu*.cpp, built once per instruction set and loaded with ctypes.
 
 They are optional. Without a compiler the install succeeds, and the plain version of everything serves.
 """
@@ -19,7 +19,7 @@ OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 
 class BuildKernels(build_ext):
-    """Build each extension in a directory of its own: all have the same source."""
+    """Build each extension in a directory of its own: all have the same sources."""
 
     def build_extension(self, ext):
         shared, self.build_temp = self.build_temp, f"{self.build_temp}/{ext.name}"
@@ -33,7 +33,7 @@ setup(
     ext_modules=[
         Extension(
             f"evenstep.kernels._cpu_{name}",
-            ["evenstep/kernels/cpu.cpp"],
+            ["evenstep/kernels/cpu.cpp", "evenstep/kernels/cpu_quant.cpp"],
             extra_compile_args=[*OPTIMISE, *flags, *OPENMP],
             extra_link_args=OPENMP,
             language="c++",

@@ -6,7 +6,8 @@ then longer runs with more seeds at the best rate for the cells that carry the c
 
 Each cell is one `evenstep pretrain` run in a process of its own with one thread. A finished run (one with a
 summary.json) is not repeated and a stopped one is resumed, so the comparison can be stopped and started again. Writes
-results.json and prints two tables: losses by rate, and mean and spread over the seeds.
+results.json and prints two tables: losses by rate, and mean and spread over the seeds. benchmarks/lowbit_results.py
+makes the page and the pictures.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ GAMMAS = {
 }
 HIGH = ("fp32", "bf16")
 PRECISIONS = ("fp32", "bf16", "int4", "fp4", "nvfp4", "fp4-official")
-CLAIMS = (("adamw", "bf16"), *((name, low) for name in ("adamw", "stable_spam") for low in ("int4", "fp4", "nvfp4")))
+LOW = ("int4", "fp4", "nvfp4")
+CLAIMS = (
+    *(("adamw", "bf16"), ("adamw", "fp32"), ("adamw + clip", "fp32"), ("stable_spam", "fp32")),
+    *((name, low) for low in LOW for name in ("adamw", "stable_spam")),
+)
 BASE = [
     *["--data.source", "kjv", "--data.vocab_size", "2048", "--model.size", "tiny", "--train.batch_size", "8"],
     *["--train.seq_len", "128", "--eval.every", "0", "--checkpoint.every", "100", "--checkpoint.keep", "1"],

@@ -1,8 +1,10 @@
 """What several test files share."""
 
+import contextlib
 import importlib
 
 import pytest
+from lowbit_support import plain_code
 
 from evenstep.optim.fused import Choice
 
@@ -16,3 +18,10 @@ def either_code(request, monkeypatch):
 
     for module in ("evenstep.optim.base", "evenstep.optim.stabilize"):
         monkeypatch.setattr(importlib.import_module(module), "Choice", chosen)
+
+
+@pytest.fixture(params=["kernel", "plain"])
+def either_lowbit_code(request):
+    """The same test with the CPU kernel of fake quantisation, where there is one, and with the plain code."""
+    with contextlib.nullcontext() if request.param == "kernel" else plain_code():
+        yield

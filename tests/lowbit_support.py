@@ -1,12 +1,15 @@
 """Formats, tensors and recorded outputs that the tests of low-bit formats share."""
 
 import dataclasses
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
-from evenstep.lowbit import FORMATS, Format
+from evenstep.kernels import cpu_quant
+from evenstep.lowbit import FORMATS, Format, fused
 
 VECTORS = Path(__file__).parent / "data" / "vectors"
 OURS = [name for name, fmt in FORMATS.items() if not fmt.official]
@@ -21,6 +24,17 @@ EXTRA = {
     "stochastic": dataclasses.replace(FORMATS["nvfp4-row"], rounding="stochastic"),
 }
 ALL = {**FORMATS, **EXTRA}
+
+
+needs_kernel = pytest.mark.skipif(not cpu_quant.ready(), reason="this installation has no compiled CPU kernels")
+
+
+@contextmanager
+def plain_code():
+    """Within it no kernel serves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "serves", lambda *args: False)
+        yield
 
 
 def recorded(name: str) -> dict[str, torch.Tensor]:

@@ -92,6 +92,40 @@ def test_it_works_on_a_transformers_model():
     assert torch.equal(model(input_ids=tokens).logits[:, :8], model(input_ids=later % 61).logits[:, :8])
 
 
+def test_heads_are_kept_whatever_they_are_called_and_the_report_names_all_that_holds_matrices():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, intermediate_size=50))
+    report = {layer.name: layer.what for layer in lowbit_report(quantize_(model, "int4")).layers if not layer.low}
+    assert report["cls.predictions.decoder"] == "head" and len(report) == 4
+    experts = {"num_key_value_heads": 2, "num_local_experts": 2, "intermediate_size": 50}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **experts))
+    report = lowbit_report(quantize_(model, "int4"))
+    assert len(report.swapped) == 4 and "model.layers.0.mlp.experts.down_proj" in report.kept
+    tied = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    tied[2].weight = tied[0].weight
+    layers = lowbit_report(quantize_(tied, "fp4")).layers
+    assert [layer.what for layer in layers if not layer.low] == ["embedding", "tied to 0"]
+    with pytest.raises(EvenstepError, match=r"2 shares its weight"):
+        quantize_(dequantize_(tied), "fp4", lambda module, name: True)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_torchs_own_transformer_layers_are_quantised_in_eval_mode_too(masked):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    model, x = nn.TransformerEncoder(layer, 2), torch.randn(2, 5, 32)
+    mask = {"src_key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2])} if masked else {}
+    seen = (slice(None), slice(0, 3))  # what is masked is zero in the shortcut
+    with torch.no_grad():
+        high = model.eval()(x, **mask)
+        quantize_(model, "int2")
+        low = model.train()(x, **mask)
+        torch.testing.assert_close(model.eval()(x, **mask)[seen], low[seen])
+        assert (high[seen] - low[seen]).abs().max() > 0.1
+        torch.testing.assert_close(dequantize_(model)(x, **mask), high)
+
+
 def test_what_was_trained_low_is_saved_and_loaded_as_any_model(tmp_path):
     model = quantize_(llama(), "int4")
     save_pretrained(model, tmp_path)
@@ -227,8 +261,9 @@ def test_what_cannot_be_quantised_is_refused_and_nothing_is_changed():
     for call, words in (
         (lambda: quantize_(model, "nvfp"), "unknown low-bit recipe 'nvfp'.*did you mean 'nvfp4'"),
         (lambda: quantize_(model, "fp4", backend="cuda"), "unknown backend 'cuda'"),
-        (lambda: quantize_(nn.ReLU(), "fp4"), "found no layer.*ReLU.*0 linear layers"),
-        (lambda: quantize_(model, "fp4", lambda m, n: False), "22 linear layers, and filter_fn accepts none"),
+        (lambda: quantize_(nn.ReLU(), "fp4"), "found no layer.*ReLU.*linear layers: 0"),
+        (lambda: quantize_(model, "fp4", lambda m, n: False), "linear layers: 22, of which filter_fn accepts none"),
+        (lambda: quantize_(nn.Conv2d(2, 3, 1), "fp4"), r"the name rules accept none; Conv2d \(1\) is no nn.Linear"),
         (lambda: Recipe(weight="e2m2"), "unknown format 'e2m2'"),
         (lambda: Recipe(keep_last=1.0), "keep_last is 1.0"),
         (lambda: Recipe(input=FORMATS["nvfp4-16x16"]), "would mix tokens"),
@@ -238,6 +273,15 @@ def test_what_cannot_be_quantised_is_refused_and_nothing_is_changed():
             call()
         assert "\n" not in str(caught.value)
     assert not any(isinstance(m, LowBitLinear) for m in model.modules())
+
+
+def test_a_layer_quantised_by_another_library_is_refused():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), lambda module, name: name == "1")
+    with pytest.raises(EvenstepError, match=r"^1 has a weight of type Int8Tensor.*quantised already"):
+        quantize_(model, "fp4")
+    quantize_(model, "fp4", lambda module, name: name == "0")
 
 
 def test_tied_and_already_low_layers_are_refused():

@@ -11,6 +11,8 @@ from evenstep.lowbit import FORMATS, Format, fake_quantize, quantize
 from evenstep.lowbit.blocks import LARGEST
 from evenstep.lowbit.grids import get_grid
 
+pytestmark = pytest.mark.usefixtures("either_lowbit_code")
+
 
 @pytest.mark.parametrize("name", [name for name in ALL if ALL[name].block_rows == 1 and ALL[name].axis == -1])
 def test_nan_spoils_its_group_and_no_other_row(name):

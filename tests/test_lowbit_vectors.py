@@ -9,6 +9,8 @@ from lowbit_support import normal, recorded
 from evenstep.lowbit import FORMATS, fake_quantize, quantize
 from evenstep.lowbit.grids import GRIDS, get_grid
 
+pytestmark = pytest.mark.usefixtures("either_lowbit_code")
+
 
 def test_e2m1_codes_and_values_are_ocps():
     z, grid = recorded("e2m1"), GRIDS["e2m1"]

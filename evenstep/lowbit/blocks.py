@@ -136,7 +136,8 @@ def _rounded(step: Tensor, fmt: Format) -> Tensor:
 def _shortened(scale: Tensor) -> Tensor:
     """fp32 rounded to 21 bits. Taking the scale of quantised numbers again is off by the last bit or two of the
     product and the quotient; rounding them away makes quantising twice the same as quantising once."""
-    return ((scale.view(torch.int32) + 4) & ~7).view(torch.float32)
+    short = ((scale.view(torch.int32) + 4) & ~7).view(torch.float32)
+    return torch.where(scale.isnan(), scale, short)  # of all NaNs, the last few would overflow to zero
 
 
 def _exponent(peak: Tensor, fmt: Format) -> Tensor:

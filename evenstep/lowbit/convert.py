@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from evenstep.errors import EvenstepError
 from evenstep.lowbit.backends import Kernel, choose
+from evenstep.lowbit.fast_paths import close_fast_paths, open_fast_paths
 from evenstep.lowbit.linear import LowBitLinear, describe_layer, make_low, make_plain
 from evenstep.lowbit.recipes import Recipe, get_recipe
 
@@ -23,12 +25,36 @@ KEPT = {
     "head": ("lm_head", "embed_out", "head", "output", "classifier", "score"),
     "router": ("router", "gate"),
 }
-"""Last parts of module names that the default filter leaves alone: what makes logits, and what routes experts."""
+"""Last parts of module names that the default filter leaves alone: what makes logits, and what routes experts. It also
+leaves alone a transformers model's output embeddings, and what shares its weight with an embedding."""
 
 
-def default_filter(module: nn.Module, name: str) -> bool:
-    """Every ``nn.Linear`` but heads and routers (see ``KEPT``): in a LLaMA q, k, v, o, gate, up and down."""
-    return type(module) is nn.Linear and _reason(module, name) is None
+class _Rules:
+    """The default filter: every ``nn.Linear`` but heads and routers. In a LLaMA: q, k, v, o, gate, up and down."""
+
+    def __init__(self, model: nn.Module) -> None:
+        head = getattr(model, "get_output_embeddings", None)  # transformers models say what makes their logits
+        self.head = head() if callable(head) else None
+        self.embeddings = {
+            id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)
+        }
+
+    def __call__(self, module: nn.Module, name: str) -> bool:
+        return self.reason(module, name) is None
+
+    def reason(self, module: nn.Module, name: str) -> str | None:
+        """Why a module is kept, None where it is not."""
+        if isinstance(module, nn.Embedding):
+            return "embedding"
+        if type(module) is not nn.Linear:
+            return f"a {type(module).__name__}"
+        leaf = name.rpartition(".")[2]
+        if found := next((kind for kind, names in KEPT.items() if leaf in names), None):
+            return found
+        if module is self.head:
+            return "head"
+        embedding = self.embeddings.get(id(module.weight))
+        return f"tied to {embedding}" if embedding is not None else None
 
 
 def quantize_(model: M, recipe: Recipe | str, filter_fn: Filter | None = None, *, backend: str = "auto") -> M:
@@ -40,19 +66,20 @@ def quantize_(model: M, recipe: Recipe | str, filter_fn: Filter | None = None, *
     Args:
         model: any module; what it holds of exact type ``nn.Linear`` can be swapped, itself included.
         recipe: a ``Recipe``, or a name in ``RECIPES``.
-        filter_fn: ``filter_fn(module, name) -> bool`` says which linear layers; default: all but heads and routers.
+        filter_fn: ``filter_fn(module, name) -> bool`` says which linear layers; default: all but heads and routers
+            (``KEPT``).
             A recipe's ``keep_last`` then takes away the last blocks (of the modules numbered in the names).
         backend: ``auto`` runs the forward product on low-bit hardware where there is a kernel for it (see
             docs/lowbit.md) and emulates elsewhere; ``emulate`` always emulates.
 
     Raises:
-        EvenstepError: an unknown recipe or backend, no layer matched, a matched layer that is low-bit already or whose
-            weight is shared with another module. Nothing is changed then.
+        EvenstepError: an unknown recipe or backend, no layer matched, a matched layer that is low-bit already, or whose
+            weight is shared with another module or quantised by another library. Nothing is changed then.
 
     Warns (UserWarning, once a call) when the recipe lets a token see later ones.
     """
     chosen = get_recipe(recipe)
-    wanted = filter_fn or default_filter
+    wanted = filter_fn or _Rules(model)
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     already = [
         name
@@ -66,15 +93,18 @@ def quantize_(model: M, recipe: Recipe | str, filter_fn: Filter | None = None, *
         )
     matched = [(name, module) for name, module in found if type(module) is nn.Linear and wanted(module, name)]
     if not matched:
+        others = Counter(type(module).__name__ for _, module, _ in _matrices(model))
+        more = "".join(f"; {kind} ({count}) is no nn.Linear and stays as it is" for kind, count in others.items())
         raise EvenstepError(
-            f"quantize_ found no layer to swap in {type(model).__name__}: it has {len(found)} linear layers, and "
-            f"{'filter_fn accepts' if filter_fn else 'the name rules accept'} none of them"
+            f"quantize_ found no layer to swap in {type(model).__name__}: linear layers: {len(found)}, of which "
+            f"{'filter_fn accepts' if filter_fn else 'the name rules accept'} none{more}"
         )
     last = _last_blocks([name for name, _ in matched], chosen.keep_last)
     matched = [(name, module) for name, module in matched if name not in last]
     if not matched:
         raise EvenstepError(f"recipe {chosen.name} keeps all blocks of {type(model).__name__} in high precision")
     _refuse_tied(model, matched)
+    _refuse_foreign(matched)
     kernels: list[Kernel | None] = [choose(chosen, module, backend) for _, module in matched]
     if not chosen.causal:
         warnings.warn(
@@ -84,6 +114,7 @@ def quantize_(model: M, recipe: Recipe | str, filter_fn: Filter | None = None, *
         )
     for (_, module), kernel in zip(matched, kernels, strict=True):
         make_low(module, chosen, kernel)
+    close_fast_paths(model)
     return model
 
 
@@ -95,12 +126,14 @@ def dequantize_(model: M) -> M:
     for module in model.modules():
         if isinstance(module, LowBitLinear):
             make_plain(module)
+    open_fast_paths(model)
     return model
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer or embedding: ``low`` says whether it is low-bit, ``what`` how, or why not."""
+    """One linear layer, embedding, or other parameter of two dimensions or more (then by the parameter's name):
+    ``low`` says whether it is low-bit, ``what`` how, or why not."""
 
     name: str
     shape: tuple[int, ...]
@@ -147,8 +180,9 @@ class LowBitReport:
 
 
 def lowbit_report(model: nn.Module) -> LowBitReport:
-    """What of ``model`` is low-bit and how, and which linear layers and embeddings were kept."""
-    rows = []
+    """What of ``model`` is low-bit and how, and what else holds matrices (linear layers, embeddings, convolutions,
+    fused experts, ...) and was kept."""
+    rows, rules = [], _Rules(model)
     for name, module in model.named_modules():
         if isinstance(module, LowBitLinear):
             fmt = module.recipe.weight
@@ -157,10 +191,13 @@ def lowbit_report(model: nn.Module) -> LowBitReport:
             what += f"; {kernel}" if kernel else ""
             rows.append(LayerReport(_shown(name), tuple(module.weight.shape), True, what, bits, kernel))
         elif isinstance(module, nn.Linear | nn.Embedding):
-            what = _reason(module, name) or "not chosen"
+            what = rules.reason(module, name) or "not chosen"
             rows.append(
                 LayerReport(_shown(name), tuple(module.weight.shape), False, what, 8.0 * module.weight.element_size())
             )
+    for name, module, parameter in _matrices(model):
+        kind = rules.reason(module, name) or "not chosen"
+        rows.append(LayerReport(name, tuple(parameter.shape), False, kind, 8.0 * parameter.element_size()))
     return LowBitReport(tuple(rows))
 
 
@@ -168,14 +205,13 @@ def _shown(name: str) -> str:
     return name or "the model itself"
 
 
-def _reason(module: nn.Module, name: str) -> str | None:
-    """Why the default filter keeps a module, None where it does not."""
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if type(module) is not nn.Linear:
-        return f"a {type(module).__name__}"
-    leaf = name.rpartition(".")[2]
-    return next((kind for kind, names in KEPT.items() if leaf in names), None)
+def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """Name, owner and parameter of what has two dimensions or more and belongs to no linear layer or embedding."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            for own, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() > 1:
+                    yield name if own == "weight" and name else f"{name}.{own}".lstrip("."), module, parameter
 
 
 def _recipe_of(model: nn.Module, name: str) -> str:
@@ -204,4 +240,15 @@ def _refuse_tied(model: nn.Module, matched: list[tuple[str, nn.Linear]]) -> None
             raise EvenstepError(
                 f"{_shown(name)} shares its weight ({' = '.join(names)}): quantising one use would not quantise the "
                 "other; untie them, or leave the layer out with filter_fn"
+            )
+
+
+def _refuse_foreign(matched: list[tuple[str, nn.Linear]]) -> None:
+    """Weights of torchao, bitsandbytes and their like are tensors of a class of their own."""
+    for name, module in matched:
+        kind = type(module.weight)
+        if kind.__module__.partition(".")[0] != "torch" or not module.weight.is_floating_point():
+            raise EvenstepError(
+                f"{_shown(name)} has a weight of type {kind.__name__} and dtype {module.weight.dtype}, quantised "
+                "already: load the model in high precision, or leave the layer out with filter_fn"
             )

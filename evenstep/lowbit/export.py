@@ -2,9 +2,9 @@
 
 ``model.safetensors`` holds every parameter and buffer as ``state_dict`` names it, except that the ``weight`` of each
 low-bit layer is replaced by its parts; ``config.json`` says under ``evenstep_lowbit`` how to read them. Formats with a
-home in the compressed-tensors layout (which vLLM and transformers read) are written in it, with its
-``quantization_config``: NVFP4, MXFP4, and int8 and fp8 with a scale per row. The others, in particular all with kept
-outliers, which no such layout knows, use the same names where they mean the same, and some of our own.
+home in the compressed-tensors layout (layouts.py) are written in it, with its ``quantization_config``. The others, in
+particular all with kept outliers, which no such layout knows, use the same names where they mean the same, and some of
+our own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from evenstep.errors import EvenstepError
-from evenstep.lowbit.formats import FORMATS, Format
+from evenstep.lowbit.fast_paths import close_fast_paths
+from evenstep.lowbit.formats import Format
+from evenstep.lowbit.layouts import PACKED_INTEGERS, Layout, from_parts, layout_of, to_parts
 from evenstep.lowbit.linear import LowBitLinear, make_low
 from evenstep.lowbit.quantized import SCALE_DTYPES, Quantized, dequantize, quantize
 from evenstep.lowbit.recipes import Backward, Recipe
@@ -35,16 +37,6 @@ _PARTS = {
     "positions": "weight_outlier_positions",
     "kept": "weight_outliers",
 }
-_LAYOUTS: dict[Format, tuple[str, dict[str, Any]]] = {
-    FORMATS["nvfp4"]: (
-        "nvfp4-pack-quantized",
-        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
-    ),
-    FORMATS["mxfp4"]: ("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}),
-    FORMATS["fp8"]: ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
-    FORMATS["int8"]: ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
-}
-_STORED = {"float-quantized": torch.float8_e4m3fn, "int-quantized": torch.int8}  # one code an entry, as ``weight``
 
 
 def save_quantized(model: nn.Module, directory: str | Path, config: dict[str, Any] | None = None) -> None:
@@ -69,7 +61,8 @@ def save_quantized(model: nn.Module, directory: str | Path, config: dict[str, An
         weight = tensors.pop(f"{prefix}weight")
         assert layer.recipe.weight is not None
         q = quantize(weight, layer.recipe.weight)
-        tensors |= {prefix + key: t.contiguous() for key, t in _parts(q, layout).items()}
+        parts = to_parts(q, layout) if layout else _own_parts(q)
+        tensors |= {prefix + key: t.contiguous() for key, t in parts.items()}
         described[name] = {
             "shape": list(weight.shape),
             "dtype": str(weight.dtype).removeprefix("torch."),
@@ -80,7 +73,7 @@ def save_quantized(model: nn.Module, directory: str | Path, config: dict[str, An
     if config is None:
         own: Any = getattr(model, "config", None)
         config = own.to_dict() if hasattr(own, "to_dict") else {}
-    content = {**config, KEY: {"layout": layout, "layers": described}}
+    content = {**config, KEY: {"layout": layout.name if layout else None, "layers": described}}
     if layout:
         content["quantization_config"] = _quantization_config(model, layout, next(iter(layers.values())))
     directory = Path(directory)
@@ -110,7 +103,7 @@ def load_quantized_(model: M, directory: str | Path) -> M:
         recipe = _recipe(facts["recipe"])
         keys = {key for key in tensors if key.startswith(f"{prefix}weight") and "." not in key[len(prefix) :]}
         parts = {key[len(prefix) :]: tensors.pop(key) for key in keys}
-        tensors[f"{prefix}weight"] = dequantize(_quantized(parts, recipe, facts, saved["layout"]))
+        tensors[f"{prefix}weight"] = dequantize(_quantized(parts, recipe, facts, saved["layout"] is not None))
         recipes[name] = dataclasses.replace(recipe, weight=None)
     try:
         model.load_state_dict(tensors)
@@ -121,40 +114,38 @@ def load_quantized_(model: M, directory: str | Path) -> M:
         ) from None
     for name, recipe in recipes.items():
         make_low(model.get_submodule(name), recipe, None)
+    close_fast_paths(model)
     return model
 
 
-def _layout(layers: list[LowBitLinear]) -> str | None:
+def _layout(layers: list[LowBitLinear]) -> Layout | None:
     formats = {layer.recipe.weight for layer in layers}
     fmt = formats.pop()
-    if formats or fmt not in _LAYOUTS or (fmt.group and any(layer.in_features % fmt.group for layer in layers)):
+    if fmt is None or formats or (fmt.group and any(layer.in_features % fmt.group for layer in layers)):
         return None
-    return _LAYOUTS[fmt][0]
+    return layout_of(fmt)
 
 
-def _parts(q: Quantized, layout: str | None) -> dict[str, Tensor]:
-    """Stored tensors by their name after the layer's."""
-    if layout in _STORED:
-        return {"weight": q.codes.view(_STORED[layout]), "weight_scale": q.scale}
+def _own_parts(q: Quantized) -> dict[str, Tensor]:
+    """Stored tensors by their name after the layer's, where no layout holds them."""
     stored = {_PARTS[name]: t for name, t in q.pack().tensors().items()}
     if q.format.scale == "e8m0":
         stored["weight_scale"] = q.scale.view(torch.uint8)
-    if layout and q.tensor_scale is not None:
-        stored["weight_global_scale"] = 1.0 / stored.pop("weight_tensor_scale").reshape(1)
     return stored
 
 
-def _quantized(parts: dict[str, Tensor], recipe: Recipe, facts: dict[str, Any], layout: str | None) -> Quantized:
-    fmt = recipe.weight
+def _quantized(parts: dict[str, Tensor], recipe: Recipe, facts: dict[str, Any], in_layout: bool) -> Quantized:
+    fmt, shape = recipe.weight, torch.Size(facts["shape"])
     assert fmt is not None
-    named = {attribute: parts[key] for attribute, key in _PARTS.items() if key in parts}
-    if layout in _STORED:
-        named["codes"] = parts["weight"].view(torch.uint8)
-    if layout and "tensor_scale" in facts:
-        named["tensor_scale"] = torch.tensor(float.fromhex(facts["tensor_scale"]))
-    named["scale"] = named["scale"].view(SCALE_DTYPES[fmt.scale])
-    packed = fmt.spec.bits <= 4
-    return Quantized(fmt, torch.Size(facts["shape"]), getattr(torch, facts["dtype"]), packed=packed, **named)
+    layout = layout_of(fmt) if in_layout else None
+    if layout:
+        named = from_parts(parts, fmt, layout, shape)
+        if "tensor_scale" in facts:
+            named["tensor_scale"] = torch.tensor(float.fromhex(facts["tensor_scale"]))
+    else:
+        named = {attribute: parts[key] for attribute, key in _PARTS.items() if key in parts}
+        named["scale"] = named["scale"].view(SCALE_DTYPES[fmt.scale])
+    return Quantized(fmt, shape, getattr(torch, facts["dtype"]), packed=layout is None, **named)
 
 
 def _recipe(fields: dict[str, Any]) -> Recipe:
@@ -170,13 +161,14 @@ def _recipe(fields: dict[str, Any]) -> Recipe:
     return Recipe(**{**fields, "weight": fmt(fields["weight"]), "input": fmt(fields["input"]), **products})
 
 
-def _quantization_config(model: nn.Module, layout: str, layer: LowBitLinear) -> dict[str, Any]:
-    def side(fmt: Format | None, dynamic: bool) -> dict[str, Any] | None:
-        known = _LAYOUTS.get(fmt) if fmt else None  # none for nvfp4-row: it has no scale per token
-        if known is None:
-            return None
-        inputs = {"strategy": "token"} if dynamic and known[1]["strategy"] == "channel" else {}
-        return {**known[1], **inputs, "symmetric": True, "dynamic": dynamic}
+def _quantization_config(model: nn.Module, layout: Layout, layer: LowBitLinear) -> dict[str, Any]:
+    # Of inputs it knows a scale per token or group of 32, but no kept outliers, no NVFP4 with a scale per token, and
+    # another scale for integers in groups.
+    known = layout_of(layer.recipe.input) if layer.recipe.input else None
+    inputs = None
+    if known and known.name != PACKED_INTEGERS:
+        token = {"strategy": "token"} if known.arguments["strategy"] == "channel" else {}
+        inputs = {**known.arguments, **token, "dynamic": True}
 
     kept = [
         name
@@ -185,12 +177,12 @@ def _quantization_config(model: nn.Module, layout: str, layer: LowBitLinear) -> 
     ]
     group = {
         "targets": ["Linear"],
-        "weights": side(layer.recipe.weight, False),
-        "input_activations": side(layer.recipe.input, True),
+        "weights": {**layout.arguments, "dynamic": False},
+        "input_activations": inputs,
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": layout,
+        "format": layout.name,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": kept,

@@ -2,7 +2,8 @@
 
 The tensor is cut into pieces whose blocks are all alike (the full groups, and the shorter last one of each row), each
 piece is a view in blocks, and ``blocks.py`` does the arithmetic. In eager mode on a CPU a large tensor is done a few
-rows at a time, so that the intermediate results stay in the cache.
+rows at a time, so that the intermediate results stay in the cache. Where there is a kernel for it (``fused.py``), that
+does the same in one pass.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evenstep.errors import EvenstepError
-from evenstep.lowbit import blocks
+from evenstep.lowbit import blocks, fused
 from evenstep.lowbit.formats import Format, get_format
 
 CACHE_ENTRIES = 2**17
@@ -53,17 +54,29 @@ def check(x: Tensor, format: Format | str) -> Format:
     return fmt
 
 
-def apply(x: Tensor, fmt: Format, generator: torch.Generator | None = None) -> Tensor:
-    """``fake_quantize`` without its checks, and without a gradient."""
+def apply(
+    x: Tensor,
+    fmt: Format,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    after: Tensor | None = None,
+) -> Tensor:
+    """``fake_quantize`` without its checks, and without a gradient; then in ``dtype``, if given. ``after``: a tensor
+    that is there first, whatever a compiler would like."""
+    dtype = dtype or x.dtype
     if not x.numel():
-        return x.detach().clone()
+        return x.detach().clone().to(dtype)
     with torch.no_grad():
         if fmt.axis not in (-1, x.dim() - 1) and x.dim():
-            return _by_rows(x.movedim(fmt.axis, -1), fmt, generator).movedim(-1, fmt.axis)
-        return _by_rows(x, fmt, generator)
+            return _by_rows(x.movedim(fmt.axis, -1), fmt, generator, dtype, after).movedim(-1, fmt.axis)
+        return _by_rows(x, fmt, generator, dtype, after)
 
 
-def _by_rows(x: Tensor, fmt: Format, generator: torch.Generator | None) -> Tensor:
+def _by_rows(
+    x: Tensor, fmt: Format, generator: torch.Generator | None, dtype: torch.dtype, after: Tensor | None
+) -> Tensor:
+    if fused.serves(x, fmt, dtype):
+        return fused.fake_quantize(x, as_rows_shape(x.shape, fmt)[1], fmt, dtype, after)
     rows = as_rows(x, fmt)
     total = blocks.tensor_scale(rows, fmt)
     step = max(1, CACHE_ENTRIES // rows.shape[-1]) if fmt.block_rows == 1 else len(rows)
@@ -75,15 +88,20 @@ def _by_rows(x: Tensor, fmt: Format, generator: torch.Generator | None) -> Tenso
             part = slice(start, start + step)
             share = total[part] if total is not None and total.dim() else total
             out[part] = _fake(rows[part], fmt, share, generator)
-    return as_dtype(out, x.dtype).view(x.shape)
+    return as_dtype(out, x.dtype).view(x.shape).to(dtype)
 
 
 def as_rows(x: Tensor, fmt: Format) -> Tensor:
     """``x`` in fp32 as a matrix of rows to be grouped; flattened formats have groups for rows where they can."""
-    x = x.float()
+    return x.float().reshape(as_rows_shape(x.shape, fmt))
+
+
+def as_rows_shape(shape: torch.Size, fmt: Format) -> tuple[int, int]:
+    """Rows and columns of a tensor of ``shape`` in this format."""
+    count = shape.numel()
     if fmt.flatten:
-        return x.reshape(-1, fmt.group) if x.numel() % fmt.group == 0 else x.reshape(1, -1)
-    return x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+        return (count // fmt.group, fmt.group) if count % fmt.group == 0 else (1, count)
+    return (count // shape[-1], shape[-1]) if shape else (1, 1)
 
 
 def as_dtype(out: Tensor, dtype: torch.dtype) -> Tensor:

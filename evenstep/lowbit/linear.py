@@ -39,8 +39,9 @@ class LowBitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(device):
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.weight.dtype
+        if x.dtype != dtype and not autocast:
             raise RuntimeError(
                 f"the input is {x.dtype} and the weight {dtype}: bring one to the other, or use autocast"
             )
@@ -85,9 +86,9 @@ class _Products(torch.autograd.Function):
         xq, wq = _shared(x, recipe.input, dtype), _low(weight, recipe.weight, dtype)
         # What is kept for the backward pass, and whether it is quantised already. Stochastic rounding could not be
         # repeated; of an input that is a view, the whole tensor is likely to be kept by its maker, and a quantised
-        # copy would come on top.
+        # copy would come on top. A compiled graph keeps what the plain one does, and the backward pass quantises it.
         keeps_w = recipe.input_grad.other == "forward" and _random(recipe.weight)
-        keeps_x = recipe.weight_grad.other == "forward" and (_random(recipe.input) or not _is_view(x))
+        keeps_x = recipe.weight_grad.other == "forward" and (_random(recipe.input) or not _kept_anyway(x))
         ctx.save_for_backward(xq if keeps_x else x, wq if keeps_w else weight)
         ctx.input_format = None if keeps_x else recipe.input
         ctx.weight_format = None if keeps_w else recipe.weight
@@ -102,23 +103,23 @@ class _Products(torch.autograd.Function):
         g = grad.reshape(-1, grad.shape[-1])
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            w = _operand(weight, recipe.input_grad, ctx.weight_format, g.dtype)
+            w = _operand(weight, recipe.input_grad, ctx.weight_format, g)
             dx = torch.mm(_low(g, recipe.input_grad.grad, g.dtype), w).view(x.shape).to(x_dtype)
         if ctx.needs_input_grad[1]:
             if recipe.weight_grad.other == "forward":
-                x = _low(x, ctx.input_format, g.dtype)
+                x = _low(x, ctx.input_format, g.dtype, after=g)
             dweight = _weight_gradient(g, x.reshape(-1, x.shape[-1]), recipe.weight_grad).to(weight_dtype)
         if ctx.needs_input_grad[2]:
             dbias = g.sum(0).to(bias_dtype)
         return dx, dweight, dbias, None, None, None
 
 
-def _operand(weight: Tensor, product: Backward, forward: Format | None, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] of the input gradient; a format of its own groups along out."""
+def _operand(weight: Tensor, product: Backward, forward: Format | None, g: Tensor) -> Tensor:
+    """The weight [out, in] of the input gradient, made for ``g``; a format of its own groups along out."""
     if product.other == "forward":
-        return _low(weight, forward, dtype)
+        return _low(weight, forward, g.dtype, after=g)
     assert not isinstance(product.other, str)
-    return _low(weight.t(), product.other, dtype).t()
+    return _low(weight.t(), product.other, g.dtype, after=g).t()
 
 
 def _weight_gradient(g: Tensor, x: Tensor, product: Backward) -> Tensor:
@@ -136,12 +137,12 @@ def _random(fmt: Format | None) -> bool:
     return fmt is not None and fmt.rounding == "stochastic"
 
 
-def _is_view(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and x._is_view()
+def _kept_anyway(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or x._is_view()
 
 
-def _low(t: Tensor, fmt: Format | None, dtype: torch.dtype) -> Tensor:
-    return (t if fmt is None else apply(t, fmt)).to(dtype)
+def _low(t: Tensor, fmt: Format | None, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+    return t.to(dtype) if fmt is None else apply(t, fmt, dtype=dtype, after=after)
 
 
 def _shared(x: Tensor, fmt: Format | None, dtype: torch.dtype) -> Tensor:

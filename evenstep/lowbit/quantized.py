@@ -15,7 +15,7 @@ from torch import Tensor
 from evenstep.errors import EvenstepError
 from evenstep.lowbit import blocks
 from evenstep.lowbit.blocks import Blocks
-from evenstep.lowbit.fake_quant import as_dtype, as_rows, check, in_blocks, noise_like, split, spread
+from evenstep.lowbit.fake_quant import as_dtype, as_rows, as_rows_shape, check, in_blocks, noise_like, split, spread
 from evenstep.lowbit.formats import Format
 
 SCALE_DTYPES = {
@@ -33,12 +33,12 @@ class Quantized:
 
     Attributes:
         format, shape, dtype: what it was made with, and what it becomes again.
-        codes: uint8 [R, C], one code an entry; packed: [R, C / 2] rounded up, the first entry in the low four bits.
+        codes: uint8 [R, C], one code an entry; packed: [R, C * bits / 8] rounded up, the first in the lowest bits.
         scale: [R, G], in the scale's own dtype; for two-dimensional blocks one row per ``block_rows`` rows.
         zero: uint8 zero points shaped like ``scale``, for asymmetric formats.
         tensor_scale: fp32, 0-d or [R, 1], for formats with one.
         positions, kept: int16 or int32 and fp32 [R, G, k]: where in its group each outlier is, and its value.
-        packed: whether two codes share a byte.
+        packed: whether codes lie side by side without gaps.
     """
 
     format: Format
@@ -53,17 +53,17 @@ class Quantized:
     packed: bool = False
 
     def pack(self) -> Quantized:
-        """Two codes of at most 4 bits in a byte; codes of more bits stay a byte each."""
-        if self.packed or self.format.spec.bits > 4:
+        """Codes side by side without gaps: two of 4 bits in a byte, four of 6 bits in three."""
+        if self.packed:
             return self
-        return dataclasses.replace(self, codes=pack_nibbles(self.codes), packed=True)
+        return dataclasses.replace(self, codes=pack_bits(self.codes, self.format.spec.bits), packed=True)
 
     def unpack(self) -> Quantized:
         """The inverse of ``pack``."""
         if not self.packed:
             return self
         width = as_rows_shape(self.shape, self.format)[1]
-        return dataclasses.replace(self, codes=unpack_nibbles(self.codes, width), packed=False)
+        return dataclasses.replace(self, codes=unpack_bits(self.codes, self.format.spec.bits, width), packed=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """What has to be stored, by attribute name."""
@@ -75,16 +75,31 @@ class Quantized:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
 
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """uint8 [..., C] codes below 16 -> uint8 [..., ceil(C / 2)], the first of a pair in the low bits."""
-    if codes.shape[-1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[..., ::2] | codes[..., 1::2] << 4
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [R, C] codes of ``bits`` bits -> uint8 [R, C * bits / 8] rounded up: code i at bit i * bits of its row,
+    counted from the lowest bit of the first byte; the rest of the last byte is zero."""
+    if bits == 8:
+        return codes
+    rows, width = codes.shape
+    codes = torch.nn.functional.pad(codes, (0, -width % 8))
+    if bits == 4:
+        packed = codes[:, ::2] | codes[:, 1::2] << 4
+    else:
+        place = torch.arange(8, dtype=torch.uint8, device=codes.device)
+        ones = (codes.unsqueeze(-1) >> place[:bits]) & 1
+        packed = (ones.reshape(rows, -1, 8) << place).sum(-1, dtype=torch.uint8)
+    return packed[:, : -(-width * bits // 8)]
 
 
-def unpack_nibbles(packed: Tensor, width: int) -> Tensor:
-    """The inverse of ``pack_nibbles`` for rows of ``width`` codes."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)[..., :width]
+def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
+    """The inverse of ``pack_bits`` for rows of ``width`` codes."""
+    if bits == 8:
+        return packed
+    if bits == 4:
+        return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)[:, :width]
+    place = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    ones = ((packed.unsqueeze(-1) >> place) & 1).flatten(-2)[:, : width * bits]
+    return (ones.reshape(len(packed), width, bits) << place[:bits]).sum(-1, dtype=torch.uint8)
 
 
 def quantize(x: Tensor, format: Format | str, generator: torch.Generator | None = None) -> Quantized:
@@ -138,14 +153,6 @@ def _encode_piece(
 def _flat(scale: Tensor, dims: tuple[int, ...]) -> Tensor:
     """[..., G, 1] or [r, 1, G, 1] -> [r, G]."""
     return scale.squeeze(-1) if dims == (-1,) else scale.squeeze(-1).squeeze(-2)
-
-
-def as_rows_shape(shape: torch.Size, fmt: Format) -> tuple[int, int]:
-    """Rows and columns of a tensor of ``shape`` in this format."""
-    count = shape.numel()
-    if fmt.flatten:
-        return (count // fmt.group, fmt.group) if count % fmt.group == 0 else (1, count)
-    return (count // shape[-1], shape[-1]) if shape else (1, 1)
 
 
 def dequantize(q: Quantized) -> Tensor:
