@@ -128,8 +128,9 @@ def _pretrain_arguments(pretrain: argparse.ArgumentParser) -> None:
     )
     pretrain.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     pretrain.add_argument(
-        "--resume", metavar="RUN", nargs="?", const="", help="go on with the run in this directory (none given: --out)"
-    )
+        "--resume", metavar="RUN", nargs="?", const="",
+        help="go on with the run in this directory (none: --out; auto: --out where it was saved, else start)",
+    )  # fmt: skip
     pretrain.add_argument(
         "--compile", dest="train.compile", action="store_const", const="true", help="short for --train.compile true"
     )
@@ -168,7 +169,8 @@ def _pretrain(args: argparse.Namespace) -> None:
     given = [(key, value) for key, value in vars(args).items() if key in declared() and value is not None]
     overrides = [*given, *args.extra]
     directory = None
-    if args.resume is not None:
+    auto = args.resume == "auto"
+    if args.resume is not None and not auto:
         directory = Path(args.resume or dict(given).get("out") or "")
         if not args.resume and "out" not in dict(given):
             raise EvenstepError("--resume: which run? give its directory, --resume RUN (evenstep runs lists runs)")
@@ -180,14 +182,9 @@ def _pretrain(args: argparse.Namespace) -> None:
         print(to_toml(config), end="")
         return
 
-    from evenstep.data import prepare_display
-    from evenstep.train.run import Run
+    from evenstep.train.launch import pretrain
 
-    with prepare_display() as show:
-        run = (
-            Run(config, data_progress=show) if directory is None else Run.resume(directory, config, data_progress=show)
-        )
-    run.fit()
+    pretrain(config, directory, auto=auto)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -276,7 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in argv:
             raise
         message, status = explain(problem)
-        _complain(message)
+        if getattr(problem, "teller", 0) == int(os.environ.get("RANK") or 0) or status == 1:
+            _complain(message)  # of several processes one tells what all of them see
         return status
     return 0
 

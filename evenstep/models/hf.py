@@ -63,7 +63,12 @@ def save_pretrained(model: Llama, directory: str | Path) -> None:
         (directory / name).unlink(missing_ok=True)
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, directory / (_WEIGHTS if pre else _OWN_WEIGHTS), metadata={"format": "pt"})
-    (directory / _CONFIG).write_text(json.dumps(_to_hf(model), indent=2) + "\n", encoding="utf-8")
+    save_config(model, directory)
+
+
+def save_config(model: Llama, directory: str | Path) -> None:
+    """Write ``config.json``, the shape of ``model``, alone."""
+    (Path(directory) / _CONFIG).write_text(json.dumps(_to_hf(model), indent=2) + "\n", encoding="utf-8")
 
 
 def _to_hf(model: Llama) -> dict[str, Any]:
@@ -92,9 +97,9 @@ def read_config(directory: str | Path) -> LlamaConfig:
     return _from_hf(_read_json(directory / _CONFIG), directory)
 
 
-def load_pretrained(directory: str | Path) -> Llama:
+def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = None) -> Llama:
     """The model saved in ``directory`` by :func:`save_pretrained` or by ``transformers``, on the CPU, in the dtype it
-    was saved in.
+    was saved in. ``weights``, by parameter name, take the place of the files: then ``config.json`` alone is read.
 
     Weights may be in one file or in shards with an index; a tied head becomes a copy of the token table. Grouped-query
     attention, biases, scaled rotary positions, other activations and other architectures are refused. Raises
@@ -103,7 +108,8 @@ def load_pretrained(directory: str | Path) -> Llama:
     directory = Path(directory)
     hf = _read_json(directory / _CONFIG)
     config = _from_hf(hf, directory)
-    weights = _read_weights(directory, _WEIGHTS if config.norm == "pre" else _OWN_WEIGHTS)
+    if weights is None:
+        weights = _read_weights(directory, _WEIGHTS if config.norm == "pre" else _OWN_WEIGHTS)
     if hf.get("tie_word_embeddings") and "model.embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     with torch.device("meta"):
