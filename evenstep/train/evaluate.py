@@ -48,7 +48,7 @@ def evaluate(
     Sums are float64, and stay on the device until the end. With ``parallel`` the processes share the batches; each
     gives all of them and gets the same result. EvenstepError when there is no batch.
     """
-    loss_of, world = (parallel.loss, parallel.world) if parallel else (model.loss, None)
+    world = parallel.world if parallel else None
     # FSDP keeps what it gathers, and a tensor born in inference mode cannot be trained on.
     without_gradients = torch.no_grad() if parallel and parallel.sharded else torch.inference_mode()
     was_training = model.training
@@ -58,7 +58,7 @@ def evaluate(
     try:
         with without_gradients, autocast:
             for inputs, targets, ours in shares(batches, world):
-                part = loss_of(inputs.to(device), targets.to(device), reduction="sum", chunk=chunk)
+                part = model.loss(inputs.to(device), targets.to(device), reduction="sum", chunk=chunk)
                 if ours:
                     total += part.double()
                     tokens += targets.numel()

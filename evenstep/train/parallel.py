@@ -38,7 +38,8 @@ _ROWS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 class Parallel:
-    """The model of ``config`` in ``world``. ``loss`` is what to call for training and validation."""
+    """The model of ``config`` in ``world``. ``loss`` is what to call in a step; validation calls
+    ``model.loss``."""
 
     def __init__(self, config: Config, world: World) -> None:
         self.mode = config.parallel.mode if world.control is not None else "none"
@@ -77,11 +78,9 @@ class Parallel:
             self._fsdp(model)
 
     def loss(self, *args: Any, **options: Any) -> Tensor:
-        """``model.loss``, through whatever keeps the processes together."""
+        """``model.loss`` for a step, through whatever keeps the processes together."""
         assert self.model is not None
-        if self.wrapped is not None and torch.is_grad_enabled():
-            return self.wrapped(*args, **options)
-        return self.model.loss(*args, **options)
+        return (self.wrapped or self.model.loss)(*args, **options)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
