@@ -25,6 +25,9 @@ from evenstep.train.weights import load_model
 CHUNK_BYTES = 64 * 2**20
 """Logits alive at once when the loss is chunked by ``auto``."""
 
+LOGIT_BYTES = 12
+"""Bytes for each logit alive at once: its fp32 copy for the softmax, the gradient, and what the loss makes of them."""
+
 CPU_ROWS = 256
 """Rows of logits alive at once on a CPU: fewer waste matrix products, more leave the cache
 (benchmarks/throughput.py).
@@ -162,14 +165,19 @@ def loss_chunk(config: Config, vocab_size: int, device: torch.device, say: Calla
     rows = config.micro_batch_size * config.train.seq_len
     if device.type == "cpu" and config.train.dtype == "fp32":
         return CPU_ROWS if rows > CPU_ROWS else None
-    whole = rows * vocab_size * 12
-    if whole <= total_memory(device) / 8:
+    chunk = chunk_rows(rows, vocab_size, total_memory(device))
+    if chunk is not None:
+        whole = rows * vocab_size * LOGIT_BYTES
+        say(
+            f"loss in chunks of {chunk} rows: whole logits would take {whole / 2**30:.1f} GiB "
+            "(train.loss_chunk 0 keeps them whole; a smaller train.micro_batch_size also helps)"
+        )
+    return chunk
+
+
+def chunk_rows(rows: int, vocab_size: int, memory: float) -> int | None:
+    """The rule of ``auto`` for a device of ``memory`` bytes: rows of logits alive at once of ``rows``, None for all."""
+    if rows * vocab_size * LOGIT_BYTES <= memory / 8:
         return None
     chunk = max(64, CHUNK_BYTES // (4 * vocab_size) // 64 * 64)
-    if chunk >= rows:
-        return None
-    say(
-        f"loss in chunks of {chunk} rows: whole logits would take {whole / 2**30:.1f} GiB "
-        "(train.loss_chunk 0 keeps them whole; a smaller train.micro_batch_size also helps)"
-    )
-    return chunk
+    return chunk if chunk < rows else None
