@@ -135,18 +135,25 @@ def find_fault(path: Path) -> str | None:
         if TRAINER not in files or not any(name.endswith(SHARD) for name in files):
             return f"{MANIFEST} lists no {TRAINER} or no shards"
         for name, facts in files.items():
-            file = path / name
-            if file.is_symlink() or not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != facts["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, the manifest says {facts['bytes']}"
-            if _sha256(file) != facts["sha256"]:
-                return f"{name} was altered (its SHA-256 is not the manifest's)"
+            if fault := file_fault(path, name, facts):
+                return f"{name} {fault}"
         for name in sorted(os.listdir(path)):
             if name.endswith(SHARD) and name not in files:
                 return f"{name} is not in the manifest"
     except (EvenstepError, OSError) as problem:
         return str(problem)
+    return None
+
+
+def file_fault(checkpoint: Path, name: str, facts: dict[str, Any]) -> str | None:
+    """What is wrong with one file of a checkpoint whose manifest says ``facts`` of it, or None."""
+    file = checkpoint / name
+    if file.is_symlink() or not file.is_file():
+        return "is missing"
+    if file.stat().st_size != facts["bytes"]:
+        return f"has {file.stat().st_size} bytes, the manifest says {facts['bytes']}"
+    if _sha256(file) != facts["sha256"]:
+        return "was altered (its SHA-256 is not the manifest's)"
     return None
 
 

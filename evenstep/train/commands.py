@@ -20,6 +20,16 @@ examples:
   evenstep plan recipes/cluster-7b.toml --gpus 8 --optimizers      every optimizer and format of its state
 """
 
+EXPORT = """\
+Write the weights of RUN's newest whole checkpoint. --to hf makes a directory that transformers opens, with the
+tokenizer; --to safetensors one file with parameter names as keys. Any number of processes may have trained it.
+"""
+
+INSPECT = """\
+Show what a checkpoint holds: step, tokens, how many processes wrote it, optimizer, files and tensors. Every checksum is
+verified; status 2 and the name of the file when one is wrong.
+"""
+
 
 def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     """Add the commands to the action that holds those of the program."""
@@ -46,6 +56,22 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     plan.add_argument("--json", action="store_true", help="print all numbers as JSON")
     plan.set_defaults(run_command=_plan)
 
+    export = commands.add_parser(
+        "export", help="write a run's weights for other programs", description=EXPORT, **shared
+    )
+    export.add_argument("run", metavar="RUN", type=Path, help="directory of a run, or one of its checkpoints")
+    export.add_argument("--to", choices=("hf", "safetensors"), required=True, help="what to write")
+    export.add_argument("--out", metavar="DIR", type=Path, required=True, help="a directory that is new or empty")
+    export.set_defaults(run_command=_export)
+
+    inspect = commands.add_parser(
+        "inspect", help="show what a checkpoint holds, and check it", description=INSPECT, **shared
+    )
+    inspect.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="its directory, or a run (the newest one)")
+    inspect.add_argument("--all", action="store_true", help="list the optimizer's tensors one by one")
+    inspect.add_argument("--json", action="store_true", help="print everything as JSON")
+    inspect.set_defaults(run_command=_inspect)
+
 
 def _runs(args: argparse.Namespace) -> None:
     from evenstep.train.runs import list_runs, table
@@ -67,3 +93,16 @@ def _plan(args: argparse.Namespace) -> None:
         check=args.check,
         as_json=args.json,
     )
+
+
+def _export(args: argparse.Namespace) -> None:
+    from evenstep.train.export import export
+    from evenstep.train.progress import tell
+
+    export(args.run, args.to, args.out, tell)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from evenstep.train.inspection import inspect
+
+    inspect(args.checkpoint, everything=args.all, as_json=args.json)
