@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evenstep.errors import EvenstepError
+from evenstep.paths import is_plain_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,13 +70,18 @@ def read_manifest(checkpoint: Path | str) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise EvenstepError(f"{path}: format {manifest['format']!r} is not {FORMAT}; read it with a newer evenstep")
         for name, facts in manifest["files"].items():
-            if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
+            if not is_plain_name(name):
                 raise EvenstepError(f"{path} lists '{name}': a file outside of the checkpoint; do not trust it")
-            int(facts["bytes"]), str(facts["sha256"])
-        int(manifest["step"]), int(manifest["world_size"])
+            if not isinstance(facts["bytes"], int) or not isinstance(facts["sha256"], str):
+                raise TypeError(f"{name} has no bytes and sha256")
+        for key in ("step", "world_size"):
+            if type(manifest[key]) is not int or manifest[key] < 0:
+                raise TypeError(f"{key} is no whole number")
     except FileNotFoundError:
         raise EvenstepError(f"{checkpoint} has no {MANIFEST}: it is not a whole checkpoint of a run") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+    except EvenstepError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise EvenstepError(f"{path} cannot be read ({problem})") from None
     return manifest
 
@@ -148,12 +154,15 @@ def find_fault(path: Path) -> str | None:
 def file_fault(checkpoint: Path, name: str, facts: dict[str, Any]) -> str | None:
     """What is wrong with one file of a checkpoint whose manifest says ``facts`` of it, or None."""
     file = checkpoint / name
-    if file.is_symlink() or not file.is_file():
-        return "is missing"
-    if file.stat().st_size != facts["bytes"]:
-        return f"has {file.stat().st_size} bytes, the manifest says {facts['bytes']}"
-    if _sha256(file) != facts["sha256"]:
-        return "was altered (its SHA-256 is not the manifest's)"
+    try:
+        if file.is_symlink() or not file.is_file():
+            return "is missing"
+        if file.stat().st_size != facts["bytes"]:
+            return f"has {file.stat().st_size} bytes, the manifest says {facts['bytes']}"
+        if _sha256(file) != facts["sha256"]:
+            return "was altered (its SHA-256 is not the manifest's)"
+    except OSError as problem:
+        return f"cannot be read ({problem.strerror})"
     return None
 
 
@@ -242,7 +251,11 @@ def read_tensors(path: Path) -> Any:
     """``torch.load`` of tensors and plain values alone: a checkpoint from elsewhere cannot run code."""
     import torch
 
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # of a damaged file, torch raises whatever its parsers do
+        reason = _reason(problem) if isinstance(problem, OSError) else "it is damaged, or holds more than tensors"
+        raise EvenstepError(f"{path} cannot be read: {reason}") from problem
 
 
 def _sha256(path: Path) -> str:

@@ -35,5 +35,5 @@ def _sharded(source: Path) -> bool:
     try:
         manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
         return "model.safetensors" not in manifest["files"] and "evenstep.safetensors" not in manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
