@@ -10,11 +10,17 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
-from fuzz_support import TARGETS, broken
+GUIDED = __name__ == "__main__" and sys.argv[1:2] == ["--atheris"]
+if GUIDED:
+    import atheris
 
-from evenstep.errors import EvenstepError
+with atheris.instrument_imports(include=["evenstep"]) if GUIDED else nullcontext():
+    from fuzz_support import TARGETS, broken
+
+    from evenstep.errors import EvenstepError
 
 
 def attempt(name, place, content):
@@ -60,8 +66,6 @@ def campaign(name, seconds, seed=0):
 
 
 def guided(name, options):
-    import atheris
-
     folder = Path(tempfile.mkdtemp())
     TARGETS[name].prepare(folder)
     (folder / "corpus").mkdir()
@@ -77,7 +81,7 @@ def guided(name, options):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--atheris":
+    if GUIDED:
         guided(sys.argv[2], sys.argv[3:])
     else:
         names = list(TARGETS) if sys.argv[1] == "all" else [sys.argv[1]]
