@@ -69,7 +69,7 @@ class Job:
     def __init__(
         self, size: int, corpus: Path, out: Path, *, restarts: int = 0, limit: int | None = None, words=(), **options
     ) -> None:
-        self.out = out
+        self.out, self.began = out, time.time()
         command = [
             sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", f"--max-restarts={restarts}",
             "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--monitor-interval=0.1",
@@ -122,8 +122,12 @@ class Job:
         return max(by_step(self.out), default=0)
 
     def saving(self) -> bool:
-        """Is a checkpoint being written right now?"""
-        return any((self.out / "checkpoints").glob(".step-*.partial"))
+        """Is a checkpoint being written right now? What an earlier job left half written does not count."""
+        for path in (self.out / "checkpoints").glob(".step-*.partial"):
+            with suppress(OSError):
+                if path.stat().st_mtime > self.began:
+                    return True
+        return False
 
     def end(self, seconds: float = 120) -> int:
         """Wait for it; its exit status."""
