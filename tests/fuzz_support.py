@@ -21,7 +21,7 @@ from evenstep.models.hf import load_pretrained, read_config
 from evenstep.telemetry.page import page
 from evenstep.telemetry.payload import payload
 from evenstep.telemetry.runlog import load_run
-from evenstep.train.checkpoint import find_fault, read_manifest, read_tensors, write_tensors
+from evenstep.train.checkpoint import find_fault, read_manifest, read_trainer, write_tensors
 from evenstep.train.config_io import load_config
 from evenstep.train.inspection import facts_of_checkpoint
 from evenstep.train.runs import list_runs
@@ -186,7 +186,11 @@ def _checkpoint(place: Path) -> None:
     offsets = {name: {"saved_offsets": [0, 0]} for name in weights}
     metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
     save_file(weights, place / "shard-00001-model-00001-of-00001.safetensors", metadata)
-    trainer = {"step": 3, "tokens": 9, "config": {"model": {"size": "tiny"}, "optim": {"name": "adamw"}}}
+    trainer = {
+        "step": 3, "tokens": 9, "position": 4, "seconds": 1.0, "step_seconds": 0.5, "window_steps": 1, "skipped": [],
+        "tokenizer": "x", "data": "y", "config": {"model": {"size": "tiny"}, "optim": {"name": "adamw"}},
+        "optimizer": {}, "processes": [],
+    }  # fmt: skip
     write_tensors(place / "trainer.pt", trainer)
     (place / "config.json").write_bytes(_model()["config.json"])
     files = {
@@ -219,7 +223,7 @@ TARGETS = {
     "config.json": Target("config.json", _pretrained, lambda place: (read_config(place), load_pretrained(place))),
     "weights": Target("model.safetensors", _pretrained, load_pretrained),
     "checkpoint": Target("manifest.json", _checkpoint, _read_checkpoint),
-    "trainer": Target("trainer.pt", _checkpoint, lambda place: read_tensors(place / "trainer.pt")),
+    "trainer": Target("trainer.pt", _checkpoint, read_trainer),
     "shard": Target("shard-00001-model-00001-of-00001.safetensors", _checkpoint, _read_checkpoint),
 }
 

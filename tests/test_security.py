@@ -17,7 +17,7 @@ from evenstep.errors import EvenstepError
 from evenstep.models import load_pretrained
 from evenstep.paths import is_plain_name, leaves
 from evenstep.telemetry.watch import make_server
-from evenstep.train.checkpoint import find_fault, read_manifest, read_tensors
+from evenstep.train.checkpoint import find_fault, read_manifest, read_tensors, read_trainer
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ["../secret", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "C:secret", "\ud800", "a\nb", "x" * 300]
@@ -56,6 +56,14 @@ def test_a_checkpoint_with_a_pickle_in_it_is_refused(tmp_path, monkeypatch):
     with pytest.raises(EvenstepError, match=r"trainer\.pt cannot be read"):
         read_tensors(tmp_path / "trainer.pt")
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("content", [{}, [1], 3, {"step": "3"}, None])
+def test_a_trainer_of_something_else_is_refused(checkpoint, content):
+    assert read_trainer(checkpoint)["tokens"] == 9
+    torch.save(content, checkpoint / "trainer.pt")
+    with pytest.raises(EvenstepError, match=r"trainer\.pt is not of a run"):
+        read_trainer(checkpoint)
 
 
 # ---- paths ----

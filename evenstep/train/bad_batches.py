@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evenstep.errors import EvenstepError
 from evenstep.train.advice import diverged
-from evenstep.train.checkpoint import TRAINER, newest_checkpoint, read_tensors
+from evenstep.train.checkpoint import newest_checkpoint, read_trainer
 from evenstep.train.state import restore_state
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class BadBatches:
             raise diverged(run.config, number, f"{what}, and there is no checkpoint to go back to") from None
         skipped = [*run.skipped, rows]
         with run.world.together():
-            restore_state(run, checkpoint, read_tensors(checkpoint / TRAINER))
+            restore_state(run, checkpoint, read_trainer(checkpoint))
         run.skipped = sorted(set(skipped) | set(run.skipped))
         run.saved = checkpoint
         run.metrics.close()

@@ -258,6 +258,24 @@ def read_tensors(path: Path) -> Any:
         raise EvenstepError(f"{path} cannot be read: {reason}") from problem
 
 
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "step": int, "tokens": int, "position": int, "seconds": (int, float), "step_seconds": (int, float),
+    "window_steps": int, "skipped": list, "tokenizer": str, "data": str, "config": dict, "optimizer": dict,
+    "processes": list,
+}  # fmt: skip
+"""What `evenstep.train.state` reads of trainer.pt."""
+
+
+def read_trainer(checkpoint: Path) -> dict[str, Any]:
+    """The content of a checkpoint's trainer.pt. EvenstepError when it cannot be read, or lacks what a run goes on
+    from."""
+    trainer = read_tensors(checkpoint / TRAINER)
+    whole = isinstance(trainer, dict) and all(isinstance(trainer.get(key), kind) for key, kind in _KINDS.items())
+    if not whole:
+        raise EvenstepError(f"{checkpoint / TRAINER} is not of a run of this evenstep; give another checkpoint")
+    return trainer
+
+
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

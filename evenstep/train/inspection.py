@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evenstep.errors import EvenstepError
-from evenstep.train.checkpoint import MANIFEST, TRAINER, file_fault, list_checkpoints, read_manifest, read_tensors
+from evenstep.train.checkpoint import MANIFEST, TRAINER, file_fault, list_checkpoints, read_manifest, read_trainer
 
 
 def inspect(path: Path, *, everything: bool, as_json: bool) -> None:
@@ -61,7 +61,7 @@ def facts_of_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 
 def _read_trainer(checkpoint: Path) -> dict[str, Any]:
-    trainer = read_tensors(checkpoint / TRAINER)
+    trainer = read_trainer(checkpoint)
     config = trainer["config"]
     return {
         "tokens": int(trainer["tokens"]),

@@ -25,7 +25,7 @@ from evenstep.data import BatchLoader, eval_batches
 from evenstep.errors import EvenstepError
 from evenstep.train import loop, setup
 from evenstep.train.bad_batches import BadBatches
-from evenstep.train.checkpoint import TRAINER, newest_checkpoint, read_tensors
+from evenstep.train.checkpoint import newest_checkpoint, read_trainer
 from evenstep.train.config import Config
 from evenstep.train.config_io import build, read_toml, to_toml
 from evenstep.train.evaluate import EvalResult, evaluate
@@ -112,7 +112,7 @@ class Run:
         checkpoint = Path(world.from_first(newest))
         if config.model.init:
             config = setup.with_shape_of(config, checkpoint)
-        trainer = read_tensors(checkpoint / TRAINER)
+        trainer = read_trainer(checkpoint)
         check_resume(directory, config, trainer)
         run = cls.__new__(cls)
         run._build(config, world, checkpoint, say, data_progress, blank=True)
