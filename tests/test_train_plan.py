@@ -19,7 +19,8 @@ from evenstep.errors import EvenstepError
 from evenstep.models import Llama, llama_config
 from evenstep.train.config_io import load_config
 from evenstep.train.optimizers import build_optimizer
-from evenstep.train.plan import USABLE, advice, make_plan
+from evenstep.train.plan import USABLE, make_plan
+from evenstep.train.plan_advice import advice
 from evenstep.train.plan_check import _processes, built, count
 
 ROOT = Path(__file__).parents[1]
@@ -218,18 +219,37 @@ def test_ring_arithmetic():
 # ---- what it says ----
 
 
-def test_it_fits_or_says_what_would_and_that_does():
-    small = planned("1b", 8, 80e9, parallel__mode="fsdp")
-    assert small.fits and advice(small, 4) == []
-    tight = planned("1b", 8, 12e9, parallel__mode="fsdp")
+TIGHT = {
+    "1b": ("1b", 8, 12e9, {"parallel.mode": "fsdp"}),
+    "7b": ("7b", 8, 20e9, {"parallel.mode": "fsdp", "train.dtype": "bf16-autocast"}),
+    "one GPU": ("1b", 1, 24e9, {"optim.name": "adamw"}),
+    "copies": ("1b", 4, 24e9, {"parallel.mode": "ddp"}),
+}
+
+
+@pytest.mark.parametrize("size, gpus, memory, options", TIGHT.values(), ids=TIGHT)
+def test_what_it_advises_does_fit(size, gpus, memory, options):
+    tight = planned(size, gpus, memory, **options)
     assert not tight.fits
-    changes = advice(tight, 4)
-    assert changes
-    words = changes[0].removeprefix("all of ").split(", ")
-    options = dict(word.split(" ") for word in words if " GPUs" not in word)
-    gpus = next((int(word.split(" ")[0]) for word in words if " GPUs" in word), 8)
-    assert planned("1b", gpus, 12e9, **{"parallel.mode": "fsdp", **options}).fits
-    assert "smaller model" in advice(planned("7b", 1, 1e9), 4)[-1]
+    ways = advice(tight, 4)
+    assert ways
+    for way in ways:
+        words = way.split(" and ")
+        changes = dict(word.split(" ") for word in words if " GPUs" not in word)
+        more = next((int(word.split(" ")[0]) for word in words if " GPUs" in word), gpus)
+        assert planned(size, more, memory, **{**options, **changes}).fits, way
+
+
+def test_no_advice_where_none_is_needed_or_none_helps():
+    fine = planned("1b", 8, 80e9, parallel__mode="fsdp")
+    assert fine.fits and advice(fine, 4) == []
+    assert advice(planned("7b", 1, 1e9), 4) == ["a smaller model.size or train.seq_len, or GPUs with more memory"]
+
+
+def test_one_change_is_advised_where_one_is_enough():
+    tight = planned("1b", 8, 30e9, parallel__mode="fsdp", train__micro_batch_size="8", train__seq_len="1024")
+    assert not tight.fits
+    assert all(" and " not in way for way in advice(tight, 4)), advice(tight, 4)
 
 
 def test_the_peak_is_not_below_any_of_its_parts():
@@ -268,6 +288,8 @@ def test_the_command(capsys):
     assert status == 0 and "DOES NOT FIT" in out and "it would fit with" in out
     status, _, err = call(capsys, "plan", recipe, "--gpus", "8", "--optim.stat", "int8")
     assert status == 2 and "optim.stat" in err
+    status, _, err = call(capsys, "plan", recipe, "--gpus", "8", "--optim.state", "int4")
+    assert status == 2 and "int4" in err
     status, _, err = call(capsys, "plan", recipe, "--gpus", "7")
     assert status == 2 and "not divisible by the 7" in err
 

@@ -13,7 +13,7 @@ between micro batches), or the optimizer steps (gradients are there, activations
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evenstep.errors import EvenstepError
@@ -192,78 +192,3 @@ class _Needs:
         if self.config.train.dtype != "bf16-autocast" or self.grid.mode in SPLIT:
             return 0
         return 2 * sum(t.numel for t in self.tensors if t.kind in ("hidden", "last"))
-
-
-# ---- what would help ----
-
-MOVES: tuple[tuple[str, dict[str, object]], ...] = (
-    ("train.activation_checkpointing true", {"activation_checkpointing": True}),
-    ("train.micro_batch_size {micro}", {"micro_batch_size": 1}),
-    ("optim.state bf16", {"state": "bf16"}),
-    ("optim.state int8", {"state": "int8"}),
-    ("parallel.mode fsdp", {"mode": "fsdp"}),
-)
-
-
-def advice(plan: Plan, per_node: int) -> list[str]:
-    """What to change so that the plan fits: single changes that suffice, else the changes that do together, else how
-    many GPUs would."""
-    if plan.fits:
-        return []
-    single, together, chosen = [], plan.config, []
-    for words, change in MOVES:
-        for alone in _variants(plan.config, change):
-            if _fits(plan, alone, per_node):
-                single.append(_words(words, alone))
-                break
-        for more in _variants(together, change)[-1:]:
-            if _peak(plan, more, per_node) < _peak(plan, together, per_node):
-                together = more
-                chosen.append(_words(words, more))
-        if not single and chosen and _fits(plan, together, per_node):
-            return ["all of " + ", ".join(chosen)]
-    if single:
-        return single
-    gpus = plan.grid.gpus * 2
-    while gpus <= 4096 and together.parallel.mode in SPLIT:
-        try:
-            if make_plan(together, plan.shape, gpus, per_node, plan.gpu_memory).fits:
-                return ["all of " + ", ".join([*chosen, f"{gpus} GPUs"])]
-        except EvenstepError:  # the batch does not divide among so many
-            break
-        gpus *= 2
-    return ["a smaller model.size or train.seq_len, or GPUs with more memory"]
-
-
-def _words(words: str, config: Config) -> str:
-    return words.format(micro=config.micro_batch_size)
-
-
-def _variants(config: Config, change: dict[str, object]) -> list[Config]:
-    """``config`` with the change, the mildest form first; none where it says nothing new."""
-    key, value = next(iter(change.items()))
-    if key == "micro_batch_size":
-        sizes = [config.micro_batch_size // 2**i for i in range(1, 12) if config.micro_batch_size % 2**i == 0]
-        return [replace(config, train=replace(config.train, micro_batch_size=size)) for size in sizes]
-    if key == "state":
-        if config.optim.name in ("adam", "adamw") or config.optim.options.get("state") == value:
-            return []
-        return [replace(config, optim=replace(config.optim, options={**config.optim.options, "state": value}))]
-    if key == "mode":
-        if config.parallel.mode in SPLIT:
-            return []
-        return [replace(config, parallel=replace(config.parallel, mode="fsdp"))]
-    if config.train.activation_checkpointing:
-        return []
-    return [replace(config, train=replace(config.train, activation_checkpointing=True))]
-
-
-def _peak(plan: Plan, config: Config, per_node: int) -> float:
-    try:
-        return make_plan(config, plan.shape, plan.grid.gpus, per_node, plan.gpu_memory).peak
-    except EvenstepError:
-        return math.inf
-
-
-def _fits(plan: Plan, config: Config, per_node: int) -> bool:
-    return _peak(plan, config, per_node) <= USABLE * plan.gpu_memory

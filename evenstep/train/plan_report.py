@@ -7,12 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from evenstep.errors import EvenstepError
-from evenstep.models import LlamaConfig, llama_config
+from evenstep.models import Llama, LlamaConfig, llama_config
 from evenstep.models.hf import read_config
-from evenstep.train.config import Config, ParallelConfig
+from evenstep.train.config import Config
 from evenstep.train.config_io import load_config
-from evenstep.train.plan import USABLE, Plan, advice, make_plan
+from evenstep.train.optimizers import build_optimizer
+from evenstep.train.plan import USABLE, Plan, make_plan
+from evenstep.train.plan_advice import advice, in_mode
 from evenstep.train.plan_tensors import SPLIT
 
 MODES = ("ddp", "fsdp", "hsdp", "tp+fsdp")
@@ -48,9 +52,10 @@ def plan(
     if not 0 < gpu_memory < 1e6:
         raise EvenstepError(f"--gpu-memory {gpu_memory}: give the GB of one GPU, such as 80")
     config = load_config(recipe, overrides)
+    _check_optimizer(config)
     note = ""
     if config.parallel.mode == "none" and gpus > 1:
-        config = _in_mode(config, "fsdp")
+        config = in_mode(config, "fsdp")
         note = "parallel.mode none is for one process; planned is fsdp"
     made = make_plan(config, shape_of(config), gpus, per_node, gpu_memory * 1e9)
     counted = _checked(made) if check else None
@@ -65,6 +70,13 @@ def plan(
         print("\n".join([*head, *_memory(made, per_node), *_wire(made), *_modes(others)]))
         if counted:
             print(f"dry run on the meta device: {counted}")
+
+
+def _check_optimizer(config: Config) -> None:
+    """EvenstepError for options and values that the optimizer's constructor refuses."""
+    with torch.device("meta"):
+        model = Llama(llama_config("tiny", 8, num_layers=1))
+    build_optimizer(model, config.optim)
 
 
 def shape_of(config: Config) -> LlamaConfig:
@@ -90,16 +102,9 @@ def _words(config: Config) -> int:
     return DEFAULT_VOCAB if data.tokenizer == BPE else load_tokenizer(data.tokenizer).vocab_size
 
 
-def _in_mode(config: Config, mode: str) -> Config:
-    if config.parallel.mode == mode:
-        return config
-    given = config.parallel
-    return dataclasses.replace(config, parallel=ParallelConfig(mode=mode, reshard=given.reshard, timeout=given.timeout))
-
-
 def _row(made: Plan, config: Config, mode: str, per_node: int) -> dict[str, Any]:
     try:
-        other = make_plan(_in_mode(config, mode), made.shape, made.grid.gpus, per_node, made.gpu_memory)
+        other = make_plan(in_mode(config, mode), made.shape, made.grid.gpus, per_node, made.gpu_memory)
     except EvenstepError as problem:
         return {"mode": mode, "problem": str(problem)}
     sent = sum(wire.bytes for wire in other.wire)
@@ -178,7 +183,8 @@ def _head(made: Plan) -> str:
 def sum_of(made: Plan) -> str:
     from evenstep.train.plan_tensors import model_tensors
 
-    return f"{sum(t.numel for t in model_tensors(made.shape)) / 1e9:.2f}B"
+    count = sum(t.numel for t in model_tensors(made.shape))
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
 def _memory(made: Plan, per_node: int) -> list[str]:

@@ -5,6 +5,7 @@ Plain arithmetic on shapes; needs no torch. `evenstep.train.plan_check` counts t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Grid:
         return self.shards(tensor.block) * (self.tensor if tensor.cut is not None else 1)
 
 
+@functools.cache
 def model_tensors(shape: LlamaConfig) -> list[Named]:
     """Every parameter of the model."""
     hidden, middle, words = shape.hidden_size, shape.intermediate_size, shape.vocab_size
