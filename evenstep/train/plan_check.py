@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from evenstep.bench.memory import tensors_in
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama
 from evenstep.optim.sharding import local
@@ -58,8 +58,9 @@ def built(plan: Plan, world: World) -> Llama:
 
 def _bytes(value: Tensor) -> int:
     """Of what is here of a tensor of the state, 8-bit blocks included."""
-    here = local(value)
-    return sum(tensor.nbytes for tensor in tensors_in(here)) if is_traceable_wrapper_subclass(here) else here.nbytes
+    here: Any = local(value)
+    names = here.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(here) else []
+    return sum(getattr(here, name).nbytes for name in names) if names else here.nbytes
 
 
 @contextmanager
