@@ -218,6 +218,22 @@ def check_world(config: Config, size: int, local_size: int) -> int:
     return tensor
 
 
+def _store(patience: timedelta) -> Any:
+    """Where the processes find each other. torchrun's own store outlives a restart (2.13 makes one per agent and not
+    one per attempt), and in it the addresses of the dead: whoever reads them first cannot connect. So each attempt has
+    a part of it to itself."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["WORLD_SIZE"]),
+        is_master=not agent and os.environ["RANK"] == "0",
+        timeout=patience,
+        multi_tenant=not agent,
+    )
+    return dist.PrefixStore(f"evenstep/attempt/{restarts()}", store)
+
+
 @contextmanager
 def open_world(config: Config) -> Iterator[World]:
     """Join the other processes, and part from them at the end. EvenstepError for an environment or configuration that
@@ -244,7 +260,7 @@ def open_world(config: Config) -> Iterator[World]:
     # The heartbeat speaks first, and names who is missing; the timeout of a collective is what is left without it.
     patience = timedelta(seconds=config.parallel.timeout * 1.5 + 10)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=patience)
+    dist.init_process_group(backend, store=_store(patience), rank=places["RANK"], world_size=size, timeout=patience)
     world = World(device, places["RANK"], size, local, local_size, tensor=tensor)
     world = replace(
         world,
