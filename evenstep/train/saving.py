@@ -30,7 +30,7 @@ class Saver:
         require_safetensors()  # without it the first checkpoint would end the run
         self.directory, self.world = directory, world
         self._stager: Any = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
         self.last: int | None = None
         """The step of the newest save."""
@@ -59,6 +59,8 @@ class Saver:
         except BaseException:
             self._clean(partial)
             raise
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending = self._thread.submit(self._finish, written, partial, step, keep)
         self.last = step
         if wait:
@@ -136,7 +138,9 @@ class Saver:
         """Wait, and free the copies; errors are not raised any more."""
         if self._pending is not None:
             self._pending.exception()
-        self._thread.shutdown(wait=True)
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+            self._thread = None
         if self._stager is not None:
             self._stager.close()
             self._stager = None

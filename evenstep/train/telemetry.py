@@ -106,7 +106,7 @@ class RunTelemetry:
             (config.wandb != "off", "wandb", lambda: WandbSink(run.out, name, mode=config.wandb, config=tables)),
             (config.trackio, "trackio", lambda: TrackioSink(name, config=tables)),
         ]
-        found = [opened(build, package) for wanted, package, build in builders if wanted]
+        found = [opened(build, package) for wanted, package, build in builders if wanted and run.world.speaks]
         return [sink for sink in found if sink is not None]
 
     def state(self) -> dict[str, Any] | None:

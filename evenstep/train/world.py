@@ -112,15 +112,15 @@ class World:
         if self.control is None:
             return work()
         result: list[T] = []
+        mine = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
         for turn in range(3):
-            mine = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
-            with _patience(self, turn):
-                problem = None
-                if mine == turn:
-                    try:
-                        result.append(work())
-                    except EvenstepError as error:
-                        problem = error
+            problem: EvenstepError | None = None
+            if mine == turn:
+                try:
+                    result.append(work())
+                except EvenstepError as error:
+                    problem = error
+            self._wait_for(range(0, self.size, self.local_size) if turn else range(1), turn)
 
             def outcome(problem: EvenstepError | None = problem) -> None:
                 if problem is not None:
@@ -129,6 +129,12 @@ class World:
             self.each(outcome)
         return result[0]
 
+    def _wait_for(self, ranks: range, turn: int) -> None:
+        """Until ``ranks`` have come here. In the store, where waiting has no timeout of a few minutes."""
+        store: Any = dist.distributed_c10d._get_default_store()
+        store.set(f"evenstep/turn/{turn}/{self.rank}", "done")
+        store.wait([f"evenstep/turn/{turn}/{rank}" for rank in ranks], timedelta(days=30))
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the parts of the data, in place; as it is when there is one."""
         if self.control is not None and self.data_size > 1:
@@ -136,18 +142,6 @@ class World:
             if self.tensor > 1:
                 tensor /= self.tensor
         return tensor
-
-
-@contextmanager
-def _patience(world: World, turn: int) -> Iterator[None]:
-    """The others wait in the store, which has no timeout, until process 0 has done its long work."""
-    yield
-    if turn == 0:
-        store = dist.distributed_c10d._get_default_store()
-        if world.rank == 0:
-            store.set("evenstep/prepared", "1")
-        else:
-            store.wait(["evenstep/prepared"], timedelta(days=30))
 
 
 def launched() -> bool:
@@ -218,6 +212,22 @@ def check_world(config: Config, size: int, local_size: int) -> int:
     return tensor
 
 
+def _store(patience: timedelta) -> Any:
+    """Where the processes find each other. torchrun's own store outlives a restart (2.13 makes one per agent and not
+    one per attempt), and in it the addresses of the dead: whoever reads them first cannot connect. So each attempt has
+    a part of it to itself."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["WORLD_SIZE"]),
+        is_master=not agent and os.environ["RANK"] == "0",
+        timeout=patience,
+        multi_tenant=not agent,
+    )
+    return dist.PrefixStore(f"evenstep/attempt/{restarts()}", store)
+
+
 @contextmanager
 def open_world(config: Config) -> Iterator[World]:
     """Join the other processes, and part from them at the end. EvenstepError for an environment or configuration that
@@ -244,7 +254,7 @@ def open_world(config: Config) -> Iterator[World]:
     # The heartbeat speaks first, and names who is missing; the timeout of a collective is what is left without it.
     patience = timedelta(seconds=config.parallel.timeout * 1.5 + 10)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=patience)
+    dist.init_process_group(backend, store=_store(patience), rank=places["RANK"], world_size=size, timeout=patience)
     world = World(device, places["RANK"], size, local, local_size, tensor=tensor)
     world = replace(
         world,
