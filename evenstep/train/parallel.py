@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from evenstep.errors import EvenstepError
-from evenstep.models import Llama
+from evenstep.models import Llama, LlamaConfig
 from evenstep.optim.sharding import Layout, combine, local
 from evenstep.train.config import Config
 from evenstep.train.world import World
@@ -35,6 +35,16 @@ from evenstep.transforms import Combine
 
 _COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 _ROWS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def check_cut(shape: LlamaConfig, tensor: int) -> None:
+    """EvenstepError when the matrices of a model of ``shape`` cannot be cut over ``tensor`` processes."""
+    for name in ("num_heads", "intermediate_size"):
+        if getattr(shape, name) % tensor:
+            raise EvenstepError(
+                f"parallel.tensor {tensor} does not divide the model's {name.replace('_', ' ')} "
+                f"{getattr(shape, name)}; give a divisor of it"
+            )
 
 
 class Parallel:
@@ -54,13 +64,7 @@ class Parallel:
 
     def check(self, model: Llama) -> None:
         """EvenstepError when the model cannot be cut as asked."""
-        tensor, shape = self.world.tensor, model.config
-        for name in ("num_heads", "intermediate_size"):
-            if getattr(shape, name) % tensor:
-                raise EvenstepError(
-                    f"parallel.tensor {tensor} does not divide the model's {name.replace('_', ' ')} "
-                    f"{getattr(shape, name)}; give a divisor of it"
-                )
+        check_cut(model.config, self.world.tensor)
 
     def apply(self, model: Llama) -> None:
         """Compile, cut and wrap ``model`` in place: its parameters and their names stay, each a DTensor where it is

@@ -57,9 +57,11 @@ class Plan:
 def make_plan(config: Config, shape: LlamaConfig, gpus: int, per_node: int, gpu_memory: float) -> Plan:
     """The plan of ``config`` for a model of ``shape`` on ``gpus`` GPUs, ``per_node`` in each machine, of ``gpu_memory``
     bytes. EvenstepError when they cannot share the model or the batch so."""
+    from evenstep.train.parallel import check_cut
     from evenstep.train.setup import LOGIT_BYTES
 
     grid = _grid(config, gpus, per_node)
+    check_cut(shape, grid.tensor)
     tensors = model_tensors(shape)
     train = config.train
     sequences = train.batch_size // grid.data

@@ -98,7 +98,7 @@ def _words(config: Config) -> int:
     if data.vocab_size is not None:
         return data.vocab_size
     if prefix == "shards":
-        return TokenData(rest).vocab_size
+        return TokenData(Path(rest).expanduser()).vocab_size
     return DEFAULT_VOCAB if data.tokenizer == BPE else load_tokenizer(data.tokenizer).vocab_size
 
 
