@@ -12,7 +12,7 @@ WORKERS ?= 2
 # Small tensor operations stall when OpenMP threads outnumber the free cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow soak lint format bench clean
 
 demo: $(VENV)/.train  ## train a small LLaMA on real text: about three minutes, no download beyond pip
 	$(BIN)/evenstep pretrain recipes/demo.toml $(ARGS)
@@ -22,6 +22,9 @@ test: $(VENV)/.dev  ## the test suite
 
 test-slow: $(VENV)/.dev  ## the tests that are left out of `make test` for their length
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+soak: $(VENV)/.dev  ## twenty minutes of kills and damage; `make soak ARGS='--minutes 5'`
+	PYTHONPATH=tests $(BIN)/python tests/soak.py $(ARGS)
 
 lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check .

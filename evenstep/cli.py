@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 from evenstep import __version__
 from evenstep.bench.arguments import add_bench
 from evenstep.errors import EvenstepError, nearest
-from evenstep.telemetry.commands import add_commands
+from evenstep.telemetry.commands import add_commands as add_telemetry
+from evenstep.train import commands as train_commands
 from evenstep.train.checks import checked, kinds, limits
 from evenstep.train.config import SECTIONS, Config, SampleConfig, options
 from evenstep.train.hyperparameters import owners
@@ -33,6 +34,7 @@ examples:
   evenstep generate runs/NAME --prompt 'Once'        text from a trained model
   evenstep bench step-time --shapes 9m               optimizers side by side: time, memory, bandwidth
   evenstep runs                                      what has been trained, and how well
+  evenstep plan recipes/cluster-7b.toml --gpus 64    memory and messages of a run before it is started
   evenstep report runs/NAME                          one page: losses, spikes, what was clipped and reset
   eval "$(evenstep completion bash)"                 completion for this shell
 """
@@ -104,12 +106,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
     generate.add_argument("--seed", type=int, default=0, help="another seed gives another text (default: %(default)s)")
     generate.set_defaults(run_command=_generate)
 
-    runs = commands.add_parser("runs", parents=[debug], help="list runs", allow_abbrev=False)
-    runs.add_argument("directory", metavar="DIR", nargs="?", type=Path, default=Path("runs"), help="default: runs")
-    runs.set_defaults(run_command=_runs)
-
     add_bench(commands, debug)
-    add_commands(commands, debug)
+    add_telemetry(commands, debug)
+    train_commands.add_commands(commands, debug)
 
     completion = commands.add_parser("completion", parents=[debug], help="print shell completion", allow_abbrev=False)
     completion.add_argument("shell", metavar="SHELL", help="bash, zsh, tcsh, fish or powershell")
@@ -128,8 +127,9 @@ def _pretrain_arguments(pretrain: argparse.ArgumentParser) -> None:
     )
     pretrain.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     pretrain.add_argument(
-        "--resume", metavar="RUN", nargs="?", const="", help="go on with the run in this directory (none given: --out)"
-    )
+        "--resume", metavar="RUN", nargs="?", const="",
+        help="go on with the run in this directory (none: --out; auto: --out where it was saved, else start)",
+    )  # fmt: skip
     pretrain.add_argument(
         "--compile", dest="train.compile", action="store_const", const="true", help="short for --train.compile true"
     )
@@ -168,7 +168,8 @@ def _pretrain(args: argparse.Namespace) -> None:
     given = [(key, value) for key, value in vars(args).items() if key in declared() and value is not None]
     overrides = [*given, *args.extra]
     directory = None
-    if args.resume is not None:
+    auto = args.resume == "auto"
+    if args.resume is not None and not auto:
         directory = Path(args.resume or dict(given).get("out") or "")
         if not args.resume and "out" not in dict(given):
             raise EvenstepError("--resume: which run? give its directory, --resume RUN (evenstep runs lists runs)")
@@ -180,14 +181,9 @@ def _pretrain(args: argparse.Namespace) -> None:
         print(to_toml(config), end="")
         return
 
-    from evenstep.data import prepare_display
-    from evenstep.train.run import Run
+    from evenstep.train.launch import pretrain
 
-    with prepare_display() as show:
-        run = (
-            Run(config, data_progress=show) if directory is None else Run.resume(directory, config, data_progress=show)
-        )
-    run.fit()
+    pretrain(config, directory, auto=auto)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -199,13 +195,6 @@ def _generate(args: argparse.Namespace) -> None:
     from evenstep.train.sample import generate_from, printable
 
     print(printable(generate_from(args.run, sample, args.seed, say=_complain)))
-
-
-def _runs(args: argparse.Namespace) -> None:
-    from evenstep.train.runs import list_runs, table
-
-    rows = list_runs(args.directory)
-    print(table(rows) if rows else f"no runs in {args.directory}; evenstep pretrain makes one")
 
 
 def _completion(args: argparse.Namespace) -> None:
@@ -220,13 +209,13 @@ def _doctor(args: argparse.Namespace) -> None:
     print_diagnosis()
 
 
-def split_options(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Take ``--section.key value`` pairs that no flag declares (an official name of a hyperparameter, and mistakes) out
-    of the arguments.
+def split_options(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Take ``--section.key value`` pairs that are not ``known`` as flags (an official name of a hyperparameter, and
+    mistakes) out of the arguments.
 
     argparse would leave the value of an unknown flag lying about, to be taken for the recipe.
     """
-    known, rest, extra = declared(), [], []
+    rest, extra = [], []
     words = iter(argv)
     for word in words:
         key, equals, value = word.removeprefix("--").partition("=")
@@ -244,7 +233,8 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]
 def run_program(argv: Sequence[str]) -> None:
     parser, commands = build_parser()
     command = next((word for word in argv if not word.startswith("-")), "")
-    rest, extra = split_options(argv) if command == "pretrain" else (list(argv), [])
+    takes_options = {"pretrain": declared(), "plan": set[str]()}
+    rest, extra = split_options(argv, takes_options[command]) if command in takes_options else (list(argv), [])
     args, unknown = parser.parse_known_args(rest)
     if unknown:
         leaf = getattr(args, "leaf", commands.choices.get(args.command, parser))
@@ -276,7 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in argv:
             raise
         message, status = explain(problem)
-        _complain(message)
+        rank = os.environ.get("RANK", "")
+        if status == 1 or not rank.isdigit() or int(rank) == getattr(problem, "teller", 0):
+            _complain(message)  # of several processes one tells what all of them see
         return status
     return 0
 

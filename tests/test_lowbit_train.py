@@ -13,10 +13,11 @@ from train_support import quick, write_corpus
 from evenstep.errors import EvenstepError
 from evenstep.lowbit import RECIPES, LowBitLinear, quantize_
 from evenstep.lowbit.metrics import lowbit_metrics
-from evenstep.models import Llama, LlamaConfig, load_pretrained
+from evenstep.models import Llama, LlamaConfig
 from evenstep.train.config import LOWBIT_NAMES
 from evenstep.train.config_io import load_config
 from evenstep.train.run import Run
+from evenstep.train.weights import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,7 +55,7 @@ def test_a_run_trains_validates_and_resumes_in_low_bits_to_the_bit(corpus, tmp_p
         resumed.fit()
         for p, q in zip(run.model.parameters(), resumed.model.parameters(), strict=True):
             assert torch.equal(p, q)
-        saved = load_pretrained(whole / "checkpoints" / "step-000008")
+        saved = load_model(whole / "checkpoints" / "step-000008")
         assert all(torch.equal(p, q) for p, q in zip(saved.parameters(), run.model.parameters(), strict=True))
         # Validation is of the quantised model: the plain one with the same weights has another loss.
         low = run.evaluate().loss

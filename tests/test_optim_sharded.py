@@ -133,6 +133,56 @@ def test_fsdp2_with_uneven_shards_equals_a_single_process(name, tmp_path):
     run(fsdp_worker, tmp_path, name, (WORLD,))
 
 
+class Pair(nn.Module):
+    """Two matrices, for tensor parallelism by columns, then by rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.column = nn.Linear(6, 8, bias=False)
+        self.row = nn.Linear(8, 4, bias=False)
+
+
+def cut_twice(model, mesh):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    parallelize_module(model, mesh["tensor"], {"column": ColwiseParallel(), "row": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["data"])
+    return model
+
+
+def cut_twice_worker(rank, world, path):
+    setup(rank, world, path)
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    numbered = Pair()
+    for p in numbered.parameters():
+        p.data = torch.arange(p.numel(), dtype=torch.float32).view(p.shape)
+    places = [p.to_local().long() for p in cut_twice(numbered, mesh).parameters()]
+    torch.manual_seed(0)
+    model, alone = Pair(), Pair()
+    alone.load_state_dict(model.state_dict())
+    cut_twice(model, mesh)
+    ours, theirs = (StableSPAM(m.parameters(), lr=0.01, reset_interval=7) for m in (model, alone))
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        for p, q, place in zip(model.parameters(), alone.parameters(), places, strict=True):
+            q.grad = torch.randn(q.shape, generator=generator)
+            if step % 6 == 5:
+                q.grad[-1, -1] = 100.0  # a spike that one process alone holds
+            p.grad = torch.zeros_like(p)
+            p.grad.to_local().copy_(q.grad.flatten()[place])
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(ours.stats["grad_norm"], theirs.stats["grad_norm"], rtol=1e-5, atol=0)
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-6)
+    dist.destroy_process_group()
+
+
+def test_tensor_parallel_under_fsdp2_equals_a_single_process(tmp_path):
+    run(cut_twice_worker, tmp_path, world=4)
+
+
 @pytest.mark.slow
 def test_hsdp_equals_a_single_process(tmp_path):
     run(fsdp_worker, tmp_path, "stable_spam", (2, 2), world=4)

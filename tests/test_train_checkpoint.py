@@ -7,16 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkpoint_support import save_checkpoint, write
 
 from evenstep.errors import EvenstepError
-from evenstep.train.checkpoint import find_fault, list_checkpoints, newest_checkpoint, save_checkpoint
+from evenstep.train.checkpoint import find_fault, list_checkpoints, newest_checkpoint, read_manifest
 
 ROOT = Path(__file__).parents[1]
-
-
-def write(directory: Path) -> None:
-    (directory / "weights.bin").write_bytes(bytes(range(256)) * 8)
-    (directory / "config.json").write_text("{}")
 
 
 def silent(_: str) -> None:
@@ -68,13 +64,13 @@ def tamper(path):
 
 @pytest.mark.parametrize("damage, word", [(truncate, "2047 bytes"), (tamper, "altered"), (Path.unlink, "missing")])
 def test_a_damaged_checkpoint_is_named_and_passed_over(place, damage, word):
-    damage(place / "step-000010" / "weights.bin")
+    damage(place / "step-000010" / "weights.safetensors")
     said: list[str] = []
     assert newest_checkpoint(place.parent, said.append) == place / "step-000005"
-    assert len(said) == 1 and "step-000010" in said[0] and "weights.bin" in said[0] and word in said[0]
+    assert len(said) == 1 and "step-000010" in said[0] and "weights.safetensors" in said[0] and word in said[0]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": {"a": 3}}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": {"a": 3}}', '{"format": 3, "files": {}}'])
 def test_a_damaged_manifest_is_a_fault_like_any_other(place, content):
     (place / "step-000010" / "manifest.json").write_text(content)
     assert newest_checkpoint(place.parent, silent) == place / "step-000005"
@@ -116,18 +112,19 @@ def test_an_interrupted_save_leaves_the_earlier_checkpoints(place):
 
 
 def test_a_broken_checkpoint_of_the_same_step_is_replaced(place):
-    truncate(place / "step-000010" / "weights.bin")
+    truncate(place / "step-000010" / "weights.safetensors")
     save_checkpoint(place, 10, write, keep=3)
     assert find_fault(place / "step-000010") is None
 
 
 def test_a_kill_while_saving_leaves_the_earlier_checkpoints(place):
     code = f"""
-import os, signal
+import os, signal, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
-from evenstep.train.checkpoint import save_checkpoint
+from checkpoint_support import save_checkpoint
 def write(directory):
-    (directory / "weights.bin").write_bytes(b"half")
+    (directory / "weights.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 save_checkpoint(Path({str(place)!r}), 15, write, 1)
 """
@@ -143,14 +140,16 @@ def test_a_real_write_error_in_torch_save_is_one_line(place):
     torch = pytest.importorskip("torch")
     del torch
     code = f"""
-import resource
+import resource, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
 import torch
+from checkpoint_support import save_checkpoint
 from evenstep.errors import EvenstepError
-from evenstep.train.checkpoint import save_checkpoint, write_tensors
+from evenstep.train.checkpoint import write_tensors
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    save_checkpoint(Path({str(place)!r}), 15, lambda d: write_tensors(d / "optimizer.pt", torch.zeros(100_000)), 1)
+    save_checkpoint(Path({str(place)!r}), 15, lambda d: write_tensors(d / "trainer.pt", torch.zeros(100_000)), 1)
 except EvenstepError as problem:
     print(problem)
 """
@@ -165,5 +164,47 @@ def test_the_manifest_lists_every_file_with_its_size(place):
     assert manifest["step"] == 5
     assert {name: facts["bytes"] for name, facts in manifest["files"].items()} == {
         "config.json": 2,
-        "weights.bin": 2048,
+        "trainer.pt": 5,
+        "weights.safetensors": 2048,
     }
+
+
+# ---- what a manifest may say ----
+
+
+def edited(place, change):
+    path = place / "step-000010" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    return place / "step-000010"
+
+
+@pytest.mark.parametrize("name", ["../step-000005/weights.safetensors", "/etc/passwd", "a/b", "..", "", "a\\b"])
+def test_a_manifest_may_not_point_out_of_the_checkpoint(place, name):
+    path = edited(place, lambda manifest: manifest["files"].update({name: {"bytes": 1, "sha256": "0"}}))
+    with pytest.raises(EvenstepError, match="outside of the checkpoint"):
+        read_manifest(path)
+    assert "outside" in find_fault(path)
+
+
+def test_a_shard_that_the_manifest_does_not_know_is_a_fault(place):
+    (place / "step-000010" / "shard-00009.safetensors").write_bytes(b"")
+    assert "not in the manifest" in find_fault(place / "step-000010")
+
+
+def test_a_link_in_place_of_a_file_is_a_fault(place):
+    file = place / "step-000010" / "weights.safetensors"
+    file.unlink()
+    file.symlink_to(place / "step-000005" / "weights.safetensors")
+    assert "missing" in find_fault(place / "step-000010")
+
+
+def test_a_checkpoint_of_the_first_layout_says_what_to_do(place):
+    for path in list_checkpoints(place):
+        manifest = json.loads((path / "manifest.json").read_text())
+        del manifest["format"]
+        manifest["files"]["optimizer.pt"] = {"bytes": 1, "sha256": "0"}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(EvenstepError, match=r"evenstep 0\.1.*--model\.init"):
+        newest_checkpoint(place.parent, silent)

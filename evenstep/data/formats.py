@@ -8,6 +8,7 @@ or one batch of rows, in memory.
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
                     yield stream, raw  # type: ignore[misc]  # GzipFile is a BinaryIO in all but name
             else:
                 yield raw, raw
-    except (OSError, EOFError) as error:  # EOFError: a gzip file that was cut short
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a gzip file that was cut short or damaged
         raise EvenstepError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -101,7 +102,7 @@ def read_jsonl(path: Path, field: str) -> Iterator[Document]:
             where = f"{path}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+            except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; nested too deeply
                 raise EvenstepError(f"{where} is not a line of JSON ({error}); mend or delete the line") from error
             if not isinstance(row, dict):
                 raise EvenstepError(
@@ -130,8 +131,10 @@ def read_parquet(path: Path, field: str) -> Iterator[Document]:
                 for value in batch.column(0).to_pylist():
                     done += 1
                     yield text_of(value, field, str(path)), size * done // total
-    except (OSError, pyarrow.ArrowException) as error:
-        raise EvenstepError(f"cannot read {path} as Parquet: {str(error).splitlines()[0]}") from error
+    except EvenstepError:
+        raise
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: names or texts that are not UTF-8
+        raise EvenstepError(f"cannot read {path} as Parquet: {(str(error) or 'damaged').splitlines()[0]}") from error
 
 
 _TEXT = (".txt", ".text", ".md", ".rst", ".py", ".tex", ".html", ".c", ".h", ".cpp", ".js", ".rs", ".go", ".java")

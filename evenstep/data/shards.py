@@ -21,6 +21,7 @@ import numpy as np
 
 from evenstep.data.tokenizer import Tokenizer, load_tokenizer
 from evenstep.errors import EvenstepError
+from evenstep.paths import is_plain_name, leaves
 
 FORMAT, VERSION = "evenstep-tokens", 1
 MANIFEST = "manifest.json"
@@ -106,7 +107,7 @@ def _checked_manifest(directory: Path) -> dict[str, Any]:
             f"{directory} holds no {MANIFEST}, so it is not a directory of prepared token shards; give shards:DIR "
             "an entry of tokens/ in a data cache"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EvenstepError(f"{directory / MANIFEST} is not readable ({error}){again}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise EvenstepError(f"{directory / MANIFEST} is not a manifest of {FORMAT}{again}")
@@ -115,15 +116,20 @@ def _checked_manifest(directory: Path) -> dict[str, Any]:
             f"{directory} has format version {manifest.get('version')}, this evenstep reads version {VERSION}{again}"
         )
     try:
-        size = np.dtype(manifest["dtype"]).itemsize
-        shards = [
-            (shard["file"], shard["tokens"] * size) for name in SPLITS for shard in manifest["splits"][name]["shards"]
-        ]
+        tokens = [(shard["file"], shard["tokens"]) for name in SPLITS for shard in manifest["splits"][name]["shards"]]
         counts = [manifest["splits"][name][count] for name in SPLITS for count in ("tokens", "documents", "bytes")]
-        hashes: dict[str, str] = manifest["tokenizer"]["files"]
-        counts += [manifest["tokenizer"]["vocab_size"]]
-    except (KeyError, TypeError) as error:
+        counts += [count for _, count in tokens] + [manifest["tokenizer"]["vocab_size"]]
+        hashes = dict(manifest["tokenizer"]["files"])
+        fingerprint, dtype = manifest["tokenizer"]["fingerprint"], manifest["dtype"]
+    except (KeyError, TypeError, ValueError) as error:
         raise EvenstepError(f"{directory / MANIFEST} lacks {error}{again}") from error
+    whole = all(isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**62 for count in counts)
+    if not whole or dtype not in ("<u2", "<u4") or not isinstance(fingerprint, str) or not counts[-1]:
+        raise EvenstepError(f"{directory / MANIFEST} has counts or a dtype that make no sense{again}")
+    for file in (*(file for file, _ in tokens), *hashes):
+        if not is_plain_name(file) or leaves(directory, file):
+            raise EvenstepError(f"{directory / MANIFEST} lists {file!r:.80}: a file outside of it; do not trust it")
+    shards = [(file, count * np.dtype(dtype).itemsize) for file, count in tokens]
     for file, bytes_wanted in shards:
         there = (directory / file).stat().st_size if (directory / file).is_file() else None
         if there != bytes_wanted:

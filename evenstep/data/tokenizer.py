@@ -10,6 +10,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,8 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, content: bytes, eos_token: str | None = None, where: str = "tokenizer.json"):
         """``eos_token`` None looks for one of the usual names among the added tokens."""
         tokenizers = _tokenizers()
-        try:
+        with _native(f"{where} is not a readable tokenizer.json"):
             self._model = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise EvenstepError(f"{where} is not a readable tokenizer.json: {str(error).splitlines()[0]}") from error
         # A file may ask for truncation, padding or <bos>; packed training data wants none of them.
         self._model.no_truncation()
         self._model.no_padding()
@@ -96,10 +95,12 @@ class JsonTokenizer(Tokenizer):
         return cls(_read(path), _configured_eos(path.parent), str(path))
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [row.ids for row in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+        with _native(f"the {self.FILE} cannot encode this text"):
+            return [row.ids for row in self._model.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._model.decode(list(ids), skip_special_tokens=False)
+        with _native(f"the {self.FILE} cannot decode these tokens"):
+            return self._model.decode(list(ids), skip_special_tokens=False)
 
     def save(self, directory: str | Path) -> list[str]:
         Path(directory, self.FILE).write_bytes(self._content)
@@ -119,13 +120,9 @@ class SentencePieceTokenizer(Tokenizer):
             import sentencepiece
         except ImportError as error:
             raise EvenstepError(f"{where} needs the sentencepiece package; pip install 'evenstep[train]'") from error
-        try:
+        with _native(f"{where} is not a readable SentencePiece model"):
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.vocab_size = self._model.get_piece_size()
-        except Exception as error:
-            raise EvenstepError(
-                f"{where} is not a readable SentencePiece model: {str(error).splitlines()[0]}"
-            ) from error
         if self.vocab_size < 1:
             raise EvenstepError(f"{where} is not a readable SentencePiece model: it holds no pieces")
         self.eos_id = self._model.eos_id()
@@ -140,10 +137,12 @@ class SentencePieceTokenizer(Tokenizer):
         return cls(_read(path), str(path))
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._model.encode(texts, out_type=int, add_bos=False, add_eos=False)
+        with _native(f"the {self.FILE} cannot encode this text"):
+            return self._model.encode(texts, out_type=int, add_bos=False, add_eos=False)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._model.decode([int(token) for token in ids])
+        with _native(f"the {self.FILE} cannot decode these tokens"):
+            return self._model.decode([int(token) for token in ids])
 
     def save(self, directory: str | Path) -> list[str]:
         Path(directory, self.FILE).write_bytes(self._content)
@@ -208,6 +207,17 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return JsonTokenizer(model.to_str().encode("utf-8"), END_OF_TEXT)
 
 
+@contextmanager
+def _native(what: str) -> Iterator[None]:
+    """Errors of libraries in Rust and C++ as EvenstepError: bare Exceptions, and panics, which are no Exceptions."""
+    try:
+        yield
+    except (EvenstepError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise EvenstepError(f"{what}: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
+
+
 def _tokenizers() -> Any:
     try:
         import tokenizers
@@ -229,6 +239,9 @@ def _configured_eos(directory: Path) -> str | None:
         return None
     try:
         eos = json.loads(_read(path)).get("eos_token")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise EvenstepError(f"{path} is not a JSON object; mend it or take it away") from error
-    return eos.get("content") if isinstance(eos, dict) else eos
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if eos is not None and not isinstance(eos, str):
+        raise EvenstepError(f"{path}: eos_token is no text; mend it or take it away")
+    return eos

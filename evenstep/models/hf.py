@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evenstep.errors import EvenstepError
 from evenstep.models.llama import Llama, LlamaConfig
+from evenstep.paths import is_plain_name
 
 _WEIGHTS, _OWN_WEIGHTS, _INDEX, _CONFIG = (
     "model.safetensors",
@@ -63,7 +64,12 @@ def save_pretrained(model: Llama, directory: str | Path) -> None:
         (directory / name).unlink(missing_ok=True)
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, directory / (_WEIGHTS if pre else _OWN_WEIGHTS), metadata={"format": "pt"})
-    (directory / _CONFIG).write_text(json.dumps(_to_hf(model), indent=2) + "\n", encoding="utf-8")
+    save_config(model, directory)
+
+
+def save_config(model: Llama, directory: str | Path) -> None:
+    """Write ``config.json``, the shape of ``model``, alone."""
+    (Path(directory) / _CONFIG).write_text(json.dumps(_to_hf(model), indent=2) + "\n", encoding="utf-8")
 
 
 def _to_hf(model: Llama) -> dict[str, Any]:
@@ -92,9 +98,9 @@ def read_config(directory: str | Path) -> LlamaConfig:
     return _from_hf(_read_json(directory / _CONFIG), directory)
 
 
-def load_pretrained(directory: str | Path) -> Llama:
+def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = None) -> Llama:
     """The model saved in ``directory`` by :func:`save_pretrained` or by ``transformers``, on the CPU, in the dtype it
-    was saved in.
+    was saved in. ``weights``, by parameter name, take the place of the files: then ``config.json`` alone is read.
 
     Weights may be in one file or in shards with an index; a tied head becomes a copy of the token table. Grouped-query
     attention, biases, scaled rotary positions, other activations and other architectures are refused. Raises
@@ -103,9 +109,15 @@ def load_pretrained(directory: str | Path) -> Llama:
     directory = Path(directory)
     hf = _read_json(directory / _CONFIG)
     config = _from_hf(hf, directory)
-    weights = _read_weights(directory, _WEIGHTS if config.norm == "pre" else _OWN_WEIGHTS)
+    if weights is None:
+        weights = _read_weights(directory, _WEIGHTS if config.norm == "pre" else _OWN_WEIGHTS)
     if hf.get("tie_word_embeddings") and "model.embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    if config.num_layers > len(weights):  # building millions of them would take forever
+        raise EvenstepError(
+            f"the weights in {directory} do not fit its config.json: {len(weights)} tensors for {config.num_layers} "
+            "layers"
+        )
     with torch.device("meta"):
         model = Llama(config)
     wanted = model.state_dict()
@@ -128,17 +140,25 @@ def load_pretrained(directory: str | Path) -> Llama:
 def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
     """The configuration that ``config.json`` describes, or one line saying what about it we do not have."""
     if hf.get("model_type") not in ("llama", "evenstep_llama"):
-        raise EvenstepError(f"{directory} holds a model of type {hf.get('model_type')!r}: only 'llama' can be loaded")
-    missing = [
-        name
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if name not in hf
-    ]
+        raise EvenstepError(
+            f"{directory} holds a model of type {_short(hf.get('model_type'))}: only 'llama' can be loaded"
+        )
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    missing = [name for name in sizes if name not in hf]
     if missing:
         raise EvenstepError(f"{directory / _CONFIG} has no {missing[0]!r}: it is not the configuration of a LLaMA")
+    for name in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        value = hf.get(name)
+        if value is None and name not in sizes:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise EvenstepError(f"{directory / _CONFIG}: {name} is {_short(value)}; it must be a positive whole number")
     heads = hf["num_attention_heads"]
     # transformers 5 keeps all rotary settings in rope_parameters, earlier ones rope_theta and rope_scaling.
-    rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})}
+    old, new = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        raise EvenstepError(f"{directory / _CONFIG}: rope_scaling and rope_parameters must be objects")
+    rope = new or {"rope_theta": hf.get("rope_theta", 10000.0), **old}
     unsupported = {
         "grouped-query attention (num_key_value_heads)": (hf.get("num_key_value_heads") or heads) != heads,
         "a head_dim other than hidden_size / num_attention_heads": (hf.get("head_dim") or hf["hidden_size"] // heads)
@@ -147,7 +167,7 @@ def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
         "attention_bias": hf.get("attention_bias", False),
         "mlp_bias": hf.get("mlp_bias", False),
         "scaled rotary positions (rope_scaling)": rope.get("rope_type", rope.get("type", "default")) != "default",
-        f"hidden_act {hf.get('hidden_act')!r}": hf.get("hidden_act", "silu") != "silu",
+        f"hidden_act {_short(hf.get('hidden_act'))}": hf.get("hidden_act", "silu") != "silu",
     }
     if found := [name for name, there in unsupported.items() if there]:
         raise EvenstepError(
@@ -161,24 +181,35 @@ def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
     )
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:50]}..."
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EvenstepError(f"there is no {path}: give a directory with config.json and safetensors weights") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EvenstepError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
         raise EvenstepError(f"{path} is not a JSON object")
     return content
 
 
+def _indexed(index: Path) -> list[str]:
+    """The files that an index lists, which must lie beside it."""
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(map(is_plain_name, places.values())):
+        raise EvenstepError(f"{index} has no weight_map of files in its own directory; do not trust it")
+    return sorted(set(places.values()))
+
+
 def _read_weights(directory: Path, name: str) -> dict[str, Tensor]:
     load_file = require_safetensors().load_file
-    if (directory / name).exists() or not (directory / _INDEX).exists():
-        files = [name]
-    else:
-        files = sorted(set(_read_json(directory / _INDEX).get("weight_map", {}).values()))
+    index = directory / _INDEX
+    files = [name] if (directory / name).exists() or not index.exists() else _indexed(index)
     weights: dict[str, Tensor] = {}
     for file in files:
         try:

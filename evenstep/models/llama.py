@@ -120,7 +120,7 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         # A cache is filled by one causal pass and then extended one token at a time: a lone query sees every key.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)
-        return self.o_proj(y.transpose(1, 2).reshape(x.shape))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

@@ -73,7 +73,8 @@ class Layout:
             raise ValueError(
                 "a parameter or gradient is a partial DTensor (its parts are summands); redistribute it first"
             )
-        cuts = tuple((i, placement.dim) for i, placement in enumerate(placements) if placement.is_shard())
+        # Not is_shard(): FSDP2 over tensor parallelism makes strided shards, which say no to it.
+        cuts = tuple((i, placement.dim) for i, placement in enumerate(placements) if not placement.is_replicate())
         return cls(p.device_mesh, cuts) if cuts else WHOLE  # type: ignore[attr-defined]
 
     def mesh_dims(self, over: int | None) -> tuple[int, ...]:

@@ -236,11 +236,13 @@ class SpikeMonitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave. ValueError when it is of a model with other parameters or of another window."""
+        """What `state_dict` gave; ``probe`` may be None, where its samples are not those of this process. ValueError
+        when it is of a model with other parameters or of another window."""
         if list(state["names"]) != self.names:
             raise ValueError("SpikeMonitor: the saved state is of a model with other parameters")
         self.step, self.weighed, self.useless = state["step"], state["weighed"], set(state["useless"])
-        self.probe.load(state["probe"])
+        if state["probe"] is not None:
+            self.probe.load(state["probe"])
         self.detector.load(_loaded(state["detector"]))
         self.records.load(_loaded(state["records"]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
     """Answers ``/`` and ``/data.json``."""
 
     pages: Pages
+    timeout = 10.0
+    """Seconds that a connection may be silent, so that open ones do not pile up."""
 
     def do_GET(self) -> None:
         # A name that another site lets point at this machine must not read the run.
@@ -68,6 +71,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, status: int, kind: str, body: bytes, version: str = "") -> None:
         self.send_response(status)
         headers = {"Content-Type": kind, "Content-Length": str(len(body)), "Cache-Control": "no-store"}
+        headers |= {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin"}
         for name, value in (headers | ({"ETag": version} if version else {})).items():
             self.send_header(name, value)
         self.end_headers()
@@ -77,12 +81,19 @@ class Handler(BaseHTTPRequestHandler):
         """Says nothing about requests."""
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that goes away in the middle of an answer is no error."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
+
 def make_server(runs: Sequence[Path], port: int = 0) -> ThreadingHTTPServer:
     """A server of the page on 127.0.0.1, not started; ``port`` 0 takes any free one. EvenstepError when a run is none
     or the port is taken."""
     handler = type("RunHandler", (Handler,), {"pages": Pages(runs)})
     try:
-        return ThreadingHTTPServer((HOSTS[1], port), handler)
+        return Server((HOSTS[1], port), handler)
     except (OSError, OverflowError) as problem:
         raise EvenstepError(f"--port {port} cannot be used ({problem}); give another, or 0 for any free one") from None
 

@@ -1,10 +1,26 @@
-"""Checkpoints that a kill at any moment cannot spoil.
+"""Checkpoints: their place, their names, their manifest, and who may read them.
 
-A checkpoint is a directory ``step-000100`` with the model in Hugging Face layout, the tokenizer, ``optimizer.pt``,
-``trainer.pt`` and ``manifest.json``, the size and SHA-256 of every other file. It is written under another name
-beside its place, forced to the disk, and renamed: the name ``step-*`` exists only for a whole checkpoint. Old ones
-are deleted after that, never before. Whoever reads checks the manifest first, so a truncated or altered checkpoint
-is passed over by name instead of being loaded.
+The layout of one, which every run writes, on one process as on many::
+
+    RUN/checkpoints/step-000100/
+        manifest.json                   {"format": 2, "step": 100, "world_size": 2, "files": {NAME: {"bytes", ...}}}
+        shard-00001-model-00001-of-00001.safetensors    what process 0 holds; shard-00002 is process 1's, and so on
+        trainer.pt                      everything else that moves: step, position, clocks, random states, the config
+        config.json                     the shape of the model, as Hugging Face writes it
+        tokenizer.json, ...             the tokenizer
+
+The shards are torch.distributed.checkpoint's, in its safetensors form (``hf_storage``): a tensor may be cut over
+several of them, each with the offsets of its parts in its header, so any number of processes reads what any other
+number wrote. Their keys are ``model.NAME`` and ``optimizer.NAME.ENTRY``, NAME being a parameter's name. The other
+storage of torch.distributed.checkpoint keeps its metadata in a pickle, which runs code when it is read; here nothing
+is pickled but trainer.pt, which ``torch.load(weights_only=True)`` reads: a checkpoint from elsewhere cannot run code.
+
+A checkpoint is written under another name beside its place, forced to the disk, and renamed with the manifest in it:
+the name ``step-*`` exists only for a whole one. Old ones are deleted after that, never before. Whoever reads checks the
+manifest first, so a truncated or altered checkpoint is passed over by name instead of being loaded. The checksums find
+accidents; they are no protection against someone who also writes the manifest.
+
+For other programs: `read_manifest` and `load_model_state`. Nothing here imports torch until tensors are asked for.
 """
 
 from __future__ import annotations
@@ -17,57 +33,197 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evenstep.errors import EvenstepError
+from evenstep.paths import is_plain_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
+TRAINER = "trainer.pt"
+FORMAT = 2
+SHARD = ".safetensors"
 _NAME = re.compile(r"step-(\d+)")
 _PARTIAL = re.compile(r"\.step-\d+\.partial")
+_EARLIER = "it was written by evenstep 0.1, in a layout that can no longer be resumed"
+
+# ---- reading ----
 
 
-def save_checkpoint(directory: Path, step: int, write: Callable[[Path], None], keep: int | None) -> Path:
-    """Let ``write`` fill a fresh directory, then make it ``directory/step-NNNNNN`` and keep the ``keep`` newest (None:
-    all).
+def read_manifest(checkpoint: Path | str) -> dict[str, Any]:
+    """The manifest of a checkpoint's directory: ``format``, ``step``, ``world_size`` and ``files``, which gives
+    ``bytes`` and ``sha256`` by name.
 
-    Whatever goes wrong (a full disk, an interruption), the partial directory is removed and every earlier checkpoint
-    stays as it is; an error of the disk becomes an EvenstepError of one line.
+    Names are those of files in the directory itself: one with a path in it is refused. The files are not looked at,
+    see `find_fault`. EvenstepError when there is no manifest, or none of this layout.
     """
-    final = directory / f"step-{step:06d}"
-    partial = directory / f".step-{step:06d}.partial"
+    path = Path(checkpoint) / MANIFEST
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        remove_partials(directory)
-        partial.mkdir()
-        write(partial)
-        manifest = {"step": step, "files": {path.name: _facts(path) for path in sorted(partial.iterdir())}}
-        with open(partial / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_directory(partial)
-        if final.exists():  # an invalid one that a resume passed over, or the same step saved twice
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync_directory(directory)
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if "format" not in manifest and "optimizer.pt" in manifest["files"]:
+            raise EvenstepError(
+                f"{checkpoint}: {_EARLIER}; its weights are in Hugging Face layout: start a new run from them with "
+                f"--model.init {shlex.quote(str(checkpoint))}"
+            )
+        if manifest["format"] != FORMAT:
+            raise EvenstepError(f"{path}: format {manifest['format']!r} is not {FORMAT}; read it with a newer evenstep")
+        for name, facts in manifest["files"].items():
+            if not is_plain_name(name):
+                raise EvenstepError(f"{path} lists '{name}': a file outside of the checkpoint; do not trust it")
+            if not isinstance(facts["bytes"], int) or not isinstance(facts["sha256"], str):
+                raise TypeError(f"{name} has no bytes and sha256")
+        for key in ("step", "world_size"):
+            if type(manifest[key]) is not int or manifest[key] < 0:
+                raise TypeError(f"{key} is no whole number")
+    except FileNotFoundError:
+        raise EvenstepError(f"{checkpoint} has no {MANIFEST}: it is not a whole checkpoint of a run") from None
     except EvenstepError:
         raise
-    except Exception as problem:  # torch and safetensors wrap the disk's errors in types of their own
-        intact = "earlier checkpoints are intact, " if list_checkpoints(directory) else ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+        raise EvenstepError(f"{path} cannot be read ({problem})") from None
+    return manifest
+
+
+def load_model_state(checkpoint: Path | str) -> dict[str, Tensor]:
+    """The weights of a checkpoint's directory, whole and on the CPU, by parameter name (``lm_head.weight``), in the
+    dtype they were saved in. One process reads them, however many wrote them; nothing else of the checkpoint is read.
+
+    The checksums are not looked at: `newest_checkpoint` and `find_fault` do. EvenstepError for a directory that is no
+    checkpoint, or whose shards cannot be read or do not cover a tensor.
+    """
+    from evenstep.train.tensors import read_whole
+
+    read_manifest(checkpoint)
+    return read_whole(Path(checkpoint), "model.")
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints by name, the newest first; not yet verified."""
+    if not directory.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Path:
+    """The newest checkpoint of the run whose files match its manifest; ``say`` gets one line for each that is passed
+    over.
+
+    EvenstepError when the run has none.
+    """
+    candidates = list_checkpoints(run / "checkpoints")
+    faults = []
+    for path in candidates:
+        fault = find_fault(path)
+        if fault is None:
+            return path
+        faults.append(fault)
+        say(f"checkpoint {path} passed over: {fault}")
+    if faults and all(_EARLIER in fault for fault in faults):
+        raise EvenstepError(faults[0])
+    if candidates:
         raise EvenstepError(
-            f"could not save the checkpoint of step {step} in {directory}: {_reason(problem)}; {intact}make room and "
-            f"{way_on(directory.parent)}"
-        ) from problem
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            f"{run}: none of its {len(candidates)} checkpoints is whole; start again with another --out"
+        )
+    if (run / "config.toml").is_file():
+        raise EvenstepError(f"{run} holds no checkpoint yet; {way_on(run)}")
+    raise EvenstepError(
+        f"{run}: no checkpoint there; give the directory of a run that has saved one (evenstep runs lists runs)"
+    )
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words, or None. Reads every byte of it."""
+    try:
+        files = read_manifest(path)["files"]
+        if TRAINER not in files or not any(name.endswith(SHARD) for name in files):
+            return f"{MANIFEST} lists no {TRAINER} or no shards"
+        for name, facts in files.items():
+            if fault := file_fault(path, name, facts):
+                return f"{name} {fault}"
+        for name in sorted(os.listdir(path)):
+            if name.endswith(SHARD) and name not in files:
+                return f"{name} is not in the manifest"
+    except (EvenstepError, OSError) as problem:
+        return str(problem)
+    return None
+
+
+def file_fault(checkpoint: Path, name: str, facts: dict[str, Any]) -> str | None:
+    """What is wrong with one file of a checkpoint whose manifest says ``facts`` of it, or None."""
+    file = checkpoint / name
+    try:
+        if file.is_symlink() or not file.is_file():
+            return "is missing"
+        if file.stat().st_size != facts["bytes"]:
+            return f"has {file.stat().st_size} bytes, the manifest says {facts['bytes']}"
+        if _sha256(file) != facts["sha256"]:
+            return "was altered (its SHA-256 is not the manifest's)"
+    except OSError as problem:
+        return f"cannot be read ({problem.strerror})"
+    return None
+
+
+# ---- writing ----
+
+
+def begin(directory: Path, step: int) -> Path:
+    """A fresh directory to write the checkpoint of ``step`` into, beside its place in ``directory``. What a killed
+    process left half written is deleted."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in directory.iterdir():
+        if _PARTIAL.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    partial = directory / f".step-{step:06d}.partial"
+    partial.mkdir()
+    return partial
+
+
+def facts_of(file: Path) -> dict[str, Any]:
+    """What the manifest says of a file, which is forced to the disk first."""
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def commit(partial: Path, step: int, world_size: int, files: dict[str, dict[str, Any]], keep: int | None) -> Path:
+    """Make ``partial`` the checkpoint of ``step``, with ``files`` in its manifest, and delete all but the ``keep``
+    newest (None: none)."""
+    directory = partial.parent
+    final = directory / f"step-{step:06d}"
+    manifest = {"format": FORMAT, "step": step, "world_size": world_size, "files": dict(sorted(files.items()))}
+    with open(partial / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_directory(partial)
+    if final.exists():  # an invalid one that a resume passed over, or the same step saved twice
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync_directory(directory)
     for old in list_checkpoints(directory)[keep:] if keep else []:
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
     return final
 
 
+def could_not_save(directory: Path, step: int, problem: BaseException) -> EvenstepError:
+    """The one line for whatever went wrong; torch and safetensors wrap the disk's errors in types of their own."""
+    intact = "earlier checkpoints are intact, " if list_checkpoints(directory) else ""
+    return EvenstepError(
+        f"could not save the checkpoint of step {step} in {directory}: {_reason(problem)}; {intact}make room and "
+        f"{way_on(directory.parent)}"
+    )
+
+
 def _reason(problem: BaseException) -> str:
     """The system's own words where an error of the disk is behind the problem, else the problem's first line."""
+    failures = getattr(problem, "failures", None)  # torch.distributed.checkpoint's: rank -> (exception, stack)
+    if isinstance(failures, dict) and failures:
+        rank, (problem, _) = min(failures.items(), key=lambda item: item[0])
+        return _reason(problem) if len(failures) > 1 or not rank else f"{_reason(problem)} (process {rank})"
     seen: BaseException | None = problem
     while seen is not None:
         if isinstance(seen, OSError) and seen.strerror:
@@ -83,61 +239,6 @@ def way_on(run: Path) -> str:
     return f"start it again with: evenstep pretrain {shlex.quote(str(run / 'config.toml'))}"
 
 
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints by name, the newest first; not yet verified."""
-    if not directory.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def remove_partials(directory: Path) -> None:
-    """Delete what a killed process left half written."""
-    for path in directory.iterdir():
-        if _PARTIAL.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Path:
-    """The newest checkpoint of the run whose files match its manifest; ``say`` gets one line for each that is passed
-    over.
-
-    EvenstepError when the run has none.
-    """
-    candidates = list_checkpoints(run / "checkpoints")
-    for path in candidates:
-        fault = find_fault(path)
-        if fault is None:
-            return path
-        say(f"checkpoint {path} passed over: {fault}")
-    if candidates:
-        raise EvenstepError(
-            f"{run}: none of its {len(candidates)} checkpoints is whole; start again with another --out"
-        )
-    if (run / "config.toml").is_file():
-        raise EvenstepError(f"{run} holds no checkpoint yet; {way_on(run)}")
-    raise EvenstepError(
-        f"{run}: no checkpoint there; give the directory of a run that has saved one (evenstep runs lists runs)"
-    )
-
-
-def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words, or None. Reads every byte of it."""
-    try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, facts in files.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != facts["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, the manifest says {facts['bytes']}"
-            if _sha256(file) != facts["sha256"]:
-                return f"{name} was altered (its SHA-256 is not the manifest's)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        return f"{MANIFEST} cannot be read ({problem})"
-    return None
-
-
 def write_tensors(path: Path, content: Any) -> None:
     """``torch.save`` through a Python file, so that a full disk is an OSError with its reason."""
     import torch
@@ -150,13 +251,29 @@ def read_tensors(path: Path) -> Any:
     """``torch.load`` of tensors and plain values alone: a checkpoint from elsewhere cannot run code."""
     import torch
 
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # of a damaged file, torch raises whatever its parsers do
+        reason = _reason(problem) if isinstance(problem, OSError) else "it is damaged, or holds more than tensors"
+        raise EvenstepError(f"{path} cannot be read: {reason}") from problem
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "step": int, "tokens": int, "position": int, "seconds": (int, float), "step_seconds": (int, float),
+    "window_steps": int, "skipped": list, "tokenizer": str, "data": str, "config": dict, "optimizer": dict,
+    "processes": list,
+}  # fmt: skip
+"""What `evenstep.train.state` reads of trainer.pt."""
+
+
+def read_trainer(checkpoint: Path) -> dict[str, Any]:
+    """The content of a checkpoint's trainer.pt. EvenstepError when it cannot be read, or lacks what a run goes on
+    from."""
+    trainer = read_tensors(checkpoint / TRAINER)
+    whole = isinstance(trainer, dict) and all(isinstance(trainer.get(key), kind) for key, kind in _KINDS.items())
+    if not whole:
+        raise EvenstepError(f"{checkpoint / TRAINER} is not of a run of this evenstep; give another checkpoint")
+    return trainer
 
 
 def _sha256(path: Path) -> str:

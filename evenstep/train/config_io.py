@@ -47,7 +47,7 @@ def read_toml(path: Path) -> Tables:
         raise EvenstepError(f"{path}: no such file; a recipe is a .toml file, see recipes/") from None
     except (OSError, UnicodeDecodeError) as problem:
         raise EvenstepError(f"{path}: cannot be read ({problem})") from None
-    except tomllib.TOMLDecodeError as problem:
+    except (tomllib.TOMLDecodeError, RecursionError) as problem:
         raise EvenstepError(f"{path}: not valid TOML: {problem}") from None
 
 

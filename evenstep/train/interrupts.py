@@ -33,15 +33,50 @@ class Stopped(Exception):
     """A signal came between two items of ``Interrupts.watch``."""
 
 
+class Votes:
+    """What several processes agree on: the largest number that one of them gives, known one vote later, so that nobody
+    waits for the message. Alone it is known at once."""
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self._sent: Any = None
+
+    def cast(self, number: int) -> int:
+        """Give a number of at least 0; returns the largest of the last vote. All processes vote equally often."""
+        if self.group is None:
+            return number
+        import torch
+        import torch.distributed as dist
+
+        ballot = torch.tensor([number])
+        before, self._sent = (
+            self._sent,
+            (ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self.group, async_op=True)),
+        )
+        if before is None:
+            return 0
+        before[1].wait()
+        return int(before[0])
+
+    def close(self) -> None:
+        """Take part in what has been sent."""
+        if self._sent is not None:
+            self._sent[1].wait()
+            self._sent = None
+
+
 class Interrupts:
     """``with Interrupts() as stop:`` - ``stop.signal`` becomes the number of the first SIGINT, SIGTERM or SIGHUP; a
     second SIGINT or SIGTERM acts at once. A SIGHUP that is ignored (nohup) stays so.
 
-    Outside the main thread Python allows no signal handlers; there this does nothing.
+    Outside the main thread Python allows no signal handlers; there this does nothing. Several processes stop at the
+    same step: `poll`, at the same places in all of them, tells what ``votes`` have agreed on. ``quiet``: no words.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, votes: Votes | None = None, *, quiet: bool = False) -> None:
         self.signal: int | None = None
+        self.agreed: int | None = None
+        self.votes, self.quiet = votes or Votes(), quiet
         self._before: dict[int, Any] = {}
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
 
@@ -61,9 +96,16 @@ class Interrupts:
     def watch(self, items: Iterable[T]) -> Iterator[T]:
         """The items, until a signal comes; then Stopped."""
         for item in items:
-            if self.signal is not None:
+            if self.poll() is not None:
                 raise Stopped
             yield item
+
+    def poll(self, also: int = 0) -> int | None:
+        """The signal that all processes know of, None without one. ``also``: a larger number than any signal, which is
+        agreed on likewise."""
+        if self.agreed is None:
+            self.agreed = self.votes.cast(max(self.signal or 0, also)) or None
+        return self.agreed
 
     def _first(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -74,6 +116,8 @@ class Interrupts:
         if number == _HANGUP:  # the terminal is gone, and writing to it would be an error
             for terminal in self._terminals:
                 silence(terminal)
+            return
+        if self.quiet:
             return
         # Not print: the handler may have interrupted a print, and buffered files are not reentrant.
         with suppress(OSError):

@@ -61,6 +61,20 @@ class Metrics:
         self._file.close()
 
 
+class NoMetrics(Metrics):
+    """Those of a process that does not write them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.last_train = self.last_validation = None
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._remember(record)
+
+    def close(self) -> None:
+        pass
+
+
 def up_to(last_step: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a run resumed at ``last_step`` keeps. Telemetry tells of a step when it is drained, so of its lines those
     that stand after a later step's are cut too: they are written again."""

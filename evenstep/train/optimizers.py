@@ -95,8 +95,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         groups = [part for group in groups for part in split_by_decay(group)]
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
     constructor: Any = chosen.load()
+    # On the meta device, where plans are checked, torch's fused kernels are refused.
+    fixed = {} if next(model.parameters()).device.type == "meta" else chosen.fixed
     try:
-        return constructor(groups, lr=config.lr, weight_decay=config.weight_decay, **values, **chosen.fixed)
+        return constructor(groups, lr=config.lr, weight_decay=config.weight_decay, **values, **fixed)
     except EvenstepError:
         raise
     except (ValueError, TypeError) as problem:

@@ -28,6 +28,10 @@ def tell(text: str, out: TextIO | None = None) -> None:
             print("evenstep: nobody reads the output any more; training goes on without it", file=sys.stderr)
 
 
+def nothing(text: str) -> None:
+    """Say nothing: for all processes but the first."""
+
+
 def clock(seconds: float) -> str:
     """``3725`` -> ``1:02:05``."""
     minutes, rest = divmod(round(seconds), 60)
@@ -88,6 +92,13 @@ class LineProgress:
         tell(text, self.out)
 
 
+class NoProgress(LineProgress):
+    """For all processes but the first."""
+
+    def say(self, text: str) -> None:
+        nothing(text)
+
+
 class LiveProgress(LineProgress):
     """A bar that moves every step (rich), with the newest numbers beside it; validations and messages scroll above
     it."""
@@ -143,8 +154,10 @@ class LiveProgress(LineProgress):
         self._console.print(text, markup=False, soft_wrap=True)
 
 
-def make_progress(total: int, start: int = 0) -> LineProgress:
-    """The live bar when stdout is a terminal and rich is installed, plain lines otherwise."""
+def make_progress(total: int, start: int = 0, *, quiet: bool = False) -> LineProgress:
+    """The live bar when stdout is a terminal and rich is installed, plain lines otherwise; nothing when ``quiet``."""
+    if quiet:
+        return NoProgress(total)
     if sys.stdout.isatty():
         try:
             return LiveProgress(total, start=start)

@@ -70,7 +70,7 @@ def train_record(run: Run, result: StepResult, loss: float, seconds: float) -> d
     }
     peak = peak_flops(run.device, config.train.dtype)
     if peak:
-        record["mfu"] = speed * run.model.flops_per_token(config.train.seq_len) / peak
+        record["mfu"] = speed * run.model.flops_per_token(config.train.seq_len) / (peak * run.world.size)
     wait = steps_to_reset(run.optimizer)
     if wait is not None:
         record["steps_to_reset"] = wait

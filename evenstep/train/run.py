@@ -1,18 +1,20 @@
-"""One pretraining run: ``step()`` does one optimizer step, ``fit()`` is the loop around it.
+"""One pretraining run: ``step()`` does one optimizer step, ``fit()`` trains to the end (see `evenstep.train.loop`).
 
 What makes a resumed run equal to one that was never stopped, bit for bit on a CPU: the learning rate is a function
 of the step, the data a function of the position, and a checkpoint holds everything else that moves (weights,
 optimizer, random states, the sums behind the next log line). On a GPU nothing in a step waits for the device but
 every ``log.every``-th, which reads the loss.
+
+On several processes each has a Run of its own, and all call the same methods in the same order.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,55 +23,74 @@ from torch import Tensor
 
 from evenstep.data import BatchLoader, eval_batches
 from evenstep.errors import EvenstepError
-from evenstep.models.hf import require_safetensors
-from evenstep.train import setup
-from evenstep.train.advice import diverged
-from evenstep.train.checkpoint import newest_checkpoint, read_tensors, save_checkpoint, way_on
+from evenstep.train import loop, setup
+from evenstep.train.bad_batches import BadBatches
+from evenstep.train.checkpoint import newest_checkpoint, read_trainer
 from evenstep.train.config import Config
 from evenstep.train.config_io import build, read_toml, to_toml
 from evenstep.train.evaluate import EvalResult, evaluate
 from evenstep.train.files import locked, replace_text
 from evenstep.train.hardware import pick_device
-from evenstep.train.interrupts import Interrupted, Interrupts, Stopped
-from evenstep.train.metrics import Metrics
+from evenstep.train.heartbeat import Heartbeat
+from evenstep.train.interrupts import Interrupts
+from evenstep.train.metrics import Metrics, NoMetrics
 from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer
-from evenstep.train.progress import LineProgress, make_progress, tell
-from evenstep.train.records import StepResult, Window, train_record, validation_record
+from evenstep.train.parallel import Parallel, clip_, total_norm
+from evenstep.train.progress import nothing, tell
+from evenstep.train.records import StepResult, Window
+from evenstep.train.saving import Saver
 from evenstep.train.schedule import lr_factor
-from evenstep.train.state import check_resume, restore_state, write_state
-from evenstep.train.summary import finish
+from evenstep.train.state import check_resume, restore_state, trainer_state, write_small
 from evenstep.train.telemetry import RunTelemetry
+from evenstep.train.tensors import model_tensors, optimizer_tensors
+from evenstep.train.weights import find_source
+from evenstep.train.world import World
 
 Say = Callable[[str], None]
 
 
 class Run:
     """A run in its directory. ``Run(config)`` starts one, ``Run.resume(directory)`` takes one up; both build
-    everything and train nothing.
+    everything and train nothing. ``world``: the processes that train together (None: this one alone).
 
     Raises EvenstepError, one line, for whatever does not fit together: data, model, optimizer, directory, checkpoint.
     """
 
-    def __init__(self, config: Config, *, say: Say = tell, data_progress: Any = None) -> None:
+    def __init__(
+        self, config: Config, *, world: World | None = None, say: Say = tell, data_progress: Any = None
+    ) -> None:
+        world = world or World(pick_device(config.train.device))
+        say = say if world.speaks else nothing
+        source = None
         if config.model.init:
-            config = setup.with_shape_of(config, Path(config.model.init))
-        out = setup.fresh_directory(config)
-        self._build(
-            dataclasses.replace(config, out=str(out), name=setup.default_name(config)), None, say, data_progress
-        )
+            given = Path(config.model.init)
+            source = Path(world.from_first(lambda: str(find_source(given, say))))
+            config = setup.with_shape_of(config, source)
+        out = world.from_first(lambda: str(setup.fresh_directory(config)))
+        config = dataclasses.replace(config, out=out, name=setup.default_name(config))
+        self._build(config, world, source, say, data_progress, blank=False)
+        world.from_first(self._create)
+        self.metrics = Metrics(self.out / "metrics.jsonl") if world.speaks else NoMetrics()
+
+    def _create(self) -> None:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise EvenstepError(f"{self.out} cannot be created ({problem.strerror}); give another --out") from None
         if (self.out / "config.toml").exists():
-            say(f"{self.out} stopped before its first checkpoint; it starts again")
+            self.say(f"{self.out} stopped before its first checkpoint; it starts again")
             (self.out / "metrics.jsonl").unlink(missing_ok=True)
         replace_text(self.out / "config.toml", to_toml(self.config))
-        self.metrics = Metrics(self.out / "metrics.jsonl")
 
     @classmethod
     def resume(
-        cls, directory: Path | str, config: Config | None = None, *, say: Say = tell, data_progress: Any = None
+        cls,
+        directory: Path | str,
+        config: Config | None = None,
+        *,
+        world: World | None = None,
+        say: Say = tell,
+        data_progress: Any = None,
     ) -> Run:
         """The run of ``directory`` at its newest whole checkpoint; ``config`` may change what does not touch exactness.
 
@@ -81,109 +102,149 @@ class Run:
             raise EvenstepError(f"{directory} is not a run: it has no config.toml; evenstep runs lists runs")
         config = config or build(read_toml(directory / "config.toml"))
         config = dataclasses.replace(config, out=str(directory), name=config.name or directory.name)
-        with locked(directory):
-            checkpoint = newest_checkpoint(directory, say)
+        world = world or World(pick_device(config.train.device))
+        say = say if world.speaks else nothing
+
+        def newest() -> str:
+            with locked(directory):
+                return str(newest_checkpoint(directory, say))
+
+        checkpoint = Path(world.from_first(newest))
         if config.model.init:
             config = setup.with_shape_of(config, checkpoint)
-        trainer = read_tensors(checkpoint / "trainer.pt")
+        trainer = read_trainer(checkpoint)
         check_resume(directory, config, trainer)
         run = cls.__new__(cls)
-        run._build(config, checkpoint, say, data_progress)
-        restore_state(run, checkpoint, trainer)
+        run._build(config, world, checkpoint, say, data_progress, blank=True)
+        with world.together():
+            restore_state(run, checkpoint, trainer)
         run.saved = checkpoint
-        replace_text(directory / "config.toml", to_toml(config))
-        (directory / "summary.json").unlink(missing_ok=True)  # it spoke of another end
-        run.metrics = Metrics(directory / "metrics.jsonl", last_step=run.step_number)
+        if world.speaks:
+            replace_text(directory / "config.toml", to_toml(config))
+            (directory / "summary.json").unlink(missing_ok=True)  # it spoke of another end
+        run.open_metrics()
         run.seconds = max(run.seconds, run.metrics.seconds)  # what came after the save and is not repeated
         left = config.total_steps - run.step_number
         say(f"resumed from {checkpoint}, {f'{left} steps to go' if left else 'nothing left to do'}")
         return run
 
-    def _build(self, config: Config, checkpoint: Path | None, say: Say, data_progress: Any) -> None:
-        self.config = config
-        self.say = say
+    def open_metrics(self) -> None:
+        """The log, cut to what came up to this step. What it says decides what is done next, so all know it."""
+        path, step, world = self.out / "metrics.jsonl", self.step_number, self.world
+        metrics = Metrics(path, last_step=step) if world.speaks else NoMetrics()
+        metrics.seconds, metrics.last_train, metrics.last_validation = world.from_first(
+            lambda: (metrics.seconds, metrics.last_train, metrics.last_validation)
+        )
+        self.metrics = metrics
+
+    def _build(
+        self, config: Config, world: World, source: Path | None, say: Say, data_progress: Any, *, blank: bool
+    ) -> None:
+        self.config, self.world, self.say = config, world, say
         self.out = Path(config.out or "")
-        self.device = pick_device(config.train.device)
+        self.device = world.device
         check_optimizer(config.optim)
-        require_safetensors()  # without it the first checkpoint would end the run
+        self.saver = Saver(self.out / "checkpoints", world)
+        self.heart = Heartbeat(world, config.parallel.timeout)
         setup.set_up_torch(config)
-        self.data = setup.load_data(config, data_progress)
+        self.data = world.in_turn(lambda: setup.load_data(config, data_progress if world.speaks else None))
         self.tokenizer = self.data.tokenizer
-        self.model = setup.build_model(config, self.data.vocab_size, checkpoint, self.device, say)
+        train = config.train
+        self.parallel = Parallel(config, world)
+        with world.together():
+            self.loader = BatchLoader(
+                self.data.train, train.seq_len, train.batch_size, config.seed, world.data_rank, world.data_size
+            )
+            # FSDP moves each block to its device by itself, after it was cut.
+            first = torch.device("cpu") if self.parallel.mode in ("fsdp", "hsdp") else self.device
+            self.model = setup.build_model(config, self.data.vocab_size, source, first, say, blank=blank)
+            self.parallel.check(self.model)
+        self.parallel.apply(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.rates = LearningRates(self.optimizer)
         self.telemetry = RunTelemetry(self)
-        train = config.train
-        self.loader = BatchLoader(self.data.train, train.seq_len, train.batch_size, config.seed)
+        self.micro_batch_size = min(config.micro_batch_size, train.batch_size // world.data_size)
         self.chunk = setup.loss_chunk(config, self.model.config.vocab_size, self.device, say)
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=train.dtype == "bf16-autocast")
-        if train.compile:  # block by block: one small graph serves all, and the chunked loss cannot be compiled
-            for block in self.model.model.layers:
-                block.compile(dynamic=False)
+        # Under FSDP the weights are bf16 when they are gathered, and nothing is left to cast.
+        casts = train.dtype == "bf16-autocast" and not self.parallel.sharded
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=casts)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.step_number = 0
         self.tokens = 0
         self.seconds = 0.0
         self.step_seconds = 0.0
+        self.skipped: list[tuple[int, int]] = []  # data whose loss or gradient was not finite, left out
+        self.bad = BadBatches(self)
         self.saved: Path | None = None  # the checkpoint of this very moment
-        self.window = self._new_window()
+        self.window = self.new_window()
 
-    def _new_window(self) -> Window:
+    def new_window(self) -> Window:
         return Window(torch.zeros((), dtype=torch.float64, device=self.device))
 
     # ---- one step ----
 
     def step(self) -> StepResult:
-        """Read a batch, run forward and backward in micro batches, update. The loss is the mean over tokens, however
-        they are split.
+        """Read a batch, run forward and backward in micro batches, update. The loss is the mean over tokens of all
+        processes, however they are split.
 
-        EvenstepError when the loss is NaN or infinite: on a CPU before the weights are touched, and with a checkpoint
-        of them beside the earlier ones, on a GPU at the next log step.
+        What happens when it is NaN or infinite ``train.on_nan`` says. ``stop``: EvenstepError, on a CPU before the
+        weights are touched, and with a checkpoint of them beside the earlier ones, on a GPU at the next log step.
+        ``skip`` and ``rewind`` read loss and norm at each step; after a rewind the step done is an earlier one.
         """
         config, began = self.config, time.perf_counter()
-        number = self.step_number + 1
-        factor = lr_factor(config.schedule, number, config.total_steps, config.warmup_steps)
-        self.rates.set(self.optimizer, factor)
-        position = self.loader.position
-        inputs, targets = self.loader.next_batch()
-        waited = time.perf_counter() - began
-        inputs, targets = inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
-        loss = self._accumulate(inputs, targets)
-        if self.device.type == "cpu" and not math.isfinite(loss.item()):
-            self.loader.position = position
-            self.optimizer.zero_grad(set_to_none=True)
-            rescue = self.step_number > 0 and self._weights_are_finite()
-            rescued = (self.saved or self.save(keep_all=True)) if rescue else None
-            raise diverged(self.config, number, f"the loss is {loss.item()}", rescued)
-        norm = None
-        if config.train.clip_norm:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.train.clip_norm, foreach=True)
-        elif self._is_log_step(number):
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
+        waited = 0.0
+        while True:
+            number = self.step_number + 1
+            factor = lr_factor(config.schedule, number, config.total_steps, config.warmup_steps)
+            self.rates.set(self.optimizer, factor)
+            position = self.bad.next_position()
+            self.heart.beat(number, "reading data")
+            asked = time.perf_counter()
+            inputs, targets = self.loader.next_batch()
+            waited += time.perf_counter() - asked
+            self.heart.beat(number, "forward and backward")
+            inputs, targets = inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+            loss = self._accumulate(inputs, targets)
+            norm = self._gradient_norm(number)
+            if self.bad.accept(loss, norm, number, position):
+                break
         self.telemetry.observe(loss, position)
+        self.heart.beat(number, "the optimizer's step")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
         self.step_number = number
         self.saved = None
-        self.tokens += targets.numel()
+        self.tokens += config.tokens_per_step
         elapsed = time.perf_counter() - began
         self.window.add(loss, elapsed, waited)
         self.step_seconds += elapsed
         return StepResult(number, loss, config.optim.lr * factor, norm)
 
     def _accumulate(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Backward through all micro batches; returns the mean loss over tokens, detached."""
-        size, total = self.config.micro_batch_size, targets.numel()
-        parts = []
-        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
-            with self.autocast:
-                part = self.model.loss(x, y, chunk=self.chunk) * (y.numel() / total)
-            part.backward()
+        """Backward through all micro batches; returns the mean loss over the tokens of all processes, detached."""
+        total, parts = targets.numel(), []
+        pairs = list(zip(inputs.split(self.micro_batch_size), targets.split(self.micro_batch_size), strict=True))
+        for i, (x, y) in enumerate(pairs):
+            with self.parallel.accumulating(last=i == len(pairs) - 1):
+                with self.autocast:
+                    part = self.parallel.loss(x, y, chunk=self.chunk) * (y.numel() / total)
+                part.backward()
             parts.append(part.detach())
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+        loss = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+        if self.world.data_size > 1:  # each has as many tokens
+            loss = self.world.sum(loss / self.world.data_size)
+        return loss
 
-    def _is_log_step(self, number: int) -> bool:
+    def _gradient_norm(self, number: int) -> Tensor | None:
+        """Of all gradients together, before they are clipped, when somebody wants to know."""
+        clip = self.config.train.clip_norm
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if clip:
+            return clip_(gradients, clip)
+        return total_norm(gradients) if self.is_log_step(number) or self.bad.watches else None
+
+    def is_log_step(self, number: int) -> bool:
         return number % self.config.log.every == 0 or number == self.config.total_steps
 
     # ---- validation, checkpoints ----
@@ -192,108 +253,47 @@ class Run:
         """Token-weighted loss on the validation split (at most ``eval.max_tokens`` of it); the model is left in
         training mode. A signal to ``stop`` ends it between two batches, with Stopped."""
         config, val = self.config, self.data.val
-        batch_size = config.eval.batch_size or config.micro_batch_size
+        batch_size = config.eval.batch_size or self.micro_batch_size
         batches = eval_batches(val, config.train.seq_len, batch_size, config.eval.max_tokens or None)
         batches = stop.watch(batches) if stop else batches
-        per_token = val.num_bytes / max(1, len(val))
-        return evaluate(self.model, batches, per_token, device=self.device, autocast=self.autocast, chunk=self.chunk)
+        return evaluate(
+            self.model,
+            loop.beating(self, batches, "validation"),
+            val.num_bytes / max(1, len(val)),
+            device=self.device,
+            autocast=self.autocast,
+            chunk=self.chunk,
+            parallel=self.parallel,
+        )
 
-    def save(self, *, keep_all: bool = False) -> Path:
-        """Write a checkpoint of this moment; returns its directory. EvenstepError on a full disk, earlier
-        checkpoints intact. ``keep_all``: one that may be worthless, so no earlier one is deleted for it."""
+    def save(self, *, keep_all: bool = False, wait: bool = True) -> Path:
+        """Write a checkpoint of this moment; returns its directory, where it will be without ``wait``. EvenstepError on
+        a full disk, earlier checkpoints intact. ``keep_all``: one that may be worthless, so no earlier one is deleted
+        for it."""
+        self.heart.beat(self.step_number, "saving")
         self.telemetry.settle(last=keep_all or self.step_number == self.config.total_steps)
-        self.saved = save_checkpoint(
-            self.out / "checkpoints",
+        state, rest = optimizer_tensors(self.model, self.optimizer)
+        trainer = trainer_state(self, rest)
+        self.saved = self.saver.save(
             self.step_number,
-            lambda directory: write_state(self, directory),
+            model_tensors(self.model) | state,
+            lambda directory: write_small(self, trainer, directory),
             None if keep_all else self.config.checkpoint.keep,
+            wait=wait,
         )
         return self.saved
+
+    def weights_are_finite(self) -> bool:
+        return math.isfinite(total_norm(self.parameters).item())
 
     # ---- the loop ----
 
     def fit(self) -> dict[str, Any]:
-        """Train to the end of the budget with log, validation, checkpoints; returns what summary.json holds.
+        """Train to the end of the budget with log, validation, checkpoints; returns what summary.json holds (process 0;
+        the others an empty one).
 
         SIGINT, SIGTERM or SIGHUP: the step is finished or the validation given up, a checkpoint saved and Interrupted
         raised with the way to go on.
         """
-        self._since = time.perf_counter() - self.seconds
-        with locked(self.out), Interrupts() as stop:
-            try:
-                progress = make_progress(self.config.total_steps, self.step_number)
-                with progress, self.telemetry.live(progress):
-                    self._train(progress, stop)
-            except KeyboardInterrupt:
-                message = f"stopped at once, without saving; {way_on(self.out)}"
-                raise Interrupted(message, signal.SIGINT) from None
-        self.seconds = self._clock()
-        return finish(self)
-
-    def _train(self, progress: LineProgress, stop: Interrupts) -> None:
-        config, total = self.config, self.config.total_steps
-        while True:
-            at_end = self.step_number >= total
-            if stop.signal is None and (at_end or _due(self.step_number, config.eval.every)):
-                self._validate(progress, stop)
-            if stop.signal is not None:
-                saved = self.saved or self._save_finite()
-                raise Interrupted(
-                    f"stopped after step {self.step_number} of {total}, saved {saved}; {way_on(self.out)}", stop.signal
-                )
-            if at_end:
-                return
-            result = self.step()
-            progress.step(result.step, result.loss.item() if self.device.type == "cpu" else None)
-            self.seconds = self._clock()
-            if self._is_log_step(result.step):
-                self._log(result, progress)
-            if _due(result.step, config.checkpoint.every) or result.step == total:
-                self._save_finite()
-
-    def _clock(self) -> float:
-        """Seconds of training, with those before a resume."""
-        return time.perf_counter() - self._since
-
-    def _save_finite(self) -> Path:
-        """Save, but never weights that are lost: the loss is of the weights before the update, so these are looked
-        at too."""
-        loss = self.window.loss.item()
-        if not math.isfinite(loss):
-            raise diverged(self.config, self.step_number, f"the loss is {loss}")
-        if not self._weights_are_finite():
-            raise diverged(self.config, self.step_number, "the norm of the weights is not finite")
-        return self.save()
-
-    def _weights_are_finite(self) -> bool:
-        return math.isfinite(torch.nn.utils.get_total_norm(self.parameters, foreach=True).item())
-
-    def _log(self, result: StepResult, progress: LineProgress) -> None:
-        window, waiting = self.window, time.perf_counter()
-        loss = window.loss.item() / window.steps  # waits for the GPU
-        if not math.isfinite(loss):
-            raise diverged(self.config, result.step, f"the loss is {loss}")
-        waited = time.perf_counter() - waiting
-        self.step_seconds += waited
-        seconds = window.seconds + waited
-        self.telemetry.settle(last=False)
-        record = train_record(self, result, loss, seconds)
-        self.telemetry.write(record)
-        progress.train(record)
-        self.window = self._new_window()
-
-    def _validate(self, progress: LineProgress, stop: Interrupts) -> None:
-        if not len(self.data.val) or self.metrics.validated == self.step_number:
-            return
-        try:
-            result = self.evaluate(stop)
-        except Stopped:  # it is done again by whoever resumes
-            return
-        self.seconds = self._clock()
-        record = validation_record(self, result)
-        self.telemetry.write(record)
-        progress.validation(record)
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step > 0 and step % every == 0
+        with locked(self.out) if self.world.speaks else nullcontext(), self.heart:
+            return loop.fit(self)

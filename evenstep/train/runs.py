@@ -47,7 +47,7 @@ def _row(config: Path) -> RunRow:
         finished = (run / "summary.json").exists() and bool(
             json.loads((run / "summary.json").read_text(encoding="utf-8"))
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return RunRow(run.name, when, "", "", 0, None, "unreadable")
     status = "running" if is_running(run) else "finished" if finished else "interrupted"
     losses = [record["val_loss"] for record in records if record.get("val_loss") is not None]

@@ -10,10 +10,11 @@ import torch
 
 from evenstep.data import Tokenizer, load_tokenizer
 from evenstep.errors import EvenstepError
-from evenstep.models import Llama, generate, load_pretrained
-from evenstep.train.checkpoint import MANIFEST, newest_checkpoint, read_tensors
+from evenstep.models import Llama, generate
+from evenstep.train.checkpoint import MANIFEST, newest_checkpoint, read_trainer
 from evenstep.train.config import SampleConfig
 from evenstep.train.setup import with_lowbit
+from evenstep.train.weights import load_model
 
 
 def sample_text(model: Llama, tokenizer: Tokenizer, sample: SampleConfig, seed: int) -> str:
@@ -50,6 +51,6 @@ def generate_from(run: Path, sample: SampleConfig, seed: int, say: Callable[[str
     if not run.is_dir():
         raise EvenstepError(f"{run}: no such directory; give the directory of a run (evenstep runs lists them)")
     checkpoint = run if (run / MANIFEST).is_file() else newest_checkpoint(run, say)
-    recipe = read_tensors(checkpoint / "trainer.pt")["config"].get("lowbit")  # text as it was trained and validated
-    model = with_lowbit(load_pretrained(checkpoint).eval(), recipe, say)
+    recipe = read_trainer(checkpoint)["config"].get("lowbit")  # text as it was trained and validated
+    model = with_lowbit(load_model(checkpoint).eval(), recipe, say)
     return sample_text(model, load_tokenizer(checkpoint), sample, seed)

@@ -14,15 +14,19 @@ import torch
 from evenstep.data import DataSpec, TokenData, prepare
 from evenstep.errors import EvenstepError
 from evenstep.lowbit import lowbit_report, quantize_
-from evenstep.models import SIZES, Llama, llama_config, load_pretrained
+from evenstep.models import SIZES, Llama, llama_config
 from evenstep.models.hf import read_config
 from evenstep.train.checkpoint import list_checkpoints
 from evenstep.train.config import Config
 from evenstep.train.files import check_creatable, is_running
 from evenstep.train.hardware import total_memory
+from evenstep.train.weights import load_model
 
 CHUNK_BYTES = 64 * 2**20
 """Logits alive at once when the loss is chunked by ``auto``."""
+
+LOGIT_BYTES = 12
+"""Bytes for each logit alive at once: its fp32 copy for the softmax, the gradient, and what the loss makes of them."""
 
 CPU_ROWS = 256
 """Rows of logits alive at once on a CPU: fewer waste matrix products, more leave the cache
@@ -81,8 +85,6 @@ def with_shape_of(config: Config, source: Path) -> Config:
 
     ``model.size`` becomes None for a shape that has no name.
     """
-    if not source.is_dir():
-        raise EvenstepError(f"model.init: {source} is not a directory; give one in Hugging Face layout")
     shape = read_config(source)
     names = (name for name, size in SIZES.items() if all(getattr(shape, key) == value for key, value in size.items()))
     found: dict[str, Any] = {"size": next(names, None), "norm": shape.norm}
@@ -99,17 +101,27 @@ def with_shape_of(config: Config, source: Path) -> Config:
 
 
 def build_model(
-    config: Config, vocab_size: int, directory: Path | None, device: torch.device, say: Callable[[str], None]
+    config: Config,
+    vocab_size: int,
+    source: Path | None,
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    blank: bool,
 ) -> Llama:
-    """The model of the configuration, freshly initialised from ``config.seed``, or loaded from ``directory`` (a
-    checkpoint)."""
-    source = directory or (Path(config.model.init) if config.model.init else None)
+    """The model of the configuration, freshly initialised from ``config.seed``, or loaded from ``source``. ``blank``:
+    with the shape of ``source`` alone, and weights that are still to be read."""
     if source is None:
         torch.manual_seed(config.seed)
         shape = {"max_seq_len": config.train.seq_len, "norm": config.model.norm, "norm_alpha": config.model.norm_alpha}
         model = Llama(llama_config(config.model.label, vocab_size, **shape))
+    elif blank:
+        with torch.device("meta"):
+            model = Llama(read_config(source))
+        model.to_empty(device="cpu")
+        torch.manual_seed(config.seed)
     else:
-        model = load_pretrained(source)
+        model = load_model(source)
         torch.manual_seed(config.seed)
     if vocab_size > model.config.vocab_size:
         raise EvenstepError(
@@ -153,14 +165,19 @@ def loss_chunk(config: Config, vocab_size: int, device: torch.device, say: Calla
     rows = config.micro_batch_size * config.train.seq_len
     if device.type == "cpu" and config.train.dtype == "fp32":
         return CPU_ROWS if rows > CPU_ROWS else None
-    whole = rows * vocab_size * 12
-    if whole <= total_memory(device) / 8:
+    chunk = chunk_rows(rows, vocab_size, total_memory(device))
+    if chunk is not None:
+        whole = rows * vocab_size * LOGIT_BYTES
+        say(
+            f"loss in chunks of {chunk} rows: whole logits would take {whole / 2**30:.1f} GiB "
+            "(train.loss_chunk 0 keeps them whole; a smaller train.micro_batch_size also helps)"
+        )
+    return chunk
+
+
+def chunk_rows(rows: int, vocab_size: int, memory: float) -> int | None:
+    """The rule of ``auto`` for a device of ``memory`` bytes: rows of logits alive at once of ``rows``, None for all."""
+    if rows * vocab_size * LOGIT_BYTES <= memory / 8:
         return None
     chunk = max(64, CHUNK_BYTES // (4 * vocab_size) // 64 * 64)
-    if chunk >= rows:
-        return None
-    say(
-        f"loss in chunks of {chunk} rows: whole logits would take {whole / 2**30:.1f} GiB "
-        "(train.loss_chunk 0 keeps them whole; a smaller train.micro_batch_size also helps)"
-    )
-    return chunk
+    return chunk if chunk < rows else None

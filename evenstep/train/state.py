@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds beside the manifest: written by ``write_state``, put back by ``restore_state``."""
+"""What a checkpoint of a run holds, and how it is put back: see `evenstep.train.checkpoint` for the layout."""
 
 from __future__ import annotations
 
@@ -11,36 +11,44 @@ import numpy as np
 import torch
 
 from evenstep.errors import EvenstepError
-from evenstep.models import save_pretrained
-from evenstep.train.checkpoint import read_tensors, write_tensors
+from evenstep.models.hf import save_config
+from evenstep.train.checkpoint import TRAINER, write_tensors
 from evenstep.train.config import Config
 from evenstep.train.config_io import build, changed_options, to_tables
+from evenstep.train.tensors import fill, load_optimizer, model_tensors
 
 if TYPE_CHECKING:
     from evenstep.train.run import Run
 
 
-def write_state(run: Run, directory: Path) -> None:
-    """Model and tokenizer in Hugging Face layout, ``optimizer.pt``, and ``trainer.pt`` with everything else that
-    moves."""
-    save_pretrained(run.model, directory)
-    run.tokenizer.save(directory)
-    write_tensors(directory / "optimizer.pt", run.optimizer.state_dict())
-    trainer = {
+def trainer_state(run: Run, optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Everything that moves and is no tensor of the model or its ``optimizer`` (whose numbers are given). What each
+    process has of its own is gathered from all."""
+    telemetry = run.telemetry.state()
+    own = {"rng": rng_state(), "probe": telemetry.pop("probe") if telemetry else None}
+    return {
         "step": run.step_number,
         "tokens": run.tokens,
         "position": run.loader.position,
+        "skipped": [list(rows) for rows in run.skipped],
         "seconds": run.seconds,
         "step_seconds": run.step_seconds,
-        "window_loss": run.window.loss,
+        "window_loss": run.window.loss.cpu(),
         "window_steps": run.window.steps,
-        "rng": rng_state(),
         "tokenizer": run.tokenizer.fingerprint,
         "data": data_identity(run),
         "config": to_tables(run.config),
-        "telemetry": run.telemetry.state(),
+        "optimizer": optimizer,
+        "telemetry": telemetry,
+        "processes": run.world.each(lambda: own),
     }
-    write_tensors(directory / "trainer.pt", trainer)
+
+
+def write_small(run: Run, trainer: dict[str, Any], directory: Path) -> None:
+    """What a checkpoint holds beside the shards and the manifest."""
+    save_config(run.model, directory)
+    run.tokenizer.save(directory)
+    write_tensors(directory / TRAINER, trainer)
 
 
 def check_resume(directory: Path, config: Config, trainer: dict[str, Any]) -> None:
@@ -66,7 +74,7 @@ def _shown(value: Any) -> str:
 
 
 def restore_state(run: Run, checkpoint: Path, trainer: dict[str, Any]) -> None:
-    """Put ``trainer`` and the optimizer's state into a run whose model was loaded from ``checkpoint``.
+    """Put the checkpoint into a run whose model has its shape.
 
     EvenstepError when the text or the tokenizer are not those of the checkpoint any more.
     """
@@ -80,14 +88,22 @@ def restore_state(run: Run, checkpoint: Path, trainer: dict[str, Any]) -> None:
             f"{checkpoint} was trained on other tokens than {run.config.data.source} gives now (the text has changed); "
             "bring back the text, or start a new run from the checkpoint with --model.init"
         )
-    run.optimizer.load_state_dict(read_tensors(checkpoint / "optimizer.pt"))
+    fill(checkpoint, model_tensors(run.model))
+    load_optimizer(run.model, run.optimizer, checkpoint, trainer["optimizer"])
     run.step_number, run.tokens = trainer["step"], trainer["tokens"]
     run.seconds, run.step_seconds = trainer["seconds"], trainer["step_seconds"]
     run.loader.position = trainer["position"]
+    run.skipped = [(start, stop) for start, stop in trainer["skipped"]]
     run.window.loss.copy_(trainer["window_loss"])
     run.window.steps = trainer["window_steps"]
-    run.telemetry.load(trainer.get("telemetry"))
-    set_rng_state(trainer["rng"])
+    processes = trainer["processes"]
+    own = processes[run.world.rank] if len(processes) == run.world.size else None
+    telemetry = trainer["telemetry"]
+    run.telemetry.load(telemetry and telemetry | {"probe": own["probe"] if own else None})
+    if own:
+        set_rng_state(own["rng"])
+    else:  # another number of processes: numbers that nothing has drawn yet
+        torch.manual_seed(hash((run.config.seed, run.step_number, run.world.rank)) % 2**63)
 
 
 def data_identity(run: Run) -> str:

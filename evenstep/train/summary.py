@@ -15,6 +15,8 @@ from evenstep.train.hardware import commit, describe_hardware, peak_memory, vers
 from evenstep.train.metrics import read_metrics
 from evenstep.train.progress import clock
 from evenstep.train.sample import printable, sample_text
+from evenstep.train.setup import with_lowbit
+from evenstep.train.weights import load_model
 
 if TYPE_CHECKING:
     from evenstep.train.run import Run
@@ -40,13 +42,15 @@ def finish(run: Run) -> dict[str, Any]:
         "optimizer": config.optim.name,
         "lowbit": config.lowbit,
         "seed": config.seed,
+        "processes": run.world.size,
+        "skipped_sequences": sum(stop - start for start, stop in run.skipped),
         "config_hash": config_hash(config),
         "commit": commit(),
         "hardware": describe_hardware(run.device),
         "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "prompt": config.sample.prompt,
-        "sample": sample_text(run.model, run.tokenizer, config.sample, config.seed),
+        "sample": _sample(run),
     }
     files = ["config.toml", "metrics.jsonl", "summary.json", "checkpoints/"]
     title = f"{config.name} on {config.data.source}"
@@ -59,6 +63,14 @@ def finish(run: Run) -> dict[str, Any]:
     for line in closing_lines(run.out, summary, files):
         run.say(line)
     return clean
+
+
+def _sample(run: Run) -> str:
+    """Text by the model; where that is cut over processes, by the one that was just saved."""
+    model, sample = run.model, run.config.sample
+    if sample.tokens and run.parallel.sharded and run.saved is not None:
+        model = with_lowbit(load_model(run.saved).eval(), run.config.lowbit, lambda _: None)
+    return sample_text(model, run.tokenizer, sample, run.config.seed)
 
 
 def smoothed(values: list[float]) -> list[float]:

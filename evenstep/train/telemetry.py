@@ -54,7 +54,8 @@ class RunTelemetry:
                 sigma=config.sigma,
                 window=config.window,
                 parameters_every=config.every,
-                lowbit=partial(weight_noise, run.model) if run.config.lowbit else None,
+                # Of a sharded matrix only a part is here, and its scales are those of the whole.
+                lowbit=partial(weight_noise, run.model) if run.config.lowbit and not run.parallel.sharded else None,
             )
 
     def observe(self, loss: Tensor, position: int) -> None:
@@ -105,7 +106,7 @@ class RunTelemetry:
             (config.wandb != "off", "wandb", lambda: WandbSink(run.out, name, mode=config.wandb, config=tables)),
             (config.trackio, "trackio", lambda: TrackioSink(name, config=tables)),
         ]
-        found = [opened(build, package) for wanted, package, build in builders if wanted]
+        found = [opened(build, package) for wanted, package, build in builders if wanted and run.world.speaks]
         return [sink for sink in found if sink is not None]
 
     def state(self) -> dict[str, Any] | None:
@@ -113,7 +114,10 @@ class RunTelemetry:
 
     def load(self, state: dict[str, Any] | None) -> None:
         """None: the checkpoint was written without telemetry, which then starts with this step."""
-        if self.monitor and state is not None:
+        if not self.monitor:
+            return
+        self.monitor.seen.clear()
+        self.monitor.step = self.run.step_number
+        # Another kind of parallelism may have put the parameters into another order.
+        if state is not None and list(state["names"]) == self.monitor.names:
             self.monitor.load_state_dict(state)
-        elif self.monitor:
-            self.monitor.step = self.run.step_number

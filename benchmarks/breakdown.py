@@ -1,0 +1,188 @@
+"""Where the time of a training step goes, and what a second process costs.
+
+    python benchmarks/breakdown.py [--sizes tiny 9m] [--rounds 12] [--no-compile] [--json FILE]
+
+One step is 8 x 256 tokens a process in fp32, one thread each, AdamW (fused). First, in one process and taking turns:
+`Run.step` of a real run with ``train.compile`` (data, telemetry and all), and the bare step that is its floor: forward,
+backward and fused AdamW of the same compiled model on tokens that are there already. MFU is the model's FLOPs (6 N and
+attention) over the best rate of this core at a product of two 1024 x 1024 fp32 matrices, measured in the same run.
+Second, two processes, each pinned to nothing, taking turns together: each alone with its own run, then both in one run
+with ``parallel.mode ddp`` over gloo. The share of communication is what the step takes longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from throughput import BATCH, LENGTH, VOCABULARY, surroundings
+
+from evenstep.models import Llama, llama_config
+from evenstep.train.config_io import load_config
+from evenstep.train.run import Run
+from evenstep.train.world import open_world
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def configured(size: str, out: Path, batch: int, compiled: bool, **more: str) -> Any:
+    given = {
+        "data.source": "kjv",
+        "data.vocab_size": str(min(8192, VOCABULARY.get(size, 8192))),
+        "model.size": size,
+        "optim.name": "adamw",
+        "train.steps": "100000",
+        "train.batch_size": str(batch),
+        "train.seq_len": str(LENGTH),
+        "train.compile": str(compiled).lower(),
+        "train.threads": "1",
+        "out": str(out),
+        **more,
+    }
+    return load_config(None, list(given.items()))
+
+
+def bare(run: Run, compiled: bool) -> Any:
+    """The floor of ``run``'s step: the same shape, the same kernels, nothing else."""
+    config = run.model.config
+    model = Llama(llama_config(run.config.model.size, config.vocab_size, max_seq_len=LENGTH))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    if compiled:
+        for block in model.model.layers:
+            block.compile(dynamic=False)
+    tokens = torch.randint(config.vocab_size, (BATCH, LENGTH + 1))
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step() -> None:
+        model.loss(inputs, targets, chunk=run.chunk).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def gemm_peak() -> float:
+    """FLOP/s of the best of many products of two 1024 x 1024 fp32 matrices."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    best = min(timed(lambda: torch.mm(a, b)) for _ in range(30))
+    return 2 * 1024**3 / best
+
+
+def timed(work: Any) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def one(size: str, place: Path, args: argparse.Namespace) -> dict[str, Any]:
+    run = Run(configured(size, place / f"one-{size}", BATCH, args.compile), say=silent)
+    floor = bare(run, args.compile)
+    spent = {"optimizer": 0.0}
+    real = run.optimizer.step
+
+    def optimizer_step(*given: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        result = real(*given, **options)
+        spent["optimizer"] += time.perf_counter() - began
+        return result
+
+    for _ in range(3):
+        run.step()
+        floor()
+    run.optimizer.step = optimizer_step  # type: ignore[method-assign]
+    run.window = run.new_window()
+    ours, theirs, peaks = [], [], []
+    for _ in range(args.rounds):
+        ours.append(timed(run.step))
+        theirs.append(timed(floor))
+        peaks.append(gemm_peak())
+    step, peak = statistics.median(ours), max(peaks)
+    return {
+        "size": size,
+        "tokens_per_second": round(BATCH * LENGTH / step),
+        "ratio_to_bare_step": round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3),
+        "mfu": round(run.model.flops_per_token(LENGTH) * BATCH * LENGTH / step / peak, 3),
+        "gemm_peak_gflops": round(peak / 1e9, 1),
+        "data_share": round(run.window.data_seconds / sum(ours), 4),
+        "optimizer_share": round(spent["optimizer"] / sum(ours), 4),
+    }
+
+
+def worker(rank: int, size: str, place: str, args: argparse.Namespace, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    config = configured(size, Path(place) / f"two-{size}", 2 * BATCH, args.compile, **{"parallel.mode": "ddp"})
+    alone = Run(configured(size, Path(place) / f"alone-{size}-{rank}", BATCH, args.compile), say=silent)
+    with open_world(config) as world:
+        both = Run(config, world=world, say=silent)
+        for run in (alone, both, alone, both):
+            run.step()
+        found: dict[str, list[float]] = {"alone": [], "both": []}
+        for _ in range(max(2, args.rounds // 3)):
+            for name, run in (("alone", alone), ("both", both)):
+                dist.barrier()
+                found[name].append(timed(lambda run=run: [run.step() for _ in range(4)]) / 4)
+        every: list[Any] = [None, None]
+        dist.all_gather_object(every, found)
+        if rank == 0:
+            summed, together = [], []
+            for mine, other in zip(*(each["alone"] for each in every), strict=True):
+                summed.append(BATCH * LENGTH / mine + BATCH * LENGTH / other)
+            for mine, other in zip(*(each["both"] for each in every), strict=True):
+                together.append(2 * BATCH * LENGTH / max(mine, other))
+            ratio = statistics.median(b / a for a, b in zip(summed, together, strict=True))
+            result = {
+                "size": size,
+                "two_alone_tokens_per_second": round(statistics.median(summed)),
+                "two_together_tokens_per_second": round(statistics.median(together)),
+                "together_over_alone": round(ratio, 3),
+                "communication_share": round(1 - ratio, 3),
+            }
+            (Path(place) / f"two-{size}.json").write_text(json.dumps(result))
+
+
+def two(size: str, place: Path, args: argparse.Namespace) -> dict[str, Any]:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (size, str(place), args, port), nprocs=2)
+    return json.loads((place / f"two-{size}.json").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "9m"], help="named sizes (default: tiny 9m)")
+    parser.add_argument("--rounds", type=int, default=12, help="timed steps of each (default: 12)")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave the blocks uncompiled")
+    parser.add_argument("--only", choices=("one", "two"), help="one of the two parts alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {**surroundings(1), "compiled": args.compile, "one": [], "two": []}
+    with tempfile.TemporaryDirectory() as place:
+        for size in args.sizes:
+            for name, part in (("one", one), ("two", two)):
+                if args.only in (None, name):
+                    result[name].append(part(size, Path(place), args))
+                    print(json.dumps(result[name][-1]), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

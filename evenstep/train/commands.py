@@ -1,0 +1,108 @@
+"""The commands ``runs``, ``plan``, ``export`` and ``inspect``: their flags, and what they call."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+PLAN = """\
+Say what RECIPE.toml needs on so many GPUs before anything is started: memory of each process, bytes on the wire in a
+step for each parallel mode, whether it fits, and what to change if it does not. Takes --section.key value as pretrain
+does. No GPU is needed, and no data.
+"""
+
+PLAN_EXAMPLES = """\
+examples:
+  evenstep plan recipes/cluster-7b.toml --gpus 64
+  evenstep plan recipes/cluster-7b.toml --gpus 8 --gpu-memory 40 --optim.state int8
+  evenstep plan recipes/cluster-7b.toml --gpus 64 --parallel.mode tp+fsdp --parallel.tensor 8
+  evenstep plan recipes/cluster-7b.toml --gpus 8 --optimizers      every optimizer and format of its state
+"""
+
+EXPORT = """\
+Write the weights of RUN's newest whole checkpoint. --to hf makes a directory that transformers opens, with the
+tokenizer; --to safetensors one file with parameter names as keys. Any number of processes may have trained it.
+"""
+
+INSPECT = """\
+Show what a checkpoint holds: step, tokens, how many processes wrote it, optimizer, files and tensors. Every checksum is
+verified; status 2 and the name of the file when one is wrong.
+"""
+
+
+def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
+    """Add the commands to the action that holds those of the program."""
+    runs = commands.add_parser("runs", parents=[debug], help="list runs", allow_abbrev=False)
+    runs.add_argument("directory", metavar="DIR", nargs="?", type=Path, default=Path("runs"), help="default: runs")
+    runs.set_defaults(run_command=_runs)
+
+    shared: Any = {
+        "parents": [debug], "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter
+    }  # fmt: skip
+    plan = commands.add_parser(
+        "plan", help="say what a recipe needs on so many GPUs", description=PLAN, epilog=PLAN_EXAMPLES, **shared
+    )
+    plan.add_argument("recipe", metavar="RECIPE.toml", nargs="?", type=Path, help="default: as for pretrain")
+    plan.add_argument("--gpus", metavar="N", type=int, default=1, help="in all (default: %(default)s)")
+    plan.add_argument("--gpus-per-node", metavar="N", type=int, default=8, help="in one machine (default: %(default)s)")
+    plan.add_argument(
+        "--gpu-memory", metavar="GB", type=float, default=80.0, help="of one, 10^9 bytes (default: %(default)s)"
+    )
+    plan.add_argument("--optimizers", action="store_true", help="a table of every optimizer and format of its state")
+    plan.add_argument(
+        "--check", action="store_true", help="build and cut it on torch's meta device as well, and compare the bytes"
+    )
+    plan.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    plan.set_defaults(run_command=_plan)
+
+    export = commands.add_parser(
+        "export", help="write a run's weights for other programs", description=EXPORT, **shared
+    )
+    export.add_argument("run", metavar="RUN", type=Path, help="directory of a run, or one of its checkpoints")
+    export.add_argument("--to", choices=("hf", "safetensors"), required=True, help="what to write")
+    export.add_argument("--out", metavar="DIR", type=Path, required=True, help="a directory that is new or empty")
+    export.set_defaults(run_command=_export)
+
+    inspect = commands.add_parser(
+        "inspect", help="show what a checkpoint holds, and check it", description=INSPECT, **shared
+    )
+    inspect.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="its directory, or a run (the newest one)")
+    inspect.add_argument("--all", action="store_true", help="list the optimizer's tensors one by one")
+    inspect.add_argument("--json", action="store_true", help="print everything as JSON")
+    inspect.set_defaults(run_command=_inspect)
+
+
+def _runs(args: argparse.Namespace) -> None:
+    from evenstep.train.runs import list_runs, table
+
+    rows = list_runs(args.directory)
+    print(table(rows) if rows else f"no runs in {args.directory}; evenstep pretrain makes one")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from evenstep.train.plan_report import plan
+
+    plan(
+        args.recipe,
+        args.extra,
+        gpus=args.gpus,
+        per_node=args.gpus_per_node,
+        gpu_memory=args.gpu_memory,
+        optimizers=args.optimizers,
+        check=args.check,
+        as_json=args.json,
+    )
+
+
+def _export(args: argparse.Namespace) -> None:
+    from evenstep.train.export import export
+    from evenstep.train.progress import tell
+
+    export(args.run, args.to, args.out, tell)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from evenstep.train.inspection import inspect
+
+    inspect(args.checkpoint, everything=args.all, as_json=args.json)

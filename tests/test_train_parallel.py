@@ -1,0 +1,145 @@
+"""The same run on one process and on several, and checkpoints that move between them."""
+
+import shutil
+
+import pytest
+import torch
+from parallel_support import by_step, losses, silent, train
+from train_support import quick, write_corpus
+
+from evenstep.train.checkpoint import list_checkpoints, read_manifest
+from evenstep.train.run import Run
+from evenstep.train.weights import load_model
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("safetensors")
+
+# Clipping, accumulation and an uneven validation are in all of them. 12 sequences come out even on 1, 2, 3 and 4.
+COMMON = {
+    "train__batch_size": "12",
+    "train__micro_batch_size": "2",
+    "train__clip_norm": "1",
+    "eval__max_tokens": "410",
+    "train__steps": "8",
+    "checkpoint__keep": "9",
+    "telemetry__every": "1",
+    "log__every": "1",
+}
+
+
+def options(mode, **more):
+    return COMMON | {"parallel__mode": mode} | ({"parallel__tensor": "2"} if mode == "tp+fsdp" else {}) | more
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """Directories of whole runs on one process, by optimizer, as they are asked for."""
+    found = {}
+
+    def run(name):
+        if name not in found:
+            found[name] = tmp_path_factory.mktemp("whole") / name
+            Run(quick(corpus, found[name], **COMMON, optim__name=name), say=silent).fit()
+        return found[name]
+
+    return run
+
+
+def cut(out, step):
+    """The run as if it had ended after the checkpoint of ``step``."""
+    for path in list_checkpoints(out / "checkpoints"):
+        if path.name != f"step-{step:06d}":
+            shutil.rmtree(path)
+    return out
+
+
+def copied(out, name):
+    return shutil.copytree(out, out.parent / name)
+
+
+def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(corpus, whole, tmp_path):
+    """ddp with AdamW, fsdp with Stable-SPAM; then the checkpoint of two goes on in two, one and three."""
+    ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
+    spam = options("fsdp", optim__name="stable_spam", train__activation_checkpointing="true")
+    train(2, corpus, (ddp, options("ddp", optim__name="adamw"), False, None), (fsdp, spam, False, None))
+    assert losses(ddp) == pytest.approx(losses(whole("adamw")), rel=1e-5)
+    assert losses(fsdp) == pytest.approx(losses(whole("stable_spam")), rel=1e-5)
+    manifest = read_manifest(fsdp / "checkpoints" / "step-000004")
+    assert manifest["world_size"] == 2 and sum(name.startswith("shard-") for name in manifest["files"]) == 2
+
+    again = cut(copied(fsdp, "again"), 4)
+    one = cut(copied(fsdp, "one"), 4)
+    train(2, corpus, (again, spam, True, None))
+    assert losses(again) == losses(fsdp)
+    Run.resume(one, quick(corpus, one, **options("none", optim__name="stable_spam")), say=silent).fit()
+    assert losses(one) == pytest.approx(losses(fsdp), rel=1e-5)
+    for name, tensor in load_model(fsdp / "checkpoints" / "step-000008").state_dict().items():
+        other = load_model(one / "checkpoints" / "step-000008").state_dict()[name]
+        torch.testing.assert_close(other, tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "stable_spam", "spam", "scale"])
+def test_a_checkpoint_goes_from_two_to_one_to_three(corpus, tmp_path, name):
+    first, mode = tmp_path / "run", options("fsdp", optim__name=name, checkpoint__every="2")
+    train(2, corpus, (first, mode, False, None))
+    expected = losses(first)
+    run = cut(copied(first, "moved"), 2)
+    single = quick(corpus, run, **options("none", optim__name=name, checkpoint__every="2"))
+    Run.resume(run, single, say=silent).fit()
+    assert losses(run) == pytest.approx(expected, rel=2e-5)
+    cut(run, 4)
+    train(3, corpus, (run, mode, True, None))
+    assert losses(run) == pytest.approx(expected, rel=2e-5)
+    cut(run, 6)
+    train(2, corpus, (run, mode | {"parallel__mode": "ddp"}, True, None))
+    assert losses(run) == pytest.approx(expected, rel=2e-5)
+
+
+def test_four_processes_in_a_square_give_the_losses_of_one(corpus, whole, tmp_path):
+    """Tensor parallelism over two, FSDP over the other two; its checkpoint goes on in one."""
+    square = tmp_path / "square"
+    train(4, corpus, (square, options("tp+fsdp", optim__name="adamw"), False, None))
+    assert losses(square) == pytest.approx(losses(whole("adamw")), rel=1e-5)
+    cut(square, 4)
+    Run.resume(square, quick(corpus, square, **options("none", optim__name="adamw")), say=silent).fit()
+    assert losses(square) == pytest.approx(losses(whole("adamw")), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stable_spam", "spam", "scale", "adam"])
+def test_every_mode_gives_the_losses_of_one(corpus, whole, tmp_path, name):
+    jobs = {
+        "ddp": options("ddp"),
+        "fsdp": options("fsdp", parallel__reshard="false"),
+        "hsdp": options("hsdp", parallel__replicate="2"),
+        "tp+fsdp": options("tp+fsdp"),
+    }
+    train(4, corpus, *((tmp_path / mode, more | {"optim__name": name}, False, None) for mode, more in jobs.items()))
+    for mode in jobs:
+        assert losses(tmp_path / mode) == pytest.approx(losses(whole(name)), rel=1e-5), mode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16-autocast", "bf16"])
+def test_bf16_and_compiled_blocks_train_in_every_mode(corpus, tmp_path, dtype):
+    def mode(name):
+        return options(name, train__dtype=dtype, train__steps="3") | {"train__micro_batch_size": "6"}
+
+    Run(quick(corpus, tmp_path / "one", **mode("none")), say=silent).fit()
+    compiled = mode("fsdp") | {"train__compile": "true", "train__dtype": "fp32"}
+    train(
+        2,
+        corpus,
+        (tmp_path / "ddp", mode("ddp"), False, None),
+        (tmp_path / "fsdp", mode("fsdp"), False, None),
+        (tmp_path / "compiled", compiled, False, None),
+    )
+    for name in ("ddp", "fsdp", "compiled"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-2), name
+    assert len(by_step(tmp_path / "compiled")) == 3
