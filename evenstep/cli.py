@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from evenstep import __version__
+from evenstep.baselines.commands import add_optimizers
 from evenstep.bench.arguments import add_bench
 from evenstep.errors import EvenstepError, nearest
 from evenstep.telemetry.commands import add_commands
@@ -108,6 +109,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
     runs.add_argument("directory", metavar="DIR", nargs="?", type=Path, default=Path("runs"), help="default: runs")
     runs.set_defaults(run_command=_runs)
 
+    add_optimizers(commands, debug)
     add_bench(commands, debug)
     add_commands(commands, debug)
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evenstep.baselines.state_size import state_bytes
 from evenstep.telemetry.schema import finite
 from evenstep.train.config_io import config_hash
 from evenstep.train.files import replace_text
@@ -35,6 +36,8 @@ def finish(run: Run) -> dict[str, Any]:
         "seconds": run.seconds,
         "tokens_per_second": run.tokens / run.step_seconds if run.step_seconds else None,
         "peak_memory": peak_memory(run.device),
+        "state_bytes": state_bytes(run.optimizer.state_dict()["state"], run.model.parameters()),
+        "model_bytes": sum(p.numel() * p.element_size() for p in run.model.parameters()),
         "model": config.model.label,
         "parameters": run.model.num_parameters(),
         "optimizer": config.optim.name,
