@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from evenstep import __version__
 from evenstep.baselines.commands import add_optimizers
 from evenstep.bench.arguments import add_bench
+from evenstep.compare.commands import add_compare
 from evenstep.errors import EvenstepError, nearest
 from evenstep.telemetry.commands import add_commands
 from evenstep.train.checks import checked, kinds, limits
@@ -110,6 +111,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
     runs.set_defaults(run_command=_runs)
 
     add_optimizers(commands, debug)
+    add_compare(commands, debug)
     add_bench(commands, debug)
     add_commands(commands, debug)
 
