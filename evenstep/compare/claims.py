@@ -6,6 +6,7 @@ A claim names two lines, ``better`` and ``than``, and a rule:
 - ``reaches``: better's loss is at most than's (for rows that train less, or keep less).
 - ``level``: the two losses are the same within the noise, and the memory of model and state together is between the two
   shares of than's in ``memory``.
+- ``memory``: the memory of model and state together is between the two shares of than's in ``memory``.
 - ``flatter``: better suffers less from the wrong learning rate (`evenstep.compare.results.sensitivity`), by a fifth.
 
 Noise is twice the standard error of the difference of the two means over seeds, at least `FLOOR`; with a single seed on
@@ -97,6 +98,14 @@ def _memory(line: Line) -> float:
     return line["model_bytes"] + line["state_bytes"]
 
 
+def _keeps(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:
+    if better["model_bytes"] is None or than["model_bytes"] is None:
+        return UNMEASURED, ""
+    share = _memory(better) / _memory(than)
+    low, high = claim["memory"]
+    return (CONFIRMED if low <= share <= high else OPPOSITE), f"{share:.0%} of its memory of model and state"
+
+
 def _flatter(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:
     first, second = better["sensitivity"], than["sensitivity"]
     if first is None or second is None:
@@ -119,5 +128,6 @@ RULES: dict[str, Callable[[Line, Line, dict[str, Any]], Verdict]] = {
     "lower": _lower,
     "reaches": _reaches,
     "level": _level,
+    "memory": _keeps,
     "flatter": _flatter,
 }

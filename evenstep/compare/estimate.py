@@ -28,7 +28,7 @@ def estimate(plans: Sequence[Plan]) -> tuple[list[Cell], list[str]]:
     all_cells = list(cells.values())
     tokens = sum(cell.tokens for cell in all_cells)
     lines = [f"{len(all_cells)} runs, {tokens / 1e6:,.1f}M tokens"]
-    if all(plan.table.scale != "paper" for plan in plans):
+    if all(plan.table.scale == "small" for plan in plans):
         seconds = sum(c.tokens * SECONDS_PER_TOKEN * (LOWBIT if c.config.lowbit else 1) for c in all_cells)
         lines.append(
             f"about {seconds / 3600:.1f} hours of one core (size tiny; rates that turn out useless are left out, "

@@ -22,7 +22,7 @@ The format, with every key that may be there::
     [size.130m.set.model]
 
     [sweep]                              # first stage: rates, tokens (none: as the second), extend, all
-    [final]                              # second stage at the best rate: tokens, seeds, cells (none: all)
+    [final]                              # second stage at the best rate: tokens, seeds, cells (lines; "claimed", "all")
 
     [published.130m.int4]                # perplexity of the paper by row
     [[claim]]                            # what the paper says, see evenstep.compare.claims
@@ -131,8 +131,10 @@ class Table:
         return round(count * self.document["row"][group.row].get("budget", 1.0))
 
     def has_final(self, group: Group) -> bool:
-        named = self.document["final"].get("cells")
-        return named is None or any(group.is_called(name) for name in named)
+        named = self.document["final"].get("cells", ["all"])
+        if "claimed" in named and self.is_claimed(group):
+            return True
+        return "all" in named or any(group.is_called(name) for name in named)
 
     def options(self, group: Group) -> Document:
         """The recipe of the line's runs, without rate, seed and budget."""
@@ -223,7 +225,7 @@ def _check(table: Table, path: Path) -> None:
     names = [table.reference] if table.reference else []
     names += [claim[key] for claim in table.claims for key in ("better", "than")] + document["final"].get("cells", [])
     for name in names:
-        if not any(group.is_called(name) for group in table.groups()):
+        if name not in ("claimed", "all") and not any(group.is_called(name) for group in table.groups()):
             known = [group.name for group in table.groups()]
             raise EvenstepError(f"{path}: '{name}' is no line of this table{nearest(name, known)}")
 
