@@ -25,7 +25,7 @@ train.steps train.tokens train.batch_size train.micro_batch_size train.seq_len t
 train.activation_checkpointing train.loss_chunk train.clip_norm train.deterministic train.threads
 eval.every eval.max_tokens eval.batch_size
 checkpoint.every checkpoint.keep
-log.every
+log.every log.curve
 telemetry.enabled telemetry.every telemetry.samples telemetry.ratio telemetry.sigma telemetry.window
 telemetry.tensorboard telemetry.wandb telemetry.trackio
 sample.prompt sample.tokens sample.temperature sample.top_k

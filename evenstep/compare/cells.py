@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ _BASE = {
     "telemetry": {"enabled": False},
     "sample": {"tokens": 0},
     "checkpoint": {"keep": 1},
+    "log": {"curve": False},
 }
 
 
@@ -35,7 +38,7 @@ class Cell:
     tokens: int
     config: Config = field(repr=False, compare=False)
 
-    @property
+    @cached_property
     def name(self) -> str:
         config = self.config
         kind = (config.optim.name, config.lowbit or config.train.dtype, config.model.label)
@@ -93,6 +96,10 @@ class Pool:
         """Remember that this cell is not to be trained (further)."""
         facts = {"status": status, "why": why, "tokens": tokens, "loss": loss}
         replace_text(self._given_up(cell), json.dumps(facts) + "\n")
+
+    def tidy(self, cell: Cell) -> None:
+        """Delete the checkpoints of a cell that has an outcome: hundreds of cells would fill a disk."""
+        shutil.rmtree(self.run(cell) / "checkpoints", ignore_errors=True)
 
     def outcome(self, cell: Cell) -> Outcome | None:
         """None while there is none."""

@@ -30,11 +30,14 @@ Line = dict[str, Any]
 Verdict = tuple[str, str]
 
 
-def judged(claim: dict[str, Any], lines: list[Line]) -> dict[str, Any]:
-    """The claim with ``verdict`` and ``ours``, the numbers behind it."""
+def judged(claim: dict[str, Any], lines: list[Line]) -> dict[str, Any] | None:
+    """The claim with ``verdict``, ``ours`` (the numbers behind it) and ``seeds``; None when ``lines``, those of one size,
+    lack one that it is about."""
     better, than = (_called(lines, claim[key]) for key in ("better", "than"))
-    verdict, ours = (UNMEASURED, "") if better is None or than is None else RULES[claim["rule"]](better, than, claim)
-    seeds = min((len(_losses(line)) for line in (better, than) if line is not None), default=0)
+    if better is None or than is None:
+        return None
+    verdict, ours = RULES[claim["rule"]](better, than, claim)
+    seeds = min(len(_losses(line)) or min(1, len(line["sweep"])) for line in (better, than))
     return {**claim, "verdict": verdict, "ours": ours, "seeds": seeds}
 
 

@@ -7,7 +7,7 @@ import io
 import math
 from typing import Any
 
-from evenstep.compare.results import stopped_early
+from evenstep.compare.results import reference_of, stopped_early
 
 Document = dict[str, Any]
 
@@ -19,8 +19,8 @@ HEADS = (
 
 def rows(document: Document) -> list[list[str]]:
     """One row for each line; with no second stage the loss is the sweep's best, in brackets."""
-    reference = next((line for line in document["lines"] if line["name"] == document["reference"]), None)
-    return [_row(line, reference) for line in document["lines"]]
+    lines = document["lines"]
+    return [_row(line, reference_of(line, lines, document["reference"])) for line in lines]
 
 
 def _row(line: Document, reference: Document | None) -> list[str]:
@@ -33,7 +33,7 @@ def _row(line: Document, reference: Document | None) -> list[str]:
         line["label"],
         line["precision_label"],
         line["size"],
-        _number(line["best_lr"], "g"),
+        _number(line["best_lr"], "g") + _at_the_edge(line),
         brackets.format(f"{loss:.4f}") if loss is not None else ("diverged" if lost else "-"),
         _number(line["spread"] if ended > 1 else None, ".4f"),
         brackets.format(f"{math.exp(loss):.2f}") if loss is not None else "-",
@@ -45,6 +45,14 @@ def _row(line: Document, reference: Document | None) -> list[str]:
         _number(line["tokens_per_second"], ",.0f"),
         f"{ended}" + (f" ({lost} diverged)" if lost else ""),
     ]
+
+
+def _at_the_edge(line: Document) -> str:
+    """A better rate may lie beyond the outermost that was tried."""
+    rates = [cell["lr"] for cell in line["sweep"]]
+    if len(rates) < 2 or line["best_lr"] not in (rates[0], rates[-1]):
+        return ""
+    return " (lowest tried)" if line["best_lr"] == rates[0] else " (highest tried)"
 
 
 def _number(value: float | None, form: str, unit: float = 1.0) -> str:
@@ -77,7 +85,7 @@ def below(document: Document) -> str:
             f"reached; model + state: bytes relative to it"
         )
     for claim in document["claims"]:
-        lines.append(f"claim: {claim['text']}: {claim['verdict']} {claim['ours']}".rstrip())
+        lines.append(f"claim ({claim['size']}): {claim['text']}: {claim['verdict']} {claim['ours']}".rstrip())
     return "\n".join(lines)
 
 

@@ -22,9 +22,8 @@ def document_of(plan: Plan, outcomes: Mapping[str, Outcome]) -> Document:
     """Everything about a table: lines with sweep, seeds and curve, claims with verdicts, where it was trained."""
     table = plan.table
     lines = [_line(plan, group, outcomes) for group in plan.groups]
-    reference = next((line for line in lines if table.reference in (line["name"], _full(line))), None)
     for line in lines:
-        line["tokens_to_reference"] = _reached(line, reference)
+        line["tokens_to_reference"] = _reached(line, reference_of(line, lines, table.reference))
     summaries = [outcomes[c.name].summary for c in _cells(plan, outcomes) if outcomes[c.name].summary]
     return {
         "table": table.name,
@@ -35,7 +34,7 @@ def document_of(plan: Plan, outcomes: Mapping[str, Outcome]) -> Document:
         "reference": table.reference,
         "setting": _setting(plan),
         "lines": lines,
-        "claims": [judged(claim, lines) for claim in table.claims],
+        "claims": _judged(table.claims, lines),
         "hardware": _each(summaries, "hardware"),
         "commit": _each(summaries, "commit"),
         "versions": _each(summaries, "versions"),
@@ -58,8 +57,21 @@ def _each(summaries: list[Document], key: str) -> list[Any]:
     return found
 
 
-def _full(line: Document) -> str:
-    return f"{line['name']}/{line['size']}"
+def reference_of(line: Document, lines: list[Document], name: str | None) -> Document | None:
+    """The reference that a line is measured against: the one of its size, or the only one."""
+    named = [other for other in lines if name in (other["name"], f"{other['name']}/{other['size']}")]
+    return next((other for other in named if other["size"] == line["size"]), named[0] if len(named) == 1 else None)
+
+
+def _judged(claims: list[Document], lines: list[Document]) -> list[Document]:
+    """Each claim once for every size that has both of its lines."""
+    found = []
+    for claim in claims:
+        for size in dict.fromkeys(line["size"] for line in lines):
+            verdict = judged(claim, [line for line in lines if line["size"] == size])
+            if verdict is not None:
+                found.append({**verdict, "size": size})
+    return found
 
 
 def _setting(plan: Plan) -> Document:

@@ -110,6 +110,7 @@ class Runner:
                 raise EvenstepError(f"the first {ENOUGH} runs failed, the last one because: {problem}")
             return
         self.outcomes[name] = outcome
+        self.pool.tidy(cell)
         if outcome.status == FINISHED:
             self.speeds.append(seconds / cell.tokens)
             said = "no validation" if outcome.loss is None else f"validation loss {outcome.loss:.4f}"

@@ -167,6 +167,7 @@ class LogConfig(Section):
     TITLE = "the log"
     SECTION = "log"
     every: int = option(10, "steps between lines of metrics.jsonl", low=1, resume="free")
+    curve: bool = option(True, "draw curve.png at the end", resume="free")
 
 
 @dataclass(frozen=True)

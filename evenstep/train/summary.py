@@ -53,10 +53,11 @@ def finish(run: Run) -> dict[str, Any]:
     }
     files = ["config.toml", "metrics.jsonl", "summary.json", "checkpoints/"]
     title = f"{config.name} on {config.data.source}"
-    if draw_curve(run.out / "metrics.jsonl", run.out / "curve.png", title):
-        files.insert(3, "curve.png")
-    else:
-        run.say("no curve.png: matplotlib is not installed (pip install 'evenstep[train]')")
+    if config.log.curve:
+        if draw_curve(run.out / "metrics.jsonl", run.out / "curve.png", title):
+            files.insert(3, "curve.png")
+        else:
+            run.say("no curve.png: matplotlib is not installed (pip install 'evenstep[train]')")
     clean = {key: finite(value) for key, value in summary.items()}
     replace_text(run.out / "summary.json", json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
     for line in closing_lines(run.out, summary, files):
