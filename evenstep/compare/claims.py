@@ -31,8 +31,8 @@ Verdict = tuple[str, str]
 
 
 def judged(claim: dict[str, Any], lines: list[Line]) -> dict[str, Any] | None:
-    """The claim with ``verdict``, ``ours`` (the numbers behind it) and ``seeds``; None when ``lines``, those of one size,
-    lack one that it is about."""
+    """The claim with ``verdict``, ``ours`` (the numbers behind it) and ``seeds``; None when ``lines``, those of one
+    size, lack one that it is about."""
     better, than = (_called(lines, claim[key]) for key in ("better", "than"))
     if better is None or than is None:
         return None

@@ -198,10 +198,10 @@ def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> Document:
 
 def _check(table: Table, path: Path) -> None:
     document = table.document
+    _known(path, "", document)
     for key in ("title", "paper", "grid"):
         if key not in document:
             raise EvenstepError(f"{path}: '{key}' is missing")
-    _known(path, "", document)
     for section in ("grid", "sweep", "final"):
         _known(path, section, document[section])
     for section in ("row", "precision", "size"):
