@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from evenstep.compare.cells import DIVERGED, Cell, Pool
 from evenstep.errors import EvenstepError
+from evenstep.train.checkpoint import list_checkpoints
 
-Say = Callable[[str], None]
 FAILED = "failed"
 
 
@@ -38,7 +37,7 @@ class Process:
     def start(cls, cell: Cell, pool: Pool, slot: int, gpus: int) -> Process:
         command = [sys.executable, "-m", "evenstep", "pretrain"]
         where = pool.run(cell)
-        if any((where / "checkpoints").glob("step-*")):
+        if list_checkpoints(where / "checkpoints"):
             command += ["--resume", str(where)]
         else:
             command += [str(pool.recipe(cell)), "--out", str(where)]
