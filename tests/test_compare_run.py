@@ -212,7 +212,7 @@ def test_a_miniature_of_every_table(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_stopped_comparison_goes_on_where_it_was(tmp_path, corpus):
     """Two processes at a time; Ctrl-C; the same command again gives what an uninterrupted one gives."""
-    path = table(tmp_path, corpus, tokens=20_000)
+    path = table(tmp_path, corpus, tokens=6_000)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def command(out):
@@ -222,7 +222,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(tmp_path, corpus):
     running = subprocess.Popen(command("a"), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
-        logs = [p for p in (tmp_path / "a").glob("cells/*/metrics.jsonl") if p.read_text().count('"loss"') > 40]
+        logs = [p for p in (tmp_path / "a").glob("cells/*/metrics.jsonl") if p.read_text().count('"loss"') > 15]
         if logs:
             break
         time.sleep(0.2)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from statistics import mean
 from typing import Any
 
-from evenstep.compare.cells import FINISHED, HOPELESS, Cell, Outcome
+from evenstep.compare.cells import FINISHED, Cell, Outcome
 from evenstep.compare.claims import judged
 from evenstep.compare.schedule import Plan
 from evenstep.compare.table import Group
@@ -97,7 +97,7 @@ def _line(plan: Plan, group: Group, outcomes: Mapping[str, Outcome]) -> Document
     best = plan.best_rate(group, outcomes) if sweep or finals else None
     only = [o for c, o in sweep if c.lr == best and o.loss is not None]
     losses = [o.loss for o in ended if o.loss is not None]
-    facts = [o.summary for o in (ended or only)]
+    facts = [o.summary for o in ended or only]
     return {
         "name": group.name,
         "row": group.row,
@@ -188,6 +188,3 @@ def stopped_early(document: Document) -> list[str]:
 
 def is_measured(document: Document) -> bool:
     return any(line["mean"] is not None or line["sweep"] for line in document["lines"])
-
-
-__all__ = ["HOPELESS", "document_of", "is_measured", "sensitivity", "stopped_early"]
