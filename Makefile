@@ -12,7 +12,7 @@ WORKERS ?= 2
 # Small tensor operations stall when OpenMP threads outnumber the free cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow soak lint format bench clean
+.PHONY: demo test test-slow soak lint format bench compare-smoke clean
 
 demo: $(VENV)/.train  ## train a small LLaMA on real text: about three minutes, no download beyond pip
 	$(BIN)/evenstep pretrain recipes/demo.toml $(ARGS)
@@ -37,6 +37,9 @@ format: $(VENV)/.dev  ## put the code in the project's style
 
 bench: $(VENV)/.dev  ## training throughput against transformers, one thread
 	$(BIN)/python benchmarks/throughput.py --compile $(ARGS)
+
+compare-smoke: $(VENV)/.dev  ## a miniature of every table of the papers: about two minutes
+	$(BIN)/evenstep compare recipes/tables/*.toml --smoke $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

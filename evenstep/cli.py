@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from evenstep import __version__
+from evenstep.baselines.commands import add_optimizers
 from evenstep.bench.arguments import add_bench
+from evenstep.compare.commands import add_compare
 from evenstep.errors import EvenstepError, nearest
 from evenstep.telemetry.commands import add_commands as add_telemetry
 from evenstep.train import commands as train_commands
@@ -106,6 +108,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
     generate.add_argument("--seed", type=int, default=0, help="another seed gives another text (default: %(default)s)")
     generate.set_defaults(run_command=_generate)
 
+    add_optimizers(commands, debug)
+    add_compare(commands, debug)
     add_bench(commands, debug)
     add_telemetry(commands, debug)
     train_commands.add_commands(commands, debug)

@@ -26,8 +26,8 @@ def script(parser: argparse.ArgumentParser, commands: Any, shell: str) -> str:
     if shell not in shtab.SUPPORTED_SHELLS:
         names = ", ".join(shtab.SUPPORTED_SHELLS)
         raise EvenstepError(f"no completion for '{shell}'{nearest(shell, shtab.SUPPORTED_SHELLS)}; give {names}")
-    directories = ("run", "runs", "directory", "resume", "out", "data.cache_dir", "model.init")
-    files = ("recipe", "data.tokenizer", "json", "plot")
+    directories = ("run", "runs", "directory", "resume", "out", "store", "stored", "data.cache_dir", "model.init")
+    files = ("recipe", "tables", "data.tokenizer", "json", "plot")
     paths = dict.fromkeys(directories, shtab.DIRECTORY) | dict.fromkeys(files, shtab.FILE)
     choices = {key: field.metadata["choices"] for key, (field, _) in options().items()}
     choices |= {key: ("true", "false") for key, (_, hint) in options().items() if bool in kinds(hint)}

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from evenstep.bench.memory import available_memory, state_bytes, tensors_in, transient_bytes
+from evenstep.baselines.state_size import state_bytes, tensors_in
+from evenstep.bench.memory import available_memory, transient_bytes
 
 CPU = torch.device("cpu")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from bench_support import mini_model
 
+from evenstep.baselines.catalog import Baseline
 from evenstep.bench import registry
 from evenstep.bench.measure import quiet
 from evenstep.bench.registry import KNOWN, REFERENCE, SETS, Unavailable, chosen
@@ -68,10 +69,10 @@ def test_decay_is_off_everywhere():
 
 
 def test_what_is_not_installed_says_how_to_install_it(monkeypatch):
-    missing = registry.Entry("no-such-package", "nowhere:Class", lambda c, m: None)
+    missing = registry.Entry(Baseline("nowhere:Class", "no-such-package"))
     with pytest.raises(Unavailable, match="pip install no-such-package"):
         missing.make(mini_model())
-    moved = registry.Entry("torch", "torch.optim:Gone", lambda c, m: None)
+    moved = registry.Entry(Baseline("torch.optim:Gone", "torch"))
     with pytest.raises(Unavailable, match="Gone"):
         moved.make(mini_model())
 

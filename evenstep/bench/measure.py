@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from evenstep.bench.memory import state_bytes, transient_bytes
+from evenstep.baselines.state_size import state_bytes
+from evenstep.bench.memory import transient_bytes
 from evenstep.bench.registry import KNOWN, REFERENCE, Unavailable
 from evenstep.bench.setting import Plan, Setting
 from evenstep.bench.timing import TIMERS, Sample, Timer, Turns, paired_ratio, spread, take_turns

@@ -1,43 +1,15 @@
-"""Bytes: what an optimizer keeps, what one step allocates on top, and what the machine has left."""
+"""Bytes: what one optimizer step allocates, and what the machine has left."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from evenstep.train.hardware import total_memory
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The plain tensors inside a state: in containers, in tensor subclasses (the ones they are made of), and in objects
-    such as the projectors of low-rank optimizers."""
-    if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
-        for name in value.__tensor_flatten__()[0]:
-            yield from tensors_in(getattr(value, name))
-    elif isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from tensors_in(item)
-    elif hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
-        yield from tensors_in(vars(value))
-
-
-def state_bytes(state: Any, beside: Iterable[Tensor] = ()) -> int:
-    """Bytes of the memory behind all tensors in ``state``, shared memory counted once, that of ``beside`` (parameters,
-    gradients) not at all."""
-    others = {tensor.untyped_storage().data_ptr() for tensor in beside}
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors_in(state)}
-    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in others)
 
 
 def transient_bytes(step: Callable[[], object], device: torch.device) -> int:

@@ -1,11 +1,11 @@
-"""Tables for the terminal: with rich where it is installed and the output is a terminal, else plain text."""
+"""The tables of the benchmark."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+from evenstep import console
 from evenstep.bench.registry import KNOWN, SETS
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]], str]
@@ -94,57 +94,6 @@ def _size(number: float) -> str:
     return f"{number:.1f} GB"
 
 
-def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], below: str) -> None:
-    """A row whose second cell starts with ``skipped:`` is written across the columns."""
-    draw = _rich if sys.stdout.isatty() else _plain
-    draw(title, heads, rows)
-    if below:
-        print(below)
-    print()
-
-
-def _is_across(row: Sequence[str]) -> bool:
-    return row[1].startswith("skipped:")
-
-
-def _numeric(rows: Sequence[Sequence[str]], column: int) -> bool:
-    cells = [row[column] for row in rows if not _is_across(row) and row[column]]
-    return column > 0 and bool(cells) and all(cell[0].isdigit() for cell in cells)
-
-
-def _plain(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    full = [heads, *(row for row in rows if not _is_across(row))]
-    widths = [max(len(row[i]) for row in full) for i in range(len(heads))]
-    widths[0] = max(len(row[0]) for row in [heads, *rows])
-    right = [_numeric(rows, i) for i in range(len(heads))]
-    if title:
-        print(title)
-    for row in [heads, *rows]:
-        cells = zip(row, widths, right, strict=True)
-        text = "  ".join(cell.rjust(width) if is_right else cell.ljust(width) for cell, width, is_right in cells)
-        print((f"{row[0].ljust(widths[0])}  {row[1]}" if _is_across(row) else text).rstrip())
-
-
-def _rich(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    try:
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table as RichTable
-    except ImportError:
-        _plain(title, heads, rows)
-        return
-    table = RichTable(title=title or None, title_justify="left")
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if _numeric(rows, i) else "left", no_wrap=i == 0)
-    for row in rows:
-        if not _is_across(row):
-            table.add_row(*map(escape, row), style="bold green" if _is_ours(row[0]) else "")
-    console = Console()
-    console.print(table)
-    for row in rows:
-        if _is_across(row):
-            console.print(f"[dim]{escape(row[0])}  {escape(row[1])}[/dim]")
-
-
-def _is_ours(name: str) -> bool:
-    return name in KNOWN and KNOWN[name].ours
+def print_table(*table: Any) -> None:
+    """``table`` on the terminal, our own optimizers marked."""
+    console.print_table(*table, marked=lambda name: name in KNOWN and KNOWN[name].ours)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -43,7 +44,9 @@ def checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
         words = {"NoneType": "none", "bool": "true or false"}
         names = " or ".join(words.get(kind.__name__, kind.__name__) for kind in allowed)
         raise EvenstepError(f"{key}: {value!r} is {type(value).__name__}, expected {names}")
-    if isinstance(value, str) and choices and value not in choices:
+    form = meta.get("form")
+    fits_form = form and isinstance(value, str) and re.fullmatch(form, value)
+    if isinstance(value, str) and choices and value not in choices and not fits_form:
         number = "a number or " if int in allowed else ""
         raise EvenstepError(f"{key}: {value!r} is not {number}one of {', '.join(choices)}{nearest(value, choices)}")
     if isinstance(value, int | float) and not isinstance(value, bool):

@@ -1,7 +1,8 @@
-"""The optimizers' own hyperparameters and their defaults, for ``--help``, completion and the reference page.
+"""Hyperparameters of the optimizers most used, and their defaults, for ``--help``, completion and the reference page.
 
 The truth is each constructor's signature, which training checks options against. This copy exists because reading a
-signature needs torch, and ``evenstep pretrain --help`` has to be quick; a test holds the two equal.
+signature needs torch, and ``evenstep pretrain --help`` has to be quick; a test holds the two equal. The others are told
+of by ``evenstep optimizers NAME``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     },
     "adamw": {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False},
     "adam": {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, "decoupled_weight_decay": False},
+    "sgd": {"momentum": 0.9, "dampening": 0, "nesterov": False},
 }  # fmt: skip
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -32,6 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "state": ("fp32", "bf16", "int8"),
     "amsgrad": ("true", "false"),
     "decoupled_weight_decay": ("true", "false"),
+    "nesterov": ("true", "false"),
 }
 
 

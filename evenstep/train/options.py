@@ -24,13 +24,15 @@ def option(
     above: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] | None = None,
+    form: str | None = None,
     count: bool = False,
     resume: Resume = "fixed",
 ) -> Any:
     """A dataclass field with its help; ``low``/``high`` are allowed values, ``above`` is not; ``count`` accepts 20K,
-    100M, 1.5B."""
+    100M, 1.5B. ``form`` is a regular expression of texts that are allowed beside the choices."""
     metadata = {
-        "help": help, "low": low, "above": above, "high": high, "choices": choices, "count": count, "resume": resume,
+        "help": help, "low": low, "above": above, "high": high, "choices": choices, "form": form, "count": count,
+        "resume": resume,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 

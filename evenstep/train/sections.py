@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from evenstep.baselines.catalog import BASELINES
 from evenstep.errors import EvenstepError
-from evenstep.train.hyperparameters import HYPERPARAMETERS
 from evenstep.train.options import Section, option
 
 SIZE_NAMES = (
@@ -73,7 +73,11 @@ class ModelConfig(Section):
 class OptimConfig(Section):
     TITLE = "the optimizer (and its other hyperparameters by constructor name: --optim.gamma1 0.85)"
     SECTION = "optim"
-    name: str = option("stable_spam", "the optimizer", choices=tuple(HYPERPARAMETERS))
+    name: str = option(
+        "stable_spam", "the optimizer, or package.module:Class (evenstep optimizers tells of each)",
+        choices=tuple(BASELINES), form=r"[\w.]+:\w+",
+    )  # fmt: skip
+    before: str = option("", "gradient transforms in front of it, as 'adaclip + adagn(gamma1=0.7)'")
     lr: float = option(1e-3, "the highest learning rate", above=0)
     weight_decay: float = option(0.0, "decay of the parameters that optim.decay names", low=0)
     decay: str = option(
@@ -195,6 +199,7 @@ class LogConfig(Section):
     TITLE = "the log"
     SECTION = "log"
     every: int = option(10, "steps between lines of metrics.jsonl", low=1, resume="free")
+    curve: bool = option(True, "draw curve.png at the end", resume="free")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evenstep.baselines.state_size import state_bytes
 from evenstep.telemetry.schema import finite
 from evenstep.train.config_io import config_hash
 from evenstep.train.files import replace_text
@@ -37,6 +38,8 @@ def finish(run: Run) -> dict[str, Any]:
         "seconds": run.seconds,
         "tokens_per_second": run.tokens / run.step_seconds if run.step_seconds else None,
         "peak_memory": peak_memory(run.device),
+        "state_bytes": state_bytes(run.optimizer.state_dict()["state"], run.model.parameters()),
+        "model_bytes": sum(p.numel() * p.element_size() for p in run.model.parameters()),
         "model": config.model.label,
         "parameters": run.model.num_parameters(),
         "optimizer": config.optim.name,
@@ -54,10 +57,11 @@ def finish(run: Run) -> dict[str, Any]:
     }
     files = ["config.toml", "metrics.jsonl", "summary.json", "checkpoints/"]
     title = f"{config.name} on {config.data.source}"
-    if draw_curve(run.out / "metrics.jsonl", run.out / "curve.png", title):
-        files.insert(3, "curve.png")
-    else:
-        run.say("no curve.png: matplotlib is not installed (pip install 'evenstep[train]')")
+    if config.log.curve:
+        if draw_curve(run.out / "metrics.jsonl", run.out / "curve.png", title):
+            files.insert(3, "curve.png")
+        else:
+            run.say("no curve.png: matplotlib is not installed (pip install 'evenstep[train]')")
     clean = {key: finite(value) for key, value in summary.items()}
     replace_text(run.out / "summary.json", json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
     for line in closing_lines(run.out, summary, files):

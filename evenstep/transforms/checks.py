@@ -73,6 +73,7 @@ CHECKS: dict[str, Check] = {
     "watch": (lambda x: x in ("norm", "loss"), "'norm' or 'loss'"),
     "nonfinite": (lambda x: x in ("restore", "skip", "zero"), "'restore', 'skip' or 'zero'"),
     "norm": (lambda x: x in ("rms", "l2"), "'rms' or 'l2'"),
+    "spikes": (lambda x: x in ("clip", "zero"), "'clip' or 'zero'"),
 }
 """What each hyperparameter may be; the same for the constructor and for every param group."""
 

@@ -80,17 +80,19 @@ class SpikeClip(Transform):
         threshold: default 5000 (paper); 0 for no clipping.
         beta2: decay of v, default 0.999 (paper: the base's second moment).
         clip_start: no clipping in the first steps and as many after a reset; default 20 (official code).
+        spikes: ``"clip"`` (default), or ``"zero"`` to make such an entry 0, which the paper compares with as
+            nullifying.
 
     Raises ValueError when a value is out of range.
     """
 
     name = "spike_clip"
     entries = ("exp_avg_sq",)
-    options = ("threshold", "beta2", "clip_start")
+    options = ("threshold", "beta2", "clip_start", "spikes")
 
-    def __init__(self, threshold: float = 5000.0, beta2: float = 0.999, clip_start: int = 20):
-        check(type(self).__name__, threshold=threshold, beta2=beta2, clip_start=clip_start)
-        self.threshold, self.beta2, self.clip_start = threshold, beta2, clip_start
+    def __init__(self, threshold: float = 5000.0, beta2: float = 0.999, clip_start: int = 20, spikes: str = "clip"):
+        check(type(self).__name__, threshold=threshold, beta2=beta2, clip_start=clip_start, spikes=spikes)
+        self.threshold, self.beta2, self.clip_start, self.spikes = threshold, beta2, clip_start, spikes
 
     def __call__(self, grads: Gradients, state: Statistics, now: Now) -> Result:
         forget = now.reset_interval > 0 and now.since_reset() == 0
@@ -101,7 +103,10 @@ class SpikeClip(Transform):
         largest = torch.finfo(grads.dtype).max
         clipped, second = [], []
         for i, v in enumerate(state["exp_avg_sq"]):
-            g = clip(i, grads.read(i), v) if self.threshold else grads.read(i)
+            before = grads.read(i)
+            g = clip(i, before, v) if self.threshold else before
+            if self.spikes == "zero":
+                g = g.mul_(g == before)
             clipped.append(g)
             second.append((v * kept).addcmul_(g, g, value=1 - self.beta2).clamp_(max=largest))
         grads = yield from grads.replaced(clipped)

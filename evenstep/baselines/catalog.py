@@ -1,0 +1,188 @@
+"""The optimizers by name: where each class lives, which package brings it, and how a model becomes its groups.
+
+One table serves training (``optim.name``), the comparisons and the step benchmark. A name with a colon,
+``package.module:Class``, is any torch Optimizer that takes parameters first. Hyperparameters are those of the
+constructor itself, and where a library reads some from the param groups, those are listed here (`Baseline.own`).
+
+Importing this needs no torch and none of the packages.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from evenstep.baselines import rules
+from evenstep.baselines.rules import Request, Rule
+from evenstep.errors import EvenstepError, nearest
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+_SET_BY_US = {
+    *("self", "params", "model", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable"),
+    *("maximize", "args", "num_embeds", "num_heads", "num_query_groups", "model_sharding"),
+}
+"""Arguments that are set here, or that choose an implementation and not a hyperparameter."""
+
+
+_PEERS = ("bitsandbytes", "pytorch_optimizer", "torch-optimi", "torchao")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """``home`` is ``module:class``, ``package`` the name to install it by, ``extra`` the extra that has it.
+
+    ``fixed`` are constructor arguments that the user does not choose, ``chosen`` defaults of ours where the paper's
+    setting is not the library's, ``own`` options that are no constructor arguments, with their defaults.
+    ``pickled`` is a class of its state that a checkpoint has to name as harmless to be read again.
+    """
+
+    home: str
+    package: str = "evenstep"
+    paper: str = ""
+    rule: Rule = rules.every
+    fixed: dict[str, Any] = field(default_factory=dict)
+    chosen: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
+    pickled: str = ""
+    note: str = ""
+
+    @property
+    def extra(self) -> str | None:
+        return "peers" if self.package in _PEERS else None
+
+    def version(self) -> str | None:
+        """The installed version of the package, None when it is not installed."""
+        if self.package == "evenstep":
+            from evenstep import __version__
+
+            return __version__
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def load(self) -> Callable[..., Optimizer]:
+        """The class. EvenstepError, one line, when its package is not installed or has no such class."""
+        try:
+            if self.pickled:
+                import torch
+
+                torch.serialization.add_safe_globals([_fetched(self.pickled)])
+            return _fetched(self.home)
+        except ModuleNotFoundError as problem:
+            how = f"'evenstep[{self.extra}]'" if self.extra else self.package
+            raise EvenstepError(
+                f"{self.home} needs the package {self.package}, which is not installed ({problem.name} is missing); "
+                f"pip install {how}"
+            ) from None
+        except (AttributeError, ImportError) as problem:
+            first = next(iter(str(problem).splitlines()), type(problem).__name__)
+            raise EvenstepError(f"{self.home} cannot be loaded: {first}; give package.module:Class") from None
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What ``optim.KEY`` may be beside lr and weight_decay, with defaults (``inspect.Parameter.empty`` where there
+        is none)."""
+        parameters = inspect.signature(self.load()).parameters
+        found = {
+            key: parameter.default
+            for key, parameter in parameters.items()
+            if key not in _SET_BY_US
+            and key not in self.fixed
+            and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        }
+        return {**found, **{k: v for k, v in self.chosen.items() if k in found}, **self.own}
+
+    def build(
+        self, model: Any, *, lr: float, weight_decay: float = 0.0, decay: str = "all", **options: Any
+    ) -> Optimizer:
+        """The optimizer over ``model``'s trainable parameters; ``options`` are taken as they come."""
+        own = {**self.own, **{key: value for key, value in options.items() if key in self.own}}
+        given = {key: value for key, value in options.items() if key not in self.own}
+        fixed = dict(self.fixed)
+        if next(model.parameters()).device.type == "meta":  # where plans are checked; fused kernels are refused there
+            fixed.pop("fused", None)
+        values = {**self.chosen, **fixed, **given}
+        return self.rule(self.load(), Request(model, lr, weight_decay, decay, values, own))
+
+
+def _fetched(home: str) -> Any:
+    module, _, name = home.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+_PO = "pytorch_optimizer"
+_PROJECTOR = f"{_PO}.optimizer.utils.galore:GaLoreProjector"
+_GALORE = {"rank": None, "update_proj_gap": 200, "scale": 0.25, "projection_type": "std"}
+
+BASELINES: dict[str, Baseline] = {
+    "stable_spam": Baseline("evenstep.optim:StableSPAM", paper="arXiv:2502.17055"),
+    "spam": Baseline("evenstep.optim:SPAM", paper="arXiv:2501.06842"),
+    "scale": Baseline("evenstep.optim:SCALE", paper="arXiv:2506.16659", rule=rules.roles),
+    "adamw": Baseline("torch.optim:AdamW", "torch", "arXiv:1711.05101", fixed={"fused": True}),
+    "adam": Baseline("torch.optim:Adam", "torch", "arXiv:1412.6980", fixed={"fused": True}),
+    "adafactor": Baseline("torch.optim:Adafactor", "torch", "arXiv:1804.04235", note="without a first moment"),
+    "muon": Baseline(
+        "torch.optim:Muon", "torch", "arXiv:2502.16982", rule=rules.muon,
+        chosen={"adjust_lr_fn": "match_rms_adamw"}, own={"adam_lr": None, "adam_betas": (0.9, 0.999)},
+        note="scaled so that one rate serves both (match_rms_adamw)",
+    ),
+    "sgd": Baseline("torch.optim:SGD", "torch", chosen={"momentum": 0.9}),
+    "lion": Baseline(f"{_PO}:Lion", _PO, "arXiv:2302.06675"),
+    "adam_mini": Baseline(
+        f"{_PO}:AdamMini", _PO, "arXiv:2406.16793", rule=rules.blocks, note="the decay rule is the library's"
+    ),
+    "galore": Baseline(f"{_PO}:GaLore", _PO, "arXiv:2403.03507", rule=rules.projected, own=_GALORE, pickled=_PROJECTOR),
+    "fira": Baseline(f"{_PO}:Fira", _PO, "arXiv:2410.01623", rule=rules.projected, own=_GALORE, pickled=_PROJECTOR),
+    "apollo": Baseline("evenstep.baselines.apollo:APOLLO", paper="arXiv:2412.05270", rule=rules.ranked),
+    "apollo_mini": Baseline(
+        "evenstep.baselines.apollo:APOLLO", paper="arXiv:2412.05270", rule=rules.ranked,
+        chosen={"rank": 1, "scale_type": "tensor", "scale": 128.0}, note="rank 1, one factor a tensor",
+    ),
+    "peer_apollo": Baseline(
+        f"{_PO}:APOLLO", _PO, "arXiv:2412.05270", rule=rules.projected, chosen={"scale_type": "channel"},
+        own={**_GALORE, "scale": 1.0}, pickled=_PROJECTOR, note="its steps are of rank r, the paper's are not",
+    ),
+    "lora": Baseline("evenstep.baselines.adapters:LoRA", paper="arXiv:2106.09685", rule=rules.ranked),
+    "relora": Baseline("evenstep.baselines.adapters:ReLoRA", paper="arXiv:2307.05695", rule=rules.ranked),
+    "peer_spam": Baseline(
+        f"{_PO}:SPAM", _PO, "arXiv:2501.06842", note="zeroes entries without a history, as the official code does"
+    ),
+    "peer_stable_spam": Baseline(f"{_PO}:StableSPAM", _PO, "arXiv:2502.17055"),
+    "bnb_adamw8bit": Baseline("bitsandbytes.optim:AdamW8bit", "bitsandbytes", "arXiv:2110.02861"),
+    "ao_adamw8bit": Baseline("torchao.optim:AdamW8bit", "torchao", "arXiv:2110.02861", note="compiled"),
+    "ao_adamw4bit": Baseline("torchao.optim:AdamW4bit", "torchao", "arXiv:2309.01507", note="compiled"),
+    "ao_adamwfp8": Baseline("torchao.optim:AdamWFp8", "torchao", note="compiled"),
+    "optimi_adamw": Baseline("optimi:AdamW", "torch-optimi", "arXiv:1711.05101", rule=rules.optimi),
+    "optimi_stableadamw": Baseline("optimi:StableAdamW", "torch-optimi", "arXiv:2304.13013", rule=rules.optimi),
+}  # fmt: skip
+"""Name -> optimizer. The names are stable: ``optim.name`` takes them."""
+
+
+def baseline(name: str) -> Baseline:
+    """The optimizer of that name, or of a dotted path. EvenstepError for a name that is neither."""
+    if name in BASELINES:
+        return BASELINES[name]
+    if ":" in name:
+        return Baseline(name, name.partition(":")[0].partition(".")[0])
+    raise EvenstepError(
+        f"unknown optimizer '{name}'{nearest(name, [*BASELINES])}; 'evenstep optimizers' lists them, and "
+        "package.module:Class names any other"
+    )
+
+
+def check_options(name: str, options: Any) -> None:
+    """EvenstepError for an option that the optimizer does not have; imports its package, builds nothing."""
+    chosen = baseline(name)
+    official = getattr(chosen.load(), "ALIASES", {})
+    allowed = ["lr", "weight_decay", *chosen.hyperparameters()]
+    for key in options:
+        if key not in allowed and key not in official:
+            raise EvenstepError(
+                f"optim.{key}: {name} has no such hyperparameter{nearest(key, allowed)} (it has: {', '.join(allowed)})"
+            )

@@ -1,0 +1,100 @@
+"""Gradient transforms by name, to put in front of any optimizer: ``"adaclip + adagn(gamma1=0.7)"``."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from evenstep.errors import EvenstepError, nearest
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+FRONTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adaclip": ("AdaClip", {}),
+    "adagn": ("AdaGN", {}),
+    "gradient_stabilizer": ("GradientStabilizer", {}),
+    "momentum_reset": ("MomentumReset", {}),
+    "norm_clip": ("NormClip", {}),
+    "value_clip": ("ValueClip", {}),
+    "spike_clip": ("SpikeClip", {}),
+    "nullify": ("SpikeClip", {"spikes": "zero"}),
+    "agc": ("AGC", {}),
+    "zclip": ("ZClip", {}),
+    "autoclip": ("AutoClip", {}),
+    "skip_step": ("SkipStep", {}),
+}
+"""Name -> class in evenstep.transforms, with the arguments that the name stands for."""
+
+_HOW = "give names with + between them, with arguments where wanted, such as 'adaclip + adagn(gamma1=0.7)'"
+
+
+def parse(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """``"norm_clip + adagn(gamma1=0.7)"`` -> names with arguments. EvenstepError for what is no such text."""
+    if not text.strip():
+        return []
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        raise EvenstepError(f"optim.before: {text!r} cannot be read; {_HOW}") from None
+    return [_term(node, text) for node in _terms(tree)]
+
+
+def _terms(node: ast.expr) -> Iterator[ast.expr]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        yield from _terms(node.left)
+        yield from _terms(node.right)
+    else:
+        yield node
+
+
+def _term(node: ast.expr, text: str) -> tuple[str, dict[str, Any]]:
+    call = node if isinstance(node, ast.Call) else None
+    name = call.func if call else node
+    if not isinstance(name, ast.Name) or (call and (call.args or not all(k.arg for k in call.keywords))):
+        raise EvenstepError(f"optim.before: {text!r} cannot be read; {_HOW}")
+    if name.id not in FRONTS:
+        raise EvenstepError(
+            f"optim.before: unknown transform '{name.id}'{nearest(name.id, [*FRONTS])} (there are: {', '.join(FRONTS)})"
+        )
+    try:
+        return name.id, {str(k.arg): ast.literal_eval(k.value) for k in (call.keywords if call else [])}
+    except ValueError:
+        raise EvenstepError(f"optim.before: {text!r} has an argument that is no number or text; {_HOW}") from None
+
+
+def transforms(text: str) -> list[Any]:
+    """The transforms of ``text``. EvenstepError for a name or argument that does not exist, or a value out of range."""
+    import evenstep.transforms as known
+
+    found = []
+    for name, arguments in parse(text):
+        cls_name, fixed = FRONTS[name]
+        cls = getattr(known, cls_name)
+        allowed = [key for key in inspect.signature(cls).parameters if key not in fixed]
+        for key in arguments:
+            if key not in allowed:
+                raise EvenstepError(
+                    f"optim.before: {name} has no argument '{key}'{nearest(key, allowed)} "
+                    f"(it has: {', '.join(allowed) or 'none'})"
+                )
+        try:
+            found.append(cls(**fixed, **arguments))
+        except (TypeError, ValueError) as problem:
+            raise EvenstepError(f"optim.before: {problem}") from None
+    return found
+
+
+def put_before(optimizer: Optimizer, text: str) -> Optimizer:
+    """``optimizer`` behind the transforms of ``text``; itself when there are none."""
+    units = transforms(text)
+    if not units:
+        return optimizer
+    from evenstep.optim import stabilize
+
+    try:
+        return stabilize(optimizer, *units)
+    except (TypeError, ValueError) as problem:
+        raise EvenstepError(f"optim.before: {problem}") from None

@@ -1,0 +1,139 @@
+"""``evenstep compare`` and ``evenstep results``: their flags, and what they do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Train the runs of published tables and put ours beside the paper's. Each table file of recipes/tables is a grid of
+optimizers, precisions, sizes, learning rates and seeds. Finished runs are not repeated, stopped ones go on; runs that
+two tables share are trained once. Writes the table as text, Markdown and CSV, pictures, and results.json.
+"""
+
+EXAMPLES = """\
+examples:
+  evenstep compare recipes/tables/stable-spam-1.toml             a model of 1.4M parameters on a CPU
+  evenstep compare recipes/tables/*.toml --jobs 2 --store benchmarks/results/tables
+  evenstep compare recipes/tables/stable-spam-1.toml --scale paper     as published: C4, GPUs
+  evenstep compare recipes/tables/*.toml --smoke                 a miniature of everything, in minutes
+  evenstep compare recipes/tables/*.toml --dry-run               what would be trained, nothing is
+"""
+
+RESULTS = """\
+Write a page of results from the JSON files that compare --store left: for each claim our number, the paper's number and
+the direction, then every table with its pictures.
+"""
+
+
+def add_compare(commands: Any, debug: argparse.ArgumentParser) -> None:
+    raw: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "parents": [debug]}
+    compare = commands.add_parser(
+        "compare", help="re-run a table of the papers", description=DESCRIPTION, epilog=EXAMPLES, **raw
+    )
+    add = compare.add_argument
+    add("tables", metavar="TABLE.toml", nargs="+", type=Path, help="see recipes/tables")
+    add("--out", metavar="DIR", type=Path, default=Path("runs/compare"), help="default: %(default)s")
+    add("--jobs", metavar="N", type=int, help="runs at a time; 0: in this process (none: one a core, or a GPU)")
+    add("--scale", default="small", help="small, paper or smoke (default: %(default)s)")
+    add("--smoke", action="store_true", help="short for --scale smoke --jobs 0 --out runs/compare-smoke")
+    add("--store", metavar="DIR", type=Path, help="also write DIR/TABLE.json, for evenstep results")
+    add("--dry-run", action="store_true", help="list the runs of the first round and what they cost, train nothing")
+    compare.set_defaults(run_command=_compare)
+
+    results = commands.add_parser("results", help="write the page of results", description=RESULTS, **raw)
+    results.add_argument(
+        "stored", metavar="DIR", nargs="?", type=Path, default=Path("benchmarks/results/tables"),
+        help="default: %(default)s",
+    )  # fmt: skip
+    results.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("docs/results.md"), help="default: %(default)s"
+    )
+    results.set_defaults(run_command=_results)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from evenstep.compare.schedule import Plan
+    from evenstep.compare.table import load_table
+    from evenstep.errors import EvenstepError
+
+    if args.smoke:
+        args.scale, args.jobs = "smoke", 0 if args.jobs is None else args.jobs
+        args.out = Path("runs/compare-smoke") if args.out == Path("runs/compare") else args.out
+    if args.jobs is not None and args.jobs < 0:
+        raise EvenstepError(f"--jobs: {args.jobs} is out of range; give 1 or more, or 0 for this process")
+    names = [path.stem for path in args.tables]
+    if len(set(names)) < len(names):
+        raise EvenstepError("two of the tables have the same name; results are kept by that, so rename one")
+    plans = [Plan(load_table(path, args.scale)) for path in args.tables]
+    if args.dry_run:
+        _list_cells(plans)
+        return
+    run_tables(plans, args.out, args.jobs, args.store)
+
+
+def run_tables(plans: list[Any], out: Path, jobs: int | None, store: Path | None, say: Any = print) -> list[Any]:
+    """Train, write and print; the documents of the tables."""
+    from evenstep.compare.cells import Pool
+    from evenstep.compare.run import Runner, default_jobs, pool_directory
+    from evenstep.compare.workers import gpu_count
+    from evenstep.errors import EvenstepError
+
+    gpus = gpu_count()
+    runner = Runner(plans, Pool(pool_directory(out)), default_jobs(gpus) if jobs is None else jobs, gpus, say)
+    try:
+        runner.run()
+    finally:
+        documents = [write(plan, runner.outcomes, out, store, say) for plan in plans]
+    if runner.failed:
+        some = next(iter(runner.failed.items()))
+        raise EvenstepError(f"{len(runner.failed)} runs failed, the first is {some[0]}: {some[1]}")
+    return documents
+
+
+def write(plan: Any, outcomes: Any, out: Path, store: Path | None, say: Any) -> Any:
+    """The table as files under ``out``/tables/NAME, and on the terminal."""
+    from evenstep import console
+    from evenstep.compare import plots, report
+    from evenstep.compare.results import document_of, is_measured
+    from evenstep.errors import EvenstepError
+    from evenstep.train.files import replace_text
+
+    document = document_of(plan, outcomes)
+    if not is_measured(document):
+        return document
+    where = out / "tables" / plan.table.name
+    where.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, indent=1) + "\n"
+    replace_text(where / "results.json", text)
+    replace_text(where / "table.md", report.markdown(document) + "\n" + report.below(document) + "\n")
+    replace_text(where / "cells.csv", report.comma_separated(document))
+    if store is not None:
+        store.mkdir(parents=True, exist_ok=True)
+        replace_text(store / f"{plan.table.name}.json", text)
+    try:
+        plots.draw(document, where)
+    except EvenstepError as problem:
+        say(str(problem))
+    console.print_table(document["title"], report.HEADS, report.rows(document), report.below(document))
+    return document
+
+
+def _list_cells(plans: list[Any]) -> None:
+    """The cells that are wanted before anything is known, each run once."""
+    from evenstep.compare.estimate import estimate
+
+    cells, lines = estimate(plans)
+    for cell in cells:
+        print(f"{cell.group.row}/{cell.group.precision}/{cell.group.size} lr {cell.lr:g} {cell.stage} {cell.tokens:,}")
+    for line in lines:
+        print(line)
+
+
+def _results(args: argparse.Namespace) -> None:
+    from evenstep.compare.page import write_page
+
+    for path in write_page(args.stored, args.out):
+        print(path)

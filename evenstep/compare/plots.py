@@ -1,0 +1,106 @@
+"""Pictures of a comparison: curves with bands over the seeds, loss by learning rate, memory against perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evenstep.errors import EvenstepError
+from evenstep.train.summary import short_count
+
+Document = dict[str, Any]
+
+
+def draw(document: Document, directory: Path) -> list[Path]:
+    """Write the pictures that there is something to show in. EvenstepError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise EvenstepError("pictures need matplotlib; pip install 'evenstep[plots]'") from None
+    written = []
+    for name, wanted, paint in PICTURES:
+        lines = [line for line in document["lines"] if wanted(line)]
+        if not lines:
+            continue
+        figure = Figure(figsize=(7, 4.4), layout="constrained")  # no pyplot: nothing global, no display
+        axes = figure.add_subplot()
+        paint(axes, lines)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+        axes.set_title(document["title"], fontsize=10, loc="left")
+        figure.supxlabel(_footer(document), fontsize=7, color="gray")
+        path = directory / f"{document['table']}-{name}.png"
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+        written.append(path)
+    return written
+
+
+def _footer(document: Document) -> str:
+    hardware = document["hardware"][0] if document["hardware"] else {}
+    commit = (document["commit"] or [None])[0] or "no commit"
+    place = hardware.get("gpu") or hardware.get("cpu", "")
+    return f"scale {document['scale']}, {place}, {commit[:10]}, {document['date']}"
+
+
+def _name(line: Document) -> str:
+    return f"{line['label']}, {line['precision_label']}"
+
+
+def _curves(axes: Any, lines: list[Document]) -> None:
+    losses = []
+    for line in lines:
+        curve = line["curve"]
+        [drawn] = axes.plot(curve["tokens"], curve["mean"], label=_name(line), linewidth=1.4)
+        axes.fill_between(curve["tokens"], curve["low"], curve["high"], color=drawn.get_color(), alpha=0.2, linewidth=0)
+        losses += curve["mean"][len(curve["mean"]) // 4 :]
+    low, high = min(losses), max(losses)
+    axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    axes.set(xlabel="tokens", ylabel="validation loss (nats per token)")
+    axes.xaxis.set_major_formatter(lambda x, _: short_count(x))
+    axes.legend(fontsize=7, frameon=False, ncols=2 if len(lines) > 8 else 1)
+
+
+def _rates(axes: Any, lines: list[Document]) -> None:
+    for line in lines:
+        cells = [cell for cell in line["sweep"] if cell["loss"] is not None]
+        [drawn] = axes.plot([c["lr"] for c in cells], [c["loss"] for c in cells], "-", linewidth=1.2, label=_name(line))
+        for status, mark in (("finished", "o"), ("hopeless", "x")):
+            some = [cell for cell in cells if cell["status"] == status]
+            axes.plot([c["lr"] for c in some], [c["loss"] for c in some], mark, color=drawn.get_color(), markersize=4)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss after the sweep (x: stopped early)")
+    axes.legend(fontsize=7, frameon=False, ncols=2 if len(lines) > 8 else 1)
+
+
+def _memory(axes: Any, lines: list[Document]) -> None:
+    """Memory of model and state against perplexity; the front is what nothing else beats in both."""
+    points = [((line["model_bytes"] + line["state_bytes"]) / 1e6, math.exp(line["mean"]), line) for line in lines]
+    for x, y, line in points:
+        axes.plot(x, y, "o", markersize=5)
+        axes.annotate(_name(line), (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
+    front: list[tuple[float, float]] = []
+    for x, y, _ in sorted(points, key=lambda point: point[:2]):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    axes.step(*zip(*front, strict=True), where="post", color="gray", linewidth=1, linestyle="--", zorder=0)
+    axes.set(xlabel="model and optimizer state (MB)", ylabel="perplexity")
+
+
+def _has_curve(line: Document) -> bool:
+    return len(line["curve"]["tokens"]) > 1
+
+
+def _has_sweep(line: Document) -> bool:
+    return sum(cell["loss"] is not None for cell in line["sweep"]) > 1
+
+
+def _has_memory(line: Document) -> bool:
+    return line["mean"] is not None and line["state_bytes"] is not None
+
+
+PICTURES: list[tuple[str, Callable[[Document], bool], Callable[[Any, list[Document]], None]]] = [
+    ("curves", _has_curve, _curves),
+    ("rates", _has_sweep, _rates),
+    ("memory", _has_memory, _memory),
+]

@@ -1,0 +1,241 @@
+"""A table file: which runs belong to a published table, at which scale, and what the paper got.
+
+The format, with every key that may be there::
+
+    title = "Stable-SPAM, table 1: 4-bit pretraining"
+    paper = "arXiv:2502.17055, table 1"
+    about = "what the paper did and found"
+    include = ["shared.toml"]            # files beside this one, read first; this one wins
+    reference = "adam/bf16"              # ROW/PRECISION whose loss the others are to reach
+
+    [grid]                               # every row at every precision and size
+    rows = ["adam", "stable_spam"]
+    precisions = ["fp4"]
+    sizes = ["130m"]
+    more = [{ rows = ["adam"], precisions = ["bf16"] }]
+
+    [base.train]                         # options of all runs, as in a recipe
+    [row.adam]                           # label, rates, factor (of the rates), budget (of the tokens)
+    [row.adam.set.optim]                 # its options
+    [precision.fp4.set]                  # its options, and in [precision.fp4.row.adam] those of one row there
+    [size.130m]                          # rates, tokens
+    [size.130m.set.model]
+
+    [sweep]                              # first stage: rates, tokens (none: as the second), extend, all
+    [final]                              # second stage at the best rate: tokens, seeds, cells (lines; "claimed", "all")
+
+    [published.130m.int4]                # perplexity of the paper by row
+    [[claim]]                            # what the paper says, see evenstep.compare.claims
+
+    [scale.small]                        # all of the above over again: what differs at this scale
+
+Options are merged in the order base, size, row, precision, precision's row.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evenstep.errors import EvenstepError, nearest
+from evenstep.train.checks import parse_count
+from evenstep.train.config_io import read_toml
+
+Document = dict[str, Any]
+SCALES = ("small", "paper", "smoke")
+
+_KEYS = {
+    "": "title paper about include reference grid base row precision size sweep final published claim scale",
+    "grid": "rows precisions sizes more",
+    "sweep": "rates tokens extend all",
+    "final": "tokens seeds cells",
+    "row": "label rates factor budget set",
+    "precision": "label set row",
+    "size": "rates tokens set",
+    "claim": "text rule better than paper memory",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Group:
+    """What one line of the table is about; ``name`` is ROW/PRECISION, with /SIZE where there are several."""
+
+    row: str
+    precision: str
+    size: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}/{self.precision}"
+
+    def is_called(self, name: str) -> bool:
+        return name in (self.name, f"{self.name}/{self.size}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A checked table file at one scale."""
+
+    name: str
+    scale: str
+    document: Document = field(repr=False)
+
+    @property
+    def title(self) -> str:
+        return self.document["title"]
+
+    @property
+    def reference(self) -> str | None:
+        return self.document.get("reference")
+
+    @property
+    def claims(self) -> list[dict[str, Any]]:
+        return self.document.get("claim", [])
+
+    def groups(self) -> list[Group]:
+        """Every line, each once, the grid's first."""
+        grid = self.document["grid"]
+        found: dict[Group, None] = {}
+        for part in (grid, *grid.get("more", [])):
+            for size in part.get("sizes", grid["sizes"]):
+                for precision in part.get("precisions", grid["precisions"]):
+                    for row in part.get("rows", grid["rows"]):
+                        found[Group(row, precision, size)] = None
+        return list(found)
+
+    def label(self, row: str) -> str:
+        return self.document["row"][row].get("label", row)
+
+    def is_claimed(self, group: Group) -> bool:
+        """Does a claim, or the reference, speak of this line?"""
+        named = [claim[key] for claim in self.claims for key in ("better", "than")]
+        return any(group.is_called(name) for name in [*named, self.reference or ""])
+
+    def rates(self, group: Group) -> list[float]:
+        """The learning rates to try, ascending: the row's own, the size's or the sweep's, times the row's factor."""
+        row, size = self.document["row"][group.row], self.document["size"].get(group.size, {})
+        rates = row.get("rates") or size.get("rates") or self.document["sweep"]["rates"]
+        return sorted(float(f"{rate * row.get('factor', 1.0):.6g}") for rate in rates)
+
+    def tokens(self, group: Group, stage: str) -> int:
+        """The budget of a run of that stage, "sweep" or "final"."""
+        size = self.document["size"].get(group.size, {})
+        final = self.document["final"].get("tokens") or size.get("tokens")
+        given = (self.document["sweep"].get("tokens") if stage == "sweep" else None) or final
+        if given is None:
+            raise EvenstepError(f"{self.name}: how many tokens for size {group.size}? give final.tokens or its own")
+        count = parse_count(given) if isinstance(given, str) else int(given)
+        return round(count * self.document["row"][group.row].get("budget", 1.0))
+
+    def has_final(self, group: Group) -> bool:
+        named = self.document["final"].get("cells", ["all"])
+        if "claimed" in named and self.is_claimed(group):
+            return True
+        return "all" in named or any(group.is_called(name) for name in named)
+
+    def options(self, group: Group) -> Document:
+        """The recipe of the line's runs, without rate, seed and budget."""
+        document = self.document
+        precision = document["precision"].get(group.precision, {})
+        parts = (
+            document.get("base", {}),
+            document["size"].get(group.size, {}).get("set", {}),
+            document["row"][group.row].get("set", {}),
+            precision.get("set", {}),
+            precision.get("row", {}).get(group.row, {}),
+        )
+        found: Document = {}
+        for part in parts:
+            found = merged(found, part)
+        return found
+
+    def published(self, group: Group) -> dict[str, float]:
+        """The paper's perplexity of this row and precision, by size."""
+        found = {}
+        for size, precisions in self.document.get("published", {}).items():
+            value = precisions.get(group.precision, {}).get(group.row)
+            if value is not None:
+                found[size] = value
+        return found
+
+
+def load_table(path: Path, scale: str) -> Table:
+    """The table of ``path`` at ``scale``. EvenstepError, one line, for a file that is missing or does not fit."""
+    document = _with_includes(path)
+    scales = document.pop("scale", {})
+    if scale not in scales:
+        raise EvenstepError(
+            f"{path}: no scale '{scale}'{nearest(scale, [*scales])} (it has: {', '.join(scales) or 'none'})"
+        )
+    document = merged(document, scales[scale])
+    for key in ("row", "precision", "size", "sweep", "final", "base"):
+        document.setdefault(key, {})
+    table = Table(path.stem, scale, document)
+    _check(table, path)
+    return table
+
+
+def _with_includes(path: Path) -> Document:
+    document = read_toml(path)
+    found: Document = {}
+    for name in document.pop("include", []):
+        found = merged(found, _with_includes(path.parent / name))
+    return merged(found, document)
+
+
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> Document:
+    """``second`` over ``first``: tables are merged key by key, everything else is replaced. Neither is changed."""
+    result = dict(first)
+    for key, value in second.items():
+        old = result.get(key)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        result[key] = merged(old, value) if both else copy.deepcopy(value)  # type: ignore[arg-type]
+    return result
+
+
+def _check(table: Table, path: Path) -> None:
+    document = table.document
+    _known(path, "", document)
+    for key in ("title", "paper", "grid"):
+        if key not in document:
+            raise EvenstepError(f"{path}: '{key}' is missing")
+    for section in ("grid", "sweep", "final"):
+        _known(path, section, document[section])
+    for section in ("row", "precision", "size"):
+        for name, part in document[section].items():
+            _known(path, section, part, f"{section}.{name}")
+    for claim in table.claims:
+        _known(path, "claim", claim)
+    for key in ("rows", "precisions", "sizes"):
+        if not document["grid"].get(key):
+            raise EvenstepError(f"{path}: grid.{key} is missing or empty")
+    for group in table.groups():
+        if group.row not in document["row"]:
+            raise EvenstepError(f"{path}: grid names the row '{group.row}'{nearest(group.row, [*document['row']])}")
+        if group.precision not in document["precision"]:
+            raise EvenstepError(
+                f"{path}: grid names the precision '{group.precision}'"
+                f"{nearest(group.precision, [*document['precision']])}"
+            )
+        if not table.document["row"][group.row].get("rates") and not document["size"].get(group.size, {}).get("rates"):
+            document["sweep"].setdefault("rates", [1e-3])
+    names = [table.reference] if table.reference else []
+    names += [claim[key] for claim in table.claims for key in ("better", "than")] + document["final"].get("cells", [])
+    for name in names:
+        if name not in ("claimed", "all") and not any(group.is_called(name) for group in table.groups()):
+            known = [group.name for group in table.groups()]
+            raise EvenstepError(f"{path}: '{name}' is no line of this table{nearest(name, known)}")
+
+
+def _known(path: Path, section: str, part: Mapping[str, Any], where: str = "") -> None:
+    allowed = _KEYS[section].split()
+    for key in part:
+        if key not in allowed:
+            where = where or section
+            raise EvenstepError(
+                f"{path}: unknown key '{f'{where}.{key}' if where else key}'{nearest(key, allowed)} "
+                f"(allowed: {', '.join(allowed)})"
+            )

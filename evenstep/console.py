@@ -1,0 +1,64 @@
+"""Tables on the terminal: aligned text, or rich's when it is a terminal and rich is installed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+Rows = Sequence[Sequence[str]]
+
+
+def print_table(
+    title: str, heads: Sequence[str], rows: Rows, below: str = "", *, marked: Callable[[str], bool] = lambda name: False
+) -> None:
+    """``marked`` says which rows stand out, by their first cell. A row whose second cell starts with ``skipped:`` is
+    written across the columns."""
+    if not (sys.stdout.isatty() and _rich(title, heads, rows, marked)):
+        _plain(title, heads, rows)
+    if below:
+        print(below)
+    print()
+
+
+def _is_across(row: Sequence[str]) -> bool:
+    return len(row) > 1 and row[1].startswith("skipped:")
+
+
+def _numeric(rows: Rows, column: int) -> bool:
+    cells = [row[column] for row in rows if not _is_across(row) and row[column]]
+    return column > 0 and bool(cells) and all(cell[0].isdigit() for cell in cells)
+
+
+def _plain(title: str, heads: Sequence[str], rows: Rows) -> None:
+    full = [heads, *(row for row in rows if not _is_across(row))]
+    widths = [max(len(row[i]) for row in full) for i in range(len(heads))]
+    widths[0] = max(len(row[0]) for row in [heads, *rows])
+    right = [_numeric(rows, i) for i in range(len(heads))]
+    if title:
+        print(title)
+    for row in [heads, *rows]:
+        cells = zip(row, widths, right, strict=True)
+        text = "  ".join(cell.rjust(width) if is_right else cell.ljust(width) for cell, width, is_right in cells)
+        print((f"{row[0].ljust(widths[0])}  {row[1]}" if _is_across(row) else text).rstrip())
+
+
+def _rich(title: str, heads: Sequence[str], rows: Rows, marked: Callable[[str], bool]) -> bool:
+    """False when rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table as RichTable
+    except ImportError:
+        return False
+    table = RichTable(title=title or None, title_justify="left")
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="right" if _numeric(rows, i) else "left", no_wrap=i == 0)
+    for row in rows:
+        if not _is_across(row):
+            table.add_row(*map(escape, row), style="bold green" if marked(row[0]) else "")
+    console = Console()
+    console.print(table)
+    for row in rows:
+        if _is_across(row):
+            console.print(f"[dim]{escape(row[0])}  {escape(row[1])}[/dim]")
+    return True

@@ -1,0 +1,415 @@
+"""Each baseline does what its paper says, and all of them live in a run: groups, state, saving, transforms in front."""
+
+import copy
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from evenstep.baselines.catalog import BASELINES, baseline
+from evenstep.baselines.fronts import FRONTS, parse, put_before, transforms
+from evenstep.baselines.state_size import state_bytes
+from evenstep.errors import EvenstepError
+from evenstep.models import Llama, llama_config
+from evenstep.optim import scale_groups
+from evenstep.train.config import OptimConfig
+from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer
+from evenstep.transforms import SpikeClip
+
+COMPILED = [name for name, entry in BASELINES.items() if entry.note == "compiled"]
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in COMPILED else ()) for name in BASELINES]
+
+
+def model():
+    torch.manual_seed(0)
+    return Llama(llama_config("tiny", 256, hidden_size=64, intermediate_size=96, num_layers=1, num_heads=2))
+
+
+def gradients(m, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in m.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def stepped(name, m, steps=1, **options):
+    optimizer = build_optimizer(m, OptimConfig(name=name, lr=1e-3, options=options))
+    for turn in range(steps):
+        gradients(m, turn)
+        optimizer.step()
+    return optimizer
+
+
+def kind(m, wanted):
+    return next([p for _, p in group["params"]] for group in scale_groups(m) if group["kind"] == wanted)
+
+
+def kept(optimizer, params):
+    """State bytes an entry."""
+    return sum(state_bytes(optimizer.state[p]) for p in params) / sum(p.numel() for p in params)
+
+
+@pytest.fixture(autouse=True)
+def installed(request):
+    name = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else None
+    if name in BASELINES and BASELINES[name].version() is None:
+        pytest.skip(f"{BASELINES[name].package} is not installed")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_goes_on_from_its_saved_state(name, tmp_path):
+    m = model()
+    optimizer = stepped(name, m, 2)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len({id(p) for p in held}) == len(list(m.parameters()))
+    other = copy.deepcopy(m)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    again = build_optimizer(other, OptimConfig(name=name, lr=1e-3))
+    again.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    for running, target in ((optimizer, m), (again, other)):
+        torch.manual_seed(1)
+        for turn in (2, 3):
+            gradients(target, turn)
+            running.step()
+    for p, q in zip(m.parameters(), other.parameters(), strict=True):
+        assert p.isfinite().all() and torch.allclose(p, q, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_schedule_reaches_every_parameter(name):
+    m = model()
+    optimizer = build_optimizer(m, OptimConfig(name=name, lr=1e-3))
+    LearningRates(optimizer).set(optimizer, 1e-12)
+    before = [p.detach().clone() for p in m.parameters()]
+    gradients(m, 0)
+    optimizer.step()
+    moved = [float((p.detach() - old).abs().max()) for p, old in zip(m.parameters(), before, strict=True)]
+    assert max(moved) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["galore", "fira"])
+def test_state_of_projected_matrices_shrinks_with_the_rank(name):
+    found = []
+    for rank in (4, 8, 16):
+        m = model()
+        optimizer = stepped(name, m, rank=rank)
+        q, mlp = m.model.layers[0].self_attn.q_proj.weight, m.model.layers[0].mlp.gate_proj.weight
+        for p in (q, mlp):
+            # Two moments of the projection along the longer side, and the projector.
+            assert optimizer.state[p]["exp_avg"].numel() == rank * max(p.shape)
+            assert state_bytes(optimizer.state[p]) == pytest.approx(4 * rank * (2 * max(p.shape) + min(p.shape)), abs=8)
+        for p in [*kind(m, "embedding"), *kind(m, "last"), *kind(m, "vector")]:
+            assert optimizer.state[p]["exp_avg"].shape == p.shape
+        found.append(kept(optimizer, kind(m, "hidden")))
+    assert found[0] < found[1] < found[2] < 8
+
+
+def test_the_rank_is_a_quarter_of_the_width_unless_given():
+    groups = build_optimizer(model(), OptimConfig(name="galore")).param_groups
+    assert [group.get("rank") for group in groups] == [16, None]
+
+
+def test_galore_moves_a_matrix_within_its_rank_and_fira_beyond():
+    def rank_of_change(name):
+        m = model()
+        q = m.model.layers[0].self_attn.q_proj.weight
+        before = q.detach().clone()
+        stepped(name, m, 3, rank=4)
+        change = torch.linalg.svdvals((q - before).double())
+        return int((change > 1e-4 * change[0]).sum())
+
+    assert rank_of_change("galore") == 4 and rank_of_change("fira") > 4 and rank_of_change("apollo") == 64
+
+
+def test_apollo_mini_has_rank_one_and_one_factor_for_a_tensor():
+    m = model()
+    q = m.model.layers[0].self_attn.q_proj.weight
+    before = q.detach().clone()
+    optimizer = stepped("apollo_mini", m)
+    assert optimizer.state[q]["exp_avg"].numel() == 64 and kept(optimizer, kind(m, "hidden")) < 0.15
+    ratio = (q.detach() - before) / q.grad
+    assert ratio.std() / ratio.mean().abs() < 1e-2
+    m = model()
+    q = m.model.layers[0].self_attn.q_proj.weight
+    before = q.detach().clone()
+    stepped("apollo", m)
+    ratio = (q.detach() - before) / q.grad
+    assert torch.allclose(ratio.std(dim=0) / ratio.mean().abs(), torch.zeros(64), atol=1e-2)  # one for each column
+    assert ratio.mean(dim=0).std() / ratio.mean().abs() > 1e-2
+
+
+def test_apollo_keeps_two_moments_of_the_projection_and_nothing_else():
+    m = model()
+    optimizer = stepped("apollo", m, rank=4)
+    for p in kind(m, "hidden"):
+        assert state_bytes(optimizer.state[p]) == 4 * (2 * 4 * max(p.shape) + 1)
+
+
+def test_apollo_is_the_papers_rule():
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
+    optimizer = baseline("apollo").load()([{"params": [w], "rank": 2}], lr=0.1, update_proj_gap=3, eps=1e-8)
+    m = v = torch.zeros(2, 6, dtype=torch.float64)
+    before, last = w.detach().clone(), None
+    for t in range(1, 8):
+        w.grad = torch.randn(6, 4, dtype=torch.float64) * (10 if t == 5 else 1)
+        g = w.grad.T
+        group = {**optimizer.param_groups[0], "t": t}
+        low = optimizer._projection(g, 2, group, 0) @ g
+        m, v = 0.9 * m + 0.1 * low, 0.999 * v + 0.001 * low**2
+        adam = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        change = g * (adam.norm(dim=0) / low.norm(dim=0))
+        if last is not None and change.norm() > 1.01 * last:
+            change = change * (1.01 * last / change.norm())
+        last = change.norm()
+        before = before - 0.1 * change.T
+        optimizer.step()
+        assert torch.allclose(w, before, atol=1e-5)
+
+
+def test_muon_is_for_hidden_matrices_alone_and_orthogonalises_them():
+    m = model()
+    q = m.model.layers[0].self_attn.q_proj.weight
+    before = q.detach().clone()
+    optimizer = stepped("muon", m)
+    assert all(set(optimizer.state[p]) == {"momentum_buffer"} for p in kind(m, "hidden"))
+    for p in [*kind(m, "embedding"), *kind(m, "last"), *kind(m, "vector")]:
+        assert {"exp_avg", "exp_avg_sq"} <= set(optimizer.state[p])
+    values = torch.linalg.svdvals(q.detach() - before)
+    assert values[0] / values[-1] < 4 < torch.linalg.svdvals(q.grad)[0] / torch.linalg.svdvals(q.grad)[-1]
+
+
+def test_muons_vectors_do_not_decay_and_its_adam_has_its_own_rate():
+    config = OptimConfig(name="muon", lr=1e-3, weight_decay=0.1, options={"adam_lr": 5e-4})
+    found = {
+        (type_of(p), group["lr"], group["weight_decay"])
+        for group in build_optimizer(model(), config).param_groups
+        for p in group["params"]
+    }
+    assert found == {("matrix", 1e-3, 0.1), ("matrix", 5e-4, 0.1), ("vector", 5e-4, 0.0)}
+
+
+def type_of(p):
+    return "matrix" if p.ndim == 2 else "vector"
+
+
+def test_adam_mini_keeps_one_second_moment_for_a_head_or_a_matrix():
+    m = model()
+    optimizer = stepped("adam_mini", m)
+    layer = m.model.layers[0]
+    assert optimizer.state[layer.self_attn.q_proj.weight]["v_mean"].numel() == 2  # heads
+    assert optimizer.state[layer.mlp.gate_proj.weight]["v_mean"].numel() == 1
+    assert optimizer.state[m.lm_head.weight]["v"].shape == m.lm_head.weight.shape
+    assert kept(optimizer, kind(m, "hidden")) == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize("name, least, most", [("lion", 4, 4), ("sgd", 4, 4), ("adamw", 8, 8.2), ("adafactor", 0, 0.3)])
+def test_state_bytes_of_matrices(name, least, most):
+    m = model()
+    assert least <= kept(stepped(name, m), kind(m, "hidden")) <= most
+
+
+def test_eight_bit_states_take_about_two_bytes():
+    pytest.importorskip("bitsandbytes")
+    m = model()
+    assert kept(stepped("bnb_adamw8bit", m), kind(m, "embedding")) < 2.5
+
+
+def test_lion_moves_every_entry_by_the_rate():
+    m = model()
+    before = [p.detach().clone() for p in m.parameters()]
+    stepped("lion", m)
+    for p, old in zip(m.parameters(), before, strict=True):
+        assert torch.allclose((p - old).abs(), torch.full_like(p, 1e-3), rtol=1e-3, atol=1e-6)
+
+
+# ---- LoRA, ReLoRA ----
+
+
+def test_lora_trains_its_adapters_alone():
+    m = model()
+    start = {name: p.detach().clone() for name, p in m.named_parameters()}
+    optimizer = stepped("lora", m, 5, rank=4)
+    for name, p in m.named_parameters():
+        change = p.detach() - start[name]
+        assert change.abs().max() > 0
+        if "proj" in name:
+            state = optimizer.state[p]
+            assert torch.allclose(change, state["b"] @ state["a"] * (32 / 4), atol=1e-5)
+            assert state_bytes(state) == 4 * (3 * 4 * sum(p.shape) + 2)
+
+
+def test_lora_is_pefts():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    ours = nn.Sequential(nn.Linear(12, 20, bias=False), nn.Tanh(), nn.Linear(20, 6, bias=False))
+    theirs = copy.deepcopy(ours)
+    x, y = torch.randn(32, 12), torch.randn(32, 6)
+    adapters = baseline("lora").load()(
+        [{"params": [ours[0].weight], "rank": 3}, {"params": [ours[2].weight], "rank": 0}], lr=1e-2, alpha=6.0, eps=1e-3
+    )
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"])
+    theirs = peft.inject_adapter_in_model(config, theirs)
+    layer = theirs[0]
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(adapters.state[ours[0].weight]["a"])
+    theirs[2].weight.requires_grad_(True)
+    reference = torch.optim.AdamW(
+        [p for p in theirs.parameters() if p.requires_grad], lr=1e-2, eps=1e-3, weight_decay=0.0
+    )
+    for _ in range(30):
+        for net, optimizer in ((ours, adapters), (theirs, reference)):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(net(x), y).backward()
+            optimizer.step()
+    merged = layer.base_layer.weight + layer.get_delta_weight("default")
+    assert torch.allclose(ours[0].weight, merged, atol=2e-5) and torch.allclose(
+        ours[2].weight, theirs[2].weight, atol=2e-5
+    )
+    assert (layer.get_delta_weight("default")).abs().max() > 0.1
+
+
+def test_relora_restarts_keep_the_weights_and_raise_the_rank():
+    def trained(name, **options):
+        m = model()
+        q = m.model.layers[0].self_attn.q_proj.weight
+        start = q.detach().clone()
+        optimizer = stepped(name, m, 9, rank=4, **options)
+        change = torch.linalg.svdvals((q - start).double())
+        return optimizer, q, int((change > 1e-3 * change[0]).sum())
+
+    assert trained("lora")[2] == 4
+    optimizer, q, rank = trained("relora", reset_interval=4, warmup_steps=1)
+    assert rank == 12  # restarts at steps 4 and 8
+    assert optimizer.state[q]["a_exp_avg_sq"].ne(0).any()
+
+
+def test_relora_prunes_the_moments_and_warms_up_again():
+    m = model()
+    optimizer = build_optimizer(
+        m, OptimConfig(name="relora", lr=1e-3, options={"rank": 4, "reset_interval": 4, "warmup_steps": 2})
+    )
+    q = m.model.layers[0].self_attn.q_proj.weight
+    for turn in range(3):
+        gradients(m, turn)
+        optimizer.step()
+    before = q.detach().clone()
+    old = optimizer.state[q]["a_exp_avg_sq"].clone()
+    for p in m.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # the fourth: a restart
+    found = optimizer.state[q]["a_exp_avg_sq"]
+    assert (found > 0).sum() == pytest.approx(0.01 * found.numel(), abs=2) and found.max() <= old.max()
+    assert torch.allclose(q, before, atol=1e-2)
+    assert optimizer.state[q]["b"].ne(0).float().mean() < 0.05  # new adapters: only what the kept moments moved
+    assert optimizer._rate(optimizer.param_groups[0]) == 0.5e-3
+    gradients(m, 5)
+    optimizer.step()
+    assert optimizer._rate(optimizer.param_groups[0]) == 1e-3
+
+
+def test_an_adapter_on_what_is_no_matrix_is_refused():
+    with pytest.raises(ValueError, match="needs a matrix, got a tensor of 1-D"):
+        baseline("lora").load()([nn.Parameter(torch.zeros(3))], rank=2)
+
+
+# ---- names, dotted paths, missing packages ----
+
+
+def test_any_class_by_its_path_with_options():
+    config = OptimConfig(name="torch.optim:NAdam", lr=0.5, options={"betas": [0.8, 0.9], "momentum_decay": 0.1})
+    optimizer = build_optimizer(model(), config)
+    assert type(optimizer).__name__ == "NAdam" and optimizer.param_groups[0]["momentum_decay"] == 0.1
+    with pytest.raises(EvenstepError, match=r"torch.optim:NAdam has no such hyperparameter; did you mean 'betas'"):
+        check_optimizer(OptimConfig(name="torch.optim:NAdam", options={"beats": 1}))
+    for name, why in (("torch.optim:Gone", "Gone"), ("nowhere_at_all.x:Y", "pip install nowhere_at_all")):
+        with pytest.raises(EvenstepError, match=why) as caught:
+            check_optimizer(OptimConfig(name=name))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(EvenstepError, match=r"needs the package pytorch_optimizer.*pip install 'evenstep\[peers\]'"):
+        check_optimizer(OptimConfig(name="lion"))
+
+
+def test_a_model_without_hidden_matrices_is_refused():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(4, 4)
+            self.lm_head = nn.Linear(4, 4)
+
+    with pytest.raises(EvenstepError, match="no hidden matrix"):
+        baseline("muon").build(Bare(), lr=1e-3)
+
+
+# ---- transforms in front ----
+
+
+def test_transforms_are_read_in_order_with_their_arguments():
+    assert parse("adaclip + adagn(gamma1=0.7, eps=1e-6)") == [("adaclip", {}), ("adagn", {"gamma1": 0.7, "eps": 1e-6})]
+    assert parse(" ") == []
+    assert [type(unit).__name__ for unit in transforms("norm_clip(max_norm=2) + zclip")] == ["NormClip", "ZClip"]
+    assert transforms("nullify(threshold=50)")[0].spikes == "zero"
+    for name in FRONTS:
+        assert len(transforms(name)) == 1
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("adagnn", "did you mean 'adagn'"),
+        ("adagn(gama1=0.5)", "did you mean 'gamma1'"),
+        ("adagn(0.5)", "cannot be read"),
+        ("adagn +", "cannot be read"),
+        ("adagn - adaclip", "cannot be read"),
+        ("adagn(gamma1=x)", "no number or text"),
+        ("adagn(gamma1=7)", "gamma1=7 is not"),
+        ("nullify(spikes='clip')", "no argument 'spikes'"),
+        ("adagn + adagn", "more than once"),
+    ],
+)
+def test_a_mistake_in_the_transforms_is_one_line(text, why):
+    with pytest.raises(EvenstepError, match=r"optim\.before") as caught:
+        put_before(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), text)
+    assert why in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["lion", "adam_mini", "muon", "galore", "lora"])
+def test_transforms_stand_in_front_of_any(name):
+    m, plain = model(), model()
+    config = OptimConfig(name=name, lr=1e-3, before="value_clip(limit=1e-3)")
+    optimizer = build_optimizer(m, config)
+    bare = build_optimizer(plain, OptimConfig(name=name, lr=1e-3))
+    if name == "lora":
+        for p, q in zip(m.parameters(), plain.parameters(), strict=True):
+            if "a" in bare.state[q]:
+                bare.state[q]["a"].copy_(optimizer.state[p]["a"])
+    for turn in range(2):
+        gradients(m, turn)
+        optimizer.step()
+        for p, q in zip(m.parameters(), plain.parameters(), strict=True):
+            q.grad = p.grad.clamp(-1e-3, 1e-3)
+        bare.step()
+    for p, q in zip(m.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_nullify_zeroes_what_spike_clip_limits():
+    now = types.SimpleNamespace(t=100, reset_interval=0, since_reset=lambda: 100)
+    from evenstep.optim import stabilize
+
+    p = nn.Parameter(torch.zeros(4))
+    for spikes, expected in (("clip", 5.0), ("zero", 0.0)):
+        optimizer = stabilize(
+            torch.optim.SGD([p], lr=1.0), SpikeClip(threshold=25.0, clip_start=0, beta2=0.5, spikes=spikes)
+        )
+        with torch.no_grad():
+            p.zero_()
+        optimizer.statistics[p]["spike_clip.exp_avg_sq"].fill_(1.0)
+        p.grad = torch.tensor([1.0, -100.0, 3.0, 0.0])
+        optimizer.step()
+        assert torch.allclose(p.detach(), torch.tensor([-1.0, expected, -3.0, 0.0])) and now.t

@@ -1,0 +1,239 @@
+"""Comparisons that really train, through the program's own door."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from compare_support import write_table
+from train_support import write_corpus
+
+from evenstep.cli import main
+from evenstep.compare import workers
+from evenstep.compare.cells import HOPELESS, Pool
+from evenstep.compare.run import Runner
+from evenstep.compare.schedule import Plan
+from evenstep.compare.table import load_table
+
+ROOT = Path(__file__).parents[1]
+TABLES = sorted((ROOT / "recipes" / "tables").glob("*.toml"))
+FAST = ["stable-spam-3", "spam-mitigation", "scale-1"]
+"""Between them: transforms in front, every kind of group rule, low bits, GaLore's projector, a claim of memory."""
+
+SMALL = """
+title = "a test"
+paper = "none"
+reference = "adam/high"
+
+[grid]
+rows = ["adam", "spam"]
+precisions = ["high"]
+sizes = ["tiny"]
+
+[row.adam]
+set.optim.name = "adam"
+[row.spam]
+set.optim = {{ name = "spam", reset_interval = 2, warmup_steps = 1 }}
+[precision.high]
+
+[base]
+data = {{ source = "text:{corpus}", cache_dir = "{cache}", vocab_size = 300, val_fraction = 0.1 }}
+train = {{ batch_size = 4, seq_len = 16, threads = 1, device = "cpu" }}
+eval = {{ every = 2, max_tokens = 500 }}
+log = {{ every = 1 }}
+
+[sweep]
+rates = [1e-3, 4e-3]
+tokens = 256
+[final]
+tokens = {tokens}
+seeds = [0, 1]
+
+[[claim]]
+text = "SPAM beats Adam"
+rule = "lower"
+better = "spam/high"
+than = "adam/high"
+paper = "-"
+
+[scale.small]
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+def table(directory, corpus, tokens=512, text=SMALL):
+    return write_table(directory, text.format(corpus=corpus, cache=corpus.parent / "cache", tokens=tokens))
+
+
+@pytest.fixture(autouse=True)
+def needs():
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("safetensors")
+
+
+def test_a_table_is_trained_tabled_stored_and_not_trained_again(tmp_path, corpus, capsys, monkeypatch):
+    path, out = table(tmp_path, corpus), tmp_path / "out"
+    words = ["compare", str(path), "--out", str(out), "--jobs", "0", "--store", str(tmp_path / "stored")]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert told.count("validation loss") == 8  # 2 rows x (2 rates + 2 seeds)
+    assert "claim (tiny): SPAM beats Adam:" in told and "tokens to reference" in told
+    where = out / "tables" / "mine"
+    assert {p.name for p in where.iterdir()} >= {"results.json", "table.md", "cells.csv", "mine-curves.png"}
+    document = json.loads((tmp_path / "stored" / "mine.json").read_text())
+    adam = document["lines"][0]
+    assert [cell["seed"] for cell in adam["finals"]] == [0, 1] and len(adam["sweep"]) == 2
+    assert adam["state_bytes"] == pytest.approx(2 * adam["model_bytes"], rel=0.01)
+    assert document["setting"]["tokens"] == 512 and document["hardware"][0]["device"] == "cpu"
+    assert not list(out.glob("cells/*/checkpoints"))
+
+    monkeypatch.setattr(workers.Here, "start", None)  # nothing may be trained now
+    assert main(words) == 0
+    assert json.loads((tmp_path / "stored" / "mine.json").read_text())["lines"] == document["lines"]
+
+
+def test_a_diverged_cell_is_remembered_and_a_failed_one_is_tried_again(tmp_path, corpus, capsys):
+    text = SMALL.replace("rates = [1e-3, 4e-3]", "rates = [1e-3, 1e30]")
+    assert main(["compare", str(table(tmp_path, corpus, text=text)), "--out", str(tmp_path / "a"), "--jobs", "0"]) == 0
+    told = capsys.readouterr().out
+    assert "lr 1e+30 seed 0 (sweep, 256 tokens): diverged: the loss is" in told
+    assert "stopped early: adam/high at lr 1e+30: diverged" in told
+    again = ["compare", str(table(tmp_path, corpus, text=text)), "--out", str(tmp_path / "a"), "--jobs", "0"]
+    assert main(again) == 0 and "diverged: the loss" not in capsys.readouterr().out.split("stopped early")[0]
+
+    broken = SMALL.replace('name = "spam"', 'name = "spam", no_such_thing = 3')
+    words = ["compare", str(table(tmp_path, corpus, text=broken)), "--out", str(tmp_path / "a"), "--jobs", "0"]
+    for _ in range(2):
+        assert main(words) == 2
+        out, err = capsys.readouterr()
+        assert "failed: error: optim.no_such_thing" in out and err.count("\n") == 1 and "2 runs failed" in err
+
+
+def test_mistakes_of_the_command_line(tmp_path, corpus, capsys):
+    path = str(table(tmp_path, corpus))
+    for words, why in (
+        ([path, "--jobs", "-1"], "--jobs: -1 is out of range"),
+        ([path, path], "same name"),
+        ([path, "--scale", "smal"], "did you mean 'small'"),
+        ([str(tmp_path / "none.toml")], "no such file"),
+        ([path, "--jbos", "1"], "did you mean '--jobs'"),
+    ):
+        assert main(["compare", *words]) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_a_dry_run_lists_what_would_be_trained(tmp_path, corpus, capsys):
+    assert main(["compare", str(table(tmp_path, corpus)), "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert told.count("sweep") == 4 and told.count("final") == 4 and "8 runs" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hopeless_process_is_stopped_and_remembered(tmp_path, corpus):
+    plan = Plan(load_table(table(tmp_path, corpus), "small"))
+    runner = Runner([plan], Pool(tmp_path / "cells"), 1, 0, lambda text: None)
+    good, bad = plan.sweep(plan.groups[0], {})
+
+    class Running:
+        stopped = False
+
+        def done(self):
+            return self.stopped
+
+        def stop(self):
+            self.stopped = True
+
+        def problem(self):
+            return "stopped after step 2 of 4"
+
+    for cell, loss in ((good, 3.0), (bad, 5.0)):
+        runner.pool.run(cell).mkdir()
+        lines = [json.dumps({"step": i, "tokens": 64 * i, "loss": loss}) + "\n" for i in (1, 2)]
+        (runner.pool.run(cell) / "metrics.jsonl").write_text("".join(lines))
+        runner.running[cell.name] = (cell, Running(), 0, time.monotonic())
+    runner._watch()
+    assert [runner.running[cell.name][1].stopped for cell in (good, bad)] == [False, True]
+    runner._ended(bad.name)
+    assert runner.outcomes[bad.name].status == HOPELESS and runner.outcomes[bad.name].tokens == 128
+    assert Pool(tmp_path / "cells").outcome(bad).status == HOPELESS
+    assert plan.best_rate(plan.groups[0], runner.outcomes) is None  # the other one is not done
+
+
+def test_processes_get_a_gpu_each(tmp_path, corpus, monkeypatch):
+    plan = Plan(load_table(table(tmp_path, corpus), "small"))
+    [cell, *_] = plan.sweep(plan.groups[0], {})
+    seen = []
+    monkeypatch.setattr(workers.subprocess, "Popen", lambda command, **how: seen.append((command, how["env"])))
+    for given, expected in (("", ["0", "1", "0"]), ("4,7", ["4", "7", "4"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        seen.clear()
+        for slot in range(3):
+            workers.Process.start(cell, Pool(tmp_path / "cells"), slot, 2)
+        assert [env["CUDA_VISIBLE_DEVICES"] for _, env in seen] == expected
+    assert seen[0][0][2:4] == ["evenstep", "pretrain"] and seen[0][0][-2] == "--out"
+    (Pool(tmp_path / "cells").run(cell) / "checkpoints" / "step-000002").mkdir(parents=True)
+    workers.Process.start(cell, Pool(tmp_path / "cells"), 0, 0)
+    assert "--resume" in seen[-1][0]
+
+
+def test_a_miniature_of_the_most_different_tables(tmp_path, capsys):
+    pytest.importorskip("pytorch_optimizer")
+    paths = [str(ROOT / "recipes" / "tables" / f"{name}.toml") for name in FAST]
+    assert main(["compare", *paths, "--smoke", "--out", str(tmp_path / "out"), "--store", str(tmp_path / "s")]) == 0
+    for name in FAST:
+        document = json.loads((tmp_path / "s" / f"{name}.json").read_text())
+        assert all(line["mean"] is not None for line in document["lines"]), name
+        assert all(claim["verdict"] != "not measured" for claim in document["claims"]), name
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_a_miniature_of_every_table(tmp_path, capsys):
+    """``make compare-smoke``, and the page of what it leaves."""
+    pytest.importorskip("pytorch_optimizer")
+    began = time.process_time()
+    words = ["compare", *map(str, TABLES), "--smoke", "--out", str(tmp_path / "out"), "--store", str(tmp_path / "s")]
+    assert main(words) == 0
+    assert time.process_time() - began < 300
+    assert {path.stem for path in (tmp_path / "s").glob("*.json")} == {path.stem for path in TABLES}
+    assert main(["results", str(tmp_path / "s"), "--out", str(tmp_path / "results.md")]) == 0
+    assert "not measured" not in (tmp_path / "results.md").read_text()
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_a_stopped_comparison_goes_on_where_it_was(tmp_path, corpus):
+    """Two processes at a time; Ctrl-C; the same command again gives what an uninterrupted one gives."""
+    path = table(tmp_path, corpus, tokens=6_000)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def command(out):
+        words = [sys.executable, "-m", "evenstep", "compare", str(path), "--out", str(tmp_path / out), "--jobs", "2"]
+        return [*words, "--store", str(tmp_path / f"{out}-stored")]
+
+    running = subprocess.Popen(command("a"), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        logs = [p for p in (tmp_path / "a").glob("cells/*/metrics.jsonl") if p.read_text().count('"loss"') > 15]
+        if logs:
+            break
+        time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=120)
+    assert running.returncode == 130 and b"what was running is saved" in err
+    stopped = [p.parent for p in (tmp_path / "a").glob("cells/*/checkpoints")]
+    assert stopped and not any((run / "summary.json").exists() for run in stopped)
+
+    for out in ("a", "b"):
+        subprocess.run(command(out), cwd=ROOT, env=environment, check=True, capture_output=True, timeout=500)
+    first, second = (json.loads((tmp_path / f"{out}-stored" / "mine.json").read_text()) for out in ("a", "b"))
+    for one, other in zip(first["lines"], second["lines"], strict=True):
+        assert [cell["loss"] for cell in one["finals"]] == [cell["loss"] for cell in other["finals"]]
