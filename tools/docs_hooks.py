@@ -1,0 +1,87 @@
+"""What mkdocs.yml cannot say: pages that may not exist, files of the repository that pages link to, and llms.txt."""
+
+import os
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent
+OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:benchmarks|recipes|tests|evenstep|experiments)/[^)#\s]+)\)")
+"""A link from a page to a file of the repository."""
+
+
+def on_config(config):
+    docs = Path(config.docs_dir)
+    named = set()
+    config.nav = _existing(config.nav, docs, named)
+    pages = [str(path.relative_to(docs)) for path in docs.rglob("*") if path.suffix in (".md", ".ipynb")]
+    rest = sorted(page for page in pages if page not in named and ".ipynb_checkpoints" not in page)
+    if rest:
+        config.nav.append({"More": rest})
+    return config
+
+
+def _existing(nav, docs, named):
+    found = []
+    for item in nav:
+        [(title, target)] = item.items()
+        if isinstance(target, list):
+            inside = _existing(target, docs, named)
+            found += [{title: inside}] if inside else []
+        elif (docs / target).exists():
+            named.add(target)
+            found.append(item)
+    return found
+
+
+def on_files(files, config):
+    """Files of the repository that pages link to come into the site, as they are."""
+    for page in [file for file in files if file.src_uri.endswith(".md")]:
+        for target in OUTSIDE.findall(page.content_string):
+            if (ROOT / target).is_file() and not files.get_file_from_path(f"repository/{target}"):
+                content = (ROOT / target).read_bytes()
+                files.append(File.generated(config, f"repository/{target}", content=content))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    def inside(match):
+        if not (ROOT / match[1]).is_file():
+            return match[0]
+        return f"]({os.path.relpath(f'repository/{match[1]}', os.path.dirname(page.file.src_uri) or '.')})"
+
+    return OUTSIDE.sub(inside, markdown)
+
+
+def on_post_build(config):
+    """llms.txt: every page with its first sentence, for readers that are programs."""
+    lines = ["# evenstep", "", f"> {config.site_description}", ""]
+    lines += _listed(config.nav, Path(config.docs_dir), 2)
+    (Path(config.site_dir) / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _listed(nav, docs, level):
+    lines = []
+    for item in nav:
+        title, target = next(iter(item.items())) if isinstance(item, dict) else (Path(item).stem, item)
+        if isinstance(target, list):
+            lines += ["", f"{'#' * level} {title}", "", *_listed(target, docs, level + 1)]
+        else:
+            lines.append(f"- [{title}]({Path(target).with_suffix('.html').as_posix()}): {_first_sentence(docs / target)}")
+    return lines
+
+
+def _first_sentence(path):
+    if path.suffix == ".ipynb":
+        import json
+
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = "".join(next(cell for cell in cells if cell["cell_type"] == "markdown")["source"])
+    else:
+        text = path.read_text(encoding="utf-8")
+    for paragraph in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        paragraph = " ".join(paragraph.split())
+        if paragraph and paragraph[0] not in "#|<:-*!":
+            return re.split(r"(?<=[a-z0-9)`][.:])\s", paragraph)[0].rstrip(":")
+    return ""
