@@ -1,5 +1,6 @@
 """The Python blocks of the documentation, and the names that their pages take for granted."""
 
+import random
 import re
 import sys
 import types
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+from evenstep import StableSPAM
 
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^(?P<indent> *)```python(?P<info>[^\n]*)\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -56,7 +59,9 @@ class Example(nn.Module):
 def common(folder):
     draw = torch.Generator().manual_seed(0)
     batches = [torch.randint(64, (4, 8), generator=draw) for _ in range(3)]
-    return {"torch": torch, "nn": nn, "model": Example(), "fresh_model": Example(), "batches": batches, "batch": batches[0]}
+    model = Example()
+    names = {"torch": torch, "nn": nn, "model": model, "fresh_model": Example(), "StableSPAM": StableSPAM}
+    return names | {"optimizer": StableSPAM(model.parameters()), "batches": batches, "batch": batches[0]}
 
 
 def integrations(folder):
@@ -68,12 +73,11 @@ def integrations(folder):
 
 
 def data(folder):
-    words = "the quick brown fox jumps over the lazy dog and runs into the dark wood where nobody sees it".split()
-    draw = torch.Generator().manual_seed(0)
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(3000)]
     (folder / "notes").mkdir()
     for i in range(200):
-        picked = torch.randint(len(words), (120,), generator=draw)
-        (folder / "notes" / f"{i}.md").write_text(" ".join(words[k] for k in picked) + f" {i}\n")
+        (folder / "notes" / f"{i}.md").write_text(" ".join(draw.choices(words, k=120)) + "\n")
     return {}
 
 

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 def tiny_model(seed=0):
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=False))
 
 
@@ -15,21 +15,19 @@ def tiny_data(rows=32):
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def tiny_trainer(out, model, *, steps=6, callbacks=None, optimizer_cls_and_kwargs=None, optimizers=(None, None), **args):
-    """``args``: of TrainingArguments. The evaluation data are the first four rows."""
+def tiny_trainer(out, model, *, steps=6, callbacks=None, optimizer=None, optimizers=(None, None), **args):
+    """``optimizer``: class and keywords; ``args``: of TrainingArguments. Evaluates on the first four rows."""
     # The schedule of a run that stops early must be that of the whole run, so its rate is constant unless asked.
-    given = dict(learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1, save_steps=3, seed=0) | args
-    arguments = TrainingArguments(
-        str(out), max_steps=steps, use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=2, **given
-    )
+    fixed = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "per_device_train_batch_size": 2, "seed": 0}
+    given = {"lr_scheduler_type": "constant", "logging_steps": 1, "save_steps": 3, **fixed, **args}
     return Trainer(
         model,
-        arguments,
+        TrainingArguments(str(out), max_steps=steps, **given),
         train_dataset=tiny_data(),
         eval_dataset=tiny_data(4),
         callbacks=callbacks,
         optimizers=optimizers,
-        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        optimizer_cls_and_kwargs=optimizer,
     )
 
 

@@ -104,7 +104,11 @@ def test_an_agent_trains_is_saved_and_goes_on(name, tmp_path):
     from stable_baselines3 import PPO
 
     def agent(seed):
-        policy = {"net_arch": [8], "optimizer_class": getattr(evenstep, name), "optimizer_kwargs": {"reset_interval": 3}}
+        policy = {
+            "net_arch": [8],
+            "optimizer_class": getattr(evenstep, name),
+            "optimizer_kwargs": {"reset_interval": 3},
+        }
         return PPO("MlpPolicy", "CartPole-v1", n_steps=32, batch_size=16, n_epochs=2, policy_kwargs=policy, seed=seed)
 
     first = agent(0)
@@ -140,7 +144,12 @@ def test_a_dotted_path_and_written_arguments_make_an_optimizer(name):
     arguments = ["betas=(0.9, 0.95)", "weight_decay=0.01", "update_proj_gap=200"]
     optimizer = from_dotted_path(groups, f"evenstep.{name}", 1e-4, arguments)
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["weight_decay"], group["reset_interval"]) == (3e-4, (0.9, 0.95), 0.01, 200)
+    assert (group["lr"], group["betas"], group["weight_decay"], group["reset_interval"]) == (
+        3e-4,
+        (0.9, 0.95),
+        0.01,
+        200,
+    )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

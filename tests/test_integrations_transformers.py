@@ -13,7 +13,7 @@ from evenstep.telemetry.schema import read_records
 
 
 def by_class(cls, **options):
-    return lambda model: {"optimizer_cls_and_kwargs": (cls, {"lr": 1e-2, **options})}
+    return lambda model: {"optimizer": (cls, {"lr": 1e-2, **options})}
 
 
 def by_object(build):
@@ -43,7 +43,11 @@ def test_a_trainer_resumes_to_the_same_bits(door, tmp_path):
 def test_the_trainers_groups_and_schedule_reach_the_optimizer(tmp_path):
     options = {"lr": 1e-2, "gamma1": 0.85, "update_proj_gap": 50}
     trainer = tiny_trainer(
-        tmp_path, tiny_model(), optimizer_cls_and_kwargs=(StableSPAM, options), weight_decay=0.1, lr_scheduler_type="linear"
+        tmp_path,
+        tiny_model(),
+        optimizer=(StableSPAM, options),
+        weight_decay=0.1,
+        lr_scheduler_type="linear",
     )
     trainer.train()
     optimizer = trainer.optimizer.optimizer
@@ -67,7 +71,7 @@ def test_the_callback_knows_every_step_and_its_loss(optimizer, accumulation, tmp
         tmp_path,
         tiny_model(),
         callbacks=[SpikeCallback(every=4, say=None)],
-        optimizer_cls_and_kwargs=(optimizer, {"lr": 1e-2}),
+        optimizer=(optimizer, {"lr": 1e-2}),
         gradient_accumulation_steps=accumulation,
         logging_steps=1,
     )
@@ -85,7 +89,7 @@ def test_the_callback_goes_on_after_a_resume_without_a_line_twice(tmp_path):
             tmp_path,
             tiny_model(),
             callbacks=[SpikeCallback(say=None)],
-            optimizer_cls_and_kwargs=(StableSPAM, {"lr": 1e-2}),
+            optimizer=(StableSPAM, {"lr": 1e-2}),
             eval_strategy="steps",
             eval_steps=3,
         )
@@ -104,7 +108,7 @@ def test_the_callback_goes_on_after_a_resume_without_a_line_twice(tmp_path):
 
 def test_a_low_bit_model_trains_and_its_checkpoint_is_a_plain_one(tmp_path):
     model = quantize_(tiny_model(), "fp4")
-    trainer = tiny_trainer(tmp_path, model, optimizer_cls_and_kwargs=(StableSPAM, {"lr": 1e-2}), save_steps=6)
+    trainer = tiny_trainer(tmp_path, model, optimizer=(StableSPAM, {"lr": 1e-2}), save_steps=6)
     trainer.train()
     assert sum(isinstance(module, LowBitLinear) for module in model.modules()) == 7
     assert not equal(weights(model), weights(tiny_model()))

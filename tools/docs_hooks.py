@@ -10,6 +10,14 @@ ROOT = Path(__file__).parent.parent
 OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:benchmarks|recipes|tests|evenstep|experiments)/[^)#\s]+)\)")
 """A link from a page to a file of the repository."""
 
+SHORTLY = (
+    "`from evenstep import StableSPAM, SPAM, SCALE, scale_groups, stabilize, AdaClip, AdaGN, GradientStabilizer, "
+    "SpikeMonitor, quantize_`. The optimizers are torch optimizers: `StableSPAM(model.parameters(), lr=1e-3)` takes "
+    "the place of `torch.optim.AdamW` (whose default weight decay is 0.01; here it is 0). `SCALE(scale_groups(model))` "
+    "needs its groups. `stabilize(optimizer, GradientStabilizer())` wraps any torch optimizer; step the result.",
+)
+"""At the head of llms.txt."""
+
 
 def on_config(config):
     docs = Path(config.docs_dir)
@@ -54,9 +62,16 @@ def on_page_markdown(markdown, page, config, files):
     return OUTSIDE.sub(inside, markdown)
 
 
+def on_post_page(output, page, config):
+    """Links in notebooks are written like those in pages, and stay so when notebooks become HTML."""
+    if page.file.src_uri.endswith(".ipynb"):
+        output = re.sub(r'href="([^":]+)\.(?:md|ipynb)((?:#[^"]*)?)"', r'href="\1.html\2"', output)
+    return output
+
+
 def on_post_build(config):
     """llms.txt: every page with its first sentence, for readers that are programs."""
-    lines = ["# evenstep", "", f"> {config.site_description}", ""]
+    lines = ["# evenstep", "", f"> {config.site_description}", "", *SHORTLY, ""]
     lines += _listed(config.nav, Path(config.docs_dir), 2)
     (Path(config.site_dir) / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -68,7 +83,9 @@ def _listed(nav, docs, level):
         if isinstance(target, list):
             lines += ["", f"{'#' * level} {title}", "", *_listed(target, docs, level + 1)]
         else:
-            lines.append(f"- [{title}]({Path(target).with_suffix('.html').as_posix()}): {_first_sentence(docs / target)}")
+            lines.append(
+                f"- [{title}]({Path(target).with_suffix('.html').as_posix()}): {_first_sentence(docs / target)}"
+            )
     return lines
 
 
@@ -83,5 +100,6 @@ def _first_sentence(path):
     for paragraph in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
         paragraph = " ".join(paragraph.split())
         if paragraph and paragraph[0] not in "#|<:-*!":
-            return re.split(r"(?<=[a-z0-9)`][.:])\s", paragraph)[0].rstrip(":")
+            paragraph = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", paragraph)  # links to their text
+            return re.split(r"(?<=[a-z0-9)`]\.)\s", paragraph)[0]
     return ""

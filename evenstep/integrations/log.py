@@ -39,7 +39,8 @@ class Tally:
 
     def write(self, record: Record) -> None:
         self.spikes += record.get("event") == "spike"
-        self.spike_rate = record.get("spike_rate", self.spike_rate) if record.get("kind") == "window" else self.spike_rate
+        if record.get("kind") == "window":
+            self.spike_rate = record["spike_rate"]
 
     def close(self) -> None:
         """Nothing is held."""

@@ -18,6 +18,10 @@ from evenstep.telemetry.sinks import Sink
 STATE = "spike_monitor.pt"
 """In each checkpoint of the Trainer, so that baselines go on after a resume."""
 
+TRAINING = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
+VALIDATION = {"eval_loss": "val_loss"}
+"""The Trainer's names of what is in lines of ours."""
+
 
 class SpikeCallback(TrainerCallback):
     """Watches the Trainer's optimizer with a `SpikeMonitor`: ``Trainer(..., callbacks=[SpikeCallback()])``.
@@ -92,10 +96,8 @@ class SpikeCallback(TrainerCallback):
         if self.monitor is None or logs is None:
             return
         self.monitor.drain()
-        write_line(
-            self.monitor.sinks, state.global_step, logs, {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
-        )
-        write_line(self.monitor.sinks, state.global_step, logs, {"eval_loss": "val_loss"})
+        for names in (TRAINING, VALIDATION):
+            write_line(self.monitor.sinks, state.global_step, logs, names)
         if "loss" in logs:
             found = self._tally.take()
             logs.update(found)

@@ -129,7 +129,8 @@ class SpikeMonitor:
 
     def _evaluated(self, loss: Any) -> None:
         self._look()
-        if self.told.get("loss") is None and (isinstance(loss, float) or (isinstance(loss, Tensor) and loss.numel() == 1)):
+        one_number = loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, float)
+        if one_number and self.told.get("loss") is None:
             self.told["loss"] = loss.detach() if isinstance(loss, Tensor) else loss
 
     def _look(self) -> None:
