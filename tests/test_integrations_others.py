@@ -5,6 +5,7 @@ import copy
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,17 @@ def test_accelerate_accumulates_saves_and_goes_on(name, accelerator, tmp_path):
 def clock(optimizer):
     group = optimizer.param_groups[0]
     return int(group.get("t", group.get("stabilize_t")))
+
+
+def test_accelerate_exchanges_parameters_for_shards_and_nothing_is_lost():
+    # accelerate_fsdp2.py: how far a sharded run is from one without accelerate, straight and through a checkpoint.
+    names = ["StableSPAM", "SPAM", "SCALE", "stabilize"]
+    program = [sys.executable, str(Path(__file__).parent / "accelerate_fsdp2.py"), *names]
+    said = subprocess.run(program, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr[-2000:]
+    found = [line.split() for line in said.stdout.splitlines()]
+    assert [line[:2] for line in found] == [[name, "True"] for name in names]
+    assert all(float(distance) <= 1e-6 for line in found for distance in line[2:])
 
 
 @pytest.mark.parametrize("build", [BUILDS["StableSPAM"], lambda params: torch.optim.SGD(params, lr=0.1)])
