@@ -1,4 +1,4 @@
-"""A program: accelerate with FSDP2 on one process. Trains, saves, goes on in another optimizer; prints what came out."""
+"""A program: accelerate with FSDP2 on one process. Trains, saves, goes on in another optimizer; prints distances."""
 
 import sys
 import tempfile

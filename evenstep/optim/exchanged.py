@@ -9,8 +9,8 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from evenstep.optim.sharding import is_sharded
 from evenstep.optim.state import Group
 
 
@@ -24,12 +24,12 @@ def follow_exchange(
     """
     new = [p for group in groups for p in group["params"] if p not in kept]
     for p in new:
-        if not isinstance(p, DTensor) and p.dim() == 1:
+        if not is_sharded(p) and p.dim() == 1:
             raise RuntimeError(
                 f"a parameter of shape {tuple(p.shape)} was put into a group without add_param_group. If it is a "
                 "flat shard (ZeRO): per-tensor statistics are impossible there; use FSDP2 (fully_shard) or DDP"
             )
-    if not any(isinstance(p, DTensor) for p in new):
+    if not any(is_sharded(p) for p in new):
         return False
     if any(int(group.get(clock, 0)) for group in groups):
         raise RuntimeError(
