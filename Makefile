@@ -12,7 +12,7 @@ WORKERS ?= 2
 # Small tensor operations stall when OpenMP threads outnumber the free cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow soak lint format bench compare-smoke clean
+.PHONY: demo test test-slow soak lint format bench compare-smoke docs dist clean
 
 demo: $(VENV)/.train  ## train a small LLaMA on real text: about three minutes, no download beyond pip
 	$(BIN)/evenstep pretrain recipes/demo.toml $(ARGS)
@@ -41,8 +41,16 @@ bench: $(VENV)/.dev  ## training throughput against transformers, one thread
 compare-smoke: $(VENV)/.dev  ## a miniature of every table of the papers: about two minutes
 	$(BIN)/evenstep compare recipes/tables/*.toml --smoke $(ARGS)
 
+docs: $(VENV)/.dev  ## the documentation site, in site/; any warning and any broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python tools/check_links.py site
+
+dist: $(VENV)/.dev  ## the source distribution and a wheel for this machine, in dist/
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # A change to any of these is installed anew: the editable install sees other changes by itself.
 INSTALL := pyproject.toml setup.py evenstep/kernels/cpu.cpp evenstep/kernels/cpu_quant.cpp

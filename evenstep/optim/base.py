@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from evenstep.kernels import Measured
+from evenstep.optim.exchanged import follow_exchange
 from evenstep.optim.fused import Choice
 from evenstep.optim.names import renamed, without_inert
 from evenstep.optim.sharding import Bucket, buckets, combine, local, refuse_flat_shard, state_dtype
@@ -74,8 +75,7 @@ class EvenOptimizer(Optimizer):
             place_clock(added)
             for index, p in enumerate(added["params"]):
                 _check_parameter(p, index)
-                self._choice.check(p)
-                self.state[p] = self.fresh_state(p, added, index)
+                self._start(p, added, index)
         except Exception:
             self.param_groups.pop()
             raise
@@ -98,6 +98,14 @@ class EvenOptimizer(Optimizer):
         """The state of a new parameter, the ``index``-th of its group."""
         raise NotImplementedError
 
+    def _follow_exchange(self) -> None:
+        if follow_exchange(self.param_groups, self.state, "t", self._start):
+            self._places = {}
+
+    def _start(self, p: Tensor, group: Group, index: int) -> None:
+        self._choice.check(p)
+        self.state[p] = self.fresh_state(p, group, index)
+
     # ---- one step ----
 
     @torch.no_grad()
@@ -118,9 +126,9 @@ class EvenOptimizer(Optimizer):
 
     @torch._disable_dynamo
     def _begin(self) -> list[Work]:
+        self._follow_exchange()
         for group in self.param_groups:
             self._refuse_sparse_gradients(group["params"])
-            self._refuse_strangers(group["params"])
         given = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         sweeping = [group for group in self.param_groups if "sweep" in group and group["sweep"] == group["t"]]
         # After a sweep of step_parameter, step() updates what is left of it at the same t.
@@ -240,16 +248,12 @@ class EvenOptimizer(Optimizer):
                     "one); use a dense embedding (sparse=False) or another optimizer for it"
                 )
 
-    def _refuse_strangers(self, params: Iterable[Tensor]) -> None:
-        """A sharding tool may have put a flat tensor of its own into a group, past `add_param_group`."""
-        for p in params:
-            if p.dim() == 1 and p not in self.state:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(p.shape)} was put into a group without add_param_group. If it is a "
-                    "flat shard (ZeRO): per-tensor statistics are impossible there; use FSDP2 (fully_shard) or DDP"
-                )
-
     # ---- saving and loading ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's."""
+        self._follow_exchange()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps its own dtype bit for bit whatever the dtype of the parameters.
@@ -259,6 +263,7 @@ class EvenOptimizer(Optimizer):
         `evenstep.optim.takeover`). Raises ValueError, before anything changes, for a state of other shapes or of an
         unknown optimizer.
         """
+        self._follow_exchange()
         final: dict[str, Any] = {}
         said: list[str] = []
 

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from evenstep.optim.bases import check_base, check_parameters, checked_copy
 from evenstep.optim.chain import CLOCK, PREFIX, Chain, Transformed
+from evenstep.optim.exchanged import follow_exchange
 from evenstep.optim.fused import Choice
 from evenstep.optim.moments import MOMENTS, Snapshot, divided, reset_, unknown_entries
 from evenstep.optim.sharding import buckets, combine
@@ -149,6 +150,9 @@ class Stabilized(Optimizer):
         for p in group["params"]:
             self.chain.adopt(p)
 
+    def _follow_exchange(self) -> None:
+        follow_exchange(self.param_groups, self.statistics, CLOCK, lambda p, group, index: self.chain.adopt(p))
+
     def __getstate__(self) -> dict[str, Any]:
         own = ("base", "reset_interval", "moments", "nonfinite", "chain", "_choice", "_swap")
         return {name: self.__dict__[name] for name in own} | {"stats": {}}
@@ -168,6 +172,7 @@ class Stabilized(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_exchange()
         self._refuse_sparse_gradients()
         work = [
             (group, bucket) for group in self.param_groups for bucket in buckets(group["params"], None, self._choice)
@@ -256,6 +261,7 @@ class Stabilized(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
+        self._follow_exchange()
         saved = self.base.state_dict()
         state = {i: dict(entries) for i, entries in saved["state"].items()}
         for i, p in self._numbered(saved):
@@ -271,6 +277,7 @@ class Stabilized(Optimizer):
         Raises ValueError, before anything changes, when a statistic has another shape than the transforms given here
         keep.
         """
+        self._follow_exchange()
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict

@@ -21,6 +21,7 @@ from evenstep.telemetry.lines import event_line
 from evenstep.telemetry.probe import COLUMNS, Probe
 from evenstep.telemetry.records import Records, lowbit_events, lowbit_record, start_record
 from evenstep.telemetry.sinks import Sink, guarded
+from evenstep.telemetry.subject import bare, parameter_names, watched
 
 WEIGHTS_EVERY = 250
 """Steps between two looks at all weights, which move slowly."""
@@ -39,7 +40,10 @@ class SpikeMonitor:
 
     ``monitor = SpikeMonitor(model, optimizer, sinks=[JsonlSink("metrics.jsonl")])``, then train as ever. Call
     ``monitor.observe(loss)`` before ``optimizer.step()`` and events know the loss as well. One row is made per
-    ``optimizer.step()``, however many backward passes came before. Under DDP and FSDP2 every rank makes a monitor;
+    ``optimizer.step()``, however many backward passes came before. Where the step gets a closure that runs the backward
+    pass (as Lightning does), gradients are looked at after its first call, and its value is the loss of the step unless
+    `observe` told another. Accelerate's wrapper of an optimizer is looked through. Under DDP and FSDP2 every rank makes
+    a monitor;
     numbers are those of whole tensors, and rank 0 alone writes and speaks.
 
     Args:
@@ -78,6 +82,7 @@ class SpikeMonitor:
         _check(optimizer, every=every, ratio=ratio, sigma=sigma, window=window, parameters_every=parameters_every)
         if samples < 0:
             raise ValueError(f"SpikeMonitor: samples={samples} must be at least 0")
+        optimizer = bare(optimizer)
         self.optimizer, self.say, self.lowbit = optimizer, say, lowbit
         self.show: Callable[[list[str], dict[str, Any]], None] | None = None
         self.step = 0  # the newest one seen
@@ -114,7 +119,21 @@ class SpikeMonitor:
             self.drain()  # records date their values by the first step: numbers must not jump within one
         self.told = {"loss": loss.detach() if isinstance(loss, Tensor) else loss, "rows": rows, "step": step}
 
-    def _before(self, *_: Any) -> None:
+    def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """The hook before a step: ``args`` are the step's, the optimizer first."""
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._look()
+            return None
+        return args[:1], kwargs | {"closure": watched(closure, self._evaluated)}
+
+    def _evaluated(self, loss: Any) -> None:
+        self._look()
+        one_number = loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, float)
+        if one_number and self.told.get("loss") is None:
+            self.told["loss"] = loss.detach() if isinstance(loss, Tensor) else loss
+
+    def _look(self) -> None:
         with torch.no_grad():
             self.probe.before(weights=not self.seen)
 
@@ -256,17 +275,6 @@ def _check(optimizer: Optimizer, **numbers: float) -> None:
         low = 1 if isinstance(value, int) and name in ("every", "window", "parameters_every") else 0
         if not (value >= low and value > 0):
             raise ValueError(f"SpikeMonitor: {name}={value} must be {'at least 1' if low else 'above 0'}")
-
-
-def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """A name for each parameter of the optimizer, in its order: the model's, without the prefixes of wrappers."""
-    known = {id(p): name for name, p in model.named_parameters()}
-    names = []
-    for i, group in enumerate(optimizer.param_groups):
-        for j, p in enumerate(group["params"]):
-            name = known.get(id(p), f"group{i}.parameter{j}")
-            names.append(name.removeprefix("module.").replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", ""))
-    return names
 
 
 def _saved(state: Any) -> Any:

@@ -1,0 +1,73 @@
+"""The site builds without a warning and every link leads somewhere; notebooks run."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from docs_support import ROOT
+
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+def check_links():
+    spec = importlib.util.spec_from_file_location("check_links", ROOT / "tools" / "check_links.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_warnings_and_its_links_hold(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert built.returncode == 0 and "WARNING" not in built.stderr, built.stderr
+    assert check_links().broken(tmp_path / "site") == []
+    listed = (tmp_path / "site" / "llms.txt").read_text()
+    pages = [path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")]
+    assert [str(page) for page in pages if f"]({page})" not in listed] == []
+
+
+def test_the_link_check_finds_what_is_broken(tmp_path):
+    site = tmp_path.resolve()
+    (site / "sub").mkdir()
+    (site / "a.html").write_text(
+        '<a href="sub/b.html#there">fine</a><a href="sub/b.html#gone">x</a><a href="c.html">x</a>'
+        '<a href="https://example.org/">fine</a><script src="https://example.org/x.js"></script><img src="no.png">'
+    )
+    (site / "sub" / "b.html").write_text('<h1 id="there">b</h1><a href="../a.html">fine</a><a href="#nowhere">x</a>')
+    assert check_links().broken(site) == [
+        "a.html: sub/b.html#gone has no such place",
+        "a.html: c.html leads nowhere",
+        "a.html: loads https://example.org/x.js",
+        "a.html: no.png leads nowhere",
+        "sub/b.html: #nowhere has no such place",
+    ]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_shows_its_results(notebook, tmp_path, monkeypatch):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    kinds = [kind for cell in code for output in cell["outputs"] for kind in output.get("data", {})]
+    assert "image/png" in kinds and all(output["output_type"] != "error" for cell in code for output in cell["outputs"])
+    names = {"__name__": "__main__"}
+    for i, cell in enumerate(code):
+        exec(compile("".join(cell["source"]), f"{notebook.name}, code cell {i}", "exec"), names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_in_jupyter(notebook, tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    NotebookClient(nbformat.read(notebook, 4), timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -1,0 +1,139 @@
+"""Lightning: closures, accumulation, clipping, checkpoints; and what the callback sees of them."""
+
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from integration_support import equal, weights
+from torch import nn
+
+from evenstep import SPAM, AdaGN, StableSPAM, stabilize
+from evenstep.errors import EvenstepError
+from evenstep.integrations.lightning import SpikeCallback
+from evenstep.telemetry.schema import read_records
+
+
+class Regression(pl.LightningModule):
+    def __init__(self, build, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.build = build
+        self.norms, self.losses = [], []
+
+    def training_step(self, batch, _):
+        x, y = batch
+        loss = (self.net(x) - y).square().mean()
+        self.losses.append(float(loss))
+        return loss
+
+    def validation_step(self, batch, _):
+        x, y = batch
+        self.log("val_loss", (self.net(x) - y).square().mean())
+
+    def configure_optimizers(self):
+        return self.build(self.parameters())
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.norms.append([float(p.grad.norm()) for p in self.parameters()])
+
+
+def data(rows=24):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 4, generator=draw)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True)), batch_size=4)
+
+
+def trainer(out, *, steps=6, callbacks=(), **options):
+    return pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        default_root_dir=out,
+        logger=options.pop("logger", False),
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+
+
+BUILDS = {
+    "StableSPAM": lambda params: StableSPAM(params, lr=1e-2, reset_interval=4),
+    "SPAM sparse": lambda params: SPAM(params, lr=1e-2, density=0.25, reset_interval=4, warmup_steps=2),
+    "stabilize": lambda params: stabilize(torch.optim.AdamW(params, lr=1e-2), AdaGN(), reset_interval=4),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_lightning_resumes_to_the_same_bits(name, tmp_path):
+    # An epoch is one batch, so that all steps see the same: where Lightning goes on in the data is its own affair.
+    whole, half, again = (Regression(BUILDS[name], seed) for seed in (0, 0, 1))
+    trainer(tmp_path).fit(whole, data(4))
+    first = trainer(tmp_path, steps=3)
+    first.fit(half, data(4))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    trainer(tmp_path).fit(again, data(4), ckpt_path=tmp_path / "half.ckpt")
+    assert equal(weights(whole), weights(again))
+    assert not equal(weights(whole), weights(half))
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_the_callback_sees_the_gradients_and_the_loss_of_each_step(name, tmp_path):
+    # Lightning runs the backward pass within optimizer.step: a look before it would see the last step's gradients.
+    model = Regression(BUILDS[name])
+    spikes = SpikeCallback(every=1, parameters_every=1, say=None)
+    trainer(tmp_path, steps=3, callbacks=[spikes], accumulate_grad_batches=2, gradient_clip_val=0.5).fit(model, data())
+    records = read_records(tmp_path / "metrics.jsonl")
+    seen = [record["grad_norm"] for record in records if record.get("kind") == "parameters"]
+    assert len(seen) == 3
+    torch.testing.assert_close(torch.tensor(seen), torch.tensor(model.norms), rtol=1e-3, atol=1e-6)
+    losses = [record["losses"][0] for record in records if record.get("kind") == "window"]
+    means = torch.tensor(model.losses).view(3, 2).mean(1)
+    torch.testing.assert_close(torch.tensor(losses), means, rtol=1e-3, atol=1e-6)
+
+
+def test_the_callback_goes_on_from_a_checkpoint(tmp_path):
+    def fit(steps, out, **how):
+        spikes = SpikeCallback(tmp_path / "metrics.jsonl", every=1, parameters_every=1, say=None)
+        fitted = trainer(out, steps=steps, callbacks=[spikes])
+        fitted.fit(Regression(BUILDS["StableSPAM"]), data(4), data(4), **how)
+        return fitted, [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
+
+    _, whole = fit(6, tmp_path)
+    first, _ = fit(3, tmp_path)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    _, again = fit(6, tmp_path, ckpt_path=tmp_path / "half.ckpt")
+    scores = [[r for r in records if r.get("kind") == "parameters"][-1]["gss"] for records in (whole, again)]
+    assert scores[0] == scores[1]  # of step 6, over the mean of all six
+    steps = [
+        record["first"] + i for record in again if record.get("kind") == "window" for i in range(len(record["losses"]))
+    ]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in whole if "val_loss" in record] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_trainers_loggers_get_the_numbers(tmp_path):
+    class Logger(pl.loggers.logger.DummyLogger):
+        def __init__(self):
+            super().__init__()
+            self.got = []
+
+        def log_metrics(self, metrics, step=None):
+            self.got.append((step, metrics))
+
+    logger = Logger()
+    trainer(tmp_path, logger=logger, callbacks=[SpikeCallback(every=2, say=None)]).fit(
+        Regression(BUILDS["AdamW"]), data()
+    )
+    rates = [step for step, metrics in logger.got if "telemetry/spike_rate" in metrics]
+    assert rates == [2, 4, 6]
+
+
+def test_an_optimizer_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(EvenstepError, match=r"optimizer=1, but the module has 1; count from 0"):
+        trainer(tmp_path, callbacks=[SpikeCallback(optimizer=1)]).fit(Regression(BUILDS["AdamW"]), data())

@@ -1,0 +1,122 @@
+"""What a release promises: one version, types, dependencies, citations; sdist and wheel that install."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import evenstep
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert evenstep.__version__ == PROJECT["version"] == citation["version"]
+
+
+def test_torch_and_numpy_are_all_that_it_needs():
+    assert [re.match(r"\w+", need)[0] for need in PROJECT["dependencies"]] == ["torch", "numpy"]
+
+
+def test_every_paper_is_cited():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    cited = " ".join(reference["url"] for reference in citation["references"])
+    assert all(paper in cited for paper in ("2501.06842", "2502.17055v1", "2502.17055v3", "2506.16659"))
+    assert all(
+        reference["authors"] and reference["title"] and reference["year"] for reference in citation["references"]
+    )
+
+
+def test_versions_of_python_are_those_of_the_workflow_and_of_the_wheels():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    tested = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+    said = [name.rpartition(" ")[2] for name in PROJECT["classifiers"] if "Python :: 3." in name]
+    wheels = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]["build"]
+    assert tested == said == ["3.11", "3.12", "3.13"]
+    assert re.findall(r"cp3(\d+)-", wheels) == [version.partition(".")[2] for version in said]
+
+
+def test_what_the_workflow_runs_exists():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    commands = "\n".join(step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step)
+    targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"make (\w+)", commands)) <= set(targets)
+    assert all((ROOT / path).exists() for path in re.findall(r"tests/\w+\.py", commands))
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """Built from the files that git would commit, so that no build of this checkout gets in."""
+    there = tmp_path_factory.mktemp("sdist")
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (there / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, there / name)
+    build = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=there, check=True, capture_output=True)
+    [path] = (there / "dist").glob("*.tar.gz")
+    return path
+
+
+def wheel_of(sdist, out, **environment):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out)]
+    subprocess.run([*command, str(sdist)], check=True, capture_output=True, env=os.environ | environment)
+    [path] = out.glob("*.whl")
+    return path
+
+
+def kernels_in(wheel):
+    return [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".so", ".dylib", ".pyd"))]
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_sdist_becomes_a_wheel_that_installs_alone(sdist, tmp_path):
+    wheel = wheel_of(sdist, tmp_path, CC="/bin/false", CXX="/bin/false")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert kernels_in(wheel) == []
+    assert "evenstep/py.typed" in names and any(name.startswith("evenstep/telemetry/assets/") for name in names)
+    assert not [name for name in names if name.startswith(("tests/", "tools/", "docs/"))]
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, check=True, cwd=tmp_path)
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    said = subprocess.run(
+        [python, "-c", "import evenstep; print(evenstep.__file__, evenstep.__version__)"], **quiet(clean, tmp_path)
+    )
+    assert str(tmp_path) in said.stdout and said.stdout.strip().endswith(PROJECT["version"])
+    said = subprocess.run([tmp_path / "env" / "bin" / "evenstep", "--version"], **quiet(clean, tmp_path))
+    assert said.stdout == f"evenstep {PROJECT['version']}\n"
+
+
+def quiet(environment, folder):
+    return {"env": environment, "cwd": folder, "capture_output": True, "text": True, "check": True}
+
+
+@pytest.mark.slow
+def test_with_a_compiler_the_wheel_has_kernels_that_serve(sdist, tmp_path):
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    wheel = wheel_of(sdist, tmp_path)
+    assert len(kernels_in(wheel)) == 3
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", "there", wheel]
+    subprocess.run(install, check=True, cwd=tmp_path, capture_output=True)
+    program = (
+        "import torch, evenstep; p = torch.nn.Parameter(torch.ones(8)); p.grad = torch.ones(8);"
+        "evenstep.StableSPAM([p], lr=0.5, fused=True).step(); print(evenstep.__file__, p[0].item())"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "there")}
+    said = subprocess.run([sys.executable, "-c", program], **quiet(environment, tmp_path)).stdout.split()
+    assert str(tmp_path) in said[0] and abs(float(said[1]) - 0.5) < 1e-3

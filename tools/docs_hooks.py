@@ -1,0 +1,105 @@
+"""What mkdocs.yml cannot say: pages that may not exist, files of the repository that pages link to, and llms.txt."""
+
+import os
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parent.parent
+OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:benchmarks|recipes|tests|evenstep|experiments)/[^)#\s]+)\)")
+"""A link from a page to a file of the repository."""
+
+SHORTLY = (
+    "`from evenstep import StableSPAM, SPAM, SCALE, scale_groups, stabilize, AdaClip, AdaGN, GradientStabilizer, "
+    "SpikeMonitor, quantize_`. The optimizers are torch optimizers: `StableSPAM(model.parameters(), lr=1e-3)` takes "
+    "the place of `torch.optim.AdamW` (whose default weight decay is 0.01; here it is 0). `SCALE(scale_groups(model))` "
+    "needs its groups. `stabilize(optimizer, GradientStabilizer())` wraps any torch optimizer; step the result.",
+)
+"""At the head of llms.txt."""
+
+
+def on_config(config):
+    docs = Path(config.docs_dir)
+    named = set()
+    config.nav = _existing(config.nav, docs, named)
+    pages = [str(path.relative_to(docs)) for path in docs.rglob("*") if path.suffix in (".md", ".ipynb")]
+    rest = sorted(page for page in pages if page not in named and ".ipynb_checkpoints" not in page)
+    if rest:
+        config.nav.append({"More": rest})
+    return config
+
+
+def _existing(nav, docs, named):
+    found = []
+    for item in nav:
+        [(title, target)] = item.items()
+        if isinstance(target, list):
+            inside = _existing(target, docs, named)
+            found += [{title: inside}] if inside else []
+        elif (docs / target).exists():
+            named.add(target)
+            found.append(item)
+    return found
+
+
+def on_files(files, config):
+    """Files of the repository that pages link to come into the site, as they are."""
+    for page in [file for file in files if file.src_uri.endswith(".md")]:
+        for target in OUTSIDE.findall(page.content_string):
+            if (ROOT / target).is_file() and not files.get_file_from_path(f"repository/{target}"):
+                content = (ROOT / target).read_bytes()
+                files.append(File.generated(config, f"repository/{target}", content=content))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    def inside(match):
+        if not (ROOT / match[1]).is_file():
+            return match[0]
+        return f"]({os.path.relpath(f'repository/{match[1]}', os.path.dirname(page.file.src_uri) or '.')})"
+
+    return OUTSIDE.sub(inside, markdown)
+
+
+def on_post_page(output, page, config):
+    """Links in notebooks are written like those in pages, and stay so when notebooks become HTML."""
+    if page.file.src_uri.endswith(".ipynb"):
+        output = re.sub(r'href="([^":]+)\.(?:md|ipynb)((?:#[^"]*)?)"', r'href="\1.html\2"', output)
+    return output
+
+
+def on_post_build(config):
+    """llms.txt: every page with its first sentence, for readers that are programs."""
+    lines = ["# evenstep", "", f"> {config.site_description}", "", *SHORTLY, ""]
+    lines += _listed(config.nav, Path(config.docs_dir), 2)
+    (Path(config.site_dir) / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _listed(nav, docs, level):
+    lines = []
+    for item in nav:
+        title, target = next(iter(item.items())) if isinstance(item, dict) else (Path(item).stem, item)
+        if isinstance(target, list):
+            lines += ["", f"{'#' * level} {title}", "", *_listed(target, docs, level + 1)]
+        else:
+            lines.append(
+                f"- [{title}]({Path(target).with_suffix('.html').as_posix()}): {_first_sentence(docs / target)}"
+            )
+    return lines
+
+
+def _first_sentence(path):
+    if path.suffix == ".ipynb":
+        import json
+
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = "".join(next(cell for cell in cells if cell["cell_type"] == "markdown")["source"])
+    else:
+        text = path.read_text(encoding="utf-8")
+    for paragraph in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        paragraph = " ".join(paragraph.split())
+        if paragraph and paragraph[0] not in "#|<:-*!":
+            paragraph = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", paragraph)  # links to their text
+            return re.split(r"(?<=[a-z0-9)`]\.)\s", paragraph)[0]
+    return ""
