@@ -63,6 +63,7 @@ class TritonKernels:
 
     name: str
     measures_late = False
+    makes_numbers = False
     """A tensor's gradient cannot be measured by programs that update it at the same time, and would be read twice."""
 
     def __init__(self) -> None:

@@ -14,19 +14,19 @@ The rules that keep a run exact, wherever it is stopped and resumed:
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evenstep.kernels import Measured
-from evenstep.optim.fused import Choice
+from evenstep.kernels import STATS, Measured, WholeKernels, WholeStep
+from evenstep.optim.fused import MOMENTS, Choice
 from evenstep.optim.names import renamed, without_inert
 from evenstep.optim.sharding import Bucket, buckets, combine, local, refuse_flat_shard, state_dtype
 from evenstep.optim.state import Group, State, at_present, in_param_order, place_clock
 from evenstep.optim.takeover import adopt
-from evenstep.transforms import CHECKS, Gradients, Steps, Weights, check, lockstep, noise_seeds
+from evenstep.transforms import CHECKS, Gradients, Steps, Weights, check, filled, lockstep, noise_seeds
 
 Work = tuple[Group, Bucket]
 """What one call of `EvenOptimizer.update` gets."""
@@ -147,9 +147,35 @@ class EvenOptimizer(Optimizer):
         """What a step does on the host before it."""
 
     def _update(self, work: list[Work]) -> list[dict[str, Tensor]]:
+        if torch.compiler.is_compiling():
+            return self._in_lockstep(work)
+        found = [self._at_once(group, bucket) for group, bucket in work]
+        rest = iter(self._in_lockstep([one for one, stats in zip(work, found, strict=True) if stats is None]))
+        return [next(rest) if stats is None else stats for stats in found]
+
+    def _in_lockstep(self, work: list[Work]) -> list[dict[str, Tensor]]:
         layouts = [bucket.layout for _, bucket in work]
         steps = [self.update(group, bucket) for group, bucket in work]
         return lockstep(steps, lambda requests: combine(requests, layouts))
+
+    def _at_once(self, group: Group, bucket: Bucket) -> dict[str, Tensor] | None:
+        """`at_once` where the kernels can, and nothing is to be heard from other parts; else None."""
+        kernels = bucket.kernels
+        if kernels is None or not kernels.makes_numbers or bucket.layout.cuts:
+            return None
+        return dict(zip(STATS, self.at_once(group, bucket, cast(WholeKernels, kernels)).unbind(), strict=True))
+
+    def at_once(self, group: Group, bucket: Bucket, kernels: WholeKernels) -> Tensor:
+        """`update` by kernels that also make the numbers of whole tensors. Returns `STATS`, a row each."""
+        raise NotImplementedError
+
+    def whole(self, group: Group, bucket: Bucket, *kept: str, masks: Iterable[Tensor] = ()) -> WholeStep:
+        """What such kernels work on; ``kept`` are the scalars of the state."""
+        lost, seeds = self._rounding(group, bucket)
+        first, second = (bucket.parts(name) if name in bucket.states[0] else [] for name in MOMENTS)
+        scalars = [state[name] for name in kept for state in bucket.states]
+        rounding = {"lost": filled(lost), "seeds": filled(seeds)}
+        return WholeStep(bucket.here, bucket.grads, first, second, scalars, list(masks), **rounding)
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         """Update the parameters of ``bucket``; return their statistics, vectors of shape ``[k]``. ``group`` is as
@@ -223,13 +249,17 @@ class EvenOptimizer(Optimizer):
 
     def weights(self, group: Group, bucket: Bucket, finite: Tensor) -> Weights:
         """The parameters of ``bucket`` with what their rounding needs."""
+        return Weights(bucket.here, finite, *self._rounding(group, bucket))
+
+    def _rounding(self, group: Group, bucket: Bucket) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Kahan's compensation and the seeds of stochastic rounding, where the group asks for them."""
         lost: list[Tensor | None] = [None] * len(bucket.here)
         seeds: list[Tensor | None] = [None] * len(bucket.here)
         if group["rounding"] == "kahan":
             lost = [local(state["compensation"]) if "compensation" in state else None for state in bucket.states]
         elif group["rounding"] == "stochastic":
             seeds[:] = noise_seeds(group["t"], group["places"])
-        return Weights(bucket.here, finite, lost, seeds)
+        return lost, seeds
 
     def _refuse_sparse_gradients(self, params: Iterable[Tensor]) -> None:
         for p in params:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from evenstep.kernels import WholeKernels
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.masks import draw_mask, pack, unpack
 from evenstep.optim.sharding import Bucket, is_sharded
@@ -213,6 +214,28 @@ class SPAM(EvenOptimizer):
             found |= {name: torch.full_like(sizes, math.nan) for name in ("norm_after", "clipped")}
         return found
 
+    def at_once(self, group: Group, bucket: Bucket, kernels: WholeKernels) -> Tensor:
+        official, threshold, every = group["variant"] == "official", group["threshold"], group["reset_interval"]
+        reset = float(reset_due(group["t"], every))
+        how = {
+            "sign": -1.0 if group["maximize"] else 1.0,
+            "lr": float(group["lr"]),
+            "beta1": group["betas"][0],
+            "beta2": group["betas"][1],
+            "eps": group["eps"],
+            "decay": 0.0 if official else group["weight_decay"],
+            "decay_after": group["weight_decay"] if official and group["density"] == 1 else 0.0,
+            "warmup": float(rewarm_factor(group["t"], every, group["warmup_steps"])),
+            "reset": 0.0 if official else reset,
+            "forget": reset,
+            "eps_first": official,
+            "capped": threshold > 0,
+            "cap_factor": threshold * (1 - reset),
+            "cap_spread": 0.0 if self._clips(group, group["t"]) else math.inf,
+            "zero_history": official,
+        }
+        return kernels.adam_step_(self.whole(group, bucket, "age", masks=_masks(bucket)), how)
+
     @staticmethod
     def _clips(group: Group, t: Tensor) -> Tensor:
         """Whether entries are clipped on this step: 1 or 0."""
@@ -222,13 +245,19 @@ class SPAM(EvenOptimizer):
         return started.to(t.dtype)
 
 
+def _masks(bucket: Bucket) -> list[Tensor]:
+    """Packed bits of each tensor, none for a dense one; no list where all are dense."""
+    if not any("mask" in state for state in bucket.states):
+        return []
+    nothing = torch.empty(0, dtype=torch.uint8, device=bucket.here[0].device)
+    return [state.get("mask", nothing) for state in bucket.states]
+
+
 def _masked_adam_(
     bucket: Bucket, weights: Weights, grads: Gradients, plan: AdamStep, clip: EntryClip | None
 ) -> tuple[Gradients, Tensor]:
     """Adam's step on the entries of the masks, by kernels that know about them."""
-    if any("mask" in state for state in bucket.states):
-        nothing = torch.empty(0, dtype=torch.uint8, device=bucket.here[0].device)
-        weights.masks = [state.get("mask", nothing) for state in bucket.states]
+    weights.masks = _masks(bucket)
     return adam_(weights, grads, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan, clip)
 
 

@@ -102,14 +102,23 @@ def in_param_order(groups: list[Group], measured: list[tuple[list[Tensor], dict[
     gradient.
     """
     params = [p for group in groups for p in group["params"]]
-    if len(measured) == 1 and len(measured[0][0]) == len(params):
-        return measured[0][1]
+    found = [p for some, _ in measured for p in some]
+    names = list(measured[0][1]) if measured else []
+    complete = len(found) == len(params) and all(list(numbers) == names for _, numbers in measured)
+    if complete and all(p is q for p, q in zip(found, params, strict=True)):
+        return measured[0][1] if len(measured) == 1 else _side_by_side([numbers for _, numbers in measured])
     place = {p: i for i, p in enumerate(params)}
     stats: dict[str, Tensor] = {}
     for some, numbers in measured:
+        where = torch.tensor([place[p] for p in some])
         for name, vector in numbers.items():
             if name not in stats:
                 stats[name] = vector.new_full((len(params),), math.nan)
-            where = torch.tensor([place[p] for p in some], device=stats[name].device)
-            stats[name].index_copy_(0, where, vector.to(stats[name]))
+            stats[name].index_copy_(0, where.to(stats[name].device), vector.to(stats[name]))
     return stats
+
+
+def _side_by_side(several: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Vectors of the same names, one after the other, in the dtype and on the device of the first."""
+    rows = [torch.stack(list(numbers.values())) for numbers in several]
+    return dict(zip(several[0], torch.cat([row.to(rows[0]) for row in rows], dim=1).unbind(), strict=True))
