@@ -24,6 +24,14 @@ class CpuKernels:
         self.name = f"cpu {chosen()}"
         cpu_ops.register()
 
+    def serves_all(self, tensors: list[Tensor]) -> bool:
+        return (
+            _PLAIN.issuperset(map(type, tensors))
+            and _SERVED.issuperset([x.dtype for x in tensors])
+            and all(x.is_cpu for x in tensors)
+            and all(map(Tensor.is_contiguous, tensors))
+        )
+
     def refusal(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
         for x in (p, g, *states):  # asked for every tensor of every step: the common case first
             if type(x) not in _PLAIN or x.dtype not in _SERVED or not x.is_contiguous():
@@ -106,11 +114,19 @@ class CpuKernels:
         measured = Measured(found[0], found[1], ()) if work.measure else None
         return RowFound(direction_norm, measured)
 
-    def adam_step_(self, work: WholeStep, how: dict[str, float]) -> Tensor:
+    def adam_step_(self, work: WholeStep, how: dict[str, float | Tensor]) -> Tensor:
         return cpu_steps.adam_step_(work, how)
 
     def scale_step_(
-        self, work: WholeStep, sign: float, lr: float, decay: float, momentum: float, norm: str, by: str, floor: float
+        self,
+        work: WholeStep,
+        sign: float,
+        lr: float | Tensor,
+        decay: float,
+        momentum: float,
+        norm: str,
+        by: str,
+        floor: float,
     ) -> Tensor:
         return cpu_steps.scale_step_(work, sign, lr, decay, momentum, norm, by, floor)
 

@@ -65,8 +65,8 @@ def job_table(
 ) -> np.ndarray:
     """The table of cpu.cpp's struct Job, a row per tensor. Empty tensors have the address 0."""
     table = np.zeros((len(grads), FIELDS), dtype=np.int64)
-    table[:, 0] = [g.numel() for g in grads]
-    table[:, 1] = [g.shape[0] if g.dim() else 1 for g in grads]
+    table[:, 0] = list(map(Tensor.numel, grads))
+    table[:, 1] = [shape[0] if (shape := g.shape) else 1 for g in grads]
     for column, tensors in ((2, params), (3, grads), (4, exp_avg), (5, exp_avg_sq)):
         if tensors:
             table[:, column] = [_TYPES[x.dtype] for x in tensors]
@@ -84,14 +84,14 @@ def job_table(
         (17, seeds),
     ):
         if tensors:
-            table[:, column] = [x.data_ptr() for x in tensors]
+            table[:, column] = list(map(Tensor.data_ptr, tensors))
     if masks:
         table[:, 15] = [m.numel() for m in exp_avg]
     return table
 
 
 def call(function: str, jobs: np.ndarray, *arguments: Tensor | np.ndarray | int | float) -> None:
-    """Tensors and arrays go by address, integers as 64 bits, floats as fp32, NumPy's as fp64."""
+    """Tensors and arrays go by address, integers as 64 bits, floats as fp32."""
     # Threads cost more than they bring for what fits a cache.
     several = threads() if jobs[:, 0].sum() > 1 << 16 else 1
     getattr(library(), f"evenstep_{function}")(
@@ -107,8 +107,6 @@ def _argument(x: Tensor | np.ndarray | int | float) -> object:
         return ctypes.c_void_p(x.data_ptr())
     if isinstance(x, np.ndarray):
         return ctypes.c_void_p(x.ctypes.data)
-    if isinstance(x, np.float64):
-        return ctypes.c_double(x)
     return ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int64(x)
 
 

@@ -13,11 +13,11 @@ from evenstep.kernels.cpu_ops import call, job_table, opened, written
 from evenstep.kernels.interface import STATS, WHOLE, WholeStep
 
 
-def adam_step_(work: WholeStep, how: dict[str, float]) -> Tensor:
+def adam_step_(work: WholeStep, how: dict[str, float | Tensor]) -> Tensor:
     """See `evenstep.kernels.interface.Kernels`."""
     jobs, moments = _jobs(work)
-    options = np.array([how.get(name, 0.0) for name in WHOLE])
-    kept = np.array([x.data_ptr() for x in work.kept], dtype=np.int64)
+    options = _numbers([how.get(name, 0.0) for name in WHOLE])
+    kept = np.array(list(map(Tensor.data_ptr, work.kept)), dtype=np.int64)
     stats = torch.empty(len(STATS), len(work.params), dtype=torch.float32, device="cpu")
     call("step", jobs, options, kept, stats)
     written(work.params, moments, work.lost, work.kept)
@@ -25,15 +25,21 @@ def adam_step_(work: WholeStep, how: dict[str, float]) -> Tensor:
 
 
 def scale_step_(
-    work: WholeStep, sign: float, lr: float, decay: float, momentum: float, norm: str, by: str, floor: float
+    work: WholeStep, sign: float, lr: float | Tensor, decay: float, momentum: float, norm: str, by: str, floor: float
 ) -> Tensor:
     """See `evenstep.kernels.interface.Kernels`."""
     jobs, moments = _jobs(work)
     stats = torch.empty(len(STATS), len(work.params), dtype=torch.float32, device="cpu")
-    options = (np.float64(sign), np.float64(lr), np.float64(decay), np.float64(momentum))
-    call("scale", jobs, *options, int(norm == "rms"), int(by == "columns"), float(floor), stats)
+    call("scale", jobs, _numbers([sign, lr, decay, momentum, norm == "rms", by == "columns", floor]), stats)
     written(work.params, moments, work.lost)
     return stats
+
+
+def _numbers(given: list[float | Tensor]) -> np.ndarray | Tensor:
+    """As fp64, side by side. 0-d tensors are not read here: a clock that lives on a device stays there."""
+    if not any(isinstance(x, Tensor) for x in given):
+        return np.array(given, dtype=np.float64)
+    return torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in given])
 
 
 def _jobs(work: WholeStep) -> tuple[np.ndarray, list[Tensor]]:

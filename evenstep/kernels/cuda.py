@@ -72,6 +72,9 @@ class TritonKernels:
         cuda_ops.register()
         self.name = f"triton {_version()}"
 
+    def serves_all(self, tensors: list[Tensor]) -> bool:
+        return False
+
     def refusal(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
         why = _refused(p.device)
         if why is not None:

@@ -183,6 +183,11 @@ class Kernels(Protocol):
     def refusal(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
         """Why a parameter (the part that is here) cannot be served, None if it can."""
 
+    def serves_all(self, tensors: list[Tensor]) -> bool:
+        """Whether all of these are whole plain tensors on one device that `refusal` has nothing against. False only
+        says that it takes a closer look.
+        """
+
     def measure(self, grads: list[Tensor]) -> Measured:
         """Largest entry and norm of each gradient, in one pass."""
 
@@ -219,13 +224,21 @@ class Kernels(Protocol):
 class WholeKernels(Kernels, Protocol):
     """Kernels that can make a whole step of tensors that are whole, on the host."""
 
-    def adam_step_(self, work: WholeStep, how: dict[str, float]) -> Tensor:
+    def adam_step_(self, work: WholeStep, how: dict[str, float | Tensor]) -> Tensor:
         """All of a step of Adam, SPAM or Stable-SPAM: what the plain code does between the kernels, too. ``how`` gives
         values of `WHOLE`. Returns `STATS`, ``[len(STATS), k]``.
         """
 
     def scale_step_(
-        self, work: WholeStep, sign: float, lr: float, decay: float, momentum: float, norm: str, by: str, floor: float
+        self,
+        work: WholeStep,
+        sign: float,
+        lr: float | Tensor,
+        decay: float,
+        momentum: float,
+        norm: str,
+        by: str,
+        floor: float,
     ) -> Tensor:
         """The same for SCALE's matrices, divided ``by`` the norms (``"rms"`` or ``"l2"``, at least ``floor``) of their
         ``"rows"`` or ``"columns"``.

@@ -121,10 +121,11 @@ class EvenOptimizer(Optimizer):
         for group in self.param_groups:
             self._refuse_sparse_gradients(group["params"])
             self._refuse_strangers(group["params"])
-        given = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         sweeping = [group for group in self.param_groups if "sweep" in group and group["sweep"] == group["t"]]
         # After a sweep of step_parameter, step() updates what is left of it at the same t.
-        if not sweeping or any(self._had_its_turn(group, p) for group, p in given):
+        if not sweeping or any(
+            self._had_its_turn(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None
+        ):
             self._advance()
         for group in sweeping:
             group["sweep"] = 0
@@ -137,7 +138,7 @@ class EvenOptimizer(Optimizer):
     def _work(self, chosen: Iterable[tuple[Group, list[Tensor]]]) -> list[Work]:
         work = []
         for group, params in chosen:
-            for bucket in buckets(params, self.state, self._choice):
+            for bucket in buckets(params, self.state, self._choice, self._choice.all_alike):
                 self.prepare(group, bucket)
                 places = [self._place(p)[1] for p in bucket.params] if group["rounding"] == "stochastic" else []
                 work.append((at_present(group) | {"places": places}, bucket))
@@ -163,10 +164,16 @@ class EvenOptimizer(Optimizer):
         kernels = bucket.kernels
         if kernels is None or not kernels.makes_numbers or bucket.layout.cuts:
             return None
-        return dict(zip(STATS, self.at_once(group, bucket, cast(WholeKernels, kernels)).unbind(), strict=True))
+        given = self._place(bucket.params[0])[0]
+        now = group if group["capturable"] else group | {"t": given["t"]}  # a tensor only where the clock is one
+        if not isinstance(given["lr"], Tensor):
+            now = now | {"lr": given["lr"]}
+        return dict(zip(STATS, self.at_once(now, bucket, cast(WholeKernels, kernels)).unbind(), strict=True))
 
     def at_once(self, group: Group, bucket: Bucket, kernels: WholeKernels) -> Tensor:
-        """`update` by kernels that also make the numbers of whole tensors. Returns `STATS`, a row each."""
+        """`update` by kernels that also make the numbers of whole tensors. ``t`` and ``lr`` of ``group`` are numbers,
+        or tensors if they were given as such. Returns `STATS`, a row each.
+        """
         raise NotImplementedError
 
     def whole(self, group: Group, bucket: Bucket, *kept: str, masks: Iterable[Tensor] = ()) -> WholeStep:
@@ -258,12 +265,12 @@ class EvenOptimizer(Optimizer):
         if group["rounding"] == "kahan":
             lost = [local(state["compensation"]) if "compensation" in state else None for state in bucket.states]
         elif group["rounding"] == "stochastic":
-            seeds[:] = noise_seeds(group["t"], group["places"])
+            seeds[:] = noise_seeds(torch.as_tensor(group["t"]), group["places"])
         return lost, seeds
 
     def _refuse_sparse_gradients(self, params: Iterable[Tensor]) -> None:
         for p in params:
-            if p.grad is not None and p.grad.is_sparse:
+            if (grad := p.grad) is not None and grad.is_sparse:
                 place, index = self._place(p)[1]
                 raise RuntimeError(
                     f"{type(self).__name__} does not take sparse gradients (parameter {index} of group {place} has "

@@ -146,7 +146,7 @@ class SCALE(EvenOptimizer):
         return found | {"gain": found["norm_after"] / found["grad_norm"].clamp(min=torch.finfo(bucket.dtype).tiny)}
 
     def at_once(self, group: Group, bucket: Bucket, kernels: WholeKernels) -> Tensor:
-        sign, lr = -1.0 if group["maximize"] else 1.0, float(group["lr"])
+        sign, lr = -1.0 if group["maximize"] else 1.0, group["lr"]
         if group["kind"] != "vector":
             work = self.whole(group, bucket)
             by = "columns" if group["kind"] == "embedding" else "rows"

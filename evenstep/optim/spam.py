@@ -15,6 +15,7 @@ from evenstep.optim.state import moment, scalar, statistics
 from evenstep.transforms import AdamStep, EntryClip, Gradients, Steps, Weights, adam_, reset_due, rewarm_factor
 
 T = TypeVar("T", Tensor, Tensor | None)
+N = TypeVar("N", Tensor, float)
 
 
 class SPAM(EvenOptimizer):
@@ -216,33 +217,38 @@ class SPAM(EvenOptimizer):
 
     def at_once(self, group: Group, bucket: Bucket, kernels: WholeKernels) -> Tensor:
         official, threshold, every = group["variant"] == "official", group["threshold"], group["reset_interval"]
-        reset = float(reset_due(group["t"], every))
+        reset = reset_due(group["t"], every)
         how = {
             "sign": -1.0 if group["maximize"] else 1.0,
-            "lr": float(group["lr"]),
+            "lr": group["lr"],
             "beta1": group["betas"][0],
             "beta2": group["betas"][1],
             "eps": group["eps"],
             "decay": 0.0 if official else group["weight_decay"],
             "decay_after": group["weight_decay"] if official and group["density"] == 1 else 0.0,
-            "warmup": float(rewarm_factor(group["t"], every, group["warmup_steps"])),
+            "warmup": rewarm_factor(group["t"], every, group["warmup_steps"]),
             "reset": 0.0 if official else reset,
             "forget": reset,
             "eps_first": official,
             "capped": threshold > 0,
             "cap_factor": threshold * (1 - reset),
-            "cap_spread": 0.0 if self._clips(group, group["t"]) else math.inf,
+            "cap_spread": self._spread(group),
             "zero_history": official,
         }
         return kernels.adam_step_(self.whole(group, bucket, "age", masks=_masks(bucket)), how)
 
+    def _spread(self, group: Group) -> Any:
+        """What widens the limits: nothing, or without end."""
+        clips = self._clips(group, group["t"])
+        return torch.where(clips > 0, 0.0, math.inf) if isinstance(clips, Tensor) else 0.0 if clips else math.inf
+
     @staticmethod
-    def _clips(group: Group, t: Tensor) -> Tensor:
+    def _clips(group: Group, t: N) -> N:
         """Whether entries are clipped on this step: 1 or 0."""
         started = t >= group["clip_start"]
         if group["reset_interval"]:
-            started = started & (torch.remainder(t, group["reset_interval"]) >= group["clip_start"])
-        return started.to(t.dtype)
+            started = started & (t % group["reset_interval"] >= group["clip_start"])
+        return started + 0 * t
 
 
 def _masks(bucket: Bucket) -> list[Tensor]:

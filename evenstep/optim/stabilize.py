@@ -170,7 +170,9 @@ class Stabilized(Optimizer):
                 loss = closure()
         self._refuse_sparse_gradients()
         work = [
-            (group, bucket) for group in self.param_groups for bucket in buckets(group["params"], None, self._choice)
+            (group, bucket)
+            for group in self.param_groups
+            for bucket in buckets(group["params"], None, self._choice, self._choice.all_alike)
         ]
         layouts = [bucket.layout for _, bucket in work]
         seen = torch.as_tensor(loss) if isinstance(loss, Tensor | float) else None

@@ -147,10 +147,10 @@ class StableSPAM(EvenOptimizer):
 
     def at_once(self, group: Group, bucket: Bucket, kernels: WholeKernels) -> Tensor:
         official = group["variant"] == "official"
-        reset, beta1, gamma1 = (float(x) for x in self._scheduled(group))
+        reset, beta1, gamma1 = self._scheduled(group)
         how = {
             "sign": -1.0 if group["maximize"] else 1.0,
-            "lr": float(group["lr"]),
+            "lr": group["lr"],
             "beta1": beta1,
             "beta2": group["betas"][1],
             "eps": group["eps"],
@@ -168,7 +168,7 @@ class StableSPAM(EvenOptimizer):
         return kernels.adam_step_(self.whole(group, bucket, "age", "peak", "norm", "norm_rms", "n"), how)
 
     @staticmethod
-    def _scheduled(group: Group) -> tuple[Tensor, float | Tensor, float | Tensor]:
+    def _scheduled(group: Group) -> tuple[Any, Any, Any]:
         """Whether this step resets the moments (1 or 0), beta1 and gamma1."""
         t, beta1, gamma1 = group["t"], group["betas"][0], group["gamma1"]
         if group["total_steps"] is not None:
