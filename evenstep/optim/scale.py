@@ -9,6 +9,7 @@ from torch import Tensor
 
 from evenstep.errors import nearest
 from evenstep.kernels import Kernels, RowWork, WholeKernels, table
+from evenstep.optim.at_once import whole_step
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.groups import KINDS
 from evenstep.optim.sharding import Bucket
@@ -148,7 +149,7 @@ class SCALE(EvenOptimizer):
     def at_once(self, group: Group, bucket: Bucket, kernels: WholeKernels) -> Tensor:
         sign, lr = -1.0 if group["maximize"] else 1.0, group["lr"]
         if group["kind"] != "vector":
-            work = self.whole(group, bucket)
+            work = whole_step(group, bucket)
             by = "columns" if group["kind"] == "embedding" else "rows"
             return kernels.scale_step_(
                 work, sign, lr, group["weight_decay"], group["momentum"], group["norm"], by, FLOOR
@@ -162,7 +163,7 @@ class SCALE(EvenOptimizer):
             "decay": group["weight_decay"],
             "warmup": 1.0,
         }
-        return kernels.adam_step_(self.whole(group, bucket, "age"), how)
+        return kernels.adam_step_(whole_step(group, bucket, "age"), how)
 
     def _vector_step(self, group: Group, bucket: Bucket, grads: Gradients) -> tuple[Gradients, Tensor]:
         scalars = bucket.stacked("age")

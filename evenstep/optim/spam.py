@@ -1,20 +1,20 @@
 """SPAM: Adam with spike-aware clipping, momentum reset, and sparse momentum (arXiv:2501.06842, ICLR 2025)."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from evenstep.kernels import WholeKernels
+from evenstep.optim.at_once import whole_step
 from evenstep.optim.base import EvenOptimizer, Group, State
-from evenstep.optim.masks import draw_mask, pack, unpack
+from evenstep.optim.masks import draw_mask, pack, put_back, taken, unpack
 from evenstep.optim.sharding import Bucket, is_sharded
 from evenstep.optim.state import moment, scalar, statistics
 from evenstep.transforms import AdamStep, EntryClip, Gradients, Steps, Weights, adam_, reset_due, rewarm_factor
 
-T = TypeVar("T", Tensor, Tensor | None)
 N = TypeVar("N", Tensor, float)
 
 
@@ -126,7 +126,7 @@ class SPAM(EvenOptimizer):
 
     def _draw_mask(self, group: Group, p: Tensor) -> Tensor:
         # The seed says whose mask this is and when it is drawn: equal on all ranks, and the same again after a resume.
-        return draw_mask(p.numel(), group["density"], (*self._place(p)[1], int(group["t"]))).to(p.device)
+        return draw_mask(p.numel(), group["density"], (*self.place(p)[1], int(group["t"]))).to(p.device)
 
     def prepare(self, group: Group, bucket: Bucket) -> None:
         """On a reset the sparse parameters get new masks, where their gradients are finite."""
@@ -160,7 +160,7 @@ class SPAM(EvenOptimizer):
             raise ValueError(
                 f"set_mask: expected a bool tensor of shape {tuple(p.shape)}, got {mask.dtype} of {tuple(mask.shape)}"
             )
-        group, _ = self._place(p)
+        group, _ = self.place(p)
         sparse = _sparse_moments(p, pack(mask).to(p.device), int(mask.sum()), group["state"])
         state.update(sparse, mask_set_at=group["t"])
         if group["variant"] == "paper":
@@ -235,7 +235,7 @@ class SPAM(EvenOptimizer):
             "cap_spread": self._spread(group),
             "zero_history": official,
         }
-        return kernels.adam_step_(self.whole(group, bucket, "age", masks=_masks(bucket)), how)
+        return kernels.adam_step_(whole_step(group, bucket, "age", masks=_masks(bucket)), how)
 
     def _spread(self, group: Group) -> Any:
         """What widens the limits: nothing, or without end."""
@@ -272,13 +272,13 @@ def _compact_adam_(
 ) -> tuple[Gradients, Tensor]:
     """The same by the plain code: the entries of the masks are taken out, updated and put back."""
     where = [_entries(state, p.numel()) for p, state in zip(bucket.params, bucket.states, strict=True)]
-    weights.tensors = trained = _taken(bucket.here, where)
+    weights.tensors = trained = taken(bucket.here, where)
     lost = weights.lost
-    weights.lost = _taken(lost, where)
-    some = grads.of(_taken(bucket.grads, where))
+    weights.lost = taken(lost, where)
+    some = grads.of(taken(bucket.grads, where))
     _, update_norm = adam_(weights, some, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan, clip)
-    _put_back(bucket.here, trained, where)
-    _put_back(lost, weights.lost, where)
+    put_back(bucket.here, trained, where)
+    put_back(lost, weights.lost, where)
     return grads, update_norm
 
 
@@ -293,17 +293,3 @@ def _sparse_moments(p: Tensor, bits: Tensor, count: int, stored: str) -> State:
     """New compact moments for the ``count`` entries of a packed mask."""
     compact = p.new_empty(count)
     return {"exp_avg": moment(compact, stored), "exp_avg_sq": moment(compact, stored, signed=False), "mask": bits}
-
-
-def _taken(tensors: Sequence[T], where: list[Tensor | None]) -> list[T]:
-    return [
-        x if x is None or entries is None else torch.take(x, entries) for x, entries in zip(tensors, where, strict=True)
-    ]
-
-
-def _put_back(tensors: Sequence[T], values: Sequence[T], where: list[Tensor | None]) -> None:
-    for x, some, entries in zip(tensors, values, where, strict=True):
-        if x is not None and some is not None and entries is not None:
-            flat = x.reshape(-1).index_copy_(0, entries, some)  # put_ has no deterministic form
-            if not x.is_contiguous():
-                x.copy_(flat.view(x.shape))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from evenstep.kernels import WholeKernels
+from evenstep.optim.at_once import whole_step
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.sharding import Bucket
 from evenstep.optim.state import moment, scalar, statistics
@@ -165,7 +166,7 @@ class StableSPAM(EvenOptimizer):
             "gamma3": group["gamma3"],
             "one_counter": official,
         }
-        return kernels.adam_step_(self.whole(group, bucket, "age", "peak", "norm", "norm_rms", "n"), how)
+        return kernels.adam_step_(whole_step(group, bucket, "age", "peak", "norm", "norm_rms", "n"), how)
 
     @staticmethod
     def _scheduled(group: Group) -> tuple[Any, Any, Any]:
