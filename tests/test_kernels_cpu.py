@@ -180,8 +180,10 @@ def test_a_tensor_with_a_bad_entry_stays_as_it_was_to_the_bit(name, bad, threads
         torch.set_num_threads(before)
     assert optimizer.stats["skipped"].sum() == 3
     for i, (p, old) in enumerate(zip(params, kept, strict=True)):
-        assert torch.equal(p, old) == (i in (0, 2, 4))
+        if name != "spam official":  # there entries without history are clipped to 0, which all are from the start
+            assert torch.equal(p, old) == (i in (0, 2, 4))
         if i in (0, 2, 4):
+            assert torch.equal(p, old)
             assert all(torch.equal(optimizer.state[p][k], v) for k, v in states[i].items())
 
 
