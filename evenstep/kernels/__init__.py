@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from evenstep.kernels.interface import (
     ROWS,
+    STATS,
     AdamFound,
     AdamWork,
     Kernels,
@@ -16,12 +17,15 @@ from evenstep.kernels.interface import (
     RowFound,
     RowWork,
     Unavailable,
+    WholeKernels,
+    WholeStep,
     is_coded,
     table,
 )
 
 __all__ = [
     "ROWS",
+    "STATS",
     "AdamFound",
     "AdamWork",
     "Kernels",
@@ -29,6 +33,8 @@ __all__ = [
     "RowFound",
     "RowWork",
     "Unavailable",
+    "WholeKernels",
+    "WholeStep",
     "is_coded",
     "kernels_for",
     "table",

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from evenstep.kernels import cpu_ops
+from evenstep.kernels import cpu_ops, cpu_steps
 from evenstep.kernels.cpu_library import chosen, library
-from evenstep.kernels.interface import AdamFound, AdamWork, Measured, RowFound, RowWork, is_coded
+from evenstep.kernels.cpu_ops import opened
+from evenstep.kernels.interface import AdamFound, AdamWork, Measured, RowFound, RowWork, WholeStep, is_coded
 
 _PLAIN = frozenset({Tensor, Parameter})
 _SERVED = frozenset({torch.float32, torch.bfloat16})
@@ -16,11 +17,20 @@ class CpuKernels:
     """See `evenstep.kernels.interface.Kernels`. Raises `Unavailable`."""
 
     measures_late = True
+    makes_numbers = True
 
     def __init__(self) -> None:
         library()
         self.name = f"cpu {chosen()}"
         cpu_ops.register()
+
+    def serves_all(self, tensors: list[Tensor]) -> bool:
+        return (
+            _PLAIN.issuperset(map(type, tensors))
+            and _SERVED.issuperset([x.dtype for x in tensors])
+            and all(x.is_cpu for x in tensors)
+            and all(map(Tensor.is_contiguous, tensors))
+        )
 
     def refusal(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
         for x in (p, g, *states):  # asked for every tensor of every step: the common case first
@@ -101,8 +111,24 @@ class CpuKernels:
             work.floor,
             work.measure,
         )
-        measured = Measured(found[0], found[1], (found[2], found[3])) if work.measure else None
+        measured = Measured(found[0], found[1], ()) if work.measure else None
         return RowFound(direction_norm, measured)
+
+    def adam_step_(self, work: WholeStep, how: dict[str, float | Tensor]) -> Tensor:
+        return cpu_steps.adam_step_(work, how)
+
+    def scale_step_(
+        self,
+        work: WholeStep,
+        sign: float,
+        lr: float | Tensor,
+        decay: float,
+        momentum: float,
+        norm: str,
+        by: str,
+        floor: float,
+    ) -> Tensor:
+        return cpu_steps.scale_step_(work, sign, lr, decay, momentum, norm, by, floor)
 
     def gather(self, scalars: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         return torch.ops.evenstep.cpu_gather(scalars)
@@ -112,18 +138,3 @@ class CpuKernels:
 
     def transformed(self, out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
         torch.ops.evenstep.cpu_transformed_(out, grads, numbers)
-
-
-def opened(moments: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Moments as plain tensors: what is stored, the scales of the coded ones (empty tensors for the others; no list
-    when none is coded), and their map, if any.
-    """
-    coded = [x for x in moments if is_coded(x)]
-    if not coded:
-        return moments, [], []
-    nothing = torch.empty(0, device="cpu")
-    return (
-        [x.codes if is_coded(x) else x for x in moments],  # type: ignore[attr-defined]
-        [x.scale if is_coded(x) else nothing for x in moments],  # type: ignore[attr-defined]
-        [coded[0].qmap],  # type: ignore[attr-defined]
-    )

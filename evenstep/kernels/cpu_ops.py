@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from evenstep.kernels.cpu_library import FIELDS, library, threads
+from evenstep.kernels.interface import is_coded
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 
@@ -30,7 +31,7 @@ _SCHEMAS = {
     "cpu_rows_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] scales, Tensor[] map, "
         "Tensor[] divisors, Tensor(d!)[] lost, Tensor[] seeds, Tensor numbers, float floor, bool measure) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "-> (Tensor, Tensor, Tensor)"
     ),
     "cpu_gather": "(Tensor[] scalars) -> (Tensor, Tensor)",
     "cpu_scatter_": "(Tensor(a!)[] scalars, Tensor places, Tensor values) -> ()",
@@ -49,7 +50,7 @@ def register() -> torch.library.Library:
     return known
 
 
-def _jobs(
+def job_table(
     grads: Sequence[Tensor],
     params: Sequence[Tensor] = (),
     exp_avg: Sequence[Tensor] = (),
@@ -64,8 +65,8 @@ def _jobs(
 ) -> np.ndarray:
     """The table of cpu.cpp's struct Job, a row per tensor. Empty tensors have the address 0."""
     table = np.zeros((len(grads), FIELDS), dtype=np.int64)
-    table[:, 0] = [g.numel() for g in grads]
-    table[:, 1] = [g.shape[0] if g.dim() else 1 for g in grads]
+    table[:, 0] = list(map(Tensor.numel, grads))
+    table[:, 1] = [shape[0] if (shape := g.shape) else 1 for g in grads]
     for column, tensors in ((2, params), (3, grads), (4, exp_avg), (5, exp_avg_sq)):
         if tensors:
             table[:, column] = [_TYPES[x.dtype] for x in tensors]
@@ -83,13 +84,13 @@ def _jobs(
         (17, seeds),
     ):
         if tensors:
-            table[:, column] = [x.data_ptr() for x in tensors]
+            table[:, column] = list(map(Tensor.data_ptr, tensors))
     if masks:
         table[:, 15] = [m.numel() for m in exp_avg]
     return table
 
 
-def _call(function: str, jobs: np.ndarray, *arguments: Tensor | np.ndarray | int | float) -> None:
+def call(function: str, jobs: np.ndarray, *arguments: Tensor | np.ndarray | int | float) -> None:
     """Tensors and arrays go by address, integers as 64 bits, floats as fp32."""
     # Threads cost more than they bring for what fits a cache.
     several = threads() if jobs[:, 0].sum() > 1 << 16 else 1
@@ -109,6 +110,21 @@ def _argument(x: Tensor | np.ndarray | int | float) -> object:
     return ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int64(x)
 
 
+def opened(moments: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Moments as plain tensors: what is stored, the scales of the coded ones (empty tensors for the others; no list
+    when none is coded), and their map, if any.
+    """
+    coded = [x for x in moments if is_coded(x)]
+    if not coded:
+        return moments, [], []
+    nothing = torch.empty(0, device="cpu")
+    return (
+        [x.codes if is_coded(x) else x for x in moments],  # type: ignore[attr-defined]
+        [x.scale if is_coded(x) else nothing for x in moments],  # type: ignore[attr-defined]
+        [coded[0].qmap],  # type: ignore[attr-defined]
+    )
+
+
 def _empty(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Told device and dtype, whatever torch's defaults are."""
     return torch.empty(n, dtype=dtype, device="cpu")
@@ -124,7 +140,7 @@ def _blocks(grads: Sequence[Tensor], wanted: bool = True) -> tuple[Tensor, Tenso
     return _empty(count), _empty(count, torch.float64)
 
 
-def _written(*several: Sequence[Tensor]) -> None:
+def written(*several: Sequence[Tensor]) -> None:
     """Let autograd know: it refuses a backward pass through what has changed since."""
     for tensors in several:
         torch.autograd.graph.increment_version(tensors)
@@ -132,7 +148,7 @@ def _written(*several: Sequence[Tensor]) -> None:
 
 def _cpu_measure(grads: list[Tensor]) -> tuple[Tensor, ...]:
     found = (*_vectors(grads, 2), *_blocks(grads))
-    _call("measure", _jobs(grads), *found)
+    call("measure", job_table(grads), *found)
     return found
 
 
@@ -140,7 +156,7 @@ def _cpu_clip_norms(
     grads: list[Tensor], block_peak: Tensor, block_squares: Tensor, limit: Tensor, rescale: Tensor
 ) -> tuple[Tensor, ...]:
     found = _vectors(grads, 2)
-    _call("clip_norms", _jobs(grads), block_peak, block_squares, limit.contiguous(), rescale.contiguous(), *found)
+    call("clip_norms", job_table(grads), block_peak, block_squares, limit.contiguous(), rescale.contiguous(), *found)
     return tuple(found)
 
 
@@ -162,7 +178,7 @@ def _cpu_adam_(
     measure: bool,
     block_peak: list[Tensor],
 ) -> tuple[Tensor, ...]:
-    jobs = _jobs(
+    jobs = job_table(
         grads,
         params,
         exp_avg,
@@ -177,8 +193,8 @@ def _cpu_adam_(
     )
     found = (*_vectors(grads, 5), *_blocks(grads, measure))
     vectors, peaks = found[:5], block_peak[0] if block_peak and not measure else found[5]
-    _call("adam", jobs, numbers.contiguous(), int(capped), int(zero_history), int(measure), *vectors, peaks, found[6])
-    _written(params, exp_avg, exp_avg_sq, m_scales, v_scales, lost)
+    call("adam", jobs, numbers.contiguous(), int(capped), int(zero_history), int(measure), *vectors, peaks, found[6])
+    written(params, exp_avg, exp_avg_sq, m_scales, v_scales, lost)
     return found
 
 
@@ -187,7 +203,7 @@ def _cpu_columns(grads: list[Tensor]) -> tuple[Tensor, ...]:
     squares = _empty(sum(lengths), torch.float64).zero_()
     starts = _addresses(squares.split(lengths))
     found = _vectors(grads, 2)
-    _call("columns", _jobs(grads), starts, *found)
+    call("columns", job_table(grads), starts, *found)
     return (*found, squares)
 
 
@@ -204,18 +220,17 @@ def _cpu_rows_(
     floor: float,
     measure: bool,
 ) -> tuple[Tensor, ...]:
-    jobs = _jobs(grads, params, exp_avg, m_scales=scales, m_map=map * len(grads), lost=lost, seeds=seeds)
+    jobs = job_table(grads, params, exp_avg, m_scales=scales, m_map=map * len(grads), lost=lost, seeds=seeds)
     dividing = _addresses(divisors) if divisors else np.zeros(len(grads), dtype=np.int64)
-    direction_norm, *measured = _vectors(grads, 3)
-    found = (direction_norm, *measured, *_blocks(grads, measure))
-    _call("rows", jobs, numbers.contiguous(), dividing, float(floor), int(measure), *found)
-    _written(params, exp_avg, scales, lost)
+    found = tuple(_vectors(grads, 3))
+    call("rows", jobs, numbers.contiguous(), dividing, float(floor), int(measure), *found)
+    written(params, exp_avg, scales, lost)
     return found
 
 
 def _cpu_transformed_(out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
-    _call("transformed", _jobs(grads, out), numbers.contiguous())
-    _written(out)
+    call("transformed", job_table(grads, out), numbers.contiguous())
+    written(out)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
@@ -231,7 +246,7 @@ def _cpu_gather(scalars: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _cpu_scatter_(scalars: list[Tensor], places: Tensor, values: Tensor) -> None:
     library().evenstep_scatter(_argument(places), ctypes.c_int64(len(scalars)), _argument(values.contiguous()))
-    _written(scalars)
+    written(scalars)
 
 
 # ---- shapes alone ----
@@ -267,7 +282,7 @@ def _meta_cpu_columns(grads: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _meta_cpu_rows_(params: list[Tensor], grads: list[Tensor], *rest: object) -> tuple[Tensor, ...]:
-    return _meta_vectors(grads, 3) + _meta_blocks(grads, bool(rest[-1]))
+    return _meta_vectors(grads, 3)
 
 
 def _meta_cpu_gather(scalars: list[Tensor]) -> tuple[Tensor, Tensor]:

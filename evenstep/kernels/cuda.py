@@ -63,6 +63,7 @@ class TritonKernels:
 
     name: str
     measures_late = False
+    makes_numbers = False
     """A tensor's gradient cannot be measured by programs that update it at the same time, and would be read twice."""
 
     def __init__(self) -> None:
@@ -70,6 +71,9 @@ class TritonKernels:
             raise Unavailable("triton is not installed (it comes with CUDA builds of torch; else pip install triton)")
         cuda_ops.register()
         self.name = f"triton {_version()}"
+
+    def serves_all(self, tensors: list[Tensor]) -> bool:
+        return False
 
     def refusal(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
         why = _refused(p.device)

@@ -139,6 +139,36 @@ class RowFound:
     measured: Measured | None
 
 
+WHOLE = (
+    *("sign", "lr", "beta1", "beta2", "eps", "decay", "decay_after", "warmup"),
+    *("reset", "forget", "forget_after"),  # 1 or 0: the age starts anew; the moments do, before or after the update
+    "eps_first",  # 1 or 0: eps enters before the bias is corrected
+    *("stable", "gamma1", "gamma2", "gamma3", "one_counter"),  # AdaClip and AdaGN
+    *("capped", "cap_factor", "cap_spread", "zero_history"),  # SPAM's clipping
+)
+"""What `Kernels.adam_step_` wants to know, the same for all tensors; 0 for what is not given."""
+
+STATS = ("grad_max", "grad_norm", "norm_after", "clip_limit", "clipped", "gain", "update_rms", "skipped")
+"""What a step tells, a row each."""
+
+
+@dataclass(frozen=True, slots=True)
+class WholeStep:
+    """What a whole step works on: as `AdamWork`, and the scalars that are kept of each tensor."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avg: list[Tensor] = field(default_factory=list)
+    exp_avg_sq: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+    """0-d fp32: all tensors' ages; for Stable-SPAM then their peaks, norms, norm_rms and n. Written where a gradient is
+    finite.
+    """
+    masks: list[Tensor] = field(default_factory=list)
+    lost: list[Tensor] = field(default_factory=list)
+    seeds: list[Tensor] = field(default_factory=list)
+
+
 class Kernels(Protocol):
     """Fused kernels of one kind of device."""
 
@@ -147,8 +177,16 @@ class Kernels(Protocol):
     measures_late: bool
     """Whether `AdamWork.measure` and `RowWork.measure` are possible, and pay."""
 
+    makes_numbers: bool
+    """Whether these are `WholeKernels`."""
+
     def refusal(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
         """Why a parameter (the part that is here) cannot be served, None if it can."""
+
+    def serves_all(self, tensors: list[Tensor]) -> bool:
+        """Whether all of these are whole plain tensors on one device that `refusal` has nothing against. False only
+        says that it takes a closer look.
+        """
 
     def measure(self, grads: list[Tensor]) -> Measured:
         """Largest entry and norm of each gradient, in one pass."""
@@ -180,6 +218,30 @@ class Kernels(Protocol):
     def transformed(self, out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
         """``out <- grad`` limited and scaled by ``numbers`` (fp32 ``[3, k]``: gain, limit, reduced); 0 where a gain is
         0.
+        """
+
+
+class WholeKernels(Kernels, Protocol):
+    """Kernels that can make a whole step of tensors that are whole, on the host."""
+
+    def adam_step_(self, work: WholeStep, how: dict[str, float | Tensor]) -> Tensor:
+        """All of a step of Adam, SPAM or Stable-SPAM: what the plain code does between the kernels, too. ``how`` gives
+        values of `WHOLE`. Returns `STATS`, ``[len(STATS), k]``.
+        """
+
+    def scale_step_(
+        self,
+        work: WholeStep,
+        sign: float,
+        lr: float | Tensor,
+        decay: float,
+        momentum: float,
+        norm: str,
+        by: str,
+        floor: float,
+    ) -> Tensor:
+        """The same for SCALE's matrices, divided ``by`` the norms (``"rms"`` or ``"l2"``, at least ``floor``) of their
+        ``"rows"`` or ``"columns"``.
         """
 
 

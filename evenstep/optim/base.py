@@ -20,14 +20,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evenstep.kernels import Measured
+from evenstep.kernels import Measured, WholeKernels
+from evenstep.optim.at_once import at_once
 from evenstep.optim.exchanged import follow_exchange
 from evenstep.optim.fused import Choice
 from evenstep.optim.names import renamed, without_inert
-from evenstep.optim.sharding import Bucket, buckets, combine, local, refuse_flat_shard, state_dtype
-from evenstep.optim.state import Group, State, at_present, in_param_order, place_clock
+from evenstep.optim.sharding import Bucket, buckets, combine, state_dtype
+from evenstep.optim.state import (
+    Group,
+    State,
+    at_present,
+    check_parameter,
+    in_param_order,
+    place_clock,
+    restore_exactly,
+    rounding,
+)
 from evenstep.optim.takeover import adopt
-from evenstep.transforms import CHECKS, Gradients, Steps, Weights, check, lockstep, noise_seeds
+from evenstep.transforms import CHECKS, Gradients, Steps, Weights, check, lockstep
 
 Work = tuple[Group, Bucket]
 """What one call of `EvenOptimizer.update` gets."""
@@ -74,7 +84,7 @@ class EvenOptimizer(Optimizer):
         try:
             place_clock(added)
             for index, p in enumerate(added["params"]):
-                _check_parameter(p, index)
+                check_parameter(p, index)
                 self._start(p, added, index)
         except Exception:
             self.param_groups.pop()
@@ -129,10 +139,11 @@ class EvenOptimizer(Optimizer):
         self._follow_exchange()
         for group in self.param_groups:
             self._refuse_sparse_gradients(group["params"])
-        given = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         sweeping = [group for group in self.param_groups if "sweep" in group and group["sweep"] == group["t"]]
         # After a sweep of step_parameter, step() updates what is left of it at the same t.
-        if not sweeping or any(self._had_its_turn(group, p) for group, p in given):
+        if not sweeping or any(
+            self._had_its_turn(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None
+        ):
             self._advance()
         for group in sweeping:
             group["sweep"] = 0
@@ -145,9 +156,9 @@ class EvenOptimizer(Optimizer):
     def _work(self, chosen: Iterable[tuple[Group, list[Tensor]]]) -> list[Work]:
         work = []
         for group, params in chosen:
-            for bucket in buckets(params, self.state, self._choice):
+            for bucket in buckets(params, self.state, self._choice, self._choice.all_alike):
                 self.prepare(group, bucket)
-                places = [self._place(p)[1] for p in bucket.params] if group["rounding"] == "stochastic" else []
+                places = [self.place(p)[1] for p in bucket.params] if group["rounding"] == "stochastic" else []
                 work.append((at_present(group) | {"places": places}, bucket))
         return work
 
@@ -155,9 +166,22 @@ class EvenOptimizer(Optimizer):
         """What a step does on the host before it."""
 
     def _update(self, work: list[Work]) -> list[dict[str, Tensor]]:
+        if torch.compiler.is_compiling():
+            return self._in_lockstep(work)
+        found = [at_once(self, group, bucket) for group, bucket in work]
+        rest = iter(self._in_lockstep([one for one, stats in zip(work, found, strict=True) if stats is None]))
+        return [next(rest) if stats is None else stats for stats in found]
+
+    def _in_lockstep(self, work: list[Work]) -> list[dict[str, Tensor]]:
         layouts = [bucket.layout for _, bucket in work]
         steps = [self.update(group, bucket) for group, bucket in work]
         return lockstep(steps, lambda requests: combine(requests, layouts))
+
+    def at_once(self, group: Group, bucket: Bucket, kernels: WholeKernels) -> Tensor:
+        """`update` by kernels that also make the numbers of whole tensors. ``t`` and ``lr`` of ``group`` are numbers,
+        or tensors if they were given as such. Returns `STATS`, a row each.
+        """
+        raise NotImplementedError
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         """Update the parameters of ``bucket``; return their statistics, vectors of shape ``[k]``. ``group`` is as
@@ -192,7 +216,7 @@ class EvenOptimizer(Optimizer):
 
     @torch._disable_dynamo
     def _begin_parameter(self, p: Tensor) -> list[Work]:
-        group, _ = self._place(p)
+        group, _ = self.place(p)
         if any(other["capturable"] for other in self.param_groups):
             raise ValueError("step_parameter counts on the host; it does not go with capturable=True")
         if p.grad is None:
@@ -208,7 +232,7 @@ class EvenOptimizer(Optimizer):
     def _had_its_turn(self, group: Group, p: Tensor) -> bool:
         return bool(self.state[p].get("released_at") == group["t"])
 
-    def _place(self, p: Tensor) -> tuple[Group, tuple[int, int]]:
+    def place(self, p: Tensor) -> tuple[Group, tuple[int, int]]:
         """The group of a parameter, and the numbers of both."""
         if p not in self._places:
             groups = enumerate(self.param_groups)
@@ -231,18 +255,12 @@ class EvenOptimizer(Optimizer):
 
     def weights(self, group: Group, bucket: Bucket, finite: Tensor) -> Weights:
         """The parameters of ``bucket`` with what their rounding needs."""
-        lost: list[Tensor | None] = [None] * len(bucket.here)
-        seeds: list[Tensor | None] = [None] * len(bucket.here)
-        if group["rounding"] == "kahan":
-            lost = [local(state["compensation"]) if "compensation" in state else None for state in bucket.states]
-        elif group["rounding"] == "stochastic":
-            seeds[:] = noise_seeds(group["t"], group["places"])
-        return Weights(bucket.here, finite, lost, seeds)
+        return Weights(bucket.here, finite, *rounding(group, bucket))
 
     def _refuse_sparse_gradients(self, params: Iterable[Tensor]) -> None:
         for p in params:
-            if p.grad is not None and p.grad.is_sparse:
-                place, index = self._place(p)[1]
+            if (grad := p.grad) is not None and grad.is_sparse:
+                place, index = self.place(p)[1]
                 raise RuntimeError(
                     f"{type(self).__name__} does not take sparse gradients (parameter {index} of group {place} has "
                     "one); use a dense embedding (sparse=False) or another optimizer for it"
@@ -275,7 +293,7 @@ class EvenOptimizer(Optimizer):
 
         hooks = [
             self.register_load_state_dict_pre_hook(translate),
-            self.register_load_state_dict_post_hook(lambda _: self._restore_exactly(final), prepend=True),
+            self.register_load_state_dict_post_hook(lambda _: restore_exactly(self, final), prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -284,21 +302,3 @@ class EvenOptimizer(Optimizer):
                 hook.remove()
         if said[0]:
             warnings.warn(said[0], stacklevel=2)
-
-    def _restore_exactly(self, saved: dict[str, Any]) -> None:
-        for group in self.param_groups:
-            place_clock(group)
-        ids = [i for group in saved["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=True):
-            for name, value in saved["state"].get(i, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][name] = value.detach().to(p.device).clone()
-
-
-def _check_parameter(p: Tensor, index: int) -> None:
-    if not p.is_floating_point():
-        raise ValueError(
-            f"parameter {index} of the group has dtype {p.dtype}; real floating-point parameters are supported"
-        )
-    refuse_flat_shard(p)

@@ -1,8 +1,13 @@
 """Random masks of an exact size, one bit per entry, for SPAM's sparse momentum."""
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 CHUNK = 1 << 20
 """Entries drawn at a time, so that a mask over a tensor of any size needs only a few megabytes."""
@@ -41,3 +46,19 @@ def unpack(bits: Tensor, n: int) -> Tensor:
     """The first ``n`` bits as a flat bool tensor."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits.unsqueeze(1) >> shifts) & 1).view(-1)[:n].bool()
+
+
+def taken(tensors: Sequence[T], where: list[Tensor | None]) -> list[T]:
+    """The entries ``where`` of each tensor, flat; all of it where that is None."""
+    return [
+        x if x is None or entries is None else torch.take(x, entries) for x, entries in zip(tensors, where, strict=True)
+    ]
+
+
+def put_back(tensors: Sequence[T], values: Sequence[T], where: list[Tensor | None]) -> None:
+    """What was `taken`, back into the tensors."""
+    for x, some, entries in zip(tensors, values, where, strict=True):
+        if x is not None and some is not None and entries is not None:
+            flat = x.reshape(-1).index_copy_(0, entries, some)  # put_ has no deterministic form
+            if not x.is_contiguous():
+                x.copy_(flat.view(x.shape))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from evenstep.errors import nearest
-from evenstep.kernels import Kernels, RowWork, table
+from evenstep.kernels import Kernels, RowWork, WholeKernels, table
+from evenstep.optim.at_once import whole_step
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.groups import KINDS
 from evenstep.optim.sharding import Bucket
@@ -144,6 +145,25 @@ class SCALE(EvenOptimizer):
         found = statistics(grads, bucket, directions * group["lr"] * grads.finite)
         found["norm_after"] = torch.full_like(directions, torch.nan) if bucket.layout.cuts else directions
         return found | {"gain": found["norm_after"] / found["grad_norm"].clamp(min=torch.finfo(bucket.dtype).tiny)}
+
+    def at_once(self, group: Group, bucket: Bucket, kernels: WholeKernels) -> Tensor:
+        sign, lr = -1.0 if group["maximize"] else 1.0, group["lr"]
+        if group["kind"] != "vector":
+            work = whole_step(group, bucket)
+            by = "columns" if group["kind"] == "embedding" else "rows"
+            return kernels.scale_step_(
+                work, sign, lr, group["weight_decay"], group["momentum"], group["norm"], by, FLOOR
+            )
+        how = {
+            "sign": sign,
+            "lr": lr,
+            "beta1": group["betas"][0],
+            "beta2": group["betas"][1],
+            "eps": group["eps"],
+            "decay": group["weight_decay"],
+            "warmup": 1.0,
+        }
+        return kernels.adam_step_(whole_step(group, bucket, "age"), how)
 
     def _vector_step(self, group: Group, bucket: Bucket, grads: Gradients) -> tuple[Gradients, Tensor]:
         scalars = bucket.stacked("age")

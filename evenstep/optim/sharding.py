@@ -5,7 +5,7 @@ agree on goes through `combine`: one message per mesh dimension and round for al
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,37 +148,47 @@ def state_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
+Choose = Callable[[Tensor, Tensor, Mapping[str, Any]], Kernels | None]
+ChooseForAll = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Mapping[str, Any]]], Kernels | None]
+
+
 def buckets(
     params: Iterable[Tensor],
     state: Mapping[Tensor, dict[str, Any]] | None = None,
-    choose: Callable[[Tensor, Tensor, Mapping[str, Any]], Kernels | None] = lambda p, g, state: None,
+    choose: Choose = lambda p, g, state: None,
+    choose_for_all: ChooseForAll = lambda params, grads, states: None,
 ) -> list[Bucket]:
     """The parameters that have a gradient, with their ``state``, split by device, state dtype, layout and kernels.
 
-    ``choose`` gets what is here of a parameter and its gradient, and its state.
+    ``choose`` gets what is here of a parameter and its gradient, and its state. ``choose_for_all`` may give the kernels
+    for all of them together.
     """
-    found: dict[tuple[torch.device, torch.dtype, Layout, Kernels | None], list[tuple[Tensor, Tensor, Tensor]]] = {}
-    for p in params:
-        grad = p.grad
-        if grad is None:
-            continue
-        if type(p) in PLAIN and type(grad) in PLAIN:
-            layout, here = WHOLE, p
-        else:
+    given = [(p, grad) for p in params if (grad := p.grad) is not None]
+    params, grads = [p for p, _ in given], [grad for _, grad in given]
+    states = [] if state is None else [state[p] for p in params]
+    kernels = choose_for_all(params, grads, states)
+    if kernels is not None:
+        return [Bucket(params, grads, params, states, torch.float32, WHOLE, kernels)]
+    found: dict[tuple[torch.device, torch.dtype, Layout, Kernels | None], list[int]] = {}
+    here = []
+    for i, (p, grad) in enumerate(given):
+        layout = WHOLE
+        if not (type(p) in PLAIN and type(grad) in PLAIN):
             layout, theirs = Layout.of(p), Layout.of(grad)
             if layout != theirs:
                 raise ValueError(
                     "a gradient is sharded differently from its parameter; redistribute it before the step"
                 )
-            here, grad = local(p), local(grad)
-        kernels = choose(here, grad, {} if state is None else state[p])
-        found.setdefault((p.device, state_dtype(p), layout, kernels), []).append((p, grad, here))
+            p, grads[i] = local(p), local(grad)
+        here.append(p)
+        kernels = choose(p, grads[i], states[i] if states else {})
+        found.setdefault((p.device, state_dtype(p), layout, kernels), []).append(i)
     return [
         Bucket(
-            params=[p for p, _, _ in some],
-            grads=[grad for _, grad, _ in some],
-            here=[here for _, _, here in some],
-            states=[] if state is None else [state[p] for p, _, _ in some],
+            params=[params[i] for i in some],
+            grads=[grads[i] for i in some],
+            here=[here[i] for i in some],
+            states=[states[i] for i in some] if states else [],
             dtype=dtype,
             layout=layout,
             kernels=kernels,

@@ -1,19 +1,21 @@
 """SPAM: Adam with spike-aware clipping, momentum reset, and sparse momentum (arXiv:2501.06842, ICLR 2025)."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from evenstep.kernels import WholeKernels
+from evenstep.optim.at_once import whole_step
 from evenstep.optim.base import EvenOptimizer, Group, State
-from evenstep.optim.masks import draw_mask, pack, unpack
+from evenstep.optim.masks import draw_mask, pack, put_back, taken, unpack
 from evenstep.optim.sharding import Bucket, is_sharded
 from evenstep.optim.state import moment, scalar, statistics
 from evenstep.transforms import AdamStep, EntryClip, Gradients, Steps, Weights, adam_, reset_due, rewarm_factor
 
-T = TypeVar("T", Tensor, Tensor | None)
+N = TypeVar("N", Tensor, float)
 
 
 class SPAM(EvenOptimizer):
@@ -124,7 +126,7 @@ class SPAM(EvenOptimizer):
 
     def _draw_mask(self, group: Group, p: Tensor) -> Tensor:
         # The seed says whose mask this is and when it is drawn: equal on all ranks, and the same again after a resume.
-        return draw_mask(p.numel(), group["density"], (*self._place(p)[1], int(group["t"]))).to(p.device)
+        return draw_mask(p.numel(), group["density"], (*self.place(p)[1], int(group["t"]))).to(p.device)
 
     def prepare(self, group: Group, bucket: Bucket) -> None:
         """On a reset the sparse parameters get new masks, where their gradients are finite."""
@@ -158,7 +160,7 @@ class SPAM(EvenOptimizer):
             raise ValueError(
                 f"set_mask: expected a bool tensor of shape {tuple(p.shape)}, got {mask.dtype} of {tuple(mask.shape)}"
             )
-        group, _ = self._place(p)
+        group, _ = self.place(p)
         sparse = _sparse_moments(p, pack(mask).to(p.device), int(mask.sum()), group["state"])
         state.update(sparse, mask_set_at=group["t"])
         if group["variant"] == "paper":
@@ -213,22 +215,55 @@ class SPAM(EvenOptimizer):
             found |= {name: torch.full_like(sizes, math.nan) for name in ("norm_after", "clipped")}
         return found
 
+    def at_once(self, group: Group, bucket: Bucket, kernels: WholeKernels) -> Tensor:
+        official, threshold, every = group["variant"] == "official", group["threshold"], group["reset_interval"]
+        reset = reset_due(group["t"], every)
+        how = {
+            "sign": -1.0 if group["maximize"] else 1.0,
+            "lr": group["lr"],
+            "beta1": group["betas"][0],
+            "beta2": group["betas"][1],
+            "eps": group["eps"],
+            "decay": 0.0 if official else group["weight_decay"],
+            "decay_after": group["weight_decay"] if official and group["density"] == 1 else 0.0,
+            "warmup": rewarm_factor(group["t"], every, group["warmup_steps"]),
+            "reset": 0.0 if official else reset,
+            "forget": reset,
+            "eps_first": official,
+            "capped": threshold > 0,
+            "cap_factor": threshold * (1 - reset),
+            "cap_spread": self._spread(group),
+            "zero_history": official,
+        }
+        return kernels.adam_step_(whole_step(group, bucket, "age", masks=_masks(bucket)), how)
+
+    def _spread(self, group: Group) -> Any:
+        """What widens the limits: nothing, or without end."""
+        clips = self._clips(group, group["t"])
+        return torch.where(clips > 0, 0.0, math.inf) if isinstance(clips, Tensor) else 0.0 if clips else math.inf
+
     @staticmethod
-    def _clips(group: Group, t: Tensor) -> Tensor:
+    def _clips(group: Group, t: N) -> N:
         """Whether entries are clipped on this step: 1 or 0."""
         started = t >= group["clip_start"]
         if group["reset_interval"]:
-            started = started & (torch.remainder(t, group["reset_interval"]) >= group["clip_start"])
-        return started.to(t.dtype)
+            started = started & (t % group["reset_interval"] >= group["clip_start"])
+        return started + 0 * t
+
+
+def _masks(bucket: Bucket) -> list[Tensor]:
+    """Packed bits of each tensor, none for a dense one; no list where all are dense."""
+    if not any("mask" in state for state in bucket.states):
+        return []
+    nothing = torch.empty(0, dtype=torch.uint8, device=bucket.here[0].device)
+    return [state.get("mask", nothing) for state in bucket.states]
 
 
 def _masked_adam_(
     bucket: Bucket, weights: Weights, grads: Gradients, plan: AdamStep, clip: EntryClip | None
 ) -> tuple[Gradients, Tensor]:
     """Adam's step on the entries of the masks, by kernels that know about them."""
-    if any("mask" in state for state in bucket.states):
-        nothing = torch.empty(0, dtype=torch.uint8, device=bucket.here[0].device)
-        weights.masks = [state.get("mask", nothing) for state in bucket.states]
+    weights.masks = _masks(bucket)
     return adam_(weights, grads, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan, clip)
 
 
@@ -237,13 +272,13 @@ def _compact_adam_(
 ) -> tuple[Gradients, Tensor]:
     """The same by the plain code: the entries of the masks are taken out, updated and put back."""
     where = [_entries(state, p.numel()) for p, state in zip(bucket.params, bucket.states, strict=True)]
-    weights.tensors = trained = _taken(bucket.here, where)
+    weights.tensors = trained = taken(bucket.here, where)
     lost = weights.lost
-    weights.lost = _taken(lost, where)
-    some = grads.of(_taken(bucket.grads, where))
+    weights.lost = taken(lost, where)
+    some = grads.of(taken(bucket.grads, where))
     _, update_norm = adam_(weights, some, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan, clip)
-    _put_back(bucket.here, trained, where)
-    _put_back(lost, weights.lost, where)
+    put_back(bucket.here, trained, where)
+    put_back(lost, weights.lost, where)
     return grads, update_norm
 
 
@@ -258,17 +293,3 @@ def _sparse_moments(p: Tensor, bits: Tensor, count: int, stored: str) -> State:
     """New compact moments for the ``count`` entries of a packed mask."""
     compact = p.new_empty(count)
     return {"exp_avg": moment(compact, stored), "exp_avg_sq": moment(compact, stored, signed=False), "mask": bits}
-
-
-def _taken(tensors: Sequence[T], where: list[Tensor | None]) -> list[T]:
-    return [
-        x if x is None or entries is None else torch.take(x, entries) for x, entries in zip(tensors, where, strict=True)
-    ]
-
-
-def _put_back(tensors: Sequence[T], values: Sequence[T], where: list[Tensor | None]) -> None:
-    for x, some, entries in zip(tensors, values, where, strict=True):
-        if x is not None and some is not None and entries is not None:
-            flat = x.reshape(-1).index_copy_(0, entries, some)  # put_ has no deterministic form
-            if not x.is_contiguous():
-                x.copy_(flat.view(x.shape))

@@ -175,7 +175,9 @@ class Stabilized(Optimizer):
         self._follow_exchange()
         self._refuse_sparse_gradients()
         work = [
-            (group, bucket) for group in self.param_groups for bucket in buckets(group["params"], None, self._choice)
+            (group, bucket)
+            for group in self.param_groups
+            for bucket in buckets(group["params"], None, self._choice, self._choice.all_alike)
         ]
         layouts = [bucket.layout for _, bucket in work]
         seen = torch.as_tensor(loss) if isinstance(loss, Tensor | float) else None

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from evenstep.kernels import WholeKernels
+from evenstep.optim.at_once import whole_step
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.sharding import Bucket
 from evenstep.optim.state import moment, scalar, statistics
@@ -114,13 +116,7 @@ class StableSPAM(EvenOptimizer):
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         official = group["variant"] == "official"
-        t, lr = group["t"], group["lr"]
-        reset = reset_due(t, group["reset_interval"])
-        beta1, beta2 = group["betas"]
-        gamma1 = group["gamma1"]
-        if group["total_steps"] is not None:
-            factor = cosine_factor(t, group["total_steps"], group["eta_min"], hold=not official)
-            beta1, gamma1 = beta1 * factor, gamma1 * factor
+        lr, (reset, beta1, gamma1) = group["lr"], self._scheduled(group)
 
         scalars = bucket.stacked("peak", "norm", "norm_rms", "n", "age")
         peak, norm, norm_rms, n, age = scalars.values
@@ -138,7 +134,7 @@ class StableSPAM(EvenOptimizer):
             age,
             torch.zeros_like(reset) if official else reset,
             lr=lr,
-            betas=(beta1, beta2),
+            betas=(beta1, group["betas"][1]),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             forget_after=reset if official else None,
@@ -149,3 +145,35 @@ class StableSPAM(EvenOptimizer):
             n = age  # one counter for both: after a reset the statistics are corrected as if they were new
         scalars.store(grads.finite, peak, norm, norm_rms, n, age)
         return statistics(grads, bucket, update_norm)
+
+    def at_once(self, group: Group, bucket: Bucket, kernels: WholeKernels) -> Tensor:
+        official = group["variant"] == "official"
+        reset, beta1, gamma1 = self._scheduled(group)
+        how = {
+            "sign": -1.0 if group["maximize"] else 1.0,
+            "lr": group["lr"],
+            "beta1": beta1,
+            "beta2": group["betas"][1],
+            "eps": group["eps"],
+            "decay": group["weight_decay"],
+            "warmup": 1.0,
+            "reset": reset,
+            "forget": 0.0 if official else reset,
+            "forget_after": reset if official else 0.0,
+            "stable": True,
+            "gamma1": gamma1,
+            "gamma2": group["gamma2"],
+            "gamma3": group["gamma3"],
+            "one_counter": official,
+        }
+        return kernels.adam_step_(whole_step(group, bucket, "age", "peak", "norm", "norm_rms", "n"), how)
+
+    @staticmethod
+    def _scheduled(group: Group) -> tuple[Any, Any, Any]:
+        """Whether this step resets the moments (1 or 0), beta1 and gamma1."""
+        t, beta1, gamma1 = group["t"], group["betas"][0], group["gamma1"]
+        if group["total_steps"] is not None:
+            hold = group["variant"] != "official"
+            factor = cosine_factor(t, group["total_steps"], group["eta_min"], hold=hold)
+            beta1, gamma1 = beta1 * factor, gamma1 * factor
+        return reset_due(t, group["reset_interval"]), beta1, gamma1

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from evenstep.optim.sharding import Bucket, like, local, parts, state_dtype
-from evenstep.transforms import Gradients
+from evenstep.optim.sharding import Bucket, like, local, parts, refuse_flat_shard, state_dtype
+from evenstep.transforms import Gradients, noise_seeds
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -38,6 +39,38 @@ def place_clock(group: Group) -> None:
         group["t"] = torch.as_tensor(group["t"], dtype=torch.int64).to(device, copy=True)
     else:
         group["t"] = int(group["t"])
+
+
+def check_parameter(p: Tensor, index: int) -> None:
+    """ValueError for a parameter, the ``index``-th of its group, that none of the optimizers can take."""
+    if not p.is_floating_point():
+        raise ValueError(
+            f"parameter {index} of the group has dtype {p.dtype}; real floating-point parameters are supported"
+        )
+    refuse_flat_shard(p)
+
+
+def restore_exactly(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Put the values of a saved state in place of what torch has rounded to the dtype of the parameters."""
+    for group in optimizer.param_groups:
+        place_clock(group)
+    ids = [i for group in saved["param_groups"] for i in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in zip(ids, params, strict=True):
+        for name, value in saved["state"].get(i, {}).items():
+            if isinstance(value, Tensor):
+                optimizer.state[p][name] = value.detach().to(p.device).clone()
+
+
+def rounding(group: Group, bucket: Bucket) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Kahan's compensation and the seeds of stochastic rounding, where the group asks for them."""
+    lost: list[Tensor | None] = [None] * len(bucket.here)
+    seeds: list[Tensor | None] = [None] * len(bucket.here)
+    if group["rounding"] == "kahan":
+        lost = [local(state["compensation"]) if "compensation" in state else None for state in bucket.states]
+    elif group["rounding"] == "stochastic":
+        seeds[:] = noise_seeds(torch.as_tensor(group["t"]), group["places"])
+    return lost, seeds
 
 
 def scalar(p: Tensor) -> Tensor:
@@ -102,14 +135,23 @@ def in_param_order(groups: list[Group], measured: list[tuple[list[Tensor], dict[
     gradient.
     """
     params = [p for group in groups for p in group["params"]]
-    if len(measured) == 1 and len(measured[0][0]) == len(params):
-        return measured[0][1]
+    found = [p for some, _ in measured for p in some]
+    names = list(measured[0][1]) if measured else []
+    complete = len(found) == len(params) and all(list(numbers) == names for _, numbers in measured)
+    if complete and all(p is q for p, q in zip(found, params, strict=True)):
+        return measured[0][1] if len(measured) == 1 else _side_by_side([numbers for _, numbers in measured])
     place = {p: i for i, p in enumerate(params)}
     stats: dict[str, Tensor] = {}
     for some, numbers in measured:
+        where = torch.tensor([place[p] for p in some])
         for name, vector in numbers.items():
             if name not in stats:
                 stats[name] = vector.new_full((len(params),), math.nan)
-            where = torch.tensor([place[p] for p in some], device=stats[name].device)
-            stats[name].index_copy_(0, where, vector.to(stats[name]))
+            stats[name].index_copy_(0, where.to(stats[name].device), vector.to(stats[name]))
     return stats
+
+
+def _side_by_side(several: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Vectors of the same names, one after the other, in the dtype and on the device of the first."""
+    rows = [torch.stack(list(numbers.values())) for numbers in several]
+    return dict(zip(several[0], torch.cat([row.to(rows[0]) for row in rows], dim=1).unbind(), strict=True))
