@@ -87,6 +87,21 @@ def test_telemetry_tells_of_every_low_bit_weight_and_changes_nothing(corpus, tmp
         assert torch.equal(p, q)
 
 
+def test_telemetry_tells_how_gradients_are_held_and_changes_nothing(corpus, tmp_path):
+    few = {"lowbit": "nvfp4-train", "log__every": "4"}
+    watched = Run(quick(corpus, tmp_path / "watched", **few), say=lambda line: None)
+    watched.fit()
+    written = [record["layers"] for record in records(watched.out) if record.get("kind") == "lowbit"]
+    low = [name for name, m in watched.model.named_modules() if isinstance(m, LowBitLinear)]
+    for layers in written:
+        assert set(layers) == set(low)
+        assert all(0.01 < layer["gradient_error"] < 0.3 for layer in layers.values())  # of 4 bits, stochastic
+    silent = Run(quick(corpus, tmp_path / "silent", telemetry__enabled="false", **few), say=lambda line: None)
+    silent.fit()
+    for p, q in zip(watched.model.parameters(), silent.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_named_recipes_round_weights_without_random_numbers():
     """So telemetry may quantise them between two steps."""
     assert all(recipe.weight is None or recipe.weight.rounding == "nearest" for recipe in RECIPES.values())

@@ -11,6 +11,7 @@ from evenstep.lowbit.formats import FORMATS as FORMATS
 from evenstep.lowbit.formats import Format as Format
 from evenstep.lowbit.linear import LowBitLinear as LowBitLinear
 from evenstep.lowbit.metrics import lowbit_metrics as lowbit_metrics
+from evenstep.lowbit.metrics import observe_gradients as observe_gradients
 from evenstep.lowbit.metrics import observe_inputs as observe_inputs
 from evenstep.lowbit.metrics import quantization_error as quantization_error
 from evenstep.lowbit.quantized import Quantized as Quantized

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from evenstep.lowbit import blocks
 from evenstep.lowbit.fake_quant import as_rows, check, in_blocks, noise_like, split, spread
@@ -18,8 +19,9 @@ Metrics = dict[str, dict[str, Tensor]]
 
 
 @torch.no_grad()
-def quantization_error(x: Tensor, format: Format | str) -> dict[str, Tensor]:
-    """How well ``format`` holds ``x``, as 0-d fp32 tensors on its device (nothing waits for it):
+def quantization_error(x: Tensor, format: Format | str, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """How well ``format`` holds ``x``, as 0-d fp32 tensors on its device (nothing waits for it); ``generator`` is what
+    stochastic rounding draws from (default: torch's global one):
 
     - ``saturation``: share of entries beyond the ends of their group's grid (kept outliers are not);
     - ``underflow``: share of the nonzero entries that become zero;
@@ -31,7 +33,7 @@ def quantization_error(x: Tensor, format: Format | str) -> dict[str, Tensor]:
     sums = torch.zeros(4, dtype=torch.float64, device=x.device)
     pieces = (piece for strip in split(rows, -2, fmt.block_rows) for piece in split(strip, -1, fmt.group))
     for piece in pieces if x.numel() else ():
-        sums += _sums(piece, fmt, total)
+        sums += _sums(piece, fmt, total, generator)
     beyond, vanished, nonzero, error = sums.float()
     energy = rows.double().square().sum().float()
     return {
@@ -41,10 +43,10 @@ def quantization_error(x: Tensor, format: Format | str) -> dict[str, Tensor]:
     }
 
 
-def _sums(piece: Tensor, fmt: Format, total: Tensor | None) -> Tensor:
+def _sums(piece: Tensor, fmt: Format, total: Tensor | None, generator: torch.Generator | None) -> Tensor:
     """Of one piece: entries beyond the grid, nonzero ones that vanish, nonzero ones, squared error; fp64 [4]."""
     x, dims = in_blocks(piece, fmt)
-    coded = blocks.encode(x, fmt, dims, spread(total), noise_like(x, fmt, None))
+    coded = blocks.encode(x, fmt, dims, spread(total), noise_like(x, fmt, generator))
     if coded.zero is None:
         at_end = coded.values.abs() == fmt.spec.top
     else:
@@ -82,13 +84,48 @@ def observe_inputs(model: nn.Module) -> Iterator[Metrics]:
 
         return observe
 
-    handles = [
-        module.register_forward_pre_hook(observer(name, module.recipe.input))
-        for name, module in model.named_modules()
-        if isinstance(module, LowBitLinear) and module.recipe.input is not None
-    ]
-    try:
+    with _removed(
+        [
+            module.register_forward_pre_hook(observer(name, module.recipe.input))
+            for name, module in model.named_modules()
+            if isinstance(module, LowBitLinear) and module.recipe.input is not None
+        ]
+    ):
         yield found
+
+
+@contextmanager
+def observe_gradients(model: nn.Module, generator: torch.Generator | None = None) -> Iterator[Metrics]:
+    """As `observe_inputs`, of the gradient of each layer's output in the format that its recipe has for gradients;
+    layers whose recipe leaves gradients in high precision are left out. Forward and backward pass must lie within it.
+    """
+    found: Metrics = {}
+
+    def observer(name: str, fmt: Format, transposed: bool) -> Any:
+        def observe(module: nn.Module, grads: tuple[Tensor, ...]) -> None:
+            g = grads[0].reshape(-1, grads[0].shape[-1])
+            found[name] = quantization_error(g.t() if transposed else g, fmt, generator)
+
+        return observe
+
+    handles = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LowBitLinear):
+            continue
+        # A format groups along the dimension that its product sums over: outputs, or tokens.
+        if fmt := module.recipe.input_grad.grad:
+            handles.append(module.register_full_backward_pre_hook(observer(name, fmt, False)))
+        elif fmt := module.recipe.weight_grad.grad:
+            handles.append(module.register_full_backward_pre_hook(observer(name, fmt, True)))
+    with _removed(handles):
+        yield found
+
+
+@contextmanager
+def _removed(handles: list[RemovableHandle]) -> Iterator[None]:
+    """The hooks of ``handles`` are removed in the end."""
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

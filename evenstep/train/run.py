@@ -204,7 +204,8 @@ class Run:
             waited += time.perf_counter() - asked
             self.heart.beat(number, "forward and backward")
             inputs, targets = inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
-            loss = self._accumulate(inputs, targets)
+            with self.telemetry.watching(self.is_log_step(number)):
+                loss = self._accumulate(inputs, targets)
             norm = self._gradient_norm(number)
             if self.bad.accept(loss, norm, number, position):
                 break

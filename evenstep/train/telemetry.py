@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from evenstep.lowbit.metrics import lowbit_metrics
+from evenstep.lowbit.metrics import Metrics, lowbit_metrics, observe_gradients
 from evenstep.telemetry.monitor import SpikeMonitor
 from evenstep.telemetry.sinks import Guarded, TensorBoardSink, TrackioSink, WandbSink, opened
 from evenstep.train.config_io import to_tables
@@ -20,18 +20,35 @@ if TYPE_CHECKING:
     from evenstep.train.run import Run
 
 
-def weight_noise(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """What quantisation does to the weight of every low-bit layer, as `SpikeMonitor` takes it: ``saturation``,
-    ``underflow`` and ``error``.
+class LowBitNoise:
+    """What quantisation does to every low-bit layer, as `SpikeMonitor` takes it: ``saturation``, ``underflow`` and
+    ``error`` of the weight and, where the recipe quantises gradients, ``gradient_error``.
 
-    Asked at every drain, where it takes up to a tenth of a step. The gradients that a recipe quantises exist within
-    the backward pass alone, so there is no ``gradient_error``. Every named recipe rounds weights to the nearest: no
-    random number is drawn, and the run is the same to the bit without telemetry.
+    Asked at every drain, where it takes up to a tenth of a step. The gradients exist within the backward pass alone:
+    those of log steps are looked at, in eager mode. Named recipes round weights to the nearest, and the rounding of
+    gradients is drawn here from a generator apart, so the run is the same to the bit without telemetry.
     """
-    return {
-        layer: {"saturation": found["saturation"], "underflow": found["underflow"], "error": found["relative_error"]}
-        for layer, found in lowbit_metrics(model).items()
-    }
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model = model
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.gradients: Metrics = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around a forward and backward pass."""
+        with observe_gradients(self.model, self.generator) as found:
+            yield
+        self.gradients = found
+
+    def __call__(self) -> dict[str, dict[str, Tensor]]:
+        layers = {
+            layer: {"saturation": of["saturation"], "underflow": of["underflow"], "error": of["relative_error"]}
+            for layer, of in lowbit_metrics(self.model).items()
+        }
+        for layer, of in self.gradients.items():
+            layers.setdefault(layer, {})["gradient_error"] = of["relative_error"]
+        return layers
 
 
 class RunTelemetry:
@@ -42,6 +59,10 @@ class RunTelemetry:
         self.sinks: list[Guarded] = []
         config = run.config.telemetry
         self.monitor = None
+        # Of a sharded matrix only a part is here, and its scales are those of the whole.
+        self.noise = None
+        if run.config.lowbit and config.enabled and not run.parallel.sharded:
+            self.noise = LowBitNoise(run.model, run.device)
         if config.enabled:
             self.monitor = SpikeMonitor(
                 run.model,
@@ -54,9 +75,14 @@ class RunTelemetry:
                 sigma=config.sigma,
                 window=config.window,
                 parameters_every=config.every,
-                # Of a sharded matrix only a part is here, and its scales are those of the whole.
-                lowbit=partial(weight_noise, run.model) if run.config.lowbit and not run.parallel.sharded else None,
+                lowbit=self.noise,
             )
+
+    def watching(self, log_step: bool) -> AbstractContextManager[None]:
+        """Around the forward and backward pass of a step."""
+        if self.noise is None or not log_step or self.run.config.train.compile:
+            return nullcontext()
+        return self.noise.watching()
 
     def observe(self, loss: Tensor, position: int) -> None:
         """Before the optimizer's step: its loss, and the loader's position before its batch."""
