@@ -36,7 +36,7 @@ examples:
   evenstep generate runs/NAME --prompt 'Once'        text from a trained model
   evenstep bench step-time --shapes 9m               optimizers side by side: time, memory, bandwidth
   evenstep runs                                      what has been trained, and how well
-  evenstep plan recipes/cluster-7b.toml --gpus 64    memory and messages of a run before it is started
+  evenstep plan examples/cluster-7b.toml --gpus 64   memory and messages of a run before it is started
   evenstep report runs/NAME                          one page: losses, spikes, what was clipped and reset
   eval "$(evenstep completion bash)"                 completion for this shell
 """

@@ -275,11 +275,11 @@ def test_what_cannot_be_cut_is_refused():
         planned(parallel__mode="tp+fsdp", **{"parallel.tensor": "8"})
     with pytest.raises(EvenstepError, match="--gpus 0"):
         planned(gpus=0)
-    assert replace(planned(), gpu_memory=1.0).fits is False
+    assert replace(planned(gpus=1), gpu_memory=1.0).fits is False
 
 
 def test_the_command(capsys):
-    recipe = ROOT / "recipes/cluster-7b.toml"
+    recipe = ROOT / "examples/cluster-7b.toml"
     status, out, err = call(capsys, "plan", recipe, "--gpus", "64")
     assert (status, err) == (0, "") and "7b (6.74B parameters) on 64 GPUs, fsdp" in out and "fits" in out
     status, out, _ = call(capsys, "plan", recipe, "--gpus", "64", "--json", "--optim.state", "int8")

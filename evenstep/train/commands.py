@@ -14,10 +14,10 @@ does. No GPU is needed, and no data.
 
 PLAN_EXAMPLES = """\
 examples:
-  evenstep plan recipes/cluster-7b.toml --gpus 64
-  evenstep plan recipes/cluster-7b.toml --gpus 8 --gpu-memory 40 --optim.state int8
-  evenstep plan recipes/cluster-7b.toml --gpus 64 --parallel.mode tp+fsdp --parallel.tensor 8
-  evenstep plan recipes/cluster-7b.toml --gpus 8 --optimizers      every optimizer and format of its state
+  evenstep plan examples/cluster-7b.toml --gpus 64
+  evenstep plan examples/cluster-7b.toml --gpus 8 --gpu-memory 40 --optim.state int8
+  evenstep plan examples/cluster-7b.toml --gpus 64 --parallel.mode tp+fsdp --parallel.tensor 8
+  evenstep plan examples/cluster-7b.toml --gpus 8 --optimizers      every optimizer and format of its state
 """
 
 EXPORT = """\
