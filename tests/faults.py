@@ -5,7 +5,6 @@ Every function starts the run in ``out`` (or takes it up), lets the fault happen
 those in the log that have to be done again. AssertionError when something did not survive.
 """
 
-import os
 import random
 import signal
 import time
@@ -22,7 +21,7 @@ OPTIONS = {
     "optim__name": "stable_spam",
     "optim__reset_interval": "7",
     "train__batch_size": "4",
-    "train__steps": "60",
+    "train__steps": "40",
     "checkpoint__every": "3",
     "eval__every": "0",
     "sample__tokens": "0",
@@ -118,10 +117,8 @@ def stand_still(corpus: Path, out: Path, draw: random.Random, **more: str) -> in
         try:
             running.wait_for(lambda: "missing: " in running.said(), 60)
         finally:
-            for worker in running.workers():
-                os.kill(worker, signal.SIGCONT)
+            running.kill_all()
         said = running.said()
-        running.kill_all()
     assert f"missing: process {rank} on" in said, said[-2000:]
     all_whole(out)
     return max(done, max(by_step(out), default=0)) - newest(out)

@@ -70,6 +70,7 @@ class Job:
         self, size: int, corpus: Path, out: Path, *, restarts: int = 0, limit: int | None = None, words=(), **options
     ) -> None:
         self.out, self.began = out, time.time()
+        self.known: set[int] = set()
         command = [
             sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", f"--max-restarts={restarts}",
             "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--monitor-interval=0.1",
@@ -104,14 +105,25 @@ class Job:
                     found |= {int(word[5:]): child for word in words if word.startswith(b"RANK=")}
             except OSError:  # it ended meanwhile
                 pass
+        self.known |= set(found.values())
         return [found[rank] for rank in sorted(found)]
+
+    def _left(self) -> list[int]:
+        """Processes of this job that are still there, torchrun or not: a stopped one outlives it."""
+        mine = str(self.out).encode()
+        left = []
+        for pid in self.known:
+            with suppress(OSError):
+                if mine in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    left.append(pid)
+        return left
 
     def signal(self, rank: int, number: int) -> None:
         """To one training process, once it is there."""
         self.wait_for(lambda: len(self.workers()) > rank)
         os.kill(self.workers()[rank], number)
 
-    def wait_for(self, condition, seconds: float = 90) -> None:
+    def wait_for(self, condition, seconds: float = 200) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, self.said()[-4000:]
@@ -129,7 +141,7 @@ class Job:
                     return True
         return False
 
-    def end(self, seconds: float = 120) -> int:
+    def end(self, seconds: float = 400) -> int:
         """Wait for it; its exit status."""
         try:
             return self.process.wait(seconds)
@@ -138,15 +150,15 @@ class Job:
 
     def kill_all(self) -> None:
         """SIGKILL to torchrun and all workers at once."""
-        workers = self.workers()
+        self.workers()
         if self.process.poll() is None:
             self.process.kill()
-        for worker in workers:
+        for worker in self._left():
             with suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
         self.process.wait(30)
         deadline = time.monotonic() + 30
-        while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
+        while self._left() and time.monotonic() < deadline:
             time.sleep(0.01)  # the system reaps orphans
 
 

@@ -2,7 +2,7 @@
 
     python tests/soak.py [--minutes 20] [--seed 0] [--json FILE]
 
-A run of 60 steps on two processes (FSDP, Stable-SPAM, fp32, gloo) is taken up again and again, each time with another
+A run of 40 steps on two processes (FSDP, Stable-SPAM, fp32, gloo) is taken up again and again, each time with another
 fault of tests/faults.py. When it has reached its end, its losses must be those of a run that nothing happened to, bit
 for bit, and a new one begins. Half of the rounds are a kill -9 of everything while a checkpoint is being written.
 """

@@ -32,13 +32,13 @@ def whole(corpus, out, **options):
 @linux
 def test_a_run_survives_a_kill_while_saving_one_process_less_and_a_sigterm(corpus, tmp_path):
     """Three faults in a row on one run; then it ends with the losses of a run that nothing happened to."""
-    options, out, draw = {"train__steps": "40"}, tmp_path / "run", random.Random(0)
+    options, out, draw = {"train__steps": "30"}, tmp_path / "run", random.Random(0)
     for name in ("kill_in_save", "kill_one", "terminate"):
         FAULTS[name](corpus, out, draw, **options)
-    assert 0 < newest(out) < 40
+    assert 0 < newest(out) < 30
     with job(corpus, out, **options) as running:
         assert running.end() == 0, running.said()[-3000:]
-        assert running.said().count("step 40/40") == 1, "one process writes"
+        assert running.said().count("step 30/30") == 1, "one process writes"
     all_whole(out)
     assert by_step(out) == whole(corpus, tmp_path / "whole", **options)
 
