@@ -11,6 +11,7 @@ from torch import nn
 from evenstep.baselines.catalog import BASELINES, baseline
 from evenstep.baselines.fronts import FRONTS, parse, put_before, transforms
 from evenstep.baselines.state_size import state_bytes
+from evenstep.cli import main
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, llama_config
 from evenstep.optim import scale_groups
@@ -323,10 +324,24 @@ def test_any_class_by_its_path_with_options():
     assert type(optimizer).__name__ == "NAdam" and optimizer.param_groups[0]["momentum_decay"] == 0.1
     with pytest.raises(EvenstepError, match=r"torch.optim:NAdam has no such hyperparameter; did you mean 'betas'"):
         check_optimizer(OptimConfig(name="torch.optim:NAdam", options={"beats": 1}))
-    for name, why in (("torch.optim:Gone", "Gone"), ("nowhere_at_all.x:Y", "pip install nowhere_at_all")):
+    others = [("os:system", "no torch Optimizer"), ("torch.nn:Linear", "no torch Optimizer")]
+    for name, why in (*others, ("torch.optim:Gone", "Gone"), ("nowhere_at_all.x:Y", "pip install nowhere_at_all")):
         with pytest.raises(EvenstepError, match=why) as caught:
             check_optimizer(OptimConfig(name=name))
         assert "\n" not in str(caught.value)
+
+
+def test_the_command_lists_them_and_shows_one(capsys):
+    assert main(["optimizers"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"\n{name} " in told for name in BASELINES) and "adaclip" in told
+    assert main(["optimizers", "scale"]) == 0
+    told = capsys.readouterr().out
+    assert "evenstep.optim:SCALE" in told and "norm = rms" in told
+    hidden = next(line for line in told.splitlines() if line.startswith("hidden matrices"))
+    assert hidden.split()[-1] == "0.00"  # bytes an entry
+    for name, why in (("scael", "did you mean 'scale'"), ("os:system", "no torch Optimizer")):
+        assert main(["optimizers", name]) == 2 and why in capsys.readouterr().err
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):

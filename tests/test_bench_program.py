@@ -8,6 +8,7 @@ import torch
 from bench_support import mini_model
 
 from evenstep import cli
+from evenstep.baselines.catalog import Baseline
 from evenstep.bench import measure, setting, shapes, timing
 from evenstep.bench.commands import compare
 from evenstep.bench.measure import NUMBERS, Comparison
@@ -58,7 +59,11 @@ def add(monkeypatch, name, step, build=None):
         def state_dict(self):
             return {"state": {}}
 
-    monkeypatch.setitem(KNOWN, name, Entry("torch", "torch:Tensor", build or (lambda c, m: Peer(m))))
+    monkeypatch.setitem(KNOWN, name, entry("torch", build or (lambda cls, request: Peer(request.model))))
+
+
+def entry(package, build):
+    return Entry(Baseline("torch:Tensor", package, rule=build))
 
 
 def test_the_json_file_has_the_promised_keys(capsys, tmp_path, mini):
@@ -103,12 +108,12 @@ def test_a_failing_optimizer_is_one_line_and_the_others_go_on(capsys, monkeypatc
     def fail(model):
         raise RuntimeError("no kernel\nfor this")
 
-    def refuse(cls, model):
+    def refuse(cls, request):
         raise ValueError("not these parameters")
 
     add(monkeypatch, "fails", fail)
     add(monkeypatch, "refuses", None, build=refuse)
-    monkeypatch.setitem(KNOWN, "absent", Entry("no-such-package", "nowhere:X", refuse))
+    monkeypatch.setitem(KNOWN, "absent", entry("no-such-package", refuse))
     status, out, _ = call(
         capsys, "step-time", "--shapes", mini, "--rounds", 2, "--optimizers", "fails,refuses,absent,adam"
     )
@@ -135,7 +140,7 @@ def test_one_that_fails_in_a_later_round_has_no_number(monkeypatch, mini):
 
 
 def test_a_failing_reference_is_an_error(monkeypatch, mini):
-    def refuse(cls, model):
+    def refuse(cls, request):
         raise RuntimeError("no fused kernel")
 
     add(monkeypatch, REFERENCE, None, build=refuse)
@@ -174,7 +179,7 @@ def test_slow_peers_get_fewer_rounds_and_ours_all(monkeypatch, mini):
     import time
 
     add(monkeypatch, "slow", lambda model: time.sleep(0.05))
-    monkeypatch.setitem(KNOWN, "slow", Entry("numpy", "torch:Tensor", KNOWN["slow"].build))
+    monkeypatch.setitem(KNOWN, "slow", entry("numpy", KNOWN["slow"].baseline.rule))
     comparison = Comparison(Plan(mini, ["slow", "stable_spam", REFERENCE], rounds=10, budget=0.26))
     comparison.run()
     assert 3 <= comparison.rows["slow"]["rounds"] <= 5

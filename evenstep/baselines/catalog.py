@@ -177,9 +177,16 @@ def baseline(name: str) -> Baseline:
 
 
 def check_options(name: str, options: Any) -> None:
-    """EvenstepError for an option that the optimizer does not have; imports its package, builds nothing."""
+    """EvenstepError for an option that the optimizer does not have, or a path to what is no optimizer; imports its
+    package, builds nothing."""
     chosen = baseline(name)
-    official = getattr(chosen.load(), "ALIASES", {})
+    cls = chosen.load()
+    if name not in BASELINES:
+        from torch.optim import Optimizer
+
+        if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+            raise EvenstepError(f"optim.name: {name} is no torch Optimizer; give package.module:Class of one")
+    official = getattr(cls, "ALIASES", {})
     allowed = ["lr", "weight_decay", *chosen.hyperparameters()]
     for key in options:
         if key not in allowed and key not in official:

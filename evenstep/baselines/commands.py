@@ -6,7 +6,7 @@ import argparse
 import inspect
 from typing import Any
 
-from evenstep.baselines.catalog import BASELINES, Baseline, baseline
+from evenstep.baselines.catalog import BASELINES, Baseline, baseline, check_options
 from evenstep.baselines.fronts import FRONTS
 from evenstep.baselines.rules import describe
 from evenstep.console import print_table
@@ -34,6 +34,7 @@ def _show(args: argparse.Namespace) -> None:
         print_table("", *overview(), f"in front of any (optim.before): {', '.join(FRONTS)}")
         return
     chosen = baseline(args.name)
+    check_options(args.name, {})
     for line in facts(args.name, chosen):
         print(line)
     print()
