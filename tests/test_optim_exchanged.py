@@ -44,7 +44,8 @@ def test_state_follows_into_the_shards_before_the_first_step(name, mesh):
     step(optimizer)
     step(alone)
     here, there = (one.param_groups[0]["params"] for one in (optimizer, alone))
-    assert all(torch.equal(p.full_tensor(), q) for p, q in zip(here, there, strict=True))
+    for p, q in zip(here, there, strict=True):  # kernels and, for shards, plain numbers: to rounding
+        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-6, atol=1e-7)
     assert not any(p in optimizer.state for p in params)
 
 

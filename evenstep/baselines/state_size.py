@@ -14,8 +14,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """The plain tensors inside a state: in containers, in tensor subclasses (the ones they are made of), and in objects
     such as the projectors of low-rank optimizers."""
     if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
-        for name in value.__tensor_flatten__()[0]:
-            yield from tensors_in(getattr(value, name))
+        inner = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+        yield from tensors_in([x for x in inner if isinstance(x, Tensor)])  # a DTensor also names its mesh
     elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -29,8 +29,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def state_bytes(state: Any, beside: Iterable[Tensor] = ()) -> int:
-    """Bytes of the memory behind all tensors in ``state``, shared memory counted once, that of ``beside`` (parameters,
-    gradients) not at all."""
-    others = {tensor.untyped_storage().data_ptr() for tensor in beside}
+    """Bytes of the memory behind all tensors in ``state`` (the parts of sharded ones that are here), shared memory
+    counted once, that of ``beside`` (parameters, gradients) not at all."""
+    others = {tensor.untyped_storage().data_ptr() for one in beside for tensor in tensors_in(one)}
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors_in(state)}
     return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in others)

@@ -615,9 +615,9 @@ Sums clipped_block(const Job &job, const Block &block, float limit, double resca
 
 inline float read(float g, float gain, float limit, float reduced) {
   float x = std::fabs(g) > limit ? g * reduced : g * gain;
-  x = x < FLT_MAX ? x : FLT_MAX; // a gain may overflow; as the plain code, which also reads 0 * Inf as 0
-  x = x > -FLT_MAX ? x : -FLT_MAX;
-  return g == 0 ? 0 : x;
+  x = x > FLT_MAX ? FLT_MAX : x; // a gain may overflow; as the plain code, which also reads 0 * Inf and NaN as 0
+  x = x < -FLT_MAX ? -FLT_MAX : x;
+  return g == 0 || x != x ? 0 : x;
 }
 
 struct Lanes {

@@ -6,8 +6,7 @@ from torch.nn import Parameter
 
 from evenstep.kernels import cpu_ops, cpu_steps
 from evenstep.kernels.cpu_library import chosen, library
-from evenstep.kernels.cpu_ops import opened
-from evenstep.kernels.interface import AdamFound, AdamWork, Measured, RowFound, RowWork, WholeStep, is_coded
+from evenstep.kernels.interface import AdamFound, AdamWork, Measured, RowFound, RowWork, WholeStep, is_coded, opened
 
 _PLAIN = frozenset({Tensor, Parameter})
 _SERVED = frozenset({torch.float32, torch.bfloat16})
@@ -34,11 +33,14 @@ class CpuKernels:
 
     def refusal(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
         for x in (p, g, *states):  # asked for every tensor of every step: the common case first
-            if type(x) not in _PLAIN or x.dtype not in _SERVED or not x.is_contiguous():
+            if type(x) not in _PLAIN or x.dtype not in _SERVED or not x.is_contiguous() or not x.is_cpu:
                 return self._reason(p, g, *states)
         return None
 
     def _reason(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
+        for what, x in (("parameter", p), ("gradient", g), *(("state", x) for x in states)):
+            if not x.is_cpu:
+                return f"its {what} is on {x.device}"
         for what, x in (("parameter", p), ("gradient", g)):
             if type(x) not in _PLAIN:
                 return f"its {what} is a {type(x).__name__}"
@@ -50,6 +52,8 @@ class CpuKernels:
             if is_coded(x):
                 if x.block_size != 256 or x.codes.numel() != p.numel():  # type: ignore[attr-defined]
                     return "its 8-bit state is compact, or in other blocks than 256 entries"
+                if len(states) == 1 and p.numel() % (256 * max(1, len(p))):
+                    return "its rows, which are worked on one by one, share blocks of its 8-bit state"
             elif x.dtype not in _SERVED:
                 return f"its state is {x.dtype}; fp32, bf16 and int8 are served"
             elif not x.is_contiguous():

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from evenstep.kernels.cpu_library import FIELDS, library, threads
-from evenstep.kernels.interface import is_coded
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 
@@ -67,6 +66,7 @@ def job_table(
     table = np.zeros((len(grads), FIELDS), dtype=np.int64)
     table[:, 0] = list(map(Tensor.numel, grads))
     table[:, 1] = [shape[0] if (shape := g.shape) else 1 for g in grads]
+    _check_sizes(table[:, 0], params, exp_avg, exp_avg_sq, masks)
     for column, tensors in ((2, params), (3, grads), (4, exp_avg), (5, exp_avg_sq)):
         if tensors:
             table[:, column] = [_TYPES[x.dtype] for x in tensors]
@@ -90,6 +90,23 @@ def job_table(
     return table
 
 
+def _check_sizes(sizes: np.ndarray, params: Sequence[Tensor], *moments: Sequence[Tensor]) -> None:
+    """ValueError where raw pointers would lead out of a tensor. The last of ``moments`` are masks, with whose entries
+    moments are compact."""
+    *moments, masks = moments  # type: ignore[assignment]
+    dense = np.array(list(map(Tensor.numel, masks)), dtype=np.int64) == 0 if masks else True
+    for what, tensors, looked_at in (("its parameter", params, True), *(("a moment", m, dense) for m in moments)):
+        if not tensors:
+            continue
+        found = np.array(list(map(Tensor.numel, tensors)), dtype=np.int64)
+        wrong = (found != sizes) & looked_at
+        if wrong.any():
+            i = int(wrong.argmax())
+            raise ValueError(
+                f"a gradient has {sizes[i]} entries, {what} {found[i]}: parameters keep the size they were given with"
+            )
+
+
 def call(function: str, jobs: np.ndarray, *arguments: Tensor | np.ndarray | int | float) -> None:
     """Tensors and arrays go by address, integers as 64 bits, floats as fp32."""
     # Threads cost more than they bring for what fits a cache.
@@ -108,21 +125,6 @@ def _argument(x: Tensor | np.ndarray | int | float) -> object:
     if isinstance(x, np.ndarray):
         return ctypes.c_void_p(x.ctypes.data)
     return ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int64(x)
-
-
-def opened(moments: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Moments as plain tensors: what is stored, the scales of the coded ones (empty tensors for the others; no list
-    when none is coded), and their map, if any.
-    """
-    coded = [x for x in moments if is_coded(x)]
-    if not coded:
-        return moments, [], []
-    nothing = torch.empty(0, device="cpu")
-    return (
-        [x.codes if is_coded(x) else x for x in moments],  # type: ignore[attr-defined]
-        [x.scale if is_coded(x) else nothing for x in moments],  # type: ignore[attr-defined]
-        [coded[0].qmap],  # type: ignore[attr-defined]
-    )
 
 
 def _empty(n: int, dtype: torch.dtype = torch.float32) -> Tensor:

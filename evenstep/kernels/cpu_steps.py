@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evenstep.kernels.cpu_ops import call, job_table, opened, written
-from evenstep.kernels.interface import STATS, WHOLE, WholeStep
+from evenstep.kernels.cpu_ops import call, job_table, written
+from evenstep.kernels.interface import STATS, WHOLE, WholeStep, opened
 
 
 def adam_step_(work: WholeStep, how: dict[str, float | Tensor]) -> Tensor:

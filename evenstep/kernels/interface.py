@@ -253,6 +253,21 @@ def is_coded(x: Tensor) -> bool:
     return type(x) not in _PLAIN and hasattr(x, "codes")
 
 
+def opened(moments: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Moments as plain tensors: what is stored, the scales of the coded ones (empty tensors for the others; no list
+    when none is coded), and their map, if any.
+    """
+    coded = [x for x in moments if is_coded(x)]
+    if not coded:
+        return moments, [], []
+    nothing = torch.empty(0, device="cpu")
+    return (
+        [x.codes if is_coded(x) else x for x in moments],  # type: ignore[attr-defined]
+        [x.scale if is_coded(x) else nothing for x in moments],  # type: ignore[attr-defined]
+        [coded[0].qmap],  # type: ignore[attr-defined]
+    )
+
+
 def table(like: Tensor, *rows: Tensor | float) -> Tensor:
     """A table of numbers in fp32, a row each: vectors in the shape ``[k]`` of ``like``, and 0-d tensors or floats,
     which hold for all ``k``.

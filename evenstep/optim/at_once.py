@@ -24,10 +24,10 @@ def at_once(optimizer: EvenOptimizer, group: dict[str, Any], bucket: Bucket) -> 
     kernels = bucket.kernels
     if kernels is None or not kernels.makes_numbers or bucket.layout.cuts:
         return None
-    given, _ = optimizer.place(bucket.params[0])
-    now = group if group["capturable"] else group | {"t": given["t"]}  # a tensor only where the clock is one
-    if not isinstance(given["lr"], Tensor):
-        now = now | {"lr": given["lr"]}
+    t, lr = group["given"]
+    now = group if group["capturable"] else group | {"t": t}  # a tensor only where the clock is one
+    if not isinstance(lr, Tensor):
+        now = now | {"lr": lr}
     return dict(zip(STATS, optimizer.at_once(now, bucket, cast(WholeKernels, kernels)).unbind(), strict=True))
 
 

@@ -33,6 +33,7 @@ from evenstep.optim.state import (
     check_parameter,
     in_param_order,
     place_clock,
+    refuse_sparse_gradients,
     restore_exactly,
     rounding,
 )
@@ -138,7 +139,7 @@ class EvenOptimizer(Optimizer):
     def _begin(self) -> list[Work]:
         self._follow_exchange()
         for group in self.param_groups:
-            self._refuse_sparse_gradients(group["params"])
+            refuse_sparse_gradients(type(self).__name__, self.param_groups, group["params"])
         sweeping = [group for group in self.param_groups if "sweep" in group and group["sweep"] == group["t"]]
         # After a sweep of step_parameter, step() updates what is left of it at the same t.
         if not sweeping or any(
@@ -156,14 +157,15 @@ class EvenOptimizer(Optimizer):
     def _work(self, chosen: Iterable[tuple[Group, list[Tensor]]]) -> list[Work]:
         work = []
         for group, params in chosen:
+            self.prepare(group, [p for p in params if p.grad is not None])
             for bucket in buckets(params, self.state, self._choice, self._choice.all_alike):
-                self.prepare(group, bucket)
                 places = [self.place(p)[1] for p in bucket.params] if group["rounding"] == "stochastic" else []
-                work.append((at_present(group) | {"places": places}, bucket))
+                given = {"places": places, "given": (group["t"], group["lr"])}
+                work.append((at_present(group) | given, bucket))
         return work
 
-    def prepare(self, group: Group, bucket: Bucket) -> None:
-        """What a step does on the host before it."""
+    def prepare(self, group: Group, params: list[Tensor]) -> None:
+        """What a step does on the host before it, with those that have a gradient; it may replace their state."""
 
     def _update(self, work: list[Work]) -> list[dict[str, Tensor]]:
         if torch.compiler.is_compiling():
@@ -221,7 +223,7 @@ class EvenOptimizer(Optimizer):
             raise ValueError("step_parameter counts on the host; it does not go with capturable=True")
         if p.grad is None:
             return []
-        self._refuse_sparse_gradients([p])
+        refuse_sparse_gradients(type(self).__name__, self.param_groups, [p])
         if group.get("sweep") != group["t"] or self._had_its_turn(group, p):
             self._advance()
             for other in self.param_groups:
@@ -234,13 +236,17 @@ class EvenOptimizer(Optimizer):
 
     def place(self, p: Tensor) -> tuple[Group, tuple[int, int]]:
         """The group of a parameter, and the numbers of both."""
-        if p not in self._places:
+        if p not in self._places or not self._is_at(p, self._places[p]):  # new, or moved by hand
             groups = enumerate(self.param_groups)
             self._places = {q: (i, j) for i, group in groups for j, q in enumerate(group["params"])}
         if p not in self._places:
             raise ValueError(f"a parameter of shape {tuple(p.shape)} is not in this optimizer")
         place = self._places[p]
         return self.param_groups[place[0]], place
+
+    def _is_at(self, p: Tensor, place: tuple[int, int]) -> bool:
+        groups = self.param_groups[place[0] : place[0] + 1]
+        return any(q is p for group in groups for q in group["params"][place[1] : place[1] + 1])
 
     def gradients(
         self, group: Group, bucket: Bucket, *, late: bool = False, measured: Measured | None = None
@@ -254,17 +260,7 @@ class EvenOptimizer(Optimizer):
         return (yield Gradients.measure(bucket.grads, bucket.dtype, sign, kernels, measured))
 
     def weights(self, group: Group, bucket: Bucket, finite: Tensor) -> Weights:
-        """The parameters of ``bucket`` with what their rounding needs."""
         return Weights(bucket.here, finite, *rounding(group, bucket))
-
-    def _refuse_sparse_gradients(self, params: Iterable[Tensor]) -> None:
-        for p in params:
-            if (grad := p.grad) is not None and grad.is_sparse:
-                place, index = self.place(p)[1]
-                raise RuntimeError(
-                    f"{type(self).__name__} does not take sparse gradients (parameter {index} of group {place} has "
-                    "one); use a dense embedding (sparse=False) or another optimizer for it"
-                )
 
     # ---- saving and loading ----
 

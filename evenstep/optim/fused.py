@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from evenstep.kernels import Kernels, kernels_for
+from evenstep.kernels import Kernels, is_coded, kernels_for
 from evenstep.optim.sharding import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -38,8 +38,8 @@ class Choice:
         kernels = kernels_for(params[0].device.type)
         if isinstance(kernels, str):
             return None
-        moments = [state[name] for name in MOMENTS for state in states if name in state]
-        return kernels if kernels.serves_all([*params, *grads, *moments]) else None
+        kept = [state[name] for name in (*MOMENTS, "compensation") for state in states if name in state]
+        return kernels if kernels.serves_all([*params, *grads, *kept]) else None
 
     def __call__(self, p: Tensor, grad: Tensor, state: Mapping[str, Any]) -> Kernels | None:
         """The kernels for what is here of a parameter. RuntimeError where ``fused=True`` and there are none."""
@@ -49,7 +49,12 @@ class Choice:
         if isinstance(kernels, str):
             reason: str | None = kernels
         else:
-            reason = kernels.refusal(p, grad, *(local(state[name]) for name in MOMENTS if name in state))
+            moments = [local(state[name]) for name in MOMENTS if name in state]
+            reason = kernels.refusal(p, grad, *moments)
+            if "mask" in state and any(map(is_coded, moments)):
+                reason = "its 8-bit state is compact"
+            elif "compensation" in state and not local(state["compensation"]).is_contiguous():
+                reason = "its compensation is not contiguous"
         if reason is None:
             return kernels  # type: ignore[return-value]
         if self.fused:

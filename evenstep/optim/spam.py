@@ -128,15 +128,16 @@ class SPAM(EvenOptimizer):
         # The seed says whose mask this is and when it is drawn: equal on all ranks, and the same again after a resume.
         return draw_mask(p.numel(), group["density"], (*self.place(p)[1], int(group["t"]))).to(p.device)
 
-    def prepare(self, group: Group, bucket: Bucket) -> None:
+    def prepare(self, group: Group, params: list[Tensor]) -> None:
         """On a reset the sparse parameters get new masks, where their gradients are finite."""
         if group["density"] == 1 or not group["reset_interval"] or group["t"] % group["reset_interval"]:
             return
-        for p, grad, state in zip(bucket.params, bucket.grads, bucket.states, strict=True):
+        for p in params:
+            state = self.state[p]
             if state.get("mask_set_at") in (None, group["t"] - 1):  # dense, or given by hand for this step
                 continue
             bits, count = self._draw_mask(group, p), round(group["density"] * p.numel())
-            accepted = torch.isfinite(grad).all()
+            accepted = torch.isfinite(p.grad).all()  # type: ignore[arg-type]
             if state["exp_avg"].numel() == count:
                 state["mask"].copy_(torch.where(accepted, bits, state["mask"]))
             elif accepted:  # a mask of another size was given by hand: the one place that must ask the device

@@ -24,7 +24,7 @@ from evenstep.optim.exchanged import follow_exchange
 from evenstep.optim.fused import Choice
 from evenstep.optim.moments import MOMENTS, Snapshot, divided, reset_, unknown_entries
 from evenstep.optim.sharding import buckets, combine
-from evenstep.optim.state import Group, in_param_order, statistics
+from evenstep.optim.state import Group, in_param_order, refuse_sparse_gradients, statistics
 from evenstep.optim.swapped import Swap
 from evenstep.transforms import MomentumReset, SkipStep, Transform, check, lockstep
 
@@ -173,7 +173,8 @@ class Stabilized(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._follow_exchange()
-        self._refuse_sparse_gradients()
+        for group in self.param_groups:
+            refuse_sparse_gradients("stabilize", self.param_groups, group["params"])
         work = [
             (group, bucket)
             for group in self.param_groups
@@ -237,14 +238,6 @@ class Stabilized(Optimizer):
         if self.base.state or not found or any(float(group.get("lr", 1)) != 0 for group in self.param_groups):
             return False
         return all(not (one.grads.origin or one.grads).peak.any() for one in found)
-
-    def _refuse_sparse_gradients(self) -> None:
-        for group in self.param_groups:
-            for index, p in enumerate(group["params"]):
-                if p.grad is not None and p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"stabilize does not take sparse gradients (parameter {index} of its group has one)"
-                    )
 
     def _check_moments(self) -> None:
         unknown = unknown_entries(self.base.state.values(), self.moments)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def at_present(group: Group) -> Group:
         "t": t.to(torch.float64)
         if isinstance(t, Tensor)
         else torch.tensor(float(t), dtype=torch.float64, device="cpu"),
-        "lr": lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu"),
+        "lr": lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu"),
     }
 
 
@@ -155,3 +156,16 @@ def _side_by_side(several: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Vectors of the same names, one after the other, in the dtype and on the device of the first."""
     rows = [torch.stack(list(numbers.values())) for numbers in several]
     return dict(zip(several[0], torch.cat([row.to(rows[0]) for row in rows], dim=1).unbind(), strict=True))
+
+
+def refuse_sparse_gradients(who: str, groups: list[Group], params: Iterable[Tensor]) -> None:
+    """RuntimeError where one of ``params``, which are in ``groups``, has a sparse gradient."""
+    for p in params:
+        if (grad := p.grad) is not None and grad.is_sparse:
+            place, index = next(
+                (i, j) for i, group in enumerate(groups) for j, q in enumerate(group["params"]) if q is p
+            )
+            raise RuntimeError(
+                f"{who} does not take sparse gradients (parameter {index} of group {place} has one); use a dense "
+                "embedding (sparse=False) or another optimizer for it"
+            )
