@@ -165,7 +165,8 @@ def to_tables(config: Config) -> Tables:
     for section, cls in SECTIONS.items():
         part = getattr(config, section)
         values = {f.name: getattr(part, f.name) for f in dataclasses.fields(cls) if f.metadata}
-        values |= dict(getattr(part, "options", {}))
+        options = dict(getattr(part, "options", {}))
+        values |= {key: list(item) if isinstance(item, tuple) else item for key, item in options.items()}
         tables[section] = {name: value for name, value in values.items() if value is not None}
     return tables
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from evenstep.baselines.catalog import allow_known_state
 from evenstep.errors import EvenstepError
 from evenstep.train.checkpoint import MANIFEST, TRAINER, file_fault, list_checkpoints, read_manifest, read_trainer
 
@@ -61,6 +62,7 @@ def facts_of_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 
 def _read_trainer(checkpoint: Path) -> dict[str, Any]:
+    allow_known_state()
     trainer = read_trainer(checkpoint)
     config = trainer["config"]
     return {

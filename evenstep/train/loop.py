@@ -13,7 +13,6 @@ from evenstep.train.checkpoint import way_on
 from evenstep.train.interrupts import Interrupted, Interrupts, Stopped, Votes
 from evenstep.train.progress import LineProgress, make_progress
 from evenstep.train.records import StepResult, train_record, validation_record
-from evenstep.train.summary import finish
 
 if TYPE_CHECKING:
     from evenstep.train.run import Run
@@ -24,7 +23,7 @@ SAVE_FAILED = 1000
 """A vote above all signals: a save in the background went wrong in some process."""
 
 
-def fit(run: Run) -> dict[str, Any]:
+def fit(run: Run) -> None:
     """See `Run.fit`."""
     loop = Loop(run)
     votes = Votes(run.world.control)
@@ -42,7 +41,6 @@ def fit(run: Run) -> dict[str, Any]:
         finally:
             run.saver.close()
     run.seconds = loop.clock()
-    return finish(run) if run.world.speaks else {}
 
 
 def beating(run: Run, items: Iterable[T], place: str) -> Iterator[T]:

@@ -41,6 +41,7 @@ from evenstep.train.records import StepResult, Window
 from evenstep.train.saving import Saver
 from evenstep.train.schedule import lr_factor
 from evenstep.train.state import check_resume, restore_state, trainer_state, write_small
+from evenstep.train.summary import finish
 from evenstep.train.telemetry import RunTelemetry
 from evenstep.train.tensors import model_tensors, optimizer_tensors
 from evenstep.train.weights import find_source
@@ -112,6 +113,7 @@ class Run:
         checkpoint = Path(world.from_first(newest))
         if config.model.init:
             config = setup.with_shape_of(config, checkpoint)
+        check_optimizer(config.optim)  # names classes of its state as harmless, which lets trainer.pt be read
         trainer = read_trainer(checkpoint)
         check_resume(directory, config, trainer)
         run = cls.__new__(cls)
@@ -146,6 +148,7 @@ class Run:
         check_optimizer(config.optim)
         self.saver = Saver(self.out / "checkpoints", world)
         self.heart = Heartbeat(world, config.parallel.timeout)
+        self.saver.alive = self.heart.alive
         setup.set_up_torch(config)
         self.data = world.in_turn(lambda: setup.load_data(config, data_progress if world.speaks else None))
         self.tokenizer = self.data.tokenizer
@@ -296,5 +299,7 @@ class Run:
         SIGINT, SIGTERM or SIGHUP: the step is finished or the validation given up, a checkpoint saved and Interrupted
         raised with the way to go on.
         """
-        with locked(self.out) if self.world.speaks else nullcontext(), self.heart:
-            return loop.fit(self)
+        with locked(self.out) if self.world.speaks else nullcontext():
+            with self.heart:
+                loop.fit(self)
+            return finish(self) if self.world.speaks else {}  # the others wait for that outside the heartbeat

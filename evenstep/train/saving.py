@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class Saver:
         self._stager: Any = None
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
+        self.alive: Callable[[], None] = lambda: None
+        """Called now and then while `wait` waits."""
         self.last: int | None = None
         """The step of the newest save."""
 
@@ -132,6 +135,8 @@ class Saver:
         """Until the save in the background is done, if there is one. EvenstepError when it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
+            while futures.wait([pending], timeout=5).not_done:
+                self.alive()
             pending.result()
 
     def close(self) -> None:

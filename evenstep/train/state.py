@@ -102,8 +102,8 @@ def restore_state(run: Run, checkpoint: Path, trainer: dict[str, Any]) -> None:
     run.telemetry.load(telemetry and telemetry | {"probe": own["probe"] if own else None})
     if own:
         set_rng_state(own["rng"])
-    else:  # another number of processes: numbers that nothing has drawn yet
-        torch.manual_seed(hash((run.config.seed, run.step_number, run.world.rank)) % 2**63)
+    else:  # another number of processes: numbers that nothing has drawn yet, the same for all copies of a parameter
+        torch.manual_seed(hash((run.config.seed, run.step_number)) % 2**63)
 
 
 def data_identity(run: Run) -> str:

@@ -263,6 +263,7 @@ def open_world(config: Config) -> Iterator[World]:
     )
     try:
         yield world
+        world._wait_for(range(1), 3)  # the closing work of process 0 may take long
         dist.barrier(group=world.control)
     finally:
         dist.destroy_process_group()
