@@ -95,9 +95,9 @@ def test_groups_that_are_changed_by_hand_keep_their_own_rates(what):
         elif step == 1:
             del groups[0]
 
-    make = lambda params, fused: StableSPAM(
-        [{"params": params[:1], "lr": 1.0}, {"params": params[1:], "lr": 1e-3}], fused=fused
-    )
+    def make(params, fused):
+        return StableSPAM([{"params": params[:1], "lr": 1.0}, {"params": params[1:], "lr": 1e-3}], fused=fused)
+
     assert_same(stepped(make, [(5, 4), (6,)], between=change), 2e-6)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from evenstep.errors import EvenstepError
 from evenstep.train.advice import diverged
 from evenstep.train.checkpoint import newest_checkpoint, read_trainer
+from evenstep.train.metrics import metrics_of
 from evenstep.train.state import restore_state
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class BadBatches:
         run.skipped = sorted(set(skipped) | set(run.skipped))
         run.saved = checkpoint
         run.metrics.close()
-        run.open_metrics()
+        run.metrics = metrics_of(run)
         run.say(
             f"step {number}: {what}; back to {checkpoint}, sequences {rows[0]} to {rows[1] - 1} are left out from here"
         )

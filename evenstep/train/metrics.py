@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.schema import read_records, to_line
 from evenstep.train.checkpoint import way_on
 from evenstep.train.files import replace_text
+
+if TYPE_CHECKING:
+    from evenstep.train.run import Run
 
 
 class Metrics:
@@ -73,6 +76,17 @@ class NoMetrics(Metrics):
 
     def close(self) -> None:
         pass
+
+
+def metrics_of(run: Run) -> Metrics | NoMetrics:
+    """The log of ``run``, cut to what came up to its step. What it says decides what is done next, so all processes
+    know it."""
+    path, step, world = run.out / "metrics.jsonl", run.step_number, run.world
+    metrics = Metrics(path, last_step=step) if world.speaks else NoMetrics()
+    metrics.seconds, metrics.last_train, metrics.last_validation = world.from_first(
+        lambda: (metrics.seconds, metrics.last_train, metrics.last_validation)
+    )
+    return metrics
 
 
 def up_to(last_step: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]:

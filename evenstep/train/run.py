@@ -33,7 +33,7 @@ from evenstep.train.files import locked, replace_text
 from evenstep.train.hardware import pick_device
 from evenstep.train.heartbeat import Heartbeat
 from evenstep.train.interrupts import Interrupts
-from evenstep.train.metrics import Metrics, NoMetrics
+from evenstep.train.metrics import Metrics, NoMetrics, metrics_of
 from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer
 from evenstep.train.parallel import Parallel, clip_, total_norm
 from evenstep.train.progress import nothing, tell
@@ -124,20 +124,11 @@ class Run:
         if world.speaks:
             replace_text(directory / "config.toml", to_toml(config))
             (directory / "summary.json").unlink(missing_ok=True)  # it spoke of another end
-        run.open_metrics()
+        run.metrics = metrics_of(run)
         run.seconds = max(run.seconds, run.metrics.seconds)  # what came after the save and is not repeated
         left = config.total_steps - run.step_number
         say(f"resumed from {checkpoint}, {f'{left} steps to go' if left else 'nothing left to do'}")
         return run
-
-    def open_metrics(self) -> None:
-        """The log, cut to what came up to this step. What it says decides what is done next, so all know it."""
-        path, step, world = self.out / "metrics.jsonl", self.step_number, self.world
-        metrics = Metrics(path, last_step=step) if world.speaks else NoMetrics()
-        metrics.seconds, metrics.last_train, metrics.last_validation = world.from_first(
-            lambda: (metrics.seconds, metrics.last_train, metrics.last_validation)
-        )
-        self.metrics = metrics
 
     def _build(
         self, config: Config, world: World, source: Path | None, say: Say, data_progress: Any, *, blank: bool
