@@ -98,10 +98,15 @@ class Results:
 
     def long_rate(self, optimizer: str, precision: str) -> float | None:
         """The rate of a cell's long runs; of several, that with the most seeds, then with the lowest mean."""
+        by_rate = self.long_by_rate(optimizer, precision)
+        return min(by_rate, key=lambda lr: (-len(by_rate[lr]), statistics.mean(by_rate[lr])), default=None)
+
+    def long_by_rate(self, optimizer: str, precision: str) -> dict[float, list[float]]:
+        """The losses of a cell's long runs at each rate tried."""
         by_rate: dict[float, list[float]] = {}
         for row in self._long(optimizer, precision):
             by_rate.setdefault(row.lr, []).append(row.loss)
-        return min(by_rate, key=lambda lr: (-len(by_rate[lr]), statistics.mean(by_rate[lr])), default=None)
+        return by_rate
 
     def _long(self, optimizer: str, precision: str) -> list[Row]:
         return [r for r in self.long if (r.optimizer, r.precision) == (optimizer, precision)]

@@ -158,9 +158,14 @@ def _seeds(results: Results) -> list[str]:
         return []
     count = max(len(results.seeds(*cell)) for cell in results.cells(results.long))
     lines = [f"## {count} seeds at the best rate", "", f"![Loss of the long runs]({SEEDS})", ""]
-    lines += ["The rate is the best of the sweep (bf16: of fp32); of several tried, the best.", ""]
-    lines += ["| precision | optimizer | rate | mean loss | range over seeds | seeds | against the same in fp32 |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += [
+        "The rate is the best of the sweep (bf16: of fp32); of several tried, the best. The sweep is a quarter as long "
+        "as these runs, and a step of its rates may cost as much as a change of optimizer: compare cells at different "
+        "rates with care.",
+        "",
+        "| precision | optimizer | rate | mean loss | range over seeds | seeds | against fp32 | also tried |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for optimizer, precision in results.cells(results.long):
         losses, base = results.seeds(optimizer, precision), results.seeds(optimizer, "fp32")
         values = list(losses.values())
@@ -168,9 +173,16 @@ def _seeds(results: Results) -> list[str]:
         spread = f"{max(values) - min(values):.4f}" if max(values) < float("inf") else ""
         lines.append(
             f"| {precision} | {optimizer} | {results.long_rate(optimizer, precision):g} | "
-            f"{_loss(_mean(values), 4)} | {spread} | {len(values)} | {cost} |"
+            f"{_loss(_mean(values), 4)} | {spread} | {len(values)} | {cost} | "
+            f"{_others(results, optimizer, precision)} |"
         )
     return [*lines, ""]
+
+
+def _others(results: Results, optimizer: str, precision: str) -> str:
+    """What was tried besides."""
+    chosen, tried = results.long_rate(optimizer, precision), results.long_by_rate(optimizer, precision)
+    return ", ".join(f"{_loss(_mean(tried[lr]), 4)} at {lr:g}" for lr in sorted(tried) if lr != chosen)
 
 
 def _published() -> list[str]:
