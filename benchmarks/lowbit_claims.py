@@ -35,7 +35,8 @@ RULES = [
     "Of two cells with several seeds, one is lower when its highest loss is below the other's lowest (by chance one "
     "time in twenty each way, with three seeds each): the claim is *confirmed* or, the other way round, *opposite*. "
     "Otherwise it is *not confirmed*. What rests on the sweep's one seed must differ by more than the largest range "
-    "over seeds that any long cell has. *Open*: runs are missing. A diverged run counts as an infinite loss.",
+    "over seeds that any long cell has. *Open*: runs are missing. A diverged run counts as an infinite loss. "
+    '"Rise at the highest rate" was added when "range over rates" was known.',
 ]
 
 
