@@ -52,6 +52,7 @@ class Heartbeat:
             store = dist.PrefixStore(f"evenstep/heartbeat/{restarts()}", own.clone())
             self.moved = time.monotonic()
             self._over.clear()
+            self._publish(store, 0)  # at once, so that whoever hangs early has a name
             self._thread = threading.Thread(target=self._watch, args=(store,), daemon=True, name="heartbeat")
             self._thread.start()
         return self
@@ -61,6 +62,10 @@ class Heartbeat:
         if self._thread is not None:
             self._thread.join(timeout=5)
 
+    def _publish(self, store: Any, pulse: int) -> None:
+        with suppress(Exception):  # the store may go away first, when the run ends
+            store.set(str(self.world.rank), json.dumps([self.count, self.step, self.place, pulse, _name()]))
+
     # ---- in the thread ----
 
     def _watch(self, store: Any) -> None:
@@ -68,8 +73,7 @@ class Heartbeat:
         told, heard, pulse = -1, {}, 0
         while not self._over.wait(period):
             pulse += 1
-            with suppress(Exception):  # the store may go away first, when the run ends
-                store.set(str(self.world.rank), json.dumps([self.count, self.step, self.place, pulse, _name()]))
+            self._publish(store, pulse)
             still = time.monotonic() - self.moved
             if still < self.timeout:
                 told = -1
