@@ -13,7 +13,7 @@ from evenstep.compare.schedule import Plan, hopeless
 from evenstep.compare.workers import FAILED, Here, Process, Worker, settle
 from evenstep.errors import EvenstepError
 from evenstep.train.files import locked
-from evenstep.train.interrupts import Interrupted
+from evenstep.train.interrupts import Interrupted, raising
 from evenstep.train.progress import clock
 
 Say = Callable[[str], None]
@@ -41,18 +41,23 @@ class Runner:
     _watched: float = 0.0
 
     def run(self, done: Callable[[], None] = lambda: None) -> None:
-        """``done`` is called after each cell that ended. Interrupted on Ctrl-C, with every running cell saved."""
-        with locked(self.pool.directory):
+        """``done`` is called after each cell that ended. Interrupted on Ctrl-C, SIGTERM and SIGHUP, with every running
+        cell saved."""
+        with locked(self.pool.directory), raising() as raised:
             self._look_up()
             try:
                 while self._turn(done):
                     pass
             except KeyboardInterrupt:
                 raise Interrupted(
-                    "stopped; what was running is saved, and the same command goes on from there", signal.SIGINT
+                    "stopped; what was running is saved, and the same command goes on from there",
+                    raised[0] if raised else signal.SIGINT,
                 ) from None
             finally:
-                for _, worker, _, _ in self.running.values():
+                workers = [worker for _, worker, _, _ in self.running.values()]
+                for worker in workers:  # all are asked before one is waited for
+                    worker.ask()
+                for worker in workers:
                     worker.stop()
 
     # ---- one turn ----
@@ -85,11 +90,19 @@ class Runner:
     def _look_up(self) -> None:
         """What earlier calls found; what is wanted depends on it, so again until nothing new is known."""
         while True:
-            known = {c.name: self.pool.outcome(c) for c in self.wanted() if c.name not in self.outcomes}
+            known = {c.name: self._outcome(c) for c in self.wanted() if c.name not in self.outcomes}
             new = {name: outcome for name, outcome in known.items() if outcome is not None}
             if not new:
                 return
             self.outcomes |= new
+
+    def _outcome(self, cell: Cell) -> Outcome | None:
+        """What became of it. A cell that was cut short for one table is trained again when another needs its end."""
+        outcome = self.pool.outcome(cell)
+        return None if outcome is not None and outcome.status == HOPELESS and self._spared(cell) else outcome
+
+    def _spared(self, cell: Cell) -> bool:
+        return any(plan.spares(cell) for plan in self.plans)
 
     def _waiting(self) -> list[Cell]:
         self._look_up()
@@ -100,9 +113,9 @@ class Runner:
         cell, worker, _, began = self.running.pop(name)
         problem = worker.problem()
         seconds = time.monotonic() - began
-        outcome = self.pool.outcome(cell)  # a process that was stopped as hopeless has one, too
+        outcome = self._outcome(cell)  # a process that was stopped as hopeless has one, too
         if outcome is None and settle(cell, self.pool, problem or "no summary was written") != FAILED:
-            outcome = self.pool.outcome(cell)
+            outcome = self._outcome(cell)
         if outcome is None:
             self.failed[name] = problem or "no summary was written"
             self._tell(cell, f"failed: {self.failed[name]}", seconds)
@@ -135,6 +148,8 @@ class Runner:
             return
         self._watched = time.monotonic()
         for cell, worker, _, _ in list(self.running.values()):
+            if self._spared(cell):
+                continue
             rivals = {r.name: r for plan in self.plans for r in plan.rivals(cell)}
             curves = [self.pool.training(r) for r in rivals.values()]
             mine = self.pool.training(cell)

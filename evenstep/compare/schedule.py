@@ -119,12 +119,18 @@ class Plan:
             found += [((later, 1, i, place), cell) for i, cell in enumerate(self.finals(group, outcomes))]
         return sorted(found, key=lambda item: item[0])
 
+    def _known(self, cell: Cell) -> list[Cell]:
+        """Cells of this table that are the same run as ``cell``, which may be another table's."""
+        return [own for own in self._cells.values() if own.name == cell.name]
+
     def rivals(self, cell: Cell) -> list[Cell]:
         """The other rates of the same line, where one of them may show that this one is hopeless."""
-        if cell.stage != "sweep" or self.table.document["sweep"].get("all"):
-            return []
-        known = [c for key, c in self._cells.items() if key[:2] == (cell.group, "sweep")]
-        return [c for c in known if c.lr != cell.lr]
+        lines = {own.group for own in self._known(cell) if own.stage == "sweep"}
+        return [c for c in self._cells.values() if c.group in lines and c.stage == "sweep" and c.name != cell.name]
+
+    def spares(self, cell: Cell) -> bool:
+        """Does this table need ``cell`` trained to its end, hopeless or not?"""
+        return any(own.stage != "sweep" or self.table.document["sweep"].get("all") for own in self._known(cell))
 
 
 def hopeless(mine: Curve, others: list[Curve], tokens: int) -> str | None:

@@ -20,7 +20,12 @@ class Worker(Protocol):
     """Something that trains one cell."""
 
     def done(self) -> bool: ...
-    def stop(self) -> None: ...
+    def ask(self) -> None:
+        """Ask it to save and end."""
+
+    def stop(self) -> None:
+        """Ask it, and wait until it has."""
+
     def problem(self) -> str | None:
         """Why it did not get to the end, in a line; None when it did."""
 
@@ -32,6 +37,7 @@ class Process:
     cell: Cell
     pool: Pool
     running: subprocess.Popen[bytes]
+    asked: bool = False
 
     @classmethod
     def start(cls, cell: Cell, pool: Pool, slot: int, gpus: int) -> Process:
@@ -52,10 +58,13 @@ class Process:
     def done(self) -> bool:
         return self.running.poll() is not None
 
-    def stop(self) -> None:
-        """Ask it to save and end, and wait for that."""
-        if not self.done():
+    def ask(self) -> None:
+        if not self.asked and not self.done():  # a second signal would end it without saving
+            self.asked = True
             self.running.send_signal(signal.SIGINT)
+
+    def stop(self) -> None:
+        self.ask()
         self.running.wait()
 
     def problem(self) -> str | None:
@@ -99,6 +108,8 @@ class Here:
 
     def done(self) -> bool:
         return True
+
+    def ask(self) -> None: ...
 
     def stop(self) -> None: ...
 

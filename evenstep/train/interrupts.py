@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -31,6 +31,31 @@ class Interrupted(Exception):
 
 class Stopped(Exception):
     """A signal came between two items of ``Interrupts.watch``."""
+
+
+@contextmanager
+def raising() -> Iterator[list[int]]:
+    """The first SIGTERM or SIGHUP raises KeyboardInterrupt, as Ctrl-C does; the list then holds its number. A SIGHUP
+    that is ignored (nohup) stays so. Outside the main thread this does nothing."""
+    raised: list[int] = []
+
+    def first(number: int, frame: FrameType | None) -> None:
+        raised.append(number)
+        for wanted in before:  # the kernel and the shell may both send one
+            signal.signal(wanted, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        wanted = [signal.SIGTERM]
+        if _HANGUP and signal.getsignal(_HANGUP) is not signal.SIG_IGN:
+            wanted.append(_HANGUP)
+        before = {number: signal.signal(number, first) for number in wanted}
+    try:
+        yield raised
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Votes:
