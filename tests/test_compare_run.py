@@ -18,6 +18,7 @@ from evenstep.compare.cells import HOPELESS, Pool
 from evenstep.compare.run import Runner
 from evenstep.compare.schedule import Plan
 from evenstep.compare.table import load_table
+from evenstep.train.interrupts import Interrupted
 
 ROOT = Path(__file__).parents[1]
 TABLES = sorted((ROOT / "recipes" / "tables").glob("*.toml"))
@@ -137,34 +138,107 @@ def test_a_dry_run_lists_what_would_be_trained(tmp_path, corpus, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_hopeless_process_is_stopped_and_remembered(tmp_path, corpus):
-    plan = Plan(load_table(table(tmp_path, corpus), "small"))
-    runner = Runner([plan], Pool(tmp_path / "cells"), 1, 0, lambda text: None)
-    good, bad = plan.sweep(plan.groups[0], {})
+class Running:
+    """A worker that trains until it is stopped."""
 
-    class Running:
-        stopped = False
+    def __init__(self, told=None):
+        self.told = [] if told is None else told
 
-        def done(self):
-            return self.stopped
+    def done(self):
+        return "stop" in self.told
 
-        def stop(self):
-            self.stopped = True
+    def ask(self):
+        self.told.append("ask")
 
-        def problem(self):
-            return "stopped after step 2 of 4"
+    def stop(self):
+        self.told.append("stop")
 
-    for cell, loss in ((good, 3.0), (bad, 5.0)):
+    def problem(self):
+        return "stopped after step 2 of 4"
+
+
+def runs(plans, cells, losses):
+    """A runner in the middle of ``cells``, each halfway at one of ``losses``."""
+    runner = Runner(plans, Pool(cells), 2, 0, lambda text: None)
+    runner.wanted()
+    for cell, loss in losses.items():
         runner.pool.run(cell).mkdir()
         lines = [json.dumps({"step": i, "tokens": 64 * i, "loss": loss}) + "\n" for i in (1, 2)]
         (runner.pool.run(cell) / "metrics.jsonl").write_text("".join(lines))
         runner.running[cell.name] = (cell, Running(), 0, time.monotonic())
+    return runner
+
+
+def test_a_hopeless_process_is_stopped_and_remembered(tmp_path, corpus):
+    plan = Plan(load_table(table(tmp_path, corpus), "small"))
+    good, bad = plan.sweep(plan.groups[0], {})
+    runner = runs([plan], tmp_path / "cells", {good: 3.0, bad: 5.0})
     runner._watch()
-    assert [runner.running[cell.name][1].stopped for cell in (good, bad)] == [False, True]
+    assert [runner.running[cell.name][1].done() for cell in (good, bad)] == [False, True]
     runner._ended(bad.name)
     assert runner.outcomes[bad.name].status == HOPELESS and runner.outcomes[bad.name].tokens == 128
     assert Pool(tmp_path / "cells").outcome(bad).status == HOPELESS
     assert plan.best_rate(plan.groups[0], runner.outcomes) is None  # the other one is not done
+
+
+def other_table(directory, corpus, change):
+    directory.mkdir()
+    return Plan(load_table(table(directory, corpus, text=change(SMALL)), "small"))
+
+
+def test_a_cell_is_not_measured_against_another_tables_setting(tmp_path, corpus):
+    short = Plan(load_table(table(tmp_path, corpus), "small"))
+    long = other_table(tmp_path / "long", corpus, lambda text: text.replace("seq_len = 16", "seq_len = 32"))
+    bad, easy = short.sweep(short.groups[0], {})[1], long.sweep(long.groups[0], {})[0]
+    runner = runs([short, long], tmp_path / "cells", {easy: 3.0, bad: 5.0})
+    runner._watch()
+    assert not runner.running[bad.name][1].done()
+
+
+def test_a_cell_that_some_table_needs_to_its_end_is_not_cut_short_and_one_that_was_is_trained_again(tmp_path, corpus):
+    plan = Plan(load_table(table(tmp_path, corpus), "small"))
+    whole = other_table(tmp_path / "all", corpus, lambda text: text.replace("[sweep]\n", "[sweep]\nall = true\n"))
+    good, bad = plan.sweep(plan.groups[0], {})
+    runner = runs([plan, whole], tmp_path / "cells", {good: 3.0, bad: 5.0})
+    runner._watch()
+    assert not runner.running[bad.name][1].done()
+
+    runner.pool.give_up(bad, HOPELESS, "worse", 128, 5.0)
+    for plans, waits in (([plan], False), ([plan, whole], True)):
+        later = Runner(plans, runner.pool, 1, 0, lambda text: None)
+        assert (bad.name in {cell.name for cell in later._waiting()}) == waits
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_asks_every_process_to_save_before_it_waits_for_one(tmp_path, corpus, monkeypatch, number):
+    told = []
+    monkeypatch.setattr(workers.Process, "start", lambda *how: Running(told))
+    runner = Runner(
+        [Plan(load_table(table(tmp_path, corpus), "small"))], Pool(tmp_path / "cells"), 2, 0, lambda text: None
+    )
+    monkeypatch.setattr(runner, "_watch", lambda: os.kill(os.getpid(), number))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have it ignored
+    try:
+        with pytest.raises(Interrupted, match="is saved") as stopped:
+            runner.run()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert stopped.value.signal == number and told == ["ask", "ask", "stop", "stop"]
+
+
+def test_a_process_is_asked_once(tmp_path, corpus):
+    """A second signal would end it without saving."""
+    code = (
+        "import signal, time, sys\nsignal.signal(2, lambda *_: print('asked', flush=True))\nprint('up', flush=True)\n"
+    )
+    running = subprocess.Popen([sys.executable, "-c", code + "time.sleep(3)"], stdout=subprocess.PIPE, text=True)
+    assert running.stdout.readline() == "up\n"
+    worker = workers.Process(None, None, running)
+    worker.ask()
+    assert running.stdout.readline() == "asked\n"
+    worker.stop()
+    assert running.stdout.read() == ""
 
 
 def test_processes_get_a_gpu_each(tmp_path, corpus, monkeypatch):
