@@ -177,16 +177,19 @@ def served(tmp_path):
         server.shutdown()
 
 
-def asked(server, text, timeout=5.0):
+def asked(server, text, timeout=60.0):
     """The answer to a request as it goes over the wire."""
     with socket.create_connection(server.server_address, timeout) as connection:
-        connection.sendall(text if isinstance(text, bytes) else text.encode("latin-1"))
-        connection.shutdown(socket.SHUT_WR)
         parts = []
+        try:
+            connection.sendall(text if isinstance(text, bytes) else text.encode("latin-1"))
+            connection.shutdown(socket.SHUT_WR)
+        except OSError:  # it answered and closed before all was sent
+            pass
         try:
             while part := connection.recv(65536):
                 parts.append(part)
-        except ConnectionError:  # it answered and closed before all was sent
+        except ConnectionError:
             pass
         return b"".join(parts)
 

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from train_support import quick, write_corpus
 
 from evenstep.baselines.catalog import BASELINES
 from evenstep.errors import EvenstepError
@@ -12,6 +13,7 @@ from evenstep.models import Llama, llama_config
 from evenstep.train.checkpoint import read_tensors, write_tensors
 from evenstep.train.config import OptimConfig
 from evenstep.train.optimizers import build_optimizer
+from evenstep.train.run import Run
 from evenstep.train.saving import Saver
 from evenstep.train.tensors import fill, load_optimizer, model_tensors, optimizer_tensors
 from evenstep.train.world import World
@@ -231,3 +233,39 @@ def test_eight_bit_states_that_a_checkpoint_lacks_or_names_falsely_are_refused(t
         packed = rest["packed"] | {name: rest["packed"][name] | {"exp_avg": facts}}
         with pytest.raises(EvenstepError, match=why):
             load_optimizer(model, optimizer, checkpoint, rest | {"packed": packed})
+
+
+class Keeper(torch.optim.SGD):
+    """Keeps an object of its own."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p]["mine"] = Thing()
+
+
+class Thing:
+    pass
+
+
+def test_state_that_could_not_be_read_again_ends_the_first_save_in_one_line(tmp_path):
+    config = quick(write_corpus(tmp_path / "c.jsonl"), tmp_path / "run", optim__name="test_train_tensors:Keeper")
+    run = Run(config, say=lambda _: None)
+    run.step()
+    with pytest.raises(
+        EvenstepError, match=r"test_train_tensors:Keeper: its state holds \S*Thing.* no run could"
+    ) as no:
+        run.save()
+    assert "\n" not in str(no.value) and not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_only_the_first_save_is_read_back(tmp_path, monkeypatch):
+    from evenstep.train import state
+
+    reads = []
+    monkeypatch.setattr(state, "read_trainer", lambda directory: reads.append(directory))
+    run = Run(quick(write_corpus(tmp_path / "c.jsonl"), tmp_path / "run"), say=lambda _: None)
+    for _ in range(3):
+        run.step()
+        run.save()
+    assert len(reads) == 1
