@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from evenstep.optim.state import keep_dtypes
+
 
 class LoRA(Optimizer):
     """Low-rank adapters on the matrices of groups with ``rank`` > 0, AdamW on those with rank 0 (arXiv:2106.09685).
@@ -93,6 +95,11 @@ class LoRA(Optimizer):
                 state = self.state[p]
                 p.add_(state["b"] @ state["a"] - old, alpha=group["alpha"] / state["a"].shape[0])
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but step counts stay exact under weights of fewer bits."""
+        super().load_state_dict(state_dict)
+        keep_dtypes(self, state_dict)
 
     def _restart(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """What a subclass does before a step."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from evenstep.optim.state import keep_dtypes
+
 GROWTH = 1.01
 """How much the norm of a matrix's step may grow from one step to the next (paper, section 4.1)."""
 
@@ -80,6 +82,11 @@ class APOLLO(Optimizer):
                 change = self._scaled(p, group, index) if group["rank"] else self._adam(p.grad, self.state[p], group)
                 p.add_(change, alpha=-group["lr"])
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but norms of steps stay exact under weights of fewer bits."""
+        super().load_state_dict(state_dict)
+        keep_dtypes(self, state_dict)
 
     def _adam(self, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         (beta1, beta2), t = group["betas"], group["t"]

@@ -958,7 +958,7 @@ struct Tensor {
     kept[NORM_RMS] = std::hypot(std::sqrt(how.gamma2) * kept[NORM_RMS], std::sqrt(1 - how.gamma2) * clipped_norm);
     const double mean = kept[NORM] / bias_correction(how.gamma1, kept[COUNT]);
     const double root = kept[NORM_RMS] / std::sqrt(bias_correction(how.gamma2, kept[COUNT])) + how.eps;
-    gain = clipped_norm > 0 ? float(mean / root / clipped_norm) : 0;
+    gain = clipped_norm >= FLT_MIN ? float(std::min(mean / root / clipped_norm, double(FLT_MAX))) : 0;
   }
 
   void plan(const How &how) {
@@ -987,10 +987,10 @@ struct Tensor {
 // One job's column of `told`, [TOLD][k].
 void tell(const Job &job, const Tensor &t, const How &how, const Sums &sums, int64_t k, int64_t i, float *told) {
   const double size = double(std::max<int64_t>(job.mask ? job.trained : job.size, 1));
-  const bool stable = how.stable != 0, capped = how.capped != 0;
-  const float after = capped ? float(std::sqrt(sums.clipped)) : !t.finite ? NAN : stable ? t.clipped_norm * t.gain : t.norm;
+  const bool stable = how.stable != 0, capped = how.capped != 0, entries = std::isfinite(t.sum); // all are finite
+  const float after = capped ? float(std::sqrt(sums.clipped)) : !entries ? NAN : stable ? t.clipped_norm * t.gain : t.norm;
   told[GRAD_MAX * k + i] = t.peak;
-  told[GRAD_NORM * k + i] = t.finite ? t.norm : NAN;
+  told[GRAD_NORM * k + i] = entries ? t.norm : NAN;
   told[NORM_AFTER * k + i] = after;
   told[CLIP_LIMIT * k + i] = stable ? t.limit : NAN;
   told[CLIPPED * k + i] = float(double(capped ? sums.count : t.clipped) / size);
@@ -1402,6 +1402,10 @@ PUBLIC void evenstep_step(const Job *jobs, int64_t k, int64_t threads, const How
         const Sums whole = sum_of(sums, b, blocks_of(jobs[i]));
         t.clipped_norm = float(std::sqrt(whole.clipped));
         t.clipped = whole.count;
+        if (t.finite && !std::isfinite(t.norm)) { // beyond fp32, though no entry is: nothing can be learnt from it
+          t.finite = false;
+          t.gain = 0;
+        }
         if (t.finite) t.adagn(how);
       }
     }

@@ -11,7 +11,10 @@ from torch.optim import Optimizer
 from evenstep.optim.sharding import is_sharded
 
 IN_SHAPE = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "square_avg"})
-"""State entries that have the shape of their parameter wherever they are known; with a ``mask`` they hold a part."""
+"""State entries that have the shape of their parameter wherever they are known."""
+
+PARTIAL = frozenset({"mask", "projector"})
+"""Entries beside which those hold a part of it: the masked entries, or a projection to fewer."""
 
 WHOLE = frozenset({"step", "exp_avg", "exp_avg_sq"})
 """What Adam and its kin keep; part of it would be found missing in the middle of a step."""
@@ -59,7 +62,7 @@ def checked_copy(base: Optimizer, numbered: list[tuple[Any, Tensor]], states: di
             )
         for name, value in saved.items():
             if isinstance(value, Tensor):
-                _check_shape(p, i, name, value, present.get(name), "mask" in saved)
+                _check_shape(p, i, name, value, present.get(name), not saved.keys().isdisjoint(PARTIAL))
         copied[i] = {name: _copy(value) for name, value in saved.items()}
     return copied
 

@@ -41,12 +41,13 @@ def reset_(state: dict[str, Any], moments: frozenset[str]) -> None:
             value.fill_(start)
 
 
-def unknown_entries(states: Iterable[dict[str, Any]], moments: frozenset[str]) -> list[str]:
+def unknown_entries(states: Iterable[Any], moments: frozenset[str]) -> list[str]:
     """Names of floating-point entries of which it is not known whether they are moments."""
     return sorted(
         {
             name
             for state in states
+            if isinstance(state, dict)  # some bases keep numbers of no parameter there
             for name, value in state.items()
             if name not in moments
             and not str(name).startswith("stabilize.")

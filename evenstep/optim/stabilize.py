@@ -258,7 +258,7 @@ class Stabilized(Optimizer):
             hook(self)
         self._follow_exchange()
         saved = self.base.state_dict()
-        state = {i: dict(entries) for i, entries in saved["state"].items()}
+        state = {i: dict(kept) if isinstance(kept, dict) else kept for i, kept in saved["state"].items()}
         for i, p in self._numbered(saved):
             state.setdefault(i, {}).update({PREFIX + key: value for key, value in self.statistics[p].items()})
         saved = {**saved, "state": state}
@@ -276,8 +276,11 @@ class Stabilized(Optimizer):
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        theirs, ours = {}, {}
+        theirs, ours = dict[Any, Any](), dict[Any, dict[str, Any]]()
         for i, entries in state_dict["state"].items():
+            if not isinstance(entries, dict):  # of no parameter
+                theirs[i] = entries
+                continue
             ours[i] = {key.removeprefix(PREFIX): value for key, value in entries.items() if str(key).startswith(PREFIX)}
             rest = {key: value for key, value in entries.items() if not str(key).startswith(PREFIX)}
             if rest:

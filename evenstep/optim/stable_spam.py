@@ -53,8 +53,8 @@ class StableSPAM(EvenOptimizer):
     the largest entry), ``norm``, ``norm_rms`` (mean and root mean square of the norm), ``n`` (updates), ``age``
     (updates since the last reset).
 
-    A tensor whose gradient holds a NaN or Inf is skipped on the device, and `stats` says so. Gradients are never
-    modified.
+    A tensor whose gradient holds a NaN or Inf, or has a norm beyond the range of fp32, is skipped on the device, and
+    `stats` says so. Gradients are never modified.
 
     Raises:
         ValueError: an option is out of range. TypeError: an unknown argument. RuntimeError: a sparse gradient (in
@@ -123,7 +123,7 @@ class StableSPAM(EvenOptimizer):
         n, age = n + 1, age * (1 - reset) + 1
         grads = yield self.gradients(group, bucket)
         grads, peak = adaclip(grads, peak, n, group["gamma3"])
-        grads = yield grads.with_norms()
+        grads = (yield grads.with_norms()).within_range()
         gain, norm, norm_rms = adagn(grads.norm, norm, norm_rms, n, gamma1, group["gamma2"], group["eps"])
         grads = grads.amplified(gain)
 

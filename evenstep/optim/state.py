@@ -55,12 +55,28 @@ def restore_exactly(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Put the values of a saved state in place of what torch has rounded to the dtype of the parameters."""
     for group in optimizer.param_groups:
         place_clock(group)
-    ids = [i for group in saved["param_groups"] for i in group["params"]]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in zip(ids, params, strict=True):
-        for name, value in saved["state"].get(i, {}).items():
+    for p, entries in _numbered(optimizer, saved):
+        for name, value in entries.items():
             if isinstance(value, Tensor):
                 optimizer.state[p][name] = value.detach().to(p.device).clone()
+
+
+def keep_dtypes(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """`restore_exactly` for optimizers of any kind, after they have loaded ``saved``: only where a tensor of theirs has
+    another dtype than it was saved with is it put back, on the device that they chose."""
+    for p, entries in _numbered(optimizer, saved):
+        state = optimizer.state.get(p, {})
+        for name, value in entries.items():
+            loaded = state.get(name)
+            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                state[name] = value.detach().to(loaded.device).clone()
+
+
+def _numbered(optimizer: Optimizer, saved: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+    """The parameters with what ``saved`` has of their state."""
+    ids = [i for group in saved["param_groups"] for i in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [(p, saved["state"].get(i, {})) for i, p in zip(ids, params, strict=True)]
 
 
 def rounding(group: Group, bucket: Bucket) -> tuple[list[Tensor | None], list[Tensor | None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 
 from evenstep.errors import EvenstepError
 from evenstep.models.hf import save_config
-from evenstep.train.checkpoint import TRAINER, write_tensors
+from evenstep.train.checkpoint import TRAINER, read_trainer, write_tensors
 from evenstep.train.config import Config
 from evenstep.train.config_io import build, changed_options, to_tables
 from evenstep.train.tensors import fill, load_optimizer, model_tensors
@@ -45,10 +46,22 @@ def trainer_state(run: Run, optimizer: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_small(run: Run, trainer: dict[str, Any], directory: Path) -> None:
-    """What a checkpoint holds beside the shards and the manifest."""
+    """What a checkpoint holds beside the shards and the manifest. EvenstepError where the first one of a process could
+    not be read again: what an optimizer keeps may be written and be refused when it is read."""
     save_config(run.model, directory)
     run.tokenizer.save(directory)
     write_tensors(directory / TRAINER, trainer)
+    if run.saver.last is not None:
+        return
+    try:
+        read_trainer(directory)
+    except EvenstepError as problem:
+        found = re.search(r"GLOBAL (\S+)", str(problem.__cause__))
+        what = found[1] if found else "objects"
+        raise EvenstepError(
+            f"optim.name {run.config.optim.name}: its state holds {what}, which a checkpoint cannot give back, so that "
+            "no run could go on from it; take an optimizer whose state_dict() holds tensors and plain values alone"
+        ) from problem
 
 
 def check_resume(directory: Path, config: Config, trainer: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Named tensors in and out of a checkpoint's shards, by torch.distributed.checkpoint.
 
-The tensors of the model are ``model.NAME``, those of the optimizer ``optimizer.NAME.ENTRY``; the numbers of a state
-that are no tensors, and the options of the groups, go into trainer.pt.
+The tensors of the model are ``model.NAME``, those of the optimizer ``optimizer.NAME.ENTRY``; what a state holds
+that is no tensor of a parameter, and the options of the groups, go into trainer.pt.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from evenstep.baselines.state_size import tensors_in
 from evenstep.errors import EvenstepError
 from evenstep.models.hf import require_safetensors
-from evenstep.optim.sharding import like, local
-
-_BLOCKS = ("codes", "scale")
-"""The parts of torchao's tensors of 8-bit blocks that change; each is a tensor of its own in a shard."""
+from evenstep.optim.sharding import is_sharded, local
+from evenstep.optim.state import keep_dtypes
+from evenstep.train.packed import blank, facts_of, taken_apart
 
 
 def quiet_dcp() -> None:
@@ -97,28 +97,44 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
     return [known[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def _split(value: Tensor) -> dict[str, Tensor]:
-    """``value`` as the plain tensors it is made of, by the end of their key."""
-    part = local(value)
-    if hasattr(part, "codes") and hasattr(part, "qmap"):
-        return {f".{name}": like(value, getattr(part, name)) for name in _BLOCKS}
-    return {"": value.detach()}
-
-
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of the state by key, sharing their memory, and the rest of it: ``groups`` (options, and the names of
-    the parameters) and ``values`` (numbers by name and entry)."""
+    """The tensors of the state by key, sharing their memory, and the rest of ``optimizer.state_dict()``: ``groups``
+    (options, and the names of the parameters), ``values`` (what is no tensor, by name and entry), ``packed`` (tensors
+    of codes and scales, by name and entry), ``loose`` (state that belongs to no parameter) and ``more`` (keys beside
+    ``state`` and ``param_groups``).
+
+    EvenstepError for state that a checkpoint cannot hold.
+    """
     names, saved = _names(model, optimizer), optimizer.state_dict()
+    params = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
+    rest: dict[str, Any] = {"groups": [], "values": {}, "packed": {}, "loose": {}, "more": {}}
     for i, state in saved["state"].items():
+        if not _is_of_parameter(i, names):
+            rest["loose"][i] = state
+            continue
+        name = names[i]
         for entry, value in state.items():
-            if isinstance(value, Tensor):
-                tensors |= {f"optimizer.{names[i]}.{entry}{end}": part for end, part in _split(value).items()}
+            key = f"optimizer.{name}.{entry}"
+            if not isinstance(value, Tensor):
+                if is_sharded(params[name]) and next(tensors_in(value), None) is not None:
+                    raise EvenstepError(
+                        f"the state '{entry}' of {name} holds tensors inside a {type(value).__name__}, of which every "
+                        "process has others; a checkpoint of several processes cannot hold it: take parallel.mode ddp"
+                    )
+                rest["values"].setdefault(name, {})[entry] = value
+            elif (facts := facts_of(value)) is not None:
+                rest["packed"].setdefault(name, {})[entry] = facts
+                tensors |= {f"{key}.{part}": tensor for part, tensor in taken_apart(value).items()}
             else:
-                values.setdefault(names[i], {})[entry] = value
-    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
-    return tensors, {"groups": groups, "values": values}
+                tensors[key] = value.detach()
+    rest["groups"] = [{**group, "params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
+    rest["more"] = {key: value for key, value in saved.items() if key not in ("state", "param_groups")}
+    return tensors, rest
+
+
+def _is_of_parameter(key: Any, names: list[str]) -> bool:
+    return type(key) is int and 0 <= key < len(names)
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: Path, rest: dict[str, Any]) -> None:
@@ -126,39 +142,56 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: Path, rest
     may be cut otherwise: each parameter gets the options it had."""
     names, fresh = _names(model, optimizer), optimizer.state_dict()
     params = dict(model.named_parameters())
+    present = {name: fresh["state"].get(i, {}) for i, name in enumerate(names)}
+    packed = rest.get("packed", _packed(present))
     wanted: dict[str, Tensor] = {}
-    state: dict[int, dict[str, Any]] = {}
+    state: dict[Any, dict[str, Any]] = {}
     entries = _entries(directory, names)
     for i, name in enumerate(names):
         here = state[i] = dict(rest["values"].get(name, {}))
+        parts: set[str] = set()
+        for entry, facts in packed.get(name, {}).items():
+            value = blank(params[name], facts)
+            found = (
+                {f"{entry}.{part}": tensor for part, tensor in taken_apart(value).items()} if value is not None else {}
+            )
+            if value is None or not found.keys() <= entries.get(name, {}).keys():
+                raise EvenstepError(
+                    f"the 8-bit state of {name} in {directory} is cut for another number of processes; resume "
+                    "with as many as saved it"
+                )
+            here[entry] = value
+            parts |= found.keys()
+            wanted |= {f"optimizer.{name}.{key}": tensor for key, tensor in found.items()}
         for entry, (shape, dtype) in entries.get(name, {}).items():
-            base, _, end = entry.rpartition(".")
-            if end not in _BLOCKS:
-                base = entry
-            template = fresh["state"].get(i, {}).get(base)
-            if base != entry:
-                if template is None or f".{end}" not in _split(template):
-                    raise EvenstepError(
-                        f"the 8-bit state of {name} in {directory} is cut for another number of processes; resume "
-                        "with as many as saved it"
-                    )
-                here[base] = template
-                wanted[f"optimizer.{name}.{entry}"] = _split(template)[f".{end}"]
-                continue
-            if template is not None and template.shape == shape:
-                target = template.detach()
-            elif shape == params[name].shape and shape:
-                target = torch.zeros_like(params[name].detach(), dtype=dtype)
-            else:
-                target = torch.zeros(shape, dtype=dtype, device=local(params[name]).device)
-            here[base] = wanted[f"optimizer.{name}.{entry}"] = target
+            if entry not in parts:
+                target = _target(params[name], present[name].get(entry), shape, dtype)
+                here[entry] = wanted[f"optimizer.{name}.{entry}"] = target
     fill(directory, wanted)
     options = {name: group for group in rest["groups"] for name in group["params"]}
     groups = []
     for group in fresh["param_groups"]:
         old = options[names[group["params"][0]]]
         groups.append({**old, "params": group["params"]})
-    optimizer.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
+    state = {i: entries for i, entries in state.items() if entries} | rest.get("loose", {})
+    saved = {**rest.get("more", {}), "state": state, "param_groups": groups}
+    optimizer.load_state_dict(saved)
+    keep_dtypes(optimizer, saved)
+
+
+def _packed(present: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What an older checkpoint does not say: the packed tensors that a fresh state has."""
+    found = {name: {entry: facts_of(value) for entry, value in state.items()} for name, state in present.items()}
+    return {name: {entry: facts for entry, facts in state.items() if facts} for name, state in found.items()}
+
+
+def _target(p: Tensor, present: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Where a plain tensor of the state of ``p`` is read to."""
+    if isinstance(present, Tensor) and present.shape == shape and facts_of(present) is None:
+        return present.detach()
+    if shape == p.shape and shape:
+        return torch.zeros_like(p.detach(), dtype=dtype)
+    return torch.zeros(shape, dtype=dtype, device=local(p).device)
 
 
 def _entries(directory: Path, names: list[str]) -> dict[str, dict[str, tuple[torch.Size, torch.dtype]]]:

@@ -103,7 +103,7 @@ class Gradients:
     def seen(self, measured: Measured) -> "Gradients":
         """What was `unmeasured`, measured."""
         finite = torch.isfinite(measured.peak)
-        gain = torch.where(finite, self.gain, torch.zeros_like(self.gain))
+        gain = torch.where(finite, self.gain, 0.0)
         return replace(self, peak=measured.peak, here=measured.norm, finite=finite, gain=gain, measured=measured)
 
     def numbers(self) -> tuple[Tensor, Tensor | float, Tensor | float]:
@@ -138,12 +138,12 @@ class Gradients:
 
     def amplified(self, gain: Tensor) -> "Gradients":
         """Every entry is multiplied by ``gain``, after clipping."""
-        return replace(self, gain=torch.where(self.finite, self.gain * gain, torch.zeros_like(gain)))
+        return replace(self, gain=torch.where(self.finite, self.gain * gain, 0.0))
 
     def kept_if(self, keep: Tensor) -> "Gradients":
-        """All of them where ``keep`` (0-d bool), else zeros that count as not finite."""
+        """Those where ``keep`` (bool ``[k]``, or 0-d for all), else zeros that count as not finite."""
         finite = self.finite & keep
-        return replace(self, finite=finite, gain=torch.where(finite, self.gain, torch.zeros_like(self.gain)))
+        return replace(self, finite=finite, gain=torch.where(finite, self.gain, 0.0))
 
     def replaced(self, tensors: list[Tensor]) -> "Steps[Gradients]":
         """The same gradients with other values, for a transform that limits and gains cannot express; takes one pass,
@@ -178,6 +178,13 @@ class Gradients:
             return self.with_sums(sums)
         sums, before = yield self.squares(), self.origin.squares()
         return replace(self.with_sums(sums), origin=self.origin.with_sums(before))
+
+    def within_range(self) -> "Gradients":
+        """Those whose norm is beyond the range of ``dtype``, though no entry is, count as not finite too; for whoever
+        computes with norms. `with_norms` must have been asked before.
+        """
+        assert self.norms is not None
+        return self.kept_if(self.norms.raw <= torch.finfo(self.dtype).max)
 
     def squares(self) -> Combine:
         """What `with_sums` wants summed over the parts: squares in units of the largest entry that is left, so that
@@ -240,5 +247,5 @@ def peak_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.new_zeros(()), x.new_zeros(())
     low, high = torch.aminmax(x)
     peak = torch.maximum(-low, high)
-    unit = peak.clamp(min=torch.finfo(x.dtype).tiny)
+    unit = peak.clamp(min=torch.finfo(x.dtype).tiny, max=torch.finfo(x.dtype).max)
     return peak, torch.linalg.vector_norm(x / unit) * unit

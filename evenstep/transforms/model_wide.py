@@ -4,7 +4,8 @@ The norms of single tensors are known on every rank once they are combined, and 
 without another message. "All" means the tensors this optimizer holds on this process: with pipeline stages that is the
 stage. Their few numbers are the same for all tensors and are kept, in fp64, under each parameter.
 
-A gradient with a NaN or Inf is left out of the global norm; a step with one leaves the statistics as they were.
+A gradient with a NaN or Inf, or with a norm beyond the range of its statistics (fp32), is left out of the global norm
+and of the step; such a step leaves the statistics as they were.
 """
 
 import torch
@@ -20,10 +21,11 @@ Result = Steps[tuple[Gradients, Statistics]]
 
 def global_norm(grads: Gradients) -> Steps[tuple[Gradients, Tensor, Tensor]]:
     """The 2-norm of all finite gradients as they stand (0-d, fp64), and whether all are finite (0-d bool)."""
-    grads = yield from grads.with_norms()
+    grads = (yield from grads.with_norms()).within_range()
     dtype = shared_dtype(grads.peak.device)
     norms, finite = yield from combined(
-        Combine("gather", grads.norm.to(dtype)), Combine("gather", grads.finite.to(dtype))
+        Combine("gather", torch.where(grads.finite, grads.norm, 0.0).to(dtype)),
+        Combine("gather", grads.finite.to(dtype)),
     )
     return grads, peak_and_norm(norms)[1], finite.amin() > 0
 

@@ -24,8 +24,8 @@ def adaclip(grads: Gradients, peak_ema: Tensor, n: Tensor, gamma3: float) -> tup
 def adagn(
     norm: Tensor, norm_ema: Tensor, norm_rms: Tensor, n: Tensor, gamma1: float | Tensor, gamma2: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gain that gives each tensor the norm ``mean / root-mean-square`` of its norm's history; 0 for a zero
-    gradient.
+    """The gain that gives each tensor the norm ``mean / root-mean-square`` of its norm's history; 0 for a gradient that
+    is zero, or whose norm is below the dtype's smallest normal number, which no gain could bring back.
 
     All of shape ``[k]``. ``norm_rms`` holds the square *root* of the running mean of squared norms, which cannot
     overflow where the norm itself does not. Returns the gain and the two new statistics.
@@ -34,5 +34,6 @@ def adagn(
     norm_rms = torch.hypot(math.sqrt(gamma2) * norm_rms, math.sqrt(1 - gamma2) * norm)
     mean = norm_ema / bias_correction(gamma1, n)
     root = norm_rms / bias_correction(gamma2, n).sqrt() + eps
-    gain = mean / root / norm
-    return torch.where(norm > 0, gain, torch.zeros_like(gain)), norm_ema, norm_rms
+    span = torch.finfo(norm.dtype)
+    gain = (mean / root / norm).clamp(max=span.max)
+    return torch.where(norm >= span.tiny, gain, 0.0), norm_ema, norm_rms

@@ -41,8 +41,9 @@ class AdaGN(Transform):
     section 4).
 
     ``gamma1`` and ``gamma2`` are the decays of the norm's mean and mean square, defaults 0.7 and 0.9 (paper, 4-bit;
-    0.85 and 0.99999 for BF16); ``eps`` is added to the root. A zero gradient stays zero. Raises ValueError when a value
-    is out of range.
+    0.85 and 0.99999 for BF16); ``eps`` is added to the root. A gradient that is zero, or whose norm is below
+    1.2e-38, becomes zero; one whose norm is above 3.4e38 counts as not finite. Raises ValueError when a value is out of
+    range.
     """
 
     name = "adagn"
@@ -55,7 +56,7 @@ class AdaGN(Transform):
 
     def __call__(self, grads: Gradients, state: Statistics, now: Now) -> Result:
         n = state["n"] + 1
-        grads = yield from grads.with_norms()
+        grads = (yield from grads.with_norms()).within_range()
         gain, ema, rms = adagn(grads.norm, state["norm"], state["norm_rms"], n, self.gamma1, self.gamma2, self.eps)
         return grads.amplified(gain), {"norm": ema, "norm_rms": rms, "n": n}
 
