@@ -209,6 +209,13 @@ def test_a_cell_that_some_table_needs_to_its_end_is_not_cut_short_and_one_that_w
         assert (bad.name in {cell.name for cell in later._waiting()}) == waits
 
 
+def test_the_claims_of_one_table_are_settled_after_the_others_as_given(tmp_path, corpus):
+    one = Plan(load_table(table(tmp_path, corpus), "small"))
+    other = other_table(tmp_path / "other", corpus, lambda text: text.replace("seq_len = 16", "seq_len = 32"))
+    runner = runs([other, one], tmp_path / "cells", {})
+    assert [cell.config.train.seq_len for cell in runner.wanted()] == [32] * 4 + [16] * 4
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_asks_every_process_to_save_before_it_waits_for_one(tmp_path, corpus, monkeypatch, number):
     told = []

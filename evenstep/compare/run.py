@@ -78,11 +78,11 @@ class Runner:
         return bool(self.running or waiting)
 
     def wanted(self) -> list[Cell]:
-        """What all plans want now, each run once, in their common order."""
+        """What all plans want now, each run once: the claims of one table after the other's, then the other lines."""
         found: dict[str, tuple[tuple[int, ...], Cell]] = {}
         for number, plan in enumerate(self.plans):
             for (later, stage, turn, place), cell in plan.wanted(self.outcomes):
-                key = (later, stage, turn, number, place)
+                key = (later, number, stage, turn, place)
                 if cell.name not in found or key < found[cell.name][0]:
                     found[cell.name] = (key, cell)
         return [cell for _, cell in sorted(found.values(), key=lambda item: item[0])]
