@@ -1,0 +1,2 @@
+def results(recipe, runs):
+    return ""
