@@ -59,7 +59,7 @@ class SpikeCallback(BaseCallback):
                 "'policy.optimizer', 'actor.optimizer' or 'critic.optimizer'"
             ) from None
         step = steps_done(optimizer)
-        sinks = [open_log(self.directory / "metrics.jsonl", step), self._tally, *self.extra]
+        sinks: list[Sink] = [open_log(self.directory / "metrics.jsonl", step), self._tally, *self.extra]
         before, self.monitor = self.monitor, SpikeMonitor(self.model.policy, optimizer, sinks=sinks, **self.options)
         if before is not None and before.step == step:  # learn() called again: baselines go on
             self.monitor.load_state_dict(before.state_dict())
