@@ -15,7 +15,7 @@ from experiments.rl.__main__ import main, run_recipe
 from experiments.rl.page import main as write
 from experiments.rl.page import results
 from experiments.rl.recipe import Build, load
-from experiments.rl.train import train
+from experiments.rl.train import _rate, train
 
 RECIPES = sorted((Path(__file__).parent.parent / "experiments/recipes").glob("rl-*.toml"))
 
@@ -79,6 +79,28 @@ def test_a_run_is_the_same_again_however_often_it_is_evaluated(tmp_path):
     once = train(often | {"eval_every": 64}, tmp_path / "c", lambda _: None)
     assert once["steps"] == [0, 64] and once["grad_norm"] == first["grad_norm"]
     assert train(recipe.setting(recipe.lines[0], 4), tmp_path / "d", lambda _: None)["grad_norm"] != first["grad_norm"]
+
+
+def test_evaluations_see_the_training_s_normalisation_true_rewards_and_the_deterministic_policy(tmp_path, monkeypatch):
+    seen = []
+
+    def evaluate(model, env, episodes, **options):
+        same = (env.obs_rms.mean == model.get_env().obs_rms.mean).all() and env is not model.get_env()
+        seen.append((bool(same), env.obs_rms.count, env.training, env.norm_reward, episodes, options["deterministic"]))
+        return [1.0, 3.0], [5, 5]
+
+    monkeypatch.setattr("experiments.rl.train.evaluate_policy", evaluate)
+    recipe = load(recipe_of(tmp_path))
+    found = train(recipe.setting(recipe.lines[0], 0), tmp_path / "a", lambda _: None)
+    assert found["returns"] == [2.0] * 3 and found["spreads"] == [1.0] * 3
+    assert {facts[:1] + facts[2:] for facts in seen} == {(True, False, False, 2, True)}
+    assert [round(facts[1]) for facts in seen] == sorted({round(facts[1]) for facts in seen})  # it grows
+
+
+def test_the_rate_falls_to_zero_or_stays(tmp_path):
+    setting = {"lr": 0.5, "lr_schedule": "linear"}
+    assert [_rate(setting)(remaining) for remaining in (1.0, 0.5, 0.0)] == [0.5, 0.25, 0.0]
+    assert _rate(setting | {"lr_schedule": "constant"}) == 0.5
 
 
 def test_a_line_may_do_without_ppos_clipping(tmp_path):

@@ -52,7 +52,9 @@ class Evaluation(BaseCallback):
         training = self.model.get_env()
         if isinstance(training, VecNormalize):
             sync_envs_normalization(training, self.env)
-        returns, _ = evaluate_policy(self.model, self.env, self.episodes, return_episode_rewards=True)
+        returns, _ = evaluate_policy(
+            self.model, self.env, self.episodes, deterministic=True, return_episode_rewards=True
+        )
         self.steps.append(self.num_timesteps)
         self.returns.append(round(float(np.mean(returns)), 3))
         self.spreads.append(round(float(np.std(returns)), 3))
