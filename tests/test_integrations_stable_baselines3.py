@@ -92,11 +92,12 @@ def test_a_loaded_agent_goes_on_with_the_file_and_a_new_one_replaces_it(optimize
     assert rows(tmp_path) == 4
 
 
-def test_one_callback_serves_learning_in_parts(tmp_path):
-    callback, trained = SpikeCallback(tmp_path, **QUIET), agent("CartPole-v1")
-    trained.learn(32, callback=callback)
+def test_one_callback_serves_learning_in_parts_and_keeps_what_it_knows_of_the_gradients(tmp_path):
+    callback, trained = SpikeCallback(tmp_path, **QUIET), agent(Jumpy(range(321, 337)), max_grad_norm=float("inf"))
+    trained.learn(320, callback=callback)
     trained.learn(32, callback=callback, reset_num_timesteps=False)
-    assert rows(tmp_path) == 8 and callback.monitor.step == 8
+    assert rows(tmp_path) == 44 and callback.monitor.step == 44
+    assert [event for event in load_run(tmp_path).events if event["event"] == "spike" and event["step"] > 40]
 
 
 def test_an_agent_with_several_optimizers_is_asked_which(tmp_path):

@@ -15,6 +15,8 @@ from experiments.rl.recipe import Recipe, load
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 PAGE = Path("docs/results-rl.md")
+NOTES = "notes.md"
+"""Beside the stored runs: what is to be said of them, put at the head of the page."""
 
 HEADER = (
     *("optimizer", "final return", "average return", "gradient norm: median, 99 %, largest"),
@@ -38,8 +40,8 @@ gradients that the optimizer was given, after PPO's clipping where there is any.
 
 A claim is **confirmed** when the difference is on its side by more than twice its standard error over the seeds,
 **opposite** when it is so on the other side, **not confirmed** within that, **open** where there are fewer than two
-seeds. With three seeds on each side chance alone passes that mark one time in nine. Average return was not chosen after
-the fact: both verdicts are always shown.
+seeds. With three seeds on each side chance alone passes that mark one time in nine, on one side or the other. Both
+returns get a verdict.
 """
 
 
@@ -88,6 +90,8 @@ def write_page(store: Path, page: Path, recipes: Path = RECIPES) -> list[Path]:
     """``page``, and pictures in a directory of its name; their paths. EvenstepError when nothing is stored, or the
     recipe of something stored is missing."""
     written, parts = [page], [HEAD.format(store=store)]
+    if (store / NOTES).exists():
+        parts.append((store / NOTES).read_text(encoding="utf-8"))
     for directory in sorted({path.parent for path in store.rglob("*.json")}) or [store]:
         runs = stored(directory)
         recipe = load(recipes / f"{directory.name}.toml")
