@@ -99,7 +99,8 @@ def write_page(store: Path, page: Path, recipes: Path = RECIPES) -> list[Path]:
         lines = {
             labels.get(key, key): [(r["steps"], r["returns"]) for r in some] for key, some in _ordered(recipe, runs)
         }
-        seeds = len({run["setting"]["seed"] for run in runs})
+        counts = sorted({len(some) for _, some in _ordered(recipe, runs)})
+        seeds = " or ".join(str(count) for count in counts)
         picture = draw_curves(
             page.with_suffix("") / f"{recipe.name}.png",
             lines,
