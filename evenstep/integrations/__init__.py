@@ -1,4 +1,5 @@
-"""Telemetry inside of the trainers that people use: ``evenstep.integrations.transformers`` and
-``evenstep.integrations.lightning``, each with a ``SpikeCallback``. Importing this package loads neither;
+"""Telemetry inside of the trainers that people use: ``evenstep.integrations.transformers``,
+``evenstep.integrations.lightning`` and ``evenstep.integrations.stable_baselines3``, each with a ``SpikeCallback``.
+Importing this package loads none of them;
 docs/integrations.md has the examples.
 """

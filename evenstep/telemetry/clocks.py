@@ -31,3 +31,9 @@ def resets(optimizer: Optimizer, steps: list[int]) -> set[int]:
         now = int(clock)
         found |= {step for back, step in enumerate(reversed(steps)) if now > back and (now - back) % interval == 0}
     return found
+
+
+def steps_done(optimizer: Optimizer) -> int:
+    """Steps that the optimizer has made, 0 when it does not count them."""
+    clocks = [int(group[name]) for group in optimizer.param_groups for name in CLOCKS if name in group]
+    return max(clocks or [int(state["step"]) for state in optimizer.state.values() if "step" in state], default=0)
