@@ -97,8 +97,16 @@ def test_a_table_is_trained_tabled_stored_and_not_trained_again(tmp_path, corpus
     assert not list(out.glob("cells/*/checkpoints"))
 
     monkeypatch.setattr(workers.Here, "start", None)  # nothing may be trained now
-    assert main(words) == 0
-    assert json.loads((tmp_path / "stored" / "mine.json").read_text())["lines"] == document["lines"]
+    kept = (tmp_path / "stored" / "cells.jsonl").read_text()
+    assert kept.count("\n") == 8
+    for again in (words, [*words[:3], str(tmp_path / "another machine"), *words[4:]]):
+        assert main(again) == 0
+        assert json.loads((tmp_path / "stored" / "mine.json").read_text())["lines"] == document["lines"]
+        assert (tmp_path / "stored" / "cells.jsonl").read_text() == kept
+
+    (tmp_path / "stored" / "cells.jsonl").write_text(kept + '{"name": 3}\n')
+    assert main(words) == 2
+    assert "cells.jsonl, line 9: not the outcome of a run" in capsys.readouterr().err
 
 
 def test_a_diverged_cell_is_remembered_and_a_failed_one_is_tried_again(tmp_path, corpus, capsys):

@@ -39,7 +39,13 @@ def add_compare(commands: Any, debug: argparse.ArgumentParser) -> None:
     add("--jobs", metavar="N", type=int, help="runs at a time; 0: in this process (none: one a core, or a GPU)")
     add("--scale", default="small", help="small, paper or smoke (default: %(default)s)")
     add("--smoke", action="store_true", help="short for --scale smoke --jobs 0 --out runs/compare-smoke")
-    add("--store", metavar="DIR", type=Path, help="also write DIR/TABLE.json, for evenstep results")
+    add(
+        "--store",
+        metavar="DIR",
+        type=Path,
+        help="also write DIR/TABLE.json, for evenstep results, and "
+        "DIR/cells.jsonl: runs that it holds are not repeated, on any machine",
+    )
     add("--dry-run", action="store_true", help="list the runs of the first round and what they cost, train nothing")
     compare.set_defaults(run_command=_compare)
 
@@ -78,11 +84,13 @@ def run_tables(plans: list[Any], out: Path, jobs: int | None, store: Path | None
     """Train, write and print; the documents of the tables."""
     from evenstep.compare.cells import Pool
     from evenstep.compare.run import Runner, default_jobs, pool_directory
+    from evenstep.compare.store import Store
     from evenstep.compare.workers import gpu_count
     from evenstep.errors import EvenstepError
 
     gpus = gpu_count()
     runner = Runner(plans, Pool(pool_directory(out)), default_jobs(gpus) if jobs is None else jobs, gpus, say)
+    runner.store = Store(store) if store else None
     try:
         runner.run()
     finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from evenstep.compare.cells import FINISHED, HOPELESS, Cell, Outcome, Pool
 from evenstep.compare.schedule import Plan, hopeless
+from evenstep.compare.store import Store
 from evenstep.compare.workers import FAILED, Here, Process, Worker, settle
 from evenstep.errors import EvenstepError
 from evenstep.train.files import locked
@@ -34,6 +35,7 @@ class Runner:
     jobs: int
     gpus: int
     say: Say
+    store: Store | None = None
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     running: dict[str, tuple[Cell, Worker, int, float]] = field(default_factory=dict)
@@ -94,12 +96,19 @@ class Runner:
             new = {name: outcome for name, outcome in known.items() if outcome is not None}
             if not new:
                 return
-            self.outcomes |= new
+            for name, outcome in new.items():
+                self._keep(name, outcome)
 
     def _outcome(self, cell: Cell) -> Outcome | None:
         """What became of it. A cell that was cut short for one table is trained again when another needs its end."""
-        outcome = self.pool.outcome(cell)
+        stored = self.store.outcomes.get(cell.name) if self.store else None
+        outcome = self.pool.outcome(cell) or stored
         return None if outcome is not None and outcome.status == HOPELESS and self._spared(cell) else outcome
+
+    def _keep(self, name: str, outcome: Outcome) -> None:
+        self.outcomes[name] = outcome
+        if self.store:
+            self.store.keep(name, outcome)
 
     def _spared(self, cell: Cell) -> bool:
         return any(plan.spares(cell) for plan in self.plans)
@@ -122,7 +131,7 @@ class Runner:
             if len(self.failed) >= ENOUGH and not self.speeds:
                 raise EvenstepError(f"the first {ENOUGH} runs failed, the last one because: {problem}")
             return
-        self.outcomes[name] = outcome
+        self._keep(name, outcome)
         self.pool.tidy(cell)
         if outcome.status == FINISHED:
             self.speeds.append(seconds / cell.tokens)
