@@ -1,1 +1,1 @@
-"""Forecasting with PatchTST on clean and on corrupted inputs, by optimizer: `python -m experiments.forecast RECIPE.toml`."""
+"""Forecasting with PatchTST, by optimizer, on clean and on corrupted inputs."""

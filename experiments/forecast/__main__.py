@@ -58,7 +58,7 @@ def _prepare(given: list[str]) -> int:
 
     parser = argparse.ArgumentParser("python -m experiments.forecast prepare")
     parser.add_argument(
-        "source", choices=SOURCES, help="; ".join(f"{name}: {why}" for name, (_, why) in SOURCES.items())
+        "source", choices=SOURCES, help="; ".join(f"{name}: {why}" for name, (_, _, why) in SOURCES.items())
     )
     parser.add_argument("--out", type=Path, help="default runs/data/SOURCE.csv")
     options = parser.parse_args(given)

@@ -14,7 +14,6 @@ from typing import Any
 from evenstep.baselines.catalog import baseline, check_options
 from evenstep.baselines.fronts import parse
 from evenstep.errors import EvenstepError, nearest
-
 from experiments.forecast.series import SPLITS
 
 

@@ -115,8 +115,8 @@ def _check_order(path: Path, line: int, times: list[datetime], gaps: str) -> Non
         raise EvenstepError(f"{path} line {line}: {times[-1]} does not come after {times[-2]}; sort the rows by date")
     if gaps == "refuse" and step != first:
         raise EvenstepError(
-            f"{path} line {line}: {times[-1]} is {step} after the row before, the first two are {first} apart; fill the "
-            'gap, or set data.gaps = "allow"'
+            f"{path} line {line}: {times[-1]} is {step} after the row before, the first two are {first} apart; fill "
+            'the gap, or set data.gaps = "allow"'
         )
 
 
@@ -195,8 +195,8 @@ def split(series: Series, how: str, lookback: int, horizon: int) -> Parts:
     ):
         if len(part) < 1:
             raise EvenstepError(
-                f"{series.name}: the {name} part of {rows} rows split {how} has fewer than {need} rows, which a lookback "
-                f"of {lookback} and a horizon of {horizon} need; take a shorter one or more data"
+                f"{series.name}: the {name} part of {rows} rows split {how} has fewer than {need} rows, which a "
+                f"lookback of {lookback} and a horizon of {horizon} need; take a shorter one or more data"
             )
     return Parts(*parts)
 

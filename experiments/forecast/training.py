@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from evenstep.baselines.catalog import baseline
 from evenstep.baselines.fronts import put_before
 from evenstep.errors import EvenstepError
-
 from experiments.forecast.recipe import Cell, Model, Train
 from experiments.forecast.series import Parts, Windows, corrupted
 
@@ -53,7 +52,8 @@ def patchtst(model: Model, channels: int, horizon: int) -> PatchTSTForPrediction
 def train(cell: Cell, parts: Parts, model: Model, options: Train, device: torch.device) -> dict[str, Any]:
     """Trains and gives the results of a run; a loss that is no number ends it, with scores of None.
 
-    Validation and test inputs are never corrupted. Seeds fix weights, dropout, order and noise, for all optimizers alike.
+    Validation and test inputs are never corrupted. A seed fixes weights, dropout, order and noise, for all optimizers
+    alike.
     """
     torch.manual_seed(cell.seed)
     order = torch.Generator().manual_seed(cell.seed + 1)
