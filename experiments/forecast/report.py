@@ -1,0 +1,232 @@
+"""From stored runs to a page of tables, pictures and verdicts: `python -m experiments.forecast report STORE`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from experiments.common import Number, Run, direction, draw_curves, grouped, over_seeds, place, stored, table
+from experiments.forecast.published import CLAIMS, NLINEAR_ETTH1, PATCHTST_ETTH1
+
+Runs = list[Run]
+
+
+def write(store: Path, page: Path) -> Path:
+    """The page of what ``store`` holds, finished or not, with pictures beside it."""
+    runs = [run for run in stored(store) if run["setting"].get("experiment") == "forecast"]
+    scored, chosen = [r for r in runs if r["setting"]["test"]], [r for r in runs if not r["setting"]["test"]]
+    parts = [_head(store, page, scored or runs)]
+    if scored:
+        parts += [_claims(scored), *(_data_set(name, some, page) for name, some in _by_data(scored).items())]
+    parts += [_rates(chosen)] if chosen else []
+    parts += [LIMITS]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(parts), encoding="utf-8")
+    return page
+
+
+LIMITS = """## What this does not show
+
+- The papers show curves of the test loss on the Weather data set of the literature and give no table; their Weather data
+  is not among ours. The direction of a difference can be compared, its size cannot.
+- The papers do not say whether the noise is drawn once or anew, over what the maximum is taken, whether it is of the
+  scaled values, or what the hyperparameters of SPAM and Stable-SPAM were. Ours are said in
+  [forecasting.md](forecasting.md).
+- Models, batches and runs are smaller than PatchTST's, and each optimizer's rate was chosen by one seed, on clean data.
+"""
+
+
+# ---- pieces of the page ----
+
+
+def _head(store: Path, page: Path, runs: Runs) -> str:
+    first = runs[0]["setting"]
+    model, train = first["model"], first["train"]
+    seconds = sum(run.get("core_seconds", 0) for run in runs)
+    return f"""# Forecasting: results
+
+<!-- Written by `python -m experiments.forecast report {store} --page {page}`. Change the program, not the page. -->
+
+PatchTST of {_range(run["parameters"] for run in runs)} parameters ({model["layers"]} layers of width {model["width"]},
+patches of {model["patch"]} every {model["stride"]} steps, lookback {model["lookback"]}), {train["epochs"]} epochs of
+{train["windows_per_epoch"] or "all"} windows, {train["batch_size"]} a step. Errors are of standardised values, over every
+window of the test part; the epoch is the one with the lowest validation error, and the test part is scored once. Numbers
+are means ± standard deviations over seeds; noise is on the training inputs alone. Definitions, data and commands:
+[forecasting.md](forecasting.md).
+
+{place(runs)}. {len(runs)} runs, {seconds / 60:.0f} minutes of one core.
+"""
+
+
+def _range(values: Iterable[int]) -> str:
+    found = sorted({f"{value / 1000:.0f}K" for value in values}, key=lambda text: int(text[:-1]))
+    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def _claims(runs: Runs) -> str:
+    """Of two optimizers at one place of the grid: by more than twice the standard error of the difference, or not."""
+    rows = []
+    for (name, horizon), some in _corrupted(runs).items():
+        for claim in CLAIMS:
+            for severity in _sorted(some, "severity"):
+                sides = [
+                    _mse(r for r in some if r["setting"]["severity"] == severity and r["setting"]["optimizer"] == label)
+                    for label in (claim.better, claim.worse)
+                ]
+                if all(side.n for side in sides):
+                    verdict = direction(*sides, higher_is_better=False)
+                    what = f"{claim.better} below {claim.worse}, S = {severity:g}"
+                    numbers = f"{sides[0].text(4)} against {sides[1].text(4)}"
+                    rows.append([name, horizon, what, numbers, f"**{verdict}**", claim.paper])
+    return f"""## The papers' claims
+
+Test MSE after training on corrupted inputs. *Confirmed* or *opposite*: the means differ by more than twice the standard
+error of their difference; *not confirmed*: by less, or a run diverged; *open*: a single seed.
+
+{table(["data", "horizon", "claim", "here", "verdict", "paper"], rows)}"""
+
+
+def _corrupted(runs: Runs) -> dict[Any, Runs]:
+    found: dict[Any, Runs] = {}
+    for run in runs:
+        if run["setting"]["severity"]:
+            found.setdefault((run["setting"]["data"]["name"], run["setting"]["horizon"]), []).append(run)
+    return found
+
+
+def _data_set(name: str, runs: Runs, page: Path) -> str:
+    data = runs[0]["setting"]["data"]
+    lines = [f"## {name}", ""]
+    lines += [f"{data['rows']} rows of {len(data['columns'])} columns, split {data['split']}.", ""]
+    for horizon in _sorted(runs, "horizon"):
+        some = [run for run in runs if run["setting"]["horizon"] == horizon]
+        if len(_sorted(some, "severity")) > 1:
+            lines += [_noise(horizon, some), _gradients(some)]
+            for severity in _sorted(some, "severity"):
+                picture = page.parent / f"{page.stem}-{name}-s{severity:g}.png"
+                _draw(picture, name, horizon, severity, [r for r in some if r["setting"]["severity"] == severity])
+                lines += [f"![Validation error by epoch, S = {severity:g}]({picture.name})", ""]
+    lines += [_horizons(name, runs)] if len(_sorted(runs, "horizon")) > 1 else []
+    return "\n".join(lines)
+
+
+def _noise(horizon: int, runs: Runs) -> str:
+    severities = _sorted(runs, "severity")
+    rows = []
+    for label, some in grouped(runs, "optimizer").items():
+        cells = grouped(some, "severity")
+        numbers = [_mse(cells.get(severity, [])) for severity in severities]
+        rows.append([label, f"{some[0]['setting']['lr']:g}", *(_cell(n) for n in numbers)])
+        rows[-1] += [_cell(_over(cells.get(severity, []), "test_mae")) for severity in severities]
+    heads = [f"{what}, S = {severity:g}" for what in ("MSE", "MAE") for severity in severities]
+    share = max(run["setting"]["share"] for run in runs)
+    return f"Horizon {horizon}; noise on {share:.0%} of the inputs.\n\n{table(['optimizer', 'rate', *heads], rows)}"
+
+
+def _gradients(runs: Runs) -> str:
+    """Are there spikes at all?"""
+    rows = []
+    for label, some in grouped(runs, "optimizer").items():
+        cells = grouped(some, "severity")
+        rows.append([label])
+        for severity in _sorted(runs, "severity"):
+            ratios = [_peak(run) for run in cells.get(severity, [])]
+            rows[-1].append(f"{median(ratios):.1f}" if ratios else "")
+    heads = [f"S = {severity:g}" for severity in _sorted(runs, "severity")]
+    text = "Largest gradient norm of an epoch over the epoch's median, the largest after the first epoch, median of the seeds:"
+    return f"{text}\n\n{table(['optimizer', *heads], rows)}"
+
+
+def _peak(run: Run) -> float:
+    pairs = list(zip(run["epochs"]["grad_max"], run["epochs"]["grad_median"], strict=True))
+    return max((top / mid for top, mid in pairs[1:] or pairs if top is not None and mid), default=float("nan"))
+
+
+def _horizons(name: str, runs: Runs) -> str:
+    clean = [run for run in runs if not run["setting"]["severity"]]
+    rows = []
+    for horizon in _sorted(clean, "horizon"):
+        for label, some in grouped((r for r in clean if r["setting"]["horizon"] == horizon), "optimizer").items():
+            row = [horizon, label, _cell(_mse(some)), _cell(_over(some, "test_mae"))]
+            if name == "ETTh1" and horizon in PATCHTST_ETTH1:
+                away = _mse(some).mean / PATCHTST_ETTH1[horizon][0] - 1
+                row += [_pair(PATCHTST_ETTH1[horizon]), f"{away:+.1%}", _pair(NLINEAR_ETTH1[horizon])]
+            rows.append(row)
+    heads = ["horizon", "optimizer", "MSE", "MAE"]
+    if name == "ETTh1":
+        heads += ["PatchTST/42, published", "ours, MSE", "NLinear, published"]
+    return f"### By horizon, clean\n\n{table(heads, rows)}"
+
+
+def _rates(runs: Runs) -> str:
+    rates = _sorted(runs, "lr")
+    rows = []
+    for label, some in grouped(runs, "optimizer").items():
+        found = {run["setting"]["lr"]: run["val_mse"] for run in some}
+        known = [value for value in found.values() if value is not None]
+        texts = ["diverged" if found[r] is None else f"{found[r]:.4f}" if r in found else "" for r in rates]
+        best = [
+            f"**{t}**" if r in found and found[r] == min(known, default=None) else t
+            for r, t in zip(rates, texts, strict=True)
+        ]
+        rows.append([label, *best])
+    first = runs[0]["setting"]
+    return f"""## The rates
+
+Validation MSE by rate ({first["data"]["name"]}, clean, horizon {first["horizon"]}, seed {first["seed"]}; the test part is
+not scored). Each optimizer is run at its best one everywhere.
+
+{table(["optimizer", *(f"{rate:g}" for rate in rates)], rows)}"""
+
+
+def _draw(path: Path, name: str, horizon: int, severity: float, runs: Runs) -> None:
+    lines = {
+        label: [
+            (
+                [i for i, v in enumerate(r["epochs"]["val"], 1) if v is not None],
+                [v for v in r["epochs"]["val"] if v is not None],
+            )
+            for r in some
+        ]
+        for label, some in grouped(runs, "optimizer").items()
+    }
+    draw_curves(
+        path,
+        lines,
+        title=f"{name}, horizon {horizon}, S = {severity:g}",
+        xlabel="epoch",
+        ylabel="validation MSE (mean and range of the seeds)",
+        footer=place(runs),
+    )
+
+
+# ---- small ----
+
+
+def _by_data(runs: Runs) -> dict[str, Runs]:
+    found: dict[str, Runs] = {}
+    for run in runs:
+        found.setdefault(run["setting"]["data"]["name"], []).append(run)
+    return found
+
+
+def _sorted(runs: Runs, key: str) -> list[Any]:
+    return sorted({run["setting"][key] for run in runs})
+
+
+def _over(runs: Iterable[Run], key: str) -> Number:
+    return over_seeds([run[key] for run in runs])
+
+
+def _mse(runs: Iterable[Run]) -> Number:
+    return _over(runs, "test_mse")
+
+
+def _cell(number: Number) -> str:
+    return number.text(4) if number.n else ""
+
+
+def _pair(numbers: tuple[float, float]) -> str:
+    return f"{numbers[0]:.3f} / {numbers[1]:.3f}"
