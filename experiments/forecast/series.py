@@ -149,7 +149,7 @@ class Windows:
     horizon: int
 
     def __len__(self) -> int:
-        return len(self.rows) - self.lookback - self.horizon + 1
+        return max(0, len(self.rows) - self.lookback - self.horizon + 1)
 
     def at(self, starts: Tensor) -> tuple[Tensor, Tensor]:
         """inputs [n, lookback, channels] and targets [n, horizon, channels] of the windows at ``starts`` int64[n]."""
@@ -193,7 +193,7 @@ def split(series: Series, how: str, lookback: int, horizon: int) -> Parts:
     for name, part, need in zip(
         ("training", "validation", "test"), parts, (lookback + horizon, horizon, horizon), strict=True
     ):
-        if len(part) < 1:
+        if not len(part):
             raise EvenstepError(
                 f"{series.name}: the {name} part of {rows} rows split {how} has fewer than {need} rows, which a "
                 f"lookback of {lookback} and a horizon of {horizon} need; take a shorter one or more data"
