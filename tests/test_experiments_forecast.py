@@ -1,5 +1,5 @@
-"""Forecasting: data that is refused with its line, the literature's splits, noise on training inputs alone, one scoring of
-every test window, and the whole program in small."""
+"""Forecasting: data refused with its line, the literature's splits, noise on training inputs alone, every test window
+scored once, and the whole program in small."""
 
 import dataclasses
 import json
@@ -121,7 +121,7 @@ def test_nothing_after_the_training_part_has_a_say_in_the_scaling():
 
 
 def test_a_series_too_short_for_a_part_is_refused():
-    with pytest.raises(EvenstepError, match="validation part of 240 rows .* fewer than 96"):
+    with pytest.raises(EvenstepError, match=r"validation part of 240 rows .* fewer than 96"):
         split(waves(), "70/10/20", 16, 96)
     with pytest.raises(EvenstepError, match="takes 14400; use 70/10/20"):
         split(waves(), "ett-hourly", 16, 8)
@@ -146,10 +146,11 @@ class Recorder(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight, self.seen = torch.nn.Parameter(torch.ones(())), []
+        self.weight, self.seen, self.modes = torch.nn.Parameter(torch.ones(())), [], []
 
     def forward(self, past_values, future_values=None):
         self.seen.append((past_values, future_values))
+        self.modes.append(self.training)
         outputs = self.weight * past_values[:, -8:]
         loss = None if future_values is None else (outputs - future_values).square().mean()
         return type("Output", (), {"prediction_outputs": outputs, "loss": loss})
@@ -166,6 +167,7 @@ def test_noise_is_on_training_inputs_and_nowhere_else(recorder):
     parts = split(waves(), "70/10/20", 16, 8)
     training.train(cell(severity=5.0, share=0.5), parts, SMALL, Train(epochs=1, batch_size=200), torch.device("cpu"))
     (inputs, targets), *evaluated = recorder.seen
+    assert recorder.modes == [True, False, False]
     clean = {tuple(window.flatten().tolist()) for window in parts.train.at(torch.arange(len(parts.train)))[0]}
     assert not clean & {tuple(window.flatten().tolist()) for window in inputs}
     futures = {tuple(window.flatten().tolist()) for window in parts.train.at(torch.arange(len(parts.train)))[1]}
@@ -226,6 +228,16 @@ def test_a_channel_is_forecast_from_itself_alone():
     first, second = (net(past_values=x).prediction_outputs for x in (inputs, other))
     assert first.shape == (2, 8, 3)
     assert torch.equal(first[..., [0, 2]], second[..., [0, 2]]) and not torch.equal(first[..., 1], second[..., 1])
+
+
+def test_what_stands_before_an_optimizer_has_its_say():
+    parts, plain = split(waves(), "70/10/20", 16, 8), Optimizer("sgd", "sgd")
+    blocked = dataclasses.replace(plain, before="value_clip(limit=1e-12)")
+    found = [
+        training.train(cell(optimizer=one, lr=0.1), parts, SMALL, Train(epochs=3), torch.device("cpu"))["epochs"]["val"]
+        for one in (plain, blocked)
+    ]
+    assert found[0][-1] < 0.9 * found[1][-1]
 
 
 def test_the_rate_falls_as_in_patchtst():
@@ -315,6 +327,13 @@ def test_a_recipe_that_is_wrong_is_refused_in_one_line(tmp_path, old, new, said)
     assert "\n" not in str(raised.value)
 
 
+def test_a_run_that_two_grids_ask_for_is_one_run(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE + "[[grid]]\nhorizons = [8, 12]\nseverities = [0]\nseeds = [0, 1]\nshares = [0.05, 0.1]\n")
+    files = [one.file for one in load(path).cells()]
+    assert len(files) == len(set(files)) == 34 + 3 * 2
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_of_ours_is_one_and_compares_the_five_optimizers(path):
     recipe = load(path)
@@ -349,8 +368,41 @@ def test_the_program_runs_a_recipe_and_reports_it_and_repeats_nothing(tmp_path, 
 
     assert main(["report", "runs", "--page", "page.md"]) == 0
     page = (tmp_path / "page.md").read_text()
-    assert "| waves | 8 | spam below adam, S = 5 |" in page and "## The rates" in page and "By horizon" in page
-    assert (tmp_path / "page-waves-s5.png").stat().st_size > 1000 and "(page-waves-s5.png)" in page
+    assert "| waves, 8 | S = 5 on 10% | spam below adam |" in page and "## The rates" in page and "By horizon" in page
+    assert (tmp_path / "page-waves-h8-s5-10.png").stat().st_size > 1000 and "(page-waves-h8-s5-10.png)" in page
+
+
+def stored_run(folder, label, severity, seed, mse):
+    setting = {
+        "experiment": "forecast",
+        "recipe": "r",
+        "data": {"name": "waves", "rows": 9, "columns": ["a"], "split": "s"},
+    }
+    setting |= {"model": dataclasses.asdict(SMALL), "train": dataclasses.asdict(Train()), "optimizer": label, "lr": 0.1}
+    setting |= {"horizon": 96, "severity": severity, "share": 0.1 if severity else 0.0, "seed": seed, "test": True}
+    curves = {"val": [1.0, mse], "grad_max": [9.0, 3.0], "grad_median": [1.0, 1.0]}
+    run = {"setting": setting, "parameters": 5000, "epochs": curves, "test_mse": mse, "test_mae": mse}
+    run |= {"hardware": {"cpu": "a cpu"}, "commit": "c", "versions": {}, "finished": "2026-01-01"}
+    (folder / f"{label}-{severity}-{seed}.json").write_text(json.dumps(run))
+
+
+def test_the_report_says_which_claims_hold(tmp_path):
+    runs = {("adam", 0): [1.0, 1.1, 1.2], ("adam", 5): [2.0, 2.1, 2.2], ("spam", 5): [1.0, 1.1, 1.2]}
+    runs |= {("stable-spam", 5): [1.3, 1.4, 1.5], ("stabilizer", 5): [2.1, 2.0, None]}
+    (tmp_path / "runs").mkdir()
+    for (label, severity), errors in runs.items():
+        for seed, mse in enumerate(errors):
+            stored_run(tmp_path / "runs", label, severity, seed, mse)
+    assert main(["report", str(tmp_path / "runs"), "--page", str(tmp_path / "page.md")]) == 0
+    page = (tmp_path / "page.md").read_text()
+    for said in (
+        "spam below adam | 1.1000 ± 0.1000 against 2.1000 ± 0.1000 | **confirmed**",
+        "stable-spam below spam | 1.4000 ± 0.1000 against 1.1000 ± 0.1000 | **opposite**",
+        "stabilizer below adam | diverged against 2.1000 ± 0.1000 | **not confirmed**",
+        "| adam | 3.0 | 3.0 |",  # spikes of the second epoch
+    ):
+        assert said in page
+    assert "adamw-clip" not in page
 
 
 def test_a_problem_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):

@@ -29,8 +29,8 @@ def write(store: Path, page: Path) -> Path:
 
 LIMITS = """## What this does not show
 
-- The papers show curves of the test loss on the Weather data set of the literature and give no table; their Weather data
-  is not among ours. The direction of a difference can be compared, its size cannot.
+- The papers show curves of the test loss on the literature's Weather data, which is not among ours, and give no table.
+  The direction of a difference can be compared, its size cannot.
 - The papers do not say whether the noise is drawn once or anew, over what the maximum is taken, whether it is of the
   scaled values, or what the hyperparameters of SPAM and Stable-SPAM were. Ours are said in
   [forecasting.md](forecasting.md).
@@ -51,10 +51,10 @@ def _head(store: Path, page: Path, runs: Runs) -> str:
 
 PatchTST of {_range(run["parameters"] for run in runs)} parameters ({model["layers"]} layers of width {model["width"]},
 patches of {model["patch"]} every {model["stride"]} steps, lookback {model["lookback"]}), {train["epochs"]} epochs of
-{train["windows_per_epoch"] or "all"} windows, {train["batch_size"]} a step. Errors are of standardised values, over every
-window of the test part; the epoch is the one with the lowest validation error, and the test part is scored once. Numbers
-are means ± standard deviations over seeds; noise is on the training inputs alone. Definitions, data and commands:
-[forecasting.md](forecasting.md).
+{train["windows_per_epoch"] or "all"} windows, {train["batch_size"]} a step. Errors are of standardised values, over
+every window of the test part; the epoch is the one with the lowest validation error, and the test part is scored once.
+Numbers are means ± standard deviations over seeds; noise is on the training inputs alone. Definitions, data and
+commands: [forecasting.md](forecasting.md).
 
 {place(runs)}. {len(runs)} runs, {seconds / 60:.0f} minutes of one core.
 """
@@ -68,32 +68,28 @@ def _range(values: Iterable[int]) -> str:
 def _claims(runs: Runs) -> str:
     """Of two optimizers at one place of the grid: by more than twice the standard error of the difference, or not."""
     rows = []
-    for (name, horizon), some in _corrupted(runs).items():
+    for (name, horizon, severity, share), some in _places(r for r in runs if r["setting"]["severity"]).items():
+        by_label = grouped(some, "optimizer")
         for claim in CLAIMS:
-            for severity in _sorted(some, "severity"):
-                sides = [
-                    _mse(r for r in some if r["setting"]["severity"] == severity and r["setting"]["optimizer"] == label)
-                    for label in (claim.better, claim.worse)
-                ]
-                if all(side.n for side in sides):
-                    verdict = direction(*sides, higher_is_better=False)
-                    what = f"{claim.better} below {claim.worse}, S = {severity:g}"
-                    numbers = f"{sides[0].text(4)} against {sides[1].text(4)}"
-                    rows.append([name, horizon, what, numbers, f"**{verdict}**", claim.paper])
+            if claim.better in by_label and claim.worse in by_label:
+                sides = _mse(by_label[claim.better]), _mse(by_label[claim.worse])
+                verdict = direction(*sides, higher_is_better=False)
+                place_ = [f"{name}, {horizon}", _noise_name((severity, share)), f"{claim.better} below {claim.worse}"]
+                rows.append([*place_, f"{sides[0].text(4)} against {sides[1].text(4)}", f"**{verdict}**", claim.paper])
     return f"""## The papers' claims
 
 Test MSE after training on corrupted inputs. *Confirmed* or *opposite*: the means differ by more than twice the standard
 error of their difference; *not confirmed*: by less, or a run diverged; *open*: a single seed.
 
-{table(["data", "horizon", "claim", "here", "verdict", "paper"], rows)}"""
+{table(["data, horizon", "noise", "claim", "here", "verdict", "paper"], rows)}"""
 
 
-def _corrupted(runs: Runs) -> dict[Any, Runs]:
-    found: dict[Any, Runs] = {}
+def _places(runs: Iterable[Run]) -> dict[tuple[Any, ...], Runs]:
+    found: dict[tuple[Any, ...], Runs] = {}
     for run in runs:
-        if run["setting"]["severity"]:
-            found.setdefault((run["setting"]["data"]["name"], run["setting"]["horizon"]), []).append(run)
-    return found
+        where = run["setting"]
+        found.setdefault((where["data"]["name"], where["horizon"], where["severity"], where["share"]), []).append(run)
+    return dict(sorted(found.items()))
 
 
 def _data_set(name: str, runs: Runs, page: Path) -> str:
@@ -102,41 +98,48 @@ def _data_set(name: str, runs: Runs, page: Path) -> str:
     lines += [f"{data['rows']} rows of {len(data['columns'])} columns, split {data['split']}.", ""]
     for horizon in _sorted(runs, "horizon"):
         some = [run for run in runs if run["setting"]["horizon"] == horizon]
-        if len(_sorted(some, "severity")) > 1:
+        if len(_noises(some)) > 1:
             lines += [_noise(horizon, some), _gradients(some)]
-            for severity in _sorted(some, "severity"):
-                picture = page.parent / f"{page.stem}-{name}-s{severity:g}.png"
-                _draw(picture, name, horizon, severity, [r for r in some if r["setting"]["severity"] == severity])
-                lines += [f"![Validation error by epoch, S = {severity:g}]({picture.name})", ""]
+            for noise in _noises(some):
+                picture = page.parent / f"{page.stem}-{name}-h{horizon}-s{noise[0]:g}-{noise[1] * 100:g}.png"
+                _draw(picture, f"{name}, horizon {horizon}, {_noise_name(noise)}", _at(some, noise))
+                lines += [f"![Validation error by epoch, {_noise_name(noise)}]({picture.name})", ""]
     lines += [_horizons(name, runs)] if len(_sorted(runs, "horizon")) > 1 else []
     return "\n".join(lines)
 
 
+def _noises(runs: Runs) -> list[tuple[float, float]]:
+    return sorted({(run["setting"]["severity"], run["setting"]["share"]) for run in runs})
+
+
+def _noise_name(noise: tuple[float, float]) -> str:
+    return f"S = {noise[0]:g} on {noise[1]:.0%}" if noise[0] else "clean"
+
+
+def _at(runs: Iterable[Run], noise: tuple[float, float]) -> Runs:
+    return [run for run in runs if (run["setting"]["severity"], run["setting"]["share"]) == noise]
+
+
 def _noise(horizon: int, runs: Runs) -> str:
-    severities = _sorted(runs, "severity")
+    noises = _noises(runs)
     rows = []
     for label, some in grouped(runs, "optimizer").items():
-        cells = grouped(some, "severity")
-        numbers = [_mse(cells.get(severity, [])) for severity in severities]
-        rows.append([label, f"{some[0]['setting']['lr']:g}", *(_cell(n) for n in numbers)])
-        rows[-1] += [_cell(_over(cells.get(severity, []), "test_mae")) for severity in severities]
-    heads = [f"{what}, S = {severity:g}" for what in ("MSE", "MAE") for severity in severities]
-    share = max(run["setting"]["share"] for run in runs)
-    return f"Horizon {horizon}; noise on {share:.0%} of the inputs.\n\n{table(['optimizer', 'rate', *heads], rows)}"
+        errors = [_cell(_over(_at(some, noise), key)) for key in ("test_mse", "test_mae") for noise in noises]
+        rows.append([label, f"{some[0]['setting']['lr']:g}", *errors])
+    heads = [f"{what}, {_noise_name(noise)}" for what in ("MSE", "MAE") for noise in noises]
+    return f"Horizon {horizon}:\n\n{table(['optimizer', 'rate', *heads], rows)}"
 
 
 def _gradients(runs: Runs) -> str:
     """Are there spikes at all?"""
     rows = []
     for label, some in grouped(runs, "optimizer").items():
-        cells = grouped(some, "severity")
-        rows.append([label])
-        for severity in _sorted(runs, "severity"):
-            ratios = [_peak(run) for run in cells.get(severity, [])]
-            rows[-1].append(f"{median(ratios):.1f}" if ratios else "")
-    heads = [f"S = {severity:g}" for severity in _sorted(runs, "severity")]
-    text = "Largest gradient norm of an epoch over the epoch's median, the largest after the first epoch, median of the seeds:"
-    return f"{text}\n\n{table(['optimizer', *heads], rows)}"
+        ratios = [[_peak(run) for run in _at(some, noise)] for noise in _noises(runs)]
+        rows.append([label, *(f"{median(found):.1f}" if found else "" for found in ratios)])
+    return f"""Spikes: the largest gradient norm of an epoch over the epoch's median, in the worst epoch after the first; median over
+seeds, before any clipping.
+
+{table(["optimizer", *map(_noise_name, _noises(runs))], rows)}"""
 
 
 def _peak(run: Run) -> float:
@@ -166,7 +169,7 @@ def _rates(runs: Runs) -> str:
     for label, some in grouped(runs, "optimizer").items():
         found = {run["setting"]["lr"]: run["val_mse"] for run in some}
         known = [value for value in found.values() if value is not None]
-        texts = ["diverged" if found[r] is None else f"{found[r]:.4f}" if r in found else "" for r in rates]
+        texts = ["" if r not in found else "diverged" if found[r] is None else f"{found[r]:.4f}" for r in rates]
         best = [
             f"**{t}**" if r in found and found[r] == min(known, default=None) else t
             for r, t in zip(rates, texts, strict=True)
@@ -175,31 +178,21 @@ def _rates(runs: Runs) -> str:
     first = runs[0]["setting"]
     return f"""## The rates
 
-Validation MSE by rate ({first["data"]["name"]}, clean, horizon {first["horizon"]}, seed {first["seed"]}; the test part is
-not scored). Each optimizer is run at its best one everywhere.
+Validation MSE by rate ({first["data"]["name"]}, clean, horizon {first["horizon"]}, seed {first["seed"]}; the test part
+is not scored), the best in bold.
 
 {table(["optimizer", *(f"{rate:g}" for rate in rates)], rows)}"""
 
 
-def _draw(path: Path, name: str, horizon: int, severity: float, runs: Runs) -> None:
-    lines = {
-        label: [
-            (
-                [i for i, v in enumerate(r["epochs"]["val"], 1) if v is not None],
-                [v for v in r["epochs"]["val"] if v is not None],
-            )
-            for r in some
-        ]
-        for label, some in grouped(runs, "optimizer").items()
-    }
-    draw_curves(
-        path,
-        lines,
-        title=f"{name}, horizon {horizon}, S = {severity:g}",
-        xlabel="epoch",
-        ylabel="validation MSE (mean and range of the seeds)",
-        footer=place(runs),
-    )
+def _draw(path: Path, title: str, runs: Runs) -> None:
+    lines = {label: [_curve(run) for run in some] for label, some in grouped(runs, "optimizer").items()}
+    ylabel = "validation MSE (mean and range of the seeds)"
+    draw_curves(path, lines, title=title, xlabel="epoch", ylabel=ylabel, footer=place(runs))
+
+
+def _curve(run: Run) -> tuple[list[int], list[float]]:
+    points = [(epoch, value) for epoch, value in enumerate(run["epochs"]["val"], 1) if value is not None]
+    return [epoch for epoch, _ in points], [value for _, value in points]
 
 
 # ---- small ----
