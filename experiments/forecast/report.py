@@ -136,8 +136,8 @@ def _gradients(runs: Runs) -> str:
     for label, some in grouped(runs, "optimizer").items():
         ratios = [[_peak(run) for run in _at(some, noise)] for noise in _noises(runs)]
         rows.append([label, *(f"{median(found):.1f}" if found else "" for found in ratios)])
-    return f"""Spikes: the largest gradient norm of an epoch over the epoch's median, in the worst epoch after the first; median over
-seeds, before any clipping.
+    return f"""Spikes: the largest gradient norm of an epoch over its median, in the worst epoch after the first; median
+over seeds, before any clipping.
 
 {table(["optimizer", *map(_noise_name, _noises(runs))], rows)}"""
 
