@@ -368,7 +368,7 @@ def test_the_program_runs_a_recipe_and_reports_it_and_repeats_nothing(tmp_path, 
 
     assert main(["report", "runs", "--page", "page.md"]) == 0
     page = (tmp_path / "page.md").read_text()
-    assert "| waves, 8 | S = 5 on 10% | spam below adam |" in page and "## The rates" in page and "By horizon" in page
+    assert "| waves, 8 | S = 5 on 10% | spam below adam |" in page and "## The rates" in page and "by horizon" in page
     assert (tmp_path / "page-waves-h8-s5-10.png").stat().st_size > 1000 and "(page-waves-h8-s5-10.png)" in page
 
 
