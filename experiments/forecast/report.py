@@ -36,7 +36,8 @@ LIMITS = """## What this does not show
   [forecasting.md](forecasting.md).
 - Noise that is drawn anew for every batch makes gradients noisy at every step rather than spiking at some (see Spikes):
   there is little for a clipping of spikes to do.
-- Models, batches and runs are smaller than PatchTST's, and each optimizer's rate was chosen by one seed, on clean data.
+- Models, batches and runs are smaller than PatchTST's, and each optimizer's rate was chosen by one seed, on clean
+  data; where the best rate is the highest tried, a higher one may be better.
 """
 
 
@@ -172,7 +173,7 @@ def _horizons(runs: Runs, known: bool) -> str:
     heads = ["horizon", "optimizer", "MSE", "MAE"]
     if known:
         heads += ["PatchTST/42, published", "ours against it, MSE", "NLinear, published"]
-    why = "Theirs has PatchTST's own settings and leaves out the last batch of the test part; ours has the settings above.\n"
+    why = "Theirs has PatchTST's own settings and leaves out the last batch of the test part; ours is as above.\n"
     return f"### Clean, by horizon\n\n{table(heads, rows)}" + (f"\n{why}" if known else "")
 
 
