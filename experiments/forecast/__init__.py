@@ -1,0 +1,1 @@
+"""Forecasting with PatchTST, by optimizer, on clean and on corrupted inputs."""
