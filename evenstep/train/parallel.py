@@ -106,9 +106,9 @@ class Parallel:
         wrapped = nn.parallel.DistributedDataParallel(
             _Loss(model),
             device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
+        wrapped.broadcast_buffers = False  # as an argument it is deprecated from torch 2.13 on, where it got a new name
         if self.config.train.dtype == "bf16":
             wrapped.register_comm_hook(None, _average_in_fp32)
         return wrapped
