@@ -1,13 +1,19 @@
 """Where the time of a training step goes, and what a second process costs.
 
-    python benchmarks/breakdown.py [--sizes tiny 9m] [--rounds 12] [--no-compile] [--json FILE]
+    python benchmarks/breakdown.py [--sizes tiny 9m 60m 130m] [--only one|two] [--mode ddp|fsdp] [--json FILE]
 
-One step is 8 x 256 tokens a process in fp32, one thread each, AdamW (fused). First, in one process and taking turns:
-`Run.step` of a real run with ``train.compile`` (data, telemetry and all), and the bare step that is its floor: forward,
-backward and fused AdamW of the same compiled model on tokens that are there already. MFU is the model's FLOPs (6 N and
-attention) over the best rate of this core at a product of two 1024 x 1024 fp32 matrices, measured in the same run.
-Second, two processes, each pinned to nothing, taking turns together: each alone with its own run, then both in one run
-with ``parallel.mode ddp`` over gloo. The share of communication is what the step takes longer.
+One step is 8 x 256 tokens a process in fp32, one thread each, AdamW (fused), vocabularies of 32000 (tiny: 2048).
+
+``one``: in one process and taking turns, `Run.step` of a real run with ``train.compile`` (data, telemetry and all), and
+the bare step that is its floor: forward, backward and fused AdamW of the same compiled model on tokens that are there
+already. MFU is the model's FLOPs (6 N and attention) over the best rate of this core at a product of two 1024 x 1024
+fp32 matrices, measured between the steps.
+
+``two``: two processes, taking turns together: each alone with its own run, then both in one run over gloo. The share
+of communication is what the step takes longer.
+
+Large sizes take minutes: ``--only``, ``--rounds`` and ``--steps`` make parts, and ``--json`` puts each row into what
+the file holds already.
 """
 
 from __future__ import annotations
@@ -39,8 +45,8 @@ def silent(_: str) -> None:
 
 def configured(size: str, out: Path, batch: int, compiled: bool, **more: str) -> Any:
     given = {
-        "data.source": "kjv",
-        "data.vocab_size": str(min(8192, VOCABULARY.get(size, 8192))),
+        "data.source": "stdlib",
+        "data.vocab_size": str(VOCABULARY.get(size, 32000)),
         "model.size": size,
         "optim.name": "adamw",
         "train.steps": "100000",
@@ -98,7 +104,7 @@ def one(size: str, place: Path, args: argparse.Namespace) -> dict[str, Any]:
         spent["optimizer"] += time.perf_counter() - began
         return result
 
-    for _ in range(3):
+    for _ in range(args.warmup):
         run.step()
         floor()
     run.optimizer.step = optimizer_step  # type: ignore[method-assign]
@@ -115,6 +121,7 @@ def one(size: str, place: Path, args: argparse.Namespace) -> dict[str, Any]:
         "ratio_to_bare_step": round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3),
         "mfu": round(run.model.flops_per_token(LENGTH) * BATCH * LENGTH / step / peak, 3),
         "gemm_peak_gflops": round(peak / 1e9, 1),
+        "seconds_per_step": round(step, 4),
         "data_share": round(run.window.data_seconds / sum(ours), 4),
         "optimizer_share": round(spent["optimizer"] / sum(ours), 4),
     }
@@ -124,17 +131,17 @@ def worker(rank: int, size: str, place: str, args: argparse.Namespace, port: int
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    config = configured(size, Path(place) / f"two-{size}", 2 * BATCH, args.compile, **{"parallel.mode": "ddp"})
+    config = configured(size, Path(place) / f"two-{size}", 2 * BATCH, args.compile, **{"parallel.mode": args.mode})
     alone = Run(configured(size, Path(place) / f"alone-{size}-{rank}", BATCH, args.compile), say=silent)
     with open_world(config) as world:
         both = Run(config, world=world, say=silent)
-        for run in (alone, both, alone, both):
+        for run in (alone, both) * args.warmup:
             run.step()
         found: dict[str, list[float]] = {"alone": [], "both": []}
-        for _ in range(max(2, args.rounds // 3)):
+        for _ in range(args.rounds):
             for name, run in (("alone", alone), ("both", both)):
                 dist.barrier()
-                found[name].append(timed(lambda run=run: [run.step() for _ in range(4)]) / 4)
+                found[name].append(timed(lambda run=run: [run.step() for _ in range(args.steps)]) / args.steps)
         every: list[Any] = [None, None]
         dist.all_gather_object(every, found)
         if rank == 0:
@@ -146,6 +153,7 @@ def worker(rank: int, size: str, place: str, args: argparse.Namespace, port: int
             ratio = statistics.median(b / a for a, b in zip(summed, together, strict=True))
             result = {
                 "size": size,
+                "mode": args.mode,
                 "two_alone_tokens_per_second": round(statistics.median(summed)),
                 "two_together_tokens_per_second": round(statistics.median(together)),
                 "together_over_alone": round(ratio, 3),
@@ -164,24 +172,36 @@ def two(size: str, place: Path, args: argparse.Namespace) -> dict[str, Any]:
     return json.loads((place / f"two-{size}.json").read_text())
 
 
+def add(rows: list[dict[str, Any]], part: str, row: dict[str, Any], args: argparse.Namespace) -> None:
+    """Put ``row`` in the place of an earlier one of the same kind, or at the end."""
+    kind = {"part": part, "size": row["size"], "compiled": args.compile}
+    kind |= {"mode": args.mode} if part == "two" else {}
+    rows[:] = [other for other in rows if any(other.get(key) != value for key, value in kind.items())]
+    steps = {"rounds": args.rounds} | ({"steps_per_round": args.steps} if part == "two" else {})
+    rows.append({**kind, **row, **steps, **surroundings(1)})
+    print(json.dumps(rows[-1]), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["tiny", "9m"], help="named sizes (default: tiny 9m)")
-    parser.add_argument("--rounds", type=int, default=12, help="timed steps of each (default: 12)")
+    parser.add_argument("--rounds", type=int, default=12, help="timed rounds of each part (default: 12)")
+    parser.add_argument("--steps", type=int, default=4, help="two: steps of a round (default: 4)")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before timing (default: 2)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave the blocks uncompiled")
     parser.add_argument("--only", choices=("one", "two"), help="one of the two parts alone")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--mode", choices=("ddp", "fsdp"), default="ddp", help="two: parallel.mode (default: ddp)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="put the rows into this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {**surroundings(1), "compiled": args.compile, "one": [], "two": []}
+    rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     with tempfile.TemporaryDirectory() as place:
         for size in args.sizes:
             for name, part in (("one", one), ("two", two)):
                 if args.only in (None, name):
-                    result[name].append(part(size, Path(place), args))
-                    print(json.dumps(result[name][-1]), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+                    add(rows, name, part(size, Path(place), args), args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Kills, stops and spoils a run of two processes for as long as one likes: ``make soak``.
 
-    python tests/soak.py [--minutes 20] [--seed 0] [--json FILE]
+    python tests/soak.py [--minutes 20] [--seed 0] [--only kill_in_save] [--json FILE]
 
 A run of 40 steps on two processes (FSDP, Stable-SPAM, fp32, gloo) is taken up again and again, each time with another
 fault of tests/faults.py. When it has reached its end, its losses must be those of a run that nothing happened to, bit
@@ -22,6 +22,9 @@ from faults import FAULTS, OPTIONS, all_whole, job, newest
 from parallel_support import ROOT, by_step
 from train_support import write_corpus
 
+NEED_TWO = ("flip_a_byte", "lose_a_shard")
+"""Faults that spoil the newest of two checkpoints."""
+
 
 def whole(corpus: Path, out: Path) -> dict[int, float]:
     with job(corpus, out) as running:
@@ -33,6 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20, help="how long (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the order of faults (default: 0)")
+    alone = [name for name in FAULTS if name not in NEED_TWO]
+    parser.add_argument("--only", choices=alone, help="this fault again and again (default: all, by chance)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there too")
     args = parser.parse_args()
     draw = random.Random(args.seed)
@@ -49,8 +54,8 @@ def main() -> None:
             runs += 1
             out = place / f"run-{runs}"
         saved = len(list((out / "checkpoints").glob("step-*"))) if out.exists() else 0
-        names = ["kill_in_save"] * 6 + list(FAULTS)
-        name = draw.choice([name for name in names if saved >= 2 or name not in ("flip_a_byte", "lose_a_shard")])
+        names = [args.only] if args.only else ["kill_in_save"] * 6 + list(FAULTS)
+        name = draw.choice([name for name in names if saved >= 2 or name not in NEED_TWO])
         try:
             steps = FAULTS[name](corpus, out, draw)
         except AssertionError:

@@ -83,6 +83,14 @@ def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(corpus, who
         torch.testing.assert_close(other, tensor, rtol=1e-3, atol=1e-5)
 
 
+def test_copies_in_bf16_train_together(corpus, tmp_path):
+    """DDP with 16-bit parameters, whose gradients are averaged in fp32."""
+    bf16 = {"train__dtype": "bf16", "train__steps": "3", "optim__name": "adamw"}
+    Run(quick(corpus, tmp_path / "one", **options("none", **bf16)), say=silent).fit()
+    train(2, corpus, (tmp_path / "two", options("ddp", **bf16), False, None))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "stable_spam", "spam", "scale"])
 def test_a_checkpoint_goes_from_two_to_one_to_three(corpus, tmp_path, name):
@@ -114,10 +122,11 @@ def test_four_processes_in_a_square_give_the_losses_of_one(corpus, whole, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stable_spam", "spam", "scale", "adam"])
 def test_every_mode_gives_the_losses_of_one(corpus, whole, tmp_path, name):
+    three = {"train__micro_batch_size": "1"}  # of the three sequences that each of four has
     jobs = {
-        "ddp": options("ddp"),
-        "fsdp": options("fsdp", parallel__reshard="false"),
-        "hsdp": options("hsdp", parallel__replicate="2"),
+        "ddp": options("ddp", **three),
+        "fsdp": options("fsdp", parallel__reshard="false", **three),
+        "hsdp": options("hsdp", parallel__replicate="2", **three),
         "tp+fsdp": options("tp+fsdp"),
     }
     train(4, corpus, *((tmp_path / mode, more | {"optim__name": name}, False, None) for mode, more in jobs.items()))

@@ -106,11 +106,12 @@ class Parallel:
         wrapped = nn.parallel.DistributedDataParallel(
             _Loss(model),
             device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
+        wrapped.broadcast_buffers = False  # as an argument it is deprecated from torch 2.13 on, where it got a new name
         if self.config.train.dtype == "bf16":
-            wrapped.register_comm_hook(None, _average_in_fp32)
+            # Annotations that are strings, as all of this file, are refused by torch; a lambda has none.
+            wrapped.register_comm_hook(None, lambda _, bucket: _average_in_fp32(bucket))
         return wrapped
 
     def _mesh(self) -> Any:
@@ -160,7 +161,7 @@ class _Loss(nn.Module):
         return self.model.loss(*args, **options)
 
 
-def _average_in_fp32(_: Any, bucket: Any) -> Any:
+def _average_in_fp32(bucket: Any) -> Any:
     """DDP's bucket of 16-bit gradients, averaged in fp32."""
     gradients = bucket.buffer()
     whole = gradients.float().div_(dist.get_world_size())
