@@ -22,7 +22,7 @@ from evenstep.errors import EvenstepError, nearest
 from evenstep.telemetry.commands import add_commands as add_telemetry
 from evenstep.train import commands as train_commands
 from evenstep.train.checks import checked, kinds, limits
-from evenstep.train.config import SECTIONS, Config, SampleConfig, options
+from evenstep.train.config import Config, SampleConfig, options, sections
 from evenstep.train.hyperparameters import owners
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
@@ -137,7 +137,7 @@ def _pretrain_arguments(pretrain: argparse.ArgumentParser) -> None:
     pretrain.add_argument(
         "--compile", dest="train.compile", action="store_const", const="true", help="short for --train.compile true"
     )
-    groups = {name: pretrain.add_argument_group(f"[{name}] {cls.TITLE}") for name, cls in SECTIONS.items()}
+    groups = {name: pretrain.add_argument_group(f"[{name}] {cls.TITLE}") for name, cls in sections().items()}
     groups[""] = pretrain.add_argument_group(Config.TITLE)
     for key, (field, hint) in options().items():
         text = field.metadata["help"] + limits(field.metadata)
@@ -185,9 +185,9 @@ def _pretrain(args: argparse.Namespace) -> None:
         print(to_toml(config), end="")
         return
 
-    from evenstep.train.launch import pretrain
+    from evenstep.train.launch import train
 
-    pretrain(config, directory, auto=auto)
+    train(config, directory, auto=auto)
 
 
 def _generate(args: argparse.Namespace) -> None:
