@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,46 @@ Document = dict[str, Any]
 
 def draw(document: Document, directory: Path) -> list[Path]:
     """Write the pictures that there is something to show in. EvenstepError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise EvenstepError("pictures need matplotlib; pip install 'evenstep[plots]'") from None
     written = []
     for name, wanted, paint in PICTURES:
         lines = [line for line in document["lines"] if wanted(line)]
         if not lines:
             continue
-        figure = Figure(figsize=(7, 4.4), layout="constrained")  # no pyplot: nothing global, no display
-        axes = figure.add_subplot()
-        paint(axes, lines)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
-        axes.set_title(document["title"], fontsize=10, loc="left")
-        figure.supxlabel(_footer(document), fontsize=7, color="gray")
         path = directory / f"{document['table']}-{name}.png"
-        figure.savefig(path, dpi=110, metadata={"Software": None})
+        with picture(path, document["title"], _footer(document)) as axes:
+            paint(axes, lines)
         written.append(path)
     return written
+
+
+@contextmanager
+def picture(path: Path, title: str, footer: str) -> Iterator[Any]:
+    """Axes to paint on, written to ``path`` in the end. EvenstepError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise EvenstepError("pictures need matplotlib; pip install 'evenstep[plots]'") from None
+    figure = Figure(figsize=(7, 4.4), layout="constrained")  # no pyplot: nothing global, no display
+    axes = figure.add_subplot()
+    yield axes
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)
+    axes.set_title(title, fontsize=10, loc="left")
+    figure.supxlabel(footer, fontsize=7, color="gray")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def band(
+    axes: Any,
+    x: Sequence[float],
+    mean: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    label: str,
+) -> None:
+    """A curve over the seeds, with a band from the lowest to the highest."""
+    [drawn] = axes.plot(x, mean, label=label, linewidth=1.4)
+    axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
 
 
 def _footer(document: Document) -> str:
@@ -52,8 +73,7 @@ def _curves(axes: Any, lines: list[Document]) -> None:
     losses = []
     for line in lines:
         curve = line["curve"]
-        [drawn] = axes.plot(curve["tokens"], curve["mean"], label=_name(line), linewidth=1.4)
-        axes.fill_between(curve["tokens"], curve["low"], curve["high"], color=drawn.get_color(), alpha=0.2, linewidth=0)
+        band(axes, curve["tokens"], curve["mean"], curve["low"], curve["high"], _name(line))
         losses += curve["mean"][len(curve["mean"]) // 4 :]
     low, high = min(losses), max(losses)
     axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
