@@ -28,18 +28,10 @@ def script(parser: argparse.ArgumentParser, commands: Any, shell: str) -> str:
     if shell not in shtab.SUPPORTED_SHELLS:
         names = ", ".join(shtab.SUPPORTED_SHELLS)
         raise EvenstepError(f"no completion for '{shell}'{nearest(shell, shtab.SUPPORTED_SHELLS)}; give {names}")
-    directories: tuple[str, ...] = (
-        "run",
-        "runs",
-        "directory",
-        "resume",
-        "out",
-        "store",
-        "stored",
-        "data.cache_dir",
-        "model.init",
-    )
-    directories += ("model.path", "tuned")
+    directories = (
+        "run", "runs", "directory", "resume", "out", "store", "stored", "data.cache_dir", "model.init", "model.path",
+        "tuned",
+    )  # fmt: skip
     files = ("recipe", "tables", "data.tokenizer", "json", "plot", "data", "data.file", "data.template")
     paths = dict.fromkeys(directories, shtab.DIRECTORY) | dict.fromkeys(files, shtab.FILE)
     known = options(FineTuneConfig) | options()

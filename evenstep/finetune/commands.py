@@ -65,7 +65,8 @@ def declared() -> set[str]:
 
 def _split(words: Sequence[str]) -> tuple[Path | None, str | None]:
     """The recipe and the model of the words that are no flags."""
-    recipes, models = [], []
+    recipes: list[str] = []
+    models: list[str] = []
     for word in words:
         (recipes if word.endswith(".toml") and Path(word).is_file() else models).append(word)
     if len(recipes) > 1 or len(models) > 1:
