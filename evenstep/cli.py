@@ -19,10 +19,12 @@ from evenstep.baselines.commands import add_optimizers
 from evenstep.bench.arguments import add_bench
 from evenstep.compare.commands import add_compare
 from evenstep.errors import EvenstepError, nearest
+from evenstep.finetune import commands as finetune_commands
 from evenstep.telemetry.commands import add_commands as add_telemetry
 from evenstep.train import commands as train_commands
-from evenstep.train.checks import checked, kinds, limits
-from evenstep.train.config import SECTIONS, Config, SampleConfig, options
+from evenstep.train.checks import checked
+from evenstep.train.config import Config, SampleConfig, options
+from evenstep.train.config_flags import add_flags
 from evenstep.train.hyperparameters import owners
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
@@ -34,6 +36,7 @@ examples:
   evenstep pretrain --data.source 'text:books/*.txt' --model.size 9m --train.tokens 20M
   evenstep pretrain --resume runs/NAME               go on where a run stopped
   evenstep generate runs/NAME --prompt 'Once'        text from a trained model
+  evenstep finetune runs/NAME --data examples.jsonl  teach it a task
   evenstep bench step-time --shapes 9m               optimizers side by side: time, memory, bandwidth
   evenstep runs                                      what has been trained, and how well
   evenstep plan examples/cluster-7b.toml --gpus 64   memory and messages of a run before it is started
@@ -112,6 +115,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
     add_compare(commands, debug)
     add_bench(commands, debug)
     add_telemetry(commands, debug)
+    finetune_commands.add_commands(commands, debug)
     train_commands.add_commands(commands, debug)
 
     completion = commands.add_parser("completion", parents=[debug], help="print shell completion", allow_abbrev=False)
@@ -129,36 +133,8 @@ def _pretrain_arguments(pretrain: argparse.ArgumentParser) -> None:
     pretrain.add_argument(
         "recipe", metavar="RECIPE.toml", nargs="?", type=Path, help="default: a quick run on Python's sources"
     )
-    pretrain.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    pretrain.add_argument(
-        "--resume", metavar="RUN", nargs="?", const="",
-        help="go on with the run in this directory (none: --out; auto: --out where it was saved, else start)",
-    )  # fmt: skip
-    pretrain.add_argument(
-        "--compile", dest="train.compile", action="store_const", const="true", help="short for --train.compile true"
-    )
-    groups = {name: pretrain.add_argument_group(f"[{name}] {cls.TITLE}") for name, cls in SECTIONS.items()}
-    groups[""] = pretrain.add_argument_group(Config.TITLE)
-    for key, (field, hint) in options().items():
-        text = field.metadata["help"] + limits(field.metadata)
-        if field.default is not None and field.default != "":
-            text += f" (default: {_shown(field.default)})"
-        names = [kind.__name__ for kind in kinds(hint) if kind is not type(None)]
-        optional: Any = {"nargs": "?", "const": "true"} if bool in kinds(hint) else {}
-        groups[key.rpartition(".")[0]].add_argument(
-            f"--{key}", dest=key, metavar=names[0].upper(), help=text.replace("%", "%%"), **optional
-        )
-    own = pretrain.add_argument_group("[optim] hyperparameters, with the default of each optimizer that has it")
-    for name, defaults in owners().items():
-        text = ", ".join(f"{optimizer} {_shown(default)}" for optimizer, default in defaults.items())
-        own.add_argument(f"--optim.{name}", dest=f"optim.{name}", metavar="VALUE", help=text)
+    add_flags(pretrain, Config)
     pretrain.set_defaults(run_command=_pretrain)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def declared() -> set[str]:
@@ -185,9 +161,9 @@ def _pretrain(args: argparse.Namespace) -> None:
         print(to_toml(config), end="")
         return
 
-    from evenstep.train.launch import pretrain
+    from evenstep.train.launch import train
 
-    pretrain(config, directory, auto=auto)
+    train(config, directory, auto=auto)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -237,7 +213,7 @@ def split_options(argv: Sequence[str], known: set[str]) -> tuple[list[str], list
 def run_program(argv: Sequence[str]) -> None:
     parser, commands = build_parser()
     command = next((word for word in argv if not word.startswith("-")), "")
-    takes_options = {"pretrain": declared(), "plan": set[str]()}
+    takes_options = {"pretrain": declared(), "finetune": finetune_commands.declared(), "plan": set[str]()}
     rest, extra = split_options(argv, takes_options[command]) if command in takes_options else (list(argv), [])
     args, unknown = parser.parse_known_args(rest)
     if unknown:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from evenstep.errors import EvenstepError, nearest
+from evenstep.finetune.commands import MODES
+from evenstep.finetune.config import FineTuneConfig
 from evenstep.train.checks import kinds
 from evenstep.train.config import options
 from evenstep.train.hyperparameters import CHOICES
@@ -26,11 +28,15 @@ def script(parser: argparse.ArgumentParser, commands: Any, shell: str) -> str:
     if shell not in shtab.SUPPORTED_SHELLS:
         names = ", ".join(shtab.SUPPORTED_SHELLS)
         raise EvenstepError(f"no completion for '{shell}'{nearest(shell, shtab.SUPPORTED_SHELLS)}; give {names}")
-    directories = ("run", "runs", "directory", "resume", "out", "store", "stored", "data.cache_dir", "model.init")
-    files = ("recipe", "tables", "data.tokenizer", "json", "plot")
+    directories = (
+        "run", "runs", "directory", "resume", "out", "store", "stored", "data.cache_dir", "model.init", "model.path",
+        "tuned",
+    )  # fmt: skip
+    files = ("recipe", "tables", "data.tokenizer", "json", "plot", "data", "data.file", "data.template")
     paths = dict.fromkeys(directories, shtab.DIRECTORY) | dict.fromkeys(files, shtab.FILE)
-    choices = {key: field.metadata["choices"] for key, (field, _) in options().items()}
-    choices |= {key: ("true", "false") for key, (_, hint) in options().items() if bool in kinds(hint)}
+    known = options(FineTuneConfig) | options()
+    choices = {key: field.metadata["choices"] for key, (field, _) in known.items()} | {"mode": tuple(MODES)}
+    choices |= {key: ("true", "false") for key, (_, hint) in known.items() if bool in kinds(hint)}
     choices |= {f"optim.{name}": values for name, values in CHOICES.items()} | {"shell": shtab.SUPPORTED_SHELLS}
     for action in _actions(commands):
         if action.dest in paths:

@@ -110,7 +110,7 @@ def test_norm_places_the_norms():
 
     block = small(norm="post").model.layers[0]
     x = torch.randn(2, 5, 32)
-    cos, sin = small().model._positions(0, 5, x.device)
+    cos, sin = small().model._rotation(torch.arange(5))
     y = block.input_layernorm(x + block.self_attn(x, cos, sin))
     assert torch.equal(block(x, cos, sin), block.post_attention_layernorm(y + block.mlp(y)))
 
@@ -132,7 +132,7 @@ def test_activation_checkpointing_changes_no_bit(norm, chunk):
 def test_fast_forms_equal_the_plain_formulas():
     torch.manual_seed(0)
     x = torch.randn(3, 5, 4, 8, requires_grad=True)
-    cos, sin = Llama(SMALL).model._positions(2, 5, x.device)
+    cos, sin = Llama(SMALL).model._rotation(torch.arange(2, 7))
     weight = torch.rand(8).requires_grad_()
     grad = torch.randn_like(x)
 

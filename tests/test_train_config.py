@@ -206,7 +206,18 @@ def test_what_may_change_on_resume():
     assert changed(("optim.gamma1", "0.5")) == ["optim.gamma1"]
 
 
-RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+TUNING = sorted((ROOT / "recipes").glob("finetune-*.toml"))
+RECIPES = sorted({*(ROOT / "recipes").glob("*.toml")} - {*TUNING})
+
+
+@pytest.mark.parametrize("recipe", TUNING, ids=[path.stem for path in TUNING])
+def test_recipes_of_fine_tuning_are_valid(recipe):
+    from evenstep.finetune.config import FineTuneConfig
+    from evenstep.train.optimizers import check_optimizer
+
+    config = load_config(recipe, kind=FineTuneConfig)
+    assert (config.optim.name, config.optim.options["density"]) == ("spam", 0.0025)
+    check_optimizer(config.optim)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])

@@ -49,7 +49,7 @@ Rule = Callable[[Callable[..., "Optimizer"], Request], "Optimizer"]
 
 def every(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     """every parameter alike"""
-    return request.made(cls, [{"params": list(request.model.named_parameters())}])
+    return request.made(cls, [{"params": [(n, p) for n, p in request.model.named_parameters() if p.requires_grad]}])
 
 
 def roles(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
@@ -109,7 +109,7 @@ def optimi(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     """every parameter alike"""
     # Its own choice is Triton wherever that is installed, on a CPU too, where it fails.
     triton = None if next(request.model.parameters()).is_cuda else False
-    return request.made(cls, [{"params": [p for _, p in request.model.named_parameters()]}], triton=triton)
+    return request.made(cls, [{"params": [p for p in request.model.parameters() if p.requires_grad]}], triton=triton)
 
 
 def describe(rule: Rule) -> str:

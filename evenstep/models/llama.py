@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from evenstep.errors import EvenstepError, nearest
-from evenstep.models.ops import chunked_cross_entropy, rms_norm, rotate
+from evenstep.models.ops import chunked_cross_entropy, document_mask, rms_norm, rotate
 
 NORMS = ("pre", "post", "mix")
 
@@ -102,7 +102,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions; x [B, T, hidden] -> [B, T, hidden]."""
+    """Causal multi-head attention with rotary positions; x [B, T, hidden] -> [B, T, hidden]. ``mask`` bool
+    [B, 1, T, T] takes the place of the causal one."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -111,7 +112,9 @@ class Attention(nn.Module):
             nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(4)
         )
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_size)
         q = rotate(self.q_proj(x).view(heads), cos, sin).transpose(1, 2)
         k = rotate(self.k_proj(x).view(heads), cos, sin).transpose(1, 2)
@@ -119,7 +122,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         # A cache is filled by one causal pass and then extended one token at a time: a lone query sees every key.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -147,11 +150,13 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         if self.post_norm:
-            x = self.input_layernorm(x + self.self_attn(x, cos, sin, cache))
+            x = self.input_layernorm(x + self.self_attn(x, cos, sin, cache, mask))
             return self.post_attention_layernorm(x + self.mlp(x))
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -166,28 +171,37 @@ class LlamaBody(nn.Module):
         self.layers = nn.ModuleList(Block(config, i < config.num_post_norm) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, tokens: Tensor, start: int = 0, caches: list[LayerCache] | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        start: int = 0,
+        caches: list[LayerCache] | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         x = self.embed_tokens(tokens)
-        cos, sin = self._positions(start, tokens.shape[1], x.device)
+        mask = None if positions is None else document_mask(positions)
+        if positions is None:
+            positions = torch.arange(start, start + tokens.shape[1], device=x.device)
+        cos, sin = self._rotation(positions)
         for i, block in enumerate(self.layers):
             if caches is not None:
                 x = block(x, cos, sin, caches[i])
             elif self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, None, mask, use_reentrant=False)
             else:
-                x = block(x, cos, sin)
+                x = block(x, cos, sin, None, mask)
         return self.norm(x)
 
-    def _positions(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary angles, fp32 [T, 1, head]; half of sin is negated, as ``rotate`` wants it.
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary angles at ``positions`` [..., T], fp32 [..., T, 1, head]; half of sin is negated,
+        as ``rotate`` wants it.
 
         Made anew on each pass: it costs microseconds, and a buffer would be lost on the meta device and rounded by
         ``model.bfloat16()``.
         """
         width = self.config.hidden_size // self.config.num_heads
-        powers = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-        positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
-        angles = (positions[:, None] * (1.0 / self.config.rope_theta**powers))[:, None]
+        powers = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
+        angles = (positions.float()[..., None] * (1.0 / self.config.rope_theta**powers))[..., None, :]
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -226,12 +240,20 @@ class Llama(nn.Module):
     def activation_checkpointing(self, on: bool) -> None:
         self.model.activation_checkpointing = on
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Next-token logits [B, T, vocab] in the parameters' dtype (or autocast's) for int64 ``tokens`` [B, T]."""
-        return self.lm_head(self.model(tokens))
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Next-token logits [B, T, vocab] in the parameters' dtype (or autocast's) for int64 ``tokens`` [B, T].
 
-    def loss(self, tokens: Tensor, targets: Tensor, *, reduction: str = "mean", chunk: int | None = None) -> Tensor:
-        """Cross entropy in nats, a 0-d fp32 tensor, of int64 ``targets`` [B, T] given ``tokens`` [B, T].
+        ``positions`` int64 [B, T] (None: one document a row): of rows that hold several documents, counted from 0 in
+        each, -1 for padding. No document sees another.
+        """
+        return self.lm_head(self.model(tokens, positions=positions))
+
+    def loss(
+        self, tokens: Tensor, targets: Tensor, *, reduction: str = "mean", chunk: int | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Cross entropy in nats, a 0-d fp32 tensor, of int64 ``targets`` [B, T] given ``tokens`` [B, T] and, in packed
+        rows, ``positions`` as `forward` takes them; then the head sees the tokens alone whose target counts.
 
         ``targets`` are already shifted: ``targets[b, t]`` is what follows ``tokens[b, :t + 1]``; -100 is left out.
         ``reduction`` is "mean" over the targets that count, or their "sum". The logits are brought to fp32 first,
@@ -249,7 +271,10 @@ class Llama(nn.Module):
             raise EvenstepError(f"reduction is {reduction!r}: choose 'mean' or 'sum'")
         if chunk is not None and chunk < 1:
             raise EvenstepError(f"chunk is {chunk}: it is a number of rows of at least 1, or None for all at once")
-        hidden, targets = self.model(tokens).flatten(0, 1), targets.flatten()
+        hidden, targets = self.model(tokens, positions=positions).flatten(0, 1), targets.flatten()
+        if positions is not None:
+            counts = targets != -100
+            hidden, targets = hidden[counts], targets[counts]
         if chunk is None:
             return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction=reduction)
         return chunked_cross_entropy(hidden, self.lm_head, targets, reduction, chunk)
@@ -260,8 +285,7 @@ class Llama(nn.Module):
         return sum(p.numel() for p in self.parameters()) - vocabulary
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of a forward and backward pass per token, as model FLOPs utilisation counts them
-        (PaLM, arXiv:2204.02311).
+        """Floating-point operations of a forward and backward pass per token, as in PaLM (arXiv:2204.02311).
 
         6 N + 12 * layers * hidden * seq_len: N are the parameters that multiply (all linear layers with the head; not
         the token table, not the norms), two operations each and the backward pass twice the forward; the attention term

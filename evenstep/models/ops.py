@@ -75,6 +75,15 @@ class _Rotate(torch.autograd.Function):
         return _rotate(grad, cos, -sin), None, None
 
 
+def document_mask(positions: Tensor) -> Tensor:
+    """Who may look at whom in packed rows: bool [B, 1, T, T] of int64 ``positions`` [B, T], which count from 0 in each
+    document; -1 is padding. A token sees itself and what is before it in its own document; padding sees itself alone.
+    """
+    documents = (positions <= 0).cumsum(1)[:, None]
+    ones = torch.ones(positions.shape[1], positions.shape[1], dtype=torch.bool, device=positions.device)
+    return (documents[..., :, None] == documents[..., None, :]) & ones.tril()
+
+
 def chunked_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, reduction: str, rows: int) -> Tensor:
     """Cross entropy of ``head(hidden)``, ``rows`` rows of logits at once; hidden [N, D], targets int64 [N] -> 0-d fp32.
 

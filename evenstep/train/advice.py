@@ -7,10 +7,10 @@ from pathlib import Path
 
 from evenstep.errors import EvenstepError
 from evenstep.train.checkpoint import list_checkpoints
-from evenstep.train.config import Config
+from evenstep.train.config import BaseConfig
 
 
-def diverged(config: Config, step: int, what: str, rescued: Path | None = None) -> EvenstepError:
+def diverged(config: BaseConfig, step: int, what: str, rescued: Path | None = None) -> EvenstepError:
     """The error of a run that met a NaN or an infinity at ``step``; ``rescued`` is the checkpoint of the weights
     before it.
 
@@ -25,11 +25,11 @@ def diverged(config: Config, step: int, what: str, rescued: Path | None = None) 
     if kept:
         facts.append(f"the checkpoint before is {kept[0]}")
     if rescued or kept:
-        facts.append(f"after a passing fault go on with: evenstep pretrain --resume {shlex.quote(str(out))}")
+        facts.append(f"after a passing fault go on with: evenstep {config.COMMAND} --resume {shlex.quote(str(out))}")
     else:
         facts.append("no checkpoint was saved before it")
-    command = ["evenstep", "pretrain", str(out / "config.toml")]
-    command += ["--model.init", str(kept[0])] if kept else []
+    command = ["evenstep", config.COMMAND, str(out / "config.toml")]
+    command += ["--model.init", str(kept[0])] if kept and config.COMMAND == "pretrain" else []
     command += ["--optim.lr", f"{config.optim.lr / 10:g}", "--out", f"{out}-2"]
     facts.append(f"else lower the rate in a new run (or lengthen schedule.warmup_steps): {shlex.join(command)}")
     return EvenstepError("; ".join(facts))

@@ -234,9 +234,14 @@ def _reason(problem: BaseException) -> str:
 
 def way_on(run: Path) -> str:
     """How to go on with a run that stopped: from its checkpoints, or from the start where it has none."""
+    try:
+        tuned = "\n[tune]\n" in (run / "config.toml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        tuned = False
+    command = f"evenstep {'finetune' if tuned else 'pretrain'}"
     if list_checkpoints(run / "checkpoints"):
-        return f"go on with: evenstep pretrain --resume {shlex.quote(str(run))}"
-    return f"start it again with: evenstep pretrain {shlex.quote(str(run / 'config.toml'))}"
+        return f"go on with: {command} --resume {shlex.quote(str(run))}"
+    return f"start it again with: {command} {shlex.quote(str(run / 'config.toml'))}"
 
 
 def write_tensors(path: Path, content: Any) -> None:

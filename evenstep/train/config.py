@@ -11,7 +11,7 @@ import dataclasses
 import math
 import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from evenstep.errors import EvenstepError
 from evenstep.train.options import Section, option
@@ -32,17 +32,18 @@ from evenstep.train.sections import (
 )
 
 __all__ = [
-    "LOWBIT_NAMES", "SECTIONS", "SIZE_NAMES", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LogConfig",
+    "LOWBIT_NAMES", "SIZE_NAMES", "BaseConfig", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LogConfig",
     "ModelConfig", "OptimConfig", "ParallelConfig", "SampleConfig", "ScheduleConfig", "TelemetryConfig", "TrainConfig",
-    "options",
+    "options", "sections",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Config(Section):
-    """One run, resolved and checked. Raises EvenstepError, in one line, for whatever does not fit."""
+class BaseConfig(Section):
+    """What runs of every kind have. Raises EvenstepError, in one line, for whatever does not fit."""
 
     TITLE = "the run"
+    COMMAND: ClassVar[str] = "pretrain"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -53,7 +54,6 @@ class Config(Section):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
-    sample: SampleConfig = field(default_factory=SampleConfig)
     seed: int = option(0, "seed of the initial weights and of the order of the data", low=0, high=2**31 - 1)
     lowbit: str | None = option(
         None, "the low-bit recipe of the linear layers (none: high precision)", choices=LOWBIT_NAMES
@@ -66,14 +66,21 @@ class Config(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         train = self.train
-        if (train.steps is None) == (train.tokens is None):
-            given = "neither is given" if train.steps is None else f"both are given ({train.steps} and {train.tokens})"
-            raise EvenstepError(f"train.steps and train.tokens: {given}; give the budget as one of them")
+        self.check_budget()
         if train.batch_size % self.micro_batch_size:
             raise EvenstepError(
                 f"train.batch_size {train.batch_size} is not divisible by train.micro_batch_size "
                 f"{self.micro_batch_size}; each forward pass takes the same number of sequences"
             )
+        self.check_warmup()
+
+    def check_budget(self) -> None:
+        train = self.train
+        if (train.steps is None) == (train.tokens is None):
+            given = "neither is given" if train.steps is None else f"both are given ({train.steps} and {train.tokens})"
+            raise EvenstepError(f"train.steps and train.tokens: {given}; give the budget as one of them")
+
+    def check_warmup(self) -> None:
         warmup = self.schedule.warmup_steps
         if warmup is not None and warmup >= self.total_steps:
             raise EvenstepError(
@@ -103,26 +110,24 @@ class Config(Section):
         return self.total_steps // 10 if given is None else given
 
 
-SECTIONS: dict[str, type[Section]] = {
-    "data": DataConfig,
-    "model": ModelConfig,
-    "optim": OptimConfig,
-    "schedule": ScheduleConfig,
-    "train": TrainConfig,
-    "parallel": ParallelConfig,
-    "eval": EvalConfig,
-    "checkpoint": CheckpointConfig,
-    "log": LogConfig,
-    "telemetry": TelemetryConfig,
-    "sample": SampleConfig,
-}
+@dataclass(frozen=True)
+class Config(BaseConfig):
+    """A pretraining run."""
+
+    sample: SampleConfig = field(default_factory=SampleConfig)
 
 
-def options() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+def sections(kind: type[BaseConfig] = Config) -> dict[str, type[Section]]:
+    """The sections of a kind of run by name, in the order of help and files."""
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind) if not f.metadata}
+
+
+def options(kind: type[BaseConfig] = Config) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
     """Every option by its full name (``train.steps``, ``seed``) with its field and resolved type, in the order of
     help and docs."""
     found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
-    classes: tuple[type[Section], ...] = (*SECTIONS.values(), Config)
+    classes: tuple[type[Section], ...] = (*sections(kind).values(), kind)
     for cls in classes:
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):

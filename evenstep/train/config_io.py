@@ -17,19 +17,23 @@ from typing import Any
 
 from evenstep.errors import EvenstepError, nearest
 from evenstep.train.checks import kinds, parse_count
-from evenstep.train.config import SECTIONS, Config, options
+from evenstep.train.config import BaseConfig, Config, options, sections
 
 Tables = dict[str, Any]
 
 _WORDS = {"none": None, "true": True, "false": False}
 
-# Two names for one budget: the last one said wins over the other one said earlier.
-_RIVALS = {"train.steps": "train.tokens", "train.tokens": "train.steps"}
+_BUDGETS = ("train.steps", "train.tokens", "train.epochs")
+"""Names for one budget: the last one said wins over another said earlier."""
 
 
-def load_config(recipe: Path | None, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+def load_config(
+    recipe: Path | None,
+    overrides: Sequence[tuple[str, str]] = (),
+    kind: type[BaseConfig] = Config,
+) -> Any:
     """The configuration of ``recipe`` (none: the defaults, a quick run) with ``overrides`` such as ``("train.steps",
-    "500")``.
+    "500")``, of a run of that ``kind``.
 
     EvenstepError, one line, for a file that is missing or no TOML, an unknown key (with the nearest known one), a
     wrong type or range.
@@ -37,7 +41,7 @@ def load_config(recipe: Path | None, overrides: Sequence[tuple[str, str]] = ()) 
     tables = read_toml(recipe) if recipe is not None else {}
     if recipe is not None:
         tables.setdefault("name", recipe.stem)
-    return build(override(tables, overrides), quick_budget=recipe is None)
+    return build(override(tables, overrides, kind), kind, quick_budget=recipe is None and kind is Config)
 
 
 def read_toml(path: Path) -> Tables:
@@ -51,9 +55,9 @@ def read_toml(path: Path) -> Tables:
         raise EvenstepError(f"{path}: not valid TOML: {problem}") from None
 
 
-def override(tables: Tables, overrides: Sequence[tuple[str, str]]) -> Tables:
+def override(tables: Tables, overrides: Sequence[tuple[str, str]], kind: type[BaseConfig] = Config) -> Tables:
     """``tables`` with the texts of the command line put in, each read as its option's type."""
-    known = options()
+    known = options(kind)
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in tables.items()}
     named = {key for key, _ in overrides}
     for key, text in overrides:
@@ -61,13 +65,13 @@ def override(tables: Tables, overrides: Sequence[tuple[str, str]]) -> Tables:
         if key in known:
             field, hint = known[key]
             value = from_text(text, kinds(hint), count=field.metadata["count"])
-            rival = _RIVALS.get(key)
-            if rival and rival not in named:
-                result.get("train", {}).pop(rival.split(".")[1], None)
+            for rival in _BUDGETS if key in _BUDGETS else ():
+                if rival not in named:
+                    result.get("train", {}).pop(rival.split(".")[1], None)
         elif section == "optim":
             value = literal(text)
         else:
-            raise unknown(key)
+            raise unknown(key, kind)
         table = result.setdefault(section, {}) if section else result
         if not isinstance(table, dict):
             raise EvenstepError(f"{section}: expected a section [{section}], got {table!r}")
@@ -77,46 +81,46 @@ def override(tables: Tables, overrides: Sequence[tuple[str, str]]) -> Tables:
     return result
 
 
-def build(tables: Tables, *, quick_budget: bool = False) -> Config:
+def build(tables: Tables, kind: type[BaseConfig] = Config, *, quick_budget: bool = False) -> Any:
     """The checked configuration of nested tables; unknown sections and keys are errors that suggest the nearest
     known one.
 
     ``quick_budget`` gives a configuration without a budget the one of a quick run, as the program does when no
     recipe is given.
     """
-    known = options()
+    known, of = options(kind), sections(kind)
     parts: dict[str, Any] = {}
     for key, value in tables.items():
-        if key in SECTIONS:
+        if key in of:
             if not isinstance(value, Mapping):
                 raise EvenstepError(f"{key}: expected a section [{key}], got {value!r}")
             parts[key] = value
         elif key in known:
             parts[key] = value
         else:
-            raise unknown(key)
-    for section, cls in SECTIONS.items():
+            raise unknown(key, kind)
+    for section, cls in of.items():
         given = dict(parts.get(section, {}))
         if section == "optim":
             extra = {name: given.pop(name) for name in list(given) if f"optim.{name}" not in known}
             given["options"] = extra
         for name in given:
             if f"{section}.{name}" not in known and name != "options":
-                raise unknown(f"{section}.{name}")
+                raise unknown(f"{section}.{name}", kind)
         if section == "train" and quick_budget and not given.keys() & {"steps", "tokens"}:
             given["steps"] = Config().train.steps
         parts[section] = cls(**given)
-    return Config(**parts)
+    return kind(**parts)
 
 
-def unknown(key: str) -> EvenstepError:
-    if key in SECTIONS:
-        names = ", ".join(name for name in options() if name.startswith(f"{key}."))
+def unknown(key: str, kind: type[BaseConfig] = Config) -> EvenstepError:
+    known, of = list(options(kind)), sections(kind)
+    if key in of:
+        names = ", ".join(name for name in known if name.startswith(f"{key}."))
         return EvenstepError(f"'{key}' is a section, not an option; it has {names}")
-    known = list(options())
-    alike = known if "." in key else [*(name for name in known if "." not in name), *SECTIONS, *known]
+    alike = known if "." in key else [*(name for name in known if "." not in name), *of, *known]
     hint = nearest(key, alike)
-    return EvenstepError(f"unknown option '{key}'{hint or '; evenstep pretrain --help lists all options'}")
+    return EvenstepError(f"unknown option '{key}'{hint or f'; evenstep {kind.COMMAND} --help lists all options'}")
 
 
 def from_text(text: str, allowed: tuple[type, ...], *, count: bool = False) -> Any:
@@ -155,14 +159,14 @@ def literal(text: str) -> Any:
     return text
 
 
-def to_tables(config: Config) -> Tables:
+def to_tables(config: BaseConfig) -> Tables:
     """The configuration as nested tables of TOML's types; options that are None are left out, which reads back as
     None."""
     tables: Tables = {}
     for key in ("name", "out", "seed", "lowbit"):
         if getattr(config, key) is not None:
             tables[key] = getattr(config, key)
-    for section, cls in SECTIONS.items():
+    for section, cls in sections(type(config)).items():
         part = getattr(config, section)
         values = {f.name: getattr(part, f.name) for f in dataclasses.fields(cls) if f.metadata}
         options = dict(getattr(part, "options", {}))
@@ -171,7 +175,7 @@ def to_tables(config: Config) -> Tables:
     return tables
 
 
-def to_toml(config: Config) -> str:
+def to_toml(config: BaseConfig) -> str:
     """The configuration as TOML text; ``build(tomllib.loads(text))`` gives an equal configuration."""
     lines: list[str] = []
     for key, value in to_tables(config).items():
@@ -196,16 +200,16 @@ def _toml(value: Any, key: str) -> str:
     )
 
 
-def config_hash(config: Config) -> str:
+def config_hash(config: BaseConfig) -> str:
     """16 hex digits over everything that decides the result: equal for two runs that differ only in name and place."""
     text = to_toml(dataclasses.replace(config, name=None, out=None))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def changed_options(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+def changed_options(old: BaseConfig, new: BaseConfig) -> dict[str, tuple[Any, Any]]:
     """Options that differ and may not differ on resume, with both values; a change of ``train.steps`` and the like is
     not listed."""
-    known = options()
+    known = options(type(new))
     before, after = flat(old), flat(new)
     return {
         key: (before.get(key), after.get(key))
@@ -214,7 +218,7 @@ def changed_options(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def flat(config: Config) -> dict[str, Any]:
+def flat(config: BaseConfig) -> dict[str, Any]:
     """``{"train.steps": 300, ...}``, None left out."""
     result: dict[str, Any] = {}
     for key, value in to_tables(config).items():

@@ -30,6 +30,15 @@ class EvalResult:
     bits_per_byte: float
     tokens: int
 
+    def fields(self) -> dict[str, Any]:
+        """As metrics.jsonl has it."""
+        return {
+            "val_loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "val_tokens": self.tokens,
+        }
+
 
 def evaluate(
     model: Any,

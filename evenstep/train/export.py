@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, save_pretrained
@@ -59,7 +60,11 @@ def _to_hf(model: Llama, source: Path, directory: Path) -> None:
         raise EvenstepError(
             f"transformers has no LLaMA with norm '{model.config.norm}'; give --to safetensors for its weights alone"
         )
-    tokenizer = load_tokenizer(source)
+    write_hf(model, load_tokenizer(source), directory)
+
+
+def write_hf(model: Llama, tokenizer: Any, directory: Path) -> None:
+    """Weights, shape and tokenizer (anything with ``save`` and ``eos_id``) as transformers opens them."""
     save_pretrained(model, directory)
     tokenizer.save(directory)
     path = directory / "config.json"

@@ -1,4 +1,4 @@
-"""``evenstep pretrain`` as one process or as one of several."""
+"""``evenstep pretrain`` and its kin as one process or as one of several."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from pathlib import Path
 from evenstep.data import prepare_display
 from evenstep.errors import EvenstepError
 from evenstep.train.checkpoint import list_checkpoints
-from evenstep.train.config import Config
+from evenstep.train.config import BaseConfig
 from evenstep.train.run import Run
 from evenstep.train.world import launched, open_world, restarts
 
 
-def pretrain(config: Config, directory: Path | None, *, auto: bool = False) -> None:
-    """Start the run of ``config``, or go on with the one in ``directory``. ``auto``: go on with that in ``config.out``
-    if it has a checkpoint, which is also what processes do that torchrun has started anew after a failure.
+def train(config: BaseConfig, directory: Path | None, *, auto: bool = False, kind: type[Run] = Run) -> None:
+    """Start the run of ``config``, of that ``kind``, or go on with the one in ``directory``. ``auto``: go on with that
+    in ``config.out`` if it has a checkpoint, which is also what processes do that torchrun has started anew after a
+    failure.
 
     EvenstepError for whatever does not fit.
     """
@@ -30,7 +31,7 @@ def pretrain(config: Config, directory: Path | None, *, auto: bool = False) -> N
             directory = out if found else None
         with prepare_display() as show:
             if directory is None:
-                run = Run(config, world=world, data_progress=show)
+                run = kind(config, world=world, data_progress=show)
             else:
-                run = Run.resume(directory, config, world=world, data_progress=show)
+                run = kind.resume(directory, config, world=world, data_progress=show)
         run.fit()

@@ -64,7 +64,8 @@ class Parallel:
 
     def check(self, model: Llama) -> None:
         """EvenstepError when the model cannot be cut as asked."""
-        check_cut(model.config, self.world.tensor)
+        if self.world.tensor > 1:
+            check_cut(model.config, self.world.tensor)
 
     def apply(self, model: Llama) -> None:
         """Compile, cut and wrap ``model`` in place: its parameters and their names stay, each a DTensor where it is

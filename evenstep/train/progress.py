@@ -57,10 +57,12 @@ def train_line(record: dict[str, Any], total: int) -> str:
 
 
 def validation_line(record: dict[str, Any]) -> str:
-    return (
-        f"step {record['step']}  validation loss {record['val_loss']:.4f}  perplexity {record['perplexity']:.2f}  "
-        f"bits per byte {record['bits_per_byte']:.4f}"
-    )
+    parts = [f"step {record['step']}", f"validation loss {record['val_loss']:.4f}"]
+    shown = {"perplexity": ".2f", "bits_per_byte": ".4f", "score": ".4f"}
+    parts += [
+        f"{key.replace('_', ' ')} {record[key]:{form}}" for key, form in shown.items() if record.get(key) is not None
+    ]
+    return "  ".join(parts)
 
 
 class LineProgress:

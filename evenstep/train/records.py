@@ -13,7 +13,6 @@ from evenstep.telemetry.clocks import steps_to_reset
 from evenstep.train.hardware import peak_flops, peak_memory
 
 if TYPE_CHECKING:
-    from evenstep.train.evaluate import EvalResult
     from evenstep.train.run import Run
 
 
@@ -35,15 +34,15 @@ class Window:
 
     loss: Tensor
     steps: int = 0
-    timed_steps: int = 0
+    tokens: int = 0
     seconds: float = 0.0
     data_seconds: float = 0.0
 
-    def add(self, loss: Tensor, seconds: float, data_seconds: float) -> None:
+    def add(self, loss: Tensor, tokens: int, seconds: float, data_seconds: float) -> None:
         """One more step."""
         self.loss += loss
         self.steps += 1
-        self.timed_steps += 1
+        self.tokens += tokens
         self.seconds += seconds
         self.data_seconds += data_seconds
 
@@ -56,7 +55,7 @@ def train_record(run: Run, result: StepResult, loss: float, seconds: float) -> d
     alone) the model's FLOPs over the GPU's peak, ``steps_to_reset`` there when the optimizer resets its moments.
     """
     window, config = run.window, run.config
-    speed = window.timed_steps * config.tokens_per_step / seconds
+    speed = window.tokens / seconds
     record: dict[str, Any] = {
         "step": result.step,
         "tokens": run.tokens,
@@ -77,13 +76,5 @@ def train_record(run: Run, result: StepResult, loss: float, seconds: float) -> d
     return record
 
 
-def validation_record(run: Run, result: EvalResult) -> dict[str, Any]:
-    return {
-        "step": run.step_number,
-        "tokens": run.tokens,
-        "val_loss": result.loss,
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
-        "val_tokens": result.tokens,
-        "seconds": run.seconds,
-    }
+def validation_record(run: Run, result: Any) -> dict[str, Any]:
+    return {"step": run.step_number, "tokens": run.tokens, **result.fields(), "seconds": run.seconds}

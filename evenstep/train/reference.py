@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from evenstep.train.checks import kinds, limits
-from evenstep.train.config import SECTIONS, Config, options
+from evenstep.train.config import Config, options, sections
 from evenstep.train.hyperparameters import HYPERPARAMETERS
 
 _INTRO = """\
@@ -28,8 +28,8 @@ def configuration_page() -> str:
     """docs/configuration.md."""
     lines = [_INTRO]
     known = options()
-    for section in ("", *SECTIONS):
-        title = f"## [{section}] {SECTIONS[section].TITLE}" if section else f"## {Config.TITLE} (top level)"
+    for section in ("", *sections()):
+        title = f"## [{section}] {sections()[section].TITLE}" if section else f"## {Config.TITLE} (top level)"
         lines += [title, "", "| option | type | default | meaning | resume |", "|---|---|---|---|---|"]
         for key, (field, hint) in known.items():
             if key.rpartition(".")[0] != section:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evenstep.data import BatchLoader, eval_batches
+from evenstep.data import eval_batches
 from evenstep.errors import EvenstepError
 from evenstep.train import loop, setup
 from evenstep.train.bad_batches import BadBatches
 from evenstep.train.checkpoint import newest_checkpoint, read_trainer
-from evenstep.train.config import Config
 from evenstep.train.config_io import build, read_toml, to_toml
-from evenstep.train.evaluate import EvalResult, evaluate
+from evenstep.train.evaluate import evaluate
 from evenstep.train.files import locked, replace_text
 from evenstep.train.hardware import pick_device
 from evenstep.train.heartbeat import Heartbeat
@@ -36,6 +34,7 @@ from evenstep.train.interrupts import Interrupts
 from evenstep.train.metrics import Metrics, NoMetrics, metrics_of
 from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer
 from evenstep.train.parallel import Parallel, clip_, total_norm
+from evenstep.train.parts import Parts, Say
 from evenstep.train.progress import nothing, tell
 from evenstep.train.records import StepResult, Window
 from evenstep.train.saving import Saver
@@ -43,30 +42,22 @@ from evenstep.train.schedule import lr_factor
 from evenstep.train.state import check_resume, restore_state, trainer_state, write_small
 from evenstep.train.summary import finish
 from evenstep.train.telemetry import RunTelemetry
-from evenstep.train.tensors import model_tensors, optimizer_tensors
-from evenstep.train.weights import find_source
+from evenstep.train.tensors import optimizer_tensors
 from evenstep.train.world import World
 
-Say = Callable[[str], None]
 
-
-class Run:
+class Run(Parts):
     """A run in its directory. ``Run(config)`` starts one, ``Run.resume(directory)`` takes one up; both build
     everything and train nothing. ``world``: the processes that train together (None: this one alone).
 
     Raises EvenstepError, one line, for whatever does not fit together: data, model, optimizer, directory, checkpoint.
     """
 
-    def __init__(
-        self, config: Config, *, world: World | None = None, say: Say = tell, data_progress: Any = None
-    ) -> None:
+    def __init__(self, config: Any, *, world: World | None = None, say: Say = tell, data_progress: Any = None) -> None:
         world = world or World(pick_device(config.train.device))
         say = say if world.speaks else nothing
-        source = None
-        if config.model.init:
-            given = Path(config.model.init)
-            source = Path(world.from_first(lambda: str(find_source(given, say))))
-            config = setup.with_shape_of(config, source)
+        source = self.find_source(config, world, say)
+        config = self.settled(config, source, say)
         out = world.from_first(lambda: str(setup.fresh_directory(config)))
         config = dataclasses.replace(config, out=out, name=setup.default_name(config))
         self._build(config, world, source, say, data_progress, blank=False)
@@ -87,7 +78,7 @@ class Run:
     def resume(
         cls,
         directory: Path | str,
-        config: Config | None = None,
+        config: Any = None,
         *,
         world: World | None = None,
         say: Say = tell,
@@ -101,7 +92,7 @@ class Run:
         directory = Path(directory)
         if not (directory / "config.toml").is_file():
             raise EvenstepError(f"{directory} is not a run: it has no config.toml; evenstep runs lists runs")
-        config = config or build(read_toml(directory / "config.toml"))
+        config = config or build(read_toml(directory / "config.toml"), cls.KIND)
         config = dataclasses.replace(config, out=str(directory), name=config.name or directory.name)
         world = world or World(pick_device(config.train.device))
         say = say if world.speaks else nothing
@@ -111,13 +102,13 @@ class Run:
                 return str(newest_checkpoint(directory, say))
 
         checkpoint = Path(world.from_first(newest))
-        if config.model.init:
-            config = setup.with_shape_of(config, checkpoint)
+        run = cls.__new__(cls)
+        source = run.source_on_resume(config, checkpoint, world, say)
+        config = run.settled(config, source, say)
         check_optimizer(config.optim)  # names classes of its state as harmless, which lets trainer.pt be read
         trainer = read_trainer(checkpoint)
         check_resume(directory, config, trainer)
-        run = cls.__new__(cls)
-        run._build(config, world, checkpoint, say, data_progress, blank=True)
+        run._build(config, world, source, say, data_progress, blank=True)
         with world.together():
             restore_state(run, checkpoint, trainer)
         run.saved = checkpoint
@@ -131,7 +122,7 @@ class Run:
         return run
 
     def _build(
-        self, config: Config, world: World, source: Path | None, say: Say, data_progress: Any, *, blank: bool
+        self, config: Any, world: World, source: Path | None, say: Say, data_progress: Any, *, blank: bool
     ) -> None:
         self.config, self.world, self.say = config, world, say
         self.out = Path(config.out or "")
@@ -141,24 +132,22 @@ class Run:
         self.heart = Heartbeat(world, config.parallel.timeout)
         self.saver.alive = self.heart.alive
         setup.set_up_torch(config)
-        self.data = world.in_turn(lambda: setup.load_data(config, data_progress if world.speaks else None))
+        self.data = self.open_data(data_progress if world.speaks else None)
         self.tokenizer = self.data.tokenizer
         train = config.train
         self.parallel = Parallel(config, world)
         with world.together():
-            self.loader = BatchLoader(
-                self.data.train, train.seq_len, train.batch_size, config.seed, world.data_rank, world.data_size
-            )
+            self.loader = self.make_loader()
             # FSDP moves each block to its device by itself, after it was cut.
             first = torch.device("cpu") if self.parallel.mode in ("fsdp", "hsdp") else self.device
-            self.model = setup.build_model(config, self.data.vocab_size, source, first, say, blank=blank)
+            self.model = self.make_model(source, first, blank=blank)
             self.parallel.check(self.model)
         self.parallel.apply(self.model)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.rates = LearningRates(self.optimizer)
         self.telemetry = RunTelemetry(self)
         self.micro_batch_size = min(config.micro_batch_size, train.batch_size // world.data_size)
-        self.chunk = setup.loss_chunk(config, self.model.config.vocab_size, self.device, say)
+        self.chunk = self.loss_chunk()
         # Under FSDP the weights are bf16 when they are gathered, and nothing is left to cast.
         casts = train.dtype == "bf16-autocast" and not self.parallel.sharded
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=casts)
@@ -210,20 +199,20 @@ class Run:
 
         self.step_number = number
         self.saved = None
-        self.tokens += config.tokens_per_step
+        tokens = self.step_tokens()
+        self.tokens += tokens
         elapsed = time.perf_counter() - began
-        self.window.add(loss, elapsed, waited)
+        self.window.add(loss, tokens, elapsed, waited)
         self.step_seconds += elapsed
         return StepResult(number, loss, config.optim.lr * factor, norm)
 
     def _accumulate(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Backward through all micro batches; returns the mean loss over the tokens of all processes, detached."""
-        total, parts = targets.numel(), []
-        pairs = list(zip(inputs.split(self.micro_batch_size), targets.split(self.micro_batch_size), strict=True))
-        for i, (x, y) in enumerate(pairs):
-            with self.parallel.accumulating(last=i == len(pairs) - 1):
+        parts, size, shares = [], self.micro_batch_size, self.shares(targets)
+        for i, (x, y, share) in enumerate(zip(inputs.split(size), targets.split(size), shares, strict=True)):
+            with self.parallel.accumulating(last=i == len(shares) - 1):
                 with self.autocast:
-                    part = self.parallel.loss(x, y, chunk=self.chunk) * (y.numel() / total)
+                    part = self.loss(x, y) * share
                 part.backward()
             parts.append(part.detach())
         loss = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
@@ -244,7 +233,7 @@ class Run:
 
     # ---- validation, checkpoints ----
 
-    def evaluate(self, stop: Interrupts | None = None) -> EvalResult:
+    def evaluate(self, stop: Interrupts | None = None) -> Any:
         """Token-weighted loss on the validation split (at most ``eval.max_tokens`` of it); the model is left in
         training mode. A signal to ``stop`` ends it between two batches, with Stopped."""
         config, val = self.config, self.data.val
@@ -271,7 +260,7 @@ class Run:
         trainer = trainer_state(self, rest)
         self.saved = self.saver.save(
             self.step_number,
-            model_tensors(self.model) | state,
+            self.tensors() | state,
             lambda directory: write_small(self, trainer, directory),
             None if keep_all else self.config.checkpoint.keep,
             wait=wait,

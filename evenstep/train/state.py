@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from evenstep.data import TokenData
 from evenstep.errors import EvenstepError
-from evenstep.models.hf import save_config
 from evenstep.train.checkpoint import TRAINER, read_trainer, write_tensors
-from evenstep.train.config import Config
+from evenstep.train.config import BaseConfig
 from evenstep.train.config_io import build, changed_options, to_tables
-from evenstep.train.tensors import fill, load_optimizer, model_tensors
+from evenstep.train.tensors import fill, load_optimizer
 
 if TYPE_CHECKING:
     from evenstep.train.run import Run
@@ -37,7 +37,7 @@ def trainer_state(run: Run, optimizer: dict[str, Any]) -> dict[str, Any]:
         "window_loss": run.window.loss.cpu(),
         "window_steps": run.window.steps,
         "tokenizer": run.tokenizer.fingerprint,
-        "data": data_identity(run),
+        "data": run.data_identity(),
         "config": to_tables(run.config),
         "optimizer": optimizer,
         "telemetry": telemetry,
@@ -48,7 +48,7 @@ def trainer_state(run: Run, optimizer: dict[str, Any]) -> dict[str, Any]:
 def write_small(run: Run, trainer: dict[str, Any], directory: Path) -> None:
     """What a checkpoint holds beside the shards and the manifest. EvenstepError where the first one of a process could
     not be read again: what an optimizer keeps may be written and be refused when it is read."""
-    save_config(run.model, directory)
+    run.save_shape(directory)
     run.tokenizer.save(directory)
     write_tensors(directory / TRAINER, trainer)
     if run.saver.last is not None:
@@ -64,9 +64,9 @@ def write_small(run: Run, trainer: dict[str, Any], directory: Path) -> None:
         ) from problem
 
 
-def check_resume(directory: Path, config: Config, trainer: dict[str, Any]) -> None:
+def check_resume(directory: Path, config: BaseConfig, trainer: dict[str, Any]) -> None:
     """EvenstepError when ``config`` asks for something that the run of the checkpoint cannot become."""
-    if changed := changed_options(build(trainer["config"]), config):
+    if changed := changed_options(build(trainer["config"], type(config)), config):
         values = ", ".join(
             f"{key} (it was {_shown(was)}, given is {_shown(now)})" for key, (was, now) in changed.items()
         )
@@ -96,12 +96,12 @@ def restore_state(run: Run, checkpoint: Path, trainer: dict[str, Any]) -> None:
             f"{checkpoint} was trained with another tokenizer than '{run.config.data.tokenizer}' is now; "
             "bring back the one it had, or start a new run with another --out"
         )
-    if trainer["data"] != data_identity(run):
+    if trainer["data"] != run.data_identity():
         raise EvenstepError(
             f"{checkpoint} was trained on other tokens than {run.config.data.source} gives now (the text has changed); "
             "bring back the text, or start a new run from the checkpoint with --model.init"
         )
-    fill(checkpoint, model_tensors(run.model))
+    fill(checkpoint, run.tensors())
     load_optimizer(run.model, run.optimizer, checkpoint, trainer["optimizer"])
     run.step_number, run.tokens = trainer["step"], trainer["tokens"]
     run.seconds, run.step_seconds = trainer["seconds"], trainer["step_seconds"]
@@ -119,9 +119,9 @@ def restore_state(run: Run, checkpoint: Path, trainer: dict[str, Any]) -> None:
         torch.manual_seed(hash((run.config.seed, run.step_number)) % 2**63)
 
 
-def data_identity(run: Run) -> str:
+def data_identity(data: TokenData) -> str:
     """A hash of the counts and of both ends of the token stream: quick for any corpus, different for another text."""
-    train, val = run.data.train, run.data.val
+    train, val = data.train, data.val
     digest = hashlib.sha256(repr((len(train), len(val), train.num_bytes, val.num_bytes)).encode())
     for start in (0, max(0, len(train) - 65536)):
         digest.update(train.read(start, min(start + 65536, len(train))).astype("<u4").tobytes())

@@ -52,8 +52,7 @@ def finish(run: Run) -> dict[str, Any]:
         "hardware": describe_hardware(run.device),
         "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "prompt": config.sample.prompt,
-        "sample": _sample(run),
+        **run.conclusion(),
     }
     files = ["config.toml", "metrics.jsonl", "summary.json", "checkpoints/"]
     title = f"{config.name} on {config.data.source}"
@@ -64,12 +63,12 @@ def finish(run: Run) -> dict[str, Any]:
             run.say("no curve.png: matplotlib is not installed (pip install 'evenstep[train]')")
     clean = {key: finite(value) for key, value in summary.items()}
     replace_text(run.out / "summary.json", json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
-    for line in closing_lines(run.out, summary, files):
+    for line in run.closing(run.out, summary, files):
         run.say(line)
     return clean
 
 
-def _sample(run: Run) -> str:
+def sample_of(run: Run) -> str:
     """Text by the model; where that is cut over processes, by the one that was just saved."""
     model, sample = run.model, run.config.sample
     if sample.tokens and run.parallel.sharded and run.saved is not None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from evenstep.errors import EvenstepError
-from evenstep.train.config import Config
+from evenstep.train.config import BaseConfig
 from evenstep.train.hardware import pick_device
 
 T = TypeVar("T")
@@ -154,7 +154,7 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0)
 
 
-def _environment(config: Config) -> dict[str, int]:
+def _environment(config: BaseConfig) -> dict[str, int]:
     missing = [name for name in _VARIABLES if name not in os.environ]
     mode = config.parallel.mode
     if missing:
@@ -173,7 +173,7 @@ def _environment(config: Config) -> dict[str, int]:
         raise EvenstepError(f"the environment of torchrun is damaged: {problem}") from None
 
 
-def check_world(config: Config, size: int, local_size: int) -> int:
+def check_world(config: BaseConfig, size: int, local_size: int) -> int:
     """How many processes share each matrix product. EvenstepError when the configuration does not fit so many
     processes."""
     parallel, train = config.parallel, config.train
@@ -229,7 +229,7 @@ def _store(patience: timedelta) -> Any:
 
 
 @contextmanager
-def open_world(config: Config) -> Iterator[World]:
+def open_world(config: BaseConfig) -> Iterator[World]:
     """Join the other processes, and part from them at the end. EvenstepError for an environment or configuration that
     does not fit; nothing is waited for before that is known."""
     if not launched() and config.parallel.mode == "none":

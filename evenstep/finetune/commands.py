@@ -1,0 +1,113 @@
+"""The command ``finetune``: its flags, made from `FineTuneConfig`, and what it calls."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evenstep.errors import EvenstepError
+from evenstep.finetune.config import SPARSE, FineTuneConfig
+from evenstep.train.config import options
+from evenstep.train.config_flags import add_flags
+from evenstep.train.hyperparameters import owners
+
+FINETUNE = """\
+Fine-tune MODEL on examples, one JSON object a line: instructions, prompts with responses, chats, choices, or texts with
+a label. MODEL is a run or checkpoint of ours, or a folder that transformers opens. A RECIPE.toml may say all of it;
+every option can be given as --section.key value, which wins.
+"""
+
+FINETUNE_EXAMPLES = """\
+examples:
+  evenstep finetune runs/NAME --data examples.jsonl
+  evenstep finetune ./Llama-2-7b-hf --data commonsense_170k.json --mode lora --train.dtype bf16
+  evenstep finetune ./Llama-2-7b-hf --data commonsense_170k.json --mode sparse    SPAM, moments of 0.25 %
+  evenstep finetune ./bert --data mails.jsonl --eval.data held_out.jsonl
+  evenstep finetune recipes/finetune-llama2-7b-commonsense.toml ./Llama-2-7b-hf
+  evenstep finetune runs/NAME --data examples.jsonl --eval.data boolq.jsonl,piqa.jsonl --evaluate
+"""
+
+MODES: dict[str, dict[str, str]] = {
+    "full": {"tune.adapter": "none"},
+    "lora": {"tune.adapter": "lora"},
+    "sparse": {"tune.adapter": "none", **SPARSE},
+}
+
+
+def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
+    """Add the command to the action that holds those of the program."""
+    finetune = commands.add_parser(
+        "finetune",
+        parents=[debug],
+        help="train a model on examples of a task",
+        usage="evenstep finetune [RECIPE.toml] MODEL --data FILE.jsonl [--section.key VALUE ...] [--resume [RUN]]",
+        description=FINETUNE,
+        epilog=FINETUNE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    finetune.add_argument("tuned", metavar="MODEL", nargs="*", help="the model; before it, a recipe may stand")
+    finetune.add_argument("--data", metavar="FILE", help="short for --data.file FILE")
+    finetune.add_argument(
+        "--mode", metavar="MODE", help="full: all weights; lora: adapters; sparse: SPAM with moments of 0.25 %%"
+    )
+    finetune.add_argument("--evaluate", action="store_true", help="score MODEL as it is, train nothing")
+    add_flags(finetune, FineTuneConfig)
+    finetune.set_defaults(run_command=_finetune)
+
+
+def declared() -> set[str]:
+    """Names of the flags ``--section.key``."""
+    return {*options(FineTuneConfig), *(f"optim.{name}" for name in owners())}
+
+
+def _split(words: Sequence[str]) -> tuple[Path | None, str | None]:
+    """The recipe and the model of the words that are no flags."""
+    recipes: list[str] = []
+    models: list[str] = []
+    for word in words:
+        (recipes if word.endswith(".toml") and Path(word).is_file() else models).append(word)
+    if len(recipes) > 1 or len(models) > 1:
+        raise EvenstepError(
+            f"one recipe and one model may be given, not {' '.join(words)}; see evenstep finetune --help"
+        )
+    return (Path(recipes[0]) if recipes else None), (models[0] if models else None)
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    from evenstep.train.config_io import build, load_config, override, read_toml, to_toml
+
+    recipe, model = _split(args.tuned)
+    if args.mode is not None and args.mode not in MODES:
+        raise EvenstepError(f"--mode {args.mode}: give one of {', '.join(MODES)}")
+    short = dict(MODES[args.mode]) if args.mode else {}
+    short |= {key: value for key, value in (("model.path", model), ("data.file", args.data)) if value is not None}
+    given = [(key, value) for key, value in vars(args).items() if key in declared() and value is not None]
+    overrides = [*short.items(), *given, *args.extra]
+    auto = args.resume == "auto"
+    directory = None
+    if args.resume is not None and not auto:
+        out = args.resume or dict(given).get("out")
+        if out is None:
+            raise EvenstepError("--resume: which run? give its directory, --resume RUN (evenstep runs lists runs)")
+        directory = Path(out)
+    if directory is not None and recipe is None and (directory / "config.toml").is_file():
+        config = build(override(read_toml(directory / "config.toml"), overrides, FineTuneConfig), FineTuneConfig)
+    else:
+        config = load_config(recipe, overrides, FineTuneConfig)
+    if args.print_config:
+        print(to_toml(config), end="")
+        return
+
+    if args.evaluate:
+        from evenstep.finetune.run import evaluate_only
+
+        evaluate_only(config)
+        return
+
+    from evenstep.finetune.run import Tuning
+    from evenstep.train.launch import train
+
+    train(config, directory, auto=auto, kind=Tuning)

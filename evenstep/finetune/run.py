@@ -1,0 +1,205 @@
+"""A fine-tuning run: `evenstep.train.Run` on rows of examples, validated by its task."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenstep.errors import EvenstepError
+from evenstep.finetune import scoring, source
+from evenstep.finetune.config import FineTuneConfig
+from evenstep.finetune.hub import HubCausal, keeps_documents_apart
+from evenstep.finetune.products import write_products
+from evenstep.finetune.rows import RowLoader, batches
+from evenstep.finetune.scoring import TuneResult
+from evenstep.finetune.task import Task, open_examples, summary_of
+from evenstep.finetune.text import load_text
+from evenstep.models import Llama
+from evenstep.train import setup
+from evenstep.train.interrupts import Interrupts
+from evenstep.train.progress import clock, tell
+from evenstep.train.run import Run, Say
+from evenstep.train.summary import short_count
+from evenstep.train.tensors import model_tensors
+from evenstep.train.world import World
+
+
+class Tuning(Run):
+    """A run of `FineTuneConfig`. ``task`` holds its examples. The model comes from ``model.path`` on a resume too: of
+    adapters a checkpoint holds the adapters alone."""
+
+    KIND = FineTuneConfig
+    task: Task
+    loader: RowLoader
+
+    # ---- what it is made of ----
+
+    def find_source(self, config: Any, world: World, say: Say) -> Path:
+        self.source = source.find_source(Path(config.model.path), config.model.library, say)
+        return self.source.folder
+
+    def source_on_resume(self, config: Any, checkpoint: Path, world: World, say: Say) -> Path:
+        return self.find_source(config, world, say)
+
+    def settled(self, config: Any, found: Path | None, say: Say) -> FineTuneConfig:
+        """With the library and the kind of the model, and a budget in steps; opens the examples and the model, which
+        decides whether they are packed."""
+        train, val = open_examples(config)
+        self.task = task = Task(config, load_text(self.source.folder, self.source.library), train, val)
+        self.kinds = {one.name: scoring.kind_of(config.eval.score, one.examples) for one in task.sets}
+        self.opened = source.open_model(config, self.source, task.labels, say)
+        self._check_vocabulary()
+        if self._may_pack(config, say):
+            task.pack()
+        for line in task.told():
+            say(line)
+        kind = "classifier" if task.labels else "causal"
+        model = dataclasses.replace(config.model, library=self.source.library, kind=kind)
+        return dataclasses.replace(config, model=model).with_steps(len(task.train))
+
+    def _check_vocabulary(self) -> None:
+        words, known = self.task.tokenizer.vocab_size, self.opened.config.vocab_size
+        if words > known:
+            raise EvenstepError(
+                f"the tokenizer has {words} entries, the model of {self.source.folder} only {known}; "
+                "put the tokenizer that belongs to it beside it"
+            )
+
+    def _may_pack(self, config: FineTuneConfig, say: Say) -> bool:
+        asked = config.data.pack
+        if asked == "no" or (self.task.labels and asked == "auto"):
+            return False
+        if self.task.labels:
+            raise EvenstepError("data.pack yes: texts that are classified have a row each; leave it out")
+        if not isinstance(self.opened, HubCausal) or keeps_documents_apart(self.opened):
+            return True
+        self.opened.packs = False
+        name = type(self.opened.net).__name__
+        if asked == "yes":
+            raise EvenstepError(f"data.pack yes: {name} does not keep examples in one row apart; give --data.pack no")
+        say(f"{name} does not keep examples in one row apart: each has a row of its own")
+        return False
+
+    def open_data(self, progress: Any) -> Task:
+        return self.task
+
+    def make_loader(self) -> RowLoader:
+        world, config = self.world, self.config
+        return RowLoader(self.task.train, config.train.batch_size, config.seed, world.data_rank, world.data_size)
+
+    def make_model(self, source: Path | None, device: torch.device, *, blank: bool) -> Any:
+        torch.manual_seed(self.config.seed)
+        return setup.with_lowbit(self.opened.to(device), self.config.lowbit, self.say)
+
+    def loss_chunk(self) -> int | None:
+        return super().loss_chunk() if isinstance(self.model, Llama) else None
+
+    # ---- a step ----
+
+    def shares(self, targets: Tensor) -> list[float]:
+        """By what is learned: an answer's tokens weigh the same wherever they stand."""
+        size, loader = self.micro_batch_size, self.loader
+        parts = [sum(loader.counted[i : i + size]) for i in range(0, len(loader.counted), size)]
+        return [part * self.world.data_size / loader.total for part in parts]
+
+    def step_tokens(self) -> int:
+        return self.loader.tokens
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.parallel.loss(inputs[:, 0], targets, positions=inputs[:, 1], chunk=self.chunk)
+
+    # ---- validation ----
+
+    def evaluate(self, stop: Interrupts | None = None) -> TuneResult:
+        """The loss over all validation rows, and the score of each file over ``eval.max_rows`` of its examples."""
+        watch = stop.watch if stop else iter
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode(), self.autocast:
+                total, tokens = self._validation_loss(watch)
+                found = {
+                    one.name: (kind, *self._score(one.examples, kind, watch))
+                    for one in self.task.sets
+                    if (kind := self.kinds[one.name]) != "none"
+                }
+        finally:
+            self.model.train(was_training)
+        kinds = "+".join(dict.fromkeys(kind for kind, _, _ in found.values()))
+        scores = {name: right / count for name, (_, right, count) in found.items()}
+        return TuneResult(total / tokens if tokens else math.nan, tokens, kinds, scores)
+
+    def _validation_loss(self, watch: Any) -> tuple[float, int]:
+        world, size = self.world, self.config.eval.batch_size or self.micro_batch_size
+        rows = self.task.val[world.data_rank :: world.data_size]
+        total, tokens = 0.0, 0
+        for inputs, targets in watch(scoring.beaten(self, batches(rows, size))):
+            x, y = inputs.to(self.device), targets.to(self.device)
+            total += self.model.loss(x[:, 0], y, positions=x[:, 1], reduction="sum", chunk=self.chunk).item()
+            tokens += int((targets != -100).sum())
+        both = world.sum(torch.tensor([total, tokens], dtype=torch.float64, device=self.device)).tolist()
+        return both[0], round(both[1])
+
+    def _score(self, examples: list[Any], kind: str, watch: Any) -> tuple[int, int]:
+        some, world = examples[: self.config.eval.max_rows or None], self.world
+        right = scoring.correct(self, kind, some[world.data_rank :: world.data_size], watch)
+        return round(world.sum(torch.tensor([float(right)], device=self.device)).item()), len(some)
+
+    # ---- what it leaves behind ----
+
+    def tensors(self) -> dict[str, Tensor]:
+        every = model_tensors(self.model)
+        if self.config.tune.adapter == "none":
+            return every
+        trained = {f"model.{name}" for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: tensor for name, tensor in every.items() if name in trained}
+
+    def save_shape(self, directory: Path) -> None:
+        if isinstance(self.model, Llama) and self.config.tune.adapter == "none":
+            super().save_shape(directory)
+
+    def data_identity(self) -> str:
+        return self.task.identity()
+
+    def conclusion(self) -> dict[str, Any]:
+        trained = sum(p.numel() for p in self.parameters)  # before adapters are merged
+        write_products(self)
+        found = {key: (self.metrics.last_validation or {}).get(key) for key in ("score", "score_kind", "scores")}
+        return {**found, "adapter": self.config.tune.adapter, "trained_parameters": trained, **summary_of(self.task)}
+
+    @staticmethod
+    def closing(out: Path, summary: dict[str, Any], files: list[str]) -> list[str]:
+        run, lines = shlex.quote(str(out)), [""]
+        if summary["val_loss"] is not None:
+            lines.append(f"validation loss {summary['val_loss']:.4f}")
+        for name, score in (summary["scores"] or {}).items():
+            lines.append(f"{name}: {score:.2%} ({summary['score_kind']})")
+        products = ["model/", *(["adapter/"] if summary["adapter"] != "none" else [])]
+        return [
+            *lines,
+            f"{short_count(summary['tokens'])} tokens in {clock(summary['seconds'])}",
+            "",
+            f"written to {out}: {', '.join([*files, *products])}",
+            f"go on:      evenstep finetune --resume {run} --train.steps {2 * summary['steps']}",
+        ]
+
+
+def evaluate_only(config: FineTuneConfig, say: Say = tell) -> TuneResult:
+    """Score the model as it is on ``eval.data``, or on the examples held out; prints the scores."""
+    with tempfile.TemporaryDirectory(prefix="evenstep-score-") as folder:
+        run = Tuning(dataclasses.replace(config, out=str(Path(folder, "run"))), say=say)
+        result = run.evaluate()
+        run.metrics.close()
+    say(f"loss {result.loss:.4f} over {result.tokens:,} {'texts' if run.task.labels else 'learned tokens'}")
+    for name, score in result.scores.items():
+        say(f"{name}: {score:.2%} ({run.kinds[name]})")
+    if len(result.scores) > 1:
+        say(f"mean: {sum(result.scores.values()) / len(result.scores):.2%}")
+    return result

@@ -1,0 +1,176 @@
+"""Which model ``MODEL`` stands for, and how it is opened: by evenstep or by transformers, whole or with adapters."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from evenstep.errors import EvenstepError
+from evenstep.finetune.config import FineTuneConfig
+from evenstep.finetune.hub import HubCausal, HubClassifier
+from evenstep.optim.groups import HEADS
+from evenstep.train.checkpoint import MANIFEST, newest_checkpoint
+from evenstep.train.config_io import read_toml
+from evenstep.train.weights import load_model
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder with ``config.json``, weights and tokenizer, and the library that opens it."""
+
+    folder: Path
+    library: str
+
+
+def find_source(path: Path, library: str, say: Say) -> Source:
+    """The source that ``path`` stands for: a run (pretrained: its newest whole checkpoint; fine-tuned: its ``model``
+    folder), a checkpoint, or a folder in Hugging Face layout. EvenstepError when it is none of these."""
+    if not path.is_dir():
+        raise EvenstepError(
+            f"model.path: there is no directory {path}; give a run, a checkpoint, or a folder that transformers opens"
+        )
+    folder, found = path, "transformers"
+    if (path / "config.toml").is_file():
+        tables = read_toml(path / "config.toml")
+        if isinstance(tables.get("tune"), dict):
+            folder, found = path / "model", str(tables.get("model", {}).get("library"))
+            if not folder.is_dir():
+                raise EvenstepError(f"{path} is a fine-tuning run that has not ended; finish it with --resume {path}")
+        else:
+            folder, found = newest_checkpoint(path, say), "evenstep"
+    elif (path / MANIFEST).is_file():
+        found = "evenstep"
+    if not (folder / "config.json").is_file():
+        raise EvenstepError(f"model.path: {folder} has no config.json; give a run, or a folder that transformers opens")
+    if _model_type(folder) == "evenstep_llama":
+        found = "evenstep"
+    return Source(folder, found if library == "auto" else library)
+
+
+def _model_type(folder: Path) -> Any:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise EvenstepError(f"{folder / 'config.json'} cannot be read; it must be a JSON object") from None
+
+
+def open_model(config: FineTuneConfig, source: Source, labels: Sequence[str], say: Say) -> Any:
+    """The model on the CPU, every weight that is to be trained with ``requires_grad``; a classifier's new last layer is
+    drawn from ``config.seed``."""
+    torch.manual_seed(config.seed)
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    if source.library == "evenstep":
+        model: Any = _ours(config, source, labels).to(dtype)
+    else:
+        model = _hub(config, source, labels, dtype, say)
+    if config.tune.adapter == "lora":
+        add_lora(model, config, labels)
+    return model
+
+
+def _ours(config: FineTuneConfig, source: Source, labels: Sequence[str]) -> Any:
+    if labels:
+        raise EvenstepError(
+            f"{source.folder} is a model of ours, which writes text; put texts into classes with a transformers "
+            "classifier, or write the label as an answer (prompt, response)"
+        )
+    model = load_model(source.folder)
+    if config.train.seq_len > model.config.max_seq_len:
+        raise EvenstepError(
+            f"train.seq_len {config.train.seq_len} is longer than the {model.config.max_seq_len} positions of the "
+            f"model of {source.folder}; give at most that"
+        )
+    model.activation_checkpointing = config.train.activation_checkpointing
+    return model
+
+
+def _hub(config: FineTuneConfig, source: Source, labels: Sequence[str], dtype: torch.dtype, say: Say) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise EvenstepError(
+            f"{source.folder} needs the package transformers; pip install 'evenstep[finetune]'"
+        ) from None
+    if config.train.compile:
+        raise EvenstepError("train.compile is for models of ours; leave it out for one of transformers")
+    if isinstance(config.train.loss_chunk, int) and config.train.loss_chunk:
+        raise EvenstepError("train.loss_chunk is for models of ours; leave it out for one of transformers")
+    kind: Any = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
+    options: dict[str, Any] = {"local_files_only": True, "dtype": dtype}
+    if labels:
+        names = dict(enumerate(labels))
+        options |= {"num_labels": len(labels), "id2label": names, "label2id": {n: i for i, n in names.items()}}
+        options["ignore_mismatched_sizes"] = True
+    with _silent():
+        try:
+            net, report = kind.from_pretrained(source.folder, output_loading_info=True, **options)
+        except Exception as problem:  # whatever its parsers raise
+            first = next(iter(str(problem).splitlines()), type(problem).__name__)
+            raise EvenstepError(f"transformers cannot open {source.folder}: {first}") from None
+    if report["missing_keys"]:
+        new = sorted(report["missing_keys"])
+        if not labels:
+            raise EvenstepError(f"{source.folder} lacks {new[0]} of a {type(net).__name__}; it is another model")
+        say(f"new weights, drawn from seed {config.seed}: {', '.join(new)}")
+    longest = getattr(net.config.get_text_config(), "max_position_embeddings", None)
+    if longest and config.train.seq_len > longest:
+        raise EvenstepError(
+            f"train.seq_len {config.train.seq_len} is longer than the {longest} positions of {source.folder}; "
+            "give at most that"
+        )
+    if config.train.activation_checkpointing:
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+    return HubClassifier(net) if labels else HubCausal(net)
+
+
+@contextmanager
+def _silent() -> Any:
+    """Around transformers' own words on loading: what matters of them is said in one line."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def add_lora(model: Any, config: FineTuneConfig, labels: Sequence[str]) -> None:
+    """Put peft's adapters into the linear layers, in place: they alone are trained then, and a classifier's last
+    layer. ``model.adapted`` is peft's model around it, outside of the module tree."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise EvenstepError("tune.adapter lora needs the package peft; pip install 'evenstep[finetune]'") from None
+    net = getattr(model, "net", model)
+    tune = config.tune
+    names = linear_names(net) if tune.targets == "all-linear" else [name.strip() for name in tune.targets.split(",")]
+    kind = None if net is model else ("SEQ_CLS" if labels else "CAUSAL_LM")
+    options: dict[str, Any] = {"r": tune.rank, "lora_alpha": tune.alpha, "lora_dropout": tune.dropout}
+    lora = LoraConfig(**options, target_modules=names, task_type=kind)
+    try:
+        adapted = get_peft_model(net, lora)
+    except ValueError as problem:
+        first = next(iter(str(problem).splitlines()), "")
+        raise EvenstepError(f"tune.targets {tune.targets}: {first}") from None
+    object.__setattr__(model, "adapted", adapted)
+
+
+def linear_names(net: nn.Module) -> list[str]:
+    """The last names of the linear layers, the model's own last layer left out."""
+    linear = [path for path, module in net.named_modules() if isinstance(module, nn.Linear) or _transposed(module)]
+    return sorted({path.rsplit(".", 1)[-1] for path in linear} - set(HEADS))
+
+
+def _transposed(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"  # GPT-2's

@@ -1,0 +1,141 @@
+"""From a configuration to rows: what is trained on, what is validated on, and what was left out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evenstep.errors import EvenstepError, nearest
+from evenstep.finetune.config import FineTuneConfig
+from evenstep.finetune.examples import Example, read_examples
+from evenstep.finetune.rows import Document, Row, pack
+from evenstep.finetune.text import Encoder, Text, read_template
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ValSet:
+    """Examples under one name, all of which are scored, and their rows, one document each and cut where it is too
+    long, for the loss."""
+
+    name: str
+    examples: list[Example]
+    rows: list[Row]
+
+
+class Task:
+    """What `evenstep.data.TokenData` is to pretraining. ``labels`` are the classes, none for a model that writes."""
+
+    def __init__(self, config: FineTuneConfig, text: Text, train: list[Example], val: dict[str, list[Example]]) -> None:
+        self.config, self.tokenizer = config, text
+        self.encoder = Encoder(text, read_template(config.data.template))
+        self.labels = sorted({str(e.label) for e in train}) if train[0].label is not None else []
+        self.dropped: dict[str, int] = {}
+        self.train_documents = self._documents(train, config.data.file)
+        if not self.train_documents:
+            raise EvenstepError(
+                f"none of the {len(train)} examples of {config.data.file} fits into train.seq_len "
+                f"{config.train.seq_len} tokens; give a longer one, or --data.too_long cut"
+            )
+        self.sets = [
+            ValSet(name, examples, [(document,) for document in self._documents(examples, None)])
+            for name, examples in val.items()
+        ]
+        self.train: list[Row] = [(document,) for document in self.train_documents]
+
+    @property
+    def val(self) -> list[Row]:
+        return [row for one in self.sets for row in one.rows]
+
+    def pack(self) -> None:
+        """Put the documents of training into as few rows as hold them."""
+        self.train = pack(self.train_documents, self.config.train.seq_len)
+
+    def _documents(self, examples: list[Example], name: str | None) -> list[Document]:
+        """Of the examples that fit, or of all, cut (``name`` None); those left out are counted."""
+        cut = name is None or self.config.data.too_long == "cut"
+        make = self.classified if self.labels else self._written
+        made = [make(example, cut) for example in examples]
+        found = [document for document in made if document is not None]
+        if name is not None and len(found) < len(made):
+            self.dropped[name] = len(made) - len(found)
+        return found
+
+    def _written(self, example: Example, cut: bool) -> Document | None:
+        document, length = Document.of(*self.encoder.encode(example)), self.config.train.seq_len
+        if len(document) > length:
+            if not cut:
+                return None
+            document = Document(document.inputs[:length], document.targets[:length])
+        return document if document.counted else None
+
+    def classified(self, example: Example, cut: bool) -> Document | None:
+        """The row of a text and its class; None of one that is too long and may not be cut."""
+        if example.label not in self.labels:
+            hint = nearest(str(example.label), self.labels)
+            raise EvenstepError(f"{example.where}: label {example.label!r} is not in {self.config.data.file}{hint}")
+        length = self.config.train.seq_len
+        ids = self.tokenizer.whole(example.prompt, length + 1)
+        if len(ids) > length:
+            if not cut:
+                return None
+            ids = self.tokenizer.whole(example.prompt, length)
+        return Document(np.array(ids, np.int32), np.array(self.labels.index(str(example.label)), np.int32))
+
+    def identity(self) -> str:
+        """A hash of every document: another for other examples, another template or another way to pack."""
+        digest = hashlib.sha256(repr(self.labels).encode())
+        for row in self.train:
+            for document in row:
+                digest.update(document.inputs.tobytes() + document.targets.tobytes())
+            digest.update(b"row")
+        return digest.hexdigest()
+
+    def told(self) -> list[str]:
+        """What is to be known of it before training starts."""
+        rows, documents = len(self.train), len(self.train_documents)
+        packed = f" in {rows:,} rows" if rows != documents else ""
+        lines = [f"{documents:,} examples{packed}, {sum(len(one.rows) for one in self.sets):,} for validation"]
+        for name, count in self.dropped.items():
+            lines.append(
+                f"left out: {count:,} examples of {name} with more than {self.config.train.seq_len} tokens "
+                "(train.seq_len; --data.too_long cut keeps their beginning)"
+            )
+        return lines
+
+
+def open_examples(config: FineTuneConfig) -> tuple[list[Example], dict[str, list[Example]]]:
+    """The examples to train on, and those to validate on by the name of their file (or ``held out``)."""
+    data = config.data
+    train = read_examples(Path(data.file), data.format, data.max_rows)
+    if config.eval.data:
+        names = [name.strip() for name in config.eval.data.split(",") if name.strip()]
+        val = {name: read_examples(Path(name)) for name in names}
+    else:
+        order = np.random.default_rng(0).permutation(len(train))  # the same for every seed of the training
+        held = set(order[: int(data.val_fraction * len(train))].tolist())
+        val = {"held out": [train[i] for i in sorted(held)]} if held else {}
+        train = [example for i, example in enumerate(train) if i not in held]
+    kinds = {example.label is None for examples in (train, *val.values()) for example in examples}
+    if len(kinds) > 1:
+        raise EvenstepError("data.file and eval.data: some examples have a label and some an answer; give one kind")
+    wanted = config.model.kind
+    if wanted != "auto" and (wanted == "classifier") != (train[0].label is not None):
+        needs = "text and label" if wanted == "classifier" else "an answer"
+        raise EvenstepError(f"model.kind {wanted} needs examples with {needs}; {data.file} has others")
+    return train, val
+
+
+def summary_of(task: Task) -> dict[str, Any]:
+    return {
+        "examples": len(task.train_documents),
+        "rows": len(task.train),
+        "left_out": sum(task.dropped.values()),
+        "classes": task.labels or None,
+    }

@@ -1,0 +1,218 @@
+"""Examples as tokens: the tokenizer of either library behind one face, the templates, and what of it is learned.
+
+The plain templates, used where a tokenizer has none of its own (for chats) and for every instruction:
+
+    ### Instruction:        ### System:
+    ...                     ...
+
+    ### Input:              ### User:
+    ...                     ...
+
+    ### Response:           ### Assistant:
+    the answer              the answer
+
+with the input left out where it is empty, and the end-of-text token after each answer. A document starts as it did in
+pretraining: after an end-of-text token for models of ours, after the tokenizer's own first token for others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evenstep.data import Tokenizer, load_tokenizer
+from evenstep.errors import EvenstepError
+from evenstep.finetune.examples import Example
+
+Part = tuple[str, bool]
+"""A text, and whether it is learned."""
+
+
+class Text(ABC):
+    """A tokenizer. ``start`` is what a document begins with, ``ends`` are the tokens that end an answer."""
+
+    start: list[int]
+    ends: set[int]
+    eos_id: int
+    vocab_size: int
+    fingerprint: str
+
+    @abstractmethod
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """The tokens of ``text``, none added; ``special``: what is written like a special token is one."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+    @abstractmethod
+    def save(self, directory: str | Path) -> Any: ...
+
+    def chat(self, example: Example) -> list[Part] | None:
+        """The parts of a chat by the tokenizer's own template, None where it has none."""
+        return None
+
+    def whole(self, text: str, most: int) -> list[int]:
+        """The tokens of a text that is classified, at most so many, with those that the model wants around it."""
+        return (self.start + self.encode(text))[:most]
+
+
+class OurText(Text):
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.start, self.ends, self.eos_id = [tokenizer.eos_id], {tokenizer.eos_id}, tokenizer.eos_id
+        self.vocab_size, self.fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def save(self, directory: str | Path) -> Any:
+        return self.tokenizer.save(directory)
+
+
+class HubText(Text):
+    """A tokenizer of transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as problem:  # whatever its parsers raise
+            first = next(iter(str(problem).splitlines()), type(problem).__name__)
+            raise EvenstepError(f"transformers finds no tokenizer in {folder}: {first}") from None
+        tokenizer = self.tokenizer
+        eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        if eos is None:
+            raise EvenstepError(f"the tokenizer in {folder} has no end-of-text token; set its eos_token")
+        first = tokenizer("a")["input_ids"][:1]
+        self.start = first if first == [tokenizer.bos_token_id] else []
+        self.eos_id, self.ends, self.vocab_size = eos, {eos}, len(tokenizer)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        told = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+        self.fingerprint = hashlib.sha256(f"{told}\0{tokenizer.chat_template}\0{eos}".encode()).hexdigest()
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def save(self, directory: str | Path) -> Any:
+        return self.tokenizer.save_pretrained(directory)
+
+    def chat(self, example: Example) -> list[Part] | None:
+        if not self.tokenizer.chat_template:
+            return None
+        turns = [{"role": role, "content": content} for role, content in example.messages]
+        parts, done = [], ""
+        for i, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            before, after = self._rendered(turns[:i], example, ask=True), self._rendered(turns[: i + 1], example)
+            if not before.startswith(done) or not after.startswith(before):
+                break  # it rewrites earlier turns
+            parts += [(before[len(done) :], False), (after[len(before) :], True)]
+            done = after
+        else:
+            return parts
+        before, after = self._rendered(turns[:-1], example, ask=True), self._rendered(turns, example)
+        if not after.startswith(before):
+            raise EvenstepError(f"{example.where}: the tokenizer's chat template hides where the last answer begins")
+        return [(before, False), (after[len(before) :], True)]
+
+    def _rendered(self, turns: list[dict[str, str]], example: Example, ask: bool = False) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
+        except Exception as problem:  # jinja's own
+            first = next(iter(str(problem).splitlines()), type(problem).__name__)
+            raise EvenstepError(f"{example.where}: the tokenizer's chat template refuses it: {first}") from None
+
+    def whole(self, text: str, most: int) -> list[int]:
+        found = self.tokenizer(text, truncation=True, max_length=most, split_special_tokens=True)
+        return list(found["input_ids"])
+
+
+def load_text(folder: Path, library: str) -> Text:
+    return OurText(load_tokenizer(folder)) if library == "evenstep" else HubText(folder)
+
+
+def read_template(path: str | None) -> str | None:
+    """The text of ``data.template``. EvenstepError when it cannot be read, or has no place for the instruction."""
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise EvenstepError(f"data.template: {path} cannot be read ({problem})") from None
+    if "{instruction}" not in text:
+        raise EvenstepError(f"data.template: {path} has no {{instruction}}; write where it goes, and {{input}}")
+    return text
+
+
+class Encoder:
+    """Examples to tokens, by one tokenizer and template."""
+
+    def __init__(self, text: Text, template: str | None = None) -> None:
+        self.text, self.template = text, template
+
+    def parts(self, example: Example) -> tuple[list[Part], bool]:
+        """The texts of an example, and whether their special tokens are already written out."""
+        if example.messages:
+            own = self.text.chat(example)
+            return (own, True) if own is not None else (_plain_chat(example), False)
+        prompt = example.prompt if example.instruction is None else self._instruction(example)
+        return [(prompt, False), (example.answer, True)], False
+
+    def _instruction(self, example: Example) -> str:
+        instruction = str(example.instruction)
+        if self.template is not None:
+            return self.template.replace("{instruction}", instruction).replace("{input}", example.input)
+        given = f"### Input:\n{example.input}\n\n" if example.input.strip() else ""
+        return f"### Instruction:\n{instruction}\n\n{given}### Response:\n"
+
+    def encode(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
+        """Its tokens int32 [n] and which of them are learned, bool [n]."""
+        parts, special = self.parts(example)
+        ids = [] if special else list(self.text.start)
+        learned = [False] * len(ids)
+        for part, learn in parts:
+            tokens = self.text.encode(part, special=special)
+            if learn and not special:
+                tokens = [*tokens, self.text.eos_id]
+            ids += tokens
+            learned += [learn] * len(tokens)
+        return np.array(ids, np.int32), np.array(learned, bool)
+
+    def prompt(self, example: Example) -> list[int]:
+        """The tokens that an answer is generated from: all before the last answer."""
+        parts, special = self.parts(example)
+        ids = [] if special else list(self.text.start)
+        for part, learn in parts[:-1]:
+            ids += self.text.encode(part, special=special)
+            if learn and not special:
+                ids.append(self.text.eos_id)
+        return ids
+
+    def option(self, option: str) -> list[int]:
+        """The tokens of a text that may stand in an answer's place."""
+        return self.text.encode(option)
+
+
+def _plain_chat(example: Example) -> list[Part]:
+    parts: list[Part] = []
+    before = ""
+    for role, content in example.messages:
+        if role == "assistant":
+            parts += [(f"{before}### Assistant:\n", False), (content, True)]
+            before = ""
+        else:
+            before += f"### {role.capitalize()}:\n{content}\n\n"
+    return parts

@@ -1,0 +1,146 @@
+"""Examples to rows: what is read, refused, learned, packed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from evenstep.errors import EvenstepError
+from evenstep.finetune.examples import read_examples
+from evenstep.finetune.rows import IGNORED, Document, RowLoader, batches, collate, pack
+from evenstep.models import Llama, LlamaConfig
+
+SHAPE = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, max_seq_len=64)
+
+
+def documents(lengths, seed=0):
+    draw = np.random.default_rng(seed)
+    return [
+        Document.of(draw.integers(0, 64, n + 1).astype(np.int32), np.arange(n + 1) > n // 2) for n in lengths
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_packed_logits_equal_those_of_each_document_alone(norm):
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(**{**SHAPE.__dict__, "norm": norm}))
+    docs = documents([9, 5, 7, 12, 3])
+    rows = pack(docs, 16)
+    assert len(rows) == 3 and max(map(len, rows)) > 1
+    inputs, _ = collate(rows)
+    with torch.no_grad():
+        packed = model(inputs[:, 0], inputs[:, 1])
+        for i, row in enumerate(rows):
+            start = 0
+            for document in row:
+                alone = model(torch.from_numpy(document.inputs.astype(np.int64))[None])[0]
+                torch.testing.assert_close(packed[i, start : start + len(document)], alone, atol=2e-5, rtol=1e-4)
+                start += len(document)
+
+
+def test_packed_gradients_equal_unpacked_ones():
+    docs = documents([9, 5, 7])
+    found = []
+    for rows in (pack(docs, 32), [(document,) for document in docs]):
+        torch.manual_seed(0)
+        model = Llama(SHAPE)
+        inputs, targets = collate(rows)
+        model.loss(inputs[:, 0], targets, positions=inputs[:, 1]).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
+
+
+def test_positions_restart_and_padding_is_minus_one():
+    inputs, targets = collate([tuple(documents([3, 2])), tuple(documents([4]))])
+    assert inputs[0, 1].tolist() == [0, 1, 2, 0, 1] and inputs[1, 1].tolist() == [0, 1, 2, 3, -1]
+    assert targets[1, -1] == IGNORED
+
+
+def test_only_the_answer_is_learned():
+    document = Document.of(np.array([1, 2, 3, 4, 5], np.int32), np.array([False, False, False, True, True]))
+    assert document.inputs.tolist() == [1, 2, 3, 4] and document.targets.tolist() == [IGNORED, IGNORED, 4, 5]
+
+
+def test_packing_loses_nothing_and_fits():
+    docs = documents(np.random.default_rng(1).integers(1, 40, 200).tolist())
+    rows = pack(docs, 40)
+    assert sorted(len(d) for row in rows for d in row) == sorted(map(len, docs))
+    assert all(sum(map(len, row)) <= 40 for row in rows)
+    assert len(rows) <= 1.1 * sum(map(len, docs)) / 40 + 1
+
+
+def test_an_epoch_serves_every_row_once_and_seeks():
+    rows = [(document,) for document in documents(range(2, 12))]
+    loader = RowLoader(rows, 2, seed=3)
+    seen = [loader.next_batch()[0] for _ in range(5)]
+    lengths = sorted(int((part[:, 1] >= 0).sum()) for x in seen for part in x.split(1))
+    assert lengths == list(range(2, 12))
+    again = RowLoader(rows, 2, seed=3)
+    again.position = 4
+    assert torch.equal(again.next_batch()[0], seen[2])
+    assert len(list(batches(rows, 4))) == 3
+
+
+GOOD = {
+    "instruction": "Is it? Answer format: true/false",
+    "input": "",
+    "output": "the answer is true",
+    "answer": "true",
+}
+BAD = {
+    "output missing": ({"instruction": "x"}, "line 2: 'output' is missing"),
+    "an empty answer": ({"instruction": "x", "output": " "}, "line 2: 'output' is empty"),
+    "a wrong choice": ({**GOOD, "answer": "maybe"}, "line 2: 'answer' is 'maybe'"),
+    "no object": ([1], "line 2: expected a JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_lines_are_refused_by_their_number(name, tmp_path):
+    bad, message = BAD[name]
+    (tmp_path / "x.jsonl").write_text(f"{json.dumps(GOOD)}\n{json.dumps(bad)}\n")
+    with pytest.raises(EvenstepError, match=message) as raised:
+        read_examples(tmp_path / "x.jsonl")
+    assert "\n" not in str(raised.value)
+
+
+def test_unknown_formats_and_files_are_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"colour": "red"}\n')
+    with pytest.raises(EvenstepError, match="line 1: unknown format, its fields are colour"):
+        read_examples(tmp_path / "x.jsonl")
+    (tmp_path / "x.jsonl").write_text("{\n")
+    with pytest.raises(EvenstepError, match="line 1: no JSON"):
+        read_examples(tmp_path / "x.jsonl")
+    with pytest.raises(EvenstepError, match="there is no"):
+        read_examples(tmp_path / "y.jsonl")
+
+
+def test_commonsense_names_its_choices(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps([GOOD]))
+    (example,) = read_examples(tmp_path / "x.json")
+    assert example.names == ("true", "false") and example.correct == 0
+    assert example.options == ("the answer is true", "the answer is false")
+
+
+ARC = {"text": ["a", "b"], "label": ["A", "B"]}
+TASKS = {
+    "BoolQ": ({"question": "is it", "passage": "P", "answer": True}, 2, " yes"),
+    "PIQA": ({"goal": "G", "sol1": "a", "sol2": "b", "label": 1}, 2, " b"),
+    "SIQA": ({"context": "C", "question": "Q", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"}, 3, " c"),
+    "HellaSwag": ({"ctx": "C", "endings": ["a", "b", "c", "d"], "label": "2"}, 4, " c"),
+    "WinoGrande": ({"sentence": "A or B, _ ran.", "option1": "A", "option2": "B", "answer": "2"}, 2, " B ran."),
+    "ARC": ({"question": "Q", "choices": ARC, "answerKey": "B"}, 2, " b"),
+    "ARC of its authors": (
+        {"question": {"stem": "Q", "choices": [{"text": "a", "label": "A"}]}, "answerKey": "A"}, 1, " a",
+    ),
+    "OpenBookQA": ({"question_stem": "Q", "choices": ARC, "answerKey": "A"}, 2, " a"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_commonsense_tasks_as_published(task, tmp_path):
+    item, options, right = TASKS[task]
+    (tmp_path / "x.jsonl").write_text(json.dumps(item))
+    (example,) = read_examples(tmp_path / "x.jsonl")
+    assert len(example.options) == options and example.options[example.correct] == right == example.answer

@@ -1,0 +1,170 @@
+"""Fine-tuning runs, on small models that are made here."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from evenstep.cli import main
+from evenstep.data.tokenizer import train_bpe
+from evenstep.errors import EvenstepError
+from evenstep.finetune.config import FineTuneConfig
+from evenstep.finetune.run import Tuning
+from evenstep.models import load_pretrained
+from evenstep.train.config_io import build
+from evenstep.train.metrics import read_metrics
+
+WORDS = ["abc", "bcd", "cde", "def", "ace", "bdf"]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A LLaMA in a folder that transformers opens, with a tokenizer of bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("hub")
+    train_bpe(iter(["a"]), 257).save(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=64, **shape)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rows = [{"prompt": f"{word}:", "response": word[::-1]} for word in WORDS * 8]
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(model, data, out, **more):
+    tables = {
+        "model": {"path": str(model), "library": more.pop("library", "evenstep")},
+        "data": {"file": str(data), "val_fraction": 0.1},
+        "train": {"steps": more.pop("steps", 4), "batch_size": 2, "seq_len": 32},
+        "eval": {"every": 0, "max_new_tokens": 4, "max_rows": 3},
+        "schedule": {"name": "constant"},
+        "log": {"curve": False, "every": 1},
+        "out": str(out),
+    }
+    for key, value in more.items():
+        tables[key] = {**tables.get(key, {}), **value}
+    return build(tables, FineTuneConfig)
+
+
+def fit(*args, **more):
+    run = Tuning(config(*args, **more), say=lambda _: None)
+    return run, run.fit()
+
+
+@pytest.mark.parametrize("library", ["evenstep", "transformers"])
+def test_a_run_learns_its_answers_and_leaves_a_model(library, hub, data, tmp_path):
+    rate = {"optim": {"lr": 1e-2, "name": "adam"}, "steps": 120, "library": library}
+    run, summary = fit(hub, data, tmp_path / "run", **rate)
+    losses = [record["loss"] for record in read_metrics(run.out / "metrics.jsonl") if "loss" in record]
+    assert losses[-1] < 0.3 < losses[0] and summary["score"] == 1.0 and summary["score_kind"] == "exact"
+    assert load_pretrained(run.out / "model").num_parameters() == summary["parameters"]
+    assert len(run.task.train) < len(run.task.train_documents)  # packed
+
+
+def test_both_libraries_have_the_same_loss_of_packed_rows(hub, data, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from evenstep.finetune.hub import HubCausal
+    from evenstep.finetune.rows import collate
+
+    run = Tuning(config(hub, data, tmp_path / "run"), say=lambda _: None)
+    inputs, targets = collate(run.task.train[:3])
+    theirs = HubCausal(AutoModelForCausalLM.from_pretrained(hub))
+    losses = [m.loss(inputs[:, 0], targets, positions=inputs[:, 1]).item() for m in (run.model, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_micro_batches_and_whole_batches_take_the_same_step(hub, data, tmp_path):
+    losses = []
+    for size in (1, 2):
+        more = {"train": {"steps": 3, "batch_size": 2, "seq_len": 32, "micro_batch_size": size}}
+        run, _ = fit(hub, data, tmp_path / str(size), eval={"score": "none"}, **more)
+        losses.append([record["loss"] for record in read_metrics(run.out / "metrics.jsonl") if "loss" in record])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_resume_is_bitwise_exact(adapter, hub, data, tmp_path):
+    more = {"tune": {"adapter": adapter, "rank": 2}, "eval": {"score": "none"}}
+    whole, _ = fit(hub, data, tmp_path / "whole", **more)
+    half = Tuning(config(hub, data, tmp_path / "half", **more), say=lambda _: None)
+    half.step(), half.step()
+    half.save()
+    half.saver.close()
+    half.metrics.close()
+    again = Tuning.resume(tmp_path / "half", say=lambda _: None)
+    assert again.step_number == 2
+    again.fit()
+    for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_lora_trains_its_adapters_alone_and_merges(hub, data, tmp_path):
+    more = {"tune": {"adapter": "lora", "rank": 2}, "optim": {"name": "adam", "lr": 1e-2}, "eval": {"score": "none"}}
+    before = load_pretrained(hub)
+    run, summary = fit(hub, data, tmp_path / "run", **more)
+    assert summary["trained_parameters"] < summary["parameters"] / 4
+    assert summary["state_bytes"] < 9 * summary["trained_parameters"]
+    after = load_pretrained(run.out / "model")
+    changed = {n for n, p in after.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    assert changed and all("proj" in name for name in changed)
+    assert (run.out / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_sparse_spam_keeps_little_state(hub, data, tmp_path):
+    size = {}
+    for density in (1.0, 0.0025):
+        more = {"optim": {"name": "spam", "density": density}, "eval": {"score": "none"}, "steps": 2}
+        size[density] = fit(hub, data, tmp_path / str(density), **more)[1]["state_bytes"]
+    assert size[0.0025] < size[1.0] / 10
+
+
+def test_a_model_that_mixes_packed_examples_is_found_out(hub):
+    from transformers import AutoModelForCausalLM
+
+    from evenstep.finetune.hub import HubCausal, keeps_documents_apart
+
+    class Deaf(HubCausal):
+        """Ignores what keeps documents apart."""
+
+        def forward(self, tokens, positions=None):
+            return super().forward(tokens)
+
+    net = AutoModelForCausalLM.from_pretrained(hub)
+    assert keeps_documents_apart(HubCausal(net)) and not keeps_documents_apart(Deaf(net))
+
+
+def test_choices_are_scored_by_likelihood(hub, tmp_path):
+    rows = [{"goal": "g", "sol1": "aaaa", "sol2": "bb", "label": i % 2} for i in range(12)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, summary = fit(hub, tmp_path / "x.jsonl", tmp_path / "run", steps=2)
+    assert summary["score_kind"] == "choice" and 0 <= summary["score"] <= 1
+
+
+def test_too_long_examples_are_counted_and_said(hub, tmp_path):
+    rows = [{"prompt": "abc:", "response": "x"}] * 8 + [{"prompt": "abc:", "response": "x" * 99}] * 3
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = []
+    settings = config(hub, tmp_path / "x.jsonl", tmp_path / "run")
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, val_fraction=0.0, pack="no"))
+    run = Tuning(settings, say=told.append)
+    assert len(run.task.train) == 8 and any("left out: 3 examples" in line for line in told)
+
+
+def test_a_pretrained_run_is_named_as_it_is(hub, tmp_path, capsys):
+    with pytest.raises(EvenstepError, match="no directory"):
+        Tuning(config(tmp_path / "gone", hub, tmp_path / "r"), say=lambda _: None)
+    assert main(["finetune", str(hub)]) == 2 and "give --data FILE.jsonl" in capsys.readouterr().err
+    assert main(["finetune", str(hub), "--data", "x.jsonl", "--mode", "half"]) == 2
+    assert main(["finetune", str(hub), "--data", "x.jsonl", "--train.step", "3"]) == 2
+    assert "train.steps" in capsys.readouterr().err
+    assert main(["finetune", "recipes/finetune-llama2-7b-commonsense.toml", "--print-config"]) == 0
+    assert "density = 0.0025" in capsys.readouterr().out
