@@ -1,7 +1,7 @@
 """APOLLO and APOLLO-Mini (arXiv:2412.05270): Adam's moments of a random projection of the gradient tell how much each
 channel (or the whole matrix) is to be scaled; the step itself is the full gradient, scaled.
 
-What the paper leaves open is as in the published code: bias correction multiplies the step after its growth was limited,
+What the paper leaves open is as in the published code: bias correction multiplies the step once its growth is limited,
 ``eps`` is added before bias correction, and a square matrix has one factor for each row.
 
 pytorch_optimizer 4.1's APOLLO (``peer_apollo`` in the catalog) scales the projected gradient and projects it back, so
