@@ -17,7 +17,7 @@ from evenstep.train.checkpoint import find_fault, list_checkpoints, read_manifes
 SIZE = 2
 OPTIONS = {
     "parallel__mode": "fsdp",
-    "parallel__timeout": "5",
+    "parallel__timeout": "60",  # longer than a busy machine may pause
     "optim__name": "stable_spam",
     "optim__reset_interval": "7",
     "train__batch_size": "4",
@@ -98,7 +98,7 @@ def terminate(corpus: Path, out: Path, draw: random.Random, **more: str) -> int:
         running.wait_for(lambda: running.steps() > newest(out))
         ahead(running, draw)
         running.process.send_signal(signal.SIGTERM)
-        running.end(60)
+        running.end()
         done, said = running.steps(), running.said()
     all_whole(out)
     assert newest(out) == done, f"saved {newest(out)}, done {done}: {said[-2000:]}"
@@ -108,14 +108,14 @@ def terminate(corpus: Path, out: Path, draw: random.Random, **more: str) -> int:
 
 def stand_still(corpus: Path, out: Path, draw: random.Random, **more: str) -> int:
     """A process stops without ending; the others name it and end, so that the job can be started anew."""
-    with job(corpus, out, **more) as running:
+    with job(corpus, out, **{"parallel__timeout": "10", **more}) as running:
         running.wait_for(lambda: running.steps() > newest(out))
         ahead(running, draw)
         rank = draw.randrange(SIZE)
         running.signal(rank, signal.SIGSTOP)
         done = running.steps()
         try:
-            running.wait_for(lambda: "missing: " in running.said(), 60)
+            running.wait_for(lambda: "missing: " in running.said())
         finally:
             running.kill_all()
         said = running.said()

@@ -136,8 +136,8 @@ def test_apollo_mini_has_rank_one_and_one_factor_for_a_tensor():
     before = q.detach().clone()
     stepped("apollo", m)
     ratio = (q.detach() - before) / q.grad
-    assert torch.allclose(ratio.std(dim=0) / ratio.mean().abs(), torch.zeros(64), atol=1e-2)  # one for each column
-    assert ratio.mean(dim=0).std() / ratio.mean().abs() > 1e-2
+    assert torch.allclose(ratio.std(dim=1) / ratio.mean().abs(), torch.zeros(64), atol=1e-2)  # one for each row
+    assert ratio.mean(dim=1).std() / ratio.mean().abs() > 1e-2
 
 
 def test_apollo_keeps_two_moments_of_the_projection_and_nothing_else():
@@ -152,21 +152,47 @@ def test_apollo_is_the_papers_rule():
     w = nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
     optimizer = baseline("apollo").load()([{"params": [w], "rank": 2}], lr=0.1, update_proj_gap=3, eps=1e-8)
     m = v = torch.zeros(2, 6, dtype=torch.float64)
-    before, last = w.detach().clone(), None
+    before, last, limited = w.detach().clone(), None, []
     for t in range(1, 8):
         w.grad = torch.randn(6, 4, dtype=torch.float64) * (10 if t == 5 else 1)
         g = w.grad.T
         group = {**optimizer.param_groups[0], "t": t}
         low = optimizer._projection(g, 2, group, 0) @ g
         m, v = 0.9 * m + 0.1 * low, 0.999 * v + 0.001 * low**2
-        adam = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        adam = m / (v.sqrt() + 1e-8)
         change = g * (adam.norm(dim=0) / low.norm(dim=0))
         if last is not None and change.norm() > 1.01 * last:
             change = change * (1.01 * last / change.norm())
+            limited.append(t)
         last = change.norm()
-        before = before - 0.1 * change.T
+        before = before - 0.1 * (1 - 0.999**t) ** 0.5 / (1 - 0.9**t) * change.T
         optimizer.step()
         assert torch.allclose(w, before, atol=1e-5)
+    assert 5 in limited and len(limited) < 6
+
+
+@pytest.mark.parametrize("kind", ["channel", "tensor"])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+def test_apollo_steps_as_pytorch_optimizers_under_a_projection_that_loses_nothing(shape, kind):
+    """An orthogonal projection to the full rank: scaled before it is projected back or not, the step is one."""
+    galore = pytest.importorskip("pytorch_optimizer.optimizer.utils.galore")
+    torch.manual_seed(0)
+    rank = min(shape)
+    turned = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64))[0]
+    ours, theirs = (nn.Parameter(torch.ones(shape, dtype=torch.float64)) for _ in range(2))
+    optimizer = baseline("apollo").load()([{"params": [ours], "rank": rank}], lr=0.01, scale_type=kind)
+    optimizer._projection = lambda *_: turned
+    options = {"rank": rank, "update_proj_gap": 10**9, "scale": 1.0, "projection_type": "std"}
+    peer = baseline("peer_apollo").load()([{"params": [theirs], **options}], lr=0.01, scale_type=kind)
+    projector = peer.state[theirs]["projector"] = galore.GaLoreProjector(**options)
+    projector.ortho_matrix = turned if shape[0] >= shape[1] else turned.T
+    drift = torch.randn(shape, dtype=torch.float64)
+    for _ in range(60):  # a gradient that keeps its direction, so that the growth of early steps is limited
+        ours.grad = drift + 0.3 * torch.randn(shape, dtype=torch.float64)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        peer.step()
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)  # ours keeps its norm in fp32
 
 
 def test_muon_is_for_hidden_matrices_alone_and_orthogonalises_them():

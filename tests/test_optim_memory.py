@@ -124,15 +124,15 @@ else:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def train_llama(make, steps=300):
+def train_llama(make, seed, steps=300):
     """Mean loss of the last 50 steps on the bytes of Python's own library."""
     text = "".join(inspect.getsource(sys.modules[name]) for name in ("argparse", "inspect", "subprocess", "copy"))
     data = torch.tensor(list(text.encode()))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, max_seq_len=64
     )
-    model, generator, losses = Llama(config), torch.Generator().manual_seed(0), []
+    model, generator, losses = Llama(config), torch.Generator().manual_seed(seed), []
     optimizer = make(model.parameters())
     for _ in range(steps):
         starts = torch.randint(len(data) - 65, (8,), generator=generator)
@@ -155,12 +155,22 @@ def train_llama(make, steps=300):
     ids=["stable_spam", "spam"],
 )
 def test_stored_moments_train_as_well_as_fp32(make):
+    """In the mean over seeds: the loss of one seed moves by up to 1.7 % either way with int8, and by 0.7 % with bf16.
+
+    Measured against fp32 (2 cores, seeds 0 to 7, mean and its standard error): SPAM with int8 -0.28 % +- 0.29 %, with
+    bf16 -0.09 % +- 0.14 %.
+    """
     pytest.importorskip("torchao")
-    losses = {stored: train_llama(lambda ps, s=stored: make(ps, state=s)) for stored in ("fp32", "bf16", "int8")}
-    print(losses)
-    assert losses["fp32"] < 2.6
-    for stored in ("bf16", "int8"):
-        assert losses[stored] < losses["fp32"] * 1.005, losses
+    allowed = {"bf16": 1.005, "int8": 1.01}  # more than two standard errors of a mean over four seeds
+    ratios = {stored: [] for stored in allowed}
+    for seed in range(4):
+        fp32 = train_llama(lambda ps: make(ps, state="fp32"), seed)
+        assert fp32 < 2.6
+        for stored, of_seeds in ratios.items():
+            of_seeds.append(train_llama(lambda ps, s=stored: make(ps, state=s), seed) / fp32)
+    print(ratios)
+    for stored, of_seeds in ratios.items():
+        assert sum(of_seeds) / 4 < allowed[stored], ratios
 
 
 # ---- gradient release ----

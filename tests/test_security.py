@@ -178,7 +178,7 @@ def served(tmp_path):
         server.shutdown()
 
 
-def asked(server, text, timeout=5.0):
+def asked(server, text, timeout=120.0):
     """The answer to a request as it goes over the wire."""
     with socket.create_connection(server.server_address, timeout) as connection:
         # It may answer and close before all was sent: what it answered is still there to be read.
@@ -285,14 +285,14 @@ def test_a_body_is_not_read(served):
 
 def test_a_silent_connection_is_dropped(served, monkeypatch):
     monkeypatch.setattr(served.RequestHandlerClass, "timeout", 0.2)
-    with socket.create_connection(served.server_address, 5) as connection:
+    with socket.create_connection(served.server_address, 120) as connection:
         connection.sendall(b"GET / HT")
         assert connection.recv(100) == b""
 
 
 def test_a_reader_that_leaves_is_no_error(served, capfd):
     for _ in range(3):
-        with socket.create_connection(served.server_address, 5) as connection:
+        with socket.create_connection(served.server_address, 120) as connection:
             connection.setsockopt(
                 socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
             )  # a reset instead of a goodbye

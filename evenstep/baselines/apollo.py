@@ -1,8 +1,13 @@
 """APOLLO and APOLLO-Mini (arXiv:2412.05270): Adam's moments of a random projection of the gradient tell how much each
 channel (or the whole matrix) is to be scaled; the step itself is the full gradient, scaled.
 
-pytorch_optimizer 4.1's APOLLO scales the projected gradient and projects it back, so that its steps are of rank r; it
-is in the catalog as ``peer_apollo``.
+What the paper leaves open is as in the published code: bias correction multiplies the step once its growth is limited,
+``eps`` is added before bias correction, and a square matrix has one factor for each row.
+
+pytorch_optimizer 4.1's APOLLO (``peer_apollo`` in the catalog) scales the projected gradient and projects it back, so
+that its steps are of rank r. Under a projection that loses nothing its trajectory is ours, which a test checks; what
+remains is that it multiplies by ``scale`` to the power of 3/2, draws a new projection at steps 200, 400, ... (here and
+in the paper 201, 401, ...) and applies bias correction to the weight decay too.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from torch.optim import Optimizer
 from evenstep.optim.state import keep_dtypes
 
 GROWTH = 1.01
-"""How much the norm of a matrix's step may grow from one step to the next (paper, section 4.1)."""
+"""How much the norm of a matrix's step, before bias correction, may grow from one step to the next (paper)."""
 
 
 class APOLLO(Optimizer):
@@ -25,7 +30,8 @@ class APOLLO(Optimizer):
 
     Args:
         params: groups with ``rank``; matrices alone where it is above 0.
-        lr, betas, eps, weight_decay: as AdamW's. Defaults 1e-2 (paper), (0.9, 0.999), 1e-6, 0.
+        lr, betas, weight_decay: as AdamW's. Defaults 1e-2 (paper), (0.9, 0.999), 0.
+        eps: added to the root of the second moment before bias correction. Default 1e-6.
         rank: of groups that do not say theirs; 0 for none.
         scale_type: ``"channel"`` (APOLLO: one factor for each entry of the longer side) or ``"tensor"`` (APOLLO-Mini).
         scale: the step is multiplied by its root; 1 for APOLLO, 128 for APOLLO-Mini (paper).
@@ -75,12 +81,14 @@ class APOLLO(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["t"] += 1
+            (beta1, beta2), t = group["betas"], group["t"]
+            rate = group["lr"] * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
             for index, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 change = self._scaled(p, group, index) if group["rank"] else self._adam(p.grad, self.state[p], group)
-                p.add_(change, alpha=-group["lr"])
+                p.add_(change, alpha=-rate)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -89,16 +97,16 @@ class APOLLO(Optimizer):
         keep_dtypes(self, state_dict)
 
     def _adam(self, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        (beta1, beta2), t = group["betas"], group["t"]
+        """Adam's step without bias correction, which is in the rate."""
+        beta1, beta2 = group["betas"]
         state["exp_avg"].lerp_(g, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        root = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt_().add_(group["eps"])
-        return state["exp_avg"] / (1 - beta1**t) / root
+        return state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"])
 
     def _scaled(self, p: Tensor, group: dict[str, Any], index: int) -> Tensor:
         """The full gradient, each channel scaled as Adam scales its projection."""
         assert p.grad is not None
-        state, wide = self.state[p], p.shape[0] <= p.shape[1]
+        state, wide = self.state[p], p.shape[0] < p.shape[1]
         g = p.grad if wide else p.grad.T  # the longer side last
         low = self._projection(g, state["exp_avg"].shape[0], group, index) @ g
         adam = self._adam(low, state, group)
