@@ -33,8 +33,8 @@ Adam, SPAM, SPAM with moments for 0.25 % of the entries, and Stable-SPAM, in `ev
 fine-tunes LLaMA2-7B on Commonsense170K with density 0.25 %. Models and tasks here are far smaller and the runs far
 shorter, so these show a direction and no more. All are on one CPU core in fp32, with the same cosine schedule (a tenth
 of the steps is warm-up). SPAM's own warm-up is 5 steps, since its 150 are more than a run; resets do not happen in runs
-this short. Each optimizer was tried at three rates with seed 0, and the rate of the least validation loss was repeated
-with two more seeds. That rate was chosen on the examples that the score is of, for all optimizers alike."""
+this short. Each optimizer was tried at three rates with seed 0, and at higher ones while the highest did best; the rate
+of the least validation loss was repeated with two more seeds. That rate was chosen on the examples that the score is of, for all optimizers alike."""
 
 
 def write_page(store: Path, page: Path) -> None:
