@@ -232,13 +232,16 @@ def test_a_signal_asks_every_process_to_save_before_it_waits_for_one(tmp_path, c
         [Plan(load_table(table(tmp_path, corpus), "small"))], Pool(tmp_path / "cells"), 2, 0, lambda text: None
     )
     monkeypatch.setattr(runner, "_watch", lambda: os.kill(os.getpid(), number))
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have it ignored
+    # nohup has SIGHUP ignored, a shell's background SIGINT.
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {each: signal.signal(each, handler) for each, handler in usual.items()}
     try:
         with pytest.raises(Interrupted, match="is saved") as stopped:
             runner.run()
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+        assert {each: signal.getsignal(each) for each in usual} == usual
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     assert stopped.value.signal == number and told == ["ask", "ask", "stop", "stop"]
 
 

@@ -15,7 +15,7 @@ from experiments.rl.__main__ import main, run_recipe
 from experiments.rl.page import main as write
 from experiments.rl.page import results
 from experiments.rl.recipe import Build, load
-from experiments.rl.train import _rate, train
+from experiments.rl.train import Norms, _rate, train
 
 RECIPES = sorted((Path(__file__).parent.parent / "experiments/recipes").glob("rl-*.toml"))
 
@@ -115,6 +115,13 @@ def test_an_agent_that_becomes_nan_is_a_result(tmp_path):
     [run] = run_recipe(load(recipe_of(tmp_path, text)), tmp_path / "s", tmp_path / "o", quiet=True)
     assert run["score"] is None and run["average"] is None and run["steps"] == [0]
     assert "| diverged |" in results(load(recipe_of(tmp_path, text)), [run])
+
+
+def test_norms_that_are_not_finite_are_left_out():
+    norms = Norms()
+    norms.write({"kind": "window", "norms": [None, 2.0], "spike_rate": None})
+    assert norms.summary()["grad_norm"]["max"] == 2.0
+    assert math.isnan(Norms().summary()["grad_norm"]["max"])
 
 
 def test_build_stands_for_an_optimizers_class():

@@ -86,7 +86,7 @@ class FusedNorm(torch.autograd.Function):
 
 @contextmanager
 def kernels_of_a_gpu(monkeypatch):
-    def attention(q, k, v, attn_mask=None, is_causal):
+    def attention(q, k, v, attn_mask=None, is_causal=False):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
 
     with monkeypatch.context() as patch:

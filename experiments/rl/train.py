@@ -71,8 +71,8 @@ class Norms:
 
     def write(self, record: Record) -> None:
         if record.get("kind") == "window":
-            self.norms += [float(norm) for norm in record["norms"]]
-            self.rates.append(record["spike_rate"])
+            self.norms += [float(norm) for norm in record["norms"] if norm is not None]  # JSON has no NaN
+            self.rates += [record["spike_rate"]] if record["spike_rate"] is not None else []
         elif record.get("kind") == "event":
             self.events[record["event"]] = self.events.get(record["event"], 0) + 1
 
@@ -80,7 +80,7 @@ class Norms:
         """Nothing is held."""
 
     def summary(self) -> dict[str, Any]:
-        norms = np.array(self.norms)[np.isfinite(self.norms)]
+        norms = [norm for norm in self.norms if math.isfinite(norm)] or [math.nan]
         found = dict(zip(("median", "p99", "max"), np.quantile(norms, (0.5, 0.99, 1.0)).tolist(), strict=True))
         rate = float(np.mean(self.rates)) if self.rates else math.nan
         return {"grad_norm": {key: round(v, 5) for key, v in found.items()}, "events": self.events, "spike_rate": rate}
