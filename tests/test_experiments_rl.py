@@ -110,7 +110,10 @@ def test_a_line_may_do_without_ppos_clipping(tmp_path):
     assert free["setting"]["ppo"]["max_grad_norm"] == "inf"
 
 
-def test_an_agent_that_becomes_nan_is_a_result(tmp_path):
+@pytest.mark.parametrize("checks", [True, False])
+def test_an_agent_that_becomes_nan_is_a_result(tmp_path, monkeypatch, checks):
+    # Any library of a process may turn these checks off for all.
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", checks)
     text = SMALL.replace("[ppo]", "[ppo]\nmax_grad_norm = inf").replace("timesteps", "lr = 1e38\ntimesteps")
     [run] = run_recipe(load(recipe_of(tmp_path, text)), tmp_path / "s", tmp_path / "o", quiet=True)
     assert run["score"] is None and run["average"] is None and run["steps"] == [0]

@@ -109,7 +109,7 @@ def train(setting: dict[str, Any], directory: Path, say: Callable[[str], None]) 
     diverged = False
     try:
         agent.learn(setting["timesteps"], callback=[telemetry, evaluation])
-    except ValueError:  # torch's distributions refuse NaN
+    except (ValueError, RuntimeError):  # torch's distributions refuse NaN; unchecked, its sampling does
         diverged = not all(torch.isfinite(p).all() for p in agent.policy.parameters())
         if not diverged:
             raise
