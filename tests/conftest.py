@@ -4,9 +4,15 @@ import contextlib
 import importlib
 
 import pytest
+from hypothesis import settings
 from lowbit_support import plain_code
 
 from evenstep.optim.fused import Choice
+
+# The same examples each time: whoever changes something else should not meet a new one. For other examples:
+# pytest --hypothesis-profile=default
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(params=[None, False], ids=["kernels", "plain"])
