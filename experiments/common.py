@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,19 @@ def place(runs: Iterable[Run]) -> str:
     dates = sorted({run["finished"][:10] for run in runs})
     days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     return f"{', '.join(machines)}; commit {', '.join(commits)}; {', '.join(packages)}; {days}"
+
+
+# ---- programs ----
+
+
+def status(work: Callable[[], object]) -> int:
+    """The exit status of a program that does ``work()``: 0, or 2 after an EvenstepError, which is said in a line."""
+    try:
+        work()
+    except EvenstepError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0
 
 
 # ---- numbers ----

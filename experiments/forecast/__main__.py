@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from evenstep.errors import EvenstepError
+from experiments.common import status
 
 STORE = Path("runs/forecast")
 
@@ -17,14 +17,10 @@ STORE = Path("runs/forecast")
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     commands = {"prepare": _prepare, "report": _report}
-    try:
-        return commands[given[0]](given[1:]) if given and given[0] in commands else _run(given)
-    except EvenstepError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    return status(lambda: commands[given[0]](given[1:]) if given and given[0] in commands else _run(given))
 
 
-def _run(given: list[str]) -> int:
+def _run(given: list[str]) -> None:
     from experiments.forecast.grid import run_all
     from experiments.forecast.recipe import load
 
@@ -43,17 +39,16 @@ def _run(given: list[str]) -> int:
         for cell in cells:
             path = options.store / recipe.name / cell.file
             print(f"{'done   ' if path.exists() else 'missing'}  {path}")
-        return 0
+        return
     for count, (cell, run) in enumerate(run_all(recipe, options.store, torch.device(options.device), cells), 1):
         text = "diverged" if run["diverged"] else f"val {run['val_mse']:.4f}"
         if not run["diverged"] and cell.test:
             text += f"  test mse {run['test_mse']:.4f} mae {run['test_mae']:.4f}"
         name = cell.file.removesuffix(".json")
         print(f"{count}/{len(cells)}  {name:<44}  {text}  epoch {run['best_epoch']}  {run['seconds']} s", flush=True)
-    return 0
 
 
-def _prepare(given: list[str]) -> int:
+def _prepare(given: list[str]) -> None:
     from experiments.forecast.prepare import SOURCES, prepare
 
     parser = argparse.ArgumentParser("python -m experiments.forecast prepare")
@@ -65,10 +60,9 @@ def _prepare(given: list[str]) -> int:
     path = options.out or Path("runs/data") / f"{options.source}.csv"
     rows, columns = prepare(options.source, path)
     print(f"{path}: {rows} rows, {columns} columns")
-    return 0
 
 
-def _report(given: list[str]) -> int:
+def _report(given: list[str]) -> None:
     from experiments.forecast.report import write
 
     parser = argparse.ArgumentParser("python -m experiments.forecast report")
@@ -76,7 +70,6 @@ def _report(given: list[str]) -> int:
     parser.add_argument("--page", type=Path, default=Path("docs/results-forecast.md"))
     options = parser.parse_args(given)
     print(write(options.store, options.page))
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def write(store: Path, page: Path) -> Path:
     scored, chosen = [r for r in runs if r["setting"]["test"]], [r for r in runs if not r["setting"]["test"]]
     parts = [_head(store, page, scored or runs)]
     if scored:
-        parts += [_claims(scored), *(_recipe(name, some, page) for name, some in _by_recipe(scored).items())]
+        parts += [_claims(scored), *(_recipe(name, some, page) for name, some in grouped(scored, "recipe").items())]
     parts += [_rates(chosen)] if chosen else []
     parts += [LIMITS]
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -99,11 +99,7 @@ error of their difference; *not confirmed*: by less, or a run diverged; *open*: 
 
 
 def _places(runs: Iterable[Run]) -> dict[tuple[Any, ...], Runs]:
-    found: dict[tuple[Any, ...], Runs] = {}
-    for run in runs:
-        where = run["setting"]
-        found.setdefault((where["recipe"], where["horizon"], where["severity"], where["share"]), []).append(run)
-    return dict(sorted(found.items()))
+    return dict(sorted(grouped(runs, "recipe", "horizon", "severity", "share").items()))
 
 
 def _recipe(name: str, runs: Runs, page: Path) -> str:
@@ -210,13 +206,6 @@ def _curve(run: Run) -> tuple[list[int], list[float]]:
 
 
 # ---- small ----
-
-
-def _by_recipe(runs: Runs) -> dict[str, Runs]:
-    found: dict[str, Runs] = {}
-    for run in runs:
-        found.setdefault(run["setting"]["recipe"], []).append(run)
-    return found
 
 
 def _sorted(runs: Runs, key: str) -> list[Any]:

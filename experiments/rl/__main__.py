@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evenstep.errors import EvenstepError, nearest
-from experiments.common import Run, once
+from experiments.common import Run, once, status
 from experiments.rl.recipe import Recipe, load
 
 STORE = Path("benchmarks/results/rl")
@@ -62,20 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a miniature of each run, with one seed")
     parser.add_argument("--quiet", action="store_true", help="the table alone")
     args = parser.parse_args(arguments)
-    try:
-        recipes = [load(path) for path in args.recipes]
-        for recipe in recipes:
-            small = Path("runs/rl-smoke")
-            store, out = args.store or (small if args.smoke else STORE), args.out or (small if args.smoke else OUT)
-            recipe = recipe.smoke() if args.smoke else recipe
-            runs = run_recipe(recipe, store, out, args.only, args.quiet)
-            from experiments.rl.page import results
+    return status(lambda: _run(args))
 
-            print(results(recipe, runs))
-    except EvenstepError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    return 0
+
+def _run(args: argparse.Namespace) -> None:
+    from experiments.rl.page import results
+
+    small = Path("runs/rl-smoke")
+    store, out = args.store or (small if args.smoke else STORE), args.out or (small if args.smoke else OUT)
+    for recipe in [load(path) for path in args.recipes]:
+        recipe = recipe.smoke() if args.smoke else recipe
+        print(results(recipe, run_recipe(recipe, store, out, args.only, args.quiet)))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from evenstep.errors import EvenstepError
 from evenstep.train.files import replace_text
-from experiments.common import Number, Run, direction, draw_curves, grouped, over_seeds, place, stored, table
+from experiments.common import Number, Run, direction, draw_curves, grouped, over_seeds, place, status, stored, table
 from experiments.rl.recipe import Recipe, load
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -144,13 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("store", nargs="?", type=Path, default=Path("benchmarks/results/rl"))
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args(arguments)
-    try:
-        for path in write_page(args.store, args.page):
-            print(path)
-    except EvenstepError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    return 0
+    return status(lambda: print(*write_page(args.store, args.page), sep="\n"))
 
 
 if __name__ == "__main__":
