@@ -16,7 +16,7 @@ TABLES = sorted((ROOT / "recipes" / "tables").glob("*.toml"))
 ADAM, SPAM = Group("adam", "high", "tiny"), Group("spam", "high", "tiny")
 
 
-@pytest.mark.parametrize("scale", ["small", "paper", "slimpajama", "smoke"])
+@pytest.mark.parametrize("scale", ["small", "gpu", "paper", "slimpajama", "smoke"])
 @pytest.mark.parametrize("path", TABLES, ids=[path.stem for path in TABLES])
 def test_every_table_of_the_papers_is_valid_at_every_scale(path, scale):
     plan = Plan(load_table(path, scale))

@@ -1,0 +1,275 @@
+"""python -m experiments.corpus OUT: a corpus of English prose, manuals and source code from Debian packages.
+
+For runs of hundreds of millions of tokens where no dataset can be downloaded. Packages come from the machine's own
+package mirror (``apt-get download``, no root needed); nothing is installed. Then ``--data.source text:OUT``.
+
+OUT/corpus.jsonl    one document a line: "text", and "source", PACKAGE/FILE
+OUT/manifest.json   packages with their versions, documents and bytes, and the corpus' sha256
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from evenstep.errors import EvenstepError
+from evenstep.train.files import replace_text
+from experiments.common import status
+
+PACKAGES = (
+    *("anarchism", "jargon-text", "debian-handbook", "debian-reference-en", "dict-gcide", "bible-kjv-text"),  # prose
+    *("python3.11-doc", "git-doc", "perl-doc", "postgresql-doc-15", "apache2-doc", "bind9-doc", "vim-doc"),  # manuals
+    *("linux-doc-6.1", "octave-doc", "nodejs-doc", "python-django-doc", "python-sympy-doc", "qtbase5-doc-html"),
+    *("rust-doc", "libboost1.74-doc", "erlang-doc", "cppreference-doc-en-html", "openjdk-17-doc"),
+    *("emacs-el", "sbcl-source"),  # sources
+)
+"""Of Debian 12. The first ones are read first: a small corpus is mostly prose."""
+
+MEGABYTES = 250
+SHORTEST = 400
+"""Characters below which a document is left out."""
+
+REPEATED = 60
+"""Characters from which a paragraph is written but once: licences, navigation and notices stand in every file."""
+
+Document = tuple[str, str]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m experiments.corpus", description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path, help="a directory, made when missing")
+    parser.add_argument("--packages", default=",".join(PACKAGES), help="names with commas between; default %(default)s")
+    parser.add_argument("--megabytes", type=float, default=MEGABYTES, help="of text at most; default %(default)s")
+    parser.add_argument("--debs", type=Path, help="take .deb files from here in place of the mirror")
+    options = parser.parse_args(arguments)
+    return status(lambda: build(options.out, options.packages.split(","), options.megabytes, options.debs))
+
+
+def build(out: Path, packages: list[str], megabytes: float = MEGABYTES, debs: Path | None = None) -> dict[str, Any]:
+    """Write the corpus; the manifest. EvenstepError off Debian, or when no package gave a text.
+
+    Args:
+        out: directory; what it holds from an earlier call is replaced when the new corpus is whole.
+        packages: names, in the order they are read. One that the mirror lacks is told and left out.
+        megabytes: of UTF-8 text at most.
+        debs: directory with .deb files instead of the mirror.
+    """
+    for tool in ("dpkg-deb", *(() if debs else ("apt-get",))):
+        if shutil.which(tool) is None:
+            raise EvenstepError(f"{tool} is not here; packages are unpacked on Debian or a system made from it")
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / "corpus.partial"
+    try:
+        with partial.open("wb") as file:
+            taken = list(_written(file, packages, int(megabytes * 1e6), debs))
+        total = sum(each["bytes"] for each in taken)
+        if not total:
+            raise EvenstepError(f"no text came from {', '.join(packages)}; is the package list there (apt-get update)?")
+        with partial.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        partial.replace(out / "corpus.jsonl")
+    finally:
+        partial.unlink(missing_ok=True)
+    manifest = {"packages": taken, "bytes": total, "sha256": sha256}
+    replace_text(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    print(f"{total / 1e6:.1f} MB in {out / 'corpus.jsonl'}")
+    return manifest
+
+
+def _written(file: BinaryIO, packages: list[str], room: int, debs: Path | None) -> Iterator[dict[str, Any]]:
+    """Write the documents of one package after the other while there is room; what each gave."""
+    seen: set[bytes] = set()
+    for package in packages:
+        documents = size = 0
+        with tempfile.TemporaryDirectory() as place:
+            deb = _deb(package, Path(place), debs) if room > 0 else None
+            if deb is None:
+                continue
+            for name, text in texts(_unpacked(deb, Path(place))):
+                text = _once(text, seen)
+                length = len(text.encode())
+                if len(text) < SHORTEST or length > room:
+                    continue
+                line = json.dumps({"text": text, "source": f"{package}/{name}"}, ensure_ascii=False)
+                file.write(line.encode() + b"\n")
+                documents, size, room = documents + 1, size + length, room - length
+        version = deb.name.split("_")[1].replace("%3a", ":")
+        print(f"{package} {version}: {documents:,} documents, {size / 1e6:.1f} MB", flush=True)
+        yield {"package": package, "version": version, "documents": documents, "bytes": size}
+
+
+# ---- packages ----
+
+
+def _deb(package: str, place: Path, debs: Path | None) -> Path | None:
+    """The package's file; None, and a line that says so, when there is none."""
+    if debs is None:
+        fetched = subprocess.run(
+            ["apt-get", "-qq", "download", package], cwd=place, capture_output=True, text=True, check=False
+        )
+        why = fetched.stderr.strip().splitlines()
+    else:
+        why = [f"no file {package}_*.deb in {debs}"]
+    found = sorted((debs or place).glob(f"{package}_*.deb"))
+    if not found:
+        print(f"{package}: left out, {why[-1] if why else 'not found'}", file=sys.stderr)
+    return found[-1] if found else None
+
+
+def _unpacked(deb: Path, place: Path) -> Path:
+    inside = place / "inside"
+    done = subprocess.run(["dpkg-deb", "-x", str(deb), str(inside)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EvenstepError(f"{deb} cannot be unpacked: {done.stderr.strip()}; remove it and fetch it again")
+    return inside
+
+
+# ---- texts ----
+
+PAGES = (".html", ".htm", ".xhtml")
+PLAIN = (".txt", ".md", ".rst", ".text", ".org", ".adoc", ".pod", ".el", ".lisp", ".py", ".c", ".h", ".dict", ".dz", "")
+LEFT_OUT = ("changelog", "copyright", "genindex", "search", "index-all", "allclasses", "changes", "news", "license")
+"""Beginnings of names: lists, not texts."""
+
+
+def texts(directory: Path) -> Iterator[Document]:
+    """Name and text of every file below, by name; of a text that is there as a page and as its source, the page."""
+    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if _is_wanted(path)}
+    pages = {_stem(path) for path in files.values() if _kind(path) in PAGES}
+    for name, path in sorted(files.items()):
+        kind = _kind(path)
+        if kind not in PAGES and _stem(path) in pages:
+            continue
+        text = _read(path)
+        if text is not None:
+            yield name, page_text(text) if kind in PAGES else text
+
+
+def _is_wanted(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file() or "_sources" in path.parts:
+        return False
+    return not path.name.lower().startswith(LEFT_OUT) and _kind(path) in (*PAGES, *PLAIN)
+
+
+def _stem(path: Path) -> str:
+    return path.name.partition(".")[0]
+
+
+def _kind(path: Path) -> str:
+    """The suffix under a .gz."""
+    return Path(path.stem).suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
+
+
+def _read(path: Path) -> str | None:
+    """None for what is no UTF-8 text."""
+    data = path.read_bytes()
+    try:
+        if data[:2] == b"\x1f\x8b":  # .gz, and dictzip's .dz
+            data = gzip.decompress(data)
+        text = data.decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
+        return None
+    return None if "\0" in text else text.replace("\r\n", "\n")
+
+
+def _once(text: str, seen: set[bytes]) -> str:
+    """Without the paragraphs that were written before."""
+    kept = []
+    for paragraph in text.split("\n\n"):
+        if len(paragraph) >= REPEATED:
+            key = hashlib.blake2b(" ".join(paragraph.split()).encode(), digest_size=8).digest()
+            if key in seen:
+                continue
+            seen.add(key)
+        kept.append(paragraph)
+    return "\n\n".join(kept).strip() + "\n"
+
+
+def page_text(page: str) -> str:
+    """What a page of HTML says, paragraphs apart by an empty line; no scripts, no navigation."""
+    parser = _Page()
+    parser.feed(page)
+    parser.close()
+    return parser.text()
+
+
+class _Page(HTMLParser):
+    SILENT = frozenset(("script", "style", "nav", "head", "footer", "svg", "form", "button"))
+    BLOCKS = frozenset(
+        (
+            "p",
+            "div",
+            "h1",
+            "h2",
+            "h3",
+            "h4",
+            "h5",
+            "h6",
+            "pre",
+            "table",
+            "ul",
+            "ol",
+            "dl",
+            "blockquote",
+            "section",
+            "hr",
+        )
+    )
+    LINES = frozenset(("br", "li", "tr", "dt", "dd"))
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self.silent: list[str] = []
+        self.pre = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in self.SILENT:
+            self.silent.append(tag)
+        self._breaks(tag)
+        self.pre += tag == "pre"
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.silent:  # also what was left open inside it
+            del self.silent[self.silent.index(tag) :]
+        self._breaks(tag)
+        self.pre -= tag == "pre" and self.pre > 0
+
+    def handle_data(self, data: str) -> None:
+        if not self.silent:
+            self.parts.append(data if self.pre else _narrow(data))
+
+    def _breaks(self, tag: str) -> None:
+        if not self.silent and (tag in self.BLOCKS or tag in self.LINES):
+            self.parts.append("\n\n" if tag in self.BLOCKS else "\n")
+
+    def text(self) -> str:
+        lines: list[str] = []
+        for line in "".join(self.parts).split("\n"):
+            line = line.rstrip()
+            if line or (lines and lines[-1]):  # one empty line at most
+                lines.append(line)
+        return "\n".join(lines).strip() + "\n"
+
+
+def _narrow(data: str) -> str:
+    """Runs of white space as one space, also at the ends."""
+    words = " ".join(data.split())
+    if not words:
+        return " " if data else ""
+    return f"{' ' if data[0].isspace() else ''}{words}{' ' if data[-1].isspace() else ''}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
