@@ -12,6 +12,7 @@ from evenstep.cli import main
 from evenstep.compare import report
 from evenstep.compare.cells import DIVERGED, HOPELESS, Outcome
 from evenstep.compare.claims import RULES, SINGLE, judged, noise
+from evenstep.compare.overview import overview
 from evenstep.compare.page import write_page
 from evenstep.compare.plots import draw
 from evenstep.compare.results import document_of, sensitivity, stopped_early
@@ -185,3 +186,21 @@ def test_a_page_of_nothing_or_of_something_else_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(EvenstepError, match=r"x.json: not a result of evenstep compare"):
         write_page(tmp_path, tmp_path / "page.md")
+
+
+def test_the_overview_ranks_the_lines_of_all_tables_at_one_setting(document):
+    other = copy.deepcopy(document) | {"table": "other"}
+    for here in other["lines"]:
+        here["label"] = f"{here['label']} again"
+    spam, adam = copy.deepcopy(other["lines"][1]), copy.deepcopy(other["lines"][0])
+    spam.update(label="better", mean=2.0, spread=0.0, finals=[{**spam["finals"][0], "loss": 2.0}], state_bytes=200)
+    adam.update(label="half", tokens=2000)
+    other["lines"] += [spam, adam]
+    elsewhere = copy.deepcopy(document) | {"table": "elsewhere", "setting": {**document["setting"], "tokens": 9}}
+    text = overview([document, other, elsewhere])
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines() if row.startswith("| ")]
+    assert [row[0] for row in rows[2:]] == ["better", "spam, spam again", "Adam, Adam again"]
+    assert rows[2][1:6] == ["(2.0000)", "-", "0.0000", "0.001", "50%"]
+    assert rows[3][1] == "2.9050" and rows[3][3] == "0.9050" and rows[3][5] == "100%"
+    assert rows[3][-1] == "[mine](#mine), [other](#other)"
+    assert overview([document, elsewhere]) == ""

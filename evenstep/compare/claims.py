@@ -37,7 +37,7 @@ def judged(claim: dict[str, Any], lines: list[Line]) -> dict[str, Any] | None:
     if better is None or than is None:
         return None
     verdict, ours = RULES[claim["rule"]](better, than, claim)
-    seeds = min(len(_losses(line)) or min(1, len(line["sweep"])) for line in (better, than))
+    seeds = min(len(losses_of(line)) or min(1, len(line["sweep"])) for line in (better, than))
     return {**claim, "verdict": verdict, "ours": ours, "seeds": seeds}
 
 
@@ -45,13 +45,14 @@ def _called(lines: list[Line], name: str) -> Line | None:
     return next((line for line in lines if name in (line["name"], f"{line['name']}/{line['size']}")), None)
 
 
-def _losses(line: Line) -> list[float]:
+def losses_of(line: Line) -> list[float]:
+    """Of the seeds that ended well."""
     return [cell["loss"] for cell in line["finals"] if cell["status"] == "finished" and cell["loss"] is not None]
 
 
 def noise(better: Line, than: Line) -> float:
     """In nats, of the difference of the two means."""
-    first, second = _losses(better), _losses(than)
+    first, second = losses_of(better), losses_of(than)
     if min(len(first), len(second)) < 2:
         return SINGLE
     return max(FLOOR, 2 * (variance(first) / len(first) + variance(second) / len(second)) ** 0.5)
@@ -89,7 +90,7 @@ def _level(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:
     if measured is None:
         return _diverged(better, than)
     found, within, text = measured
-    share = _memory(better) / _memory(than)
+    share = kept_bytes(better) / kept_bytes(than)
     low, high = claim["memory"]
     text += f"; memory of model and state {share:.0%}"
     if found < -within:
@@ -97,14 +98,15 @@ def _level(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:
     return (CONFIRMED if low <= share <= high else UNCONFIRMED), text
 
 
-def _memory(line: Line) -> float:
+def kept_bytes(line: Line) -> float:
+    """Of model and optimizer state together."""
     return line["model_bytes"] + line["state_bytes"]
 
 
 def _keeps(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:
     if better["model_bytes"] is None or than["model_bytes"] is None:
         return UNMEASURED, ""
-    share = _memory(better) / _memory(than)
+    share = kept_bytes(better) / kept_bytes(than)
     low, high = claim["memory"]
     return (CONFIRMED if low <= share <= high else OPPOSITE), f"{share:.0%} of its memory of model and state"
 
@@ -121,7 +123,7 @@ def _flatter(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:
 
 def _diverged(better: Line, than: Line) -> Verdict:
     """Every seed of one side diverged: the other side has won."""
-    lost = [bool(line["finals"]) and not _losses(line) for line in (better, than)]
+    lost = [bool(line["finals"]) and not losses_of(line) for line in (better, than)]
     if lost[0] == lost[1]:
         return UNMEASURED, ""
     return (OPPOSITE, f"{better['name']} diverged") if lost[0] else (CONFIRMED, f"{than['name']} diverged")

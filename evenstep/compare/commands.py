@@ -37,7 +37,11 @@ def add_compare(commands: Any, debug: argparse.ArgumentParser) -> None:
     add("tables", metavar="TABLE.toml", nargs="+", type=Path, help="see recipes/tables")
     add("--out", metavar="DIR", type=Path, default=Path("runs/compare"), help="default: %(default)s")
     add("--jobs", metavar="N", type=int, help="runs at a time; 0: in this process (none: one a core, or a GPU)")
-    add("--scale", default="small", help="one that the files have: small, gpu, paper, slimpajama, smoke (default: %(default)s)")
+    add(
+        "--scale",
+        default="small",
+        help="small, gpu, paper, slimpajama or smoke (default: %(default)s)",
+    )
     add("--smoke", action="store_true", help="short for --scale smoke --jobs 0 --out runs/compare-smoke")
     add(
         "--store",

@@ -9,6 +9,7 @@ from typing import Any
 
 from evenstep.compare import plots, report
 from evenstep.compare.claims import FLOOR, SINGLE
+from evenstep.compare.overview import overview
 from evenstep.errors import EvenstepError
 from evenstep.train.files import replace_text
 from evenstep.train.summary import short_count
@@ -53,7 +54,7 @@ def write_page(stored: Path, page: Path) -> list[Path]:
     pictures = page.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     drawn = {d["table"]: plots.draw(d, pictures) for d in documents}
-    parts = [_head(documents, stored), _claims(documents)]
+    parts = [_head(documents, stored), _claims(documents), *filter(None, [overview(documents)])]
     parts += [_table(d, drawn[d["table"]], page.parent) for d in documents]
     replace_text(page, "\n".join(parts))
     return [page, *(path for paths in drawn.values() for path in paths)]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from evenstep.compare.claims import kept_bytes
 from evenstep.errors import EvenstepError
 from evenstep.train.summary import short_count
 
@@ -95,7 +96,7 @@ def _rates(axes: Any, lines: list[Document]) -> None:
 
 def _memory(axes: Any, lines: list[Document]) -> None:
     """Memory of model and state against perplexity; the front is what nothing else beats in both."""
-    points = [((line["model_bytes"] + line["state_bytes"]) / 1e6, math.exp(line["mean"]), line) for line in lines]
+    points = [(kept_bytes(line) / 1e6, math.exp(line["mean"]), line) for line in lines]
     for x, y, line in points:
         axes.plot(x, y, "o", markersize=5)
         axes.annotate(_name(line), (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)

@@ -7,6 +7,7 @@ import io
 import math
 from typing import Any
 
+from evenstep.compare.claims import kept_bytes
 from evenstep.compare.results import reference_of, stopped_early
 
 Document = dict[str, Any]
@@ -69,11 +70,7 @@ def _reached(line: Document, reference: Document | None) -> str:
 def _share(line: Document, reference: Document | None) -> str:
     if line["model_bytes"] is None or reference is None or reference["model_bytes"] is None:
         return "-"
-    return f"{_kept(line) / _kept(reference):.0%}"
-
-
-def _kept(line: Document) -> float:
-    return line["model_bytes"] + line["state_bytes"]
+    return f"{kept_bytes(line) / kept_bytes(reference):.0%}"
 
 
 def below(document: Document) -> str:
