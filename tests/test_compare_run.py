@@ -18,6 +18,7 @@ from evenstep.compare.cells import HOPELESS, Pool
 from evenstep.compare.run import Runner
 from evenstep.compare.schedule import Plan
 from evenstep.compare.table import load_table
+from evenstep.train.files import locked
 from evenstep.train.interrupts import Interrupted
 
 ROOT = Path(__file__).parents[1]
@@ -285,6 +286,24 @@ def test_a_miniature_of_the_most_different_tables(tmp_path, capsys):
         assert all(line["mean"] is not None for line in document["lines"]), name
         assert all(claim["verdict"] != "not measured" for claim in document["claims"]), name
     capsys.readouterr()
+
+
+def test_a_report_of_what_is_done_so_far_trains_nothing(tmp_path, corpus, capsys, monkeypatch):
+    path = table(tmp_path, corpus)
+    words = ["compare", str(path), "--out", str(tmp_path / "out"), "--store", str(tmp_path / "s")]
+    assert main([*words, "--report"]) == 0
+    assert not list((tmp_path / "s").glob("*.json"))  # nothing is known yet
+    assert main([*words, "--jobs", "0"]) == 0
+    kept = (tmp_path / "s" / "cells.jsonl").read_text().splitlines()
+    whole = json.loads((tmp_path / "s" / f"{path.stem}.json").read_text())
+    (tmp_path / "s" / "cells.jsonl").write_text("\n".join(kept[:-1]) + "\n")
+    monkeypatch.setattr(workers.Here, "start", None)
+    monkeypatch.setattr(workers.Process, "start", None)
+    with locked(tmp_path / "out" / "cells"):  # as when another process trains
+        assert main([*words[:-3], str(tmp_path / "elsewhere"), *words[-2:], "--report"]) == 0
+    part = json.loads((tmp_path / "s" / f"{path.stem}.json").read_text())
+    count = [sum(len(line["sweep"]) + len(line["finals"]) for line in each["lines"]) for each in (part, whole)]
+    assert count[0] == count[1] - 1
 
 
 @pytest.mark.slow

@@ -37,11 +37,7 @@ def add_compare(commands: Any, debug: argparse.ArgumentParser) -> None:
     add("tables", metavar="TABLE.toml", nargs="+", type=Path, help="see recipes/tables")
     add("--out", metavar="DIR", type=Path, default=Path("runs/compare"), help="default: %(default)s")
     add("--jobs", metavar="N", type=int, help="runs at a time; 0: in this process (none: one a core, or a GPU)")
-    add(
-        "--scale",
-        default="small",
-        help="small, gpu, paper, slimpajama or smoke (default: %(default)s)",
-    )
+    add("--scale", default="small", help="small, gpu, paper, slimpajama or smoke (default: %(default)s)")
     add("--smoke", action="store_true", help="short for --scale smoke --jobs 0 --out runs/compare-smoke")
     add(
         "--store",
@@ -51,6 +47,7 @@ def add_compare(commands: Any, debug: argparse.ArgumentParser) -> None:
         "DIR/cells.jsonl: runs that it holds are not repeated, on any machine",
     )
     add("--dry-run", action="store_true", help="list the runs of the first round and what they cost, train nothing")
+    add("--report", action="store_true", help="write the tables of what is done so far, train nothing")
     compare.set_defaults(run_command=_compare)
 
     results = commands.add_parser("results", help="write the page of results", description=RESULTS, **raw)
@@ -81,11 +78,13 @@ def _compare(args: argparse.Namespace) -> None:
     if args.dry_run:
         _list_cells(plans)
         return
-    run_tables(plans, args.out, args.jobs, args.store)
+    run_tables(plans, args.out, args.jobs, args.store, train=not args.report)
 
 
-def run_tables(plans: list[Any], out: Path, jobs: int | None, store: Path | None, say: Any = print) -> list[Any]:
-    """Train, write and print; the documents of the tables."""
+def run_tables(
+    plans: list[Any], out: Path, jobs: int | None, store: Path | None, say: Any = print, train: bool = True
+) -> list[Any]:
+    """Train, or only look up what is known so far; write and print. The documents of the tables."""
     from evenstep.compare.cells import Pool
     from evenstep.compare.run import Runner, default_jobs, pool_directory
     from evenstep.compare.store import Store
@@ -96,7 +95,7 @@ def run_tables(plans: list[Any], out: Path, jobs: int | None, store: Path | None
     runner = Runner(plans, Pool(pool_directory(out)), default_jobs(gpus) if jobs is None else jobs, gpus, say)
     runner.store = Store(store) if store else None
     try:
-        runner.run()
+        runner.run() if train else runner.look_up()
     finally:
         documents = [write(plan, runner.outcomes, out, store, say) for plan in plans]
     if runner.failed:

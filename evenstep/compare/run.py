@@ -46,7 +46,7 @@ class Runner:
         """``done`` is called after each cell that ended. Interrupted on Ctrl-C, SIGTERM and SIGHUP, with every running
         cell saved."""
         with locked(self.pool.directory), raising() as raised:
-            self._look_up()
+            self.look_up()
             try:
                 while self._turn(done):
                     pass
@@ -89,7 +89,7 @@ class Runner:
                     found[cell.name] = (key, cell)
         return [cell for _, cell in sorted(found.values(), key=lambda item: item[0])]
 
-    def _look_up(self) -> None:
+    def look_up(self) -> None:
         """What earlier calls found; what is wanted depends on it, so again until nothing new is known."""
         while True:
             known = {c.name: self._outcome(c) for c in self.wanted() if c.name not in self.outcomes}
@@ -114,7 +114,7 @@ class Runner:
         return any(plan.spares(cell) for plan in self.plans)
 
     def _waiting(self) -> list[Cell]:
-        self._look_up()
+        self.look_up()
         busy = {*self.outcomes, *self.failed, *self.running}
         return [cell for cell in self.wanted() if cell.name not in busy]
 
