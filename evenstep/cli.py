@@ -20,12 +20,12 @@ from evenstep.bench.arguments import add_bench
 from evenstep.compare.commands import add_compare
 from evenstep.errors import EvenstepError, nearest
 from evenstep.finetune import commands as finetune_commands
+from evenstep.finetune.config import FineTuneConfig
 from evenstep.telemetry.commands import add_commands as add_telemetry
 from evenstep.train import commands as train_commands
 from evenstep.train.checks import checked
 from evenstep.train.config import Config, SampleConfig, options
-from evenstep.train.config_flags import add_flags
-from evenstep.train.hyperparameters import owners
+from evenstep.train.config_flags import add_flags, chosen, declared
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
 
@@ -137,33 +137,17 @@ def _pretrain_arguments(pretrain: argparse.ArgumentParser) -> None:
     pretrain.set_defaults(run_command=_pretrain)
 
 
-def declared() -> set[str]:
-    """Names of the flags ``--section.key``: every option, and the optimizers' hyperparameters."""
-    return {*options(), *(f"optim.{name}" for name in owners())}
-
-
 def _pretrain(args: argparse.Namespace) -> None:
-    from evenstep.train.config_io import build, load_config, override, read_toml, to_toml
-
-    given = [(key, value) for key, value in vars(args).items() if key in declared() and value is not None]
-    overrides = [*given, *args.extra]
-    directory = None
-    auto = args.resume == "auto"
-    if args.resume is not None and not auto:
-        directory = Path(args.resume or dict(given).get("out") or "")
-        if not args.resume and "out" not in dict(given):
-            raise EvenstepError("--resume: which run? give its directory, --resume RUN (evenstep runs lists runs)")
-    if directory is not None and args.recipe is None and (directory / "config.toml").is_file():
-        config = build(override(read_toml(directory / "config.toml"), overrides))
-    else:
-        config = load_config(args.recipe, overrides)
+    config, directory = chosen(args, Config, args.recipe)
     if args.print_config:
+        from evenstep.train.config_io import to_toml
+
         print(to_toml(config), end="")
         return
 
     from evenstep.train.launch import train
 
-    train(config, directory, auto=auto)
+    train(config, directory, auto=args.resume == "auto")
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -213,7 +197,7 @@ def split_options(argv: Sequence[str], known: set[str]) -> tuple[list[str], list
 def run_program(argv: Sequence[str]) -> None:
     parser, commands = build_parser()
     command = next((word for word in argv if not word.startswith("-")), "")
-    takes_options = {"pretrain": declared(), "finetune": finetune_commands.declared(), "plan": set[str]()}
+    takes_options = {"pretrain": declared(), "finetune": declared(FineTuneConfig), "plan": set[str]()}
     rest, extra = split_options(argv, takes_options[command]) if command in takes_options else (list(argv), [])
     args, unknown = parser.parse_known_args(rest)
     if unknown:
