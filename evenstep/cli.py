@@ -96,7 +96,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
     generate = commands.add_parser(
         "generate", parents=[debug], help="write text with a trained model", allow_abbrev=False
     )
-    generate.add_argument("run", metavar="RUN", type=Path, help="directory of a run, or one of its checkpoints")
+    generate.add_argument(
+        "run", metavar="RUN", type=Path, help="a run, one of its checkpoints, or a folder that transformers opens"
+    )
     generate.add_argument("--prompt", default=default.prompt, help="how the text starts (default: as a new document)")
     generate.add_argument("--tokens", type=int, default=default.tokens, help="tokens to write (default: %(default)s)")
     generate.add_argument(
@@ -109,6 +111,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
         "--top-k", type=int, default=default.top_k, help="choose among so many tokens, 0: all (default: %(default)s)"
     )
     generate.add_argument("--seed", type=int, default=0, help="another seed gives another text (default: %(default)s)")
+    generate.add_argument(
+        "--raw", action="store_true", help="go on with the prompt as it is, also where the model was trained to answer"
+    )
     generate.set_defaults(run_command=_generate)
 
     add_optimizers(commands, debug)
@@ -156,9 +161,10 @@ def _generate(args: argparse.Namespace) -> None:
     checked("--tokens", args.tokens, int, {**known["sample.tokens"][0].metadata, "low": 1})
     sample = SampleConfig(prompt=args.prompt, tokens=args.tokens, temperature=args.temperature, top_k=args.top_k)
 
-    from evenstep.train.sample import generate_from, printable
+    from evenstep.finetune.generate import generate_from
+    from evenstep.train.sample import printable
 
-    print(printable(generate_from(args.run, sample, args.seed, say=_complain)))
+    print(printable(generate_from(args.run, sample, args.seed, args.raw, _complain)))
 
 
 def _completion(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from evenstep.errors import EvenstepError
 from evenstep.finetune import scoring, source
 from evenstep.finetune.config import FineTuneConfig
 from evenstep.finetune.hub import HubCausal, keeps_documents_apart
+from evenstep.finetune.note import Note
 from evenstep.finetune.products import write_products
 from evenstep.finetune.rows import RowLoader, batches
 from evenstep.finetune.scoring import TuneResult
@@ -42,7 +43,8 @@ class Tuning(Run):
     # ---- what it is made of ----
 
     def find_source(self, config: Any, world: World, say: Say) -> Path:
-        self.source = source.find_source(Path(config.model.path), config.model.library, say)
+        path, library = Path(config.model.path), config.model.library
+        self.source = world.from_first(lambda: source.find_source(path, library, say))
         return self.source.folder
 
     def source_on_resume(self, config: Any, checkpoint: Path, world: World, say: Say) -> Path:
@@ -164,6 +166,11 @@ class Tuning(Run):
     def save_shape(self, directory: Path) -> None:
         if isinstance(self.model, Llama) and self.config.tune.adapter == "none":
             super().save_shape(directory)
+            self.note().save(directory)
+
+    def note(self) -> Note:
+        task = self.task
+        return Note(self.source.library, task.form, task.encoder.template, self.config.lowbit)
 
     def data_identity(self) -> str:
         return self.task.identity()
@@ -187,6 +194,7 @@ class Tuning(Run):
             f"{short_count(summary['tokens'])} tokens in {clock(summary['seconds'])}",
             "",
             f"written to {out}: {', '.join([*files, *products])}",
+            *([f"ask it:     evenstep generate {run} --prompt TEXT"] if not summary["classes"] else []),
             f"go on:      evenstep finetune --resume {run} --train.steps {2 * summary['steps']}",
         ]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from evenstep.errors import EvenstepError
 from evenstep.finetune.examples import Example
 from evenstep.finetune.rows import Document, batches
-from evenstep.models import Llama, generate
+from evenstep.finetune.writing import write
 from evenstep.train.evaluate import perplexity
 
 if TYPE_CHECKING:
@@ -91,17 +91,7 @@ def answers(run: Tuning, examples: Sequence[Example]) -> list[str]:
     """What the model writes, always the likeliest token."""
     text, most = run.task.tokenizer, run.config.eval.max_new_tokens
     prompts = [run.task.encoder.prompt(example) for example in examples]
-    if isinstance(run.model, Llama):
-        new = [generate(run.model, prompt, most, temperature=0, stop=text.eos_id) for prompt in prompts]
-        return [text.decode(ids) for ids in new]
-    width = max(map(len, prompts))
-    tokens = torch.tensor([[text.eos_id] * (width - len(p)) + p for p in prompts], device=run.device)
-    seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=run.device)
-    out = run.model.net.generate(
-        input_ids=tokens, attention_mask=seen, max_new_tokens=most, do_sample=False, num_beams=1,
-        eos_token_id=sorted(text.ends), pad_token_id=text.eos_id,
-    )  # fmt: skip
-    return [text.decode(row) for row in out[:, width:].tolist()]
+    return [text.decode(ids) for ids in write(run.model, text, prompts, most)]
 
 
 def is_right(answer: str, example: Example) -> bool:
