@@ -6,8 +6,9 @@ import dataclasses
 import math
 import shlex
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from evenstep.errors import EvenstepError
 from evenstep.finetune import scoring, source
 from evenstep.finetune.config import FineTuneConfig
+from evenstep.finetune.examples import Example
 from evenstep.finetune.hub import HubCausal, keeps_documents_apart
 from evenstep.finetune.note import Note
 from evenstep.finetune.products import write_products
@@ -30,6 +32,8 @@ from evenstep.train.run import Run, Say
 from evenstep.train.summary import short_count
 from evenstep.train.tensors import model_tensors
 from evenstep.train.world import World
+
+T = TypeVar("T")
 
 
 class Tuning(Run):
@@ -121,14 +125,13 @@ class Tuning(Run):
 
     def evaluate(self, stop: Interrupts | None = None) -> TuneResult:
         """The loss over all validation rows, and the score of each file over ``eval.max_rows`` of its examples."""
-        watch = stop.watch if stop else iter
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.inference_mode(), self.autocast:
-                total, tokens = self._validation_loss(watch)
+                total, tokens = self._validation_loss(stop)
                 found = {
-                    one.name: (kind, *self._score(one.examples, kind, watch))
+                    one.name: (kind, *self._score(one.examples, kind, stop))
                     for one in self.task.sets
                     if (kind := self.kinds[one.name]) != "none"
                 }
@@ -138,21 +141,33 @@ class Tuning(Run):
         scores = {name: right / count for name, (_, right, count) in found.items()}
         return TuneResult(total / tokens if tokens else math.nan, tokens, kinds, scores)
 
-    def _validation_loss(self, watch: Any) -> tuple[float, int]:
-        world, size = self.world, self.config.eval.batch_size or self.micro_batch_size
-        rows = self.task.val[world.data_rank :: world.data_size]
+    @property
+    def eval_batch_size(self) -> int:
+        return self.config.eval.batch_size or self.micro_batch_size
+
+    def passes(self, items: Sequence[T], stop: Interrupts | None) -> Iterator[Sequence[T]]:
+        """This process's share of ``items``, ``eval_batch_size`` at a time. All processes have as many passes, as they
+        ask each other in each whether to stop: the last may be empty on some."""
+        size, world = self.eval_batch_size, self.world
+        starts = range(0, len(items), size * world.data_size)
+        for start in stop.watch(starts) if stop else starts:
+            self.heart.beat(self.step_number, "validation")
+            yield items[start + world.data_rank : start + size * world.data_size : world.data_size]
+
+    def _validation_loss(self, stop: Interrupts | None) -> tuple[float, int]:
         total, tokens = 0.0, 0
-        for inputs, targets in watch(scoring.beaten(self, batches(rows, size))):
-            x, y = inputs.to(self.device), targets.to(self.device)
-            total += self.model.loss(x[:, 0], y, positions=x[:, 1], reduction="sum", chunk=self.chunk).item()
-            tokens += int((targets != -100).sum())
-        both = world.sum(torch.tensor([total, tokens], dtype=torch.float64, device=self.device)).tolist()
+        for rows in self.passes(self.task.val, stop):
+            for inputs, targets in batches(rows, self.eval_batch_size):
+                x, y = inputs.to(self.device), targets.to(self.device)
+                total += self.model.loss(x[:, 0], y, positions=x[:, 1], reduction="sum", chunk=self.chunk).item()
+                tokens += int((targets != -100).sum())
+        both = self.world.sum(torch.tensor([total, tokens], dtype=torch.float64, device=self.device)).tolist()
         return both[0], round(both[1])
 
-    def _score(self, examples: list[Any], kind: str, watch: Any) -> tuple[int, int]:
-        some, world = examples[: self.config.eval.max_rows or None], self.world
-        right = scoring.correct(self, kind, some[world.data_rank :: world.data_size], watch)
-        return round(world.sum(torch.tensor([float(right)], device=self.device)).item()), len(some)
+    def _score(self, examples: Sequence[Example], kind: str, stop: Interrupts | None) -> tuple[int, int]:
+        some = examples[: self.config.eval.max_rows or None]
+        right = sum(scoring.correct(self, kind, part) for part in self.passes(some, stop) if part)
+        return round(self.world.sum(torch.tensor([float(right)], device=self.device)).item()), len(some)
 
     # ---- what it leaves behind ----
 
