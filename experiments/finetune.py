@@ -31,6 +31,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adam": {"name": "adam"},
     "SPAM": {"name": "spam", "warmup_steps": 5},
     "SPAM 0.25 %": {"name": "spam", "warmup_steps": 5, "density": 0.0025},
+    "SPAM 0.25 % hidden": {"name": "spam", "warmup_steps": 5, "density": 0.0025, "density_of": "hidden"},
     "Stable-SPAM": {"name": "stable_spam"},
 }
 """SPAM's own warm-up after a reset (150 steps by default) is longer than a run here. Resets, every 500 or 1000 steps,
