@@ -20,12 +20,12 @@ from evenstep.bench.arguments import add_bench
 from evenstep.compare.commands import add_compare
 from evenstep.errors import EvenstepError, nearest
 from evenstep.finetune import commands as finetune_commands
+from evenstep.finetune.config import FineTuneConfig
 from evenstep.telemetry.commands import add_commands as add_telemetry
 from evenstep.train import commands as train_commands
 from evenstep.train.checks import checked
 from evenstep.train.config import Config, SampleConfig, options
-from evenstep.train.config_flags import add_flags
-from evenstep.train.hyperparameters import owners
+from evenstep.train.config_flags import add_flags, chosen, declared
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
 
@@ -96,7 +96,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
     generate = commands.add_parser(
         "generate", parents=[debug], help="write text with a trained model", allow_abbrev=False
     )
-    generate.add_argument("run", metavar="RUN", type=Path, help="directory of a run, or one of its checkpoints")
+    generate.add_argument(
+        "run", metavar="RUN", type=Path, help="a run, one of its checkpoints, or a folder that transformers opens"
+    )
     generate.add_argument("--prompt", default=default.prompt, help="how the text starts (default: as a new document)")
     generate.add_argument("--tokens", type=int, default=default.tokens, help="tokens to write (default: %(default)s)")
     generate.add_argument(
@@ -109,6 +111,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
         "--top-k", type=int, default=default.top_k, help="choose among so many tokens, 0: all (default: %(default)s)"
     )
     generate.add_argument("--seed", type=int, default=0, help="another seed gives another text (default: %(default)s)")
+    generate.add_argument(
+        "--raw", action="store_true", help="go on with the prompt as it is, also where the model was trained to answer"
+    )
     generate.set_defaults(run_command=_generate)
 
     add_optimizers(commands, debug)
@@ -137,33 +142,17 @@ def _pretrain_arguments(pretrain: argparse.ArgumentParser) -> None:
     pretrain.set_defaults(run_command=_pretrain)
 
 
-def declared() -> set[str]:
-    """Names of the flags ``--section.key``: every option, and the optimizers' hyperparameters."""
-    return {*options(), *(f"optim.{name}" for name in owners())}
-
-
 def _pretrain(args: argparse.Namespace) -> None:
-    from evenstep.train.config_io import build, load_config, override, read_toml, to_toml
-
-    given = [(key, value) for key, value in vars(args).items() if key in declared() and value is not None]
-    overrides = [*given, *args.extra]
-    directory = None
-    auto = args.resume == "auto"
-    if args.resume is not None and not auto:
-        directory = Path(args.resume or dict(given).get("out") or "")
-        if not args.resume and "out" not in dict(given):
-            raise EvenstepError("--resume: which run? give its directory, --resume RUN (evenstep runs lists runs)")
-    if directory is not None and args.recipe is None and (directory / "config.toml").is_file():
-        config = build(override(read_toml(directory / "config.toml"), overrides))
-    else:
-        config = load_config(args.recipe, overrides)
+    config, directory = chosen(args, Config, args.recipe)
     if args.print_config:
+        from evenstep.train.config_io import to_toml
+
         print(to_toml(config), end="")
         return
 
     from evenstep.train.launch import train
 
-    train(config, directory, auto=auto)
+    train(config, directory, auto=args.resume == "auto")
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -172,9 +161,10 @@ def _generate(args: argparse.Namespace) -> None:
     checked("--tokens", args.tokens, int, {**known["sample.tokens"][0].metadata, "low": 1})
     sample = SampleConfig(prompt=args.prompt, tokens=args.tokens, temperature=args.temperature, top_k=args.top_k)
 
-    from evenstep.train.sample import generate_from, printable
+    from evenstep.finetune.generate import generate_from
+    from evenstep.train.sample import printable
 
-    print(printable(generate_from(args.run, sample, args.seed, say=_complain)))
+    print(printable(generate_from(args.run, sample, args.seed, args.raw, _complain)))
 
 
 def _completion(args: argparse.Namespace) -> None:
@@ -213,7 +203,7 @@ def split_options(argv: Sequence[str], known: set[str]) -> tuple[list[str], list
 def run_program(argv: Sequence[str]) -> None:
     parser, commands = build_parser()
     command = next((word for word in argv if not word.startswith("-")), "")
-    takes_options = {"pretrain": declared(), "finetune": finetune_commands.declared(), "plan": set[str]()}
+    takes_options = {"pretrain": declared(), "finetune": declared(FineTuneConfig), "plan": set[str]()}
     rest, extra = split_options(argv, takes_options[command]) if command in takes_options else (list(argv), [])
     args, unknown = parser.parse_known_args(rest)
     if unknown:

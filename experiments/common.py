@@ -117,11 +117,15 @@ def place(runs: Iterable[Run]) -> str:
 
 
 def status(work: Callable[[], object]) -> int:
-    """The exit status of a program that does ``work()``: 0, or 2 after an EvenstepError, which is said in a line."""
+    """The exit status of a program that does ``work()``: 0, or 2 after an EvenstepError or where a package is missing,
+    which is said in a line."""
     try:
         work()
     except EvenstepError as problem:
         print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as problem:
+        print(f"error: the package {problem.name} is not installed", file=sys.stderr)
         return 2
     return 0
 

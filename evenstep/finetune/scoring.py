@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from evenstep.errors import EvenstepError
 from evenstep.finetune.examples import Example
 from evenstep.finetune.rows import Document, batches
-from evenstep.models import Llama, generate
+from evenstep.finetune.writing import write
 from evenstep.train.evaluate import perplexity
 
 if TYPE_CHECKING:
@@ -58,50 +58,23 @@ def kind_of(asked: str, examples: Sequence[Example]) -> str:
     return asked
 
 
-def scorer(run: Tuning, kind: str) -> Any:
-    return {"exact": _exact, "choice": _choice, "accuracy": _accuracy}[kind]
-
-
-def beaten(run: Tuning, items: Iterable[Any]) -> Iterator[Any]:
-    """The items, with a sign of life for each."""
-    for item in items:
-        run.heart.beat(run.step_number, "scoring")
-        yield item
-
-
-def correct(run: Tuning, kind: str, examples: Sequence[Example], watch: Any) -> int:
+def correct(run: Tuning, kind: str, examples: Sequence[Example]) -> int:
     """How many of ``examples`` the model gets right; it is in eval mode, without gradients."""
-    return int(scorer(run, kind)(run, examples, lambda items: watch(beaten(run, items))))
+    return {"exact": _exact, "choice": _choice, "accuracy": _accuracy}[kind](run, examples)
 
 
 # ---- answers ----
 
 
-def _exact(run: Tuning, examples: Sequence[Example], watch: Any) -> int:
-    size = run.config.eval.batch_size or run.micro_batch_size
-    groups = [examples[i : i + size] for i in range(0, len(examples), size)]
-    return sum(
-        is_right(answer, example)
-        for group in watch(groups)
-        for answer, example in zip(answers(run, group), group, strict=True)
-    )
+def _exact(run: Tuning, examples: Sequence[Example]) -> int:
+    return sum(is_right(*pair) for pair in zip(answers(run, examples), examples, strict=True))
 
 
 def answers(run: Tuning, examples: Sequence[Example]) -> list[str]:
     """What the model writes, always the likeliest token."""
     text, most = run.task.tokenizer, run.config.eval.max_new_tokens
     prompts = [run.task.encoder.prompt(example) for example in examples]
-    if isinstance(run.model, Llama):
-        new = [generate(run.model, prompt, most, temperature=0, stop=text.eos_id) for prompt in prompts]
-        return [text.decode(ids) for ids in new]
-    width = max(map(len, prompts))
-    tokens = torch.tensor([[text.eos_id] * (width - len(p)) + p for p in prompts], device=run.device)
-    seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=run.device)
-    out = run.model.net.generate(
-        input_ids=tokens, attention_mask=seen, max_new_tokens=most, do_sample=False, num_beams=1,
-        eos_token_id=sorted(text.ends), pad_token_id=text.eos_id,
-    )  # fmt: skip
-    return [text.decode(row) for row in out[:, width:].tolist()]
+    return [text.decode(ids) for ids in write(run.model, text, prompts, most)]
 
 
 def is_right(answer: str, example: Example) -> bool:
@@ -115,7 +88,7 @@ def is_right(answer: str, example: Example) -> bool:
 # ---- choices ----
 
 
-def _choice(run: Tuning, examples: Sequence[Example], watch: Any) -> int:
+def _choice(run: Tuning, examples: Sequence[Example]) -> int:
     encoder, divide = run.task.encoder, run.config.eval.normalise
     rows, owners, lengths = [], [], []
     for i, example in enumerate(examples):
@@ -128,7 +101,7 @@ def _choice(run: Tuning, examples: Sequence[Example], watch: Any) -> int:
             owners.append(i)
             lengths.append({"bytes": len(option.encode()), "tokens": len(ids), "none": 1}[divide])
     found: list[float] = []
-    for inputs, targets in watch(list(batches(rows, run.config.eval.batch_size or run.micro_batch_size))):
+    for inputs, targets in batches(rows, run.eval_batch_size):
         found += log_likelihoods(run.model, inputs.to(run.device), targets.to(run.device)).tolist()
     per_example: list[list[float]] = [[] for _ in examples]
     for owner, value, length in zip(owners, found, lengths, strict=True):
@@ -151,11 +124,11 @@ def log_likelihoods(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
 # ---- classes ----
 
 
-def _accuracy(run: Tuning, examples: Sequence[Example], watch: Any) -> int:
+def _accuracy(run: Tuning, examples: Sequence[Example]) -> int:
     right = 0
     made = (run.task.classified(example, cut=True) for example in examples)
     rows = [(document,) for document in made if document is not None]
-    for inputs, targets in watch(list(batches(rows, run.config.eval.batch_size or run.micro_batch_size))):
+    for inputs, targets in batches(rows, run.eval_batch_size):
         inputs = inputs.to(run.device)
         right += int((run.model(inputs[:, 0], inputs[:, 1]).argmax(-1).cpu() == targets).sum())
     return right

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,12 @@ from torch import nn
 
 from evenstep.errors import EvenstepError
 from evenstep.finetune.config import FineTuneConfig
-from evenstep.finetune.hub import HubCausal, HubClassifier
+from evenstep.finetune.hub import HubCausal, HubClassifier, hushed
+from evenstep.finetune.note import read_note
 from evenstep.optim.groups import HEADS
-from evenstep.train.checkpoint import MANIFEST, newest_checkpoint
-from evenstep.train.config_io import read_toml
+from evenstep.train import weights
+from evenstep.train.checkpoint import MANIFEST
+from evenstep.train.hardware import pick_device
 from evenstep.train.weights import load_model
 
 Say = Callable[[str], None]
@@ -33,34 +33,21 @@ class Source:
 
 
 def find_source(path: Path, library: str, say: Say) -> Source:
-    """The source that ``path`` stands for: a run (pretrained: its newest whole checkpoint; fine-tuned: its ``model``
-    folder), a checkpoint, or a folder in Hugging Face layout. EvenstepError when it is none of these."""
-    if not path.is_dir():
-        raise EvenstepError(
-            f"model.path: there is no directory {path}; give a run, a checkpoint, or a folder that transformers opens"
-        )
-    folder, found = path, "transformers"
-    if (path / "config.toml").is_file():
-        tables = read_toml(path / "config.toml")
-        if isinstance(tables.get("tune"), dict):
-            folder, found = path / "model", str(tables.get("model", {}).get("library"))
-            if not folder.is_dir():
-                raise EvenstepError(f"{path} is a fine-tuning run that has not ended; finish it with --resume {path}")
-        else:
-            folder, found = newest_checkpoint(path, say), "evenstep"
-    elif (path / MANIFEST).is_file():
-        found = "evenstep"
-    if not (folder / "config.json").is_file():
-        raise EvenstepError(f"model.path: {folder} has no config.json; give a run, or a folder that transformers opens")
-    if _model_type(folder) == "evenstep_llama":
-        found = "evenstep"
-    return Source(folder, found if library == "auto" else library)
+    """The source that ``path`` stands for, see `evenstep.train.weights.find_source`, and who opens it."""
+    folder = weights.find_source(path, say, "model.path")
+    if library != "auto":
+        return Source(folder, library)
+    note = read_note(folder)
+    if note is not None:
+        return Source(folder, note.library)
+    ours = (folder / MANIFEST).is_file() or _facts(folder).get("model_type") == "evenstep_llama"
+    return Source(folder, "evenstep" if ours else "transformers")
 
 
-def _model_type(folder: Path) -> Any:
+def _facts(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
         raise EvenstepError(f"{folder / 'config.json'} cannot be read; it must be a JSON object") from None
 
 
@@ -95,32 +82,12 @@ def _ours(config: FineTuneConfig, source: Source, labels: Sequence[str]) -> Any:
 
 
 def _hub(config: FineTuneConfig, source: Source, labels: Sequence[str], dtype: torch.dtype, say: Say) -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise EvenstepError(
-            f"{source.folder} needs the package transformers; pip install 'evenstep[finetune]'"
-        ) from None
     if config.train.compile:
         raise EvenstepError("train.compile is for models of ours; leave it out for one of transformers")
     if isinstance(config.train.loss_chunk, int) and config.train.loss_chunk:
         raise EvenstepError("train.loss_chunk is for models of ours; leave it out for one of transformers")
-    kind: Any = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
-    options: dict[str, Any] = {"local_files_only": True, "dtype": dtype}
-    if labels:
-        names = dict(enumerate(labels))
-        options |= {"num_labels": len(labels), "id2label": names, "label2id": {n: i for i, n in names.items()}}
-        options["ignore_mismatched_sizes"] = True
-    with _silent():
-        try:
-            net, report = kind.from_pretrained(source.folder, output_loading_info=True, **options)
-        except Exception as problem:  # whatever its parsers raise
-            first = next(iter(str(problem).splitlines()), type(problem).__name__)
-            raise EvenstepError(f"transformers cannot open {source.folder}: {first}") from None
-    if report["missing_keys"]:
-        new = sorted(report["missing_keys"])
-        if not labels:
-            raise EvenstepError(f"{source.folder} lacks {new[0]} of a {type(net).__name__}; it is another model")
+    net, new = load_hub(source.folder, labels, dtype)
+    if new:
         say(f"new weights, drawn from seed {config.seed}: {', '.join(new)}")
     longest = getattr(net.config.get_text_config(), "max_position_embeddings", None)
     if longest and config.train.seq_len > longest:
@@ -133,16 +100,42 @@ def _hub(config: FineTuneConfig, source: Source, labels: Sequence[str], dtype: t
     return HubClassifier(net) if labels else HubCausal(net)
 
 
-@contextmanager
-def _silent() -> Any:
-    """Around transformers' own words on loading: what matters of them is said in one line."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def load_hub(folder: Path, labels: Sequence[str], dtype: torch.dtype | str) -> tuple[Any, list[str]]:
+    """The model by transformers, a classifier where there are ``labels``, and the names of its weights that the folder
+    lacks, which are drawn: only a classifier may have such. EvenstepError for what cannot be opened."""
     try:
-        yield
-    finally:
-        logger.setLevel(level)
+        import transformers
+    except ImportError:
+        raise EvenstepError(f"{folder} needs the package transformers; pip install 'evenstep[finetune]'") from None
+    kind: Any = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
+    options: dict[str, Any] = {"local_files_only": True, "dtype": dtype}
+    if labels:
+        names = dict(enumerate(labels))
+        options |= {"num_labels": len(labels), "id2label": names, "label2id": {n: i for i, n in names.items()}}
+        options["ignore_mismatched_sizes"] = True
+    with hushed():
+        try:
+            net, report = kind.from_pretrained(folder, output_loading_info=True, **options)
+        except Exception as problem:  # whatever its parsers raise
+            first = next(iter(str(problem).splitlines()), type(problem).__name__)
+            raise EvenstepError(f"transformers cannot open {folder}: {first}") from None
+    new = sorted(report["missing_keys"])
+    if new and not labels:
+        raise EvenstepError(f"{folder} lacks {new[0]} of a {type(net).__name__}; it is another model")
+    return net, new
+
+
+def open_to_write(source: Source) -> Any:
+    """The model in eval mode, to write text with. EvenstepError for one that puts texts into classes."""
+    if source.library == "evenstep":
+        return load_model(source.folder).eval()
+    kinds = _facts(source.folder).get("architectures") or []
+    if any(str(kind).endswith("ForSequenceClassification") for kind in kinds):
+        raise EvenstepError(
+            f"{source.folder} puts texts into classes and writes none; evenstep finetune {source.folder} --data FILE "
+            "--evaluate scores it"
+        )
+    return HubCausal(load_hub(source.folder, (), "auto")[0]).to(pick_device("auto")).eval()
 
 
 def add_lora(model: Any, config: FineTuneConfig, labels: Sequence[str]) -> None:

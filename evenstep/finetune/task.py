@@ -13,6 +13,7 @@ import numpy as np
 from evenstep.errors import EvenstepError, nearest
 from evenstep.finetune.config import FineTuneConfig
 from evenstep.finetune.examples import Example, read_examples
+from evenstep.finetune.note import form_of
 from evenstep.finetune.rows import Document, Row, pack
 from evenstep.finetune.text import Encoder, Text, read_template
 
@@ -35,6 +36,7 @@ class Task:
     def __init__(self, config: FineTuneConfig, text: Text, train: list[Example], val: dict[str, list[Example]]) -> None:
         self.config, self.tokenizer = config, text
         self.encoder = Encoder(text, read_template(config.data.template))
+        self.form = form_of(train[0])
         self.labels = sorted({str(e.label) for e in train}) if train[0].label is not None else []
         self.dropped: dict[str, int] = {}
         self.train_documents = self._documents(train, config.data.file)

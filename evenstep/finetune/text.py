@@ -98,6 +98,7 @@ class HubText(Text):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         told = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
         self.fingerprint = hashlib.sha256(f"{told}\0{tokenizer.chat_template}\0{eos}".encode()).hexdigest()
+        self.ends |= self._turn_ends()
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"])
@@ -122,11 +123,24 @@ class HubText(Text):
             parts += [(before[len(done) :], False), (after[len(before) :], True)]
             done = after
         else:
+            if turns[-1]["role"] != "assistant":  # an answer is asked for
+                parts.append((self._rendered(turns, example, ask=True).removeprefix(done), False))
             return parts
         before, after = self._rendered(turns[:-1], example, ask=True), self._rendered(turns, example)
         if not after.startswith(before):
             raise EvenstepError(f"{example.where}: the tokenizer's chat template hides where the last answer begins")
         return [(before, False), (after[len(before) :], True)]
+
+    def _turn_ends(self) -> set[int]:
+        """The special token that ends an answer in the tokenizer's own template, if it is one."""
+        answer = "evenstep"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        try:
+            whole = self._rendered(turns, Example("")) if self.tokenizer.chat_template else ""
+        except EvenstepError:
+            return set()
+        after = self.encode(whole.rpartition(answer)[2], special=True)[:1]
+        return {*after} & {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
 
     def _rendered(self, turns: list[dict[str, str]], example: Example, ask: bool = False) -> str:
         try:
@@ -195,7 +209,7 @@ class Encoder:
         """The tokens that an answer is generated from: all before the last answer."""
         parts, special = self.parts(example)
         ids = [] if special else list(self.text.start)
-        for part, learn in parts[:-1]:
+        for part, learn in parts[:-1] if parts[-1][1] else parts:
             ids += self.text.encode(part, special=special)
             if learn and not special:
                 ids.append(self.text.eos_id)
@@ -215,4 +229,4 @@ def _plain_chat(example: Example) -> list[Part]:
             before = ""
         else:
             before += f"### {role.capitalize()}:\n{content}\n\n"
-    return parts
+    return [*parts, (f"{before}### Assistant:\n", False)] if before else parts

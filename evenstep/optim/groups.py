@@ -2,7 +2,7 @@
 differently.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -78,6 +78,19 @@ def scale_groups(
             "name its weight, for example last='decoder.out.weight'"
         )
     return [{"params": members, "kind": kind} for kind, members in groups.items() if members]
+
+
+def is_inner(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
+    """Whether a parameter of ``model``, by name, is a matrix between the embedding and the last layer: no vector, no
+    ``nn.Embedding`` (a last layer tied to one is it), nothing in a module named like a last layer."""
+    owner = _owners(model)
+
+    def inner(name: str, p: nn.Parameter) -> bool:
+        path = name.split(".")[:-1]
+        last = _is_head(".".join(path)) or bool({*path} & {"lm_head", "classifier", "score"})
+        return p.dim() >= 2 and not isinstance(owner[name], nn.Embedding | nn.EmbeddingBag) and not last
+
+    return inner
 
 
 def _patterns(given: str | Iterable[str]) -> list[str]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from evenstep.errors import EvenstepError
 from evenstep.train.checks import kinds, limits
-from evenstep.train.config import BaseConfig, options, sections
+from evenstep.train.config import BaseConfig, Config, options, sections
+from evenstep.train.config_io import build, load_config, override, read_toml
 from evenstep.train.hyperparameters import owners
 
 
@@ -35,6 +39,32 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[BaseConfig]) -> None:
     for name, defaults in owners().items():
         text = ", ".join(f"{optimizer} {shown(default)}" for optimizer, default in defaults.items())
         own.add_argument(f"--optim.{name}", dest=f"optim.{name}", metavar="VALUE", help=text)
+
+
+def declared(kind: type[BaseConfig] = Config) -> set[str]:
+    """Names of the flags ``--section.key``: every option of ``kind``, and the optimizers' hyperparameters."""
+    return {*options(kind), *(f"optim.{name}" for name in owners())}
+
+
+def chosen(
+    args: argparse.Namespace, kind: type[BaseConfig], recipe: Path | None, short: Mapping[str, str] | None = None
+) -> tuple[Any, Path | None]:
+    """The configuration that the flags ask for, and the run to go on with. ``short``: options that other arguments
+    stand for, which the flags override. The run's own configuration is in the recipe's place where none is given.
+
+    EvenstepError for what does not fit.
+    """
+    given = [(key, value) for key, value in vars(args).items() if key in declared(kind) and value is not None]
+    overrides = [*(short or {}).items(), *given, *args.extra]
+    directory = None
+    if args.resume is not None and args.resume != "auto":
+        out = args.resume or dict(given).get("out")
+        if out is None:
+            raise EvenstepError("--resume: which run? give its directory, --resume RUN (evenstep runs lists runs)")
+        directory = Path(out)
+        if recipe is None and (directory / "config.toml").is_file():
+            return build(override(read_toml(directory / "config.toml"), overrides, kind), kind), directory
+    return load_config(recipe, overrides, kind), directory
 
 
 def shown(value: Any) -> str:

@@ -36,7 +36,12 @@ def export(source: Path, to: str, out: Path, say: Callable[[str], None]) -> None
     fault = find_fault(found) if (found / MANIFEST).exists() else None
     if fault:
         raise EvenstepError(f"{found} is not whole: {fault}; give an earlier checkpoint (evenstep inspect shows them)")
-    model = load_model(found)
+    try:
+        model = load_model(found)
+    except EvenstepError as problem:
+        if (found / MANIFEST).exists():
+            raise
+        raise EvenstepError(f"{problem} ({found} is in Hugging Face layout already)") from problem
     write = _WRITERS[to]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

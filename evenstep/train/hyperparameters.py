@@ -17,6 +17,7 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "spam": {
         "betas": (0.9, 0.999), "eps": 1e-6, "threshold": 5000.0, "reset_interval": 500, "warmup_steps": 150,
         "clip_start": 20, "density": 1.0, "variant": "paper", "rounding": "nearest", "state": "fp32",
+        "density_of": "all",
     },
     "scale": {
         "momentum": 0.9, "adam_lr": None, "betas": (0.9, 0.999), "eps": 1e-8, "norm": "rms", "rounding": "nearest",
@@ -30,6 +31,7 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "variant": ("paper", "official"),
     "norm": ("rms", "l2"),
+    "density_of": ("all", "hidden"),
     "rounding": ("nearest", "stochastic", "kahan"),
     "state": ("fp32", "bf16", "int8"),
     "amsgrad": ("true", "false"),

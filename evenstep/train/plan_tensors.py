@@ -119,7 +119,8 @@ def state_bytes(name: str, options: Mapping[str, Any], tensor: Named, grid: Grid
         return 2 * moment + 5 * SCALAR + kahan
     if name == "spam":
         density = options.get("density", 1.0)
-        if density == 1 or tensor.kind == "vector":
+        hidden_alone = options.get("density_of", "all") == "hidden"
+        if density == 1 or tensor.kind == "vector" or (hidden_alone and tensor.kind != "hidden"):
             return 2 * moment + SCALAR + kahan
         kept = round(density * here)
         return 2 * moment_bytes(kept, kept, 1, stored) + math.ceil(here / 8) + SCALAR + kahan

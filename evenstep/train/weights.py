@@ -10,18 +10,29 @@ from pathlib import Path
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, load_pretrained
 from evenstep.train.checkpoint import MANIFEST, load_model_state, newest_checkpoint
+from evenstep.train.config_io import read_toml
+
+PRODUCT = "model"
+"""Where a fine-tuning run leaves its model, in Hugging Face layout."""
 
 
-def find_source(path: Path, say: Callable[[str], None]) -> Path:
-    """The directory with ``config.json`` and weights that ``path`` stands for: itself, or the newest whole checkpoint
-    of the run it is. EvenstepError when it is neither; ``say`` gets a line for each checkpoint that is passed over."""
+def find_source(path: Path, say: Callable[[str], None], option: str = "model.init") -> Path:
+    """The directory with ``config.json`` and weights that ``path`` stands for: itself, the newest whole checkpoint of
+    the pretraining run it is, or the model that the fine-tuning run it is has left. EvenstepError when it is none of
+    them, which names ``option``; ``say`` gets a line for each checkpoint that is passed over."""
     if not path.is_dir():
         raise EvenstepError(
-            f"model.init: there is no directory {path}; give a run, a checkpoint, or a model in Hugging Face layout"
+            f"{option}: there is no directory {path}; give a run, a checkpoint, or a model in Hugging Face layout"
         )
     if (path / "config.json").is_file():
         return path
-    return newest_checkpoint(path, say)
+    if (path / MANIFEST).is_file():
+        raise EvenstepError(f"{path} holds a part of a model alone (adapters, or one of transformers); give its run")
+    if not (path / "config.toml").is_file() or "tune" not in read_toml(path / "config.toml"):
+        return newest_checkpoint(path, say)
+    if not (path / PRODUCT / "config.json").is_file():
+        raise EvenstepError(f"{path} is a fine-tuning run that has not ended; evenstep finetune --resume {path}")
+    return path / PRODUCT
 
 
 def load_model(source: Path) -> Llama:

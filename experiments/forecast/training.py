@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,10 @@ from evenstep.errors import EvenstepError
 from experiments.forecast.recipe import Cell, Model, Train
 from experiments.forecast.series import Parts, Windows, corrupted
 
-if TYPE_CHECKING:
-    from transformers import PatchTSTForPrediction
-
 EVAL_BATCH = 512
 
 
-def patchtst(model: Model, channels: int, horizon: int) -> PatchTSTForPrediction:
+def patchtst(model: Model, channels: int, horizon: int) -> nn.Module:
     """Channel-independent: one set of weights, each channel forecast from itself alone."""
     try:
         from transformers import PatchTSTConfig, PatchTSTForPrediction
@@ -91,10 +88,10 @@ def train(cell: Cell, parts: Parts, model: Model, options: Train, device: torch.
         "epochs": {key: [_short(row[key]) for row in epochs] for key in epochs[0]},
     }
     if cell.test:
-        test = {"mse": None, "mae": None}
+        test: dict[str, float | None] = {"mse": None, "mae": None}
         if weights is not None and not diverged:
             net.load_state_dict(weights)
-            test = score(net, parts.test)
+            test |= score(net, parts.test)
         result |= {"test_mse": test["mse"], "test_mae": test["mae"]}
     return result
 

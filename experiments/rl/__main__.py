@@ -7,6 +7,7 @@ OUT/RECIPE/LINE-SEED/metrics.jsonl, of which ``evenstep report`` makes a page.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,14 +41,8 @@ def run_recipe(recipe: Recipe, store: Path, out: Path, only: Sequence[str] = (),
                     print(f"{recipe.name} {name}: {text}", flush=True)
 
             directory = out / recipe.name / name
-            runs.append(
-                once(
-                    store / recipe.name / f"{name}.json",
-                    setting,
-                    lambda s=setting, d=directory, say=say: train(s, d, say),
-                    PACKAGES,
-                )
-            )
+            work = functools.partial(train, setting, directory, say)
+            runs.append(once(store / recipe.name / f"{name}.json", setting, work, PACKAGES))
     return runs
 
 

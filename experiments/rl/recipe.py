@@ -77,8 +77,9 @@ class Recipe:
     def smoke(self) -> Recipe:
         """A miniature that shows that the machinery works."""
         ppo = self.ppo | {"n_steps": 32, "batch_size": 32, "n_epochs": 2}
-        small = {"timesteps": 128, "n_envs": 2, "eval_every": 64, "eval_episodes": 1, "seeds": self.seeds[:1]}
-        return replace(self, ppo=ppo, **small)
+        return replace(
+            self, ppo=ppo, timesteps=128, n_envs=2, eval_every=64, eval_episodes=1, seeds=self.seeds[:1]
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def load(path: Path) -> Recipe:
         if key not in tables:
             raise EvenstepError(f"{path}: '{key}' is missing; give {what}")
     kinds = {f.name: str(f.type) for f in fields(Recipe)}
-    wanted = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict[str, Any]": dict}
+    wanted: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict[str, Any]": dict}
     for key, value in tables.items():
         kind = wanted.get(kinds.get(key, ""), object)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

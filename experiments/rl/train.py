@@ -97,7 +97,7 @@ def train(setting: dict[str, Any], directory: Path, say: Callable[[str], None]) 
     seed, normalize = setting["seed"], setting["normalize"]
     env = make_vec_env(setting["env"], setting["n_envs"], seed=seed)
     judge = make_vec_env(setting["env"], setting["eval_episodes"], seed=seed + EVALUATION_SEED)
-    ppo = {key: math.inf if value == "inf" else value for key, value in setting["ppo"].items()}
+    ppo: dict[str, Any] = {key: math.inf if value == "inf" else value for key, value in setting["ppo"].items()}
     if normalize:
         env = VecNormalize(env, gamma=ppo.get("gamma", 0.99))
         judge = VecNormalize(judge, training=False, norm_reward=False)

@@ -1,0 +1,118 @@
+"""Fine-tuning on two processes: what one process computes, written once."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from parallel_support import free_port, losses, silent
+from process_support import run_processes
+
+from evenstep.data.tokenizer import train_bpe
+from evenstep.errors import EvenstepError
+from evenstep.finetune.config import FineTuneConfig
+from evenstep.finetune.run import Tuning
+from evenstep.models import Llama, LlamaConfig, load_pretrained, save_pretrained
+from evenstep.train.checkpoint import list_checkpoints, read_manifest
+from evenstep.train.config_io import build
+from evenstep.train.world import open_world
+
+SHAPE = LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, max_seq_len=64)
+WORDS = ["abc", "bcd", "cde", "def", "ace", "bdf", "a", "bb", "fedcbaa"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    save_pretrained(Llama(SHAPE), folder)
+    train_bpe(iter(["a"]), 257).save(folder)
+    rows = [{"prompt": f"{word}{i}:", "response": word[::-1] * (i % 3 + 1)} for i, word in enumerate(WORDS * 6)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))  # uneven over two
+    return folder
+
+
+def config(model, out, mode, **more):
+    tables = {
+        "model": {"path": str(model), "library": more.pop("library", "evenstep")},
+        "data": {"file": str(model / "data.jsonl")},
+        "train": {"steps": 4, "batch_size": 4, "micro_batch_size": 1, "seq_len": 48, "clip_norm": 1.0, "threads": 1},
+        "optim": {"name": "adamw", "lr": 1e-2},
+        "eval": {"every": 2, "max_new_tokens": 4, "data": str(model / "val.jsonl")},
+        "checkpoint": {"every": 2, "keep": 9},
+        "parallel": {"mode": mode},
+        "log": {"curve": False, "every": 1},
+        "out": str(out),
+    }
+    for key, value in more.items():
+        tables[key] = {**tables.get(key, {}), **value}
+    return build(tables, FineTuneConfig)
+
+
+def _worker(rank, size, jobs):
+    torch.set_num_threads(1)
+    for port, settings, resume in jobs:
+        os.environ |= {
+            "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        with open_world(settings) as world:
+            if resume:
+                Tuning.resume(settings.out, settings, world=world, say=silent).fit()
+            else:
+                Tuning(settings, world=world, say=silent).fit()
+
+
+def both(*jobs):
+    """Each (configuration, resume), one after the other, on two processes."""
+    run_processes(_worker, 2, [(free_port(), *job) for job in jobs], count=2)
+
+
+LORA = {"tune": {"adapter": "lora", "rank": 2}}
+CASES = {
+    "full": {},
+    "lora": LORA,
+    "a model of transformers": {"library": "transformers", "optim": {"name": "spam", "density": 0.05}},
+}
+
+
+def test_two_processes_train_as_one_and_write_once(model, tmp_path):
+    """Full, LoRA, and transformers with sparse momentum: losses, validation, scores, weights; then they go on."""
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    for name, more in CASES.items():
+        Tuning(config(model, tmp_path / "one" / name, "none", **more), say=silent).fit()
+    both(*((config(model, tmp_path / "two" / name, "ddp", **more), False) for name, more in CASES.items()))
+    for name, more in CASES.items():
+        one, two = tmp_path / "one" / name, tmp_path / "two" / name
+        assert losses(two) == pytest.approx(losses(one), rel=1e-5), name
+        facts = [json.loads((run / "summary.json").read_text()) for run in (one, two)]
+        assert facts[1]["processes"] == 2
+        for key in ("score", "tokens", "val_tokens", "trained_parameters", "state_bytes"):
+            assert facts[0][key] == facts[1][key], (name, key)
+        weights = load_pretrained(one / "model").state_dict()
+        for key, tensor in load_pretrained(two / "model").state_dict().items():
+            torch.testing.assert_close(tensor, weights[key], rtol=1e-3, atol=1e-4)
+        assert (two / "adapter").exists() == (more is LORA)
+        assert [path.name for path in list_checkpoints(two / "checkpoints")] == ["step-000004", "step-000002"]
+        assert read_manifest(two / "checkpoints" / "step-000002")["world_size"] == 2
+
+    jobs = []
+    for name, more in CASES.items():
+        again = shutil.copytree(tmp_path / "two" / name, tmp_path / "again" / name)
+        shutil.rmtree(again / "checkpoints" / "step-000004")
+        alone = shutil.copytree(again, tmp_path / "alone" / name)
+        jobs.append((config(model, again, "ddp", **more), True))
+        Tuning.resume(alone, config(model, alone, "none", **more), say=silent).fit()
+        assert losses(alone) == pytest.approx(losses(tmp_path / "one" / name), rel=1e-5), name
+    both(*jobs)
+    for name in CASES:
+        assert losses(tmp_path / "again" / name) == losses(tmp_path / "two" / name), name
+
+
+@pytest.mark.parametrize("mode", ["fsdp", "hsdp", "tp+fsdp"])
+def test_a_model_is_not_cut_over_processes(mode, model, tmp_path):
+    with pytest.raises(EvenstepError, match="fine-tuning has none and ddp"):
+        config(model, tmp_path / "run", mode)
