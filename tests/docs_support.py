@@ -2,8 +2,6 @@
 
 import random
 import re
-import sys
-import types
 from pathlib import Path
 
 import torch
@@ -96,11 +94,3 @@ def run(page, line, code, names):
     before = next((setup for text, setup in BEFORE.get(page, {}).items() if text in code), "")
     exec(compile(before, f"before {page}", "exec"), names)
     exec(compile("\n" * (line - 1) + code, page, "exec"), names)
-
-
-def stand_in_for_axolotl(monkeypatch):
-    """The one class of axolotl that a plugin needs; its licence is not ours and the package large."""
-    names = ("axolotl", "axolotl.integrations", "axolotl.integrations.base")
-    for name in names:
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules[names[-1]].BasePlugin = type("BasePlugin", (), {})
