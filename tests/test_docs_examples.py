@@ -1,11 +1,15 @@
-"""Every Python block of README.md and docs/ runs, in order, in one namespace per page."""
+"""Every Python block of README.md and docs/ runs, in order, in one namespace per page; every command is one."""
 
+import re
+import shlex
 import types
 
 import pytest
-from docs_support import SIGNATURES, blocks, namespace, pages, run
+from docs_support import ROOT, SIGNATURES, blocks, commands, namespace, pages, run, texts
 from integration_support import tiny_model
 from program_stand_ins import stand_in_for_programs
+
+from evenstep.errors import EvenstepError
 
 
 @pytest.mark.parametrize("page", pages())
@@ -62,6 +66,25 @@ def test_a_block_that_is_not_run_says_what_it_needs():
         for line, why_not, code in blocks(page):
             compile(code, f"{page}:{line}", "exec")
             assert not why_not or why_not.startswith("needs "), f"{page}:{line}"
+
+
+def test_every_command_of_the_pages_is_one_that_the_program_takes():
+    from evenstep.cli import build_parser
+
+    parser, _ = build_parser()
+    refused = []
+    for page, line, words in commands():
+        try:
+            parser.parse_args(words)
+        except (EvenstepError, SystemExit) as error:
+            refused.append(f"{page}:{line}: evenstep {shlex.join(words)}: {error}")
+    assert refused == []
+
+
+def test_every_target_of_make_in_the_pages_exists():
+    targets = {*re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)}
+    named = {x for page in texts() for x in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE)}
+    assert named and named <= targets
 
 
 PAGE = """x
