@@ -91,11 +91,11 @@ def kernels_in(wheel):
 
 @pytest.mark.slow
 def test_the_sdist_holds_the_sources_of_the_kernels_and_no_half_of_the_tests(sdist):
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"evenstep/kernels/cpu.cpp", "recipes/demo.toml", "CITATION.cff", "LICENSE"} <= names
-    assert not [
-        name for name in names if name.startswith(("tests", "benchmarks", "experiments")) or name.endswith(".so")
-    ]
+    unwanted = ("tests", "benchmarks", "experiments")
+    assert not [name for name in names if name.startswith(unwanted) or name.endswith(".so")]
 
 
 @pytest.mark.slow
