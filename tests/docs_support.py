@@ -2,8 +2,7 @@
 
 import random
 import re
-import sys
-import types
+import shlex
 from pathlib import Path
 
 import torch
@@ -14,13 +13,33 @@ from evenstep import StableSPAM
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^(?P<indent> *)```python(?P<info>[^\n]*)\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
 
+ANY = re.compile(r"^ *```(?P<info>[^\n]*)\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
 SIGNATURES = ("docs/architecture.md",)
 """Pages whose blocks are signatures for people to read."""
 
 
+def texts():
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
 def pages():
-    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    return [str(path.relative_to(ROOT)) for path in found if blocks(path)]
+    return [str(path.relative_to(ROOT)) for path in texts() if blocks(path)]
+
+
+def commands():
+    """(page, line, words after ``evenstep``) for each command of ours in the shell blocks of the pages."""
+    found = []
+    for path in texts():
+        text = path.read_text(encoding="utf-8")
+        for block in (each for each in ANY.finditer(text) if each["info"] in ("sh", "bash", "")):
+            first = text[: block.start("code")].count("\n") + 1
+            for i, line in enumerate(block["code"].replace("\\\n", "  ").splitlines()):
+                ours = re.match(r"\s*(?:[A-Z_]+=\S+ )*(?:\S+ .*-m )?evenstep (\w.*)", line)
+                if ours:
+                    words = shlex.split(re.split(r" [|>]|&&|;", ours[1])[0], comments=True)
+                    found.append((str(path.relative_to(ROOT)), first + i, words))
+    return found
 
 
 def blocks(path):
@@ -96,11 +115,3 @@ def run(page, line, code, names):
     before = next((setup for text, setup in BEFORE.get(page, {}).items() if text in code), "")
     exec(compile(before, f"before {page}", "exec"), names)
     exec(compile("\n" * (line - 1) + code, page, "exec"), names)
-
-
-def stand_in_for_axolotl(monkeypatch):
-    """The one class of axolotl that a plugin needs; its licence is not ours and the package large."""
-    names = ("axolotl", "axolotl.integrations", "axolotl.integrations.base")
-    for name in names:
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules[names[-1]].BasePlugin = type("BasePlugin", (), {})

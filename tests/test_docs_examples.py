@@ -1,10 +1,15 @@
-"""Every Python block of README.md and docs/ runs, in order, in one namespace per page."""
+"""Every Python block of README.md and docs/ runs, in order, in one namespace per page; every command is one."""
 
+import re
+import shlex
 import types
 
 import pytest
-from docs_support import SIGNATURES, blocks, namespace, pages, run, stand_in_for_axolotl
+from docs_support import ROOT, SIGNATURES, blocks, commands, namespace, pages, run, texts
 from integration_support import tiny_model
+from program_stand_ins import stand_in_for_programs
+
+from evenstep.errors import EvenstepError
 
 
 @pytest.mark.parametrize("page", pages())
@@ -13,14 +18,14 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch, capsys):
         pytest.skip(f"{page}: its blocks are signatures, not programs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EVENSTEP_CACHE", str(tmp_path / "cache"))
-    stand_in_for_axolotl(monkeypatch)
+    stand_in_for_programs(monkeypatch)
     keep_trainer_on_cpu(monkeypatch)
     names = namespace(page, tmp_path)
     for line, why_not, code in blocks(page):
         if not why_not:
             run(page, line, code, names)
     if page == "docs/integrations.md":
-        check_the_last_two(names)
+        check_what_programs_would_call(names)
 
 
 def keep_trainer_on_cpu(monkeypatch):
@@ -34,17 +39,26 @@ def keep_trainer_on_cpu(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
-def check_the_last_two(names):
-    """The plugin for axolotl and the choice for LLaMA-Factory, used as these programs use them."""
+def check_what_programs_would_call(names):
+    """What the page only defines, for torchtitan, axolotl and LLaMA-Factory, used as these programs use it."""
+    from torch import nn
     from transformers import Trainer, TrainingArguments
 
-    settings = types.SimpleNamespace(learning_rate=3e-4, weight_decay=None)
-    trainer = types.SimpleNamespace(model=tiny_model())
-    optimizer = names["EvenstepPlugin"]().create_optimizer(settings, trainer)
-    assert type(optimizer) is names["StableSPAM"] and optimizer.param_groups[0]["lr"] == 3e-4
-    arguments = TrainingArguments("choice", learning_rate=2e-3, use_cpu=True, report_to=[])
-    chosen = Trainer(tiny_model(), arguments).create_optimizer()
-    assert type(chosen) is names["StableSPAM"] and chosen.param_groups[0]["lr"] == 2e-3
+    parts = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    made = list(names["optimizer"].build(model_parts=parts))
+    assert [type(one) is names["StableSPAM"] for one in made] == [True, True]
+    assert [one.param_groups[0]["params"] for one in made] == [list(part.parameters()) for part in parts]
+    assert {one.param_groups[0]["weight_decay"] for one in made} == {0.1}
+
+    def trainer(**arguments):
+        return Trainer(tiny_model(), TrainingArguments("choice", use_cpu=True, report_to=[], **arguments))
+
+    settings = types.SimpleNamespace(learning_rate=3e-4, optim_args={"reset_interval": 500})
+    plugged = trainer()
+    names["EvenstepPlugin"]().post_trainer_create(settings, plugged)
+    for made, rate in ((plugged.create_optimizer(), 3e-4), (trainer(learning_rate=2e-3).create_optimizer(), 2e-3)):
+        assert type(made) is names["StableSPAM"] and made.param_groups[0]["lr"] == rate
+    assert plugged.optimizer.param_groups[0]["reset_interval"] == 500
 
 
 def test_a_block_that_is_not_run_says_what_it_needs():
@@ -52,6 +66,25 @@ def test_a_block_that_is_not_run_says_what_it_needs():
         for line, why_not, code in blocks(page):
             compile(code, f"{page}:{line}", "exec")
             assert not why_not or why_not.startswith("needs "), f"{page}:{line}"
+
+
+def test_every_command_of_the_pages_is_one_that_the_program_takes():
+    from evenstep.cli import build_parser
+
+    parser, _ = build_parser()
+    refused = []
+    for page, line, words in commands():
+        try:
+            parser.parse_args(words)
+        except (EvenstepError, SystemExit) as error:
+            refused.append(f"{page}:{line}: evenstep {shlex.join(words)}: {error}")
+    assert refused == []
+
+
+def test_every_target_of_make_in_the_pages_exists():
+    targets = {*re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)}
+    named = {x for page in texts() for x in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE)}
+    assert named and named <= targets
 
 
 PAGE = """x

@@ -97,6 +97,66 @@ def test_the_callback_sees_the_gradients_and_the_loss_of_each_step(name, tmp_pat
     torch.testing.assert_close(torch.tensor(losses), means, rtol=1e-3, atol=1e-6)
 
 
+def weight_averaging():
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    return EMAWeightAveraging(decay=0.9)
+
+
+@pytest.mark.parametrize(("precision", "averaged"), [("bf16-mixed", False), ("bf16-true", True)])
+def test_the_callback_knows_the_loss_in_each_precision_and_beside_averaged_weights(precision, averaged, tmp_path):
+    model = Regression(lambda params: StableSPAM(params, lr=1e-2, rounding="stochastic"))
+    callbacks = [SpikeCallback(say=None), *([weight_averaging()] if averaged else [])]
+    trainer(tmp_path, steps=3, callbacks=callbacks, precision=precision).fit(model, data())
+    windows = [record for record in read_records(tmp_path / "metrics.jsonl") if record.get("kind") == "window"]
+    losses = [loss for record in windows for loss in record["losses"]]
+    assert len(losses) == 3 and losses == pytest.approx(model.losses, rel=1e-2)
+
+
+CONFIGURATION = """
+trainer:
+  max_steps: 3
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: evenstep.integrations.lightning.SpikeCallback
+      init_args: {path: log.jsonl, every: 1, say: null}
+optimizer:
+  class_path: evenstep.StableSPAM
+  init_args: {lr: 0.003, betas: [0.9, 0.95], reset_interval: 7}
+"""
+
+
+class Configured(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 1)
+
+    def training_step(self, batch, _):
+        x, y = batch
+        return (self.net(x) - y).square().mean()
+
+    def train_dataloader(self):
+        return data()
+
+
+def test_lightnings_command_line_makes_optimizer_and_callback_from_a_configuration(tmp_path, monkeypatch):
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIGURATION)
+    made = LightningCLI(Configured, args=["fit", "--config", "run.yaml"])
+    [optimizer] = made.trainer.optimizers
+    group = optimizer.param_groups[0]
+    assert type(optimizer) is StableSPAM
+    assert (group["lr"], group["betas"], group["reset_interval"]) == (0.003, (0.9, 0.95), 7)
+    assert sum("losses" in record for record in read_records(tmp_path / "log.jsonl")) == 3
+
+
 def test_the_callback_goes_on_from_a_checkpoint(tmp_path):
     def fit(steps, out, **how):
         spikes = SpikeCallback(tmp_path / "metrics.jsonl", every=1, parameters_every=1, say=None)

@@ -1,6 +1,7 @@
 """accelerate, stable-baselines3, and programs that are given an optimizer by its dotted path."""
 
 import ast
+import collections
 import copy
 import importlib
 import subprocess
@@ -77,6 +78,40 @@ def test_accelerate_accumulates_saves_and_goes_on(name, accelerator, tmp_path):
     train(model, optimizer, batches[6:])
     assert equal(whole, weights(model))
     assert steps == clock(optimizer) == 6  # two batches a step
+
+
+def test_accelerate_carries_autocast_clipping_and_a_schedule_over_a_resume(tmp_path):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+
+    def prepared(seed):
+        torch.manual_seed(seed)
+        model = nn.Linear(4, 4)
+        optimizer = StableSPAM(model.parameters(), lr=1e-2, reset_interval=3)
+        return accelerator.prepare(model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10))
+
+    def train(model, optimizer, schedule):
+        for _ in range(4):
+            accelerator.backward(model(torch.ones(2, 4)).square().mean())
+            accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        return weights(model), optimizer.param_groups[0]["lr"]
+
+    parts = prepared(0)
+    train(*parts)
+    accelerator.save_state(tmp_path / "saved")
+    whole = train(*parts)
+    accelerator.free_memory()
+    parts = prepared(1)
+    accelerator.load_state(tmp_path / "saved")
+    again = train(*parts)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert equal(whole[0], again[0]) and whole[1] == again[1] < 1e-2
 
 
 def clock(optimizer):
@@ -162,6 +197,15 @@ def test_a_dotted_path_and_written_arguments_make_an_optimizer(name):
         0.01,
         200,
     )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_sequence_of_a_configurations_own_type_does_not_get_into_a_saved_state(name, tmp_path):
+    betas = collections.UserList([0.9, 0.95])  # such as OmegaConf's, which torch.load refuses
+    for given in ({"betas": betas}, {}):
+        groups = [{"params": list(nn.Linear(2, 2).parameters())} | ({} if given else {"betas": betas})]
+        torch.save(getattr(evenstep, name)(groups, **given).state_dict(), tmp_path / "state.pt")
+        assert torch.load(tmp_path / "state.pt", weights_only=True)["param_groups"][0]["betas"] == (0.9, 0.95)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

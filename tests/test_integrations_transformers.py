@@ -83,6 +83,76 @@ def test_the_callback_knows_every_step_and_its_loss(optimizer, accumulation, tmp
     assert all("spike_rate" in line and "spikes" in line for line in trainer.state.log_history if "loss" in line)
 
 
+TREATMENTS = {
+    "low bits, checkpointing, bf16": (True, {"gradient_checkpointing": True, "bf16": True}),
+    "compiled": (False, {"torch_compile": True, "torch_compile_backend": "eager"}),
+}
+
+
+@pytest.mark.parametrize("treatment", TREATMENTS)
+def test_the_callback_hears_every_loss_however_the_trainer_runs_the_model(treatment, tmp_path):
+    low, arguments = TREATMENTS[treatment]
+    trainer = tiny_trainer(
+        tmp_path,
+        quantize_(tiny_model(), "fp4") if low else tiny_model(),
+        callbacks=[SpikeCallback(say=None)],
+        optimizer=(StableSPAM, {"lr": 1e-2}),
+        steps=3,
+        **arguments,
+    )
+    trainer.train()
+    logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    seen = step_losses(tmp_path / "metrics.jsonl")
+    assert [*seen] == [1, 2, 3] and [*seen.values()] == pytest.approx(logged, abs=1e-3)
+    assert load_names(tmp_path)[0] == "model.embed_tokens.weight"
+
+
+def load_names(out):
+    return next(record["names"] for record in read_records(out / "metrics.jsonl") if record.get("kind") == "start")
+
+
+@pytest.mark.parametrize("schedule", ["polynomial", "reduce_lr_on_plateau", "greedy"])
+def test_schedules_that_look_into_the_optimizer_move_its_rate(schedule, tmp_path):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 6}
+    patience = {"reduce_lr_on_plateau": {"patience": 0}, "greedy": {"patience": 0, "smooth": False}}
+    trainer = tiny_trainer(
+        tmp_path,
+        tiny_model(),
+        optimizer=(StableSPAM, {"lr": 1e-2}),
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=patience.get(schedule, {}),
+        **evaluated,
+    )
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] != 1e-2
+
+
+def adapted(seed=0):
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model()
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+
+
+def test_adapters_train_and_resume_to_the_same_bits_and_the_rest_stays(tmp_path):
+    def trainer(out, seed):
+        return tiny_trainer(
+            tmp_path / out,
+            adapted(seed),
+            callbacks=[SpikeCallback(say=None)],
+            optimizer=(StableSPAM, {"lr": 1e-2, "reset_interval": 4}),
+        )
+
+    whole, again = trainer("whole", 0), trainer("again", 1)
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert equal(weights(whole.model), weights(again.model))
+    before, after = weights(adapted()), weights(whole.model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "lora_" in name} == {*load_names(tmp_path / "whole")}
+
+
 def test_the_callback_goes_on_after_a_resume_without_a_line_twice(tmp_path):
     def train(**how):
         trainer = tiny_trainer(

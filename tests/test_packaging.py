@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -26,6 +27,13 @@ def test_the_version_is_the_same_everywhere():
 
 def test_torch_and_numpy_are_all_that_it_needs():
     assert [re.match(r"\w+", need)[0] for need in PROJECT["dependencies"]] == ["torch", "numpy"]
+
+
+def test_optimizers_telemetry_and_low_bits_work_where_torch_and_numpy_are_all_there_is(tmp_path):
+    program = [sys.executable, str(ROOT / "tests" / "torch_alone.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
 
 
 def test_every_paper_is_cited():
@@ -82,12 +90,22 @@ def kernels_in(wheel):
 
 
 @pytest.mark.slow
+def test_the_sdist_holds_the_sources_of_the_kernels_and_no_half_of_the_tests(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"evenstep/kernels/cpu.cpp", "recipes/demo.toml", "CITATION.cff", "LICENSE"} <= names
+    unwanted = ("tests", "benchmarks", "experiments")
+    assert not [name for name in names if name.startswith(unwanted) or name.endswith(".so")]
+
+
+@pytest.mark.slow
 def test_without_a_compiler_the_sdist_becomes_a_wheel_that_installs_alone(sdist, tmp_path):
     wheel = wheel_of(sdist, tmp_path, CC="/bin/false", CXX="/bin/false")
     names = zipfile.ZipFile(wheel).namelist()
     assert kernels_in(wheel) == []
     assert "evenstep/py.typed" in names and any(name.startswith("evenstep/telemetry/assets/") for name in names)
-    assert not [name for name in names if name.startswith(("tests/", "tools/", "docs/"))]
+    outside = ("tests/", "tools/", "docs/", "benchmarks/", "experiments/", "recipes/")
+    assert not [name for name in names if name.startswith(outside)]
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]

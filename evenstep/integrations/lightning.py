@@ -71,7 +71,8 @@ class SpikeCallback(pl.Callback):
         **options: Any,
     ) -> None:
         self.path, self.which, self.loggers, self.validation = path, optimizer, loggers, validation
-        self.extra, self.options = list(sinks), options
+        self.extra = list(sinks)
+        self.options = options  # alone on its line: LightningCLI reads here which names ``options`` may hold
         self.monitor: SpikeMonitor | None = None
         self._saved: dict[str, Any] | None = None
         self._losses: list[Tensor] = []

@@ -71,8 +71,7 @@ class EvenOptimizer(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """As torch's. Official names are translated, every hyperparameter is checked, and the state is created at once.
 
-        A group added late starts at the clock of the others. Raises ValueError for a value out of range or a mistyped
-        name.
+        A group added late starts at the clock of the others. ValueError for a value out of range or a mistyped name.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group is a dict with 'params' and options, got {type(param_group).__name__}")
@@ -82,6 +81,7 @@ class EvenOptimizer(Optimizer):
         group.setdefault("t", max((int(other["t"]) for other in self.param_groups), default=0))
         super().add_param_group(group)
         added = self.param_groups[-1]
+        added["betas"] = tuple(added["betas"])  # a sequence of a configuration's own type could not be loaded again
         try:
             place_clock(added)
             for index, p in enumerate(added["params"]):

@@ -74,8 +74,8 @@ def scale_groups(
         )
     if not groups["last"]:
         raise ValueError(
-            f"scale_groups found no last layer in {type(model).__name__} (none is named {', '.join(HEADS)}); "
-            "name its weight, for example last='decoder.out.weight'"
+            f"scale_groups found no last layer in {type(model).__name__} (no trainable one is named "
+            f"{', '.join(HEADS)}); name its weight, for example last='decoder.out.weight'"
         )
     return [{"params": members, "kind": kind} for kind, members in groups.items() if members]
 
