@@ -175,9 +175,12 @@ def test_the_page_says_claim_numbers_direction_and_the_flaw(document, tmp_path, 
     assert "N/(N+1)" in text and "commit cccccccccc" in text and "a CPU" in text and "4K tokens" in text
     for picture in ("curves", "rates", "memory"):
         assert f"](results/mine-{picture}.png)" in text and (page.parent / "results" / f"mine-{picture}.png").exists()
+    assert "## Notes" not in text
+    (stored / "notes.md").write_text("## Notes\n\nof somebody\n")
     (stored / "mine.json").write_text(json.dumps({**document, "scale": "smoke"}))
     write_page(stored, page)
     assert "every direction below is an\naccident" in page.read_text()
+    assert page.read_text().index("\n## Claims") < page.read_text().index("\n## Notes\n\nof somebody\n")
 
 
 def test_a_page_of_nothing_or_of_something_else_is_refused(tmp_path):

@@ -1,5 +1,5 @@
 """docs/results.md: every claim with our number, the paper's number and the direction, then every table; generated from
-the JSON files that ``evenstep compare --store`` leaves."""
+the JSON files that ``evenstep compare --store`` leaves. A file ``notes.md`` beside them comes after the claims."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_page(stored: Path, page: Path) -> list[Path]:
     pictures = page.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     drawn = {d["table"]: plots.draw(d, pictures) for d in documents}
-    parts = [_head(documents, stored), _claims(documents), *filter(None, [overview(documents)])]
+    parts = [_head(documents, stored), _claims(documents), *filter(None, [_notes(stored), overview(documents)])]
     parts += [_table(d, drawn[d["table"]], page.parent) for d in documents]
     replace_text(page, "\n".join(parts))
     return [page, *(path for paths in drawn.values() for path in paths)]
@@ -82,6 +82,12 @@ def _head(documents: list[Document], stored: Path) -> str:
     tokens = short_count(max(document["setting"]["tokens"] for document in documents))
     what = SMOKE if "smoke" in scales else SMALL.format(tokens=tokens) if scales == {"small"} else OTHER
     return HEAD.format(stored=stored, what=what, floor=FLOOR, single=SINGLE)
+
+
+def _notes(stored: Path) -> str:
+    """What somebody wrote about these results, in a file beside them."""
+    path = stored / "notes.md"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _claims(documents: list[Document]) -> str:
