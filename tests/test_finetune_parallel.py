@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from parallel_support import free_port, losses, silent
 from process_support import run_processes
 
@@ -51,23 +53,28 @@ def config(model, out, mode, **more):
     return build(tables, FineTuneConfig)
 
 
+def half_of(run, out):
+    """A copy of a run of four steps, as it was after two."""
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "checkpoints" / "step-000004")
+    return out
+
+
 def _worker(rank, size, jobs):
     torch.set_num_threads(1)
-    for port, settings, resume in jobs:
+    for port, settings, begun in jobs:
         os.environ |= {
             "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
+        if begun and rank == 0:
+            half_of(begun, Path(settings.out))
         with open_world(settings) as world:
-            if resume:
+            if begun:
+                dist.barrier()
                 Tuning.resume(settings.out, settings, world=world, say=silent).fit()
             else:
                 Tuning(settings, world=world, say=silent).fit()
-
-
-def both(*jobs):
-    """Each (configuration, resume), one after the other, on two processes."""
-    run_processes(_worker, 2, [(free_port(), *job) for job in jobs], count=2)
 
 
 LORA = {"tune": {"adapter": "lora", "rank": 2}}
@@ -78,14 +85,23 @@ CASES = {
 }
 
 
-def test_two_processes_train_as_one_and_write_once(model, tmp_path):
-    """Full, LoRA, and transformers with sparse momentum: losses, validation, scores, weights; then they go on."""
+@pytest.mark.parametrize(
+    "names", [("full", "lora"), pytest.param(("a model of transformers",), marks=pytest.mark.slow)]
+)
+def test_two_processes_train_as_one_and_write_once(names, model, tmp_path):
+    """Losses, validation, scores, weights; then they go on from half of it."""
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
-    for name, more in CASES.items():
+    cases = {name: CASES[name] for name in names}
+    for name, more in cases.items():
         Tuning(config(model, tmp_path / "one" / name, "none", **more), say=silent).fit()
-    both(*((config(model, tmp_path / "two" / name, "ddp", **more), False) for name, more in CASES.items()))
-    for name, more in CASES.items():
+    jobs = []
+    for name, more in cases.items():
+        two = tmp_path / "two" / name
+        jobs.append((free_port(), config(model, two, "ddp", **more), None))
+        jobs.append((free_port(), config(model, tmp_path / "again" / name, "ddp", **more), two))
+    run_processes(_worker, 2, jobs, count=2)
+    for name, more in cases.items():
         one, two = tmp_path / "one" / name, tmp_path / "two" / name
         assert losses(two) == pytest.approx(losses(one), rel=1e-5), name
         facts = [json.loads((run / "summary.json").read_text()) for run in (one, two)]
@@ -99,17 +115,10 @@ def test_two_processes_train_as_one_and_write_once(model, tmp_path):
         assert [path.name for path in list_checkpoints(two / "checkpoints")] == ["step-000004", "step-000002"]
         assert read_manifest(two / "checkpoints" / "step-000002")["world_size"] == 2
 
-    jobs = []
-    for name, more in CASES.items():
-        again = shutil.copytree(tmp_path / "two" / name, tmp_path / "again" / name)
-        shutil.rmtree(again / "checkpoints" / "step-000004")
-        alone = shutil.copytree(again, tmp_path / "alone" / name)
-        jobs.append((config(model, again, "ddp", **more), True))
+        assert losses(tmp_path / "again" / name) == losses(two), name
+        alone = half_of(two, tmp_path / "alone" / name)
         Tuning.resume(alone, config(model, alone, "none", **more), say=silent).fit()
-        assert losses(alone) == pytest.approx(losses(tmp_path / "one" / name), rel=1e-5), name
-    both(*jobs)
-    for name in CASES:
-        assert losses(tmp_path / "again" / name) == losses(tmp_path / "two" / name), name
+        assert losses(alone) == pytest.approx(losses(one), rel=1e-5), name
 
 
 @pytest.mark.parametrize("mode", ["fsdp", "hsdp", "tp+fsdp"])

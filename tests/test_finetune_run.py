@@ -10,7 +10,9 @@ from evenstep.cli import main
 from evenstep.data.tokenizer import train_bpe
 from evenstep.errors import EvenstepError
 from evenstep.finetune.config import FineTuneConfig
+from evenstep.finetune.examples import read_examples
 from evenstep.finetune.run import Tuning
+from evenstep.finetune.task import labels_of
 from evenstep.models import load_pretrained
 from evenstep.train.config_io import build
 from evenstep.train.metrics import read_metrics
@@ -168,3 +170,64 @@ def test_a_pretrained_run_is_named_as_it_is(hub, tmp_path, capsys):
     assert "train.steps" in capsys.readouterr().err
     assert main(["finetune", "recipes/finetune-llama2-7b-commonsense.toml", "--print-config"]) == 0
     assert "density = 0.0025" in capsys.readouterr().out
+
+
+# ---- classifiers ----
+
+TEXTS = [{"text": word * 3, "label": "left" if "a" in word else "right"} for word in WORDS * 4]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    """A decoder that puts texts into classes, which it names in an order that is not the alphabet's."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("decoder")
+    train_bpe(iter(["a"]), 257).save(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    names = {"id2label": {0: "right", 1: "left"}, "label2id": {"right": 0, "left": 1}}
+    LlamaForSequenceClassification(LlamaConfig(vocab_size=257, **shape, **names)).save_pretrained(folder)
+    return folder
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_padding_does_not_change_the_class_of_a_text(decoder, tmp_path):
+    """A decoder takes the last token that is no padding."""
+    from evenstep.finetune.rows import collate
+
+    settings = config(decoder, lines(tmp_path / "x.jsonl", TEXTS), tmp_path / "run", library="transformers")
+    run = Tuning(settings, say=lambda _: None)
+    rows = [(run.task.classified(dataclasses.replace(e, prompt=e.prompt * (i + 1)), True),)
+            for i, e in enumerate(run.task.sets[0].examples[:3])]  # fmt: skip
+    inputs, _ = collate(rows)
+    run.model.eval()
+    with torch.no_grad():
+        together = run.model(inputs[:, 0], inputs[:, 1])
+        for i, row in enumerate(rows):
+            alone, _ = collate([row])
+            torch.testing.assert_close(run.model(alone[:, 0], alone[:, 1])[0], together[i], rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifiers_own_order_of_classes_is_kept(decoder, tmp_path, capsys):
+    data = lines(tmp_path / "x.jsonl", TEXTS)
+    run, _ = fit(decoder, data, tmp_path / "run", library="transformers", steps=1)
+    assert run.task.labels == ["right", "left"]
+    numbers = [{"text": "ab", "label": i} for i in (2, 10, 1)] * 4
+    assert labels_of(read_examples(lines(tmp_path / "n.jsonl", numbers)), ["x", "1"]) == ["1", "2", "10"]
+    one = lines(tmp_path / "one.jsonl", [{"text": "ab", "label": "up"}] * 9)
+    assert main(["finetune", str(decoder), "--data", str(one), "--out", str(tmp_path / "no")]) == 2
+    assert "two or more" in capsys.readouterr().err
+
+
+def test_evaluate_scores_the_whole_file_and_trains_nothing(hub, data, capsys):
+    """Also of fewer examples than a batch."""
+    capsys.readouterr()
+    shared = ["--model.library", "evenstep", "--train.seq_len", "32", "--eval.max_new_tokens", "2", "--evaluate"]
+    assert main(["finetune", str(hub), "--eval.data", str(data), "--train.batch_size", "64", *shared]) == 0
+    said = capsys.readouterr()
+    assert f"{data}: " in said.out + said.err and "(exact)" in said.out + said.err

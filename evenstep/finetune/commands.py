@@ -24,7 +24,7 @@ examples:
   evenstep finetune ./Llama-2-7b-hf --data commonsense_170k.json --mode sparse    SPAM, moments of 0.25 %
   evenstep finetune ./bert --data mails.jsonl --eval.data held_out.jsonl
   evenstep finetune recipes/finetune-llama2-7b-commonsense.toml ./Llama-2-7b-hf
-  evenstep finetune runs/NAME --data examples.jsonl --eval.data boolq.jsonl,piqa.jsonl --evaluate
+  evenstep finetune runs/NAME --eval.data boolq.jsonl,piqa.jsonl --evaluate    score, train nothing
 """
 
 MODES: dict[str, dict[str, str]] = {
@@ -51,7 +51,7 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     finetune.add_argument(
         "--mode", metavar="MODE", help="full: all weights; lora: adapters; sparse: SPAM with moments of 0.25 %%"
     )
-    finetune.add_argument("--evaluate", action="store_true", help="score MODEL as it is, train nothing")
+    finetune.add_argument("--evaluate", action="store_true", help="score MODEL on eval.data, or on FILE; train nothing")
     add_flags(finetune, FineTuneConfig)
     finetune.set_defaults(run_command=_finetune)
 
@@ -75,6 +75,8 @@ def _finetune(args: argparse.Namespace) -> None:
         raise EvenstepError(f"--mode {args.mode}: give one of {', '.join(MODES)}")
     short = dict(MODES[args.mode]) if args.mode else {}
     short |= {key: value for key, value in (("model.path", model), ("data.file", args.data)) if value is not None}
+    if args.evaluate and args.data is None and vars(args)["eval.data"]:
+        short["data.file"] = vars(args)["eval.data"].split(",")[0].strip()
     config, directory = chosen(args, FineTuneConfig, recipe, short)
     if args.print_config:
         from evenstep.train.config_io import to_toml

@@ -75,7 +75,7 @@ _MARKS: dict[str, tuple[set[str], ...]] = {
 
 def _items(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise EvenstepError(f"there is no {path}; give a .jsonl file, or a .json list") from None
     except (OSError, UnicodeDecodeError) as problem:
@@ -107,6 +107,10 @@ def _text(item: dict[str, Any], key: str, where: str, *, empty: bool = False) ->
         raise EvenstepError(f"{where}: '{key}' is {type(value).__name__}, expected a text")
     if not value.strip() and not empty:
         raise EvenstepError(f"{where}: '{key}' is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise EvenstepError(f"{where}: '{key}' holds half of a surrogate pair, which is no text") from None
     return value
 
 

@@ -83,9 +83,18 @@ class HubCausal(HubModel):
 
 
 class HubClassifier(HubModel):
+    def pad_with(self, token: int) -> None:
+        """Pad with ``token`` where the model has no token of its own for it: a decoder looks for the last token before
+        the padding."""
+        own = self.net.config.get_text_config()
+        if getattr(own, "pad_token_id", None) is None:
+            own.pad_token_id = token
+
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits [B, classes] of one text a row."""
-        return self.net(input_ids=tokens, attention_mask=(positions >= 0).long()).logits
+        here = positions >= 0
+        padded = tokens.masked_fill(~here, self.net.config.get_text_config().pad_token_id or 0)
+        return self.net(input_ids=padded, attention_mask=here.long()).logits
 
     def loss(
         self, tokens: Tensor, targets: Tensor, *, positions: Tensor, reduction: str = "mean", chunk: int | None = None

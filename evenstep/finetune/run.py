@@ -17,7 +17,7 @@ from evenstep.errors import EvenstepError
 from evenstep.finetune import scoring, source
 from evenstep.finetune.config import FineTuneConfig
 from evenstep.finetune.examples import Example
-from evenstep.finetune.hub import HubCausal, keeps_documents_apart
+from evenstep.finetune.hub import HubCausal, HubClassifier, keeps_documents_apart
 from evenstep.finetune.note import Note
 from evenstep.finetune.products import write_products
 from evenstep.finetune.rows import RowLoader, batches
@@ -26,12 +26,13 @@ from evenstep.finetune.task import Task, open_examples, summary_of
 from evenstep.finetune.text import load_text
 from evenstep.models import Llama
 from evenstep.train import setup
+from evenstep.train.config import OptimConfig
 from evenstep.train.interrupts import Interrupts
 from evenstep.train.progress import clock, tell
 from evenstep.train.run import Run, Say
 from evenstep.train.summary import short_count
 from evenstep.train.tensors import model_tensors
-from evenstep.train.world import World
+from evenstep.train.world import World, open_world
 
 T = TypeVar("T")
 
@@ -58,10 +59,13 @@ class Tuning(Run):
         """With the library and the kind of the model, and a budget in steps; opens the examples and the model, which
         decides whether they are packed."""
         train, val = open_examples(config)
-        self.task = task = Task(config, load_text(self.source.folder, self.source.library), train, val)
+        folder = self.source.folder
+        self.task = task = Task(config, load_text(folder, self.source.library), train, val, source.classes_of(folder))
         self.kinds = {one.name: scoring.kind_of(config.eval.score, one.examples) for one in task.sets}
         self.opened = source.open_model(config, self.source, task.labels, say)
         self._check_vocabulary()
+        if isinstance(self.opened, HubClassifier):
+            self.opened.pad_with(task.tokenizer.eos_id)
         if self._may_pack(config, say):
             task.pack()
         for line in task.told():
@@ -214,15 +218,24 @@ class Tuning(Run):
         ]
 
 
+class _Scored(Tuning):
+    """A run that is not trained."""
+
+    def make_loader(self) -> Any:
+        return None
+
+
 def evaluate_only(config: FineTuneConfig, say: Say = tell) -> TuneResult:
-    """Score the model as it is on ``eval.data``, or on the examples held out; prints the scores."""
-    with tempfile.TemporaryDirectory(prefix="evenstep-score-") as folder:
-        run = Tuning(dataclasses.replace(config, out=str(Path(folder, "run"))), say=say)
+    """Score the model as it is on ``eval.data``, or on all of ``data.file``; prints the scores."""
+    scored = dataclasses.replace(config.eval, data=config.eval.data or config.data.file)
+    config = dataclasses.replace(config, eval=scored, optim=OptimConfig(name="sgd"))  # which keeps nothing
+    with tempfile.TemporaryDirectory(prefix="evenstep-score-") as folder, open_world(config) as world:
+        run = _Scored(dataclasses.replace(config, out=str(Path(folder, "run"))), world=world, say=say)
         result = run.evaluate()
         run.metrics.close()
-    say(f"loss {result.loss:.4f} over {result.tokens:,} {'texts' if run.task.labels else 'learned tokens'}")
-    for name, score in result.scores.items():
-        say(f"{name}: {score:.2%} ({run.kinds[name]})")
-    if len(result.scores) > 1:
-        say(f"mean: {sum(result.scores.values()) / len(result.scores):.2%}")
+        run.say(f"loss {result.loss:.4f} over {result.tokens:,} {'texts' if run.task.labels else 'learned tokens'}")
+        for name, score in result.scores.items():
+            run.say(f"{name}: {score:.2%} ({run.kinds[name]})")
+        if len(result.scores) > 1:
+            run.say(f"mean: {sum(result.scores.values()) / len(result.scores):.2%}")
     return result

@@ -44,6 +44,22 @@ def find_source(path: Path, library: str, say: Say) -> Source:
     return Source(folder, "evenstep" if ours else "transformers")
 
 
+def classes_of(folder: Path) -> list[str]:
+    """The names of the classes that a classifier was trained on, none of what is none."""
+    facts = _facts(folder)
+    names = facts.get("id2label")
+    if not _classifies(facts) or not isinstance(names, dict):
+        return []
+    try:
+        return [str(names[key]) for key in sorted(names, key=int)]
+    except ValueError:
+        return []
+
+
+def _classifies(facts: dict[str, Any]) -> bool:
+    return any(str(kind).endswith("ForSequenceClassification") for kind in facts.get("architectures") or [])
+
+
 def _facts(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -129,8 +145,7 @@ def open_to_write(source: Source) -> Any:
     """The model in eval mode, to write text with. EvenstepError for one that puts texts into classes."""
     if source.library == "evenstep":
         return load_model(source.folder).eval()
-    kinds = _facts(source.folder).get("architectures") or []
-    if any(str(kind).endswith("ForSequenceClassification") for kind in kinds):
+    if _classifies(_facts(source.folder)):
         raise EvenstepError(
             f"{source.folder} puts texts into classes and writes none; evenstep finetune {source.folder} --data FILE "
             "--evaluate scores it"

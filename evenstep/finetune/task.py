@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from evenstep.finetune.rows import Document, Row, pack
 from evenstep.finetune.text import Encoder, Text, read_template
 
 Say = Callable[[str], None]
+HELD_OUT = "held out"
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,19 @@ class ValSet:
 
 
 class Task:
-    """What `evenstep.data.TokenData` is to pretraining. ``labels`` are the classes, none for a model that writes."""
+    """What `evenstep.data.TokenData` is to pretraining. ``labels`` are the classes, none for a model that writes: the
+    model's own ``classes`` where it knows all of the data's, else the data's."""
 
-    def __init__(self, config: FineTuneConfig, text: Text, train: list[Example], val: dict[str, list[Example]]) -> None:
+    def __init__(
+        self, config: FineTuneConfig, text: Text, train: list[Example], val: dict[str, list[Example]],
+        classes: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.config, self.tokenizer = config, text
         self.encoder = Encoder(text, read_template(config.data.template))
         self.form = form_of(train[0])
-        self.labels = sorted({str(e.label) for e in train}) if train[0].label is not None else []
+        self.labels = labels_of([*train, *val.get(HELD_OUT, ())], classes)
+        if len(self.labels) == 1:
+            raise EvenstepError(f"{config.data.file}: every label is {self.labels[0]!r}; give examples of two or more")
         self.dropped: dict[str, int] = {}
         self.train_documents = self._documents(train, config.data.file)
         if not self.train_documents:
@@ -112,8 +119,16 @@ class Task:
         return lines
 
 
+def labels_of(examples: Sequence[Example], classes: Sequence[str]) -> list[str]:
+    """The classes in the order of the model's outputs: numbers by size, other names by the alphabet."""
+    found = {example.label for example in examples if example.label is not None}
+    if found and found <= {*classes}:
+        return list(classes)
+    return sorted(found, key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label))
+
+
 def open_examples(config: FineTuneConfig) -> tuple[list[Example], dict[str, list[Example]]]:
-    """The examples to train on, and those to validate on by the name of their file (or ``held out``)."""
+    """The examples to train on, and those to validate on by the name of their file (or `HELD_OUT`)."""
     data = config.data
     train = read_examples(Path(data.file), data.format, data.max_rows)
     if config.eval.data:
@@ -122,7 +137,7 @@ def open_examples(config: FineTuneConfig) -> tuple[list[Example], dict[str, list
     else:
         order = np.random.default_rng(0).permutation(len(train))  # the same for every seed of the training
         held = set(order[: int(data.val_fraction * len(train))].tolist())
-        val = {"held out": [train[i] for i in sorted(held)]} if held else {}
+        val = {HELD_OUT: [train[i] for i in sorted(held)]} if held else {}
         train = [example for i, example in enumerate(train) if i not in held]
     kinds = {example.label is None for examples in (train, *val.values()) for example in examples}
     if len(kinds) > 1:
