@@ -227,7 +227,7 @@ def test_recipes_are_valid(recipe):
     config = load_config(recipe)
     if recipe.stem.startswith("slimpajama"):
         assert config.data.source == "hf:cerebras/SlimPajama-627B" and config.tokens_per_step == 131072
-    elif recipe.stem != "demo" and not recipe.stem.startswith("lowbit"):
+    elif recipe.stem != "demo" and not recipe.stem.startswith(("lowbit", "start")):
         _, size, name = recipe.stem.split("-")
         assert (config.model.size, config.optim.name) == (size, name)
         assert config.tokens_per_step == 131072 and "Published perplexity" in recipe.read_text()
@@ -240,7 +240,7 @@ def test_there_is_a_recipe_for_every_published_row():
         for size in ("60m", "130m", "350m", "1b")
         for name in ("stable_spam", "spam", "scale", "adam")
     }
-    assert {path.stem for path in RECIPES if not path.stem.startswith("lowbit")} == wanted | {
+    assert {path.stem for path in RECIPES if not path.stem.startswith(("lowbit", "start"))} == wanted | {
         "demo",
         "slimpajama-60m-stable_spam",
     }
