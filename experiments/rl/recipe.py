@@ -167,7 +167,9 @@ def _line(path: Path, key: str, table: Any) -> Line:
     own = {name: table[name] for name in OPTIMIZER_KEYS if name in table}
     options = {name: value for name, value in table.items() if name not in OPTIMIZER_KEYS}
     try:
-        if baseline(own["name"]).rule is not rules.every:
+        chosen = baseline(own["name"])
+        grouped = chosen.own.keys() & options.keys()  # what the rule reads that makes the groups
+        if grouped or chosen.rule not in (rules.every, rules.sparse):
             raise EvenstepError(f"{own['name']} needs groups of its own, and an agent has none; choose another")
         check_options(own["name"], options)
         fronts.transforms(own.get("before", ""))
