@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from evenstep.errors import EvenstepError, nearest
 from experiments.common import Run, once, status
@@ -23,8 +24,6 @@ PACKAGES = ("stable_baselines3", "gymnasium", "mujoco", "numpy")
 
 def run_recipe(recipe: Recipe, store: Path, out: Path, only: Sequence[str] = (), quiet: bool = False) -> list[Run]:
     """All runs of a recipe, or those of the lines ``only``, seed by seed so that all lines are there early."""
-    from experiments.rl.train import train
-
     keys = [line.key for line in recipe.lines]
     for key in only:
         if key not in keys:
@@ -41,9 +40,15 @@ def run_recipe(recipe: Recipe, store: Path, out: Path, only: Sequence[str] = (),
                     print(f"{recipe.name} {name}: {text}", flush=True)
 
             directory = out / recipe.name / name
-            work = functools.partial(train, setting, directory, say)
-            runs.append(once(store / recipe.name / f"{name}.json", setting, work, PACKAGES))
+            with_this = functools.partial(_train, setting, directory, say)
+            runs.append(once(store / recipe.name / f"{name}.json", setting, with_this, PACKAGES))
     return runs
+
+
+def _train(setting: dict[str, Any], directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    from experiments.rl.train import train
+
+    return train(setting, directory, say)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
