@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from finetune_support import write_hub
 
 from evenstep.cli import main
 from evenstep.data.tokenizer import train_bpe
@@ -22,15 +23,7 @@ WORDS = ["abc", "bcd", "cde", "def", "ace", "bdf"]
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A LLaMA in a folder that transformers opens, with a tokenizer of bytes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("hub")
-    train_bpe(iter(["a"]), 257).save(folder)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=257, max_position_embeddings=64, **shape)).save_pretrained(folder)
-    return folder
+    return write_hub(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture(scope="module")
