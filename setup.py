@@ -1,13 +1,18 @@
 """The CPU kernels: evenstep/kernels/cpu*.cpp, built once per instruction set and loaded with ctypes.
 
 They are optional. Without a compiler the install succeeds, and the plain version of everything serves.
+
+A wheel carries recipes/ inside the package, so that ``evenstep pretrain recipes/demo.toml`` works without a clone.
 """
 
 import platform
+import shutil
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 OPTIMISE = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 AVX2 = ["-mavx2", "-mfma", "-mpopcnt"]
@@ -29,6 +34,13 @@ class BuildKernels(build_ext):
             self.build_temp = shared
 
 
+class WithRecipes(build_py):
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree("recipes", Path(self.build_lib, "evenstep", "recipes"), dirs_exist_ok=True)
+
+
 setup(
     ext_modules=[
         Extension(
@@ -41,5 +53,5 @@ setup(
         )
         for name, flags in BUILDS.items()
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": WithRecipes},
 )

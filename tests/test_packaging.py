@@ -104,6 +104,8 @@ def test_without_a_compiler_the_sdist_becomes_a_wheel_that_installs_alone(sdist,
     names = zipfile.ZipFile(wheel).namelist()
     assert kernels_in(wheel) == []
     assert "evenstep/py.typed" in names and any(name.startswith("evenstep/telemetry/assets/") for name in names)
+    recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.toml")}
+    assert {f"evenstep/{name}" for name in recipes} <= {*names}
     outside = ("tests/", "tools/", "docs/", "benchmarks/", "experiments/", "recipes/")
     assert not [name for name in names if name.startswith(outside)]
     venv.create(tmp_path / "env", with_pip=True)

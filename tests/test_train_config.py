@@ -135,6 +135,16 @@ def test_a_missing_recipe_is_one_clear_line(tmp_path):
         load_config(tmp_path / "none.toml")
 
 
+def test_evensteps_own_recipes_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(Path("recipes/demo.toml")).name == "demo"
+    with pytest.raises(EvenstepError, match=r"no such file.*did you mean 'recipes/start-4bit.toml'"):
+        load_config(Path("recipes/start-4bits.toml"))
+    Path("recipes").mkdir()
+    Path("recipes/demo.toml").write_text("[train]\nsteps = 3\n")
+    assert load_config(Path("recipes/demo.toml")).train.steps == 3, "a file of the working directory goes first"
+
+
 def test_types_are_checked_from_python_too():
     with pytest.raises(EvenstepError, match=r"train\.batch_size"):
         TrainConfig(steps=3, batch_size="4")  # type: ignore[arg-type]

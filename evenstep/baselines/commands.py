@@ -95,9 +95,7 @@ def treatment(entry: Baseline) -> tuple[list[str], list[list[str]]]:
         extra = ", ".join(f"{key} {value}" for key, value in own.items() if value)
         rows.append(
             [
-                {"last": "last layer", "hidden": "hidden matrices", "vector": "vectors"}.get(
-                    kind["kind"], kind["kind"]
-                ),
+                _KINDS.get(kind["kind"], kind["kind"]),
                 str(len(params)),
                 f"{groups[0]}" if len(groups) == 1 else f"{groups[0]}-{groups[-1]}",
                 f"{sum(kept) / sum(p.numel() for p in params):.2f}",

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Groups = list[dict[str, Any]]
 RANK_SHARE = 4
 """rank = width / 4, as the low-rank papers have it for LLaMA-60M to 1B."""
+DENSITY_OF = ("all", "hidden")
+"""Which matrices SPAM's density is for."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,12 @@ def every(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
 def sparse(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     """every parameter alike; with density_of hidden, the embedding, the last layer and vectors are dense"""
     wanted = request.own["density_of"]
-    if wanted not in ("all", "hidden"):
+    if wanted not in DENSITY_OF:
         raise EvenstepError(f"optim.density_of {wanted}: give all (matrices), or hidden (ones alone)")
     if wanted == "all" or request.values.get("density", 1.0) == 1:
         return every(cls, request)
-    from evenstep.optim.groups import is_inner
-
-    inner = is_inner(request.model)
-    groups: dict[bool, list[Any]] = {True: [], False: []}
-    for name, p in request.model.named_parameters():
-        if p.requires_grad:
-            groups[inner(name, p)].append((name, p))
-    parts: Groups = [{"params": groups[True]}, {"params": groups[False], "density": 1.0}]
-    return request.made(cls, [part for part in parts if part["params"]])
+    hidden, rest = hidden_and_rest(request.model)
+    return request.made(cls, [{"params": hidden}, {"params": rest, "density": 1.0}])
 
 
 def roles(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
@@ -135,14 +130,16 @@ def describe(rule: Rule) -> str:
 
 
 def hidden_and_rest(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """The hidden matrices, and all other parameters, as named ones. EvenstepError when there is none of the former."""
-    from evenstep.optim import scale_groups
+    """The matrices between the embedding and the last layer, and all other trainable parameters, as named ones.
+    EvenstepError when there is none of the former."""
+    from evenstep.optim.groups import is_inner
 
-    groups = {group["kind"]: group["params"] for group in scale_groups(model)}
-    hidden = groups.pop("hidden", [])
+    inner = is_inner(model)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [(name, p) for name, p in trained if inner(name, p)]
     if not hidden:
         raise EvenstepError("this model has no hidden matrix, the only kind this optimizer is for")
-    return hidden, [item for members in groups.values() for item in members]
+    return hidden, [(name, p) for name, p in trained if not inner(name, p)]
 
 
 def default_rank(matrices: Any) -> int:

@@ -45,7 +45,6 @@ from evenstep.train.checks import parse_count
 from evenstep.train.config_io import read_toml
 
 Document = dict[str, Any]
-SCALES = ("small", "paper", "smoke")
 
 _KEYS = {
     "": "title paper about include reference grid base row precision size sweep final published claim scale",

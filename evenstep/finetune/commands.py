@@ -10,6 +10,7 @@ from typing import Any
 from evenstep.errors import EvenstepError
 from evenstep.finetune.config import SPARSE, FineTuneConfig
 from evenstep.train.config_flags import add_flags, chosen
+from evenstep.train.config_io import shipped
 
 FINETUNE = """\
 Fine-tune MODEL on examples, one JSON object a line: instructions, prompts with responses, chats, choices, or texts with
@@ -61,7 +62,8 @@ def _split(words: Sequence[str]) -> tuple[Path | None, str | None]:
     recipes: list[str] = []
     models: list[str] = []
     for word in words:
-        (recipes if word.endswith(".toml") and Path(word).is_file() else models).append(word)
+        path = Path(word)
+        (recipes if path.suffix == ".toml" and (path.is_file() or shipped(path)) else models).append(word)
     if len(recipes) > 1 or len(models) > 1:
         raise EvenstepError(
             f"one recipe and one model may be given, not {' '.join(words)}; see evenstep finetune --help"

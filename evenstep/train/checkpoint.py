@@ -47,7 +47,7 @@ FORMAT = 2
 SHARD = ".safetensors"
 _NAME = re.compile(r"step-(\d+)")
 _PARTIAL = re.compile(r"\.step-\d+\.partial")
-_EARLIER = "it was written by evenstep 0.1, in a layout that can no longer be resumed"
+_EARLIER = "it is in a layout from before the first release, which cannot be resumed"
 
 # ---- reading ----
 

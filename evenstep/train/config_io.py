@@ -23,6 +23,10 @@ Tables = dict[str, Any]
 
 _WORDS = {"none": None, "true": True, "false": False}
 
+_PACKAGE = Path(__file__).parents[1]
+_RECIPES = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
+"""Where evenstep's own recipes are: in the package when it is installed, beside it in a clone."""
+
 _BUDGETS = ("train.steps", "train.tokens", "train.epochs")
 """Names for one budget: the last one said wins over another said earlier."""
 
@@ -45,14 +49,25 @@ def load_config(
 
 
 def read_toml(path: Path) -> Tables:
+    """What the file says. ``recipes/NAME.toml`` is evenstep's own recipe where the working directory has no such
+    file. EvenstepError, one line, for a file that is missing or no TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads((path if path.exists() else shipped(path) or path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise EvenstepError(f"{path}: no such file; a recipe is a .toml file, see recipes/") from None
+        own = [f"recipes/{one.name}" for directory in _RECIPES for one in directory.glob("*.toml")]
+        hint = nearest(f"recipes/{path.name}", own) or "; evenstep's own are recipes/demo.toml, recipes/start.toml, ..."
+        raise EvenstepError(f"{path}: no such file; a recipe is a .toml file{hint}") from None
     except (OSError, UnicodeDecodeError) as problem:
         raise EvenstepError(f"{path}: cannot be read ({problem})") from None
     except (tomllib.TOMLDecodeError, RecursionError) as problem:
         raise EvenstepError(f"{path}: not valid TOML: {problem}") from None
+
+
+def shipped(path: Path) -> Path | None:
+    """The recipe that comes with evenstep under this name, ``recipes/NAME.toml`` or ``recipes/tables/NAME.toml``."""
+    if path.parts[:1] != ("recipes",):
+        return None
+    return next((found for directory in _RECIPES if (found := directory.joinpath(*path.parts[1:])).is_file()), None)
 
 
 def override(tables: Tables, overrides: Sequence[tuple[str, str]], kind: type[BaseConfig] = Config) -> Tables:

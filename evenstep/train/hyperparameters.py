@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from evenstep.baselines.rules import DENSITY_OF
+
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
     "stable_spam": {
         "betas": (0.9, 0.999), "eps": 1e-8, "gamma1": 0.7, "gamma2": 0.9, "gamma3": 0.999, "total_steps": None,
@@ -31,7 +33,7 @@ HYPERPARAMETERS: dict[str, dict[str, Any]] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "variant": ("paper", "official"),
     "norm": ("rms", "l2"),
-    "density_of": ("all", "hidden"),
+    "density_of": DENSITY_OF,
     "rounding": ("nearest", "stochastic", "kahan"),
     "state": ("fp32", "bf16", "int8"),
     "amsgrad": ("true", "false"),
