@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from evenstep.compare.paired import paired
 from evenstep.compare.plots import band, picture
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.schema import finite
@@ -146,13 +147,6 @@ class Number:
             return "diverged"
         return f"{self.mean:.{digits}f} ± {self.std:.{digits}f}" if self.n > 1 else f"{self.mean:.{digits}f}"
 
-    def beyond(self, other: Number) -> bool | None:
-        """Is this above ``other`` by more than the noise, twice the standard error of the difference? None when a
-        side has a single seed, so that the noise is unknown."""
-        if self.n < 2 or other.n < 2:
-            return None
-        return self.mean - other.mean > 2 * math.sqrt(self.std**2 / self.n + other.std**2 / other.n)
-
 
 def over_seeds(values: Sequence[float | None]) -> Number:
     known = [math.nan if value is None else float(value) for value in values]
@@ -161,13 +155,25 @@ def over_seeds(values: Sequence[float | None]) -> Number:
     return Number(mean(known), stdev(known) if len(known) > 1 else 0.0, len(known))
 
 
-def direction(better: Number, worse: Number, *, higher_is_better: bool) -> str:
-    """What our runs say of a claim that ``better`` beats ``worse``: ``confirmed``, ``opposite``, ``not confirmed``
-    (within the noise, or diverged), ``open`` (a single seed)."""
-    above, below = better.beyond(worse), worse.beyond(better)
-    if above is None:
+def direction(better: Iterable[Run], worse: Iterable[Run], key: str, *, higher_is_better: bool) -> str:
+    """What our runs say of a claim that ``better`` beats ``worse`` in ``key``, by the 95 % interval of the mean
+    difference over the seeds that both have: ``confirmed`` or ``opposite`` (all of it on one side), ``not confirmed``
+    (neither, or a run diverged), ``open`` (fewer than two seeds in common)."""
+    first, second = ({run["setting"]["seed"]: run[key] for run in side} for side in (better, worse))
+    shared = first.keys() & second.keys()
+    if any(side[seed] is None for side in (first, second) for seed in shared):
+        return "not confirmed"
+    found = paired(first, second)
+    if found is None or found.within is None:
         return "open"
-    return "not confirmed" if above == below else "confirmed" if above == higher_is_better else "opposite"
+    lead = found.mean if higher_is_better else -found.mean
+    return "confirmed" if lead > found.within else "opposite" if lead < -found.within else "not confirmed"
+
+
+INTERVAL = """\
+*Confirmed* or *opposite*: all of the 95 % interval of the mean difference (Student's t, over the seeds that both have,
+which begin alike) is on one side of zero; *not confirmed*: it is not, or a run diverged; *open*: fewer than two seeds in
+common."""
 
 
 # ---- tables and pictures ----

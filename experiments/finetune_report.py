@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from experiments import common
 
@@ -104,14 +103,14 @@ def chosen(runs: list[common.Run]) -> list[common.Run]:
 
 def _section(name: str, runs: list[common.Run], page: Path) -> list[str]:
     groups = {optimizer: chosen(some) for optimizer, some in common.grouped(runs, "optimizer").items()}
-    rows, numbers = [], {}
+    rows = []
     for optimizer, some in groups.items():
-        numbers[optimizer] = common.over_seeds([run["score"] for run in some])
+        score = common.over_seeds([run["score"] for run in some])
         loss = common.over_seeds([run["val_loss"] for run in some])
         peak = max(run["peak_memory"] or 0 for run in some)
         rows.append(
             [
-                optimizer, f"{some[0]['setting']['lr']:g}", len(some), numbers[optimizer].text(), loss.text(),
+                optimizer, f"{some[0]['setting']['lr']:g}", len(some), score.text(), loss.text(),
                 f"{some[0]['state_bytes'] / 1e6:.2f}", f"{peak / 1e6:,.0f}",
             ]
         )  # fmt: skip
@@ -138,7 +137,7 @@ def _section(name: str, runs: list[common.Run], page: Path) -> list[str]:
         "Peak memory is that of the process, which ran the optimizers one after the other: it never falls, and does "
         "not compare them. The state does.",
         f"![Training loss]({picture.name})",
-        _verdict(numbers),
+        _verdict(groups),
         "Every rate that was tried, seed 0:",
         common.table(["optimizer", "lr", "score", "validation loss"], rates).rstrip(),
     ]
@@ -148,15 +147,11 @@ def _loss(run: common.Run) -> str:
     return "diverged" if run["val_loss"] is None else f"{run['val_loss']:.3f}"
 
 
-def _verdict(numbers: dict[str, Any]) -> str:
-    adam = numbers.get("Adam")
+def _verdict(groups: dict[str, list[common.Run]]) -> str:
+    adam = groups.get("Adam", [])
     lines = [
-        f"{name} above Adam: **{common.direction(number, adam, higher_is_better=True)}**"
-        for name, number in numbers.items()
-        if adam is not None and name != "Adam"
+        f"{name} above Adam: **{common.direction(some, adam, 'score', higher_is_better=True)}**"
+        for name, some in groups.items()
+        if adam and name != "Adam"
     ]
-    return (
-        "; ".join(lines)
-        + ". (confirmed or opposite: the difference of the mean scores exceeds twice its standard error; "
-        "not confirmed: it does not; open: a single seed so far.)"
-    )
+    return "; ".join(lines) + ". " + common.INTERVAL.replace("\n", " ")

@@ -11,9 +11,10 @@ from compare_support import TABLE, plan_of, settled
 from evenstep.cli import main
 from evenstep.compare import report
 from evenstep.compare.cells import DIVERGED, HOPELESS, Outcome
-from evenstep.compare.claims import RULES, SINGLE, judged, noise
+from evenstep.compare.claims import FEW, FLOOR, LEVEL, RULES, difference, judged
 from evenstep.compare.overview import overview
 from evenstep.compare.page import write_page
+from evenstep.compare.paired import paired
 from evenstep.compare.plots import draw
 from evenstep.compare.results import document_of, sensitivity, stopped_early
 from evenstep.errors import EvenstepError
@@ -31,14 +32,25 @@ def verdict(rule, better, than, **more):
     return found["verdict"]
 
 
-def test_lower_is_confirmed_beyond_the_noise_opposite_beyond_it_on_the_other_side():
-    low, high = [3.0, 3.01, 3.02], [3.1, 3.11, 3.12]
-    assert verdict("lower", line(low), line(high)) == "confirmed"
+def test_differences_are_paired_by_seed_and_their_interval_is_students():
+    first, second = {0: 3.00, 1: 3.11, 2: 3.22, 7: 9.0}, {2: 3.20, 1: 3.10, 0: 3.00, 5: 1.0}
+    found = paired(first, second)
+    assert found.seeds == 3 and found.mean == pytest.approx(0.01)
+    # Of differences 0, 0.01, 0.02: standard deviation 0.01, and 4.303 is Student's with two degrees of freedom.
+    assert found.within == pytest.approx(4.303 * 0.01 / 3**0.5)
+    assert paired({0: 1.0}, {0: 2.0}).within is None and paired({0: 1.0}, {1: 1.0}) is None
+    many = {seed: float(seed % 2) for seed in range(40)}
+    assert paired(many, dict.fromkeys(many, 0.0)).within == pytest.approx(2.228 * 0.5 * (40 / 39) ** 0.5 / 40**0.5)
+
+
+def test_lower_is_confirmed_where_the_whole_interval_is_on_the_papers_side():
+    low, high = [3.0, 3.1, 3.2], [3.05, 3.15, 3.26]
+    assert verdict("lower", line(low), line(high)) == "confirmed", "each seed alone differs more between seeds"
     assert verdict("lower", line(high), line(low)) == "opposite"
-    assert verdict("lower", line([3.0, 3.2, 3.4]), line(high)) == "not confirmed"
-    assert noise(line(low), line(high)) == pytest.approx(2 * (2 * 1e-4 / 3) ** 0.5)
-    assert noise(line([3.0]), line(high)) == SINGLE
-    assert verdict("lower", line([3.0]), line([3.0 + SINGLE * 0.9])) == "not confirmed"
+    assert verdict("lower", line([3.0, 3.1, 3.3]), line(high)) == "not confirmed"
+    assert difference(line([3.1, 3.2, 3.3]), line([3.0, 3.1, 3.2]))[1] == FLOOR
+    assert difference(line([3.0]), line(high)) == (pytest.approx(-0.05), FEW), "over the seed that both have"
+    assert verdict("lower", line([3.0, 3.0]), line([3.0 + FEW * 0.9] * 3)) == "not confirmed"
 
 
 def test_a_side_that_diverged_has_lost():
@@ -50,20 +62,24 @@ def test_a_side_that_diverged_has_lost():
     assert verdict("lower", line([]), line([3.0])) == "not measured"
 
 
-def test_reaches_allows_the_noise_and_says_with_how_many_tokens():
-    half, whole = line([3.001, 3.003], tokens=500), line([3.0, 3.002])
+def test_reaches_allows_a_little_and_says_with_how_many_tokens():
+    half, whole = line([3.001, 3.003, 3.001], tokens=500), line([3.0, 3.002, 3.0])
     assert verdict("reaches", half, whole) == "confirmed"
-    assert verdict("reaches", line([3.1, 3.1], tokens=500), whole) == "opposite"
+    assert verdict("reaches", line([3.1, 3.1, 3.1], tokens=500), whole) == "opposite"
+    assert verdict("reaches", line([3.0 + LEVEL] * 3, tokens=500), whole) == "not confirmed"
     assert (
         "50% of the tokens" in judged({"rule": "reaches", "better": "x/high", "than": "y/high"}, [half, whole])["ours"]
     )
 
 
 def test_level_asks_for_the_loss_and_the_memory():
-    adam = line([3.0, 3.002])
-    assert verdict("level", line([2.9, 2.902], state=80), adam, memory=[0.35, 0.45]) == "confirmed"
-    assert verdict("level", line([3.0, 3.002], state=400), adam, memory=[0.35, 0.45]) == "not confirmed"
-    assert verdict("level", line([3.1, 3.102], state=80), adam, memory=[0.35, 0.45]) == "opposite"
+    adam = line([3.0, 3.002, 3.001])
+    low, level, high = [2.9, 2.902, 2.901], [3.0, 3.002, 3.001], [3.1, 3.102, 3.101]
+    assert verdict("level", line(low, state=80), adam, memory=[0.35, 0.45]) == "confirmed"
+    assert verdict("level", line(level, state=400), adam, memory=[0.35, 0.45]) == "not confirmed"
+    assert verdict("level", line(high, state=80), adam, memory=[0.35, 0.45]) == "opposite"
+    assert verdict("level", line([3.0, 3.04, 2.97], state=80), adam, memory=[0.35, 0.45]) == "not confirmed"
+    assert verdict("level", line([], state=80), adam, memory=[0.35, 0.45]) == "not measured"
     assert verdict("memory", line([9.0], state=80), adam, memory=[0.35, 0.45]) == "confirmed"
 
 
@@ -169,9 +185,7 @@ def test_the_page_says_claim_numbers_direction_and_the_flaw(document, tmp_path, 
     assert main(["results", str(stored), "--out", str(page)]) == 0
     assert str(page) in capsys.readouterr().out
     text = page.read_text()
-    assert (
-        "| SPAM beats Adam | **confirmed** | 2.9050 against 3.0050 (-0.1000, noise 0.0141) | 2 | 30.46 against" in text
-    )
+    assert "| SPAM beats Adam | **confirmed** | 2.9050 against 3.0050 (-0.1000 ± 0.0500) | 2 | 30.46 against" in text
     assert "N/(N+1)" in text and "commit cccccccccc" in text and "a CPU" in text and "4K tokens" in text
     for picture in ("curves", "rates", "memory"):
         assert f"](results/mine-{picture}.png)" in text and (page.parent / "results" / f"mine-{picture}.png").exists()

@@ -59,20 +59,26 @@ def test_numbers_over_seeds():
     assert over_seeds([1.0, None]).text() == "diverged"
 
 
+def by_seed(*scores):
+    return [{"setting": {"seed": seed}, "score": score} for seed, score in enumerate(scores)]
+
+
 @pytest.mark.parametrize(
     ("better", "worse", "expected"),
     [
-        (Number(3.0, 0.1, 3), Number(2.0, 0.1, 3), "confirmed"),
-        (Number(2.0, 0.1, 3), Number(3.0, 0.1, 3), "opposite"),
-        (Number(2.0, 1.0, 3), Number(3.0, 1.0, 3), "not confirmed"),
-        (Number(math.nan, math.nan, 3), Number(3.0, 1.0, 3), "not confirmed"),
-        (Number(3.0, 0.0, 1), Number(2.0, 0.1, 3), "open"),
+        (by_seed(3.0, 4.0, 5.0), by_seed(2.0, 3.1, 3.9), "confirmed"),
+        (by_seed(2.0, 3.1, 3.9), by_seed(3.0, 4.0, 5.0), "opposite"),
+        (by_seed(2.0, 3.0, 6.0), by_seed(3.0, 4.0, 5.0), "not confirmed"),
+        (by_seed(1.0, 1.0, 1.0), by_seed(1.0, 1.0, 1.0), "not confirmed"),
+        (by_seed(None, 2.0, 1.0), by_seed(3.0, 4.0, 5.0), "not confirmed"),
+        (by_seed(3.0), by_seed(2.0, 1.9, 2.1), "open"),
+        ([], by_seed(2.0, 1.9, 2.1), "open"),
     ],
 )
-def test_a_direction_is_found_beyond_the_noise_alone(better, worse, expected):
-    assert direction(better, worse, higher_is_better=True) == expected
+def test_a_direction_is_found_where_the_whole_interval_is_on_one_side(better, worse, expected):
+    assert direction(better, worse, "score", higher_is_better=True) == expected
     mirrored = {"confirmed": "opposite", "opposite": "confirmed"}.get(expected, expected)
-    assert direction(better, worse, higher_is_better=False) == mirrored
+    assert direction(better, worse, "score", higher_is_better=False) == mirrored
 
 
 def test_tables_and_curves_are_made(tmp_path):

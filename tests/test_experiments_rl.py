@@ -185,13 +185,13 @@ def test_the_verdicts_of_a_table(tmp_path):
     text = SMALL + '[optimizer.spam]\nname = "spam"\n[[claims]]\ntext = "c"\nbetter = "spam"\nworse = "adam"\n'
     recipe = replace(load(recipe_of(tmp_path, text)), seeds=(0, 1))
 
-    def run(key, score):
+    def run(key, seed, score):
         norm = {"median": 0.1, "p99": 0.2, "max": 0.3}
         facts = {"score": score, "average": -score, "grad_norm": norm, "events": {"spike": 2}, "spike_rate": 0.01}
-        return facts | {"setting": {"line": key}, "seconds": 1.0}
+        return facts | {"setting": {"line": key, "seed": seed}, "seconds": 1.0}
 
     scores = {"adam": (1.0, 1.1), "spam": (2.0, 2.1)}
-    said = results(recipe, [run(key, score) for key in scores for score in scores[key]])
+    said = results(recipe, [run(key, *one) for key in scores for one in enumerate(scores[key])])
     assert "| spam | 2.0 ± 0.1 | -2.0 ± 0.1 | 0.1, 0.2, 0.3 | 2.0 | 1.00% | 1 | 2 |" in said.replace("2.1 ±", "2.0 ±")
     assert "| c | - | **confirmed** (2.0 against 1.1) | **opposite** (-2.0 against -1.1) |" in said.replace(
         "2.1 a", "2.0 a"

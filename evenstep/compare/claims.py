@@ -3,25 +3,28 @@
 A claim names two lines, ``better`` and ``than``, and a rule:
 
 - ``lower``: better's loss is below than's.
-- ``reaches``: better's loss is at most than's (for rows that train less, or keep less).
-- ``level``: the two losses are the same within the noise, and the memory of model and state together is between the two
-  shares of than's in ``memory``.
+- ``reaches``: better's loss is at most `LEVEL` above than's (for rows that train less, or keep less).
+- ``level``: the same, and the memory of model and state together is between the two shares of than's in ``memory``.
 - ``memory``: the memory of model and state together is between the two shares of than's in ``memory``.
 - ``flatter``: better suffers less from the wrong learning rate (`evenstep.compare.results.sensitivity`), by a fifth.
 
-Noise is twice the standard error of the difference of the two means over seeds, at least `FLOOR`; with a single seed on
-one side it is `SINGLE`, what the loss of a small model moves by from seed to seed. A difference beyond the noise on the
-paper's side is "confirmed", beyond it on the other side "opposite", within it "not confirmed".
+Losses are compared by their difference over the seeds that both lines have (`evenstep.compare.paired`). When all of its
+95 % interval is on the paper's side of the mark, the claim is "confirmed", all of it on the other side "opposite", else
+"not confirmed". Half of the interval is taken as at least `FLOOR`; with fewer than three seeds in common it is `FEW`:
+no difference of two lines with three seeds strayed further from its mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import variance
 from typing import Any
 
+from evenstep.compare.paired import paired
+
 FLOOR = 0.005
-SINGLE = 0.03
+FEW = 0.05
+LEVEL = 0.02
+"""Nats: two lines that differ by no more are level. The paper that says "matches" has differences of up to 0.025."""
 FLATTER = 0.2
 
 CONFIRMED, UNCONFIRMED, OPPOSITE, UNMEASURED = "confirmed", "not confirmed", "opposite", "not measured"
@@ -37,7 +40,8 @@ def judged(claim: dict[str, Any], lines: list[Line]) -> dict[str, Any] | None:
     if better is None or than is None:
         return None
     verdict, ours = RULES[claim["rule"]](better, than, claim)
-    seeds = min(len(losses_of(line)) or min(1, len(line["sweep"])) for line in (better, than))
+    pairs = len(by_seed(better).keys() & by_seed(than).keys())
+    seeds = pairs or min(1, len(better["sweep"]), len(than["sweep"]))
     return {**claim, "verdict": verdict, "ours": ours, "seeds": seeds}
 
 
@@ -45,57 +49,49 @@ def _called(lines: list[Line], name: str) -> Line | None:
     return next((line for line in lines if name in (line["name"], f"{line['name']}/{line['size']}")), None)
 
 
-def losses_of(line: Line) -> list[float]:
-    """Of the seeds that ended well."""
-    return [cell["loss"] for cell in line["finals"] if cell["status"] == "finished" and cell["loss"] is not None]
+def by_seed(line: Line) -> dict[int, float]:
+    """The losses of the seeds that ended well."""
+    return {
+        cell["seed"]: cell["loss"]
+        for cell in line["finals"]
+        if cell["status"] == "finished" and cell["loss"] is not None
+    }
 
 
-def noise(better: Line, than: Line) -> float:
-    """In nats, of the difference of the two means."""
-    first, second = losses_of(better), losses_of(than)
-    if min(len(first), len(second)) < 2:
-        return SINGLE
-    return max(FLOOR, 2 * (variance(first) / len(first) + variance(second) / len(second)) ** 0.5)
-
-
-def _difference(better: Line, than: Line) -> tuple[float, float, str] | None:
-    """By how much better is below than, the noise of that, and both as a text."""
-    if better["mean"] is None or than["mean"] is None:
+def difference(better: Line, than: Line) -> tuple[float, float] | None:
+    """By how much better's loss is above than's, and half of the interval of that, in nats."""
+    found = paired(by_seed(better), by_seed(than))
+    if found is None:
         return None
-    found, within = than["mean"] - better["mean"], noise(better, than)
-    text = f"{better['mean']:.4f} against {than['mean']:.4f} ({-found:+.4f}, noise {within:.4f})"
-    return found, within, text
+    return found.mean, max(FLOOR, found.within or 0.0) if found.seeds > 2 else FEW
+
+
+def _compared(better: Line, than: Line, mark: float) -> Verdict:
+    """Is better at most ``mark`` above than?"""
+    found = difference(better, than)
+    if found is None:
+        return _diverged(better, than)
+    above, within = found
+    text = f"{better['mean']:.4f} against {than['mean']:.4f} ({above:+.4f} ± {within:.4f})"
+    return (CONFIRMED if above + within < mark else OPPOSITE if above - within > mark else UNCONFIRMED), text
 
 
 def _lower(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:
-    measured = _difference(better, than)
-    if measured is None:
-        return _diverged(better, than)
-    found, within, text = measured
-    return (CONFIRMED if found > within else OPPOSITE if found < -within else UNCONFIRMED), text
+    return _compared(better, than, 0.0)
 
 
 def _reaches(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:
-    measured = _difference(better, than)
-    if measured is None:
-        return _diverged(better, than)
-    found, within, text = measured
-    share = better["tokens"] / than["tokens"]
-    text += f" with {share:.0%} of the tokens" if share != 1 else ""
-    return (CONFIRMED if found >= -within else OPPOSITE), text
+    verdict, text = _compared(better, than, LEVEL)
+    share = better["tokens"] / than["tokens"] if text and better["tokens"] and than["tokens"] else 1
+    return verdict, text + (f" with {share:.0%} of the tokens" if share != 1 else "")
 
 
 def _level(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:
-    measured = _difference(better, than)
-    if measured is None:
-        return _diverged(better, than)
-    found, within, text = measured
-    share = kept_bytes(better) / kept_bytes(than)
-    low, high = claim["memory"]
-    text += f"; memory of model and state {share:.0%}"
-    if found < -within:
-        return OPPOSITE, text
-    return (CONFIRMED if low <= share <= high else UNCONFIRMED), text
+    verdict, text = _compared(better, than, LEVEL)
+    if difference(better, than) is None:
+        return verdict, text
+    kept, memory = _keeps(better, than, claim)
+    return (UNCONFIRMED if verdict == CONFIRMED != kept else verdict), f"{text}; {memory}"
 
 
 def kept_bytes(line: Line) -> float:
@@ -123,7 +119,7 @@ def _flatter(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:
 
 def _diverged(better: Line, than: Line) -> Verdict:
     """Every seed of one side diverged: the other side has won."""
-    lost = [bool(line["finals"]) and not losses_of(line) for line in (better, than)]
+    lost = [bool(line["finals"]) and not by_seed(line) for line in (better, than)]
     if lost[0] == lost[1]:
         return UNMEASURED, ""
     return (OPPOSITE, f"{better['name']} diverged") if lost[0] else (CONFIRMED, f"{than['name']} diverged")

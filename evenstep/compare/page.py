@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evenstep.compare import plots, report
-from evenstep.compare.claims import FLOOR, SINGLE
+from evenstep.compare.claims import FEW, FLOOR, LEVEL
 from evenstep.compare.overview import overview
 from evenstep.errors import EvenstepError
 from evenstep.train.files import replace_text
@@ -24,10 +24,12 @@ recipes/tables/NAME.toml`.
 
 What a number here can say: {what}
 
-How a direction is found: a claim compares two lines of a table. The noise of the difference is twice its standard error
-over the seeds, at least {floor} nats; with a single seed on one side it is {single}. **confirmed**: the difference is
-beyond the noise on the paper's side. **opposite**: beyond it on the other side. **not confirmed**: within the noise.
-The rules are in `evenstep/compare/claims.py`.
+How a direction is found: a claim compares two lines of a table over the seeds that both have; runs of one seed begin
+with the same weights and see the same data. What follows ± is half of the 95 % interval of the mean difference
+(Student's t), at least {floor} nats; with fewer than three seeds in common it is {few}. **confirmed**: all of the
+interval is on the paper's side. **opposite**: all of it on the other side. **not confirmed**: neither. "Matches" means
+at most {level} nats above. Of thirty claims, chance alone puts one or two beyond. The rules are in
+`evenstep/compare/claims.py`.
 
 The papers' perplexities of Stable-SPAM, SPAM and SCALE come from an evaluation whose batch counter starts at 1, so that
 each loss it prints is N/(N+1) of the true one, about 1 % too low (a perplexity about 3 % too low). Differences
@@ -81,7 +83,7 @@ def _head(documents: list[Document], stored: Path) -> str:
     scales = {document["scale"] for document in documents}
     tokens = short_count(max(document["setting"]["tokens"] for document in documents))
     what = SMOKE if "smoke" in scales else SMALL.format(tokens=tokens) if scales == {"small"} else OTHER
-    return HEAD.format(stored=stored, what=what, floor=FLOOR, single=SINGLE)
+    return HEAD.format(stored=stored, what=what, floor=FLOOR, few=FEW, level=LEVEL)
 
 
 def _notes(stored: Path) -> str:

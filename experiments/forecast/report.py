@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from experiments.common import Number, Run, direction, draw_curves, grouped, over_seeds, place, stored, table
+from experiments.common import INTERVAL, Number, Run, direction, draw_curves, grouped, over_seeds, place, stored, table
 from experiments.forecast.published import CLAIMS, NLINEAR_ETTH1, PATCHTST_ETTH1
 
 Runs = list[Run]
@@ -80,20 +80,20 @@ def _range(values: Iterable[int]) -> str:
 
 
 def _claims(runs: Runs) -> str:
-    """Of two optimizers at one place of the grid: by more than twice the standard error of the difference, or not."""
+    """Of two optimizers at each place of the grid."""
     rows = []
     for (name, horizon, severity, share), some in _places(r for r in runs if r["setting"]["severity"]).items():
         by_label = grouped(some, "optimizer")
         for claim in CLAIMS:
             if claim.better in by_label and claim.worse in by_label:
-                sides = _mse(by_label[claim.better]), _mse(by_label[claim.worse])
-                verdict = direction(*sides, higher_is_better=False)
+                pair = by_label[claim.better], by_label[claim.worse]
+                sides = [_mse(side) for side in pair]
+                verdict = direction(*pair, "test_mse", higher_is_better=False)
                 place_ = [f"{name}, {horizon}", _noise_name((severity, share)), f"{claim.better} below {claim.worse}"]
                 rows.append([*place_, f"{sides[0].text(4)} against {sides[1].text(4)}", f"**{verdict}**", claim.paper])
     return f"""## The papers' claims
 
-Test MSE after training on corrupted inputs. *Confirmed* or *opposite*: the means differ by more than twice the standard
-error of their difference; *not confirmed*: by less, or a run diverged; *open*: a single seed.
+Test MSE after training on corrupted inputs. {INTERVAL}
 
 {table(["recipe, horizon", "noise", "claim", "here", "verdict", "paper"], rows)}"""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 from evenstep.train.files import replace_text
-from experiments.common import Number, Run, direction, draw_curves, grouped, over_seeds, place, status, stored, table
+from experiments.common import INTERVAL, Run, direction, draw_curves, grouped, over_seeds, place, status, stored, table
 from experiments.rl.recipe import Recipe, load
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -37,10 +37,7 @@ that early learning counts. Both: mean over seeds ± sample standard deviation.
 tensor's gradient above 10 times its recent mean), *share of spikes* is its spike rate over 1000 steps: all of the
 gradients that the optimizer was given, after PPO's clipping where there is any.
 
-A claim is **confirmed** when the difference is on its side by more than twice its standard error over the seeds,
-**opposite** when it is so on the other side, **not confirmed** within that, **open** where there are fewer than two
-seeds. With three seeds on each side chance alone passes that mark one time in nine, on one side or the other. Both
-returns get a verdict.
+{interval} Both returns get a verdict.
 """
 
 
@@ -71,24 +68,23 @@ def _row(label: str, runs: Sequence[Run]) -> list[str]:
 def _claims(recipe: Recipe, by_line: dict[str, list[Run]]) -> list[list[str]]:
     rows = []
     for claim in recipe.claims:
-        sides = [by_line.get(claim[side], []) for side in ("better", "worse")]
-        verdicts = [
-            _verdict(*(over_seeds([run[key] for run in side]) for side in sides)) for key in ("score", "average")
-        ]
+        better, worse = (by_line.get(claim[side], []) for side in ("better", "worse"))
+        verdicts = [_verdict(better, worse, key) for key in ("score", "average")]
         rows.append([claim["text"], claim["paper"] or "-", *verdicts])
     return rows
 
 
-def _verdict(better: Number, worse: Number) -> str:
-    if not better.n or not worse.n:
+def _verdict(better: Sequence[Run], worse: Sequence[Run], key: str) -> str:
+    if not better or not worse:
         return "**open**"
-    return f"**{direction(better, worse, higher_is_better=True)}** ({better.mean:.1f} against {worse.mean:.1f})"
+    means = " against ".join(f"{over_seeds([run[key] for run in side]).mean:.1f}" for side in (better, worse))
+    return f"**{direction(better, worse, key, higher_is_better=True)}** ({means})"
 
 
 def write_page(store: Path, page: Path, recipes: Path = RECIPES) -> list[Path]:
     """``page``, and pictures in a directory of its name; their paths. EvenstepError when nothing is stored, or the
     recipe of something stored is missing."""
-    written, parts = [page], [HEAD.format(store=store)]
+    written, parts = [page], [HEAD.format(store=store, interval=INTERVAL)]
     if (store / NOTES).exists():
         parts.append((store / NOTES).read_text(encoding="utf-8"))
     for directory in sorted({path.parent for path in store.rglob("*.json")}) or [store]:
