@@ -170,10 +170,11 @@ def direction(better: Iterable[Run], worse: Iterable[Run], key: str, *, higher_i
     return "confirmed" if lead > found.within else "opposite" if lead < -found.within else "not confirmed"
 
 
-INTERVAL = """\
-*Confirmed* or *opposite*: all of the 95 % interval of the mean difference (Student's t, over the seeds that both have,
-which begin alike) is on one side of zero; *not confirmed*: it is not, or a run diverged; *open*: fewer than two seeds in
-common."""
+INTERVAL = (
+    "*Confirmed* or *opposite*: all of the 95 % interval of the mean difference (Student's t, over the seeds that both "
+    "have, which begin alike) is on one side of zero; *not confirmed*: it is not, or a run diverged; *open*: fewer "
+    "than two seeds in common."
+)
 
 
 # ---- tables and pictures ----

@@ -154,4 +154,4 @@ def _verdict(groups: dict[str, list[common.Run]]) -> str:
         for name, some in groups.items()
         if adam and name != "Adam"
     ]
-    return "; ".join(lines) + ". " + common.INTERVAL.replace("\n", " ")
+    return "; ".join(lines) + ". " + common.INTERVAL
