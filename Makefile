@@ -53,7 +53,7 @@ clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # A change to any of these is installed anew: the editable install sees other changes by itself.
-INSTALL := pyproject.toml setup.py evenstep/kernels/cpu.cpp evenstep/kernels/cpu_quant.cpp
+INSTALL := pyproject.toml setup.py $(wildcard evenstep/kernels/*.cpp evenstep/kernels/*.h)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""The CPU kernels: evenstep/kernels/cpu*.cpp, built once per instruction set and loaded with ctypes.
+"""The CPU kernels: evenstep/kernels/cpu*.cpp and their headers, built once per instruction set and loaded with ctypes.
 
 They are optional. Without a compiler the install succeeds, and the plain version of everything serves.
 
@@ -46,6 +46,7 @@ setup(
         Extension(
             f"evenstep.kernels._cpu_{name}",
             ["evenstep/kernels/cpu.cpp", "evenstep/kernels/cpu_quant.cpp"],
+            depends=sorted(map(str, Path("evenstep/kernels").glob("*.h"))),
             extra_compile_args=[*OPTIMISE, *flags, *OPENMP],
             extra_link_args=OPENMP,
             language="c++",

@@ -93,7 +93,13 @@ def kernels_in(wheel):
 def test_the_sdist_holds_the_sources_of_the_kernels_and_no_half_of_the_tests(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"evenstep/kernels/cpu.cpp", "recipes/demo.toml", "CITATION.cff", "LICENSE"} <= names
+    assert {
+        "evenstep/kernels/cpu.cpp",
+        "evenstep/kernels/cpu_threads.h",
+        "recipes/demo.toml",
+        "CITATION.cff",
+        "LICENSE",
+    } <= names
     unwanted = ("tests", "benchmarks", "experiments")
     assert not [name for name in names if name.startswith(unwanted) or name.endswith(".so")]
 

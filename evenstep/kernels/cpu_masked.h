@@ -1,0 +1,189 @@
+// Adam on the entries of a mask.
+#pragma once
+
+#include "cpu_adam.h"
+
+namespace {
+
+// pick: the entries of two tensors whose bits are set, side by side; what they go to has room for SPARE more. Returns how
+// many. Memory is asked for both at the same time.
+// put: back again, into those entries alone. Both work on 16 entries at a time where the processor can, on 8 with tables
+// where it can move numbers across a vector, else one by one.
+constexpr int64_t SPARE = 16;
+
+inline bool bit_of(const uint8_t *mask, int64_t i) { return mask[i / 8] >> (i % 8) & 1; }
+
+#if defined(__AVX512F__)
+inline __mmask16 bits_at(const uint8_t *mask, int64_t i) { uint16_t bits; std::memcpy(&bits, mask + i / 8, 2); return bits; }
+#elif defined(__AVX2__)
+struct Moves { // for every byte of a mask
+  alignas(32) int32_t places[256][8] = {}, ranks[256][8] = {}, all[256][8] = {};
+  Moves() {
+    for (int byte = 0; byte < 256; byte++)
+      for (int bit = 0, k = 0; bit < 8; bit++)
+        if (byte >> bit & 1) {
+          all[byte][bit] = -1;
+          ranks[byte][bit] = k;
+          places[byte][k++] = bit;
+        }
+  }
+};
+const Moves moves;
+inline __m256i row(const int32_t *numbers) { return _mm256_load_si256(reinterpret_cast<const __m256i *>(numbers)); }
+#endif
+
+int64_t pick(const float *__restrict from, const float *__restrict other, const uint8_t *mask, int64_t n, float *__restrict to, float *__restrict other_to) {
+  int64_t count = 0, i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n; i += 16) {
+    fetch(from + i + AHEAD);
+    fetch(other + i + AHEAD);
+    const __mmask16 bits = bits_at(mask, i);
+    _mm512_storeu_ps(to + count, _mm512_maskz_compress_ps(bits, _mm512_loadu_ps(from + i)));
+    _mm512_storeu_ps(other_to + count, _mm512_maskz_compress_ps(bits, _mm512_loadu_ps(other + i)));
+    count += __builtin_popcount(bits);
+  }
+#elif defined(__AVX2__)
+  for (; i + 8 <= n; i += 8) {
+    fetch(from + i + AHEAD);
+    fetch(other + i + AHEAD);
+    const uint8_t byte = mask[i / 8];
+    _mm256_storeu_ps(to + count, _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + i), row(moves.places[byte])));
+    _mm256_storeu_ps(other_to + count, _mm256_permutevar8x32_ps(_mm256_loadu_ps(other + i), row(moves.places[byte])));
+    count += __builtin_popcount(byte);
+  }
+#endif
+  for (; i < n; i++) {
+    to[count] = from[i];
+    other_to[count] = other[i];
+    count += bit_of(mask, i);
+  }
+  return count;
+}
+
+// `count`: the first so many of `from` are there; bits beyond them are ignored.
+void put(const float *from, const uint8_t *mask, int64_t n, int64_t count, float *to) {
+  int64_t done = 0, i = 0;
+#if defined(__AVX512F__)
+  for (; i + 16 <= n && done + 16 <= count; i += 16) {
+    const __mmask16 bits = bits_at(mask, i);
+    _mm512_mask_storeu_ps(to + i, bits, _mm512_maskz_expand_ps(bits, _mm512_loadu_ps(from + done)));
+    done += __builtin_popcount(bits);
+  }
+#elif defined(__AVX2__)
+  for (; i + 8 <= n && done + 8 <= count; i += 8) {
+    const uint8_t byte = mask[i / 8];
+    _mm256_maskstore_ps(to + i, row(moves.all[byte]), _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + done), row(moves.ranks[byte])));
+    done += __builtin_popcount(byte);
+  }
+#endif
+  for (; i < n && done < count; i++)
+    if (bit_of(mask, i)) to[i] = from[done++];
+}
+
+// The same for 16-bit numbers, whose bits are kept.
+void pick_halves(const uint16_t *from, const uint8_t *mask, int64_t n, uint16_t *to) {
+  for (int64_t i = 0, count = 0; i < n; i++) {
+    to[count] = from[i];
+    count += bit_of(mask, i);
+  }
+}
+
+void put_halves(const uint16_t *from, const uint8_t *mask, int64_t n, int64_t count, uint16_t *to) {
+  for (int64_t i = 0, done = 0; i < n && done < count; i++)
+    if (bit_of(mask, i)) to[i] = from[done++];
+}
+
+int64_t bits_in(const uint8_t *mask, int64_t start, int64_t end) {
+  int64_t count = 0, b = start / 8;
+  for (; (b + 8) * 8 <= end; b += 8) {
+    uint64_t word;
+    std::memcpy(&word, mask + b, 8);
+    count += __builtin_popcountll(word);
+  }
+  for (; b * 8 < end; b++) {
+    uint32_t byte = mask[b];
+    if (b * 8 + 8 > end)
+      byte &= (1u << (end - b * 8)) - 1;
+    count += __builtin_popcount(byte);
+  }
+  return count;
+}
+
+// `done`: trained entries before this block, which is where its moments begin.
+void masked_adam_block(const Job &job, const Block &block, const Numbers &c, Chunk chunk, bool zero_history, int64_t done, Sums &sums) {
+  float p[SPAN + SPARE], g[SPAN + SPARE], m[SPAN], v[SPAN], all[SPAN], all_p[SPAN];
+  uint16_t halves[SPAN + SPARE], lost[SPAN + SPARE];
+  for (int64_t i = block.start; i < block.end; i += SPAN) {
+    const int64_t size = std::min(SPAN, block.end - i);
+    const uint8_t *mask = job.mask + i / 8;
+    auto floats = [&](const void *from, int64_t type, float *buffer) -> const float * {
+      if (type == F32)
+        return static_cast<const float *>(from) + i;
+      load(from, type, i, size, buffer);
+      return buffer;
+    };
+    const int64_t picked = pick(floats(job.g, job.g_type, all), floats(job.p, job.p_type, all_p), mask, size, g, p);
+    // A mask may have more bits than there are moments, as a tensor that was changed by hand.
+    const int64_t n = std::min(picked, std::max<int64_t>(job.trained - done, 0));
+    float *mm = open_moment(job.m, job.m_type, nullptr, nullptr, done, n, m);
+    float *vv = open_moment(job.v, job.v_type, nullptr, nullptr, done, n, v);
+    if (job.p_type == BF16 && job.lost)
+      pick_halves(job.lost + i, mask, size, lost);
+    chunk(p, g, mm, vv, n, c, zero_history, sums);
+    if (job.p_type == F32) {
+      put(p, mask, size, n, static_cast<float *>(job.p) + i);
+    } else {
+      Job compact = job; // rounded together, then put back; numbered as the compact tensor is
+      compact.p = halves;
+      compact.lost = job.lost ? lost : nullptr;
+      write_bf16(compact, 0, n, p, done);
+      put_halves(halves, mask, size, n, static_cast<uint16_t *>(job.p) + i);
+      if (job.lost)
+        put_halves(lost, mask, size, n, job.lost + i);
+    }
+    close_moment(job.m, job.m_type, nullptr, nullptr, done, n, mm);
+    close_moment(job.v, job.v_type, nullptr, nullptr, done, n, vv);
+    done += n;
+  }
+}
+
+// Adam's step on blocks of whole tensors; numbers(i) are those of a tensor, peak(b) the largest gradient of a block.
+template <class N, class P>
+std::vector<Sums> adam_blocks(const Job *jobs, const std::vector<Block> &blocks, int64_t threads, bool capped, bool zero_history, N numbers, P peak) {
+  const int64_t size = int64_t(blocks.size());
+  std::vector<Sums> sums(size);
+  std::vector<int64_t> done(size);
+  bool masked = false;
+  for (const Block &block : blocks)
+    masked = masked || jobs[block.job].mask;
+  if (masked) {
+    parallel(size, threads, [&](int64_t b) {
+      const Job &job = jobs[blocks[b].job];
+      done[b] = job.mask ? bits_in(job.mask, blocks[b].start, blocks[b].end) : 0;
+    });
+    for (int64_t b = 0, before = 0; b < size; b++) {
+      if (blocks[b].start == 0) before = 0;
+      int64_t here = done[b];
+      done[b] = before;
+      before += here;
+    }
+  }
+  parallel(size, threads, WARM, [&](int64_t b) {
+    const Job &job = jobs[blocks[b].job];
+    const Numbers c = numbers(blocks[b].job);
+    if (c.finite == 0) return;
+    const Chunk chunk = version(c, capped, peak(b));
+    if (job.mask) {
+      masked_adam_block(job, blocks[b], c, chunk, zero_history, done[b], sums[b]);
+      return;
+    }
+    Coders coders;
+    if (job.m_type == INT8) coders.m = coder_of(job.m_map);
+    if (job.v_type == INT8) coders.v = coder_of(job.v_map);
+    adam_block(job, blocks[b], c, chunk, zero_history, coders, sums[b]);
+  });
+  return sums;
+}
+
+} // namespace

@@ -1,0 +1,205 @@
+// 8-bit moments: blocks of 256 codes with a scale, a code standing for one of 256 sorted values.
+#pragma once
+
+#include "cpu_memory.h"
+
+namespace {
+
+// torchao's map: seven decades, 10^-7 to 1, each cut evenly into cells, 1, 2, 4, ... of them with sign and 2, 4, 8, ...
+// without, whose middles are the values; also 0 and 1. A number gets the code of its cell, which is arithmetic on vectors.
+// Codes of any other map are searched for, which is slow.
+struct Coder {
+  float map[256];
+  bool known = true; // torchao's
+  int32_t zero;      // the code of 0; those below are of negative numbers
+  float border[7], low[7], cells[7], base[7], last[7], least, most;
+#if defined(__AVX512F__)
+  // By exponent, from 2^-24 on: the border within that power of two, if any, and the decade below it. Then by decade.
+  alignas(64) float edge[32], from[16], per[16];
+  alignas(64) int32_t decade[32], first_code[16], last_cell[16];
+#endif
+
+  explicit Coder(const float *values) : zero(values[0] < 0 ? 127 : 0) {
+    std::memcpy(map, values, sizeof map);
+    for (int i = 0, first = zero + 1; i < 7; i++) {
+      const int count = zero ? 1 << i : 2 << i;
+      const double top = std::pow(10.0, i - 6);
+      border[i] = 0.5f * (map[first - 1] + map[first]);
+      low[i] = float(0.1 * top);
+      cells[i] = float(count / (0.9 * top));
+      base[i] = float(first - zero);
+      last[i] = float(count - 1);
+      first += count;
+    }
+    least = border[0];
+    most = 0.5f * (map[254] + map[255]);
+#if defined(__AVX512F__)
+    for (int e = 0; e < 32; e++) {
+      const float start = std::ldexp(1.0f, e - 24), end = 2 * start;
+      edge[e] = INFINITY;
+      decade[e] = 0;
+      for (int i = 1; i < 7; i++) {
+        decade[e] += border[i] <= start;
+        if (border[i] > start && border[i] < end) edge[e] = border[i];
+      }
+    }
+    for (int i = 0; i < 16; i++) {
+      const int d = std::min(i, 6);
+      from[i] = low[d], per[i] = cells[d], first_code[i] = int32_t(base[d]), last_cell[i] = int32_t(last[d]);
+    }
+#endif
+    for (int32_t c = 0; c < 256; c++)
+      known = known && code(map[c]) == c;
+  }
+
+  inline int32_t code(float x) const {
+    const float a = std::fabs(x);
+    float from = low[0], per = cells[0], first = base[0], top = last[0];
+    for (int i = 1; i < 7; i++) {
+      const bool above = a >= border[i];
+      from = above ? low[i] : from;
+      per = above ? cells[i] : per;
+      first = above ? base[i] : first;
+      top = above ? last[i] : top;
+    }
+    float cell = std::floor((a - from) * per);
+    cell = cell > 0 ? cell : 0;
+    cell = cell < top ? cell : top;
+    float found = a >= least ? first + cell : 0;
+    found = x < 0 ? -found : x >= most ? found + 1 : found;
+    return zero + int32_t(found);
+  }
+
+#if defined(__AVX512F__)
+  // Looks up 16 codes at a time, 32 values of the map after the other: less than half the time of a gather.
+  void decode_block(const uint8_t *codes, float unit, float *to) const {
+    const __m512 units = _mm512_set1_ps(unit);
+    const __m512i bit5 = _mm512_set1_epi32(32), bit6 = _mm512_set1_epi32(64), bit7 = _mm512_set1_epi32(128);
+    for (int64_t i = 0; i < QBLOCK; i += 16) {
+      const __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + i)));
+      const __mmask16 odd = _mm512_test_epi32_mask(c, bit5), second = _mm512_test_epi32_mask(c, bit6), upper = _mm512_test_epi32_mask(c, bit7);
+      auto of32 = [&](int part) { return _mm512_permutex2var_ps(_mm512_loadu_ps(map + 32 * part), c, _mm512_loadu_ps(map + 32 * part + 16)); };
+      auto of128 = [&](int part) {
+        return _mm512_mask_blend_ps(second, _mm512_mask_blend_ps(odd, of32(part), of32(part + 1)), _mm512_mask_blend_ps(odd, of32(part + 2), of32(part + 3)));
+      };
+      _mm512_storeu_ps(to + i, _mm512_mul_ps(units, _mm512_mask_blend_ps(upper, of128(0), of128(4))));
+    }
+  }
+
+  // The codes of x / unit for a block, as `code` has them: its six comparisons are a look at the exponent, and the
+  // division is a product with what it misses put right, which is the same number.
+  void code_block(const float *x, float unit, uint8_t *codes) const {
+    const __m512 edge0 = _mm512_load_ps(edge), edge1 = _mm512_load_ps(edge + 16), froms = _mm512_load_ps(from), pers = _mm512_load_ps(per);
+    const __m512i decade0 = _mm512_load_si512(decade), decade1 = _mm512_load_si512(decade + 16);
+    const __m512i firsts = _mm512_load_si512(first_code), lasts = _mm512_load_si512(last_cell);
+    const __m512 units = _mm512_set1_ps(unit), inverse = _mm512_set1_ps(1 / unit), leasts = _mm512_set1_ps(least), mosts = _mm512_set1_ps(most);
+    const __m512i lowest = _mm512_set1_epi32(127 - 24), none = _mm512_setzero_si512(), one = _mm512_set1_epi32(1), middle = _mm512_set1_epi32(zero);
+    for (int64_t i = 0; i < QBLOCK; i += 16) {
+      const __m512 raw = _mm512_loadu_ps(x + i), near = _mm512_mul_ps(raw, inverse);
+      const __m512 y = _mm512_fmadd_ps(_mm512_fnmadd_ps(near, units, raw), inverse, near), a = _mm512_abs_ps(y);
+      const __m512i power = _mm512_sub_epi32(_mm512_srli_epi32(_mm512_castps_si512(a), 23), lowest); // of small ones: rubbish
+      const __mmask16 over = _mm512_cmp_ps_mask(a, _mm512_permutex2var_ps(edge0, power, edge1), _CMP_GE_OQ);
+      __m512i d = _mm512_permutex2var_epi32(decade0, power, decade1);
+      d = _mm512_mask_add_epi32(d, over, d, one);
+      const __m512 within = _mm512_mul_ps(_mm512_sub_ps(a, _mm512_permutexvar_ps(d, froms)), _mm512_permutexvar_ps(d, pers));
+      const __m512i cell = _mm512_min_epi32(_mm512_cvttps_epi32(within), _mm512_permutexvar_epi32(d, lasts));
+      const __mmask16 some = _mm512_cmp_ps_mask(a, leasts, _CMP_GE_OQ), top = _mm512_cmp_ps_mask(y, mosts, _CMP_GE_OQ);
+      __m512i found = _mm512_maskz_add_epi32(some, cell, _mm512_permutexvar_epi32(d, firsts));
+      found = _mm512_mask_add_epi32(found, top, found, one);
+      if (zero) found = _mm512_mask_sub_epi32(found, _mm512_movepi32_mask(_mm512_castps_si512(y)), none, found);
+      _mm_storeu_si128(reinterpret_cast<__m128i *>(codes + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(found, middle)));
+    }
+  }
+#endif
+
+  int32_t search(float x) const { // the nearest value, by halving
+    int32_t c = int32_t(std::upper_bound(map, map + 256, x) - map) - 1;
+    c = c < 0 ? 0 : c;
+    return c < 255 && x - map[c] >= (map[c + 1] - map[c]) * 0.5f ? c + 1 : c;
+  }
+
+  void decode(const uint8_t *codes, const float *scale, int64_t n, float *to) const {
+    for (int64_t start = 0; start < n; start += QBLOCK) {
+      const float unit = scale[start / QBLOCK];
+#if defined(__AVX512F__)
+      decode_block(codes + start, unit, to + start);
+      continue;
+#endif
+#pragma omp simd
+      for (int64_t i = 0; i < QBLOCK; i++)
+        to[start + i] = map[codes[start + i]] * unit;
+    }
+  }
+
+  void encode(const float *x, int64_t n, uint8_t *codes, float *scale) const {
+    for (int64_t start = 0; start < n; start += QBLOCK) {
+      float top = 0;
+#pragma omp simd reduction(max : top)
+      for (int64_t i = 0; i < QBLOCK; i++) {
+        float y = std::fabs(x[start + i]);
+        top = y > top ? y : top;
+      }
+      const float unit = top > 1e-12f ? top : 1e-12f;
+      scale[start / QBLOCK] = unit;
+      if (!known) {
+        for (int64_t i = 0; i < QBLOCK; i++)
+          codes[start + i] = uint8_t(search(x[start + i] / unit));
+        continue;
+      }
+#if defined(__AVX512F__)
+      if (unit > 1e-30f && unit < 1e30f) {
+        code_block(x + start, unit, codes + start);
+        continue;
+      }
+#endif
+      const Coder c = *this; // a copy: stores of bytes cannot change it
+      int32_t found[QBLOCK];
+#pragma omp simd
+      for (int64_t i = 0; i < QBLOCK; i++)
+        found[i] = c.code(x[start + i] / unit);
+#pragma omp simd
+      for (int64_t i = 0; i < QBLOCK; i++)
+        codes[start + i] = uint8_t(found[i]);
+    }
+  }
+};
+
+// The coder of a map, kept for the next call: a process knows two maps (with and without sign).
+std::shared_ptr<const Coder> coder_of(const float *map) {
+  static std::shared_ptr<const Coder> known[2];
+  int which = map[0] < 0;
+  std::shared_ptr<const Coder> coder = std::atomic_load(&known[which]);
+  if (!coder || std::memcmp(coder->map, map, sizeof coder->map) != 0) {
+    coder = std::make_shared<const Coder>(map);
+    std::atomic_store(&known[which], coder);
+  }
+  return coder;
+}
+
+// A moment as fp32: where it lies, or unpacked into `buffer`.
+float *open_moment(void *stored, int64_t type, const float *scale, const Coder *coder, int64_t start, int64_t n, float *buffer) {
+  if (type == F32)
+    return static_cast<float *>(stored) + start;
+  if (type == INT8) {
+    const uint8_t *codes = static_cast<const uint8_t *>(stored) + start;
+    for (int64_t i = 0; i < n; i += 64)
+      fetch(codes + i + AHEAD);
+    coder->decode(codes, scale + start / QBLOCK, n, buffer);
+  } else {
+    load(stored, type, start, n, buffer);
+  }
+  return buffer;
+}
+
+void close_moment(void *stored, int64_t type, float *scale, const Coder *coder, int64_t start, int64_t n, const float *moment) {
+  if (type == INT8) {
+    coder->encode(moment, n, static_cast<uint8_t *>(stored) + start, scale + start / QBLOCK);
+  } else if (type == BF16) {
+    uint16_t *x = static_cast<uint16_t *>(stored) + start;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++)
+      x[i] = to_bf16(moment[i]);
+  }
+}
+
+} // namespace
