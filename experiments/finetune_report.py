@@ -30,8 +30,8 @@ ham, so that is the score of a model that never says spam.""",
 INTRO = """\
 # Fine-tuning, measured
 
-Adam, SPAM, SPAM with moments for 0.25 % of the entries, and Stable-SPAM, in `evenstep finetune`
-([how to](finetuning.md)). SPAM's paper (arXiv:2501.06842) claims that SPAM beats Adam in fine-tuning too, and it
+Adam, SPAM, SPAM with moments for 0.25 % of the entries (of every matrix, or *hidden*: of those between the embedding and
+the last layer), and Stable-SPAM, in `evenstep finetune` ([how to](finetuning.md)). SPAM's paper (arXiv:2501.06842) claims that SPAM beats Adam in fine-tuning too, and it
 fine-tunes LLaMA2-7B on Commonsense170K with density 0.25 %. Models and tasks here are far smaller and the runs far
 shorter, so these show a direction and no more. All are on one CPU core in fp32, with the same cosine schedule (a tenth
 of the steps is warm-up). SPAM's own warm-up is 5 steps, since its 150 are more than a run; resets do not happen in runs
@@ -67,14 +67,11 @@ where it is. Seed 0, the same 320 mails, batch, schedule and held-out mails as a
 * With every matrix sparse the run is also too short: in one of 160 steps at 0.003 the training loss, at 0.60 after 40
   steps, was 0.15 after 125 (it was ended there, unscored, for want of time).
 
-So `--mode sparse` means `--optim.density_of hidden` now. These are single runs, made with param groups set by hand; in
-the blocks' row the pooler was trained whole too, which `density_of hidden` leaves sparse. With that option:
-
-```sh
-SPAM_ASSASSIN=.../package/data python -m experiments.finetune mails      # has it as SPAM 0.25 % hidden
-```
-
-Its sweep and three seeds have not been run yet."""
+So `--mode sparse` means `--optim.density_of hidden` now, the line *SPAM 0.25 % hidden* of the tables, with three seeds.
+(The runs just above are single ones, made with param groups set by hand; in the blocks' row the pooler was trained
+whole too, which `density_of hidden` leaves sparse.) On the mails it gains most of the distance from 0.695 to Adam's
+0.935, and Adam is ahead of it with every seed; on the reasoning tasks, with 9 % of Adam's state, its loss is 1.685 and
+Adam's 1.641 (2.221 with every matrix sparse)."""
 
 
 def write_page(store: Path, page: Path) -> None:
