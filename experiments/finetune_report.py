@@ -30,15 +30,16 @@ ham, so that is the score of a model that never says spam.""",
 INTRO = """\
 # Fine-tuning, measured
 
-Adam, SPAM, SPAM with moments for 0.25 % of the entries (of every matrix, or *hidden*: of those between the embedding and
-the last layer), and Stable-SPAM, in `evenstep finetune` ([how to](finetuning.md)). SPAM's paper (arXiv:2501.06842) claims that SPAM beats Adam in fine-tuning too, and it
-fine-tunes LLaMA2-7B on Commonsense170K with density 0.25 %. Models and tasks here are far smaller and the runs far
-shorter, so these show a direction and no more. All are on one CPU core in fp32, with the same cosine schedule (a tenth
-of the steps is warm-up). SPAM's own warm-up is 5 steps, since its 150 are more than a run; resets do not happen in runs
-this short, so the entries that density 0.25 % trains are never drawn anew: 99.75 % of every matrix stay as they were,
-which in the mails' new last layer leaves two entries. Each optimizer was tried at three rates with seed 0, and at
-higher ones while the highest did best; the rate of the least validation loss was repeated with two more seeds. That
-rate was chosen on the examples that the score is of, for all optimizers alike."""
+Adam, SPAM, SPAM with moments for 0.25 % of the entries (of every matrix, or *hidden*: of those between the embedding
+and the last layer), and Stable-SPAM, in `evenstep finetune` ([how to](finetuning.md)). SPAM's paper (arXiv:2501.06842)
+claims that SPAM beats Adam in fine-tuning too, and it fine-tunes LLaMA2-7B on Commonsense170K with density 0.25 %.
+Models and tasks here are far smaller and the runs far shorter, so these show a direction and no more. All are on one
+CPU core in fp32, with the same cosine schedule (a tenth of the steps is warm-up). SPAM's own warm-up is 5 steps, since
+its 150 are more than a run; resets do not happen in runs this short, so the entries that density 0.25 % trains are
+never drawn anew: 99.75 % of every matrix stay as they were, which in the mails' new last layer leaves two entries. Each
+optimizer was tried at three rates with seed 0, and at higher ones while the highest did best; the rate of the least
+validation loss was repeated with two more seeds. That rate was chosen on the examples that the score is of, for all
+optimizers alike."""
 
 
 WHY_SPARSE = """\
