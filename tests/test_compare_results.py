@@ -197,6 +197,16 @@ def test_the_page_says_claim_numbers_direction_and_the_flaw(document, tmp_path, 
     assert page.read_text().index("\n## Claims") < page.read_text().index("\n## Notes\n\nof somebody\n")
 
 
+def test_a_picture_that_has_nothing_to_show_any_more_goes(document, tmp_path):
+    drawn = draw(document, tmp_path)
+    curves = tmp_path / f"{document['table']}-curves.png"
+    assert curves in drawn and {*tmp_path.glob("*.png")} == {*drawn}
+    for here in document["lines"]:
+        here["curve"] = {"tokens": [], "mean": [], "low": [], "high": []}
+    draw(document, tmp_path)
+    assert {*tmp_path.glob("*.png")} == {*drawn} - {curves}
+
+
 def test_a_page_of_nothing_or_of_something_else_is_refused(tmp_path):
     with pytest.raises(EvenstepError, match=r"no stored results; evenstep compare TABLE\.toml --store"):
         write_page(tmp_path / "none", tmp_path / "page.md")

@@ -16,13 +16,14 @@ Document = dict[str, Any]
 
 
 def draw(document: Document, directory: Path) -> list[Path]:
-    """Write the pictures that there is something to show in. EvenstepError without matplotlib."""
+    """Write the pictures that there is something to show in; remove the others. EvenstepError without matplotlib."""
     written = []
     for name, wanted, paint in PICTURES:
         lines = [line for line in document["lines"] if wanted(line)]
-        if not lines:
-            continue
         path = directory / f"{document['table']}-{name}.png"
+        if not lines:
+            path.unlink(missing_ok=True)
+            continue
         with picture(path, document["title"], _footer(document)) as axes:
             paint(axes, lines)
         written.append(path)
@@ -98,14 +99,14 @@ def _memory(axes: Any, lines: list[Document]) -> None:
     """Memory of model and state against perplexity; the front is what nothing else beats in both."""
     points = [(kept_bytes(line) / 1e6, math.exp(line["mean"]), line) for line in lines]
     for x, y, line in points:
-        axes.plot(x, y, "o", markersize=5)
-        axes.annotate(_name(line), (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
+        axes.plot(x, y, "o", markersize=6, label=_name(line))
     front: list[tuple[float, float]] = []
     for x, y, _ in sorted(points, key=lambda point: point[:2]):
         if not front or y < front[-1][1]:
             front.append((x, y))
     axes.step(*zip(*front, strict=True), where="post", color="gray", linewidth=1, linestyle="--", zorder=0)
     axes.set(xlabel="model and optimizer state (MB)", ylabel="perplexity")
+    axes.legend(fontsize=7, frameon=False, ncols=2 if len(lines) > 8 else 1)
 
 
 def _has_curve(line: Document) -> bool:
