@@ -40,6 +40,8 @@ class Runner:
     failed: dict[str, str] = field(default_factory=dict)
     running: dict[str, tuple[Cell, Worker, int, float]] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
+    _queue: list[Cell] | None = None
+    """What waits; None when something has ended since it was last asked for."""
     _watched: float = 0.0
 
     def run(self, done: Callable[[], None] = lambda: None) -> None:
@@ -68,16 +70,18 @@ class Runner:
         for name in [name for name, (_, worker, _, _) in self.running.items() if worker.done()]:
             self._ended(name)
             done()
-        waiting = self._waiting()
+        if self._queue is None:
+            self._queue = self._waiting()
         free = [slot for slot in range(max(1, self.jobs)) if slot not in {s for _, _, s, _ in self.running.values()}]
-        for slot, cell in zip(free, waiting, strict=False):
+        for slot in free[: len(self._queue)]:
+            cell = self._queue.pop(0)
             start = Process.start if self.jobs else Here.start
             began = time.monotonic()
             self.running[cell.name] = (cell, start(cell, self.pool, slot, self.gpus), slot, began)
         if self.jobs and self.running and not any(worker.done() for _, worker, _, _ in self.running.values()):
             time.sleep(POLL)
             self._watch()
-        return bool(self.running or waiting)
+        return bool(self.running or self._queue or self._queue is None)
 
     def wanted(self) -> list[Cell]:
         """What all plans want now, each run once: the claims of one table after the other's, then the other lines."""
@@ -120,6 +124,7 @@ class Runner:
 
     def _ended(self, name: str) -> None:
         cell, worker, _, began = self.running.pop(name)
+        self._queue = None
         problem = worker.problem()
         seconds = time.monotonic() - began
         outcome = self._outcome(cell)  # a process that was stopped as hopeless has one, too
