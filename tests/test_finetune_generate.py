@@ -31,7 +31,7 @@ def hub(tmp_path_factory):
     return write_hub(tmp_path_factory.mktemp("hub"))
 
 
-def tuned(hub, out, form, library, steps=60, **more):
+def tuned(hub, out, form, library, steps=150, **more):
     out.mkdir(parents=True)
     data = out / "data.jsonl"
     data.write_text("".join(json.dumps(FORMS[form](q, a)) + "\n" for q, a in ANSWERS.items()))

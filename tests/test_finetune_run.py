@@ -49,6 +49,14 @@ def config(model, data, out, **more):
     return build(tables, FineTuneConfig)
 
 
+def test_the_rate_is_one_for_pretrained_weights_where_none_is_given():
+    least = {"model": {"path": "m"}, "data": {"file": "f"}}
+    assert build(least, FineTuneConfig).optim.lr == 5e-5
+    assert build({**least, "tune": {"adapter": "lora"}}, FineTuneConfig).optim.lr == 3e-4
+    given = build({**least, "tune": {"adapter": "lora"}, "optim": {"lr": 1e-3}}, FineTuneConfig)
+    assert given.optim.lr == 1e-3 and given.optim.name == "stable_spam"
+
+
 def fit(*args, **more):
     run = Tuning(config(*args, **more), say=lambda _: None)
     return run, run.fit()

@@ -12,7 +12,7 @@ from typing import ClassVar
 from evenstep.errors import EvenstepError
 from evenstep.train.config import BaseConfig
 from evenstep.train.options import Section, option
-from evenstep.train.sections import TrainConfig
+from evenstep.train.sections import OptimConfig, TrainConfig
 
 FORMATS = ("instruction", "prompt", "chat", "choices", "classification")
 """docs/finetuning.md tells of their fields."""
@@ -21,6 +21,10 @@ SCORES = ("exact", "choice", "accuracy", "none")
 
 DEFAULT_EPOCHS = 3.0
 """As LLM-Adapters (arXiv:2304.01933) trains on Commonsense170K."""
+
+RATES = {"none": 5e-5, "lora": 3e-4}
+"""The learning rate where none is given, by ``tune.adapter``: all weights as transformers' TrainingArguments, LoRA as
+LLM-Adapters. Weights that were pretrained at 1e-3 do not survive as much."""
 
 SPARSE = {"optim.name": "spam", "optim.density": "0.0025", "optim.density_of": "hidden"}
 """What ``--mode sparse`` stands for: SPAM whose moments are kept for 0.25 % of the entries of the inner matrices, and
@@ -89,6 +93,13 @@ class TuneConfig(Section):
 
 
 @dataclass(frozen=True)
+class TuneOptimConfig(OptimConfig):
+    lr: float | None = option(  # type: ignore[assignment]
+        None, "the highest learning rate (none: 5e-5 for all weights, 3e-4 for LoRA)", above=0
+    )
+
+
+@dataclass(frozen=True)
 class TuneTrainConfig(TrainConfig):
     epochs: float | None = option(
         None, "the budget in passes over the rows; give this, train.steps or train.tokens (none of them: 3)", above=0,
@@ -122,11 +133,14 @@ class FineTuneConfig(BaseConfig):
     COMMAND = "finetune"
     data: TuneDataConfig = field(default_factory=TuneDataConfig)  # type: ignore[assignment]
     model: TuneModelConfig = field(default_factory=TuneModelConfig)  # type: ignore[assignment]
+    optim: TuneOptimConfig = field(default_factory=TuneOptimConfig)
     train: TuneTrainConfig = field(default_factory=TuneTrainConfig)
     eval: TuneEvalConfig = field(default_factory=TuneEvalConfig)  # type: ignore[assignment]
     tune: TuneConfig = field(default_factory=TuneConfig)
 
     def __post_init__(self) -> None:
+        if self.optim.lr is None:
+            object.__setattr__(self, "optim", dataclasses.replace(self.optim, lr=RATES[self.tune.adapter]))
         super().__post_init__()
         if not self.model.path:
             raise EvenstepError("model.path: which model? evenstep finetune MODEL --data FILE.jsonl")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evenstep.errors import EvenstepError
 from evenstep.finetune import scoring, source
-from evenstep.finetune.config import FineTuneConfig
+from evenstep.finetune.config import FineTuneConfig, TuneOptimConfig
 from evenstep.finetune.examples import Example
 from evenstep.finetune.hub import HubCausal, HubClassifier, keeps_documents_apart
 from evenstep.finetune.note import Note
@@ -26,7 +26,6 @@ from evenstep.finetune.task import Task, open_examples, summary_of
 from evenstep.finetune.text import load_text
 from evenstep.models import Llama
 from evenstep.train import setup
-from evenstep.train.config import OptimConfig
 from evenstep.train.interrupts import Interrupts
 from evenstep.train.progress import clock, tell
 from evenstep.train.run import Run, Say
@@ -228,7 +227,7 @@ class _Scored(Tuning):
 def evaluate_only(config: FineTuneConfig, say: Say = tell) -> TuneResult:
     """Score the model as it is on ``eval.data``, or on all of ``data.file``; prints the scores."""
     scored = dataclasses.replace(config.eval, data=config.eval.data or config.data.file)
-    config = dataclasses.replace(config, eval=scored, optim=OptimConfig(name="sgd"))  # which keeps nothing
+    config = dataclasses.replace(config, eval=scored, optim=TuneOptimConfig(name="sgd"))  # which keeps nothing
     with tempfile.TemporaryDirectory(prefix="evenstep-score-") as folder, open_world(config) as world:
         run = _Scored(dataclasses.replace(config, out=str(Path(folder, "run"))), world=world, say=say)
         result = run.evaluate()
