@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from compare_lowbit import CLAIMS, LOW, OPTIMIZERS, PRECISIONS
 
+from evenstep.compare.claims import FLOOR
+from evenstep.compare.paired import paired
+
 Cell = tuple[str, str]
 """Optimizer and precision."""
 
@@ -32,10 +35,11 @@ PUBLISHED: dict[Cell, dict[str, float]] = {
 }
 
 RULES = [
-    "Of two cells with several seeds, one is lower when its highest loss is below the other's lowest (by chance one "
-    "time in twenty each way, with three seeds each): the claim is *confirmed* or, the other way round, *opposite*. "
-    "Otherwise it is *not confirmed*. What rests on the sweep's one seed must differ by more than the largest range "
-    "over seeds that any long cell has. *Open*: runs are missing. A diverged run counts as an infinite loss. "
+    "Two cells with several seeds are compared by the 95 % interval of their mean difference over the seeds that both "
+    f"have, which begin alike (Student's t, at least {FLOOR} to each side): all of it on the claim's side is "
+    "*confirmed*, all of it on the other side *opposite*, else *not confirmed*. What rests on the sweep's one seed must "
+    "differ by more than the largest range over seeds that any long cell has. *Open*: runs are missing. A diverged "
+    "run counts as an infinite loss. "
     '"Rise at the highest rate" was added when "range over rates" was known.',
 ]
 
@@ -139,13 +143,18 @@ class Verdict:
     verdict: str
 
 
-def compare(lower: list[float], higher: list[float]) -> str:
-    """The verdict on "lower is below higher" by the losses of their seeds."""
-    if len(lower) < 2 or len(higher) < 2:
+def compare(lower: dict[int, float], higher: dict[int, float]) -> str:
+    """The verdict on "lower is below higher" by their losses, seed for seed."""
+    shared = lower.keys() & higher.keys()
+    if len(shared) < 2:
         return "open"
-    if max(lower) < min(higher):
-        return "confirmed"
-    return "opposite" if min(lower) > max(higher) else "not confirmed"
+    lost = [any(math.isinf(side[seed]) for seed in shared) for side in (lower, higher)]
+    if any(lost):
+        return "not confirmed" if all(lost) else "opposite" if lost[0] else "confirmed"
+    found = paired(lower, higher)
+    assert found is not None and found.within is not None
+    within = max(FLOOR, found.within)
+    return "confirmed" if found.mean < -within else "opposite" if found.mean > within else "not confirmed"
 
 
 def compare_single(lower: float | None, higher: float | None, margin: float | None) -> str:
@@ -188,8 +197,8 @@ def _number(x: float | None) -> str:
 
 def _below(results: Results, lower: Cell, higher: Cell, published: str) -> Verdict:
     """``published``: the precision of the papers' row for the higher cell."""
-    a, b = (list(results.seeds(*cell).values()) for cell in (lower, higher))
-    means = [statistics.mean(x) if x else None for x in (a, b)]
+    a, b = (results.seeds(*cell) for cell in (lower, higher))
+    means = [statistics.mean(x.values()) if x else None for x in (a, b)]
     here = f"{_number(means[0])} against {_number(means[1])}"
     their = PUBLISHED.get((lower[0], "bf16" if lower[1] == "fp32" else lower[1]))
     other = PUBLISHED.get((higher[0], published))

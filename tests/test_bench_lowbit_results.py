@@ -34,8 +34,10 @@ def long(gap: float, cells=CLAIMS) -> list[Row]:
 @pytest.mark.parametrize(
     ("lower", "higher", "verdict"),
     [
-        ([1.0, 1.1, 1.2], [1.3, 1.4, 1.5], "confirmed"),
-        ([1.0, 1.1, 1.3], [1.3, 1.4, 1.5], "not confirmed"),
+        ([1.0, 1.1, 1.2], [1.01, 1.11, 1.21], "confirmed"),
+        ([1.0, 1.1, 1.2], [1.3, 1.1, 1.5], "not confirmed"),
+        ([1.0, 1.1, 1.2], [1.003, 1.103, 1.203], "not confirmed"),
+        ([1.3, 1.4, 1.5], [1.0, 1.1, 1.2], "opposite"),
         ([1.6, 1.7, INF], [1.3, 1.4, 1.5], "opposite"),
         ([1.0, 1.1, 1.2], [INF, INF, INF], "confirmed"),
         ([INF, INF], [INF, INF], "not confirmed"),
@@ -43,8 +45,8 @@ def long(gap: float, cells=CLAIMS) -> list[Row]:
         ([], [], "open"),
     ],
 )
-def test_seeds_decide_where_their_ranges_do_not_meet(lower, higher, verdict):
-    assert compare(lower, higher) == verdict
+def test_seeds_decide_pair_by_pair(lower, higher, verdict):
+    assert compare(dict(enumerate(lower)), dict(enumerate(higher))) == verdict
 
 
 def test_one_seed_decides_beyond_the_range_over_seeds_alone():
@@ -54,7 +56,7 @@ def test_one_seed_decides_beyond_the_range_over_seeds_alone():
     assert compare_single(1.0, 1.1, None) == compare_single(None, 1.1, 0.05) == "open"
 
 
-@pytest.mark.parametrize(("gap", "verdict"), [(0.1, "confirmed"), (0.01, "not confirmed"), (-0.1, "opposite")])
+@pytest.mark.parametrize(("gap", "verdict"), [(0.1, "confirmed"), (0.004, "not confirmed"), (-0.1, "opposite")])
 def test_every_claim_about_losses_follows_from_the_seeds(gap, verdict):
     found = [v for v in verdicts(Results(SWEEP + long(gap))) if "range" not in v.claim and "rise" not in v.claim]
     assert {v.verdict for v in found if "leak" not in v.claim} == {verdict} and len(found) == 9
