@@ -37,9 +37,9 @@ PUBLISHED: dict[Cell, dict[str, float]] = {
 RULES = [
     "Two cells with several seeds are compared by the 95 % interval of their mean difference over the seeds that both "
     f"have, which begin alike (Student's t, at least {FLOOR} to each side): all of it on the claim's side is "
-    "*confirmed*, all of it on the other side *opposite*, else *not confirmed*. What rests on the sweep's one seed must "
-    "differ by more than the largest range over seeds that any long cell has. *Open*: runs are missing. A diverged "
-    "run counts as an infinite loss. "
+    "*confirmed*, all of it on the other side *opposite*, else *not confirmed*. What rests on the sweep's one seed "
+    "must differ by more than the largest range over seeds that any long cell has. *Open*: runs are missing. A "
+    "diverged run counts as an infinite loss. "
     '"Rise at the highest rate" was added when "range over rates" was known.',
 ]
 
