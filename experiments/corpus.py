@@ -28,7 +28,7 @@ from evenstep.train.files import replace_text
 from experiments.common import status
 
 PACKAGES = (
-    *("anarchism", "jargon-text", "debian-handbook", "debian-reference-en", "dict-gcide", "bible-kjv-text"),  # prose
+    *("anarchism", "jargon-text", "debian-handbook", "debian-reference-en", "dict-gcide"),  # prose
     *("python3.11-doc", "git-doc", "perl-doc", "postgresql-doc-15", "apache2-doc", "bind9-doc", "vim-doc"),  # manuals
     *("linux-doc-6.1", "octave-doc", "nodejs-doc", "python-django-doc", "python-sympy-doc", "qtbase5-doc-html"),
     *("rust-doc", "libboost1.74-doc", "erlang-doc", "cppreference-doc-en-html", "openjdk-17-doc"),
@@ -42,6 +42,9 @@ SHORTEST = 400
 
 REPEATED = 60
 """Characters from which a paragraph is written but once: licences, navigation and notices stand in every file."""
+
+PIECE = 200_000
+"""Characters after which a document goes on in another, at the end of a paragraph: a dictionary is one file."""
 
 Document = tuple[str, str]
 
@@ -97,13 +100,13 @@ def _written(file: BinaryIO, packages: list[str], room: int, debs: Path | None) 
             if deb is None:
                 continue
             for name, text in texts(_unpacked(deb, Path(place))):
-                text = _once(text, seen)
-                length = len(text.encode())
-                if len(text) < SHORTEST or length > room:
-                    continue
-                line = json.dumps({"text": text, "source": f"{package}/{name}"}, ensure_ascii=False)
-                file.write(line.encode() + b"\n")
-                documents, size, room = documents + 1, size + length, room - length
+                for piece in _pieces(_once(text, seen)):
+                    length = len(piece.encode())
+                    if len(piece) < SHORTEST or length > room:
+                        continue
+                    line = json.dumps({"text": piece, "source": f"{package}/{name}"}, ensure_ascii=False)
+                    file.write(line.encode() + b"\n")
+                    documents, size, room = documents + 1, size + length, room - length
         version = deb.name.split("_")[1].replace("%3a", ":")
         print(f"{package} {version}: {documents:,} documents, {size / 1e6:.1f} MB", flush=True)
         yield {"package": package, "version": version, "documents": documents, "bytes": size}
@@ -143,17 +146,43 @@ LEFT_OUT = ("changelog", "copyright", "genindex", "search", "index-all", "allcla
 """Beginnings of names: lists, not texts."""
 
 
+LANGUAGES = frozenset((
+    "ar", "bg", "ca", "cs", "da", "de", "es", "et", "eu", "fa", "fi", "fr", "gl", "he", "hr", "hu", "ja", "ko",
+    "lt", "lv", "nb", "nl", "nn", "pl", "pt", "ro", "ru", "sk", "sr", "sv", "th", "tr", "uk", "vi", "zh",
+))  # fmt: skip
+"""Other than English, as directories and files are named; without codes that are words (id, it, no)."""
+
+
 def texts(directory: Path) -> Iterator[Document]:
-    """Name and text of every file below, by name; of a text that is there as a page and as its source, the page."""
+    """Name and text of every English file below, by name; of a text that is there as a page and as its source, the
+    page, unless it is a stub."""
     files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if _is_wanted(path)}
-    pages = {_stem(path) for path in files.values() if _kind(path) in PAGES}
+    files = {name: path for name, path in files.items() if not _is_foreign(Path(name))}
+    pages: dict[str, int] = {}
+    for path in files.values():
+        if _kind(path) in PAGES:
+            pages[_stem(path)] = max(path.stat().st_size, pages.get(_stem(path), 0))
+    plain = {_stem(p): p.stat().st_size for p in files.values() if _kind(p) not in PAGES}
+    stubs = {stem for stem, size in pages.items() if size < plain.get(stem, 0) / 2}
     for name, path in sorted(files.items()):
-        kind = _kind(path)
-        if kind not in PAGES and _stem(path) in pages:
+        is_page = _kind(path) in PAGES
+        if _stem(path) in pages and is_page == (_stem(path) in stubs):
             continue
         text = _read(path)
         if text is not None:
-            yield name, page_text(text) if kind in PAGES else text
+            yield name, page_text(text) if is_page else text
+
+
+def _is_foreign(path: Path) -> bool:
+    """de/, pt-br/ or zh_CN/ on the way, or name.fr.html."""
+    inner = path.name.removesuffix(".gz").split(".")[1:-1]
+    for part in (*path.parts[:-1], *inner):
+        code, _, region = part.replace("_", "-").partition("-")
+        if code in LANGUAGES and (not region or len(region) == 2):
+            return True
+        if len(code) == 2 and code.islower() and code != "en" and len(region) == 2 and region.isupper():
+            return True
+    return False
 
 
 def _is_wanted(path: Path) -> bool:
@@ -172,15 +201,27 @@ def _kind(path: Path) -> str:
 
 
 def _read(path: Path) -> str | None:
-    """None for what is no UTF-8 text."""
+    """None for what is no UTF-8 text, but for a few bytes."""
     data = path.read_bytes()
     try:
         if data[:2] == b"\x1f\x8b":  # .gz, and dictzip's .dz
             data = gzip.decompress(data)
-        text = data.decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
+    except (OSError, EOFError, zlib.error):
         return None
-    return None if "\0" in text else text.replace("\r\n", "\n")
+    text = data.decode(errors="replace")
+    if "\0" in text or text.count("\ufffd") * 1000 > len(text):
+        return None
+    return text.replace("\r\n", "\n").replace("\ufffd", "")
+
+
+def _pieces(text: str) -> Iterator[str]:
+    while len(text) > PIECE:
+        end = text.find("\n\n", PIECE)
+        if end < 0:
+            break
+        yield text[:end].rstrip() + "\n"
+        text = text[end:].lstrip("\n")
+    yield text
 
 
 def _once(text: str, seen: set[bytes]) -> str:

@@ -41,11 +41,17 @@ def debs(tmp_path):
     )
     (doc / "html" / "first.html").write_text(f"<p>{PROSE.replace('kind', 'page')}</p>")
     (doc / "first.txt").write_text(PROSE.replace("kind", "source"))  # the page says the same
+    (doc / "html" / "stub.html").write_text(f"<p>See stub.txt.</p><p>{'Word. ' * 80}</p>")
+    (doc / "stub.txt").write_text(PROSE.replace("kind", "tale"))  # a page with less than its text
+    for place in ("de/first.html", "pt-BR/first.html", "zh_CN/a.txt", "first.fr.html"):
+        (doc / "html" / place).parent.mkdir(exist_ok=True)
+        (doc / "html" / place).write_text(PROSE.replace("kind", place))
     (doc / "html" / "_sources" / "other.rst").write_text(PROSE)
     (doc / "second.md.gz").write_bytes(gzip.compress(PROSE.encode()))
     (doc / "third.txt").write_text(PROSE + "\n\n" + PROSE.replace("kind", "third"))  # half of it is known by then
     (doc / "short.txt").write_text("too short")
     (doc / "changelog.gz").write_bytes(gzip.compress(PROSE.encode()))
+    (doc / "stained.txt").write_bytes(PROSE.replace("kind", "stain").encode() + b"\x92")
     (doc / "latin.txt").write_bytes("é".encode("latin-1") * 1000)
     (doc / "picture.png").write_bytes(b"\0" * 1000)
     (doc / "broken.txt.gz").write_bytes(gzip.compress(PROSE.encode())[:12] + b"no stream")
@@ -63,14 +69,24 @@ def test_texts_of_a_package_each_once(tmp_path, debs, capsys):
     assert "missing: left out, no file missing_*.deb" in capsys.readouterr().err
     raw = (tmp_path / "out" / "corpus.jsonl").read_bytes()
     found = {line["source"].rpartition("/")[2]: line["text"] for line in map(json.loads, raw.splitlines())}
-    assert list(found) == ["first.html", "second.md.gz", "third.txt"]
+    assert list(found) == ["first.html", "second.md.gz", "stained.txt", "stub.txt", "third.txt"]
+    assert found["stained.txt"] == PROSE.replace("kind", "stain") + "\n"
     assert found["second.md.gz"] == PROSE + "\n"
     assert found["third.txt"] == PROSE.replace("kind", "third") + "\n"
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     size = sum(len(text.encode()) for text in found.values())
-    assert manifest["packages"] == [{"package": "tales", "version": "1:2.0-1", "documents": 3, "bytes": size}]
+    assert manifest["packages"] == [{"package": "tales", "version": "1:2.0-1", "documents": 5, "bytes": size}]
     assert (manifest["bytes"], manifest["sha256"]) == (size, hashlib.sha256(raw).hexdigest())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["corpus.jsonl", "manifest.json"]
+
+
+@needs_dpkg
+def test_a_long_text_is_documents_of_whole_paragraphs(tmp_path, debs, monkeypatch):
+    monkeypatch.setattr("experiments.corpus.PIECE", 450)
+    build(tmp_path / "out", ["tales"], debs=debs)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "corpus.jsonl").read_bytes().splitlines()]
+    pieces = [line["text"] for line in lines if line["source"].endswith("second.md.gz")]
+    assert len(pieces) == 2 and "\n".join(pieces) == PROSE + "\n"
 
 
 @needs_dpkg
