@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from compare_lowbit import CLAIMS, LOW, OPTIMIZERS, PRECISIONS
 
 from evenstep.compare.claims import FLOOR
-from evenstep.compare.paired import paired
+from evenstep.compare.paired import judge
 
 Cell = tuple[str, str]
 """Optimizer and precision."""
@@ -39,7 +39,7 @@ RULES = [
     f"have, which begin alike (Student's t, at least {FLOOR} to each side): all of it on the claim's side is "
     "*confirmed*, all of it on the other side *opposite*, else *not confirmed*. What rests on the sweep's one seed "
     "must differ by more than the largest range over seeds that any long cell has. *Open*: runs are missing. A "
-    "diverged run counts as an infinite loss. "
+    "side whose runs all diverged has lost; where some did, nothing is confirmed. "
     '"Rise at the highest rate" was added when "range over rates" was known.',
 ]
 
@@ -145,16 +145,7 @@ class Verdict:
 
 def compare(lower: dict[int, float], higher: dict[int, float]) -> str:
     """The verdict on "lower is below higher" by their losses, seed for seed."""
-    shared = lower.keys() & higher.keys()
-    if len(shared) < 2:
-        return "open"
-    lost = [any(math.isinf(side[seed]) for seed in shared) for side in (lower, higher)]
-    if any(lost):
-        return "not confirmed" if all(lost) else "opposite" if lost[0] else "confirmed"
-    found = paired(lower, higher)
-    assert found is not None and found.within is not None
-    within = max(FLOOR, found.within)
-    return "confirmed" if found.mean < -within else "opposite" if found.mean > within else "not confirmed"
+    return judge(lower, higher, floor=FLOOR)[0]
 
 
 def compare_single(lower: float | None, higher: float | None, margin: float | None) -> str:

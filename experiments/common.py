@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from evenstep.compare.paired import paired
+from evenstep.compare.paired import judge
 from evenstep.compare.plots import band, picture
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.schema import finite
@@ -155,24 +155,18 @@ def over_seeds(values: Sequence[float | None]) -> Number:
     return Number(mean(known), stdev(known) if len(known) > 1 else 0.0, len(known))
 
 
-def direction(better: Iterable[Run], worse: Iterable[Run], key: str, *, higher_is_better: bool) -> str:
-    """What our runs say of a claim that ``better`` beats ``worse`` in ``key``, by the 95 % interval of the mean
-    difference over the seeds that both have: ``confirmed`` or ``opposite`` (all of it on one side), ``not confirmed``
-    (neither, or a run diverged), ``open`` (fewer than two seeds in common)."""
+def direction(
+    better: Iterable[Run], worse: Iterable[Run], key: str, *, higher_is_better: bool, floor: float = 0.0
+) -> str:
+    """What our runs say of a claim that ``better`` beats ``worse`` in ``key``: the verdict of
+    `evenstep.compare.paired.judge` over the seeds that both have. ``floor``: the least difference that counts."""
     first, second = ({run["setting"]["seed"]: run[key] for run in side} for side in (better, worse))
-    shared = first.keys() & second.keys()
-    if any(side[seed] is None for side in (first, second) for seed in shared):
-        return "not confirmed"
-    found = paired(first, second)
-    if found is None or found.within is None:
-        return "open"
-    lead = found.mean if higher_is_better else -found.mean
-    return "confirmed" if lead > found.within else "opposite" if lead < -found.within else "not confirmed"
+    return (judge(second, first, floor=floor) if higher_is_better else judge(first, second, floor=floor))[0]
 
 
 INTERVAL = (
     "*Confirmed* or *opposite*: all of the 95 % interval of the mean difference (Student's t, over the seeds that both "
-    "have, which begin alike) is on one side of zero; *not confirmed*: it is not, or a run diverged; *open*: fewer "
+    "have, which begin alike) is on one side of zero; *not confirmed*: it is not, or some runs diverged; *open*: fewer "
     "than two seeds in common."
 )
 

@@ -13,6 +13,7 @@ import argparse
 import gzip
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -146,43 +147,43 @@ LEFT_OUT = ("changelog", "copyright", "genindex", "search", "index-all", "allcla
 """Beginnings of names: lists, not texts."""
 
 
-LANGUAGES = frozenset((
-    "ar", "bg", "ca", "cs", "da", "de", "es", "et", "eu", "fa", "fi", "fr", "gl", "he", "hr", "hu", "ja", "ko",
-    "lt", "lv", "nb", "nl", "nn", "pl", "pt", "ro", "ru", "sk", "sr", "sv", "th", "tr", "uk", "vi", "zh",
-))  # fmt: skip
-"""Other than English, as directories and files are named; without codes that are words (id, it, no)."""
-
-
 def texts(directory: Path) -> Iterator[Document]:
-    """Name and text of every English file below, by name; of a text that is there as a page and as its source, the
-    page, unless it is a stub."""
-    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if _is_wanted(path)}
-    files = {name: path for name, path in files.items() if not _is_foreign(Path(name))}
-    pages: dict[str, int] = {}
+    """Name and text of every file below, by name, where one is there in several languages the English one; of a text
+    that is there as a page and as its source the page, unless it is a stub."""
+    files = {path.relative_to(directory): path for path in directory.rglob("*") if _is_wanted(path)}
+    known = {*files, *(above for name in files for above in name.parents)}
+    files = {name: path for name, path in files.items() if not _is_translation(name, known)}
+    pages: dict[str, list[Path]] = {}
+    plain: dict[str, list[Path]] = {}
     for path in files.values():
-        if _kind(path) in PAGES:
-            pages[_stem(path)] = max(path.stat().st_size, pages.get(_stem(path), 0))
-    plain = {_stem(p): p.stat().st_size for p in files.values() if _kind(p) not in PAGES}
-    stubs = {stem for stem, size in pages.items() if size < plain.get(stem, 0) / 2}
+        (pages if _kind(path) in PAGES else plain).setdefault(_stem(path), []).append(path)
     for name, path in sorted(files.items()):
         is_page = _kind(path) in PAGES
-        if _stem(path) in pages and is_page == (_stem(path) in stubs):
+        twins = pages.get(_stem(path), []), plain.get(_stem(path), [])
+        stub = len(twins[0]) == len(twins[1]) == 1 and twins[0][0].stat().st_size < twins[1][0].stat().st_size / 2
+        if all(twins) and is_page == stub:
             continue
         text = _read(path)
         if text is not None:
-            yield name, page_text(text) if is_page else text
+            yield name.as_posix(), page_text(text) if is_page else text
 
 
-def _is_foreign(path: Path) -> bool:
-    """de/, pt-br/ or zh_CN/ on the way, or name.fr.html."""
-    inner = path.name.removesuffix(".gz").split(".")[1:-1]
-    for part in (*path.parts[:-1], *inner):
-        code, _, region = part.replace("_", "-").partition("-")
-        if code in LANGUAGES and (not region or len(region) == 2):
+def _is_translation(name: Path, known: set[Path]) -> bool:
+    """Is there an English file or directory beside it, or beside a directory on the way? de/ beside en/, zh_TW/ beside
+    en-US/, name.fr.html beside name.html or name.en.html."""
+    for place in (name, *name.parents):
+        is_language = _LANGUAGE.fullmatch(place.name) and not place.name.startswith("en")
+        if is_language and any(place.with_name(english) in known for english in ENGLISH):
             return True
-        if len(code) == 2 and code.islower() and code != "en" and len(region) == 2 and region.isupper():
-            return True
-    return False
+    stem, _, rest = name.name.partition(".")
+    language, _, suffix = rest.partition(".")
+    others = (f"{stem}.{suffix}", *(f"{stem}.{english}.{suffix}" for english in ENGLISH))
+    is_named = bool(suffix and _LANGUAGE.fullmatch(language)) and not language.startswith("en")
+    return is_named and any(name.with_name(other) in known for other in others)
+
+
+ENGLISH = ("en", "en-US", "en_US", "en-GB", "en_GB", "en-us", "en-gb")
+_LANGUAGE = re.compile("[a-z]{2}([-_][A-Za-z]{2})?")
 
 
 def _is_wanted(path: Path) -> bool:

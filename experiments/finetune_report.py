@@ -11,6 +11,9 @@ TITLES = {
     "mails": "SpamAssassin mails, a small BERT",
 }
 
+SCORED = {"reasoning": 90, "mails": 200}
+"""Examples that a score is the mean over."""
+
 ABOUT = {
     "reasoning": """\
 A LLaMA of the named size `tiny`, pretrained for 150 steps on the King James Bible as bytes (so each digit and letter is
@@ -135,7 +138,7 @@ def _section(name: str, runs: list[common.Run], page: Path) -> list[str]:
         "Peak memory is that of the process, which ran the optimizers one after the other: it never falls, and does "
         "not compare them. The state does.",
         f"![Training loss]({picture.name})",
-        _verdict(groups),
+        _verdict(name, groups),
         "Every rate that was tried, seed 0:",
         common.table(["optimizer", "lr", "score", "validation loss"], rates).rstrip(),
     ]
@@ -145,11 +148,11 @@ def _loss(run: common.Run) -> str:
     return "diverged" if run["val_loss"] is None else f"{run['val_loss']:.3f}"
 
 
-def _verdict(groups: dict[str, list[common.Run]]) -> str:
+def _verdict(what: str, groups: dict[str, list[common.Run]]) -> str:
     adam = groups.get("Adam", [])
     lines = [
-        f"{name} above Adam: **{common.direction(some, adam, 'score', higher_is_better=True)}**"
+        f"{name} above Adam: **{common.direction(some, adam, 'score', higher_is_better=True, floor=1 / SCORED[what])}**"
         for name, some in groups.items()
         if adam and name != "Adam"
     ]
-    return "; ".join(lines) + ". " + common.INTERVAL
+    return f"{'; '.join(lines)}. {common.INTERVAL} Half of the interval is at least one example of {SCORED[what]}."

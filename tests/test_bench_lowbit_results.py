@@ -38,7 +38,7 @@ def long(gap: float, cells=CLAIMS) -> list[Row]:
         ([1.0, 1.1, 1.2], [1.3, 1.1, 1.5], "not confirmed"),
         ([1.0, 1.1, 1.2], [1.003, 1.103, 1.203], "not confirmed"),
         ([1.3, 1.4, 1.5], [1.0, 1.1, 1.2], "opposite"),
-        ([1.6, 1.7, INF], [1.3, 1.4, 1.5], "opposite"),
+        ([1.6, 1.7, INF], [1.3, 1.4, 1.5], "not confirmed"),
         ([1.0, 1.1, 1.2], [INF, INF, INF], "confirmed"),
         ([INF, INF], [INF, INF], "not confirmed"),
         ([1.0], [1.3, 1.4, 1.5], "open"),

@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import json
+import math
 
 import pytest
 from compare_support import TABLE, plan_of, settled
@@ -14,7 +15,7 @@ from evenstep.compare.cells import DIVERGED, HOPELESS, Outcome
 from evenstep.compare.claims import FEW, FLOOR, LEVEL, RULES, difference, judged
 from evenstep.compare.overview import overview
 from evenstep.compare.page import write_page
-from evenstep.compare.paired import paired
+from evenstep.compare.paired import judge, paired
 from evenstep.compare.plots import draw
 from evenstep.compare.results import document_of, sensitivity, stopped_early
 from evenstep.errors import EvenstepError
@@ -36,11 +37,34 @@ def test_differences_are_paired_by_seed_and_their_interval_is_students():
     first, second = {0: 3.00, 1: 3.11, 2: 3.22, 7: 9.0}, {2: 3.20, 1: 3.10, 0: 3.00, 5: 1.0}
     found = paired(first, second)
     assert found.seeds == 3 and found.mean == pytest.approx(0.01)
+    assert (found.first, found.second) == (pytest.approx(3.11), pytest.approx(3.10))
     # Of differences 0, 0.01, 0.02: standard deviation 0.01, and 4.303 is Student's with two degrees of freedom.
     assert found.within == pytest.approx(4.303 * 0.01 / 3**0.5)
-    assert paired({0: 1.0}, {0: 2.0}).within is None and paired({0: 1.0}, {1: 1.0}) is None
+    assert paired({0: 1.0}, {0: 2.0}).within == math.inf and paired({0: 1.0}, {1: 1.0}) is None
     many = {seed: float(seed % 2) for seed in range(40)}
     assert paired(many, dict.fromkeys(many, 0.0)).within == pytest.approx(2.228 * 0.5 * (40 / 39) ** 0.5 / 40**0.5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ((1.0, 1.0, 1.0), (2.0, 2.0, 2.0), "confirmed"),
+        ((1.0, 1.0, 1.0), (None, math.inf, math.nan), "confirmed"),
+        ((None, None, None), (1.0, 1.0, 1.0), "opposite"),
+        ((1.0, 1.0, None), (2.0, 2.0, 2.0), "not confirmed"),
+        ((2.0, 2.0, 2.0), (1.0, 1.0, None), "not confirmed"),
+        ((None, None, None), (None, None, None), "not confirmed"),
+        ((1.0,), (2.0, 2.0, 2.0), "open"),
+        ((None,), (2.0, 2.0, 2.0), "open"),
+        ((), (), "open"),
+    ],
+)
+def test_a_verdict_needs_two_seeds_and_runs_that_ended(first, second, expected):
+    first, second = dict(enumerate(first)), dict(enumerate(second))
+    assert judge(first, second)[0] == expected
+    mirrored = {"confirmed": "opposite", "opposite": "confirmed"}.get(expected, expected)
+    assert judge(second, first)[0] == mirrored
+    assert judge(first, second, floor=1.1)[0] != "confirmed" or None in second.values()
 
 
 def test_lower_is_confirmed_where_the_whole_interval_is_on_the_papers_side():
@@ -48,8 +72,9 @@ def test_lower_is_confirmed_where_the_whole_interval_is_on_the_papers_side():
     assert verdict("lower", line(low), line(high)) == "confirmed", "each seed alone differs more between seeds"
     assert verdict("lower", line(high), line(low)) == "opposite"
     assert verdict("lower", line([3.0, 3.1, 3.3]), line(high)) == "not confirmed"
-    assert difference(line([3.1, 3.2, 3.3]), line([3.0, 3.1, 3.2]))[1] == FLOOR
-    assert difference(line([3.0]), line(high)) == (pytest.approx(-0.05), FEW), "over the seed that both have"
+    assert difference(line([3.1, 3.2, 3.3]), line([3.0, 3.1, 3.2]))[1].within == FLOOR
+    alone = difference(line([3.0]), line(high))[1]
+    assert (alone.mean, alone.second, alone.within) == (pytest.approx(-0.05), 3.05, FEW), "over the seed that both have"
     assert verdict("lower", line([3.0, 3.0]), line([3.0 + FEW * 0.9] * 3)) == "not confirmed"
 
 
@@ -58,7 +83,10 @@ def test_a_side_that_diverged_has_lost():
     lost["finals"] = [{"seed": 0, "status": "diverged", "loss": None}]
     assert verdict("lower", line([3.0, 3.0]), copy.deepcopy(lost)) == "confirmed"
     assert verdict("lower", copy.deepcopy(lost), line([3.0, 3.0])) == "opposite"
-    assert verdict("lower", copy.deepcopy(lost), copy.deepcopy(lost)) == "not measured"
+    assert verdict("lower", copy.deepcopy(lost), copy.deepcopy(lost)) == "not confirmed"
+    partly = line([2.9, 2.9, 2.9])
+    partly["finals"][1].update(status="diverged", loss=None)
+    assert verdict("lower", partly, line([3.0, 3.1, 3.2])) == "not confirmed"
     assert verdict("lower", line([]), line([3.0])) == "not measured"
 
 
@@ -185,7 +213,7 @@ def test_the_page_says_claim_numbers_direction_and_the_flaw(document, tmp_path, 
     assert main(["results", str(stored), "--out", str(page)]) == 0
     assert str(page) in capsys.readouterr().out
     text = page.read_text()
-    assert "| SPAM beats Adam | **confirmed** | 2.9050 against 3.0050 (-0.1000 ± 0.0500) | 2 | 30.46 against" in text
+    assert "| SPAM beats Adam | **confirmed** | 2.9050 against 3.0050 (-0.1000 ± 0.0800) | 2 | 30.46 against" in text
     assert "N/(N+1)" in text and "commit cccccccccc" in text and "a CPU" in text and "4K tokens" in text
     for picture in ("curves", "rates", "memory"):
         assert f"](results/mine-{picture}.png)" in text and (page.parent / "results" / f"mine-{picture}.png").exists()

@@ -71,14 +71,15 @@ def by_seed(*scores):
         (by_seed(2.0, 3.0, 6.0), by_seed(3.0, 4.0, 5.0), "not confirmed"),
         (by_seed(1.0, 1.0, 1.0), by_seed(1.0, 1.0, 1.0), "not confirmed"),
         (by_seed(None, 2.0, 1.0), by_seed(3.0, 4.0, 5.0), "not confirmed"),
+        (by_seed(1.05, 1.06, 1.05), by_seed(1.0, 1.01, 1.0), "not confirmed"),  # within the floor
         (by_seed(3.0), by_seed(2.0, 1.9, 2.1), "open"),
         ([], by_seed(2.0, 1.9, 2.1), "open"),
     ],
 )
 def test_a_direction_is_found_where_the_whole_interval_is_on_one_side(better, worse, expected):
-    assert direction(better, worse, "score", higher_is_better=True) == expected
+    assert direction(better, worse, "score", higher_is_better=True, floor=0.06) == expected
     mirrored = {"confirmed": "opposite", "opposite": "confirmed"}.get(expected, expected)
-    assert direction(better, worse, "score", higher_is_better=False) == mirrored
+    assert direction(better, worse, "score", higher_is_better=False, floor=0.06) == mirrored
 
 
 def test_tables_and_curves_are_made(tmp_path):

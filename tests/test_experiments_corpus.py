@@ -43,9 +43,14 @@ def debs(tmp_path):
     (doc / "first.txt").write_text(PROSE.replace("kind", "source"))  # the page says the same
     (doc / "html" / "stub.html").write_text(f"<p>See stub.txt.</p><p>{'Word. ' * 80}</p>")
     (doc / "stub.txt").write_text(PROSE.replace("kind", "tale"))  # a page with less than its text
-    for place in ("de/first.html", "pt-BR/first.html", "zh_CN/a.txt", "first.fr.html"):
-        (doc / "html" / place).parent.mkdir(exist_ok=True)
-        (doc / "html" / place).write_text(PROSE.replace("kind", place))
+    # Translations: of manual/en/, and of first.html. The directory pt has no English beside it.
+    for place in ("manual/en/a.txt", "manual/it/a.txt", "manual/pt-BR/deep/b.html", "html/first.fr.html", "pt/c.txt"):
+        (doc / place).parent.mkdir(parents=True, exist_ok=True)
+        (doc / place).write_text(PROSE.replace("kind", place))
+    for place in "abc":  # many pages of one name are no stubs of a text that has it, too
+        (doc / "book" / place).mkdir(parents=True)
+        (doc / "book" / place / "index.html").write_text(f"<p>{PROSE.replace('kind', f'page {place}')[:700]}</p>")
+    (doc / "index.txt").write_text(PROSE.replace("kind", "index") * 9)
     (doc / "html" / "_sources" / "other.rst").write_text(PROSE)
     (doc / "second.md.gz").write_bytes(gzip.compress(PROSE.encode()))
     (doc / "third.txt").write_text(PROSE + "\n\n" + PROSE.replace("kind", "third"))  # half of it is known by then
@@ -68,14 +73,16 @@ def test_texts_of_a_package_each_once(tmp_path, debs, capsys):
     assert main([str(tmp_path / "out"), "--debs", str(debs), "--packages", "missing,tales"]) == 0
     assert "missing: left out, no file missing_*.deb" in capsys.readouterr().err
     raw = (tmp_path / "out" / "corpus.jsonl").read_bytes()
-    found = {line["source"].rpartition("/")[2]: line["text"] for line in map(json.loads, raw.splitlines())}
-    assert list(found) == ["first.html", "second.md.gz", "stained.txt", "stub.txt", "third.txt"]
+    found = {line["source"].partition("/tales/")[2]: line["text"] for line in map(json.loads, raw.splitlines())}
+    books = [f"book/{place}/index.html" for place in "abc"]
+    more = ["manual/en/a.txt", "pt/c.txt", "second.md.gz", "stained.txt", "stub.txt", "third.txt"]
+    assert list(found) == [*books, "html/first.html", *more]
     assert found["stained.txt"] == PROSE.replace("kind", "stain") + "\n"
     assert found["second.md.gz"] == PROSE + "\n"
     assert found["third.txt"] == PROSE.replace("kind", "third") + "\n"
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     size = sum(len(text.encode()) for text in found.values())
-    assert manifest["packages"] == [{"package": "tales", "version": "1:2.0-1", "documents": 5, "bytes": size}]
+    assert manifest["packages"] == [{"package": "tales", "version": "1:2.0-1", "documents": 10, "bytes": size}]
     assert (manifest["bytes"], manifest["sha256"]) == (size, hashlib.sha256(raw).hexdigest())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["corpus.jsonl", "manifest.json"]
 

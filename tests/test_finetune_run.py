@@ -53,6 +53,7 @@ def test_the_rate_is_one_for_pretrained_weights_where_none_is_given():
     least = {"model": {"path": "m"}, "data": {"file": "f"}}
     assert build(least, FineTuneConfig).optim.lr == 5e-5
     assert build({**least, "tune": {"adapter": "lora"}}, FineTuneConfig).optim.lr == 3e-4
+    assert build({**least, "optim": {"name": "spam", "density": 0.0025}}, FineTuneConfig).optim.lr == 1e-3
     given = build({**least, "tune": {"adapter": "lora"}, "optim": {"lr": 1e-3}}, FineTuneConfig)
     assert given.optim.lr == 1e-3 and given.optim.name == "stable_spam"
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from evenstep.errors import EvenstepError
 from evenstep.train.checks import parse_count
 from evenstep.train.config import SIZE_NAMES, Config, ModelConfig, OptimConfig, SampleConfig, TrainConfig, options
-from evenstep.train.config_io import build, changed_options, config_hash, literal, load_config, to_toml
+from evenstep.train.config_io import build, changed_options, config_hash, expanded, literal, load_config, to_toml
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,8 +138,11 @@ def test_a_missing_recipe_is_one_clear_line(tmp_path):
 def test_evensteps_own_recipes_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config(Path("recipes/demo.toml")).name == "demo"
-    with pytest.raises(EvenstepError, match=r"no such file.*did you mean 'recipes/start-4bit.toml'"):
-        load_config(Path("recipes/start-4bits.toml"))
+    assert {path.stem for path in expanded(Path("recipes/tables/*.toml"))} >= {"scale-1", "stable-spam-1"}
+    assert expanded(Path("recipes/demo.toml")) == [Path("recipes/demo.toml")]
+    for wrong, meant in (("start-4bits", "start-4bit"), ("tables/spam-thets", "tables/spam-theta")):
+        with pytest.raises(EvenstepError, match=rf"no such file.*did you mean 'recipes/{meant}.toml'"):
+            load_config(Path(f"recipes/{wrong}.toml"))
     Path("recipes").mkdir()
     Path("recipes/demo.toml").write_text("[train]\nsteps = 3\n")
     assert load_config(Path("recipes/demo.toml")).train.steps == 3, "a file of the working directory goes first"

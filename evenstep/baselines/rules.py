@@ -38,6 +38,7 @@ class Request:
 
     def made(self, cls: Callable[..., Optimizer], groups: Groups, **more: Any) -> Optimizer:
         values = {**self.values, **more}
+        groups = [group for group in groups if group["params"]]
         return cls(self.decayed(groups), **{"lr": self.lr, "weight_decay": self.weight_decay, **values})
 
     def decayed(self, groups: Groups) -> Groups:
@@ -61,7 +62,7 @@ def sparse(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
         raise EvenstepError(f"optim.density_of {wanted}: give all (matrices), or hidden (ones alone)")
     if wanted == "all" or request.values.get("density", 1.0) == 1:
         return every(cls, request)
-    hidden, rest = hidden_and_rest(request.model)
+    hidden, rest = split(request.model)
     return request.made(cls, [{"params": hidden}, {"params": rest, "density": 1.0}])
 
 
@@ -103,10 +104,10 @@ def muon(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     hidden, rest = hidden_and_rest(request.model)
     own = request.own
     adam = Request(request.model, own["adam_lr"] or request.lr, request.weight_decay, request.decay, {}, {})
-    return Together(
-        request.made(cls, [{"params": hidden}]),
-        adam.made(AdamW, [{"params": rest}], betas=tuple(own["adam_betas"]), fused=True),
-    )
+    orthogonal = request.made(cls, [{"params": hidden}])
+    if not rest:
+        return orthogonal
+    return Together(orthogonal, adam.made(AdamW, [{"params": rest}], betas=tuple(own["adam_betas"]), fused=True))
 
 
 def blocks(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
@@ -130,16 +131,27 @@ def describe(rule: Rule) -> str:
 
 
 def hidden_and_rest(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """The matrices between the embedding and the last layer, and all other trainable parameters, as named ones.
-    EvenstepError when there is none of the former."""
+    """`split`, for optimizers that are for hidden matrices alone. EvenstepError when there is none, or when the last
+    layer is not known by its name, so that it would pass for one."""
+    from evenstep.optim.groups import HEADS, has_head
+
+    hidden, rest = split(model)
+    if not hidden:
+        raise EvenstepError("this model has no hidden matrix, the only kind this optimizer is for")
+    if not has_head(model):
+        raise EvenstepError(
+            f"found no last layer in {type(model).__name__}: none is named {', '.join(HEADS)}; name it so"
+        )
+    return hidden, rest
+
+
+def split(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """The matrices between the embedding and the last layer, and all other trainable parameters, as named ones."""
     from evenstep.optim.groups import is_inner
 
     inner = is_inner(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [(name, p) for name, p in trained if inner(name, p)]
-    if not hidden:
-        raise EvenstepError("this model has no hidden matrix, the only kind this optimizer is for")
-    return hidden, [(name, p) for name, p in trained if not inner(name, p)]
+    return [item for item in trained if inner(*item)], [item for item in trained if not inner(*item)]
 
 
 def default_rank(matrices: Any) -> int:

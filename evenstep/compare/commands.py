@@ -65,12 +65,14 @@ def _compare(args: argparse.Namespace) -> None:
     from evenstep.compare.schedule import Plan
     from evenstep.compare.table import load_table
     from evenstep.errors import EvenstepError
+    from evenstep.train.config_io import expanded
 
     if args.smoke:
         args.scale, args.jobs = "smoke", 0 if args.jobs is None else args.jobs
         args.out = Path("runs/compare-smoke") if args.out == Path("runs/compare") else args.out
     if args.jobs is not None and args.jobs < 0:
         raise EvenstepError(f"--jobs: {args.jobs} is out of range; give 1 or more, or 0 for this process")
+    args.tables = [path for given in args.tables for path in expanded(given)]
     names = [path.stem for path in args.tables]
     if len(set(names)) < len(names):
         raise EvenstepError("two of the tables have the same name; results are kept by that, so rename one")

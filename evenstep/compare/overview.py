@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from evenstep.compare.claims import by_seed, kept_bytes
+from evenstep.compare.claims import kept_bytes, losses_of
 
 Document = dict[str, Any]
 
@@ -33,7 +33,7 @@ def overview(documents: list[Document]) -> str:
         for line in document["lines"] if _setting(document) == common else []:
             if line["mean"] is None or line["tokens"] < 0.99 * document["setting"]["tokens"]:
                 continue  # not trained to the end here, or with a smaller budget of its own
-            entry = found.setdefault((line["precision_label"], line["best_lr"], *by_seed(line).values()), Entry(line))
+            entry = found.setdefault((line["precision_label"], line["best_lr"], *losses_of(line)), Entry(line))
             entry.labels[line["label"]] = None
             entry.tables[document["table"]] = None
     named = dict(zip(SAME, common, strict=True))
@@ -64,7 +64,7 @@ def _ranking(entries: list[Entry]) -> str:
     reference = next((kept_bytes(entry.line) for entry in entries if REFERENCE in entry.labels), None)
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
     for entry in entries:
-        line, seeds = entry.line, len(by_seed(entry.line))
+        line, seeds = entry.line, len(losses_of(entry.line))
         rows.append((
             ", ".join(entry.labels),
             f"{line['mean']:.4f}" if seeds > 1 else f"({line['mean']:.4f})",

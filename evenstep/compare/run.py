@@ -41,7 +41,7 @@ class Runner:
     running: dict[str, tuple[Cell, Worker, int, float]] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
     _queue: list[Cell] | None = None
-    """What waits; None when something has ended since it was last asked for."""
+    """What waits, planned anew when something has ended; None before the first look."""
     _watched: float = 0.0
 
     def run(self, done: Callable[[], None] = lambda: None) -> None:
@@ -81,7 +81,7 @@ class Runner:
         if self.jobs and self.running and not any(worker.done() for _, worker, _, _ in self.running.values()):
             time.sleep(POLL)
             self._watch()
-        return bool(self.running or self._queue or self._queue is None)
+        return bool(self.running or self._queue)
 
     def wanted(self) -> list[Cell]:
         """What all plans want now, each run once: the claims of one table after the other's, then the other lines."""
@@ -124,7 +124,6 @@ class Runner:
 
     def _ended(self, name: str) -> None:
         cell, worker, _, began = self.running.pop(name)
-        self._queue = None
         problem = worker.problem()
         seconds = time.monotonic() - began
         outcome = self._outcome(cell)  # a process that was stopped as hopeless has one, too
@@ -132,12 +131,14 @@ class Runner:
             outcome = self._outcome(cell)
         if outcome is None:
             self.failed[name] = problem or "no summary was written"
+            self._queue = self._waiting()
             self._tell(cell, f"failed: {self.failed[name]}", seconds)
             if len(self.failed) >= ENOUGH and not self.speeds:
                 raise EvenstepError(f"the first {ENOUGH} runs failed, the last one because: {problem}")
             return
         self._keep(name, outcome)
         self.pool.tidy(cell)
+        self._queue = self._waiting()
         if outcome.status == FINISHED:
             self.speeds.append(seconds / cell.tokens)
             said = "no validation" if outcome.loss is None else f"validation loss {outcome.loss:.4f}"
@@ -146,7 +147,7 @@ class Runner:
         self._tell(cell, said, seconds)
 
     def _tell(self, cell: Cell, said: str, seconds: float) -> None:
-        left = self._waiting()
+        left = self._queue or []
         rest = sum(c.tokens for c in left) + sum(c.tokens for c, _, _, _ in self.running.values())
         pace = sum(self.speeds) / len(self.speeds) if self.speeds else 0.0
         about = f", about {clock(rest * pace / max(1, self.jobs))}" if rest and pace else ""

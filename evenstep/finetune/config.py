@@ -22,9 +22,9 @@ SCORES = ("exact", "choice", "accuracy", "none")
 DEFAULT_EPOCHS = 3.0
 """As LLM-Adapters (arXiv:2304.01933) trains on Commonsense170K."""
 
-RATES = {"none": 5e-5, "lora": 3e-4}
-"""The learning rate where none is given, by ``tune.adapter``: all weights as transformers' TrainingArguments, LoRA as
-LLM-Adapters. Weights that were pretrained at 1e-3 do not survive as much."""
+RATES = {"full": 5e-5, "lora": 3e-4, "sparse": 1e-3}
+"""The learning rate where none is given: of all weights as transformers' TrainingArguments, which weights pretrained at
+1e-3 survive; LoRA as LLM-Adapters; an optimizer with a ``density`` below 1 as measured (docs/results-finetune.md)."""
 
 SPARSE = {"optim.name": "spam", "optim.density": "0.0025", "optim.density_of": "hidden"}
 """What ``--mode sparse`` stands for: SPAM whose moments are kept for 0.25 % of the entries of the inner matrices, and
@@ -95,8 +95,15 @@ class TuneConfig(Section):
 @dataclass(frozen=True)
 class TuneOptimConfig(OptimConfig):
     lr: float | None = option(  # type: ignore[assignment]
-        None, "the highest learning rate (none: 5e-5 for all weights, 3e-4 for LoRA)", above=0
+        None,
+        "the highest learning rate (none: 5e-5 for all weights, 3e-4 for LoRA, 1e-3 with a density below 1)",
+        above=0,
     )
+
+    @property
+    def is_sparse(self) -> bool:
+        density = self.options.get("density", 1.0)
+        return isinstance(density, int | float) and density < 1
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,8 @@ class FineTuneConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         if self.optim.lr is None:
-            object.__setattr__(self, "optim", dataclasses.replace(self.optim, lr=RATES[self.tune.adapter]))
+            trained = "lora" if self.tune.adapter == "lora" else "sparse" if self.optim.is_sparse else "full"
+            object.__setattr__(self, "optim", dataclasses.replace(self.optim, lr=RATES[trained]))
         super().__post_init__()
         if not self.model.path:
             raise EvenstepError("model.path: which model? evenstep finetune MODEL --data FILE.jsonl")

@@ -93,6 +93,13 @@ def is_inner(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
     return inner
 
 
+def has_head(model: nn.Module) -> bool:
+    """Is there a last layer that `is_inner` tells: named like one, or tied to the embedding?"""
+    names = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return any(_is_head(path) for path in names) or bool(_tied_heads(model, embeddings))
+
+
 def _patterns(given: str | Iterable[str]) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 

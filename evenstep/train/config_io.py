@@ -54,8 +54,8 @@ def read_toml(path: Path) -> Tables:
     try:
         return tomllib.loads((path if path.exists() else shipped(path) or path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        own = [f"recipes/{one.name}" for directory in _RECIPES for one in directory.glob("*.toml")]
-        hint = nearest(f"recipes/{path.name}", own) or "; evenstep's own are recipes/demo.toml, recipes/start.toml, ..."
+        own = [f"recipes/{one.relative_to(at).as_posix()}" for at in _RECIPES for one in at.rglob("*.toml")]
+        hint = nearest(path.as_posix(), own) or "; evenstep's own are recipes/demo.toml, recipes/start.toml, ..."
         raise EvenstepError(f"{path}: no such file; a recipe is a .toml file{hint}") from None
     except (OSError, UnicodeDecodeError) as problem:
         raise EvenstepError(f"{path}: cannot be read ({problem})") from None
@@ -68,6 +68,15 @@ def shipped(path: Path) -> Path | None:
     if path.parts[:1] != ("recipes",):
         return None
     return next((found for directory in _RECIPES if (found := directory.joinpath(*path.parts[1:])).is_file()), None)
+
+
+def expanded(path: Path) -> list[Path]:
+    """The files of a pattern that no shell has expanded, such as recipes/tables/*.toml where evenstep's own are
+    meant; a path without a star as it is."""
+    if "*" not in path.name or path.parts[:1] != ("recipes",):
+        return [path]
+    at = next((at for at in _RECIPES if any(at.glob("/".join(path.parts[1:])))), None)
+    return [Path("recipes", one.relative_to(at)) for one in sorted(at.glob("/".join(path.parts[1:])))] if at else [path]
 
 
 def override(tables: Tables, overrides: Sequence[tuple[str, str]], kind: type[BaseConfig] = Config) -> Tables:
