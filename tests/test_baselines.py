@@ -479,3 +479,31 @@ def test_a_density_of_hidden_matrices_leaves_the_rest_dense():
             assert changed == pytest.approx(0.1 if inner else 1.0, abs=0.01), name
     with pytest.raises(EvenstepError, match="density_of some"):
         build_optimizer(model(), OptimConfig(name="spam", lr=1e-3, options={"density_of": "some"}))
+
+
+@pytest.mark.parametrize("name", ["spam", "galore", "fira", "apollo", "muon"])
+def test_where_hidden_matrices_alone_are_trained_there_is_no_empty_group(name):
+    """As with LoRA, whose adapters are all there is to train."""
+    m = model()
+    for parameter_name, p in m.named_parameters():
+        p.requires_grad_("_proj" in parameter_name)
+    options = {"density": 0.1, "density_of": "hidden"} if name == "spam" else {}
+    optimizer = build_optimizer(m, OptimConfig(name=name, lr=1e-3, options=options))
+    assert all(group["params"] for group in optimizer.param_groups)
+    for p in m.parameters():
+        p.grad = torch.randn_like(p) if p.requires_grad else None
+    before = [p.detach().clone() for p in m.parameters()]
+    optimizer.step()
+    changed = [not torch.equal(p, b) for p, b in zip(m.parameters(), before, strict=True)]
+    assert changed == [p.requires_grad for p in m.parameters()]
+
+
+def test_a_last_layer_that_nothing_tells_is_not_taken_for_a_hidden_one():
+    unnamed = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    with pytest.raises(EvenstepError, match="no last layer in Sequential: none is named lm_head"):
+        build_optimizer(unnamed, OptimConfig(name="galore", lr=1e-3))
+    options = {"density": 0.5, "density_of": "hidden"}
+    assert build_optimizer(unnamed, OptimConfig(name="spam", lr=1e-3, options=options))
+    with pytest.raises(EvenstepError, match="no hidden matrix"):
+        build_optimizer(nn.LayerNorm(4), OptimConfig(name="muon", lr=1e-3))
+    assert build_optimizer(nn.LayerNorm(4), OptimConfig(name="spam", lr=1e-3, options=options))
