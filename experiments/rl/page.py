@@ -99,9 +99,9 @@ def write_page(store: Path, page: Path, recipes: Path = RECIPES) -> list[Path]:
         picture = draw_curves(
             page.with_suffix("") / f"{recipe.name}.png",
             lines,
-            title=f"{recipe.title}: mean of {seeds} seeds, band from the lowest to the highest",
+            title=recipe.title,
             xlabel="steps in the environment",
-            ylabel=f"mean return of {recipe.eval_episodes} episodes",
+            ylabel=f"mean return of {recipe.eval_episodes} episodes (mean and range of {seeds} seeds)",
             footer=place(runs).split("; evenstep")[0],
         )
         written.append(picture)
