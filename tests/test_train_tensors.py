@@ -8,6 +8,7 @@ from torch import nn
 from train_support import quick, write_corpus
 
 from evenstep.baselines.catalog import BASELINES
+from evenstep.baselines.fronts import FRONTS
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, llama_config
 from evenstep.train.checkpoint import read_tensors, write_tensors
@@ -88,6 +89,22 @@ def test_transforms_in_front_change_nothing_about_that(name, tmp_path):
     if BASELINES[name].version() is None:
         pytest.skip(f"{BASELINES[name].package} is not installed")
     config = OptimConfig(name=name, lr=1e-3, before="adagn + spike_clip")
+    assert_goes_on_exactly(llama, lambda model: build_optimizer(model, config), tmp_path)
+
+
+def test_a_tied_weight_goes_on_exactly(tmp_path):
+    def tied():
+        model = llama()
+        model.lm_head.weight = model.model.embed_tokens.weight
+        return model
+
+    assert_goes_on_exactly(tied, lambda model: build_optimizer(model, OptimConfig(name="adam", lr=1e-3)), tmp_path)
+
+
+@pytest.mark.parametrize("before", sorted(FRONTS))
+def test_every_transform_goes_on_exactly(before, tmp_path):
+    """Some keep one tensor for all parameters."""
+    config = OptimConfig(name="adam", lr=1e-3, before=before)
     assert_goes_on_exactly(llama, lambda model: build_optimizer(model, config), tmp_path)
 
 

@@ -212,24 +212,39 @@ def commit(partial: Path, step: int, world_size: int, files: dict[str, dict[str,
 def could_not_save(directory: Path, step: int, problem: BaseException) -> EvenstepError:
     """The one line for whatever went wrong; torch and safetensors wrap the disk's errors in types of their own."""
     intact = "earlier checkpoints are intact, " if list_checkpoints(directory) else ""
+    room = "make room and " if _of_the_disk(problem) else ""
     return EvenstepError(
-        f"could not save the checkpoint of step {step} in {directory}: {_reason(problem)}; {intact}make room and "
+        f"could not save the checkpoint of step {step} in {directory}: {_reason(problem)}; {intact}{room}"
         f"{way_on(directory.parent)}"
     )
 
 
 def _reason(problem: BaseException) -> str:
     """The system's own words where an error of the disk is behind the problem, else the problem's first line."""
-    failures = getattr(problem, "failures", None)  # torch.distributed.checkpoint's: rank -> (exception, stack)
-    if isinstance(failures, dict) and failures:
-        rank, (problem, _) = min(failures.items(), key=lambda item: item[0])
-        return _reason(problem) if len(failures) > 1 or not rank else f"{_reason(problem)} (process {rank})"
-    seen: BaseException | None = problem
+    rank, problem = _first_failure(problem)
+    disk = _of_the_disk(problem)
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    said = (disk.strerror if disk else None) or (lines[0] if lines else type(problem).__name__)
+    return f"{said} (process {rank})" if rank else said
+
+
+def _first_failure(problem: BaseException) -> tuple[int, BaseException]:
+    """Of torch.distributed.checkpoint's exception, which holds rank -> (exception, stack): the process, where one alone
+    failed, and its exception. 0 and the problem itself for any other."""
+    failures = getattr(problem, "failures", None)
+    if not isinstance(failures, dict) or not failures:
+        return 0, problem
+    rank, (inner, _) = min(failures.items(), key=lambda item: item[0])
+    return (rank if len(failures) == 1 else 0), _first_failure(inner)[1]
+
+
+def _of_the_disk(problem: BaseException) -> OSError | None:
+    seen: BaseException | None = _first_failure(problem)[1]
     while seen is not None:
         if isinstance(seen, OSError) and seen.strerror:
-            return seen.strerror
+            return seen
         seen = seen.__cause__ or seen.__context__
-    return next(iter(str(problem).splitlines()), type(problem).__name__)
+    return None
 
 
 def way_on(run: Path) -> str:

@@ -87,8 +87,10 @@ def read_whole(directory: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """By key, sharing their memory."""
-    return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    """By key, sharing their memory; a tied weight under the first of its names alone."""
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in model.named_parameters()}
+    return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
@@ -108,6 +110,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str,
     names, saved = _names(model, optimizer), optimizer.state_dict()
     params = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {}
+    held: set[int] = set()
     rest: dict[str, Any] = {"groups": [], "values": {}, "packed": {}, "loose": {}, "more": {}}
     for i, state in saved["state"].items():
         if not _is_of_parameter(i, names):
@@ -127,7 +130,10 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str,
                 rest["packed"].setdefault(name, {})[entry] = facts
                 tensors |= {f"{key}.{part}": tensor for part, tensor in taken_apart(value).items()}
             else:
-                tensors[key] = value.detach()
+                # What is one tensor for all parameters, as the statistics of a global norm, is written for each:
+                # safetensors refuses keys that share memory.
+                tensors[key] = value.detach().clone() if id(value) in held else value.detach()
+                held.add(id(value))
     rest["groups"] = [{**group, "params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
     rest["more"] = {key: value for key, value in saved.items() if key not in ("state", "param_groups")}
     return tensors, rest
