@@ -5,10 +5,13 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from experiments.corpus import build, main, page_text
+from experiments.corpus import build, main
+from experiments.corpus_texts import page_text
 
 LONG = "A paragraph that is long enough to be counted as one that must not be written twice, whatever file it is in."
 PROSE = "\n\n".join(f"{LONG} This is number {i} of its kind." for i in range(8))
@@ -125,3 +128,11 @@ def test_elsewhere_than_on_debian_it_says_what_is_missing(tmp_path, monkeypatch,
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert main([str(tmp_path / "out")]) == 2
     assert "dpkg-deb is not here" in capsys.readouterr().err
+
+
+def test_it_is_a_program():
+    root = Path(__file__).parent.parent
+    ran = subprocess.run(
+        [sys.executable, "-m", "experiments.corpus", "--help"], cwd=root, capture_output=True, text=True
+    )
+    assert ran.returncode == 0 and "--megabytes" in ran.stdout

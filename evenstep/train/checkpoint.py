@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from evenstep.errors import EvenstepError
 from evenstep.paths import is_plain_name
+from evenstep.train.failure import of_the_disk, reason_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -212,39 +213,11 @@ def commit(partial: Path, step: int, world_size: int, files: dict[str, dict[str,
 def could_not_save(directory: Path, step: int, problem: BaseException) -> EvenstepError:
     """The one line for whatever went wrong; torch and safetensors wrap the disk's errors in types of their own."""
     intact = "earlier checkpoints are intact, " if list_checkpoints(directory) else ""
-    room = "make room and " if _of_the_disk(problem) else ""
+    room = "make room and " if of_the_disk(problem) else ""
     return EvenstepError(
-        f"could not save the checkpoint of step {step} in {directory}: {_reason(problem)}; {intact}{room}"
+        f"could not save the checkpoint of step {step} in {directory}: {reason_of(problem)}; {intact}{room}"
         f"{way_on(directory.parent)}"
     )
-
-
-def _reason(problem: BaseException) -> str:
-    """The system's own words where an error of the disk is behind the problem, else the problem's first line."""
-    rank, problem = _first_failure(problem)
-    disk = _of_the_disk(problem)
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    said = (disk.strerror if disk else None) or (lines[0] if lines else type(problem).__name__)
-    return f"{said} (process {rank})" if rank else said
-
-
-def _first_failure(problem: BaseException) -> tuple[int, BaseException]:
-    """Of torch.distributed.checkpoint's exception, which holds rank -> (exception, stack): the process, where one alone
-    failed, and its exception. 0 and the problem itself for any other."""
-    failures = getattr(problem, "failures", None)
-    if not isinstance(failures, dict) or not failures:
-        return 0, problem
-    rank, (inner, _) = min(failures.items(), key=lambda item: item[0])
-    return (rank if len(failures) == 1 else 0), _first_failure(inner)[1]
-
-
-def _of_the_disk(problem: BaseException) -> OSError | None:
-    seen: BaseException | None = _first_failure(problem)[1]
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.strerror:
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None
 
 
 def way_on(run: Path) -> str:
@@ -274,7 +247,7 @@ def read_tensors(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # of a damaged file, torch raises whatever its parsers do
-        reason = _reason(problem) if isinstance(problem, OSError) else "it is damaged, or holds more than tensors"
+        reason = reason_of(problem) if isinstance(problem, OSError) else "it is damaged, or holds more than tensors"
         raise EvenstepError(f"{path} cannot be read: {reason}") from problem
 
 

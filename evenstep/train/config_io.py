@@ -75,8 +75,9 @@ def expanded(path: Path) -> list[Path]:
     meant; a path without a star as it is."""
     if "*" not in path.name or path.parts[:1] != ("recipes",):
         return [path]
-    at = next((at for at in _RECIPES if any(at.glob("/".join(path.parts[1:])))), None)
-    return [Path("recipes", one.relative_to(at)) for one in sorted(at.glob("/".join(path.parts[1:])))] if at else [path]
+    pattern = "/".join(path.parts[1:])
+    own = ([Path("recipes", one.relative_to(at)) for one in sorted(at.glob(pattern))] for at in _RECIPES)
+    return next(filter(None, own), [path])
 
 
 def override(tables: Tables, overrides: Sequence[tuple[str, str]], kind: type[BaseConfig] = Config) -> Tables:
