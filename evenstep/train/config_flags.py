@@ -32,6 +32,8 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[BaseConfig]) -> None:
             text += f" (default: {shown(field.default)})"
         names = [one.__name__ for one in kinds(hint) if one is not type(None)]
         optional: Any = {"nargs": "?", "const": "true"} if bool in kinds(hint) else {}
+        if field.metadata["joined"]:
+            optional = {"action": Joined}
         groups[key.rpartition(".")[0]].add_argument(
             f"--{key}", dest=key, metavar=names[0].upper(), help=text.replace("%", "%%"), **optional
         )
@@ -39,6 +41,14 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[BaseConfig]) -> None:
     for name, defaults in owners().items():
         text = ", ".join(f"{optimizer} {shown(default)}" for optimizer, default in defaults.items())
         own.add_argument(f"--optim.{name}", dest=f"optim.{name}", metavar="VALUE", help=text)
+
+
+class Joined(argparse.Action):
+    """Of an option that is given several times: the texts, joined by commas."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, values if before is None else f"{before},{values}")
 
 
 def declared(kind: type[BaseConfig] = Config) -> set[str]:

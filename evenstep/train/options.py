@@ -26,13 +26,15 @@ def option(
     choices: tuple[str, ...] | None = None,
     form: str | None = None,
     count: bool = False,
+    joined: bool = False,
     resume: Resume = "fixed",
 ) -> Any:
     """A dataclass field with its help; ``low``/``high`` are allowed values, ``above`` is not; ``count`` accepts 20K,
-    100M, 1.5B. ``form`` is a regular expression of texts that are allowed beside the choices."""
+    100M, 1.5B. ``form`` is a regular expression of texts that are allowed beside the choices. ``joined``: given several
+    times, the texts are joined by commas."""
     metadata = {
         "help": help, "low": low, "above": above, "high": high, "choices": choices, "form": form, "count": count,
-        "resume": resume,
+        "joined": joined, "resume": resume,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 

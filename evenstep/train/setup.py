@@ -76,6 +76,8 @@ def load_data(config: Config, progress: Any = None) -> TokenData:
         text_field=data.text_field,
         max_tokens=data.max_tokens,
         cache_dir=data.cache_dir,
+        exclude=data.exclude or "",
+        on_bad=data.on_bad or "stop",
     )
     return prepare(spec, progress)
 
