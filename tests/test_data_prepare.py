@@ -103,7 +103,7 @@ def test_the_split_depends_on_the_text_alone(tmp_path, tokenizer):
 
 def test_the_bpe_never_sees_the_documents_held_out(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(pipeline, "train_bpe", lambda texts, size: train_bpe(iter(seen.extend(texts) or seen), size))
+    monkeypatch.setattr(pipeline, "train_bpe", lambda texts, size, **how: train_bpe(iter(seen.extend(texts) or seen), size))
     data = prepare(DataSpec(corpus(tmp_path), vocab_size=300, val_fraction=0.2, cache_dir=tmp_path / "c"))
     assert sorted(seen) == sorted(documents_of(data, "train"))
 
@@ -111,7 +111,7 @@ def test_the_bpe_never_sees_the_documents_held_out(tmp_path, monkeypatch):
 def test_the_bpe_of_a_large_source_learns_from_an_even_sample(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(pipeline, "SAMPLE_BYTES", 5_000)
-    monkeypatch.setattr(pipeline, "train_bpe", lambda texts, size: train_bpe(iter(seen.extend(texts) or seen), size))
+    monkeypatch.setattr(pipeline, "train_bpe", lambda texts, size, **how: train_bpe(iter(seen.extend(texts) or seen), size))
     spec = DataSpec(corpus(tmp_path), vocab_size=300, val_fraction=0.2, cache_dir=tmp_path / "c")
     prepare(spec)
     numbers = [int(text.split(":")[0].split()[1]) for text in seen]

@@ -29,8 +29,8 @@ shrinks to a third or a tenth, logs to a hundredth."""
 _MAGIC = (
     (0, b"\x1f\x8b\x08", "gzip", ".gz"), (0, b"BZh", "bzip2", ".bz2"), (0, b"\xfd7zXZ\x00", "xz", ".xz"),
     (0, b"\x28\xb5\x2f\xfd", "zstd", ".zst"), (0, b"PK\x03\x04", "a zip archive", ".zip"),
-    (0, b"PK\x05\x06", "a zip archive", ".zip"), (0, b"PAR1", "Parquet", ".parquet"), (257, b"ustar", "a tar archive", ""),
-    (0, b"%PDF-", "PDF", ""), (0, b"\x89PNG", "a PNG picture", ""), (0, b"\xff\xd8\xff", "a JPEG picture", ""),
+    (0, b"PK\x05\x06", "a zip archive", ".zip"), (0, b"PAR1", "Parquet", ".parquet"),
+    (257, b"ustar", "a tar archive", ""), (0, b"%PDF-", "PDF", ""), (0, b"\x89PNG", "a PNG picture", ""), (0, b"\xff\xd8\xff", "a JPEG picture", ""),
     (0, b"SQLite format 3\x00", "an SQLite database", ""), (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", ""),
     (0, b"Rar!\x1a\x07", "a rar archive", ""), (0, b"\x7fELF", "a program", ""),
 )  # fmt: skip
@@ -75,7 +75,7 @@ class Part:
         """The bytes for a reader that jumps about."""
         if self.file is not None:
             return self.file
-        copy: Any = tempfile.TemporaryFile()
+        copy: Any = tempfile.TemporaryFile()  # noqa: SIM115  # the reader closes it
         while chunk := self.stream.read(_BUFFER):
             copy.write(chunk)
         copy.seek(0)
@@ -193,7 +193,7 @@ def _decompressed(
 ) -> io.BufferedReader:
     """``again``: ``raw`` is decompressed already, so that its errors are those of a damaged file, too."""
     if not around and not again:
-        return raw  # type: ignore[no-any-return]
+        return raw
     stream = raw
     for suffix in around:
         stream = COMPRESSION[suffix](stream, name)

@@ -230,9 +230,7 @@ def split_source(source: str) -> tuple[str, str]:
     return prefix, rest
 
 
-def open_corpus(
-    source: str, text_field: str = "text", exclude: Sequence[str] = (), on_bad: str = "stop"
-) -> Corpus:
+def open_corpus(source: str, text_field: str = "text", exclude: Sequence[str] = (), on_bad: str = "stop") -> Corpus:
     """The documents of ``source``; EvenstepError when the source, its files or its package are missing.
 
     ``exclude``: globs of files and of archive members that ``text`` leaves out. ``on_bad``: "stop" at folders that

@@ -48,7 +48,9 @@ def find_files(rest: str, exclude: Sequence[str], left_out: LeftOut) -> list[Pat
             raise
         raise EvenstepError(f"cannot look for '{rest}': {error}; check the path") from error
     if found and not kept:
-        raise EvenstepError(f"data.exclude {','.join(exclude)} leaves out all {len(found)} files of '{rest}'; narrow it")
+        raise EvenstepError(
+            f"data.exclude {','.join(exclude)} leaves out all {len(found)} files of '{rest}'; narrow it"
+        )
     if not real and target.is_dir():
         raise _no_known(target, [])
     if not real:

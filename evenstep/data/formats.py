@@ -354,7 +354,9 @@ def _guarded(items: Iterator[T], name: str, left_out: LeftOut) -> Iterator[T]:
         encoding = "UTF-8" if error.encoding.startswith("utf-8") else error.encoding.upper()
         zeros = error.object.count(0) / max(len(error.object), 1)
         guess = " (UTF-16 without a byte order mark?)" if zeros > 0.05 and encoding == "UTF-8" else ""
-        message = f"{name} is not {encoding} text ({error.reason}){guess}; convert it to UTF-8 (iconv), or leave it out "
+        message = (
+            f"{name} is not {encoding} text ({error.reason}){guess}; convert it to UTF-8 (iconv), or leave it out "
+        )
         left_out.bad(BadInput(NOT_TEXT, name, f"{message}with data.exclude"))
     except OSError as error:
         left_out.bad(not_readable(name, error))

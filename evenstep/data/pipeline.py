@@ -169,7 +169,12 @@ def _prepared(corpus: Corpus, spec: DataSpec, split: Split, root: Path, tell: Pr
         left_out.include(corpus.left_out)
         facts = {"left_out": left_out.entries()} if left_out.entries() else {}
         write_manifest(
-            directory, source=spec.source, options=options | _of(split, spec), tokenizer=tokenizer, splits=splits, **facts
+            directory,
+            source=spec.source,
+            options=options | _of(split, spec),
+            tokenizer=tokenizer,
+            splits=splits,
+            **facts,
         )
     return TokenData(entry)
 
@@ -255,7 +260,9 @@ def _no_text(corpus: Corpus, left_out: LeftOut) -> EvenstepError:
     read = f"{count} file{'s' * (count > 1)}{first}" if (count := len(corpus.files)) else "the dataset"
     left_out.include(corpus.left_out)
     out = f"; left out: {left_out}" if left_out.entries() else ""
-    return EvenstepError(f"there is no text in the corpus '{corpus.name}': {read} held none; give another data.source{out}")
+    return EvenstepError(
+        f"there is no text in the corpus '{corpus.name}': {read} held none; give another data.source{out}"
+    )
 
 
 # -- the BPE -----------------------------------------------------------------------------------------------------------

@@ -1,14 +1,16 @@
-"""Files of examples: JSON lines, or one JSON list, in one of a few formats. What is wrong is told with its line."""
+"""Files of examples: rows of whatever file pretraining reads but text, in one of a few formats. What is wrong is told
+with its line."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evenstep.data.formats import read_rows
+from evenstep.data.left_out import BadInput, LeftOut
 from evenstep.errors import EvenstepError
 from evenstep.finetune import choices as tasks
 from evenstep.finetune.config import FORMATS
@@ -74,29 +76,20 @@ _MARKS: dict[str, tuple[set[str], ...]] = {
 
 
 def _items(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.exists():
+        raise EvenstepError(f"there is no {path}; give a .jsonl file, or a .json list")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise EvenstepError(f"there is no {path}; give a .jsonl file, or a .json list") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise EvenstepError(f"{path} cannot be read as text ({problem})") from None
-    if text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except (ValueError, RecursionError) as problem:
-            raise EvenstepError(f"{path} is no JSON list: {problem}") from None
-        pairs = [(f"{path} item {i}", item) for i, item in enumerate(items, 1)]
-    else:
-        pairs = [(f"{path} line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for where, item in pairs:
-        if isinstance(item, str):
-            try:
-                item = json.loads(item)
-            except (ValueError, RecursionError) as problem:
-                raise EvenstepError(f"{where}: no JSON ({problem})") from None
-        if not isinstance(item, dict):
-            raise EvenstepError(f"{where}: expected a JSON object, got {str(item)[:40]!r}")
-        yield where, item
+        for row in read_rows(path, LeftOut(advice="")):
+            yield f"{row.name} {'item' if row.in_list else 'line'} {row.number}", row.value
+    except BadInput as problem:
+        name = str(problem.where).rpartition(":")[0]
+        if problem.reason == "rows that are not JSON":
+            raise EvenstepError(f"{name} line {problem.number}: no JSON ({problem.found})") from None
+        if problem.reason == "rows that are not JSON objects":
+            raise EvenstepError(
+                f"{name} line {problem.number}: expected a JSON object, got {problem.found!r}"
+            ) from None
+        raise
 
 
 def _text(item: dict[str, Any], key: str, where: str, *, empty: bool = False) -> str:
