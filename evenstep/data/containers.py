@@ -30,7 +30,8 @@ _MAGIC = (
     (0, b"\x1f\x8b\x08", "gzip", ".gz"), (0, b"BZh", "bzip2", ".bz2"), (0, b"\xfd7zXZ\x00", "xz", ".xz"),
     (0, b"\x28\xb5\x2f\xfd", "zstd", ".zst"), (0, b"PK\x03\x04", "a zip archive", ".zip"),
     (0, b"PK\x05\x06", "a zip archive", ".zip"), (0, b"PAR1", "Parquet", ".parquet"),
-    (257, b"ustar", "a tar archive", ""), (0, b"%PDF-", "PDF", ""), (0, b"\x89PNG", "a PNG picture", ""), (0, b"\xff\xd8\xff", "a JPEG picture", ""),
+    (257, b"ustar", "a tar archive", ""), (0, b"%PDF-", "PDF", ""),
+    (0, b"\x89PNG", "a PNG picture", ""), (0, b"\xff\xd8\xff", "a JPEG picture", ""),
     (0, b"SQLite format 3\x00", "an SQLite database", ""), (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", ""),
     (0, b"Rar!\x1a\x07", "a rar archive", ""), (0, b"\x7fELF", "a program", ""),
 )  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evenstep.data.containers import ARCHIVE, suffixes
 from evenstep.data.formats import KINDS, is_known
-from evenstep.data.left_out import BadInput, LeftOut
+from evenstep.data.left_out import BadInput, LeftOut, printable
 from evenstep.errors import EvenstepError
 
 _OTHERS = "files of other kinds"
@@ -46,7 +46,8 @@ def find_files(rest: str, exclude: Sequence[str], left_out: LeftOut) -> list[Pat
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, a user that does not exist, a zero
         if isinstance(error, EvenstepError):
             raise
-        raise EvenstepError(f"cannot look for '{rest}': {error}; check the path") from error
+        why = getattr(error, "strerror", None) or printable(error)
+        raise EvenstepError(f"cannot look for '{printable(rest)[:200]}': {why[:200]}; check the path") from error
     if found and not kept:
         raise EvenstepError(
             f"data.exclude {','.join(exclude)} leaves out all {len(found)} files of '{rest}'; narrow it"
@@ -56,7 +57,7 @@ def find_files(rest: str, exclude: Sequence[str], left_out: LeftOut) -> list[Pat
     if not real:
         what = "no file matches" if glob.has_magic(rest) else "no such file or directory:"
         raise EvenstepError(
-            f"{what} '{rest}' (looked from {Path.cwd()}); check the path, and quote a glob in the shell"
+            f"{what} '{printable(rest)}' (looked from {Path.cwd()}); check the path, and quote a glob in the shell"
         )
     return real
 
@@ -76,8 +77,8 @@ def _no_known(folder: Path, others: list[Path]) -> EvenstepError:
     kinds = Counter(path.suffix.lower() or "no suffix" for path in others)
     there = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "no files"
     return EvenstepError(
-        f"no file below {folder} ends in {', '.join(KINDS)} or {ARCHIVE} (there are: {there}); name files of other kinds "
-        "by a glob"
+        f"no file below {folder} ends in {', '.join(KINDS)} or {ARCHIVE} (there are: {there}); name files of other "
+        "kinds by a glob"
     )
 
 

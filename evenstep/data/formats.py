@@ -309,8 +309,8 @@ def text_of(row: dict[str, Any], fields: tuple[str, ...], where: str) -> str:
             return row[name]
         if row[name] is not None:
             raise BadInput(
-                "rows whose field holds no text", where, f"{where}: field '{name}' holds {type(row[name]).__name__}, not "
-                "text; choose another with data.text_field"
+                "rows whose field holds no text", where, f"{where}: field '{name}' holds {type(row[name]).__name__}, "
+                "not text; choose another with data.text_field"
             )  # fmt: skip
     return ""
 
@@ -320,7 +320,7 @@ def no_such_field(fields: tuple[str, ...], there: list[str], where: str) -> BadI
     names = ", ".join(str(name)[:40] for name in there[:20]) + (", ..." if len(there) > 20 else "")
     return BadInput(
         f"files or rows without a field {wanted}", where, f"{where} has no field {wanted}; it has {names or 'none'}: "
-        "choose one with data.text_field"
+        "choose one with data.text_field, or leave files out with data.exclude"
     )  # fmt: skip
 
 

@@ -418,6 +418,7 @@ def _write(
         splits = {name: writer.close() for name, writer in writers.items()}
     if not train.documents and not val.documents:
         raise _no_text(corpus, left_out)
-    if (by_hash and not draws.is_sane(spec.val_fraction)) or not train.documents:
+    one_sided = not train.documents or not val.documents
+    if not draws.is_sane(spec.val_fraction) if by_hash else one_sided:
         raise _poor(draws, spec, split)
     return splits

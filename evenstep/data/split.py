@@ -9,6 +9,7 @@ from pathlib import Path
 
 _FILE = "split.json"
 _KEPT = 1024  # documents remembered: those of the smallest draws
+_SHORT = 16  # bytes of a document that is not cut in two where there are others
 
 
 def place(content: bytes) -> tuple[float, float]:
@@ -98,7 +99,7 @@ class Draws:
         for number, (draw, (size, copies)) in enumerate(ordered, 1):
             if missing <= wanted / 2:  # near enough
                 return Split(draw)
-            if size > 2 * missing or number == len(ordered):
+            if size > max(2 * missing, _SHORT * copies) or number == len(ordered):
                 return Split(draw, max(1, math.ceil(missing / copies)))
             missing -= size
         return Split(fraction)

@@ -29,13 +29,13 @@ class DataConfig(Section):
     source: str = option("stdlib", "stdlib | kjv | text:GLOB | hf:NAME[:CONFIG] | shards:DIR")
     tokenizer: str = option("bpe", "bpe (trained once on the source), or a tokenizer.json or SentencePiece .model file")
     vocab_size: int | None = option(
-        None, "entries of the vocabulary bpe trains (none: 4096), fewer for a short text; of a given tokenizer, the most "
-        "it may have", low=1,
+        None, "entries of the vocabulary bpe trains (none: 4096), fewer for a short text; of a given tokenizer, the "
+        "most it may have", low=1,
     )  # fmt: skip
     val_fraction: float = option(0.02, "share of the documents kept for validation; 0: none", low=0, high=0.5)
     text_field: str = option(
-        "text", "the field that holds the text in .jsonl, .json, .csv, .parquet and hf: sources; several by commas: the "
-        "first that a row has",
+        "text", "the field that holds the text in .jsonl, .json, .csv, .parquet and hf: sources; several by commas: "
+        "the first that a row has",
     )  # fmt: skip
     max_tokens: int | None = option(
         None, "stop preparing after this many tokens (none: the whole source)", low=1, count=True
