@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 # The stable names. A name may be added here, never changed or taken away.
 OPTION_NAMES = """
 data.source data.tokenizer data.vocab_size data.val_fraction data.text_field data.max_tokens data.cache_dir
+data.exclude data.on_bad
 model.size model.norm model.norm_alpha model.init
 optim.name optim.before optim.lr optim.weight_decay optim.decay
 schedule.name schedule.warmup_steps schedule.min_lr_ratio schedule.decay_fraction

@@ -62,8 +62,7 @@ class Part:
             if head[offset:].startswith(magic) and (magic != b"BZh" or head[4:10] == b"1AY&SY"):
                 do = f"give it the suffix {suffix}" if suffix else "take the text out of it"
                 raise BadInput(
-                    NOT_TEXT, self.name, f"{self.name} is {kind} by its content, not text; {do}, or leave it out with "
-                    "data.exclude"
+                    NOT_TEXT, self.name, f"{self.name} is {kind} by its content, not text; {do}"
                 )  # fmt: skip
         if head.count(0) * 20 > len(head):
             raise not_text(self.name, head.count(0) / len(head))
@@ -90,8 +89,7 @@ def not_text(name: str, zeros: float) -> BadInput:
     """``zeros``: the share of zeros among its characters."""
     what = "UTF-16 without a byte order mark, or binary data" if zeros > 0.1 else "binary data"
     return BadInput(
-        NOT_TEXT, name, f"{name} looks like {what}, not UTF-8 text; convert it (iconv -f utf-16le -t utf-8), or leave "
-        "it out with data.exclude"
+        NOT_TEXT, name, f"{name} looks like {what}, not UTF-8 text; convert it (iconv -f utf-16le -t utf-8)"
     )  # fmt: skip
 
 
@@ -99,7 +97,7 @@ def not_readable(name: object, error: BaseException) -> BadInput:
     why = getattr(error, "strerror", None)
     do = "check the file" if why else "it is damaged or cut short: get it again"
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return BadInput(DAMAGED, name, f"cannot read {name}: {why or said}; {do}, or leave it out with data.exclude")
+    return BadInput(DAMAGED, name, f"cannot read {name}: {why or said}; {do}")
 
 
 def suffixes(name: str | os.PathLike[str]) -> tuple[str, list[str]]:

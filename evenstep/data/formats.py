@@ -320,7 +320,7 @@ def no_such_field(fields: tuple[str, ...], there: list[str], where: str) -> BadI
     names = ", ".join(str(name)[:40] for name in there[:20]) + (", ..." if len(there) > 20 else "")
     return BadInput(
         f"files or rows without a field {wanted}", where, f"{where} has no field {wanted}; it has {names or 'none'}: "
-        "choose one with data.text_field, or leave files out with data.exclude"
+        "choose one with data.text_field"
     )  # fmt: skip
 
 
@@ -354,10 +354,8 @@ def _guarded(items: Iterator[T], name: str, left_out: LeftOut) -> Iterator[T]:
         encoding = "UTF-8" if error.encoding.startswith("utf-8") else error.encoding.upper()
         zeros = error.object.count(0) / max(len(error.object), 1)
         guess = " (UTF-16 without a byte order mark?)" if zeros > 0.05 and encoding == "UTF-8" else ""
-        message = (
-            f"{name} is not {encoding} text ({error.reason}){guess}; convert it to UTF-8 (iconv), or leave it out "
-        )
-        left_out.bad(BadInput(NOT_TEXT, name, f"{message}with data.exclude"))
+        message = f"{name} is not {encoding} text ({error.reason}){guess}; convert it to UTF-8 (iconv)"
+        left_out.bad(BadInput(NOT_TEXT, name, message))
     except OSError as error:
         left_out.bad(not_readable(name, error))
 

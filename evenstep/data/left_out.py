@@ -29,7 +29,7 @@ class LeftOut:
     ``advice`` is appended to the errors, where the caller has an option that skips.
     """
 
-    def __init__(self, on_bad: str = "stop", advice: str = ", or leave such input out with data.on_bad skip"):
+    def __init__(self, on_bad: str = "stop", advice: str = "; data.on_bad skip leaves it out"):
         self.stops, self._advice = on_bad == "stop", advice
         self._counts: dict[str, tuple[int, str]] = {}
 

@@ -163,7 +163,7 @@ def _prepared(corpus: Corpus, spec: DataSpec, split: Split, root: Path, tell: Pr
             return TokenData(entry)
         except EvenstepError:
             discard(entry)
-    left_out = LeftOut(spec.on_bad)
+    left_out = _left_out(spec)
     with building(entry) as directory:
         splits = _write(corpus, tokenizer, spec, split, directory, tell, left_out)
         left_out.include(corpus.left_out)
@@ -255,6 +255,12 @@ def _documents(corpus: Corpus, left_out: LeftOut) -> Iterator[tuple[str, bytes, 
         yield text, content, position
 
 
+def _left_out(spec: DataSpec) -> LeftOut:
+    if spec.source.startswith("text:"):
+        return LeftOut(spec.on_bad, advice="; data.exclude or data.on_bad skip leaves it out")
+    return LeftOut(spec.on_bad)
+
+
 def _no_text(corpus: Corpus, left_out: LeftOut) -> EvenstepError:
     first = f" ({printable(corpus.files[0])}{', ...' if len(corpus.files) > 1 else ''})" if corpus.files else ""
     read = f"{count} file{'s' * (count > 1)}{first}" if (count := len(corpus.files)) else "the dataset"
@@ -328,7 +334,7 @@ def _sample(corpus: Corpus, spec: DataSpec, split: Split, whole: bool, tell: Pro
     """Training documents for the BPE, ``SAMPLE_BYTES`` at most: an even sample of a source of known size that is read
     whole, else its first ones (reading the whole of C4 to choose 16 MB of it would take days)."""
     keep = min(1.0, SAMPLE_BYTES / max(corpus.total_bytes or 1, 1)) if whole else 1.0
-    draws, left_out = Draws(), LeftOut(spec.on_bad)
+    draws, left_out = Draws(), _left_out(spec)
     taken = used = 0
     for text, content, position in _documents(corpus, left_out):
         side, draw = place(content)

@@ -77,7 +77,7 @@ _MARKS: dict[str, tuple[set[str], ...]] = {
 
 def _items(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.exists():
-        raise EvenstepError(f"there is no {path}; give a .jsonl file, or a .json list")
+        raise EvenstepError(f"there is no {path}; give a file of rows, such as .jsonl, .json or .csv")
     try:
         for row in read_rows(path, LeftOut(advice="")):
             yield f"{row.name} {'item' if row.in_list else 'line'} {row.number}", row.value
