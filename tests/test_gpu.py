@@ -1,0 +1,3 @@
+import pytest
+pytestmark = pytest.mark.gpu
+def test_x(): pass
