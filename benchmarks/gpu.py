@@ -271,14 +271,15 @@ def shown(value: Any) -> str:
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise Stopped, the first time; further ones wait until the files are written."""
+    """SIGINT, SIGTERM and SIGHUP (but what nohup ignores) raise Stopped, once: files are being written then."""
 
     def stop(number: int, _: Any) -> None:
         for other in STOPS:
             signal.signal(other, signal.SIG_IGN)
         raise Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in STOPS}
+    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
     finally:

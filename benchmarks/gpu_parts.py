@@ -28,6 +28,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from evenstep import __version__, quantize_
@@ -36,15 +37,16 @@ from evenstep.bench.measure import quiet
 from evenstep.bench.registry import KNOWN, REFERENCE, Entry
 from evenstep.bench.setting import Plan, Setting
 from evenstep.bench.timing import Sample, Step, Turns, last_level_cache, paired_ratio, spread, take_turns
+from evenstep.kernels import kernels_for
 from evenstep.lowbit.linear import LowBitLinear
 from evenstep.models import Llama, llama_config
-from evenstep.train.hardware import commit, describe_hardware, peak_flops, peak_memory
+from evenstep.train.hardware import commit, describe_hardware, peak_flops, peak_memory, total_memory
+from evenstep.train.setup import LOGIT_BYTES
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZERS = (REFERENCE, "stable_spam", "spam", "scale", "spam_density_25", "stabilize_adamw")
 TRAINED = (REFERENCE, "stable_spam", "scale")
 RECIPES = ("fp8", "int8", "fp4")
-VOCABULARY = 32000
 WARMUP = 3
 Row = dict[str, Any]
 Case = tuple[str, Callable[[], Row]]
@@ -66,6 +68,10 @@ class Context:
     @property
     def rounds(self) -> int:
         return 3 if self.smoke else 25
+
+    @property
+    def vocabulary(self) -> int:
+        return 2048 if self.smoke else 32000
 
     def size(self, name: str) -> str:
         return "tiny" if self.smoke else name
@@ -231,7 +237,8 @@ def found_versions(device: torch.device) -> Row:
     facts: Row = {"python": platform.python_version(), "evenstep": __version__, "commit": commit()}
     facts |= {"torch": str(torch.__version__), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     facts |= {package: version(package) for package in ("triton", "numpy", "tokenizers", "safetensors")}
-    facts |= describe_hardware(device)
+    kernels = kernels_for(device.type)
+    facts |= describe_hardware(device) | {"kernels": kernels if isinstance(kernels, str) else kernels.name}
     if device.type == "cuda":
         of = torch.cuda.get_device_properties(device)
         facts |= {"capability": f"{of.major}.{of.minor}", "processors": of.multi_processor_count}
@@ -266,14 +273,15 @@ def speed(context: Context) -> Row:
 
 
 def tests(context: Context) -> bool:
-    """The tests that are marked ``gpu``, each a row. On a CPU those of test_gpu.py alone, which can run there."""
-    import pytest
-
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: (path.name != "test_gpu.py", path.name))
-    files = [path for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
+    """The tests that are marked ``gpu``, and the parity tests of the Triton kernels, each a row. On a CPU those of
+    test_gpu.py alone, which can run there."""
+    place = ROOT / "tests"
+    marked = [path for path in sorted(place.glob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
+    first = place / "test_gpu.py"
+    files = [first, *sorted(place.glob("triton_parity_*.py")), *(path for path in marked if path != first)]
     if not context.cuda:
         os.environ["EVENSTEP_GPU_TEST_DEVICE"] = "cpu"
-        files = files[:1]
+        files = [first]
     # sys: the log stays the standard output of the process, also when it starts itself again
     options = ["-m", "gpu", "-v", "--tb=short", "--capture=sys", "-p", "no:cacheprovider"]
     recorder = Recorder(context)
@@ -289,8 +297,13 @@ class Recorder:
         self.failed = any(json.loads(line)["outcome"] == "failed" for line in lines(context.rows))
         self.row: Row = {}
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items[:] = [item for item in items if item.nodeid not in self.context.done]
+        for item in items:
+            if item.path.name.startswith("triton_parity"):  # run from test_kernels_triton.py otherwise, as one test
+                item.add_marker(pytest.mark.gpu)
+        again = "test_kernels_do_what_the_plain_code_does[gpu]"
+        items[:] = [item for item in items if item.nodeid not in self.context.done and item.name != again]
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
@@ -402,12 +415,11 @@ def model_and_batch(context: Context, size: str, rows: int, length: int) -> tupl
     """A model in bf16, and its forward and backward pass on random tokens."""
     torch.manual_seed(0)
     with context.device:
-        model = Llama(llama_config(context.size(size), VOCABULARY, max_seq_len=length)).to(torch.bfloat16)
-        tokens = torch.randint(VOCABULARY, (rows, length + 1))
+        model = Llama(llama_config(context.size(size), context.vocabulary, max_seq_len=length)).to(torch.bfloat16)
+        tokens = torch.randint(context.vocabulary, (rows, length + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    # About 12 bytes a logit: bf16 and fp32, forward and backward. In chunks where an eighth of the memory is not enough.
-    total = torch.cuda.get_device_properties(context.device).total_memory if context.cuda else 2**35
-    chunk = None if rows * length * VOCABULARY * 12 < total / 8 else 8192
+    fits = rows * length * context.vocabulary * LOGIT_BYTES < total_memory(context.device) / 8  # as in the trainer
+    chunk = None if fits else 8192
 
     def run() -> torch.Tensor:
         loss = model.loss(inputs, targets, chunk=chunk)
@@ -479,7 +491,7 @@ def lowbit(context: Context) -> Iterator[Case]:
 
 
 def low_step(context: Context, recipe: str, compiled: bool) -> Row:
-    """A training step of the 60m model with a recipe, in turns with the plain one. The peak holds both models."""
+    """A training step of the 60m model with a recipe, in turns with the plain one."""
     rows, length = (2, 64) if context.smoke else (32, 256)
 
     def built(quantised: bool) -> tuple[Llama, Step]:
@@ -499,7 +511,9 @@ def low_step(context: Context, recipe: str, compiled: bool) -> Row:
             step()
         return model, step
 
-    (model, low), (_, plain) = built(True), built(False)
+    model, low = built(True)
+    peak = gigabytes(context)  # of this model alone
+    _, plain = built(False)
     rounds = 3 if context.smoke else 15
     players = [Turns("low", low, rounds), Turns("plain", plain, rounds)]
     take_turns(players, rounds, timer(context.device))
@@ -511,7 +525,7 @@ def low_step(context: Context, recipe: str, compiled: bool) -> Row:
     assert ratio is not None
     used = {m.kernel.name if m.kernel else "emulated" for m in model.modules() if isinstance(m, LowBitLinear)}
     row: Row = {"ms": milliseconds(walls[0]), "plain_ms": milliseconds(walls[1]), "ratio": round(ratio.median, 3)}
-    return row | {"peak_gb": gigabytes(context), "product": ", ".join(sorted(used))} | counts(low, context)
+    return row | {"peak_gb": peak, "product": ", ".join(sorted(used))} | counts(low, context)
 
 
 def lines(path: Path) -> list[str]:
