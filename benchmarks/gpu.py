@@ -42,7 +42,7 @@ class Part:
 
 
 PARTS = (
-    Part("machine", 20, 10),
+    Part("machine", 30, 10),
     Part("tests", 150, 40),
     Part("steps-60m-bf16", 50, 25),
     Part("train-60m", 60, 30),

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain
@@ -54,12 +54,16 @@ Case = tuple[str, Callable[[], Row]]
 
 @dataclass(frozen=True)
 class Context:
-    """Where to measure, and what is done already. ``smoke``: tiny sizes, few rounds, nothing that a compiler makes."""
+    """Where to measure, and the file for the rows. ``smoke``: tiny sizes, few rounds, nothing that a compiler makes."""
 
     device: torch.device
     smoke: bool
     rows: Path
-    done: frozenset[str] = frozenset()
+
+    @cached_property
+    def done(self) -> frozenset[str]:
+        """What had rows when this process started."""
+        return frozenset(row["name"] for row in rows_in(self.rows))
 
     @property
     def cuda(self) -> bool:
@@ -102,9 +106,15 @@ class Context:
             torch.cuda.reset_peak_memory_stats()
 
 
-def run_cases(context: Context, cases: Iterator[Case]) -> bool:
+def rows_in(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def run_cases(context: Context, cases: Iterable[Case]) -> bool:
+    """Whether all cases went well, those before this process started included."""
+    done = context.done
     for name, work in cases:
-        if name in context.done:
+        if name in done:
             continue
         try:
             row = work()
@@ -117,7 +127,7 @@ def run_cases(context: Context, cases: Iterator[Case]) -> bool:
         if not context.usable():
             context.start_again()
         context.clear()
-    return not any("error" in json.loads(line) for line in context.rows.read_text().splitlines())
+    return not any("error" in row for row in rows_in(context.rows))
 
 
 def told(problem: BaseException) -> str:
@@ -294,7 +304,7 @@ class Recorder:
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.failed = any(json.loads(line)["outcome"] == "failed" for line in lines(context.rows))
+        self.failed = any(row["outcome"] == "failed" for row in rows_in(context.rows))
         self.row: Row = {}
 
     @pytest.hookimpl(tryfirst=True)
@@ -528,10 +538,6 @@ def low_step(context: Context, recipe: str, compiled: bool) -> Row:
     return row | {"peak_gb": peak, "product": ", ".join(sorted(used))} | counts(low, context)
 
 
-def lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part")
@@ -542,8 +548,7 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("torch sees no CUDA device; --device cpu --smoke tries the script on a CPU", file=sys.stderr)
         return 1
-    done = frozenset(json.loads(line)["name"] for line in lines(args.rows))
-    context = Context(torch.device(args.device), args.smoke, args.rows, done)
+    context = Context(torch.device(args.device), args.smoke, args.rows)
     kind, *of = args.part.split("-")
     if not context.cuda:
         torch.set_num_threads(1)

@@ -118,11 +118,52 @@ def test_wrong_options_are_one_line(tmp_path):
         assert done.returncode == 2 and expected in done.stderr.splitlines()[-1]
 
 
+LOST = """
+import sys, torch
+from pathlib import Path
+from gpu_parts import Context, run_cases
+
+class Lost(Context):
+    broken = False
+    def usable(self):
+        return not Lost.broken
+
+def bad():
+    Lost.broken = True
+    raise RuntimeError("an illegal memory access was encountered")
+
+context = Lost(torch.device("cpu"), True, Path(sys.argv[1]))
+cases = {"first": lambda: {"ms": 1}, "bad": bad, "last": lambda: {"ms": 2}}
+sys.exit(0 if run_cases(context, cases.items()) else 1)
+"""
+
+
+def test_a_part_goes_on_in_a_new_process_when_an_error_has_ruined_the_device(tmp_path):
+    (tmp_path / "part.py").write_text(LOST)
+    paths = [str(ROOT), str(ROOT / "benchmarks")]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "part.py"), str(tmp_path / "rows")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True,
+    )  # fmt: skip
+    rows = gpu.read_rows(tmp_path / "rows")
+    assert [row["name"] for row in rows] == ["first", "bad", "last"], done.stderr
+    assert "illegal memory access" in rows[1]["error"] and done.returncode == 1
+
+
 @pytest.mark.slow
 def test_every_part_runs_in_miniature_without_an_installation(tmp_path):
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    words = [str(ROOT / "benchmarks" / "gpu.py"), "--out", str(tmp_path), "--device", "cpu", "--smoke"]
-    done = subprocess.run([sys.executable, *words], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=540)
+    words = [
+        str(ROOT / "benchmarks" / "gpu.py"),
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--smoke",
+        "--budget",
+        "900",
+    ]
+    done = subprocess.run([sys.executable, *words], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=1000)
     parts = saved(tmp_path)["parts"]
     assert done.returncode == 0, (done.stderr[-2000:], parts)
     assert all(part["status"] == "passed" and part["rows"] for part in parts.values())
