@@ -138,6 +138,7 @@ sys.exit(0 if run_cases(context, cases.items()) else 1)
 """
 
 
+@pytest.mark.slow
 def test_a_part_goes_on_in_a_new_process_when_an_error_has_ruined_the_device(tmp_path):
     (tmp_path / "part.py").write_text(LOST)
     paths = [str(ROOT), str(ROOT / "benchmarks")]
