@@ -48,6 +48,7 @@ class Tuning(Run):
 
     def find_source(self, config: Any, world: World, say: Say) -> Path:
         path, library = Path(config.model.path), config.model.library
+        self.device = world.device
         self.source = world.from_first(lambda: source.find_source(path, library, say))
         return self.source.folder
 
@@ -61,7 +62,8 @@ class Tuning(Run):
         folder = self.source.folder
         self.task = task = Task(config, load_text(folder, self.source.library), train, val, source.classes_of(folder))
         self.kinds = {one.name: scoring.kind_of(config.eval.score, one.examples) for one in task.sets}
-        self.opened = source.open_model(config, self.source, task.labels, say)
+        # On the device already: how a model packs is tried with the kernels that will train it.
+        self.opened = source.open_model(config, self.source, task.labels, say).to(self.device)
         self._check_vocabulary()
         if isinstance(self.opened, HubClassifier):
             self.opened.pad_with(task.tokenizer.eos_id)
@@ -83,13 +85,17 @@ class Tuning(Run):
 
     def _may_pack(self, config: FineTuneConfig, say: Say) -> bool:
         asked = config.data.pack
-        if asked == "no" or (self.task.labels and asked == "auto"):
-            return False
-        if self.task.labels:
+        if self.task.labels and asked == "yes":
             raise EvenstepError("data.pack yes: texts that are classified have a row each; leave it out")
-        if not isinstance(self.opened, HubCausal) or keeps_documents_apart(self.opened):
+        if self.task.labels:
+            return False
+        if not isinstance(self.opened, HubCausal):
+            return asked != "no"
+        if asked == "no":
+            self.opened.packs = False
+            return False
+        if keeps_documents_apart(self.opened, config.train.seq_len):
             return True
-        self.opened.packs = False
         name = type(self.opened.net).__name__
         if asked == "yes":
             raise EvenstepError(f"data.pack yes: {name} does not keep examples in one row apart; give --data.pack no")
