@@ -5,7 +5,6 @@ Their parameters have ``net.`` before their names.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -68,16 +67,16 @@ class HubCausal(HubModel):
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits [B, T, vocab], as `evenstep.models.Llama.forward` gives them."""
-        given: dict[str, Any] = {}
-        if positions is not None and not self.packs:
-            # The model's own positions and masks. Without a mask a causal model gives the same, as padding comes last.
-            if "attention_mask" in inspect.signature(self.net.forward).parameters:
-                given["attention_mask"] = (positions >= 0).long()
-        elif positions is not None:
-            given["position_ids"] = positions.clamp(min=0)
-            if self.dense_mask:
-                given["attention_mask"] = self._documents(positions)
-        return self.net(input_ids=tokens, use_cache=False, **given).logits
+        if positions is None:
+            return self.net(input_ids=tokens, use_cache=False).logits
+        if not self.packs:
+            # The model's own positions and masks: a causal model does not look at the padding, which comes last. A
+            # padding token would make transformers warn of a mask that is missing; the first token stands there.
+            return self.net(input_ids=torch.where(positions < 0, tokens[:, :1], tokens), use_cache=False).logits
+        mask = self._documents(positions) if self.dense_mask else None
+        return self.net(
+            input_ids=tokens, attention_mask=mask, position_ids=positions.clamp(min=0), use_cache=False
+        ).logits
 
     def _documents(self, positions: Tensor) -> Tensor:
         mask = document_mask(positions)

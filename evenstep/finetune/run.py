@@ -16,7 +16,7 @@ from torch import Tensor
 from evenstep.errors import EvenstepError
 from evenstep.finetune import scoring, source
 from evenstep.finetune.config import FineTuneConfig, TuneOptimConfig
-from evenstep.finetune.examples import Example
+from evenstep.finetune.examples import Bad, Example
 from evenstep.finetune.hub import HubCausal, HubClassifier, keeps_documents_apart
 from evenstep.finetune.note import Note
 from evenstep.finetune.products import write_products
@@ -58,9 +58,11 @@ class Tuning(Run):
     def settled(self, config: Any, found: Path | None, say: Say) -> FineTuneConfig:
         """With the library and the kind of the model, and a budget in steps; opens the examples and the model, which
         decides whether they are packed."""
-        train, val = open_examples(config)
+        bad: Bad = {}
+        train, val = open_examples(config, bad)
         folder = self.source.folder
-        self.task = task = Task(config, load_text(folder, self.source.library), train, val, source.classes_of(folder))
+        text = load_text(folder, self.source.library)
+        self.task = task = Task(config, text, train, val, source.classes_of(folder), bad)
         self.kinds = {one.name: scoring.kind_of(config.eval.score, one.examples) for one in task.sets}
         # On the device already: how a model packs is tried with the kernels that will train it.
         self.opened = source.open_model(config, self.source, task.labels, say).to(self.device)

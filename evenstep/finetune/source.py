@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,8 @@ def open_model(config: FineTuneConfig, source: Source, labels: Sequence[str], sa
         model = _hub(config, source, labels, dtype, say)
     if config.tune.adapter == "lora":
         add_lora(model, config, labels)
+        for line in adapted_told(model, config):
+            say(line)
     return model
 
 
@@ -209,6 +212,33 @@ def add_lora(model: Any, config: FineTuneConfig, labels: Sequence[str]) -> None:
         first = next(iter(str(problem).splitlines()), "")
         raise EvenstepError(f"tune.targets {tune.targets}: {first}") from None
     object.__setattr__(model, "adapted", adapted)
+
+
+def adapted_told(model: Any, config: FineTuneConfig) -> list[str]:
+    """What has an adapter, and which matrices are left as they are, with their share of the parameters."""
+    net = getattr(model, "net", model)
+    adapted = {path: module for path, module in net.named_modules() if hasattr(module, "lora_A")}
+    names = sorted({path.rsplit(".", 1)[-1] for path in adapted})
+    lines = [f"LoRA of rank {config.tune.rank} in {len(adapted)} layers: {', '.join(names)}"]
+    inside = {id(p) for module in adapted.values() for p in module.parameters()}
+    total = sum(p.numel() for p in net.parameters())
+    frozen: dict[str, int] = {}
+    stacked = False
+    for path, p in net.named_parameters():
+        if p.requires_grad or id(p) in inside or p.dim() < 2:
+            continue
+        name = re.sub(r"^\d+\.|(?<=\.)\d+\.", "", path).removesuffix(".weight")
+        name = ".".join(name.split(".")[-2:])
+        experts = p.dim() > 2 and not path.endswith(".weight")
+        stacked |= experts
+        name += " (stacked)" if experts else ""
+        frozen[name] = frozen.get(name, 0) + p.numel()
+    if frozen:
+        shares = (f"{name} {count / total:.1%}" for name, count in sorted(frozen.items(), key=lambda x: -x[1]))
+        lines.append(f"neither adapted nor trained, of all parameters: {', '.join(shares)}")
+    if stacked:
+        lines.append("stacked: the weights of all experts are one parameter, no linear layers, which adapters go into")
+    return lines
 
 
 def linear_names(net: nn.Module) -> list[str]:
