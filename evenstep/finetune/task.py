@@ -88,7 +88,8 @@ class Task:
 
     def _none_left(self, count: int) -> str:
         file, length = self.config.data.file, self.config.train.seq_len
-        if len(bad := self.bad.get(file, ())) and file not in self.dropped:
+        bad = self.bad.get(file)
+        if bad and file not in self.dropped:
             return f"none of the examples of {file} can be used: {bad[0]}"
         if self.config.data.too_long == "cut":
             return (

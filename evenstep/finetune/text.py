@@ -178,7 +178,7 @@ class HubText(Text):
         return {*after} & {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
 
     def _rendered(self, turns: list[Any], example: Example, ask: bool = False) -> str:
-        given = {"tools": list(example.tools)} if example.tools else {}
+        given: dict[str, Any] = {"tools": list(example.tools)} if example.tools else {}
         try:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **given))
         except Exception as problem:  # jinja's own
