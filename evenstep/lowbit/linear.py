@@ -4,10 +4,10 @@
 and exports see nothing else. Quantisation is simulated: operands are rounded to what the format can hold, the products
 run in the layer's own precision, and gradients pass straight through the rounding.
 
-Memory: a plain layer keeps its input and its weight for the backward pass. This one keeps the quantised input instead
-of the input, and the weight itself, which is quantised once more in the backward pass. Layers that read the same tensor
-(q, k, v; gate, up) share one quantised copy of it: it is remembered on the tensor and goes with it. A compiler finds
-such repetitions by itself.
+Memory: as a plain layer, this one keeps its input and its weight for the backward pass, which quantises them once more;
+layers that read the same tensor (q, k, v; gate, up) keep it once. Each call quantises what its input holds at that
+moment, and nothing outlives the call: memory shared with NumPy or another process, ``p.data`` and fused optimizers
+change a tensor without a trace, so that a quantised copy of an earlier call could not be known to be current.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from evenstep.lowbit.formats import Format
 from evenstep.lowbit.hadamard import rotate
 from evenstep.lowbit.recipes import Backward, Recipe, describe
 
-_MEMO = "_evenstep_quantised"
-
 
 class LowBitLinear(nn.Linear):
     """Made from an ``nn.Linear`` by ``quantize_``, and turned back by ``dequantize_``; x [..., in] -> [..., out].
@@ -38,17 +36,25 @@ class LowBitLinear(nn.Linear):
     kernel: Kernel | None
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.weight.dtype
-        if x.dtype != dtype and not autocast:
+        weight, device = self.weight, x.device.type
+        dtype = weight.dtype
+        # Autocast leaves float64 and integers alone, so a plain layer computes or refuses them as they are.
+        castable = all(t.is_floating_point() and t.dtype != torch.float64 for t in (x, weight))
+        if castable and device != "meta" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        elif x.dtype != dtype:
             raise RuntimeError(
                 f"the input is {x.dtype} and the weight {dtype}: bring one to the other, or use autocast"
             )
-        return _Products.apply(x, self.weight, self.bias, self.recipe, dtype, self.kernel)
+        return _Products.apply(x, weight, self.bias, self.recipe, dtype, self.active_kernel)
+
+    @property
+    def active_kernel(self) -> Kernel | None:
+        """``kernel``, unless the layer was moved or cast since ``quantize_`` to where it cannot run."""
+        return self.kernel if self.kernel is not None and self.kernel.runs_on(self.weight) else None
 
     def extra_repr(self) -> str:
-        kernel = f", kernel={self.kernel.name}" if self.kernel else ""
+        kernel = f", kernel={self.active_kernel.name}" if self.active_kernel else ""
         return f"{super().extra_repr()}, recipe={self.recipe.name}{kernel}"
 
 
@@ -79,20 +85,26 @@ class _Products(torch.autograd.Function):
         b = bias.to(dtype) if bias is not None else None
         ctx.recipe = recipe
         ctx.dtypes = x.dtype, weight.dtype, bias.dtype if bias is not None else None
-        if kernel is not None:  # it makes the numbers itself; the backward pass makes them again
-            ctx.save_for_backward(x, weight)
-            ctx.input_format, ctx.weight_format = recipe.input, recipe.weight
-            return kernel.linear(x, weight, b, dtype)
-        xq, wq = _shared(x, recipe.input, dtype), _low(weight, recipe.weight, dtype)
-        # What is kept for the backward pass, and whether it is quantised already. Stochastic rounding could not be
-        # repeated; of an input that is a view, the whole tensor is likely to be kept by its maker, and a quantised
-        # copy would come on top. A compiled graph keeps what the plain one does, and the backward pass quantises it.
-        keeps_w = recipe.input_grad.other == "forward" and _random(recipe.weight)
-        keeps_x = recipe.weight_grad.other == "forward" and (_random(recipe.input) or not _kept_anyway(x))
-        ctx.save_for_backward(xq if keeps_x else x, wq if keeps_w else weight)
-        ctx.input_format = None if keeps_x else recipe.input
-        ctx.weight_format = None if keeps_w else recipe.weight
-        return F.linear(xq, wq, b)
+        needs_x, needs_weight, _ = ctx.needs_input_grad[:3]
+        # What the backward pass will need, as it is, for it to quantise again; and what it could not make again, as it
+        # was quantised: stochastic rounding, and the copy in another dtype that autocast makes a plain layer keep too
+        # (a compiler chooses between the two itself).
+        copied = x.dtype != dtype and not torch.compiler.is_compiling()
+        keeps_xq = recipe.weight_grad.other == "forward" and (_random(recipe.input) or copied)
+        keeps_wq = recipe.input_grad.other == "forward" and _random(recipe.weight)
+        if kernel is not None and x.numel():  # it makes the numbers itself
+            keeps_xq = keeps_wq = False
+            out = kernel.linear(x, weight, b, dtype)
+        else:
+            xq, wq = _low(x, recipe.input, dtype), _low(weight, recipe.weight, dtype)
+            out = F.linear(xq, wq, b)
+        kept_x = (xq if keeps_xq else x) if needs_weight else None
+        kept_weight = (wq if keeps_wq else weight) if needs_x else None
+        ctx.save_for_backward(kept_x, kept_weight)
+        ctx.input_format = None if keeps_xq else recipe.input
+        ctx.weight_format = None if keeps_wq else recipe.weight
+        ctx.input_shape = x.shape
+        return out
 
     @staticmethod
     @once_differentiable
@@ -104,7 +116,7 @@ class _Products(torch.autograd.Function):
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             w = _operand(weight, recipe.input_grad, ctx.weight_format, g)
-            dx = torch.mm(_low(g, recipe.input_grad.grad, g.dtype), w).view(x.shape).to(x_dtype)
+            dx = torch.mm(_low(g, recipe.input_grad.grad, g.dtype), w).view(ctx.input_shape).to(x_dtype)
         if ctx.needs_input_grad[1]:
             if recipe.weight_grad.other == "forward":
                 x = _low(x, ctx.input_format, g.dtype, after=g)
@@ -137,24 +149,8 @@ def _random(fmt: Format | None) -> bool:
     return fmt is not None and fmt.rounding == "stochastic"
 
 
-def _kept_anyway(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or x._is_view()
-
-
 def _low(t: Tensor, fmt: Format | None, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
     return t.to(dtype) if fmt is None else apply(t, fmt, dtype=dtype, after=after)
-
-
-def _shared(x: Tensor, fmt: Format | None, dtype: torch.dtype) -> Tensor:
-    """``_low``, done once for all layers that read this very tensor."""
-    if fmt is None or torch.compiler.is_compiling() or x.is_inference() or _random(fmt):
-        return _low(x, fmt, dtype)
-    key = (fmt, dtype, x._version)
-    memo = getattr(x, _MEMO, None)
-    if memo is None or memo[0] != key:
-        memo = (key, _low(x, fmt, dtype))
-        setattr(x, _MEMO, memo)
-    return memo[1]
 
 
 def describe_layer(layer: LowBitLinear) -> str:
