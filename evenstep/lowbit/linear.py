@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from evenstep.errors import EvenstepError
 from evenstep.lowbit.backends import Kernel
 from evenstep.lowbit.fake_quant import apply
 from evenstep.lowbit.formats import Format
@@ -59,16 +60,40 @@ class LowBitLinear(nn.Linear):
 
 
 def make_low(layer: nn.Module, recipe: Recipe, kernel: Kernel | None) -> None:
-    """Turn an ``nn.Linear`` into a LowBitLinear where it stands: its parameters, hooks and identity stay."""
-    layer.__class__ = LowBitLinear
+    """Turn an ``nn.Linear`` into a LowBitLinear where it stands: its parameters, hooks and identity stay.
+
+    EvenstepError, and nothing changed, where that would not reach what the layer computes; see ``obstacle``.
+    """
+    _change_class(layer, nn.Linear, LowBitLinear)
     assert isinstance(layer, LowBitLinear)
     layer.recipe, layer.kernel = recipe, kernel
 
 
 def make_plain(layer: LowBitLinear) -> None:
-    """The inverse of ``make_low``."""
+    """The inverse of ``make_low``, with the same EvenstepError."""
+    _change_class(layer, LowBitLinear, nn.Linear)
     del layer.recipe, layer.kernel
-    layer.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+def _change_class(layer: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    if reason := obstacle(layer, old):
+        raise EvenstepError(f"this layer {reason}")
+    vars(layer).pop("forward", None)  # the old class's own method, left behind where a hook was removed
+    layer.__class__ = new
+
+
+def obstacle(layer: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why giving a layer, supposedly of exact type ``kind``, another class would not change what it computes, or would
+    break it; None where it can be done."""
+    if type(layer) is not kind:
+        return f"is a {type(layer).__name__}, not a plain {kind.__name__}: undo what changed its class first"
+    own = vars(layer).get("forward")
+    if own is None or (getattr(own, "__self__", None) is layer and getattr(own, "__func__", None) is kind.forward):
+        return None
+    return (
+        "has a forward of its own, which a new class would not replace (hooks of accelerate: call "
+        "remove_hook_from_submodules first, add_hook_to_module or dispatch_model afterwards)"
+    )
 
 
 class _Products(torch.autograd.Function):
