@@ -212,7 +212,7 @@ class Odd(nn.Module):
         self.register_buffer("every_second", torch.randn(32)[::2])
         self.register_buffer("count", torch.tensor(3))
         self.register_buffer("mask", torch.rand(16) > 0.5)
-        self.register_buffer("half", torch.randn(16).bfloat16())
+        self.register_buffer("short", torch.randn(16).bfloat16())
         self.register_buffer("none", None)
         self.register_buffer("empty", torch.zeros(0, 4))
         self.register_buffer("empty_too", torch.zeros(0))
@@ -228,7 +228,7 @@ class Odd(nn.Module):
         self.steps = state
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x * self.part + self.overlapping + self.turned.sum(1) + self.every_second + self.half.float()
+        x = x * self.part + self.overlapping + self.turned.sum(1) + self.every_second + self.short.float()
         return self.last(self.layer(x * self.slope) * self.mask * self.passing * self.count)
 
 
@@ -256,7 +256,7 @@ def test_weights_that_are_slices_of_one_buffer(tmp_path):
         model.register_buffer("rest", flat[1:])
         return model
 
-    model, fresh = pair(made)
+    model, _ = pair(made)
     save_quantized(model, tmp_path)
     loaded = load_quantized_(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), _without(tmp_path, "rest"))
     x = torch.randn(3, 16)
@@ -267,7 +267,7 @@ def _without(path, name: str):
     import safetensors.torch
 
     tensors = safetensors.torch.load_file(path / "model.safetensors")
-    del tensors[name]
+    del tensors[name]  # with the digest of the description
     safetensors.torch.save_file(tensors, path / "model.safetensors")
     return path
 
@@ -388,6 +388,14 @@ def test_what_cannot_be_saved_leaves_the_files_as_they_were(change, words, tmp_p
         save_quantized(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert torch.equal(load_quantized_(Odd(), tmp_path)(x), want)
+
+
+def test_files_of_two_saves_are_not_mixed(tmp_path):
+    for name, recipe in (("a", "nvfp4"), ("b", "mxfp4")):
+        save_quantized(quantize_(nn.Linear(32, 16), recipe), tmp_path / name)
+    (tmp_path / "a" / "config.json").replace(tmp_path / "b" / "config.json")
+    with pytest.raises(EvenstepError, match="its two files are of different saves"):
+        load_quantized_(nn.Linear(32, 16), tmp_path / "b")
 
 
 @pytest.mark.parametrize("failing", ["weights", "config", "rename", "folder"])

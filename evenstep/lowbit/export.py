@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -124,6 +125,10 @@ def load_quantized_(model: M, directory: str | Path) -> M:
         saved = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))[KEY]
         tensors: dict[str, Any] = _safetensors().load_file(directory / _WEIGHTS)
         layers = saved["layers"]
+        with _safetensors().safe_open(directory / _WEIGHTS, framework="pt") as file:
+            digest = (file.metadata() or {}).get(KEY)  # not there in models of version 0.1
+        if digest not in (None, _digest(saved)):
+            raise ValueError("its two files are of different saves")
     except (OSError, ValueError, KeyError, TypeError, _safetensors_error()) as problem:
         raise EvenstepError(
             f"{directory} holds no model written by save_quantized ({type(problem).__name__}: {problem})"
@@ -258,8 +263,13 @@ def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def _digest(saved: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()
+
+
 def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Both files, or neither: each is written beside its place, and they are moved there when both are whole."""
+    """Both files, or neither: each is written beside its place, and they are moved there when both are whole. Between
+    the two moves a process can still die: the weights hold a digest of their description, which loading compares."""
     library = _safetensors()
     try:
         text = json.dumps(config, indent=2) + "\n"
@@ -270,7 +280,7 @@ def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) 
     beside = {name: directory / f".{name}.partial" for name in (_WEIGHTS, _CONFIG)}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        library.save_file(tensors, beside[_WEIGHTS], metadata={"format": "pt"})
+        library.save_file(tensors, beside[_WEIGHTS], metadata={"format": "pt", KEY: _digest(config[KEY])})
         beside[_CONFIG].write_text(text, encoding="utf-8")
         for name, path in beside.items():
             os.replace(path, directory / name)

@@ -121,7 +121,9 @@ class _Products(torch.autograd.Function):
             keeps_xq = keeps_wq = False
             out = kernel.linear(x, weight, b, dtype)
         else:
-            xq, wq = _low(x, recipe.input, dtype), _low(weight, recipe.weight, dtype)
+            # Strides decide in which order a product adds up. A quantised weight is contiguous; one that was loaded
+            # already rounded must give the same bits.
+            xq, wq = _low(x, recipe.input, dtype), _low(weight, recipe.weight, dtype).contiguous()
             out = F.linear(xq, wq, b)
         kept_x = (xq if keeps_xq else x) if needs_weight else None
         kept_weight = (wq if keeps_wq else weight) if needs_x else None
