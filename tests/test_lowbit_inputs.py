@@ -240,11 +240,27 @@ def test_checkpointing_gives_the_same_gradients(reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_a_second_derivative_is_a_clear_error():
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_second_derivative_is_a_clear_error_and_never_zero(linear):
     layer, x = low(), normal(4, 64).requires_grad_()
-    (g,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        g.sum().backward()
+    calls = (
+        lambda: torch.autograd.grad(layer(x).sum() if linear else layer(x).square().sum(), x, create_graph=True),
+        lambda: torch.autograd.functional.hessian(lambda t: layer(t).square().sum(), x.detach()),
+        lambda: torch.autograd.functional.jvp(layer, x.detach(), x.detach()),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match="a low-bit layer has no second derivative"):
+            call()
+    assert torch.autograd.functional.jacobian(layer, x.detach()).abs().sum() > 0
+
+
+@pytest.mark.parametrize(("width", "out"), [(0, 8), (64, 0)])
+@pytest.mark.parametrize("recipe", ["fp4", "int8", "nvfp4-train"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_entries(width, out, recipe):
+    layer, x = low(recipe, width, out), torch.ones(4, width, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer(x).shape == (4, out) and layer.weight.grad.shape == (out, width) and not x.grad.any()
 
 
 def test_an_input_changed_between_the_passes_is_found_by_autograd():

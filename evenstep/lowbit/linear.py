@@ -12,11 +12,11 @@ change a tensor without a trace, so that a quantised copy of an earlier call cou
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from evenstep.errors import EvenstepError
@@ -117,7 +117,7 @@ class _Products(torch.autograd.Function):
         copied = x.dtype != dtype and not torch.compiler.is_compiling()
         keeps_xq = recipe.weight_grad.other == "forward" and (_random(recipe.input) or copied)
         keeps_wq = recipe.input_grad.other == "forward" and _random(recipe.weight)
-        if kernel is not None and x.numel():  # it makes the numbers itself
+        if kernel is not None and x.numel() and weight.numel():  # it makes the numbers itself
             keeps_xq = keeps_wq = False
             out = kernel.linear(x, weight, b, dtype)
         else:
@@ -134,12 +134,15 @@ class _Products(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable would not do: it says nothing where a second derivative is asked for by its inputs, or
+        # where only a part of the loss has one, and the result is zero.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("a low-bit layer has no second derivative (create_graph=True): dequantize_ the model")
         recipe: Recipe = ctx.recipe
         x, weight = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        g = grad.reshape(-1, grad.shape[-1])
+        g = _as_rows(grad)
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             w = _operand(weight, recipe.input_grad, ctx.weight_format, g)
@@ -147,7 +150,7 @@ class _Products(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             if recipe.weight_grad.other == "forward":
                 x = _low(x, ctx.input_format, g.dtype, after=g)
-            dweight = _weight_gradient(g, x.reshape(-1, x.shape[-1]), recipe.weight_grad).to(weight_dtype)
+            dweight = _weight_gradient(g, _as_rows(x), recipe.weight_grad).to(weight_dtype)
         if ctx.needs_input_grad[2]:
             dbias = g.sum(0).to(bias_dtype)
         return dx, dweight, dbias, None, None, None
@@ -170,6 +173,10 @@ def _weight_gradient(g: Tensor, x: Tensor, product: Backward) -> Tensor:
         assert not isinstance(product.other, str)
         other = _low(other, product.other, dtype)
     return torch.mm(_low(grad, product.grad, dtype), other.t().to(dtype))
+
+
+def _as_rows(t: Tensor) -> Tensor:
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])  # -1 would be ambiguous without entries
 
 
 def _random(fmt: Format | None) -> bool:
