@@ -11,7 +11,7 @@ from evenstep.kernels import WholeKernels
 from evenstep.optim.at_once import whole_step
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.masks import draw_mask, pack, put_back, taken, unpack
-from evenstep.optim.sharding import Bucket, is_sharded
+from evenstep.optim.sharding import Bucket, is_sharded, state_dtype
 from evenstep.optim.state import moment, scalar, statistics
 from evenstep.transforms import AdamStep, EntryClip, Gradients, Steps, Weights, adam_, reset_due, rewarm_factor
 
@@ -59,8 +59,8 @@ class SPAM(EvenOptimizer):
     the last reset; with ``variant="official"`` since the start) and, where sparse, ``mask`` (uint8, one bit per entry,
     in the order of a flattened tensor).
 
-    A tensor whose gradient holds a NaN or Inf is skipped on the device, and `stats` says so. Gradients are never
-    modified.
+    A tensor whose gradient holds a NaN or Inf, or an entry whose square is beyond the range of its moments (1.8e19 in
+    fp32), is skipped on the device, and `stats` says so. Gradients are never modified.
 
     Raises:
         ValueError: an option is out of range. TypeError: an unknown argument. RuntimeError: a sparse gradient (in
@@ -137,7 +137,7 @@ class SPAM(EvenOptimizer):
             if state.get("mask_set_at") in (None, group["t"] - 1):  # dense, or given by hand for this step
                 continue
             bits, count = self._draw_mask(group, p), round(group["density"] * p.numel())
-            accepted = torch.isfinite(p.grad).all()  # type: ignore[arg-type]
+            accepted = torch.isfinite(p.grad.to(state_dtype(p)).square()).all()  # type: ignore[union-attr]
             if state["exp_avg"].numel() == count:
                 state["mask"].copy_(torch.where(accepted, bits, state["mask"]))
             elif accepted:  # a mask of another size was given by hand: the one place that must ask the device
@@ -179,7 +179,7 @@ class SPAM(EvenOptimizer):
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         official = group["variant"] == "official"
         every, threshold, weight_decay = group["reset_interval"], group["threshold"], group["weight_decay"]
-        grads = yield self.gradients(group, bucket, late=True)
+        grads = (yield self.gradients(group, bucket)).squares_within_range()
         t, lr = group["t"], group["lr"]
         reset = reset_due(t, every)
         scalars = bucket.stacked("age")
@@ -199,9 +199,8 @@ class SPAM(EvenOptimizer):
         )
         clip = EntryClip(threshold, self._clips(group, t), forget=reset, zero_history=official) if threshold else None
         weights = self.weights(group, bucket, grads.finite)
-        grads, update_norm = (_compact_adam_ if bucket.kernels is None else _masked_adam_)(
-            bucket, weights, grads, plan, clip
-        )
+        adam = _compact_adam_ if bucket.kernels is None else _masked_adam_
+        update_norm = adam(bucket, weights, grads, plan, clip)
         scalars.store(grads.finite, age)
         grads = yield grads.with_norms()
 
@@ -260,9 +259,7 @@ def _masks(bucket: Bucket) -> list[Tensor]:
     return [state.get("mask", nothing) for state in bucket.states]
 
 
-def _masked_adam_(
-    bucket: Bucket, weights: Weights, grads: Gradients, plan: AdamStep, clip: EntryClip | None
-) -> tuple[Gradients, Tensor]:
+def _masked_adam_(bucket: Bucket, weights: Weights, grads: Gradients, plan: AdamStep, clip: EntryClip | None) -> Tensor:
     """Adam's step on the entries of the masks, by kernels that know about them."""
     weights.masks = _masks(bucket)
     return adam_(weights, grads, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan, clip)
@@ -270,17 +267,17 @@ def _masked_adam_(
 
 def _compact_adam_(
     bucket: Bucket, weights: Weights, grads: Gradients, plan: AdamStep, clip: EntryClip | None
-) -> tuple[Gradients, Tensor]:
+) -> Tensor:
     """The same by the plain code: the entries of the masks are taken out, updated and put back."""
     where = [_entries(state, p.numel()) for p, state in zip(bucket.params, bucket.states, strict=True)]
     weights.tensors = trained = taken(bucket.here, where)
     lost = weights.lost
     weights.lost = taken(lost, where)
     some = grads.of(taken(bucket.grads, where))
-    _, update_norm = adam_(weights, some, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan, clip)
+    update_norm = adam_(weights, some, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan, clip)
     put_back(bucket.here, trained, where)
     put_back(lost, weights.lost, where)
-    return grads, update_norm
+    return update_norm
 
 
 def _entries(state: State, n: int) -> Tensor | None:

@@ -140,7 +140,7 @@ class StableSPAM(EvenOptimizer):
             forget_after=reset if official else None,
         )
         weights = self.weights(group, bucket, grads.finite)
-        grads, update_norm = adam_(weights, grads, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan)
+        update_norm = adam_(weights, grads, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan)
         if official:
             n = age  # one counter for both: after a reset the statistics are corrected as if they were new
         scalars.store(grads.finite, peak, norm, norm_rms, n, age)

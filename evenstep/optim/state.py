@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from evenstep.optim.sharding import Bucket, like, local, parts, refuse_flat_shard, state_dtype
-from evenstep.transforms import Gradients, noise_seeds
+from evenstep.transforms import Gradients, noise_seeds, opened
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -40,6 +40,20 @@ def place_clock(group: Group) -> None:
         group["t"] = torch.as_tensor(group["t"], dtype=torch.int64).to(device, copy=True)
     else:
         group["t"] = int(group["t"])
+
+
+def is_trained(p: Tensor) -> bool:
+    """Whether a parameter needs state: it is not frozen, or has a gradient all the same."""
+    return p.requires_grad or p.grad is not None
+
+
+def untouched(entries: State) -> bool:
+    """Whether saved entries are those of a parameter that was never updated, so that nothing is lost without them: all
+    are zero, and there is no mask.
+    """
+    return "mask" not in entries and all(
+        isinstance(x, Tensor) and not x.is_meta and not opened(local(x), torch.float32).any() for x in entries.values()
+    )
 
 
 def check_parameter(p: Tensor, index: int) -> None:
