@@ -172,15 +172,25 @@ class EvenOptimizer(Optimizer):
         for group in self.param_groups:
             refuse_sparse_gradients(type(self).__name__, self.param_groups, group["params"])
         self._start_trained(self.param_groups)
-        sweeping = [group for group in self.param_groups if "sweep" in group and group["sweep"] == group["t"]]
-        # After a sweep of step_parameter, step() updates what is left of it at the same t.
-        if not sweeping or any(
-            self._had_its_turn(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None
-        ):
+        if self.opens_step():
             self._advance()
-        for group in sweeping:
-            group["sweep"] = 0
+        for group in self.param_groups:
+            if "sweep" in group:
+                group["sweep"] = 0
         return self._work(((group, group["params"]) for group in self.param_groups), compiling)
+
+    def opens_step(self) -> bool:
+        """Whether `step` would advance the clock. After a sweep of `step_parameter` it updates what is left at the
+        same ``t``.
+        """
+        return not any("sweep" in group and group["sweep"] == group["t"] for group in self.param_groups) or any(
+            self._had_its_turn(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None
+        )
+
+    def opens_sweep(self, p: Tensor) -> bool:
+        """Whether `step_parameter` of ``p`` would begin a new sweep and advance the clock."""
+        group, _ = self.place(p)
+        return group.get("sweep") != group["t"] or self._had_its_turn(group, p)
 
     def _advance(self) -> None:
         for group in self.param_groups:
@@ -259,7 +269,7 @@ class EvenOptimizer(Optimizer):
         refuse_sparse_gradients(type(self).__name__, self.param_groups, [p])
         if p not in self.state:
             self._start(p, group, index)
-        if group.get("sweep") != group["t"] or self._had_its_turn(group, p):
+        if self.opens_sweep(p):
             self._advance()
             for other in self.param_groups:
                 other["sweep"] = other["t"]
@@ -267,7 +277,7 @@ class EvenOptimizer(Optimizer):
         return self._work([(group, [p])], compiling)
 
     def _had_its_turn(self, group: Group, p: Tensor) -> bool:
-        return bool(self.state[p].get("released_at") == group["t"])
+        return p in self.state and bool(self.state[p].get("released_at") == group["t"])
 
     def place(self, p: Tensor) -> tuple[Group, tuple[int, int]]:
         """The group of a parameter, and the numbers of both."""

@@ -13,7 +13,7 @@ from evenstep.optim.at_once import whole_step
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.groups import KINDS
 from evenstep.optim.sharding import Bucket
-from evenstep.optim.state import moment, scalar, statistics
+from evenstep.optim.state import largest_stored, moment, scalar, statistics
 from evenstep.transforms import (
     FLOOR,
     AdamStep,
@@ -133,7 +133,7 @@ class SCALE(EvenOptimizer):
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         if group["kind"] == "vector":
-            grads = (yield self.gradients(group, bucket)).squares_within_range()
+            grads = (yield self.gradients(group, bucket)).squares_within(largest_stored(bucket.parts("exp_avg_sq")))
             update_norm = self._vector_step(group, bucket, grads)
             grads = yield grads.with_norms()
             return statistics(grads, bucket, update_norm)
@@ -141,6 +141,8 @@ class SCALE(EvenOptimizer):
             grads, directions = yield self._fused_matrix_step(group, bucket, bucket.kernels)
         else:
             grads = yield self.gradients(group, bucket)
+            if group["kind"] == "last":  # of fp64, averaged in a smaller dtype
+                grads = grads.kept_if(grads.peak <= largest_stored(bucket.parts("exp_avg")))
             grads, directions = yield self._matrix_step(group, bucket, grads)
         found = statistics(grads, bucket, directions * group["lr"] * grads.finite)
         found["norm_after"] = torch.full_like(directions, torch.nan) if bucket.layout.cuts else directions

@@ -45,8 +45,8 @@ def like(x: Tensor, part: Tensor) -> Tensor:
 
 
 def refuse_flat_shard(p: Tensor) -> None:
-    """ValueError for flattened parameters (FSDP1 with and without ``use_orig_params``, also fairscale's), of which one
-    holds parts of many tensors, or a part of unknown place of its own: statistics of whole tensors are impossible there.
+    """ValueError for flattened parameters (FSDP1 with and without ``use_orig_params``, fairscale, DeepSpeed ZeRO 3),
+    which hold parts of many tensors, or an unknown part of one: statistics of whole tensors are impossible there.
     """
     if type(p) in PLAIN and not p.__dict__:  # nothing was noted on it; a step asks often
         return

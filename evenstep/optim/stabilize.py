@@ -77,6 +77,10 @@ def stabilize(
     return Stabilized(optimizer, transforms, reset_interval, moments, nonfinite, fused)
 
 
+OWN = frozenset({"base", "moments", "nonfinite", "chain", "stats"})
+"""Attributes of `Stabilized` that are not its base's, whatever the base has under these names."""
+
+
 class Stabilized(Optimizer):
     """What `stabilize` returns. ``base`` is the optimizer behind the transforms, ``stats`` what they saw in the last
     step, ``chain`` the transforms with their statistics.
@@ -91,7 +95,6 @@ class Stabilized(Optimizer):
         nonfinite: str = "restore",
         fused: bool | None = None,
     ):
-        self.base = base
         check_base(base)
         check("stabilize", reset_interval=reset_interval, nonfinite=nonfinite)
         transforms = tuple(transforms)
@@ -101,6 +104,7 @@ class Stabilized(Optimizer):
         if nonfinite == "zero" and any(isinstance(unit, SkipStep) for unit in transforms):
             raise ValueError("stabilize: nonfinite='zero' skips nothing; with SkipStep use 'restore' or 'skip'")
         reset = resets[0] if resets else MomentumReset(reset_interval)
+        self.base = base
         self.moments = MOMENTS | frozenset(moments) | frozenset(reset.moments)
         self.nonfinite = nonfinite
         self.chain = Chain(transforms, reset.every, base.chain.depth + 1 if isinstance(base, Stabilized) else 0)
@@ -122,7 +126,7 @@ class Stabilized(Optimizer):
         return getattr(self.base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        ours = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name) or "base" not in self.__dict__
+        ours = name.startswith("_") or name in OWN or name in self.__dict__ or hasattr(type(self), name)
         if ours or not hasattr(self.base, name):
             super().__setattr__(name, value)
         else:
@@ -188,9 +192,8 @@ class Stabilized(Optimizer):
 
     def _adopt(self, group: Group) -> None:
         check_parameters(group["params"])
-        group.setdefault(
-            self.chain.clock, max((other.get(self.chain.clock, 0) for other in self.param_groups), default=0)
-        )
+        clock = self.chain.clock
+        group.setdefault(clock, max((other.get(clock, 0) for other in self.param_groups), default=0))
         self._known.update(group["params"])
         self._start_trained([group])
 
@@ -264,7 +267,8 @@ class Stabilized(Optimizer):
         for group in self.param_groups:
             refuse_sparse_gradients("stabilize", self.param_groups, group["params"])
         self._start_trained(self.param_groups)
-        clock = self.chain.clock
+        clock, opens = self.chain.clock, getattr(self.base, "opens_step", None)
+        ahead = int(opens is None or opens())  # 0 for what a sweep of step_parameter has left
         work = [
             (group, bucket)
             for group in self.param_groups
@@ -272,7 +276,7 @@ class Stabilized(Optimizer):
         ]
         layouts = [bucket.layout for _, bucket in work]
         seen = torch.as_tensor(loss) if isinstance(loss, Tensor | float) else None
-        steps = [self.chain.transformed(bucket, group[clock] + 1, seen) for group, bucket in work]
+        steps = [self.chain.transformed(bucket, group[clock] + ahead, seen) for group, bucket in work]
         found = lockstep(steps, lambda requests: combine(requests, layouts))
         if self._rehearses(found):
             self._swapped_step(found, [])
@@ -284,7 +288,7 @@ class Stabilized(Optimizer):
         due = [group for group in self.param_groups if self.reset_interval and self._turn(group)]
         self._swapped_step(found, [p for group in due for p in group["params"]])
         for group in self.param_groups:
-            group[clock] += 1
+            group[clock] += ahead
         self.chain.keep(found)
         measured = [
             (one.bucket.params, statistics(one.grads, one.bucket, torch.full_like(one.grads.peak, torch.nan)))
@@ -293,6 +297,47 @@ class Stabilized(Optimizer):
         self.stats = in_param_order(self.param_groups, measured)
         if self.reset_interval:
             self._check_moments()
+
+    @property
+    def step_parameter(self) -> Callable[[Tensor], None]:
+        """As the base's, where it has one (see `evenstep.optim.base.EvenOptimizer.step_parameter`), on the transformed
+        gradient. Transforms that look at the whole model, and ``reset_interval``, do not go with it.
+        """
+        self.base.step_parameter  # AttributeError where the base has none  # noqa: B018
+        return self._step_parameter
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def _step_parameter(self, p: Tensor) -> None:
+        whole = [type(unit).__name__ for unit in self.transforms if unit.shared]
+        if whole or self.reset_interval:
+            raise ValueError(
+                f"stabilize: step_parameter does not go with {', '.join(whole) or 'reset_interval'}, which needs the "
+                "gradients of all parameters at once; use step()"
+            )
+        base: Any = self.base
+        group, _ = base.place(p)
+        if (given := p.grad) is None:
+            return
+        self._check_options()
+        refuse_sparse_gradients("stabilize", self.param_groups, [p])
+        if p not in self.statistics:
+            self.chain.adopt(p)
+        if base.opens_sweep(p):
+            for other in self.param_groups:
+                other[self.chain.clock] += 1
+        [bucket] = buckets([p], None, self._choice, self._choice.all_alike)
+        [one] = lockstep(
+            [self.chain.transformed(bucket, group[self.chain.clock], None)],
+            lambda requests: combine(requests, [bucket.layout]),
+        )
+        bad = ~one.grads.finite[0] if self.nonfinite != "zero" else one.grads.finite[0] & False
+        try:
+            p.grad = None
+            self._swap.step(base, [(one.grads, 0, p)], lambda: base.step_parameter(p), bad)
+        finally:
+            p.grad = given
+        self.chain.keep([one])
 
     def _turn(self, group: Group) -> bool:
         return bool((group[self.chain.clock] + 1) % self.reset_interval == 0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from evenstep.kernels import is_coded
 from evenstep.optim.sharding import Bucket, like, local, parts, refuse_flat_shard, state_dtype
 from evenstep.transforms import Gradients, noise_seeds, opened
 
@@ -138,6 +139,12 @@ def moment(p: Tensor, stored: str = "fp32", *, signed: bool = True) -> Tensor:
             return like(p, blocks.zeros(part.shape, signed, 256, p.device))
     dtype = torch.bfloat16 if stored == "bf16" else state_dtype(p)
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def largest_stored(moments: Iterable[Tensor]) -> float:
+    """The largest number that all of these moments can hold. bf16 and 8-bit blocks count as fp32."""
+    whole = all(x.dtype == torch.float64 and not is_coded(x) for x in moments)
+    return torch.finfo(torch.float64 if whole else torch.float32).max
 
 
 def statistics(grads: Gradients, bucket: Bucket, update_norm: Tensor) -> dict[str, Tensor]:

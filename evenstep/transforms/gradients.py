@@ -167,11 +167,11 @@ class Gradients:
         assert self.norms is not None
         return self.kept_if(self.norms.raw <= torch.finfo(self.dtype).max)
 
-    def squares_within_range(self) -> "Gradients":
-        """Those with an entry whose square is beyond the range of ``dtype`` count as not finite too; for whoever keeps a
-        mean of squares.
+    def squares_within(self, most: float) -> "Gradients":
+        """Those with an entry whose square is above ``most`` count as not finite too; for whoever keeps a mean of
+        squares.
         """
-        return self.kept_if(torch.isfinite((self._left * self.gain).square()))
+        return self.kept_if((self._left * self.gain).square() <= most)
 
     def squares(self) -> Combine:
         """What `with_sums` wants summed over the parts: squares in units of the largest entry that is left, so that
