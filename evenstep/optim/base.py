@@ -306,6 +306,7 @@ class EvenOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's."""
         self._follow_exchange()
+        self._start_trained(self.param_groups)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -391,6 +391,7 @@ class Stabilized(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._follow_exchange()
+        self._start_trained(self.param_groups)
         saved = self.base.state_dict()
         state = {i: dict(kept) if isinstance(kept, dict) else kept for i, kept in saved["state"].items()}
         for i, p in self._numbered(saved):

@@ -4,8 +4,8 @@ The norms of single tensors are known on every rank once they are combined, and 
 without another message. "All" means the tensors this optimizer holds on this process: with pipeline stages that is the
 stage. Their few numbers are the same for all tensors and are kept, in fp64, under each parameter.
 
-A gradient with a NaN or Inf, or with a norm beyond the range of its statistics (fp32; 1e150 for fp64), is left out of the global norm
-and of the step; such a step leaves the statistics as they were.
+A gradient with a NaN or Inf, or with a norm beyond the range of its statistics (fp32; 1e150 for fp64), is left out of
+the global norm and of the step; such a step leaves the statistics as they were.
 """
 
 import torch
