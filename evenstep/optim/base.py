@@ -26,7 +26,7 @@ from evenstep.optim.at_once import at_once
 from evenstep.optim.exchanged import follow_exchange
 from evenstep.optim.fused import Choice
 from evenstep.optim.names import renamed, without_inert
-from evenstep.optim.sharding import Bucket, buckets, combine, state_dtype
+from evenstep.optim.sharding import PLAIN, Bucket, buckets, combine, state_dtype
 from evenstep.optim.state import (
     Group,
     State,
@@ -158,9 +158,26 @@ class EvenOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling() and not self._compiles():
+            self._step_outside_of_graphs()
+            return loss
         work = self._begin(torch.compiler.is_compiling())
         self._end(work, self._update(work))
         return loss
+
+    @torch._disable_dynamo
+    def _compiles(self) -> bool:
+        """Whether a compiled step is right. Compilers lose what is written into the parts of tensor subclasses (shards,
+        8-bit blocks); steps on these run outside of the graph.
+        """
+        given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        kept = [x for state in self.state.values() for x in state.values() if isinstance(x, Tensor)]
+        return PLAIN.issuperset(map(type, (*given, *(p.grad for p in given), *kept)))
+
+    @torch._disable_dynamo
+    def _step_outside_of_graphs(self) -> None:
+        work = self._begin(False)
+        self._end(work, self._update(work))
 
     # What is done on the host stays out of a compiled step (the decorator is torch's own, which unlike
     # torch.compiler.disable does not load the compiler when this module is imported).
@@ -254,12 +271,14 @@ class EvenOptimizer(Optimizer):
         Raises:
             ValueError: ``p`` is not in this optimizer, or a group is capturable. RuntimeError: a sparse gradient.
         """
-        work = self._begin_parameter(p, torch.compiler.is_compiling())
-        if work:
-            self._update(work)
+        self._step_parameter(p)
 
     @torch._disable_dynamo
-    def _begin_parameter(self, p: Tensor, compiling: bool) -> list[Work]:
+    def _step_parameter(self, p: Tensor) -> None:
+        if work := self._begin_parameter(p):
+            self._update(work)
+
+    def _begin_parameter(self, p: Tensor) -> list[Work]:
         group, (_, index) = self.place(p)
         if any(other["capturable"] for other in self.param_groups):
             raise ValueError("step_parameter counts on the host; it does not go with capturable=True")
@@ -274,7 +293,7 @@ class EvenOptimizer(Optimizer):
             for other in self.param_groups:
                 other["sweep"] = other["t"]
         self.state[p]["released_at"] = group["t"]
-        return self._work([(group, [p])], compiling)
+        return self._work([(group, [p])], False)
 
     def _had_its_turn(self, group: Group, p: Tensor) -> bool:
         return p in self.state and bool(self.state[p].get("released_at") == group["t"])
