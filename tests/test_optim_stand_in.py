@@ -1,4 +1,4 @@
-"""`stabilize` stands in for its base: what tools look for on an optimizer is found, and what it must refuse is refused."""
+"""`stabilize` stands in for its base: what tools look for on an optimizer is found, what must be refused is refused."""
 
 import copy
 import io
@@ -203,21 +203,27 @@ def test_accelerate_evaluates_schedule_free_weights_where_they_are_meant(library
     assert torch.equal(evaluated(lambda base: base), evaluated(wrap))
 
 
-def test_schedule_free_wrappers_take_it_and_are_taken():
+def wrapping(p):
     schedulefree = pytest.importorskip("schedulefree")
-    for build in (
-        lambda p: schedulefree.ScheduleFreeWrapper(stabilize(torch.optim.SGD([p], lr=0.1), AdaClip()), momentum=0.9),
-        lambda p: stabilize(schedulefree.ScheduleFreeWrapper(torch.optim.SGD([p], lr=0.1), momentum=0.9), AdaClip()),
-    ):
-        p = parameter()
-        optimizer = build(p)
-        optimizer.train()
-        for _ in range(3):
-            p.grad = torch.ones(3, 4)
-            optimizer.step()
-        trained = p.detach().clone()
-        optimizer.eval()
-        assert not torch.equal(p, trained) and (p < 1).all()
+    return schedulefree.ScheduleFreeWrapper(stabilize(torch.optim.SGD([p], lr=0.1), AdaClip()), momentum=0.9)
+
+
+def around(p):
+    library = pytest.importorskip("pytorch_optimizer")
+    return stabilize(library.ScheduleFreeWrapper(torch.optim.SGD([p], lr=0.1), momentum=0.9), AdaClip())
+
+
+@pytest.mark.parametrize("build", [wrapping, around])
+def test_schedule_free_wrappers_take_it_and_are_taken(build):
+    p = parameter()
+    optimizer = build(p)
+    optimizer.train()
+    for _ in range(3):
+        p.grad = torch.ones(3, 4)
+        optimizer.step()
+    trained = p.detach().clone()
+    optimizer.eval()
+    assert not torch.equal(p, trained) and (p < 1).all()
 
 
 # ---- flat shards ----
@@ -288,8 +294,9 @@ def test_flat_shards_of_zero_are_refused(name):
 SETTINGS = [
     ("lr", float("nan")), ("lr", float("inf")), ("lr", -1e-3), ("lr", None), ("betas", (0.9, 1.0)),
     ("betas", (float("nan"), 0.9)), ("eps", -1.0), ("eps", float("nan")), ("weight_decay", float("inf")),
-    ("rounding", "up"), ("maximize", 2), ("state", "fp8"), ("threshold", float("nan")), ("density", 0.0), ("density", 2),
-    ("reset_interval", -1), ("reset_interval", 1.5), ("warmup_steps", -1), ("clip_start", -1), ("gamma1", 1.0),
+    ("rounding", "up"), ("maximize", 2), ("state", "fp8"), ("threshold", float("nan")), ("density", 0.0),
+    ("density", 2), ("reset_interval", -1), ("reset_interval", 1.5), ("warmup_steps", -1), ("clip_start", -1),
+    ("gamma1", 1.0),
     ("gamma2", -0.1), ("gamma3", float("nan")), ("total_steps", 0), ("eta_min", 2.0), ("momentum", 1.0),
     ("norm", "l1"), ("variant", "mine"),
 ]  # fmt: skip

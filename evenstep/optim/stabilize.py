@@ -309,7 +309,7 @@ class Stabilized(Optimizer):
     @torch._disable_dynamo
     @torch.no_grad()
     def _step_parameter(self, p: Tensor) -> None:
-        whole = [type(unit).__name__ for unit in self.transforms if unit.shared]
+        whole = [type(unit).__name__ for unit in self.transforms if unit.whole_model or unit.shared]
         if whole or self.reset_interval:
             raise ValueError(
                 f"stabilize: step_parameter does not go with {', '.join(whole) or 'reset_interval'}, which needs the "

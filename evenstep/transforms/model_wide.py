@@ -49,6 +49,7 @@ class NormClip(Transform):
     """
 
     name = "norm_clip"
+    whole_model = True
     options = ("max_norm",)
 
     def __init__(self, max_norm: float = 1.0):
