@@ -56,8 +56,8 @@ class SCALE(EvenOptimizer):
             bytes per parameter); no difference for fp32 parameters.
         state: how moments are stored: ``"fp32"`` (default), ``"bf16"``, or ``"int8"`` (blocks of 256, needs torchao).
         fused: kernels (C++ on CPU, Triton on CUDA): None (default) where they serve, False for the plain code, True for
-            an error where they do not. ``evenstep doctor`` shows what serves. A step compiled by ``torch.compile`` takes
-            the plain code, which the compiler fuses.
+            an error where they do not. ``evenstep doctor`` shows what serves. A step compiled by ``torch.compile``
+            takes the plain code, which the compiler fuses.
         **official: the official names ``wd`` (weight_decay), ``adamw_betas`` (betas), ``adamw_eps`` (eps).
 
     State, fp32 (fp64 for fp64 parameters): ``exp_avg`` of the last layer; ``exp_avg``, ``exp_avg_sq`` and ``age``

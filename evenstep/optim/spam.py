@@ -53,8 +53,8 @@ class SPAM(EvenOptimizer):
             bytes per parameter); no difference for fp32 parameters.
         state: how moments are stored: ``"fp32"`` (default), ``"bf16"``, or ``"int8"`` (blocks of 256, needs torchao).
         fused: kernels (C++ on CPU, Triton on CUDA): None (default) where they serve, False for the plain code, True for
-            an error where they do not. ``evenstep doctor`` shows what serves. A step compiled by ``torch.compile`` takes
-            the plain code, which the compiler fuses.
+            an error where they do not. ``evenstep doctor`` shows what serves. A step compiled by ``torch.compile``
+            takes the plain code, which the compiler fuses.
         **official: the official names above.
 
     State per parameter, fp32 (fp64 for fp64 parameters): ``exp_avg``, ``exp_avg_sq``, the scalar ``age`` (updates since
