@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from evenstep.optim.chain import PREFIX
-from evenstep.optim.sharding import is_sharded
+from evenstep.optim.sharding import is_sharded, refuse_flat_shard
 
 IN_SHAPE = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "square_avg"})
 """State entries that have the shape of their parameter wherever they are known."""
@@ -36,8 +36,10 @@ def check_base(base: Any) -> None:
 
 
 def check_parameters(params: Iterable[Tensor]) -> None:
+    """ValueError for parameters that transforms cannot take: complex ones, and flat shards."""
     for index, p in enumerate(params):
-        if p.is_complex():
+        refuse_flat_shard(p)
+        if p.is_complex() and p.requires_grad:
             raise ValueError(f"stabilize does not take complex parameters (parameter {index} of a group is {p.dtype})")
 
 
