@@ -12,7 +12,7 @@ WORKERS ?= 2
 # Small tensor operations stall when OpenMP threads outnumber the free cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow soak lint format bench compare-smoke docs dist clean
+.PHONY: demo test test-slow soak fuzz lint format bench compare-smoke docs dist clean
 
 demo: $(VENV)/.train  ## train a small LLaMA on real text: about three minutes, no download beyond pip
 	$(BIN)/evenstep pretrain recipes/demo.toml $(ARGS)
@@ -25,6 +25,9 @@ test-slow: $(VENV)/.dev  ## the tests that are left out of `make test` for their
 
 soak: $(VENV)/.dev  ## twenty minutes of kills and damage; `make soak ARGS='--minutes 5'`
 	PYTHONPATH=tests $(BIN)/python tests/soak.py $(ARGS)
+
+fuzz: $(VENV)/.dev  ## random combinations of features against the plain path; `make fuzz ARGS='--count 100'`
+	$(BIN)/python tests/differential.py $(ARGS)
 
 lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check .

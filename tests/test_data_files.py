@@ -306,6 +306,7 @@ def test_json_values_of_any_length_are_found_whole(tmp_path):
         json.dumps(rows),
         json.dumps(rows, indent=3),
         "\n\n".join(map(json.dumps, rows)),
+        "\n".join(json.dumps([row]) for row in rows),
         "".join(map(json.dumps, rows)),
     ):
         (tmp_path / "a.json").write_text(content)
@@ -498,3 +499,19 @@ def test_paths_are_found_from_the_working_directory(tmp_path):
         assert texts("*.md") == texts("**/*.md") == texts(".") == ["text"]
     finally:
         os.chdir(old)
+
+
+def test_fine_tuning_skips_what_the_reader_cannot_use(tmp_path):
+    good = '{"prompt": "p", "response": "r"}'
+    path = written(tmp_path / "a.jsonl.gz", gzip.compress(f"{good}\n{{broken\n[1]\n{good}\n".encode()))
+    with pytest.raises(EvenstepError, match=r"a\.jsonl\.gz line 2: no JSON.*data\.on_bad skip"):
+        read_examples(path)
+    bad = []
+    assert len(read_examples(path, bad=bad)) == 2 and len(bad) == 2
+    cut = gzip.compress(
+        "".join(f'{{"prompt": "{random.Random(i).random()}", "response": "r"}}\n' for i in range(9000)).encode()
+    )
+    written(path, cut[:-200])
+    with pytest.raises(EvenstepError, match="damaged or cut short"):
+        read_examples(path)
+    assert len(read_examples(path, bad=bad)) > 100 and len(bad) == 3

@@ -144,3 +144,121 @@ def test_the_commonsense_tasks_as_published(task, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(item))
     (example,) = read_examples(tmp_path / "x.jsonl")
     assert len(example.options) == options and example.options[example.correct] == right == example.answer
+
+
+# ---- chats as OpenAI's files and ShareGPT's have them ----
+
+CALL = {"name": "add", "arguments": '{"a": 1, "b": 2}'}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+USER, ANSWER = {"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "3"}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": CALL}]}
+PLAIN_CALL = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
+CHATS = {
+    "a tool is called, answers, and is answered of": (
+        {"messages": [USER, CALLING, {"role": "tool", "tool_call_id": "c1", "content": "3"}, ANSWER], "tools": [TOOL]},
+        [("user", "1 + 2?"), ("assistant", PLAIN_CALL), ("tool", "3"), ("assistant", "3")],
+    ),
+    "a call beside words": (
+        {"messages": [USER, {**CALLING, "content": "wait"}]},
+        [("user", "1 + 2?"), ("assistant", f"wait\n{PLAIN_CALL}")],
+    ),
+    "a call is the answer": ({"messages": [USER, CALLING]}, [("user", "1 + 2?"), ("assistant", PLAIN_CALL)]),
+    "a call without its content": (
+        {"messages": [USER, {k: v for k, v in CALLING.items() if k != "content"}]},
+        [("user", "1 + 2?"), ("assistant", PLAIN_CALL)],
+    ),
+    "the older form": (
+        {
+            "messages": [
+                USER, {"role": "assistant", "content": None, "function_call": CALL},
+                {"role": "function", "name": "add", "content": ""}, ANSWER,
+            ],
+            "functions": [TOOL["function"]],
+        },
+        [("user", "1 + 2?"), ("assistant", PLAIN_CALL), ("tool", ""), ("assistant", "3")],
+    ),
+    "a developer": (
+        {"messages": [{"role": "developer", "content": "be short"}, USER, ANSWER]},
+        [("developer", "be short"), ("user", "1 + 2?"), ("assistant", "3")],
+    ),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "1 "}, {"type": "text", "text": "+ 2?"}]},
+                      {"role": "assistant", "content": [{"type": "text", "text": "3"}]}]},
+        [("user", "1 + 2?"), ("assistant", "3")],
+    ),
+    "a refusal": (
+        {"messages": [USER, {"role": "assistant", "content": None, "refusal": "no"}]},
+        [("user", "1 + 2?"), ("assistant", "no")],
+    ),
+    "names": (
+        {"messages": [{**USER, "name": "ann"}, {**ANSWER, "name": "bot"}]}, [("user", "1 + 2?"), ("assistant", "3")],
+    ),
+    "a system without a word": (
+        {"messages": [{"role": "system", "content": ""}, USER, ANSWER]}, [("user", "1 + 2?"), ("assistant", "3")],
+    ),
+    "ShareGPT's calls": (
+        {
+            "conversations": [
+                {"from": "human", "value": "1 + 2?"}, {"from": "function_call", "value": PLAIN_CALL},
+                {"from": "observation", "value": "3"}, {"from": "gpt", "value": "3"},
+            ],
+            "system": "be short", "tools": json.dumps([TOOL]),
+        },
+        [("system", "be short"), ("user", "1 + 2?"), ("assistant", PLAIN_CALL), ("tool", "3"), ("assistant", "3")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_chats_as_they_are_found(name, tmp_path):
+    item, messages = CHATS[name]
+    (tmp_path / "x.jsonl").write_text(json.dumps(item))
+    (example,) = read_examples(tmp_path / "x.jsonl")
+    assert list(example.messages) == messages and example.answer == messages[-1][1]
+    assert [dict(tool) for tool in example.tools] == ([TOOL] if {"tools", "functions"} & {*item} else [])
+
+
+def picture(kind):
+    return {"role": "user", "content": [{"type": kind, kind: {"url": "x"}}]}
+
+
+BAD_CHATS = {
+    "an empty answer": ([USER, {"role": "assistant", "content": ""}], "line 2: 'content' is empty"),
+    "no answer": ([USER, {"role": "assistant", "content": None}], "line 2: 'content' is missing"),
+    "an empty list": ([USER, {"role": "assistant", "content": []}], "line 2: 'content' is empty"),
+    "no calls": ([USER, {"role": "assistant", "content": None, "tool_calls": []}], "line 2: 'content' is missing"),
+    "a picture": ([picture("image_url"), ANSWER], "line 2: 'content' holds a part of type 'image_url'"),
+    "a system alone": ([{"role": "system", "content": "be short"}], "line 2: the last message is of the system"),
+    "a system without a word": (
+        [{"role": "system", "content": ""}],
+        "line 2: the last message is of the system",
+    ),
+    "the user last": ([USER, ANSWER, USER], "line 2: the last message is of the user"),
+    "a role": ([{"role": "critic", "content": "x"}, ANSWER], "line 2: a message's role is 'critic'"),
+    "a call of nothing": ([USER, {**CALLING, "tool_calls": [{"id": "1"}]}], "line 2: a tool call is"),
+    "an answer not to be learned": ([USER, {**ANSWER, "weight": 0}], "line 2: a message has weight 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHATS)
+def test_bad_chats_are_refused_or_left_out(name, tmp_path):
+    turns, message = BAD_CHATS[name]
+    good = json.dumps({"messages": [USER, ANSWER]})
+    (tmp_path / "x.jsonl").write_text(f"{good}\n{json.dumps({'messages': turns})}\n{good}\n")
+    with pytest.raises(EvenstepError, match=message) as raised:
+        read_examples(tmp_path / "x.jsonl")
+    assert "\n" not in str(raised.value) and "--data.on_bad skip" in str(raised.value)
+    bad = []
+    assert len(read_examples(tmp_path / "x.jsonl", bad=bad)) == 2
+    assert len(bad) == 1 and "on_bad" not in bad[0]
+
+
+def test_bad_lines_of_every_format_are_left_out(tmp_path):
+    lines = ["{", "[1]", '{"colour": 1}', '{"prompt": "a", "response": ""}', '{"prompt": "a", "response": "b"}', "null"]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    bad = []
+    (example,) = read_examples(tmp_path / "x.jsonl", bad=bad)
+    assert example.answer == "b" and len(bad) == 5
+    (tmp_path / "x.jsonl").write_text("\n".join(lines[:3]))
+    with pytest.raises(EvenstepError, match=r"all of its 3 examples are bad, the first: .* line 1: no JSON"):
+        read_examples(tmp_path / "x.jsonl", bad=[])

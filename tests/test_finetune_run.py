@@ -37,7 +37,7 @@ def data(tmp_path_factory):
 def config(model, data, out, **more):
     tables = {
         "model": {"path": str(model), "library": more.pop("library", "evenstep")},
-        "data": {"file": str(data), "val_fraction": 0.1},
+        "data": {"file": str(data), "val_fraction": 0.1, **more.pop("examples", {})},
         "train": {"steps": more.pop("steps", 4), "batch_size": 2, "seq_len": 32},
         "eval": {"every": 0, "max_new_tokens": 4, "max_rows": 3},
         "schedule": {"name": "constant"},
@@ -161,6 +161,61 @@ def test_too_long_examples_are_counted_and_said(hub, tmp_path):
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, val_fraction=0.0, pack="no"))
     run = Tuning(settings, say=told.append)
     assert len(run.task.train) == 8 and any("left out: 3 examples" in line for line in told)
+
+
+def test_a_cut_that_leaves_no_answer_is_told_without_advising_itself(hub, tmp_path):
+    rows = [{"prompt": "abc:", "response": "x"}] * 8 + [{"prompt": "x" * 99, "response": "x"}] * 3
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"examples": {"val_fraction": 0.0, "too_long": "cut"}}
+    told = []
+    run = Tuning(config(hub, tmp_path / "x.jsonl", tmp_path / "run", **more), say=told.append)
+    (line,) = (line for line in told if line.startswith("left out"))
+    assert "left out: 3 examples" in line and "hold nothing of the answer" in line and "too_long" not in line
+    assert len(run.task.train_documents) == 8
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[8:]))
+    with pytest.raises(EvenstepError, match="has a part of its answer in its first 32 tokens") as raised:
+        Tuning(config(hub, tmp_path / "x.jsonl", tmp_path / "run", **more), say=told.append)
+    assert "too_long" not in str(raised.value)
+
+
+def test_bad_examples_stop_a_run_or_are_skipped_and_counted(hub, tmp_path):
+    """Also those of eval.data."""
+    good = [{"prompt": f"{word}:", "response": "x"} for word in WORDS * 2]
+    bad = [{"prompt": "a", "response": ""}, {"prompt": "a"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good + bad))
+    more = {"examples": {"val_fraction": 0.0}}
+    with pytest.raises(EvenstepError, match=r"line 13: 'response' is empty; --data.on_bad skip"):
+        Tuning(config(hub, tmp_path / "x.jsonl", tmp_path / "run", **more), say=lambda _: None)
+    more["examples"]["on_bad"] = "skip"
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad[:1] + good[:3]))
+    more["eval"] = {"data": str(tmp_path / "v.jsonl")}
+    told = []
+    run = Tuning(config(hub, tmp_path / "x.jsonl", tmp_path / "run", **more), say=told.append)
+    summary = run.fit()
+    assert summary["examples"] == 12 and summary["left_out"] == 2
+    assert sum("bad examples" in line for line in told) == 2
+    assert any("left out: 2 bad examples" in line and "line 13: 'response' is empty" in line for line in told)
+
+
+def test_what_a_chat_template_refuses_is_skipped(hub, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(hub)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "m")
+    AutoModelForCausalLM.from_pretrained(hub).save_pretrained(tmp_path / "m")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": turns}] * 4 + [{"messages": [{"role": "system", "content": "s"}, *turns]}] * 2
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"library": "transformers", "examples": {"val_fraction": 0.0}}
+    with pytest.raises(EvenstepError, match=r"line 5: .* refuses it: no system; --data.on_bad skip"):
+        Tuning(config(tmp_path / "m", tmp_path / "x.jsonl", tmp_path / "run", **more), say=lambda _: None)
+    more["examples"]["on_bad"] = "skip"
+    run = Tuning(config(tmp_path / "m", tmp_path / "x.jsonl", tmp_path / "run", **more), say=lambda _: None)
+    assert len(run.task.train_documents) == 4 and len(run.task.bad[str(tmp_path / "x.jsonl")]) == 2
 
 
 def test_a_pretrained_run_is_named_as_it_is(hub, tmp_path, capsys):

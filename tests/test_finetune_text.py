@@ -74,3 +74,72 @@ def test_instructions_have_a_plain_template_or_the_users_own(tmp_path):
     whole = text.decode(Encoder(text).prompt(example))
     assert whole == "<|endoftext|>### Instruction:\nadd\n\n### Input:\n1 2\n\n### Response:\n"
     assert text.decode(Encoder(text, "Q {instruction} {input} A ").prompt(example)) == "<|endoftext|>Q add 1 2 A "
+
+
+# ---- tools ----
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+TOOL = {"type": "function", "function": {"name": "add"}}
+TOOLS = (
+    "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}<end>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def example_of(tmp_path, messages, **more):
+    path = tmp_path / "tools.jsonl"
+    path.write_text(json.dumps({"messages": messages, **more}))
+    return read_examples(path)[0]
+
+
+def turns_of_tools():
+    return [
+        {"role": "developer", "content": "be short"},
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "two"},
+    ]
+
+
+def test_tools_are_written_plainly_where_no_template_knows_them(tmp_path):
+    text = OurText(train_bpe(iter(["a"]), 257))
+    example = example_of(tmp_path, turns_of_tools(), tools=[TOOL])
+    ids, _ = Encoder(text).encode(example)
+    assert text.decode(ids.tolist()) == (
+        f"<|endoftext|>### Tools:\n{json.dumps(TOOL)}\n\n### System:\nbe short\n\n### User:\n?\n\n### Assistant:\n"
+        '{"name": "add", "arguments": {"a": 1}}<|endoftext|>### Tool:\n2\n\n### Assistant:\ntwo<|endoftext|>'
+    )
+    assert learned(text, example) == '{"name": "add", "arguments": {"a": 1}}<|endoftext|>two<|endoftext|>'
+
+
+def test_a_template_writes_tools_calls_and_a_developer_as_the_system(tmp_path, folder):
+    text = HubText(folder)
+    text.tokenizer.chat_template = TOOLS
+    example = example_of(tmp_path, turns_of_tools(), tools=[TOOL])
+    ids, _ = Encoder(text).encode(example)
+    assert text.decode(ids.tolist()) == (
+        '[add]<system>be short<end><user>?<end><assistant>add({"a": 1})<end><tool>2<end><assistant>two<end>'
+    )
+    assert learned(text, example) == 'add({"a": 1})<end>two<end>'
+    text.tokenizer.chat_template = TOOLS + "{# developer #}"
+    assert "<developer>be short" in text.decode(Encoder(text).encode(example)[0].tolist())
+    call = example_of(tmp_path, turns_of_tools()[:3])
+    assert Encoder(text).expected(call) == 'add({"a": 1})<end>' and Encoder(text).expected(example) == "two"
+
+
+LOSES = {
+    "the calls of tools": TOOLS.replace("m.tool_calls or []", "[]"),
+    "the messages of tools": TOOLS.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' }}"),
+    "the tools": TOOLS.replace("tools or []", "[]"),
+}
+
+
+@pytest.mark.parametrize("what", LOSES)
+def test_a_template_that_leaves_tools_out_is_told_in_one_line(what, tmp_path, folder):
+    text = HubText(folder)
+    text.tokenizer.chat_template = LOSES[what]
+    with pytest.raises(EvenstepError, match=f"line 1: the tokenizer's chat template leaves out {what};"):
+        Encoder(text).encode(example_of(tmp_path, turns_of_tools(), tools=[TOOL]))

@@ -4,6 +4,7 @@ import copy
 import io
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -311,6 +312,50 @@ def test_set_mask_is_checked():
         optimizer.set_mask(p, torch.ones(4, 5))
     with pytest.raises(ValueError, match="dense"):
         optimizer.set_mask(v, torch.ones(5, dtype=torch.bool))
+    frozen = nn.Parameter(torch.randn(4, 5), requires_grad=False)
+    optimizer.add_param_group({"params": [frozen]})
+    with pytest.raises(ValueError, match="frozen"):
+        optimizer.set_mask(frozen, torch.ones(4, 5, dtype=torch.bool))
+    assert not optimizer.get_mask(frozen).any() and frozen not in optimizer.state
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["kernels", "plain"])
+@pytest.mark.parametrize("shape", [(4, 50), (2, 5)], ids=str)
+def test_a_sparse_parameter_of_another_size_is_refused(fused, shape):
+    p = nn.Parameter(torch.randn(4, 20))
+    optimizer = SPAM([p], density=0.5, fused=fused)
+    saved = copy.deepcopy(optimizer.state_dict())
+    p.data = torch.randn(shape)
+    p.grad = torch.ones(shape)
+    before = p.detach().clone()
+    for act in (optimizer.step, lambda: optimizer.step_parameter(p)):
+        with pytest.raises(ValueError, match=rf"shape \({shape[0]}, {shape[1]}\) has a mask of 10 bytes"):
+            act()
+    assert torch.equal(p, before)
+    with pytest.raises(ValueError, match="bool tensor of shape"):
+        optimizer.set_mask(p, torch.ones(4, 20, dtype=torch.bool))
+    other = SPAM([nn.Parameter(torch.randn(shape))], density=0.5)
+    with pytest.raises(ValueError, match=r"'mask' of parameter 0.*belongs to another model, and nothing was loaded"):
+        other.load_state_dict(saved)
+
+
+def test_a_density_that_keeps_nothing_is_told_once():
+    def untrained(density, *shapes):
+        return SPAM([{"params": [nn.Parameter(torch.ones(s))]} for s in shapes], density=density)
+
+    with pytest.warns(UserWarning, match=r"rounds to 0 for parameters of shape \(4, 5\), \(2, 3\), which") as told:
+        optimizer = untrained(0.01, (4, 5), (40, 50), (2, 3), (7,))
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        untrained(0.1, (4, 5), (0, 3), (7,))
+        late = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+        optimizer.add_param_group({"params": [late]})
+    late.requires_grad_(True)
+    late.grad = torch.ones(3, 3)
+    with pytest.warns(UserWarning, match=r"shape \(3, 3\)"):
+        optimizer.step()
+    assert torch.equal(late, torch.ones(3, 3))
 
 
 def test_official_names_and_per_group_hyperparameters():

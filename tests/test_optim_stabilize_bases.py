@@ -192,3 +192,31 @@ def test_zeros_are_what_the_base_sees_on_request():
 def test_a_base_that_needs_its_closure_is_refused():
     with pytest.raises(TypeError, match="LBFGS evaluates its closure many times"):
         stabilize(torch.optim.LBFGS([nn.Parameter(torch.ones(2))]))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "RMSprop", "Adagrad", "Adamax", "NAdam", "Rprop", "Adadelta", "ASGD"])
+def test_checkpoint_tools_load_the_state_of_any_base(name):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    torch.manual_seed(0)
+    models = [nn.Linear(4, 3), nn.Linear(4, 3)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [stabilize(getattr(torch.optim, name)(m.parameters(), lr=0.01), AdaClip(), AdaGN()) for m in models]
+
+    def step(model, optimizer, seed):
+        draw = torch.Generator().manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=draw)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for seed in range(3):
+        step(models[0], optimizers[0], seed)
+    saved = copy.deepcopy(get_optimizer_state_dict(models[0], optimizers[0]))
+    models[1].load_state_dict(models[0].state_dict())
+    set_optimizer_state_dict(models[1], optimizers[1], saved)
+    for seed in range(3, 6):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            step(model, optimizer, seed)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)

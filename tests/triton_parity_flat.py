@@ -23,6 +23,7 @@ from triton_support import (
     vector,
 )
 
+from evenstep import SCALE, SPAM
 from evenstep.kernels import cuda_tables
 from evenstep.kernels.interface import ROWS, AdamWork, table
 from evenstep.optim.state import moment
@@ -130,7 +131,7 @@ def adam_parity(params, grads, *, state="fp32", rounding="nearest", capped=None,
     work = AdamWork(mine[0], grads, mine[1], mine[2], numbers, lost=mine[3], seeds=seeds, capped=capped is not None)
     found = KERNELS.adam_(work)
     weights = Weights(params, measured.finite, [*lost] or [None] * k, [*seeds] or [None] * k)
-    _, norms = adam_(weights, measured, exp_avg, exp_avg_sq, how, capped)
+    norms = adam_(weights, measured, exp_avg, exp_avg_sq, how, capped)
     same(found.update_norm, norms)
     if capped:
         good = measured.finite
@@ -240,7 +241,7 @@ def test_adam_with_spams_clipping(active, zero_history):
     )
     found = KERNELS.adam_(work)
     weights = Weights(params, measured.finite, [None] * k, [None] * k)
-    same(found.update_norm, adam_(weights, measured, exp_avg, exp_avg_sq, how, clip)[1])
+    same(found.update_norm, adam_(weights, measured, exp_avg, exp_avg_sq, how, clip))
     same(found.clipped_norm[:2], clip.norms()[:2])
     assert torch.equal(found.clipped, clip.counts().float())
     for new, plain in zip(mine, (params, exp_avg, exp_avg_sq), strict=True):
@@ -272,3 +273,25 @@ def test_any_mix_of_tensors(shapes, data):
     grads = [randn(n, dtype=g, scale=scale) for n, _, g, scale in shapes]
     params = [(unaligned if data.draw(st.booleans()) else randn)(n, dtype=p) for n, p, _, _ in shapes]
     adam_parity(params, grads, state=data.draw(st.sampled_from(["fp32", "bf16"])), clip=data.draw(st.booleans()))
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("name", ["SPAM", "SCALE"])
+def test_squares_beyond_the_range_are_skipped_and_no_moment_becomes_infinite(name, state, monkeypatch):
+    results = []
+    for kernels in ("no kernels", KERNELS):
+        monkeypatch.setattr("evenstep.optim.fused.kernels_for", lambda device, kernels=kernels: kernels)
+        p = torch.nn.Parameter(torch.zeros(64, 64, device=DEVICE))
+        group = {"params": [p], "kind": "vector"}
+        how = {"betas": (0.0, 0.0), "state": state}
+        optimizer = SPAM([group], clip_start=0, **how) if name == "SPAM" else SCALE([group], **how)
+        skipped = []
+        for size in (1.0, 1e30, 1.8446742e19, torch.finfo(torch.float32).max):
+            p.grad = torch.full_like(p, size)
+            optimizer.step()
+            skipped += optimizer.stats["skipped"].tolist()
+        results.append((p.detach(), skipped, optimizer.state[p]["exp_avg_sq"]))
+    (p, skipped, plain), (q, others, found) = results
+    assert skipped == others == [0, 1, 0, 1] and torch.allclose(p, q, rtol=1e-5) and q.isfinite().all()
+    found, plain = (x.scale if hasattr(x, "scale") else x.float() for x in (found, plain))
+    assert found.isfinite().all() and torch.allclose(found, plain, rtol=1e-2)

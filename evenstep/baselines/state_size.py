@@ -31,6 +31,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def state_bytes(state: Any, beside: Iterable[Tensor] = ()) -> int:
     """Bytes of the memory behind all tensors in ``state`` (the parts of sharded ones that are here), shared memory
     counted once, that of ``beside`` (parameters, gradients) not at all."""
-    others = {tensor.untyped_storage().data_ptr() for one in beside for tensor in tensors_in(one)}
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors_in(state)}
+    others = {_memory(tensor) for one in beside for tensor in tensors_in(one)}
+    storages = {_memory(tensor): tensor.untyped_storage() for tensor in tensors_in(state)}
     return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in others)
+
+
+def _memory(tensor: Tensor) -> tuple[bool, int]:
+    """What tells the memory of a tensor from that of another; on the meta device, where none has an address, the
+    storage does."""
+    storage = tensor.untyped_storage()
+    return (True, storage._cdata) if tensor.is_meta else (False, storage.data_ptr())

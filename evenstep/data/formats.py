@@ -174,7 +174,7 @@ def read_json(part: Part, fields: tuple[str, ...], left_out: LeftOut) -> Iterato
             item, separated, at = 0, True, at + 1
             continue
         if item >= 0 and here == "]":
-            item, at = -1, at + 1
+            item, separated, at = -1, True, at + 1
             continue
         if item >= 0 and here == "," and not separated:
             separated, at = True, at + 1

@@ -49,6 +49,10 @@ class TuneDataConfig(Section):
     too_long: str = option(
         "drop", "examples of more than train.seq_len tokens: leave them out, or cut their end", choices=("drop", "cut")
     )
+    on_bad: str = option(
+        "stop", "an example that lacks something, as an empty answer: stop with its line, or skip it and count",
+        choices=("stop", "skip"),
+    )  # fmt: skip
     val_fraction: float = option(0.02, "share of the examples kept for validation, without eval.data", low=0, high=0.5)
     max_rows: int | None = option(None, "use the first so many examples (none: all)", low=1, count=True)
 

@@ -3,6 +3,7 @@ with its line."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,8 +16,12 @@ from evenstep.errors import EvenstepError
 from evenstep.finetune import choices as tasks
 from evenstep.finetune.config import FORMATS
 
-ROLES = ("system", "user", "assistant")
-_SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SAME_ROLE = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "function": "tool",
+    "function_call": "assistant", "observation": "tool", "function_response": "tool", "ipython": "tool",
+}  # fmt: skip
+"""Roles of ShareGPT's files, of OpenAI's older function calls and of some templates."""
 _NAMED = re.compile(r"Answer format:\s*(\S+)")
 """How Commonsense170K and its test sets name the choices: ``Answer format: true/false``."""
 
@@ -25,7 +30,10 @@ _NAMED = re.compile(r"Answer format:\s*(\S+)")
 class Example:
     """``instruction`` and ``input`` go through the template of instructions, ``prompt`` is taken as it is, ``messages``
     (role, content) go through that of chats; ``answer`` is what is learned. ``options`` are texts that could stand in
-    its place, ``correct`` which of them is right; ``names`` the words that stand for them in a generated answer."""
+    its place, ``correct`` which of them is right; ``names`` the words that stand for them in a generated answer.
+
+    ``turns`` are the messages with all that a tokenizer's chat template may ask for (tool_calls, name, tool_call_id),
+    none where they have roles and contents alone; ``tools`` describes the tools that the assistant may call."""
 
     where: str
     prompt: str = ""
@@ -37,18 +45,37 @@ class Example:
     correct: int | None = None
     names: tuple[str, ...] = ()
     label: str | None = None
+    turns: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
 
 
-def read_examples(path: Path, form: str = "auto", most: int | None = None) -> list[Example]:
+Bad = dict[str, list[str]]
+"""By name of file: what is wrong with each example that was left out."""
+
+SKIP = "; --data.on_bad skip leaves such examples out"
+
+
+def read_examples(
+    path: Path, form: str = "auto", most: int | None = None, bad: list[str] | None = None
+) -> list[Example]:
     """The examples of a file, the first ``most`` of them. EvenstepError for a file that is missing, no JSON, or empty,
-    and for an example that lacks something, with its line (or number, in a .json list)."""
+    and for an example that lacks something, with its line (or number, in a .json list); with ``bad`` such examples are
+    left out, and their errors put there."""
     found: list[Example] = []
-    for where, item in _items(path):
+    for where, item in _items(path, bad):
+        try:
+            found.append(_READERS[format_of(item, where) if form == "auto" else form](item, where))
+        except EvenstepError as problem:
+            if bad is None:
+                raise EvenstepError(f"{problem}{SKIP}") from None
+            bad.append(str(problem))
+            continue
         if form == "auto":
             form = format_of(item, where)
-        found.append(_READERS[form](item, where))
         if most is not None and len(found) == most:
             break
+    if not found and bad:
+        raise EvenstepError(f"{path}: all of its {len(bad):,} examples are bad, the first: {bad[0]}")
     if not found:
         raise EvenstepError(f"{path} holds no examples; give a file with one JSON object a line")
     return found
@@ -75,21 +102,30 @@ _MARKS: dict[str, tuple[set[str], ...]] = {
 }
 
 
-def _items(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+class _BadRows(LeftOut):
+    """What the reader cannot use, as bad examples: an error, or told in ``bad``."""
+
+    def __init__(self, bad: list[str] | None):
+        super().__init__()
+        self._bad = bad
+
+    def bad(self, error: BadInput) -> None:
+        where = f"{error.where.rpartition(':')[0]} line {error.number}"
+        words = {
+            "rows that are not JSON": f"{where}: no JSON ({error.found})",
+            "rows that are not JSON objects": f"{where}: expected a JSON object, got {error.found!r}",
+        }
+        problem = words.get(error.reason, str(error))
+        if self._bad is None:
+            raise EvenstepError(f"{problem}{SKIP}") from None
+        self._bad.append(problem)
+
+
+def _items(path: Path, bad: list[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.exists():
         raise EvenstepError(f"there is no {path}; give a file of rows, such as .jsonl, .json or .csv")
-    try:
-        for row in read_rows(path, LeftOut(advice="")):
-            yield f"{row.name} {'item' if row.in_list else 'line'} {row.number}", row.value
-    except BadInput as problem:
-        name = str(problem.where).rpartition(":")[0]
-        if problem.reason == "rows that are not JSON":
-            raise EvenstepError(f"{name} line {problem.number}: no JSON ({problem.found})") from None
-        if problem.reason == "rows that are not JSON objects":
-            raise EvenstepError(
-                f"{name} line {problem.number}: expected a JSON object, got {problem.found!r}"
-            ) from None
-        raise
+    for row in read_rows(path, _BadRows(bad)):
+        yield f"{row.name} {'item' if row.in_list else 'line'} {row.number}", row.value
 
 
 def _text(item: dict[str, Any], key: str, where: str, *, empty: bool = False) -> str:
@@ -100,6 +136,10 @@ def _text(item: dict[str, Any], key: str, where: str, *, empty: bool = False) ->
         raise EvenstepError(f"{where}: '{key}' is {type(value).__name__}, expected a text")
     if not value.strip() and not empty:
         raise EvenstepError(f"{where}: '{key}' is empty")
+    return _encodable(value, key, where)
+
+
+def _encodable(value: str, key: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -131,21 +171,109 @@ def _prompt(item: dict[str, Any], where: str) -> Example:
 
 
 def _chat(item: dict[str, Any], where: str) -> Example:
-    turns = item.get("messages", item.get("conversations"))
-    if not isinstance(turns, list) or not turns:
+    given = item["messages"] if item.get("messages") is not None else item.get("conversations")
+    given = _parsed(given)
+    if not isinstance(given, list) or not given:
         raise EvenstepError(f"{where}: 'messages' must be a list of turns with role and content")
-    messages: list[tuple[str, str]] = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise EvenstepError(f"{where}: a message is {str(turn)[:40]!r}, expected role and content")
-        key, content = ("role", "content") if "role" in turn else ("from", "value")
-        role = _SHAREGPT.get(str(turn.get(key)), turn.get(key))
-        if role not in ROLES:
-            raise EvenstepError(f"{where}: a message's role is {role!r}, expected {', '.join(ROLES)}")
-        messages.append((str(role), _text(turn, content, where)))
-    if messages[-1][0] != "assistant":
-        raise EvenstepError(f"{where}: the last message is of the {messages[-1][0]}; it must be the assistant's")
-    return Example(where, messages=tuple(messages), answer=messages[-1][1])
+    turns = [turn for turn in (_turn(turn, where) for turn in given) if turn is not None]
+    if isinstance(item.get("system"), str) and item["system"].strip() and turns and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": _text(item, "system", where)})
+    last = turns[-1]["role"] if turns else "system"
+    if last != "assistant":
+        raise EvenstepError(f"{where}: the last message is of the {last}; it must be the assistant's")
+    messages = tuple((turn["role"], _plain_turn(turn)) for turn in turns)
+    more = any(len(turn) > 2 for turn in turns)
+    return Example(
+        where, messages=messages, answer=messages[-1][1], turns=tuple(turns) if more else (), tools=_tools(item, where)
+    )
+
+
+def _turn(turn: Any, where: str) -> dict[str, Any] | None:
+    """A message as chat templates take it; None for a system's without a word."""
+    if not isinstance(turn, dict):
+        raise EvenstepError(f"{where}: a message is {str(turn)[:40]!r}, expected role and content")
+    key, content = ("role", "content") if "role" in turn else ("from", "value")
+    said = turn.get(key)
+    role = _SAME_ROLE.get(str(said), said)
+    if role not in ROLES:
+        raise EvenstepError(f"{where}: a message's role is {said!r}, expected {', '.join(ROLES)}")
+    if turn.get("weight") not in (None, 1):
+        raise EvenstepError(f"{where}: a message has weight {turn['weight']!r}; every answer is learned, take it out")
+    calls = _calls(turn, where) if role == "assistant" else []
+    text = _content(turn, content, where, empty=bool(calls) or role not in ("user", "assistant"))
+    if role == "system" and not text.strip():
+        return None
+    made: dict[str, Any] = {"role": role, "content": text}
+    if calls:
+        made["tool_calls"] = calls
+    return made | {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+
+
+def _content(turn: dict[str, Any], key: str, where: str, *, empty: bool) -> str:
+    """The text of a message: a text, or a list of parts that are texts. A refusal stands in the place of none."""
+    value = turn.get(key)
+    if value is None and isinstance(turn.get("refusal"), str):
+        value = turn["refusal"]
+    if value is None and empty:
+        return ""
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list):
+        texts = []
+        for part in value:
+            kind = part.get("type", "text") if isinstance(part, dict) else "text"
+            text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else part
+            if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(text, str):
+                raise EvenstepError(f"{where}: '{key}' holds a part of type {kind!r}, expected texts alone")
+            texts.append(text)
+        value = "".join(texts)
+    return _text({**turn, key: value}, key, where, empty=empty)
+
+
+def _calls(turn: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The tool calls of a message in the form of OpenAI's, with arguments as objects, as chat templates expect them."""
+    given = _parsed(turn.get("tool_calls")) or []
+    if turn.get("function_call"):  # the older form
+        given = [{"type": "function", "function": _parsed(turn["function_call"])}]
+    if not isinstance(given, list):
+        raise EvenstepError(f"{where}: 'tool_calls' is {type(given).__name__}, expected a list")
+    calls = []
+    for call in given:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise EvenstepError(f"{where}: a tool call is {str(call)[:40]!r}, expected a function with name, arguments")
+        arguments = _parsed(function.get("arguments"))
+        _encodable(json.dumps([function["name"], arguments], ensure_ascii=False), "tool_calls", where)
+        made = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
+        calls.append({"id": call["id"], **made} if isinstance(call.get("id"), str) else made)
+    return calls
+
+
+def _tools(item: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
+    given = _parsed(item.get("tools")) or []
+    if not given and item.get("functions"):  # the older form
+        given = [{"type": "function", "function": function} for function in _parsed(item["functions"])]
+    if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
+        raise EvenstepError(f"{where}: 'tools' must be a list of objects")
+    _encodable(json.dumps(given, ensure_ascii=False), "tools", where)
+    return tuple(given)
+
+
+def _parsed(value: Any) -> Any:
+    """``value``, or what it holds where it is a text with JSON in it, as tables have it."""
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return found if isinstance(found, dict | list) else value
+    return value
+
+
+def _plain_turn(turn: dict[str, Any]) -> str:
+    """The text of a message where no chat template writes its tool calls: each as a line of JSON."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls", ())]
+    return "\n".join([*([turn["content"]] if turn["content"].strip() or not calls else []), *calls])
 
 
 def _classification(item: dict[str, Any], where: str) -> Example:

@@ -16,7 +16,7 @@ from torch import Tensor
 from evenstep.errors import EvenstepError
 from evenstep.finetune import scoring, source
 from evenstep.finetune.config import FineTuneConfig, TuneOptimConfig
-from evenstep.finetune.examples import Example
+from evenstep.finetune.examples import Bad, Example
 from evenstep.finetune.hub import HubCausal, HubClassifier, keeps_documents_apart
 from evenstep.finetune.note import Note
 from evenstep.finetune.products import write_products
@@ -48,6 +48,7 @@ class Tuning(Run):
 
     def find_source(self, config: Any, world: World, say: Say) -> Path:
         path, library = Path(config.model.path), config.model.library
+        self.device = world.device
         self.source = world.from_first(lambda: source.find_source(path, library, say))
         return self.source.folder
 
@@ -57,11 +58,14 @@ class Tuning(Run):
     def settled(self, config: Any, found: Path | None, say: Say) -> FineTuneConfig:
         """With the library and the kind of the model, and a budget in steps; opens the examples and the model, which
         decides whether they are packed."""
-        train, val = open_examples(config)
+        bad: Bad = {}
+        train, val = open_examples(config, bad)
         folder = self.source.folder
-        self.task = task = Task(config, load_text(folder, self.source.library), train, val, source.classes_of(folder))
+        text = load_text(folder, self.source.library)
+        self.task = task = Task(config, text, train, val, source.classes_of(folder), bad)
         self.kinds = {one.name: scoring.kind_of(config.eval.score, one.examples) for one in task.sets}
-        self.opened = source.open_model(config, self.source, task.labels, say)
+        # On the device already: how a model packs is tried with the kernels that will train it.
+        self.opened = source.open_model(config, self.source, task.labels, say).to(self.device)
         self._check_vocabulary()
         if isinstance(self.opened, HubClassifier):
             self.opened.pad_with(task.tokenizer.eos_id)
@@ -83,13 +87,17 @@ class Tuning(Run):
 
     def _may_pack(self, config: FineTuneConfig, say: Say) -> bool:
         asked = config.data.pack
-        if asked == "no" or (self.task.labels and asked == "auto"):
-            return False
-        if self.task.labels:
+        if self.task.labels and asked == "yes":
             raise EvenstepError("data.pack yes: texts that are classified have a row each; leave it out")
-        if not isinstance(self.opened, HubCausal) or keeps_documents_apart(self.opened):
+        if self.task.labels:
+            return False
+        if not isinstance(self.opened, HubCausal):
+            return asked != "no"
+        if asked == "no":
+            self.opened.packs = False
+            return False
+        if keeps_documents_apart(self.opened, config.train.seq_len):
             return True
-        self.opened.packs = False
         name = type(self.opened.net).__name__
         if asked == "yes":
             raise EvenstepError(f"data.pack yes: {name} does not keep examples in one row apart; give --data.pack no")

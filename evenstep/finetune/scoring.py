@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,7 +67,9 @@ def correct(run: Tuning, kind: str, examples: Sequence[Example]) -> int:
 
 
 def _exact(run: Tuning, examples: Sequence[Example]) -> int:
-    return sum(is_right(*pair) for pair in zip(answers(run, examples), examples, strict=True))
+    encoder = run.task.encoder
+    wanted = [replace(example, answer=encoder.expected(example)) for example in examples]
+    return sum(is_right(*pair) for pair in zip(answers(run, examples), wanted, strict=True))
 
 
 def answers(run: Tuning, examples: Sequence[Example]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from evenstep.errors import EvenstepError
 from evenstep.finetune.config import FineTuneConfig
-from evenstep.finetune.hub import HubCausal, HubClassifier, hushed
+from evenstep.finetune.hub import HubCausal, HubClassifier, hushed, positions_of, sees_later_tokens
 from evenstep.finetune.note import read_note
 from evenstep.optim.groups import HEADS
 from evenstep.train import weights
@@ -78,6 +79,8 @@ def open_model(config: FineTuneConfig, source: Source, labels: Sequence[str], sa
         model = _hub(config, source, labels, dtype, say)
     if config.tune.adapter == "lora":
         add_lora(model, config, labels)
+        for line in adapted_told(model, config):
+            say(line)
     return model
 
 
@@ -105,7 +108,7 @@ def _hub(config: FineTuneConfig, source: Source, labels: Sequence[str], dtype: t
     net, new = load_hub(source.folder, labels, dtype)
     if new:
         say(f"new weights, drawn from seed {config.seed}: {', '.join(new)}")
-    longest = getattr(net.config.get_text_config(), "max_position_embeddings", None)
+    longest = positions_of(net)
     if longest and config.train.seq_len > longest:
         raise EvenstepError(
             f"train.seq_len {config.train.seq_len} is longer than the {longest} positions of {source.folder}; "
@@ -124,6 +127,8 @@ def load_hub(folder: Path, labels: Sequence[str], dtype: torch.dtype | str) -> t
     except ImportError:
         raise EvenstepError(f"{folder} needs the package transformers; pip install 'evenstep[finetune]'") from None
     kind: Any = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
+    if not labels:
+        _check_writes(folder, transformers)
     options: dict[str, Any] = {"local_files_only": True, "dtype": dtype}
     if labels:
         names = dict(enumerate(labels))
@@ -138,7 +143,42 @@ def load_hub(folder: Path, labels: Sequence[str], dtype: torch.dtype | str) -> t
     new = sorted(report["missing_keys"])
     if new and not labels:
         raise EvenstepError(f"{folder} lacks {new[0]} of a {type(net).__name__}; it is another model")
+    if not labels:
+        _check_causal(net, folder)
     return net, new
+
+
+_CLASSIFIES = "give a causal language model, or examples with text and label for a classifier"
+
+
+def _check_writes(folder: Path, transformers: Any) -> None:
+    """EvenstepError for an architecture that is known to write no text of its own, before its weights are read."""
+    with hushed():
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as problem:  # whatever its parsers raise
+            first = next(iter(str(problem).splitlines()), type(problem).__name__)
+            raise EvenstepError(f"transformers cannot open {folder}: {first}") from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise EvenstepError(
+            f"{folder} is an encoder-decoder ({config.model_type}), which writes from another text; {_CLASSIFIES}"
+        )
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+        raise EvenstepError(f"transformers has no causal language model of type {config.model_type}; {_CLASSIFIES}")
+
+
+def _check_causal(net: Any, folder: Path) -> None:
+    name = type(net).__name__
+    was_training = net.training
+    try:
+        leaks = sees_later_tokens(net.eval())
+    except Exception as problem:  # whatever a model raises that wants more than tokens
+        first = next(iter(str(problem).splitlines()), type(problem).__name__)
+        raise EvenstepError(f"{folder}: {name} does not run on a row of tokens alone: {first}") from None
+    finally:
+        net.train(was_training)
+    if leaks:
+        raise EvenstepError(f"{folder} is a {name}, whose outputs see later tokens: it writes no text; {_CLASSIFIES}")
 
 
 def open_to_write(source: Source) -> Any:
@@ -172,6 +212,33 @@ def add_lora(model: Any, config: FineTuneConfig, labels: Sequence[str]) -> None:
         first = next(iter(str(problem).splitlines()), "")
         raise EvenstepError(f"tune.targets {tune.targets}: {first}") from None
     object.__setattr__(model, "adapted", adapted)
+
+
+def adapted_told(model: Any, config: FineTuneConfig) -> list[str]:
+    """What has an adapter, and which matrices are left as they are, with their share of the parameters."""
+    net = getattr(model, "net", model)
+    adapted = {path: module for path, module in net.named_modules() if hasattr(module, "lora_A")}
+    names = sorted({path.rsplit(".", 1)[-1] for path in adapted})
+    lines = [f"LoRA of rank {config.tune.rank} in {len(adapted)} layers: {', '.join(names)}"]
+    inside = {id(p) for module in adapted.values() for p in module.parameters()}
+    total = sum(p.numel() for p in net.parameters())
+    frozen: dict[str, int] = {}
+    stacked = False
+    for path, p in net.named_parameters():
+        if p.requires_grad or id(p) in inside or p.dim() < 2:
+            continue
+        name = re.sub(r"^\d+\.|(?<=\.)\d+\.", "", path).removesuffix(".weight")
+        name = ".".join(name.split(".")[-2:])
+        experts = p.dim() > 2 and not path.endswith(".weight")
+        stacked |= experts
+        name += " (stacked)" if experts else ""
+        frozen[name] = frozen.get(name, 0) + p.numel()
+    if frozen:
+        shares = (f"{name} {count / total:.1%}" for name, count in sorted(frozen.items(), key=lambda x: -x[1]))
+        lines.append(f"neither adapted nor trained, of all parameters: {', '.join(shares)}")
+    if stacked:
+        lines.append("stacked: the weights of all experts are one parameter, no linear layers, which adapters go into")
+    return lines
 
 
 def linear_names(net: nn.Module) -> list[str]:

@@ -11,15 +11,20 @@ The plain templates, used where a tokenizer has none of its own (for chats) and 
     ### Response:           ### Assistant:
     the answer              the answer
 
-with the input left out where it is empty, and the end-of-text token after each answer. A document starts as it did in
+with the input left out where it is empty, and the end-of-text token after each answer. A developer's message is a
+system's, a tool's stands under "### Tool:", the tools there are under "### Tools:" at the beginning, a line of JSON
+each, and so do the calls in an answer. A tokenizer's own chat template that names no developer is given a system's
+message, too; one that leaves out a tool's message, a call or the tools is an error. A document starts as it did in
 pretraining: after an end-of-text token for models of ours, after the tokenizer's own first token for others.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +117,10 @@ class HubText(Text):
     def chat(self, example: Example) -> list[Part] | None:
         if not self.tokenizer.chat_template:
             return None
-        turns = [{"role": role, "content": content} for role, content in example.messages]
+        turns = list(example.turns) or [{"role": role, "content": content} for role, content in example.messages]
+        if "developer" not in str(self.tokenizer.chat_template):
+            turns = [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in turns]
+        self._check_kept(turns, example)
         parts, done = [], ""
         for i, turn in enumerate(turns):
             if turn["role"] != "assistant":
@@ -131,6 +139,33 @@ class HubText(Text):
             raise EvenstepError(f"{example.where}: the tokenizer's chat template hides where the last answer begins")
         return [(before, False), (after[len(before) :], True)]
 
+    def _check_kept(self, turns: list[dict[str, Any]], example: Example) -> None:
+        """EvenstepError where the chat template leaves out a tool's message, a call, or the tools: not every template
+        knows them, and what is left out would be learned as if it had not been said."""
+        for i, turn in enumerate(turns):
+            if turn["role"] == "tool" and turn["content"].strip():
+                what, without = "the messages of tools", {**turn, "content": ""}
+            elif turn.get("tool_calls"):
+                what, without = "the calls of tools", {k: v for k, v in turn.items() if k != "tool_calls"}
+            else:
+                continue
+            if self._same(turns[: i + 1], [*turns[:i], without], example, example):
+                raise self._leaves_out(what, example)
+        if example.tools and self._same(turns, turns, example, replace(example, tools=())):
+            raise self._leaves_out("the tools", example)
+
+    def _same(self, turns: list[Any], others: list[Any], example: Example, other: Example) -> bool:
+        said = self._rendered(turns, example)
+        try:
+            return said == self._rendered(others, other)
+        except EvenstepError:  # it looks for what is missing
+            return False
+
+    def _leaves_out(self, what: str, example: Example) -> EvenstepError:
+        return EvenstepError(
+            f"{example.where}: the tokenizer's chat template leaves out {what}; give the tokenizer one that knows them"
+        )
+
     def _turn_ends(self) -> set[int]:
         """The special token that ends an answer in the tokenizer's own template, if it is one."""
         answer = "evenstep"
@@ -142,9 +177,10 @@ class HubText(Text):
         after = self.encode(whole.rpartition(answer)[2], special=True)[:1]
         return {*after} & {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
 
-    def _rendered(self, turns: list[dict[str, str]], example: Example, ask: bool = False) -> str:
+    def _rendered(self, turns: list[Any], example: Example, ask: bool = False) -> str:
+        given: dict[str, Any] = {"tools": list(example.tools)} if example.tools else {}
         try:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **given))
         except Exception as problem:  # jinja's own
             first = next(iter(str(problem).splitlines()), type(problem).__name__)
             raise EvenstepError(f"{example.where}: the tokenizer's chat template refuses it: {first}") from None
@@ -215,6 +251,13 @@ class Encoder:
                 ids.append(self.text.eos_id)
         return ids
 
+    def expected(self, example: Example) -> str:
+        """The answer as a model writes it: that of a chat template where it calls tools."""
+        if not (example.turns and example.turns[-1].get("tool_calls")):
+            return example.answer
+        parts, special = self.parts(example)
+        return self.text.decode(self.text.encode(parts[-1][0], special=special))
+
     def option(self, option: str) -> list[int]:
         """The tokens of a text that may stand in an answer's place."""
         return self.text.encode(option)
@@ -222,11 +265,13 @@ class Encoder:
 
 def _plain_chat(example: Example) -> list[Part]:
     parts: list[Part] = []
-    before = ""
+    tools = "".join(f"{json.dumps(tool, ensure_ascii=False)}\n" for tool in example.tools)
+    before = f"### Tools:\n{tools}\n" if tools else ""
     for role, content in example.messages:
         if role == "assistant":
             parts += [(f"{before}### Assistant:\n", False), (content, True)]
             before = ""
         else:
-            before += f"### {role.capitalize()}:\n{content}\n\n"
+            title = "System" if role == "developer" else role.capitalize()
+            before += f"### {title}:\n{content}\n\n"
     return [*parts, (f"{before}### Assistant:\n", False)] if before else parts

@@ -49,16 +49,6 @@ PUBLIC int64_t evenstep_threaded() {
 #endif
 }
 
-PUBLIC void evenstep_gather(const float *const *places, int64_t n, float *to) {
-  for (int64_t i = 0; i < n; i++)
-    to[i] = *places[i];
-}
-
-PUBLIC void evenstep_scatter(float *const *places, int64_t n, const float *from) {
-  for (int64_t i = 0; i < n; i++)
-    *places[i] = from[i];
-}
-
 PUBLIC void evenstep_measure(const Job *jobs, int64_t k, int64_t threads, float *peak, float *norm, float *block_peak, double *block_squares) {
   std::vector<Block> blocks = cut(jobs, 0, k, 0);
   parallel(int64_t(blocks.size()), threads, [&](int64_t b) {
@@ -83,33 +73,18 @@ PUBLIC void evenstep_clip_norms(const Job *jobs, int64_t k, int64_t threads, con
   }
 }
 
-// peak, norm and the numbers of blocks are written where `measure` is set; otherwise block_peak may be given or null.
-PUBLIC void evenstep_adam(const Job *jobs, int64_t k, int64_t threads, const float *table, int64_t capped, int64_t zero_history, int64_t measure, float *update_norm, float *clipped_norm, float *clipped, float *peak, float *norm, float *block_peak, double *block_squares) {
-  in_batches(jobs, k, measure, [&](int64_t first, int64_t last, int64_t number) {
-    const std::vector<Block> blocks = cut(jobs, first, last, number);
-    if (measure) {
-      parallel(int64_t(blocks.size()), threads, [&](int64_t b) {
-        Size found = size_of_block(jobs[blocks[b].job], blocks[b]);
-        block_peak[blocks[b].number] = found.peak;
-        block_squares[blocks[b].number] = found.squares;
-      });
-      gather(jobs, first, last, number, block_peak, block_squares, peak, norm);
-    }
-    const std::vector<Sums> sums = adam_blocks(
-        jobs, blocks, threads, capped, zero_history,
-        [&](int64_t i) {
-          Numbers c = column<Numbers>(table, k, i);
-          if (measure) c.finite = std::isfinite(peak[i]);
-          return c;
-        },
-        [&](int64_t b) { return block_peak ? block_peak[blocks[b].number] : INFINITY; });
-    for (int64_t i = first, b = 0; i < last; i++) {
-      const Sums whole = sum_of(sums, b, blocks_of(jobs[i]));
-      update_norm[i] = float(std::sqrt(whole.update));
-      clipped_norm[i] = float(std::sqrt(whole.clipped));
-      clipped[i] = float(whole.count);
-    }
-  });
+// block_peak may be null.
+PUBLIC void evenstep_adam(const Job *jobs, int64_t k, int64_t threads, const float *table, int64_t capped, int64_t zero_history, float *update_norm, float *clipped_norm, float *clipped, const float *block_peak) {
+  const std::vector<Block> blocks = cut(jobs, 0, k, 0);
+  const std::vector<Sums> sums = adam_blocks(
+      jobs, blocks, threads, capped, zero_history, [&](int64_t i) { return column<Numbers>(table, k, i); },
+      [&](int64_t b) { return block_peak ? block_peak[blocks[b].number] : INFINITY; });
+  for (int64_t i = 0, b = 0; i < k; i++) {
+    const Sums whole = sum_of(sums, b, blocks_of(jobs[i]));
+    update_norm[i] = float(std::sqrt(whole.update));
+    clipped_norm[i] = float(std::sqrt(whole.clipped));
+    clipped[i] = float(whole.count);
+  }
 }
 
 // All of Adam's step, of Stable-SPAM's, or of SPAM's. kept[n * k + i] is where number n of `Kept` of tensor i lies; told has
@@ -118,7 +93,7 @@ PUBLIC void evenstep_step(const Job *jobs, int64_t k, int64_t threads, const How
   const How &how = *given;
   const bool stable = how.stable != 0;
   const int numbers = stable ? 5 : 1;
-  in_batches(jobs, k, true, [&](int64_t first, int64_t last, int64_t number) {
+  in_batches(jobs, k, [&](int64_t first, int64_t last, int64_t number) {
     const std::vector<Block> blocks = cut(jobs, first, last, number);
     std::vector<Tensor> tensors(last - first);
     auto tensor = [&](int64_t i) -> Tensor & { return tensors[i - first]; };
@@ -143,6 +118,10 @@ PUBLIC void evenstep_step(const Job *jobs, int64_t k, int64_t threads, const How
       t.norm = t.clipped_norm = float(std::sqrt(t.sum));
       t[AGE] = t[AGE] * (1 - how.reset) + 1;
       t[COUNT] += 1;
+      if (!stable && t.finite && !std::isfinite(t.peak * t.peak)) { // no mean of squares can hold it
+        t.finite = false;
+        t.gain = 0;
+      }
       if (stable && t.finite) t.adaclip(how);
     }
     if (stable) {
@@ -200,16 +179,10 @@ PUBLIC void evenstep_columns(const Job *jobs, int64_t k, int64_t threads, double
   }
 }
 
-// divisors[i] is null where rows are divided by their own norms. peak and norm are written where `measure` is set.
-PUBLIC void evenstep_rows(const Job *jobs, int64_t k, int64_t threads, const float *table, const float *const *divisors, float floor, int64_t measure, float *direction_norm, float *peak, float *norm) {
-  for (int64_t i = 0; i < k; i++) {
-    Size found;
-    direction_norm[i] = scale_tensor(jobs[i], column<Rates>(table, k, i), divisors[i], floor, threads, measure ? &found : nullptr);
-    if (measure) {
-      peak[i] = found.peak;
-      norm[i] = float(std::sqrt(found.squares));
-    }
-  }
+// divisors[i] is null where rows are divided by their own norms.
+PUBLIC void evenstep_rows(const Job *jobs, int64_t k, int64_t threads, const float *table, const float *const *divisors, float floor, float *direction_norm) {
+  for (int64_t i = 0; i < k; i++)
+    direction_norm[i] = scale_tensor(jobs[i], column<Rates>(table, k, i), divisors[i], floor, threads, nullptr);
 }
 
 // All of SCALE's step on matrices: by their columns, or by their rows. told is as in evenstep_step.

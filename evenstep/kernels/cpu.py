@@ -15,13 +15,11 @@ _SERVED = frozenset({torch.float32, torch.bfloat16})
 class CpuKernels:
     """See `evenstep.kernels.interface.Kernels`. Raises `Unavailable`."""
 
-    measures_late = True
     makes_numbers = True
 
     def __init__(self) -> None:
         library()
         self.name = f"cpu {chosen()}"
-        cpu_ops.register()
 
     def serves_all(self, tensors: list[Tensor]) -> bool:
         return (
@@ -61,18 +59,19 @@ class CpuKernels:
         return None
 
     def measure(self, grads: list[Tensor]) -> Measured:
-        peak, norm, block_peak, block_squares = torch.ops.evenstep.cpu_measure(grads)
+        peak, norm, block_peak, block_squares = cpu_ops.measure(grads)
         return Measured(peak, norm, (block_peak, block_squares))
 
     def clip_norms(
         self, grads: list[Tensor], measured: Measured, limit: Tensor, rescale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.evenstep.cpu_clip_norms(grads, *measured.blocks, limit.float(), rescale.float())
+        norm, count = cpu_ops.clip_norms(grads, *measured.blocks, limit.float(), rescale.float())
+        return norm, count
 
     def adam_(self, work: AdamWork) -> AdamFound:
         m, m_scales, m_maps = opened(work.exp_avg)
         v, v_scales, v_maps = opened(work.exp_avg_sq)
-        results = torch.ops.evenstep.cpu_adam_(
+        update_norm, clipped_norm, clipped = cpu_ops.adam_(
             work.params,
             work.grads,
             m,
@@ -87,22 +86,19 @@ class CpuKernels:
             work.numbers,
             work.capped,
             work.zero_history,
-            work.measure,
-            list(work.measured.blocks[:1]) if work.measured is not None else [],
+            work.measured.blocks[0] if work.measured is not None else None,
         )
-        update_norm, clipped_norm, clipped, *found = results
-        measured = Measured(found[0], found[1], (found[2], found[3])) if work.measure else None
-        return AdamFound(update_norm, clipped_norm, clipped, measured)
+        return AdamFound(update_norm, clipped_norm, clipped)
 
     def columns(self, grads: list[Tensor]) -> tuple[Measured, list[Tensor]]:
-        peak, norm, squares = torch.ops.evenstep.cpu_columns(grads)
+        peak, norm, squares = cpu_ops.columns(grads)
         shapes = [(1, *g.shape[1:]) for g in grads]
         parts = squares.split([g[0].numel() if len(g) else 0 for g in grads])
         return Measured(peak, norm, ()), [x.view(shape) for x, shape in zip(parts, shapes, strict=True)]
 
     def rows_(self, work: RowWork) -> RowFound:
         m, m_scales, m_maps = opened(work.exp_avg)
-        direction_norm, *found = torch.ops.evenstep.cpu_rows_(
+        direction_norm = cpu_ops.rows_(
             work.params,
             work.grads,
             m,
@@ -113,10 +109,8 @@ class CpuKernels:
             work.seeds,
             work.numbers,
             work.floor,
-            work.measure,
         )
-        measured = Measured(found[0], found[1], ()) if work.measure else None
-        return RowFound(direction_norm, measured)
+        return RowFound(direction_norm)
 
     def adam_step_(self, work: WholeStep, how: dict[str, float | Tensor]) -> Tensor:
         return cpu_steps.adam_step_(work, how)
@@ -134,11 +128,5 @@ class CpuKernels:
     ) -> Tensor:
         return cpu_steps.scale_step_(work, sign, lr, decay, momentum, norm, by, floor)
 
-    def gather(self, scalars: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        return torch.ops.evenstep.cpu_gather(scalars)
-
-    def scatter_(self, scalars: list[Tensor], places: Tensor | None, values: Tensor) -> None:
-        torch.ops.evenstep.cpu_scatter_(scalars, places, values)
-
     def transformed(self, out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
-        torch.ops.evenstep.cpu_transformed_(out, grads, numbers)
+        cpu_ops.transformed_(out, grads, numbers)

@@ -15,6 +15,8 @@ inline uint16_t to_bf16(float x) { // to nearest, ties to even
   return x == x ? rounded : 0x7fc0;
 }
 
+const float BF16_MAX = from_bf16(0x7f7f);
+
 inline void fetch(const void *address) { __builtin_prefetch(address, 0); } // to read: asking to write is 4 % slower here
 
 // Unpack n entries from `start` on.

@@ -197,8 +197,10 @@ void close_moment(void *stored, int64_t type, float *scale, const Coder *coder, 
   } else if (type == BF16) {
     uint16_t *x = static_cast<uint16_t *>(stored) + start;
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++)
-      x[i] = to_bf16(moment[i]);
+    for (int64_t i = 0; i < n; i++) {
+      const float y = moment[i] > BF16_MAX ? BF16_MAX : moment[i]; // larger numbers would round to Inf, and stay there
+      x[i] = to_bf16(y < -BF16_MAX ? -BF16_MAX : y);
+    }
   }
 }
 

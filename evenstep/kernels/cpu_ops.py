@@ -1,9 +1,10 @@
-"""The functions of cpu.cpp as torch operators, with meta functions, so that torch.compile and fake tensors see through
-them. They take lists of tensors and write a table of their addresses for the library.
+"""The functions of cpu.cpp. They take lists of tensors and write a table of their addresses for the library.
+
+None of them is a torch operator: tensors are handed over by address, which is right only where they are what the user
+holds. A compiler works on copies of them, so compiled steps are made of the plain code alone.
 """
 
 import ctypes
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,40 +14,6 @@ from torch import Tensor
 from evenstep.kernels.cpu_library import FIELDS, library, threads
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
-
-
-_SCHEMAS = {
-    "cpu_measure": "(Tensor[] grads) -> (Tensor, Tensor, Tensor, Tensor)",
-    "cpu_clip_norms": (
-        "(Tensor[] grads, Tensor block_peak, Tensor block_squares, Tensor limit, Tensor rescale) -> (Tensor, Tensor)"
-    ),
-    "cpu_adam_": (
-        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] m_scales, "
-        "Tensor(e!)[] v_scales, Tensor[] m_map, Tensor[] v_map, Tensor[] masks, Tensor(f!)[] lost, Tensor[] seeds, "
-        "Tensor numbers, bool capped, bool zero_history, bool measure, Tensor[] block_peak) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-    "cpu_columns": "(Tensor[] grads) -> (Tensor, Tensor, Tensor)",
-    "cpu_rows_": (
-        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] scales, Tensor[] map, "
-        "Tensor[] divisors, Tensor(d!)[] lost, Tensor[] seeds, Tensor numbers, float floor, bool measure) "
-        "-> (Tensor, Tensor, Tensor)"
-    ),
-    "cpu_gather": "(Tensor[] scalars) -> (Tensor, Tensor)",
-    "cpu_scatter_": "(Tensor(a!)[] scalars, Tensor places, Tensor values) -> ()",
-    "cpu_transformed_": "(Tensor(a!)[] out, Tensor[] grads, Tensor numbers) -> ()",
-}
-
-
-@functools.cache
-def register() -> torch.library.Library:
-    """Make the operators known to torch, once."""
-    known = torch.library.Library("evenstep", "FRAGMENT")
-    for name, schema in _SCHEMAS.items():
-        known.define(name + schema)
-        known.impl(name, globals()[f"_{name}"], "CPU")
-        torch.library.register_fake(f"evenstep::{name}", globals()[f"_meta_{name}"], lib=known)
-    return known
 
 
 def job_table(
@@ -94,7 +61,11 @@ def _check_sizes(sizes: np.ndarray, params: Sequence[Tensor], *moments: Sequence
     """ValueError where raw pointers would lead out of a tensor. The last of ``moments`` are masks, with whose entries
     moments are compact."""
     *moments, masks = moments  # type: ignore[assignment]
-    dense = np.array(list(map(Tensor.numel, masks)), dtype=np.int64) == 0 if masks else True
+    bits = np.array(list(map(Tensor.numel, masks)), dtype=np.int64)
+    dense = bits == 0 if masks else True
+    if masks and ((bits != -(-sizes // 8)) & ~dense).any():
+        i = int(((bits != -(-sizes // 8)) & ~dense).argmax())
+        raise ValueError(f"a gradient has {sizes[i]} entries, its mask is one of {bits[i]} bytes")
     for what, tensors, looked_at in (("its parameter", params, True), *(("a moment", m, dense) for m in moments)):
         if not tensors:
             continue
@@ -136,9 +107,9 @@ def _vectors(grads: Sequence[Tensor], count: int) -> list[Tensor]:
     return [_empty(len(grads)) for _ in range(count)]
 
 
-def _blocks(grads: Sequence[Tensor], wanted: bool = True) -> tuple[Tensor, Tensor]:
+def _blocks(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     size = library().evenstep_block()
-    count = sum(-(-g.numel() // size) for g in grads) if wanted else 0
+    count = sum(-(-g.numel() // size) for g in grads)
     return _empty(count), _empty(count, torch.float64)
 
 
@@ -148,13 +119,13 @@ def written(*several: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(tensors)
 
 
-def _cpu_measure(grads: list[Tensor]) -> tuple[Tensor, ...]:
+def measure(grads: list[Tensor]) -> tuple[Tensor, ...]:
     found = (*_vectors(grads, 2), *_blocks(grads))
     call("measure", job_table(grads), *found)
     return found
 
 
-def _cpu_clip_norms(
+def clip_norms(
     grads: list[Tensor], block_peak: Tensor, block_squares: Tensor, limit: Tensor, rescale: Tensor
 ) -> tuple[Tensor, ...]:
     found = _vectors(grads, 2)
@@ -162,7 +133,7 @@ def _cpu_clip_norms(
     return tuple(found)
 
 
-def _cpu_adam_(
+def adam_(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avg: list[Tensor],
@@ -177,9 +148,8 @@ def _cpu_adam_(
     numbers: Tensor,
     capped: bool,
     zero_history: bool,
-    measure: bool,
-    block_peak: list[Tensor],
-) -> tuple[Tensor, ...]:
+    block_peak: Tensor | None,
+) -> list[Tensor]:
     jobs = job_table(
         grads,
         params,
@@ -193,14 +163,14 @@ def _cpu_adam_(
         lost,
         seeds,
     )
-    found = (*_vectors(grads, 5), *_blocks(grads, measure))
-    vectors, peaks = found[:5], block_peak[0] if block_peak and not measure else found[5]
-    call("adam", jobs, numbers.contiguous(), int(capped), int(zero_history), int(measure), *vectors, peaks, found[6])
+    found = _vectors(grads, 3)
+    peaks = _empty(0) if block_peak is None else block_peak
+    call("adam", jobs, numbers.contiguous(), int(capped), int(zero_history), *found, peaks)
     written(params, exp_avg, exp_avg_sq, m_scales, v_scales, lost)
     return found
 
 
-def _cpu_columns(grads: list[Tensor]) -> tuple[Tensor, ...]:
+def columns(grads: list[Tensor]) -> tuple[Tensor, ...]:
     lengths = [g[0].numel() if len(g) else 0 for g in grads]
     squares = _empty(sum(lengths), torch.float64).zero_()
     starts = _addresses(squares.split(lengths))
@@ -209,7 +179,7 @@ def _cpu_columns(grads: list[Tensor]) -> tuple[Tensor, ...]:
     return (*found, squares)
 
 
-def _cpu_rows_(
+def rows_(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avg: list[Tensor],
@@ -220,81 +190,19 @@ def _cpu_rows_(
     seeds: list[Tensor],
     numbers: Tensor,
     floor: float,
-    measure: bool,
-) -> tuple[Tensor, ...]:
+) -> Tensor:
     jobs = job_table(grads, params, exp_avg, m_scales=scales, m_map=map * len(grads), lost=lost, seeds=seeds)
     dividing = _addresses(divisors) if divisors else np.zeros(len(grads), dtype=np.int64)
-    found = tuple(_vectors(grads, 3))
-    call("rows", jobs, numbers.contiguous(), dividing, float(floor), int(measure), *found)
+    [direction_norm] = _vectors(grads, 1)
+    call("rows", jobs, numbers.contiguous(), dividing, float(floor), direction_norm)
     written(params, exp_avg, scales, lost)
-    return found
+    return direction_norm
 
 
-def _cpu_transformed_(out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
+def transformed_(out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
     call("transformed", job_table(grads, out), numbers.contiguous())
     written(out)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
     return np.array([x.data_ptr() for x in tensors], dtype=np.int64)
-
-
-def _cpu_gather(scalars: list[Tensor]) -> tuple[Tensor, Tensor]:
-    found = _empty(len(scalars))
-    places = torch.from_numpy(_addresses(scalars))
-    library().evenstep_gather(_argument(places), ctypes.c_int64(len(scalars)), _argument(found))
-    return found, places
-
-
-def _cpu_scatter_(scalars: list[Tensor], places: Tensor, values: Tensor) -> None:
-    library().evenstep_scatter(_argument(places), ctypes.c_int64(len(scalars)), _argument(values.contiguous()))
-    written(scalars)
-
-
-# ---- shapes alone ----
-
-
-def _meta_vectors(grads: list[Tensor], count: int) -> tuple[Tensor, ...]:
-    return tuple(grads[0].new_empty(len(grads), dtype=torch.float32) for _ in range(count))
-
-
-def _meta_blocks(grads: list[Tensor], wanted: bool = True) -> tuple[Tensor, ...]:
-    size = library().evenstep_block()
-    count = sum((g.numel() + size - 1) // size for g in grads) if wanted else 0
-    return tuple(grads[0].new_empty(count, dtype=dtype) for dtype in (torch.float32, torch.float64))
-
-
-def _meta_cpu_measure(grads: list[Tensor]) -> tuple[Tensor, ...]:
-    return _meta_vectors(grads, 2) + _meta_blocks(grads)
-
-
-def _meta_cpu_clip_norms(
-    grads: list[Tensor], block_peak: Tensor, block_squares: Tensor, limit: Tensor, rescale: Tensor
-) -> tuple[Tensor, ...]:
-    return _meta_vectors(grads, 2)
-
-
-def _meta_cpu_adam_(params: list[Tensor], grads: list[Tensor], *rest: object) -> tuple[Tensor, ...]:
-    return _meta_vectors(grads, 5) + _meta_blocks(grads, bool(rest[-2]))
-
-
-def _meta_cpu_columns(grads: list[Tensor]) -> tuple[Tensor, ...]:
-    count = sum(g[0].numel() if len(g) else 0 for g in grads)
-    return (*_meta_vectors(grads, 2), grads[0].new_empty(count, dtype=torch.float64))
-
-
-def _meta_cpu_rows_(params: list[Tensor], grads: list[Tensor], *rest: object) -> tuple[Tensor, ...]:
-    return _meta_vectors(grads, 3)
-
-
-def _meta_cpu_gather(scalars: list[Tensor]) -> tuple[Tensor, Tensor]:
-    k = len(scalars)
-    return scalars[0].new_empty(k), scalars[0].new_empty(k, dtype=torch.int64)
-
-
-def _meta_cpu_scatter_(scalars: list[Tensor], places: Tensor, values: Tensor) -> None:
-    return None
-
-
-def _meta_cpu_transformed_(out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
-    return None

@@ -88,14 +88,14 @@ std::vector<Block> cut(const Job *jobs, int64_t first, int64_t last, int64_t num
 }
 
 // Calls f(first, last, number of the first block) for runs of whole jobs of about BATCH entries.
-template <class F> void in_batches(const Job *jobs, int64_t k, bool small, F f) {
+template <class F> void in_batches(const Job *jobs, int64_t k, F f) {
   int64_t number = 0;
   for (int64_t first = 0; first < k;) {
     int64_t last = first, entries = 0, blocks = 0;
     do {
       entries += jobs[last].size;
       blocks += blocks_of(jobs[last++]);
-    } while (last < k && (!small || entries + jobs[last].size <= BATCH));
+    } while (last < k && entries + jobs[last].size <= BATCH);
     f(first, last, number);
     first = last;
     number += blocks;

@@ -76,7 +76,7 @@ struct Tensor {
 void tell(const Job &job, const Tensor &t, const How &how, const Sums &sums, int64_t k, int64_t i, float *told) {
   const double size = double(std::max<int64_t>(job.mask ? job.trained : job.size, 1));
   const bool stable = how.stable != 0, capped = how.capped != 0, entries = std::isfinite(t.sum); // all are finite
-  const float after = capped ? float(std::sqrt(sums.clipped)) : !entries ? NAN : stable ? t.clipped_norm * t.gain : t.norm;
+  const float after = capped ? float(std::sqrt(sums.clipped)) : !entries ? NAN : stable ? t.clipped_norm * t.gain : t.norm * t.gain;
   told[GRAD_MAX * k + i] = t.peak;
   told[GRAD_NORM * k + i] = entries ? t.norm : NAN;
   told[NORM_AFTER * k + i] = after;

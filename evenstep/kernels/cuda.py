@@ -62,7 +62,6 @@ class TritonKernels:
     """
 
     name: str
-    measures_late = False
     makes_numbers = False
     """A tensor's gradient cannot be measured by programs that update it at the same time, and would be read twice."""
 
@@ -116,20 +115,17 @@ class TritonKernels:
         return found[0], found[1]
 
     def adam_(self, work: AdamWork) -> AdamFound:
-        compact = any(m.numel() != p.numel() for m, p in zip(work.exp_avg, work.params, strict=True))
-        if compact or work.measure:
-            raise ValueError(
-                "the Triton kernels have neither compact moments nor late measuring; see refusal and measures_late"
-            )
+        if any(m.numel() != p.numel() for m, p in zip(work.exp_avg, work.params, strict=True)):
+            raise ValueError("the Triton kernels have no compact moments; see refusal")
         if not work.params:
-            return AdamFound(_NOTHING, _NOTHING, _NOTHING, None)
+            return AdamFound(_NOTHING, _NOTHING, _NOTHING)
         exp_avg, scales, maps = _parts(work.exp_avg)
         exp_avg_sq, scales_sq, maps_sq = _parts(work.exp_avg_sq)
         found = torch.ops.evenstep.cuda_adam_(
             work.params, work.grads, exp_avg, exp_avg_sq, scales, scales_sq, maps, maps_sq, work.numbers, work.lost,
             work.seeds, work.capped, work.zero_history,
         )  # fmt: skip
-        return AdamFound(found[0], found[1], found[2], measured=None)
+        return AdamFound(found[0], found[1], found[2])
 
     def columns(self, grads: list[Tensor]) -> tuple[Measured, list[Tensor]]:
         if not grads:
@@ -138,22 +134,14 @@ class TritonKernels:
         return Measured(found[0], found[1], blocks=()), sums
 
     def rows_(self, work: RowWork) -> RowFound:
-        if work.measure:
-            raise ValueError("the Triton kernels have no late measuring; see measures_late")
         if not work.params:
-            return RowFound(_NOTHING, None)
+            return RowFound(_NOTHING)
         exp_avg, scales, maps = _parts(work.exp_avg)
         found = torch.ops.evenstep.cuda_rows_(
             work.params, work.grads, exp_avg, scales, maps, work.divisors, work.numbers, work.floor, work.lost,
             work.seeds,
         )  # fmt: skip
-        return RowFound(found[0], measured=None)
-
-    def gather(self, scalars: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        return torch.stack(scalars), None
-
-    def scatter_(self, scalars: list[Tensor], places: Tensor | None, values: Tensor) -> None:
-        torch._foreach_copy_(scalars, values.unbind())
+        return RowFound(found[0])
 
     def transformed(self, out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
         if out:

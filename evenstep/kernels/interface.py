@@ -76,8 +76,6 @@ class AdamWork:
     """Clip by `cap_factor`."""
     zero_history: bool = False
     """An entry whose cap is 0 becomes 0; otherwise it has no cap."""
-    measure: bool = False
-    """Measure each gradient here, before its tensor is updated, instead of relying on the row ``finite``."""
     measured: Measured | None = None
     """What was measured before, for kernels that can make use of it."""
 
@@ -92,8 +90,6 @@ class AdamFound:
     """2-norm after SPAM's clipping (of ``gain * g``), where ``capped``."""
     clipped: Tensor
     """Entries that it changed."""
-    measured: Measured | None
-    """Where ``measure`` was asked."""
 
 
 RATES = (
@@ -126,8 +122,6 @@ class RowWork:
     """Smallest norm that a row is divided by (after ``root``)."""
     lost: list[Tensor] = field(default_factory=list)
     seeds: list[Tensor] = field(default_factory=list)
-    measure: bool = False
-    """As in `AdamWork`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +130,6 @@ class RowFound:
 
     direction_norm: Tensor
     """[k] 2-norm of each normalised tensor."""
-    measured: Measured | None
 
 
 WHOLE = (
@@ -174,9 +167,6 @@ class Kernels(Protocol):
 
     name: str
     """For people: ``"cpu avx2"``, ``"triton 3.4"``."""
-    measures_late: bool
-    """Whether `AdamWork.measure` and `RowWork.measure` are possible, and pay."""
-
     makes_numbers: bool
     """Whether these are `WholeKernels`."""
 
@@ -208,12 +198,6 @@ class Kernels(Protocol):
 
     def rows_(self, work: RowWork) -> RowFound:
         """SCALE's step on matrices, in place."""
-
-    def gather(self, scalars: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """0-d tensors in fp32 as one vector, and what `scatter_` wants to know of where they are."""
-
-    def scatter_(self, scalars: list[Tensor], places: Tensor | None, values: Tensor) -> None:
-        """A vector in fp32 back into 0-d tensors."""
 
     def transformed(self, out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
         """``out <- grad`` limited and scaled by ``numbers`` (fp32 ``[3, k]``: gain, limit, reduced); 0 where a gain is

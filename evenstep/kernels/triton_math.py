@@ -12,6 +12,7 @@ UNSHRINK = tl.constexpr(2.0**80)
 GROW = tl.constexpr(2.0**100)
 UNGROW = tl.constexpr(2.0**-100)
 LARGEST = tl.constexpr(3.4028234663852886e38)
+LARGEST_BF16 = tl.constexpr(3.3895313892515355e38)
 CODED = tl.constexpr(256)
 
 
@@ -78,6 +79,8 @@ def close(p, scale, map, x, start, n, DTYPE: tl.constexpr, SIGNED: tl.constexpr,
         number = start // CODED + tl.arange(0, TILE // CODED)
         tl.store(scale + number, size, mask=number * CODED < n)
     else:
+        if tl.bfloat16 == DTYPE:  # larger numbers would round to Inf
+            x = tl.minimum(tl.maximum(x, -LARGEST_BF16), LARGEST_BF16)
         tl.store(p + offsets, x.to(DTYPE), mask=offsets < n)
 
 

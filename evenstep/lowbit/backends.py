@@ -39,10 +39,14 @@ class Kernel:
 
     def fits(self, recipe: Recipe, layer: nn.Linear) -> bool:
         weight = layer.weight
-        if (recipe.weight, recipe.input) != (self.weight, self.input) or weight.device.type != "cuda":
+        if (recipe.weight, recipe.input) != (self.weight, self.input) or not self.runs_on(weight):
             return False
-        fit = weight.dtype in self.dtypes and not any(size % self.multiple for size in weight.shape)
+        fit = not any(size % self.multiple for size in weight.shape)
         return fit and torch.version.hip is None and torch.cuda.get_device_capability(weight.device) >= self.capability
+
+    def runs_on(self, weight: Tensor) -> bool:
+        """What of ``fits`` can change under a layer: where its weight lies, and its dtype."""
+        return weight.device.type == "cuda" and weight.dtype in self.dtypes
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """x [..., in] times weight [out, in], plus bias, in ``dtype``."""

@@ -6,16 +6,17 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from evenstep.errors import EvenstepError
 from evenstep.lowbit.backends import Kernel, choose
 from evenstep.lowbit.fast_paths import close_fast_paths, open_fast_paths
-from evenstep.lowbit.linear import LowBitLinear, describe_layer, make_low, make_plain
+from evenstep.lowbit.linear import LowBitLinear, describe_layer, make_low, make_plain, obstacle
 from evenstep.lowbit.recipes import Recipe, get_recipe
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,12 +30,21 @@ KEPT = {
 leaves alone a transformers model's output embeddings, and what shares its weight with an embedding."""
 
 
+_WRAPPED = re.compile(
+    r"(\.|^)(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|original_module"
+    r"|modules_to_save\.[^.]+)$"
+)
+"""What torch.compile, DDP, FSDP, checkpoint wrappers and peft append to the name of what they wrap."""
+
+
 class _Rules:
     """The default filter: every ``nn.Linear`` but heads and routers. In a LLaMA: q, k, v, o, gate, up and down."""
 
     def __init__(self, model: nn.Module) -> None:
-        head = getattr(model, "get_output_embeddings", None)  # transformers models say what makes their logits
-        self.head = head() if callable(head) else None
+        self.heads: set[int] = set()
+        for module in model.modules():  # transformers models say what makes their logits, wrapped or not
+            if callable(get := getattr(module, "get_output_embeddings", None)) and isinstance(head := get(), nn.Module):
+                self.heads |= {id(part) for part in head.modules()}
         self.embeddings = {
             id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)
         }
@@ -48,12 +58,14 @@ class _Rules:
             return "embedding"
         if type(module) is not nn.Linear:
             return f"a {type(module).__name__}"
+        while match := _WRAPPED.search(name):
+            name = name[: match.start()]
         leaf = name.rpartition(".")[2]
         if found := next((kind for kind, names in KEPT.items() if leaf in names), None):
             return found
-        if module is self.head:
+        if id(module) in self.heads:
             return "head"
-        embedding = self.embeddings.get(id(module.weight))
+        embedding = self.embeddings.get(id(_weight(module)))
         return f"tied to {embedding}" if embedding is not None else None
 
 
@@ -73,38 +85,48 @@ def quantize_(model: M, recipe: Recipe | str, filter_fn: Filter | None = None, *
             docs/lowbit.md) and emulates elsewhere; ``emulate`` always emulates.
 
     Raises:
-        EvenstepError: an unknown recipe or backend, no layer matched, a matched layer that is low-bit already, or whose
-            weight is shared with another module or quantised by another library. Nothing is changed then.
+        EvenstepError: an unknown recipe or backend, no layer matched, a matched layer that is low-bit already, whose
+            weight is shared with another layer or quantised by another library, or whose ``forward`` was replaced on
+            the instance (accelerate's hooks). Nothing is changed then.
 
     Warns (UserWarning, once a call) when the recipe lets a token see later ones.
     """
     chosen = get_recipe(recipe)
-    wanted = filter_fn or _Rules(model)
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    already = [
-        name
-        for name, module in found
-        if isinstance(module, LowBitLinear) and (not filter_fn or filter_fn(module, name))
-    ]
+    found: dict[nn.Module, list[str]] = {}  # the names of each linear layer: several where it is used several times
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            found.setdefault(module, []).append(name)
+    rules = _Rules(model)
+
+    def chosen_at(module: nn.Module, names: list[str]) -> bool:
+        if filter_fn:
+            return any(filter_fn(module, name) for name in names)
+        return isinstance(module, LowBitLinear) or all(rules(module, name) for name in names)
+
+    accepted = [(names[0], module) for module, names in found.items() if chosen_at(module, names)]
+    already = [name for name, module in accepted if isinstance(module, LowBitLinear)]
     if already:
         raise EvenstepError(
             f"{_shown(already[0])} is low-bit already (recipe {_recipe_of(model, already[0])}): "
             "dequantize_ the model first"
         )
-    matched = [(name, module) for name, module in found if type(module) is nn.Linear and wanted(module, name)]
+    matched = [(name, module) for name, module in accepted if type(module) is nn.Linear]
     if not matched:
         others = Counter(type(module).__name__ for _, module, _ in _matrices(model))
+        others.update(type(module).__name__ for module in found if type(module) is not nn.Linear)
         more = "".join(f"; {kind} ({count}) is no nn.Linear and stays as it is" for kind, count in others.items())
+        plain = sum(type(module) is nn.Linear for module in found)
         raise EvenstepError(
-            f"quantize_ found no layer to swap in {type(model).__name__}: linear layers: {len(found)}, of which "
+            f"quantize_ found no layer to swap in {type(model).__name__}: linear layers: {plain}, of which "
             f"{'filter_fn accepts' if filter_fn else 'the name rules accept'} none{more}"
         )
     last = _last_blocks([name for name, _ in matched], chosen.keep_last)
     matched = [(name, module) for name, module in matched if name not in last]
     if not matched:
         raise EvenstepError(f"recipe {chosen.name} keeps all blocks of {type(model).__name__} in high precision")
-    _refuse_tied(model, matched)
+    _refuse_replaced(matched)
     _refuse_foreign(matched)
+    _refuse_tied(model, matched)
     kernels: list[Kernel | None] = [choose(chosen, module, backend) for _, module in matched]
     if not chosen.causal:
         warnings.warn(
@@ -121,11 +143,13 @@ def quantize_(model: M, recipe: Recipe | str, filter_fn: Filter | None = None, *
 def dequantize_(model: M) -> M:
     """Turn every low-bit layer back into the ``nn.Linear`` it was, with its high-precision weight; returns the model.
 
-    A model without low-bit layers stays as it is.
+    A model without low-bit layers stays as it is. EvenstepError, and nothing changed, where a layer's ``forward`` or
+    class was replaced since ``quantize_`` (accelerate's hooks, parametrizations, ``fully_shard`` of the layer itself).
     """
-    for module in model.modules():
-        if isinstance(module, LowBitLinear):
-            make_plain(module)
+    low = [(name, module) for name, module in model.named_modules() if isinstance(module, LowBitLinear)]
+    _refuse_replaced(low)
+    for _, module in low:
+        make_plain(module)
     open_fast_paths(model)
     return model
 
@@ -187,14 +211,13 @@ def lowbit_report(model: nn.Module) -> LowBitReport:
         if isinstance(module, LowBitLinear):
             fmt = module.recipe.weight
             bits = fmt.bits_per_value(module.in_features) if fmt else 8.0 * module.weight.element_size()
-            kernel, what = module.kernel.name if module.kernel else None, describe_layer(module)
+            kernel, what = module.active_kernel.name if module.active_kernel else None, describe_layer(module)
             what += f"; {kernel}" if kernel else ""
             rows.append(LayerReport(_shown(name), tuple(module.weight.shape), True, what, bits, kernel))
         elif isinstance(module, nn.Linear | nn.Embedding):
-            what = rules.reason(module, name) or "not chosen"
-            rows.append(
-                LayerReport(_shown(name), tuple(module.weight.shape), False, what, 8.0 * module.weight.element_size())
-            )
+            what, weight = rules.reason(module, name) or "not chosen", _weight(module)
+            shape, size = (tuple(weight.shape), weight.element_size()) if weight is not None else ((), 0)
+            rows.append(LayerReport(_shown(name), shape, False, what, 8.0 * size))
     for name, module, parameter in _matrices(model):
         kind = rules.reason(module, name) or "not chosen"
         rows.append(LayerReport(name, tuple(parameter.shape), False, kind, 8.0 * parameter.element_size()))
@@ -210,8 +233,14 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Embedding):
             for own, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() > 1:
+                if not is_lazy(parameter) and parameter.dim() > 1:
                     yield name if own == "weight" and name else f"{name}.{own}".lstrip("."), module, parameter
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    """None where there is none yet (lazy layers), or none outside of the forward pass (FSDP's flat parameters)."""
+    weight = getattr(module, "weight", None)
+    return None if weight is None or is_lazy(weight) else weight
 
 
 def _recipe_of(model: nn.Module, name: str) -> str:
@@ -230,25 +259,39 @@ def _last_blocks(names: list[str], share: float) -> set[str]:
     return {name for name, block in numbered.items() if block in last}
 
 
+def _refuse_replaced(layers: Sequence[tuple[str, nn.Linear]]) -> None:
+    for name, module in layers:
+        kind = LowBitLinear if isinstance(module, LowBitLinear) else nn.Linear
+        if reason := obstacle(module, kind):
+            raise EvenstepError(f"{_shown(name)} {reason}")
+
+
 def _refuse_tied(model: nn.Module, matched: list[tuple[str, nn.Linear]]) -> None:
     users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name)
+    for name, owner in model.named_modules():  # a layer that is used at several places shares nothing: it comes once
+        for own, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            users.setdefault(id(parameter), []).append(f"{name}.{own}".lstrip("."))
     for name, module in matched:
-        names = users[id(module.weight)]
+        names = users.get(id(module.weight), [])  # none: computed from others in each pass (weight_norm, pruning)
         if len(names) > 1:
             raise EvenstepError(
-                f"{_shown(name)} shares its weight ({' = '.join(names)}): quantising one use would not quantise the "
-                "other; untie them, or leave the layer out with filter_fn"
+                f"{_shown(name)} shares its weight ({' = '.join(names)}), and a low-bit layer needs one of its own: "
+                "untie them, or leave the layer out with filter_fn"
             )
 
 
 def _refuse_foreign(matched: list[tuple[str, nn.Linear]]) -> None:
     """Weights of torchao, bitsandbytes and their like are tensors of a class of their own."""
     for name, module in matched:
-        kind = type(module.weight)
-        if kind.__module__.partition(".")[0] != "torch" or not module.weight.is_floating_point():
+        weight = _weight(module)
+        if weight is None:
             raise EvenstepError(
-                f"{_shown(name)} has a weight of type {kind.__name__} and dtype {module.weight.dtype}, quantised "
+                f"{_shown(name)} has no weight outside of the forward pass: quantize_ the model before it is wrapped, "
+                "or leave the layer out with filter_fn"
+            )
+        kind = type(weight)
+        if kind.__module__.partition(".")[0] != "torch" or not weight.is_floating_point():
+            raise EvenstepError(
+                f"{_shown(name)} has a weight of type {kind.__name__} and dtype {weight.dtype}, quantised "
                 "already: load the model in high precision, or leave the layer out with filter_fn"
             )

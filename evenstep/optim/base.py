@@ -7,7 +7,8 @@ The rules that keep a run exact, wherever it is stopped and resumed:
   them is kept on the optimizer itself.
 * State is created when a parameter is added, in fp32 (fp64 for fp64 parameters), and loaded bit for bit: torch casts
   loaded state to the parameter's dtype, which would round it under bf16 parameters, so the exact values are put back
-  afterwards.
+  afterwards. A frozen parameter (``requires_grad=False``) has no state; it is created at the start of the first step
+  after it was unfrozen, as for a parameter that is added then.
 * ``step()`` reads ``p.grad`` and never writes to it, asks no device for a value, and decides nothing by a tensor's
   value: a gradient with a NaN or Inf leaves its parameter and state as they were by arithmetic, not by a branch.
 """
@@ -25,20 +26,21 @@ from evenstep.optim.at_once import at_once
 from evenstep.optim.exchanged import follow_exchange
 from evenstep.optim.fused import Choice
 from evenstep.optim.names import renamed, without_inert
-from evenstep.optim.sharding import Bucket, buckets, combine, state_dtype
+from evenstep.optim.sharding import PLAIN, Bucket, buckets, combine, state_dtype
 from evenstep.optim.state import (
     Group,
     State,
     at_present,
     check_parameter,
     in_param_order,
+    is_trained,
     place_clock,
     refuse_sparse_gradients,
     restore_exactly,
     rounding,
 )
 from evenstep.optim.takeover import adopt
-from evenstep.transforms import CHECKS, Gradients, Steps, Weights, check, lockstep
+from evenstep.transforms import CHECKS, Gradients, Steps, Weights, check, host_values, lockstep
 
 Work = tuple[Group, Bucket]
 """What one call of `EvenOptimizer.update` gets."""
@@ -55,6 +57,8 @@ class EvenOptimizer(Optimizer):
         defaults = renamed(without_inert(official), self.ALIASES, type(self).__name__, set(hyper))
         self.stats: dict[str, Tensor] = {}
         self._places: dict[Tensor, tuple[int, int]] = {}
+        self._known: set[Tensor] = set()
+        self._checked: list[tuple[Any, ...]] = []
         super().__init__(params, hyper | defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -62,6 +66,8 @@ class EvenOptimizer(Optimizer):
         self.__dict__.setdefault("stats", {})  # not part of a copy or a saved state
         self.__dict__.setdefault("_choice", Choice(None))
         self._places = {}
+        self._known = {p for group in self.param_groups for p in group["params"]}
+        self._checked = []
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_choice": self._choice}
@@ -84,12 +90,12 @@ class EvenOptimizer(Optimizer):
         added["betas"] = tuple(added["betas"])  # a sequence of a configuration's own type could not be loaded again
         try:
             place_clock(added)
-            for index, p in enumerate(added["params"]):
-                check_parameter(p, index)
-                self._start(p, added, index)
+            self._start_trained([added])
         except Exception:
-            self.param_groups.pop()
+            for p in self.param_groups.pop()["params"]:
+                self.state.pop(p, None)
             raise
+        self._known.update(added["params"])
 
     def _prepare_group(self, group: Group) -> Group:
         return group
@@ -109,11 +115,35 @@ class EvenOptimizer(Optimizer):
         """The state of a new parameter, the ``index``-th of its group."""
         raise NotImplementedError
 
+    def _check_groups(self) -> None:
+        """ValueError for a hyperparameter that was put out of its range after construction. Groups are looked at again
+        only where a value has changed; tensors, which would have to be read from their device, are left alone.
+        """
+        names = [name for name in self.defaults if name in CHECKS]
+        now = [host_values(group.get(name) for name in names) for group in self.param_groups]
+        if now == self._checked:
+            return
+        for number, (group, values) in enumerate(zip(self.param_groups, now, strict=True)):
+            for name, value in zip(names, values, strict=True):
+                if name in group and value is not Tensor:
+                    check(f"{type(self).__name__}, param_groups[{number}]", **{name: value})
+        self._checked = now
+
     def _follow_exchange(self) -> None:
-        if follow_exchange(self.param_groups, self.state, "t", self._start):
+        if follow_exchange(self.param_groups, self._known, "t"):
+            self.state.clear()
             self._places = {}
+            self._start_trained(self.param_groups)
+
+    def _start_trained(self, groups: Iterable[Group]) -> None:
+        """Create the state of the parameters that are to be trained and have none yet."""
+        for group in groups:
+            for index, p in enumerate(group["params"]):
+                if p not in self.state and is_trained(p):
+                    self._start(p, group, index)
 
     def _start(self, p: Tensor, group: Group, index: int) -> None:
+        check_parameter(p, index)
         self._choice.check(p)
         self.state[p] = self.fresh_state(p, group, index)
 
@@ -128,37 +158,68 @@ class EvenOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = self._begin()
+        if torch.compiler.is_compiling() and not self._compiles():
+            self._step_outside_of_graphs()
+            return loss
+        work = self._begin(torch.compiler.is_compiling())
         self._end(work, self._update(work))
         return loss
+
+    @torch._disable_dynamo
+    def _compiles(self) -> bool:
+        """Whether a compiled step is right. Compilers lose what is written into the parts of tensor subclasses (shards,
+        8-bit blocks); steps on these run outside of the graph.
+        """
+        given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        kept = [x for state in self.state.values() for x in state.values() if isinstance(x, Tensor)]
+        return PLAIN.issuperset(map(type, (*given, *(p.grad for p in given), *kept)))
+
+    @torch._disable_dynamo
+    def _step_outside_of_graphs(self) -> None:
+        work = self._begin(False)
+        self._end(work, self._update(work))
 
     # What is done on the host stays out of a compiled step (the decorator is torch's own, which unlike
     # torch.compiler.disable does not load the compiler when this module is imported).
 
     @torch._disable_dynamo
-    def _begin(self) -> list[Work]:
+    def _begin(self, compiling: bool) -> list[Work]:
+        self._check_groups()
         self._follow_exchange()
         for group in self.param_groups:
             refuse_sparse_gradients(type(self).__name__, self.param_groups, group["params"])
-        sweeping = [group for group in self.param_groups if "sweep" in group and group["sweep"] == group["t"]]
-        # After a sweep of step_parameter, step() updates what is left of it at the same t.
-        if not sweeping or any(
-            self._had_its_turn(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None
-        ):
+        self._start_trained(self.param_groups)
+        if self.opens_step():
             self._advance()
-        for group in sweeping:
-            group["sweep"] = 0
-        return self._work((group, group["params"]) for group in self.param_groups)
+        for group in self.param_groups:
+            if "sweep" in group:
+                group["sweep"] = 0
+        return self._work(((group, group["params"]) for group in self.param_groups), compiling)
+
+    def opens_step(self) -> bool:
+        """Whether `step` would advance the clock. After a sweep of `step_parameter` it updates what is left at the
+        same ``t``.
+        """
+        return not any("sweep" in group and group["sweep"] == group["t"] for group in self.param_groups) or any(
+            self._had_its_turn(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None
+        )
+
+    def opens_sweep(self, p: Tensor) -> bool:
+        """Whether `step_parameter` of ``p`` would begin a new sweep and advance the clock."""
+        group, _ = self.place(p)
+        return group.get("sweep") != group["t"] or self._had_its_turn(group, p)
 
     def _advance(self) -> None:
         for group in self.param_groups:
             group["t"] += 1
 
-    def _work(self, chosen: Iterable[tuple[Group, list[Tensor]]]) -> list[Work]:
+    def _work(self, chosen: Iterable[tuple[Group, list[Tensor]]], compiling: bool) -> list[Work]:
+        # Kernels hand the memory of tensors to code that no compiler sees; a compiled step is made of the plain code.
+        choice = Choice(False) if compiling else self._choice
         work = []
         for group, params in chosen:
             self.prepare(group, [p for p in params if p.grad is not None])
-            for bucket in buckets(params, self.state, self._choice, self._choice.all_alike):
+            for bucket in buckets(params, self.state, choice, choice.all_alike):
                 places = [self.place(p)[1] for p in bucket.params] if group["rounding"] == "stochastic" else []
                 given = {"places": places, "given": (group["t"], group["lr"])}
                 work.append((at_present(group) | given, bucket))
@@ -168,8 +229,6 @@ class EvenOptimizer(Optimizer):
         """What a step does on the host before it, with those that have a gradient; it may replace their state."""
 
     def _update(self, work: list[Work]) -> list[dict[str, Tensor]]:
-        if torch.compiler.is_compiling():
-            return self._in_lockstep(work)
         found = [at_once(self, group, bucket) for group, bucket in work]
         rest = iter(self._in_lockstep([one for one, stats in zip(work, found, strict=True) if stats is None]))
         return [next(rest) if stats is None else stats for stats in found]
@@ -212,27 +271,32 @@ class EvenOptimizer(Optimizer):
         Raises:
             ValueError: ``p`` is not in this optimizer, or a group is capturable. RuntimeError: a sparse gradient.
         """
-        work = self._begin_parameter(p)
-        if work:
-            self._update(work)
+        self._step_parameter(p)
 
     @torch._disable_dynamo
+    def _step_parameter(self, p: Tensor) -> None:
+        if work := self._begin_parameter(p):
+            self._update(work)
+
     def _begin_parameter(self, p: Tensor) -> list[Work]:
-        group, _ = self.place(p)
+        group, (_, index) = self.place(p)
         if any(other["capturable"] for other in self.param_groups):
             raise ValueError("step_parameter counts on the host; it does not go with capturable=True")
         if p.grad is None:
             return []
+        self._check_groups()
         refuse_sparse_gradients(type(self).__name__, self.param_groups, [p])
-        if group.get("sweep") != group["t"] or self._had_its_turn(group, p):
+        if p not in self.state:
+            self._start(p, group, index)
+        if self.opens_sweep(p):
             self._advance()
             for other in self.param_groups:
                 other["sweep"] = other["t"]
         self.state[p]["released_at"] = group["t"]
-        return self._work([(group, [p])])
+        return self._work([(group, [p])], False)
 
     def _had_its_turn(self, group: Group, p: Tensor) -> bool:
-        return bool(self.state[p].get("released_at") == group["t"])
+        return p in self.state and bool(self.state[p].get("released_at") == group["t"])
 
     def place(self, p: Tensor) -> tuple[Group, tuple[int, int]]:
         """The group of a parameter, and the numbers of both."""
@@ -248,16 +312,10 @@ class EvenOptimizer(Optimizer):
         groups = self.param_groups[place[0] : place[0] + 1]
         return any(q is p for group in groups for q in group["params"][place[1] : place[1] + 1])
 
-    def gradients(
-        self, group: Group, bucket: Bucket, *, late: bool = False, measured: Measured | None = None
-    ) -> Steps[Gradients]:
-        """The gradients of ``bucket``, measured; with ``late``, where kernels can, not before the pass that uses them,
-        which is for steps that need no number of a whole tensor but whether it is finite.
-        """
-        sign, kernels = -1.0 if group["maximize"] else 1.0, bucket.kernels
-        if late and kernels is not None and kernels.measures_late and not bucket.layout.cuts:
-            return Gradients.unmeasured(bucket.grads, sign, kernels)
-        return (yield Gradients.measure(bucket.grads, bucket.dtype, sign, kernels, measured))
+    def gradients(self, group: Group, bucket: Bucket, *, measured: Measured | None = None) -> Steps[Gradients]:
+        """The gradients of ``bucket``, measured (by kernels, where these have not ``measured`` them)."""
+        sign = -1.0 if group["maximize"] else 1.0
+        return (yield Gradients.measure(bucket.grads, bucket.dtype, sign, bucket.kernels, measured))
 
     def weights(self, group: Group, bucket: Bucket, finite: Tensor) -> Weights:
         return Weights(bucket.here, finite, *rounding(group, bucket))
@@ -267,6 +325,7 @@ class EvenOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's."""
         self._follow_exchange()
+        self._start_trained(self.param_groups)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

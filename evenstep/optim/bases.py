@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evenstep.optim.sharding import is_sharded
+from evenstep.optim.chain import PREFIX
+from evenstep.optim.sharding import is_sharded, refuse_flat_shard
 
 IN_SHAPE = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "square_avg"})
 """State entries that have the shape of their parameter wherever they are known."""
@@ -35,8 +36,10 @@ def check_base(base: Any) -> None:
 
 
 def check_parameters(params: Iterable[Tensor]) -> None:
+    """ValueError for parameters that transforms cannot take: complex ones, and flat shards."""
     for index, p in enumerate(params):
-        if p.is_complex():
+        refuse_flat_shard(p)
+        if p.is_complex() and p.requires_grad:
             raise ValueError(f"stabilize does not take complex parameters (parameter {index} of a group is {p.dtype})")
 
 
@@ -51,7 +54,8 @@ def checked_copy(base: Optimizer, numbered: list[tuple[Any, Tensor]], states: di
         saved = states.get(i)
         if not isinstance(saved, dict) or any(isinstance(value, dict) for value in saved.values()):
             continue  # nested by its library (bitsandbytes), which alone knows what belongs there
-        present = base.state.get(p, {})
+        # Checkpoint tools leave the transforms' own entries in the base's state; those are checked by their Chain.
+        present = {name: x for name, x in base.state.get(p, {}).items() if not str(name).startswith(PREFIX)}
         needed = (
             WHOLE if saved.keys() & WHOLE == saved.keys() and isinstance(base, torch.optim.Adam) else present.keys()
         )

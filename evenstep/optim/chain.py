@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from evenstep.optim.sharding import Bucket, local, state_dtype
-from evenstep.optim.state import scalar
+from evenstep.optim.state import is_trained, scalar, untouched
 from evenstep.transforms import Combine, Gradients, Now, Statistics, Steps, Transform, combined, shared_dtype
 
 PREFIX = "stabilize."
 CLOCK = "stabilize_t"
+"""Where a saved state has the statistics, and a param group the step count. Chains within one another have names of
+their own (see `Chain.prefix` and `Chain.clock`).
+"""
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,29 @@ class Transformed:
 
 
 class Chain:
-    """Transforms in their order, and the statistics of the parameters that were adopted."""
+    """Transforms in their order, and the statistics of the parameters that were adopted. ``depth``: how many chains are
+    behind this one, between it and the optimizer.
+    """
 
-    def __init__(self, transforms: tuple[Transform, ...], reset_interval: int):
+    def __init__(self, transforms: tuple[Transform, ...], reset_interval: int, depth: int = 0):
         names = [unit.name for unit in transforms]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"stabilize: {', '.join(twice)} is given more than once; each kind of transform goes once")
         self.transforms = transforms
         self.reset_interval = reset_interval
+        self.depth = depth
+        self.prefix = PREFIX * (depth + 1)
+        self.clock = f"{CLOCK}{depth + 1}" if depth else CLOCK
         self.statistics: dict[Tensor, dict[str, Tensor]] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"depth": 0, "prefix": PREFIX, "clock": CLOCK} | state)
+
     def adopt(self, p: Tensor) -> None:
+        self.statistics[p] = self.fresh(p)
+
+    def fresh(self, p: Tensor) -> dict[str, Tensor]:
         """Statistics of a new parameter, zero; the shared ones are those of the others."""
         found = {"skipped": scalar(p)}
         for unit in self.transforms:
@@ -50,7 +64,7 @@ class Chain:
                 found[f"{unit.name}.{name}"] = torch.zeros_like(p, dtype=state_dtype(p), requires_grad=False)
             for name, shape in unit.shared.items():
                 found[f"{unit.name}.{name}"] = self._shared(f"{unit.name}.{name}", shape, p.device)
-        self.statistics[p] = found
+        return found
 
     def _shared(self, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         known = [state[key] for state in self.statistics.values() if key in state]
@@ -122,8 +136,9 @@ class Chain:
 
     def check_saved(self, saved: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
         for p, entries in saved:
+            known = self.statistics.get(p) or (self.fresh(p) if entries else {})
             for key, value in entries.items():
-                mine = self.statistics[p].get(key)
+                mine = known.get(key)
                 if mine is not None and mine.shape != value.shape:
                     raise ValueError(
                         f"stabilize: the saved {key} has shape {tuple(value.shape)}, the transform given here keeps "
@@ -131,8 +146,11 @@ class Chain:
                     )
 
     def load(self, saved: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        """Start all statistics anew and put in what was saved."""
+        """Start all statistics anew and put in what was saved. Frozen parameters have some where they were trained
+        before they were saved.
+        """
         self.statistics.clear()
+        saved = [(p, entries) for p, entries in saved if is_trained(p) or not untouched(entries)]
         for p, _ in saved:
             self.adopt(p)
         for p, entries in saved:

@@ -13,7 +13,7 @@ from evenstep.optim.at_once import whole_step
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.groups import KINDS
 from evenstep.optim.sharding import Bucket
-from evenstep.optim.state import moment, scalar, statistics
+from evenstep.optim.state import largest_stored, moment, scalar, statistics
 from evenstep.transforms import (
     FLOOR,
     AdamStep,
@@ -56,14 +56,15 @@ class SCALE(EvenOptimizer):
             bytes per parameter); no difference for fp32 parameters.
         state: how moments are stored: ``"fp32"`` (default), ``"bf16"``, or ``"int8"`` (blocks of 256, needs torchao).
         fused: kernels (C++ on CPU, Triton on CUDA): None (default) where they serve, False for the plain code, True for
-            an error where they do not. ``evenstep doctor`` shows what serves.
+            an error where they do not. ``evenstep doctor`` shows what serves. A step compiled by ``torch.compile``
+            takes the plain code, which the compiler fuses.
         **official: the official names ``wd`` (weight_decay), ``adamw_betas`` (betas), ``adamw_eps`` (eps).
 
     State, fp32 (fp64 for fp64 parameters): ``exp_avg`` of the last layer; ``exp_avg``, ``exp_avg_sq`` and ``age``
     (updates) of vectors.
 
-    A tensor whose gradient holds a NaN or Inf is skipped on the device, and `stats` says so. Gradients are never
-    modified.
+    A tensor whose gradient holds a NaN or Inf (for a vector also: an entry whose square is beyond the range of its
+    moments, 1.8e19 in fp32) is skipped on the device, and `stats` says so. Gradients are never modified.
 
     Raises:
         ValueError: a group without a known kind, or an option out of range. TypeError: an unknown argument.
@@ -133,14 +134,16 @@ class SCALE(EvenOptimizer):
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         if group["kind"] == "vector":
-            grads = yield self.gradients(group, bucket, late=True)
-            grads, update_norm = self._vector_step(group, bucket, grads)
+            grads = (yield self.gradients(group, bucket)).squares_within(largest_stored(bucket.parts("exp_avg_sq")))
+            update_norm = self._vector_step(group, bucket, grads)
             grads = yield grads.with_norms()
             return statistics(grads, bucket, update_norm)
         if bucket.kernels is not None and not (group["kind"] != "embedding" and bucket.layout.mesh_dims(1)):
             grads, directions = yield self._fused_matrix_step(group, bucket, bucket.kernels)
         else:
             grads = yield self.gradients(group, bucket)
+            if group["kind"] == "last":  # of fp64, averaged in a smaller dtype
+                grads = grads.kept_if(grads.peak <= largest_stored(bucket.parts("exp_avg")))
             grads, directions = yield self._matrix_step(group, bucket, grads)
         found = statistics(grads, bucket, directions * group["lr"] * grads.finite)
         found["norm_after"] = torch.full_like(directions, torch.nan) if bucket.layout.cuts else directions
@@ -165,7 +168,7 @@ class SCALE(EvenOptimizer):
         }
         return kernels.adam_step_(whole_step(group, bucket, "age"), how)
 
-    def _vector_step(self, group: Group, bucket: Bucket, grads: Gradients) -> tuple[Gradients, Tensor]:
+    def _vector_step(self, group: Group, bucket: Bucket, grads: Gradients) -> Tensor:
         scalars = bucket.stacked("age")
         age = scalars.values[0] + 1
         plan = AdamStep.plan(
@@ -178,9 +181,9 @@ class SCALE(EvenOptimizer):
             weight_decay=group["weight_decay"],
         )
         exp_avg, exp_avg_sq = bucket.parts("exp_avg"), bucket.parts("exp_avg_sq")
-        grads, update_norm = adam_(self.weights(group, bucket, grads.finite), grads, exp_avg, exp_avg_sq, plan)
+        update_norm = adam_(self.weights(group, bucket, grads.finite), grads, exp_avg, exp_avg_sq, plan)
         scalars.store(grads.finite, age)
-        return grads, update_norm
+        return update_norm
 
     def _fused_matrix_step(self, group: Group, bucket: Bucket, kernels: Kernels) -> Steps[tuple[Gradients, Tensor]]:
         """As `_matrix_step`, by kernels; what one row or column is divided by must be here."""
@@ -199,7 +202,7 @@ class SCALE(EvenOptimizer):
                 floored(part.sqrt().float(), count, group["norm"]) for part, count in zip(whole, counts, strict=True)
             ]
         else:
-            grads = yield self.gradients(group, bucket, late=True)
+            grads = yield self.gradients(group, bucket)
         weights = self.weights(group, bucket, grads.finite)
         last, momentum = group["kind"] == "last", group["momentum"]
         roots = [math.sqrt(max(count, 1)) if group["norm"] == "rms" else 1.0 for count in counts]
@@ -223,11 +226,8 @@ class SCALE(EvenOptimizer):
                 FLOOR,
                 lost=filled(weights.lost),
                 seeds=filled(weights.seeds),
-                measure=grads.is_late,
             )
         )
-        if found.measured is not None:
-            grads = grads.seen(found.measured)
         grads = yield grads.with_norms()
         return grads, found.direction_norm
 

@@ -45,10 +45,17 @@ def like(x: Tensor, part: Tensor) -> Tensor:
 
 
 def refuse_flat_shard(p: Tensor) -> None:
-    """ValueError for the flattened parameters of FSDP1, of which one holds parts of many tensors: statistics of whole
-    tensors are impossible there.
+    """ValueError for flattened parameters (FSDP1 with and without ``use_orig_params``, fairscale, DeepSpeed ZeRO 3),
+    which hold parts of many tensors, or an unknown part of one: statistics of whole tensors are impossible there.
     """
-    if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
+    if type(p) in PLAIN and not p.__dict__:  # nothing was noted on it; a step asks often
+        return
+    if hasattr(p, "ds_tensor"):
+        raise ValueError(
+            "a parameter is partitioned by DeepSpeed ZeRO stage 3: the largest entry and norm of each tensor cannot be "
+            "known from its part; use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
+        )
+    if any(getattr(p, mark, False) for mark in ("_is_flat_param", "_fsdp_flattened", "_param_numels")):
         raise ValueError(
             f"a parameter of shape {tuple(p.shape)} is a flat shard (FullyShardedDataParallel): the largest entry and "
             "norm of each tensor cannot be known from it; use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP"
@@ -113,11 +120,7 @@ class Bucket:
     def stacked(self, *names: str) -> "Scalars":
         """Scalars of the state of each parameter, as one vector ``[k]`` per name."""
         scalars = [state[name] for name in names for state in self.states]
-        if self.kernels is None:
-            values, places = torch.stack(scalars), None
-        else:
-            values, places = self.kernels.gather(scalars)
-        return Scalars(values.view(len(names), -1), scalars, places, self.kernels)
+        return Scalars(torch.stack(scalars).view(len(names), -1), scalars)
 
     def sizes(self) -> Tensor:
         """Entries of each whole tensor, at least 1, ``[k]``."""
@@ -130,17 +133,11 @@ class Scalars:
 
     values: Tensor
     tensors: list[Tensor]
-    places: Tensor | None
-    """Where kernels find them."""
-    kernels: Kernels | None
 
     def store(self, where: Tensor, *vectors: Tensor) -> None:
         """Write a vector per name back, for the parameters where ``where`` (bool ``[k]``) holds."""
         new = torch.where(where, torch.stack(vectors), self.values).view(-1)
-        if self.kernels is None:
-            torch._foreach_copy_(self.tensors, new.unbind())
-        else:
-            self.kernels.scatter_(self.tensors, self.places, new)
+        torch._foreach_copy_(self.tensors, new.unbind())
 
 
 def state_dtype(p: Tensor) -> torch.dtype:

@@ -1,6 +1,7 @@
 """SPAM: Adam with spike-aware clipping, momentum reset, and sparse momentum (arXiv:2501.06842, ICLR 2025)."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
@@ -11,8 +12,8 @@ from evenstep.kernels import WholeKernels
 from evenstep.optim.at_once import whole_step
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.masks import draw_mask, pack, put_back, taken, unpack
-from evenstep.optim.sharding import Bucket, is_sharded
-from evenstep.optim.state import moment, scalar, statistics
+from evenstep.optim.sharding import Bucket, is_sharded, state_dtype
+from evenstep.optim.state import largest_stored, moment, scalar, statistics
 from evenstep.transforms import AdamStep, EntryClip, Gradients, Steps, Weights, adam_, reset_due, rewarm_factor
 
 N = TypeVar("N", Tensor, float)
@@ -52,15 +53,16 @@ class SPAM(EvenOptimizer):
             bytes per parameter); no difference for fp32 parameters.
         state: how moments are stored: ``"fp32"`` (default), ``"bf16"``, or ``"int8"`` (blocks of 256, needs torchao).
         fused: kernels (C++ on CPU, Triton on CUDA): None (default) where they serve, False for the plain code, True for
-            an error where they do not. ``evenstep doctor`` shows what serves.
+            an error where they do not. ``evenstep doctor`` shows what serves. A step compiled by ``torch.compile``
+            takes the plain code, which the compiler fuses.
         **official: the official names above.
 
     State per parameter, fp32 (fp64 for fp64 parameters): ``exp_avg``, ``exp_avg_sq``, the scalar ``age`` (updates since
     the last reset; with ``variant="official"`` since the start) and, where sparse, ``mask`` (uint8, one bit per entry,
     in the order of a flattened tensor).
 
-    A tensor whose gradient holds a NaN or Inf is skipped on the device, and `stats` says so. Gradients are never
-    modified.
+    A tensor whose gradient holds a NaN or Inf, or an entry whose square is beyond the range of its moments (1.8e19 in
+    fp32), is skipped on the device, and `stats` says so. Gradients are never modified.
 
     Raises:
         ValueError: an option is out of range. TypeError: an unknown argument. RuntimeError: a sparse gradient (in
@@ -111,9 +113,44 @@ class SPAM(EvenOptimizer):
             "rounding": rounding,
             "state": state,
         }
+        self._constructed = False
         super().__init__(params, options, official, fused)
+        self._constructed = True
+        self._tell_untrained()
 
     # ---- masks ----
+
+    _constructed = True
+    _untrained: tuple[tuple[int, ...], ...] = ()
+    """Shapes of new parameters whose masks hold no entry."""
+
+    def _start_trained(self, groups: Iterable[Group]) -> None:
+        groups = list(groups)
+        super()._start_trained(groups)
+        for group in groups:
+            self._check_sizes(group["params"])
+        if self._constructed:
+            self._tell_untrained()
+
+    def _tell_untrained(self) -> None:
+        shapes, self._untrained = self._untrained, ()
+        if shapes:
+            named = ", ".join(map(str, shapes[:8])) + (f" and {len(shapes) - 8} more" if len(shapes) > 8 else "")
+            warnings.warn(
+                f"SPAM: density times the number of entries rounds to 0 for parameters of shape {named}, which will "
+                "not be updated; raise density, or put them into a group with density=1",
+                stacklevel=3,
+            )
+
+    def _check_sizes(self, params: Iterable[Tensor]) -> None:
+        """ValueError for a sparse parameter that has another size than when its mask was made."""
+        for p in params:
+            mask = self.state[p].get("mask") if p in self.state else None
+            if mask is not None and mask.numel() != -(-p.numel() // 8):
+                raise ValueError(
+                    f"SPAM: a parameter of shape {tuple(p.shape)} has a mask of {mask.numel()} bytes, made for another "
+                    "size; make a new optimizer after changing the size of a parameter"
+                )
 
     def new_state(self, p: Tensor, group: Group, index: int) -> State:
         stored = group["state"]
@@ -121,15 +158,22 @@ class SPAM(EvenOptimizer):
             return {"exp_avg": moment(p, stored), "exp_avg_sq": moment(p, stored, signed=False), "age": scalar(p)}
         if is_sharded(p):
             raise ValueError("SPAM: density < 1 is not supported for sharded parameters; use density=1, or DDP")
-        sparse = _sparse_moments(p, self._draw_mask(group, p), round(group["density"] * p.numel()), stored)
+        count = round(group["density"] * p.numel())
+        sparse = _sparse_moments(p, self._draw_mask(group, p), count, stored)
         return {"age": scalar(p), "mask_set_at": -1} | sparse
+
+    def _start(self, p: Tensor, group: Group, index: int) -> None:
+        super()._start(p, group, index)
+        if "mask" in self.state[p] and p.numel() and not self.state[p]["exp_avg"].numel():
+            self._untrained = (*self._untrained, tuple(p.shape))
 
     def _draw_mask(self, group: Group, p: Tensor) -> Tensor:
         # The seed says whose mask this is and when it is drawn: equal on all ranks, and the same again after a resume.
         return draw_mask(p.numel(), group["density"], (*self.place(p)[1], int(group["t"]))).to(p.device)
 
     def prepare(self, group: Group, params: list[Tensor]) -> None:
-        """On a reset the sparse parameters get new masks, where their gradients are finite."""
+        """On a reset the sparse parameters get new masks, where their gradients count as finite."""
+        self._check_sizes(params)
         if group["density"] == 1 or not group["reset_interval"] or group["t"] % group["reset_interval"]:
             return
         for p in params:
@@ -137,7 +181,8 @@ class SPAM(EvenOptimizer):
             if state.get("mask_set_at") in (None, group["t"] - 1):  # dense, or given by hand for this step
                 continue
             bits, count = self._draw_mask(group, p), round(group["density"] * p.numel())
-            accepted = torch.isfinite(p.grad).all()  # type: ignore[arg-type]
+            squares = p.grad.to(state_dtype(p)).square()  # type: ignore[union-attr]
+            accepted = (squares <= largest_stored([state["exp_avg_sq"]])).all()
             if state["exp_avg"].numel() == count:
                 state["mask"].copy_(torch.where(accepted, bits, state["mask"]))
             elif accepted:  # a mask of another size was given by hand: the one place that must ask the device
@@ -155,7 +200,8 @@ class SPAM(EvenOptimizer):
         state = self.state.get(p, {})
         if "mask" not in state:
             raise ValueError(
-                "set_mask: the parameter is dense (density 1 or fewer than 2 dimensions) or not in this optimizer"
+                "set_mask: the parameter is dense (density 1 or fewer than 2 dimensions), frozen, or not in this "
+                "optimizer"
             )
         if mask.dtype != torch.bool or mask.shape != p.shape:
             raise ValueError(
@@ -168,7 +214,12 @@ class SPAM(EvenOptimizer):
             state["age"].zero_()
 
     def get_mask(self, p: Tensor) -> Tensor:
-        """The entries of ``p`` that are trained at present: a bool tensor in its shape."""
+        """The entries of ``p`` that are trained at present: a bool tensor in its shape, without a True where ``p`` is
+        frozen.
+        """
+        self.place(p)
+        if p not in self.state:
+            return torch.zeros_like(p, dtype=torch.bool)
         state = self.state[p]
         return (
             unpack(state["mask"], p.numel()).view(p.shape) if "mask" in state else torch.ones_like(p, dtype=torch.bool)
@@ -179,7 +230,7 @@ class SPAM(EvenOptimizer):
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         official = group["variant"] == "official"
         every, threshold, weight_decay = group["reset_interval"], group["threshold"], group["weight_decay"]
-        grads = yield self.gradients(group, bucket, late=True)
+        grads = (yield self.gradients(group, bucket)).squares_within(largest_stored(bucket.parts("exp_avg_sq")))
         t, lr = group["t"], group["lr"]
         reset = reset_due(t, every)
         scalars = bucket.stacked("age")
@@ -199,9 +250,8 @@ class SPAM(EvenOptimizer):
         )
         clip = EntryClip(threshold, self._clips(group, t), forget=reset, zero_history=official) if threshold else None
         weights = self.weights(group, bucket, grads.finite)
-        grads, update_norm = (_compact_adam_ if bucket.kernels is None else _masked_adam_)(
-            bucket, weights, grads, plan, clip
-        )
+        adam = _compact_adam_ if bucket.kernels is None else _masked_adam_
+        update_norm = adam(bucket, weights, grads, plan, clip)
         scalars.store(grads.finite, age)
         grads = yield grads.with_norms()
 
@@ -260,9 +310,7 @@ def _masks(bucket: Bucket) -> list[Tensor]:
     return [state.get("mask", nothing) for state in bucket.states]
 
 
-def _masked_adam_(
-    bucket: Bucket, weights: Weights, grads: Gradients, plan: AdamStep, clip: EntryClip | None
-) -> tuple[Gradients, Tensor]:
+def _masked_adam_(bucket: Bucket, weights: Weights, grads: Gradients, plan: AdamStep, clip: EntryClip | None) -> Tensor:
     """Adam's step on the entries of the masks, by kernels that know about them."""
     weights.masks = _masks(bucket)
     return adam_(weights, grads, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan, clip)
@@ -270,17 +318,17 @@ def _masked_adam_(
 
 def _compact_adam_(
     bucket: Bucket, weights: Weights, grads: Gradients, plan: AdamStep, clip: EntryClip | None
-) -> tuple[Gradients, Tensor]:
+) -> Tensor:
     """The same by the plain code: the entries of the masks are taken out, updated and put back."""
     where = [_entries(state, p.numel()) for p, state in zip(bucket.params, bucket.states, strict=True)]
     weights.tensors = trained = taken(bucket.here, where)
     lost = weights.lost
     weights.lost = taken(lost, where)
     some = grads.of(taken(bucket.grads, where))
-    _, update_norm = adam_(weights, some, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan, clip)
+    update_norm = adam_(weights, some, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan, clip)
     put_back(bucket.here, trained, where)
     put_back(lost, weights.lost, where)
-    return grads, update_norm
+    return update_norm
 
 
 def _entries(state: State, n: int) -> Tensor | None:

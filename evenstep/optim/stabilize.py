@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from evenstep.optim.bases import check_base, check_parameters, checked_copy
-from evenstep.optim.chain import CLOCK, PREFIX, Chain, Transformed
+from evenstep.optim.chain import Chain, Transformed
 from evenstep.optim.exchanged import follow_exchange
 from evenstep.optim.fused import Choice
 from evenstep.optim.moments import MOMENTS, Snapshot, divided, reset_, unknown_entries
 from evenstep.optim.sharding import buckets, combine
-from evenstep.optim.state import Group, in_param_order, refuse_sparse_gradients, statistics
+from evenstep.optim.state import Group, in_param_order, is_trained, refuse_sparse_gradients, statistics
 from evenstep.optim.swapped import Swap
-from evenstep.transforms import MomentumReset, SkipStep, Transform, check, lockstep
+from evenstep.transforms import CHECKS, MomentumReset, SkipStep, Transform, check, host_values, lockstep
 
 
 def stabilize(
@@ -42,8 +42,9 @@ def stabilize(
 
     ``stabilize(torch.optim.AdamW(model.parameters()), AdaClip(), AdaGN(), reset_interval=1000)``. Learning-rate
     schedulers, hooks, ``state_dict`` and ``param_groups`` work as on any optimizer; step the result instead of the
-    base. The gradients are the user's again after the step. Without transforms, and while gradients are finite, it is
-    the base to the bit.
+    base. Its other attributes and methods (``train`` and ``eval`` of schedule-free optimizers, ``set_mask`` of `SPAM`)
+    are reached and set through the result. The gradients are the user's again after the step. Without transforms, and
+    while gradients are finite, it is the base to the bit.
 
     Args:
         optimizer: any torch Optimizer that reads ``p.grad``.
@@ -70,9 +71,14 @@ def stabilize(
         TypeError: ``optimizer`` is no torch Optimizer, or one that needs its closure (LBFGS). ValueError: a complex
             parameter, ``differentiable=True``, a transform given twice, ``reset_interval`` or ``nonfinite`` out of
             range, or (at the first step of a base with unknown state) entries of which it is not known whether they are
-            moments. RuntimeError: a sparse gradient.
+            moments. RuntimeError: a sparse gradient. Flat shards (FSDP1, ZeRO) are refused with a ValueError or, where
+            they come in later, a RuntimeError.
     """
     return Stabilized(optimizer, transforms, reset_interval, moments, nonfinite, fused)
+
+
+OWN = frozenset({"base", "moments", "nonfinite", "chain", "stats"})
+"""Attributes of `Stabilized` that are not its base's, whatever the base has under these names."""
 
 
 class Stabilized(Optimizer):
@@ -99,10 +105,9 @@ class Stabilized(Optimizer):
             raise ValueError("stabilize: nonfinite='zero' skips nothing; with SkipStep use 'restore' or 'skip'")
         reset = resets[0] if resets else MomentumReset(reset_interval)
         self.base = base
-        self.reset_interval = reset.every
         self.moments = MOMENTS | frozenset(moments) | frozenset(reset.moments)
         self.nonfinite = nonfinite
-        self.chain = Chain(transforms, reset.every)
+        self.chain = Chain(transforms, reset.every, base.chain.depth + 1 if isinstance(base, Stabilized) else 0)
         self._choice = Choice(fused)
         self._swap = Swap()
         self.stats: dict[str, Tensor] = {}
@@ -111,19 +116,60 @@ class Stabilized(Optimizer):
         for group in self.param_groups:
             self._adopt(group)
 
-    # ---- groups and state are the base's ----
+    # ---- what is not ours is the base's ----
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked for what is not found here. Private names stay apart: torch keeps the hooks of each optimizer there, and
+        # what a base can do for a GradScaler (`_step_supports_amp_scaling`) it would do after the transforms.
+        if name.startswith("_") or name == "base":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        ours = name.startswith("_") or name in OWN or name in self.__dict__ or hasattr(type(self), name)
+        if ours or not hasattr(self.base, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.base, name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *(name for name in dir(self.base) if not name.startswith("_"))})
 
     @property
     def param_groups(self) -> list[Group]:  # type: ignore[override]
         return self.base.param_groups
 
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        self.base.param_groups = groups
+
     @property
     def state(self) -> Any:  # type: ignore[override]
         return self.base.state
 
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """The base's."""
+        self.base.zero_grad(*args, **kwargs)
+
+    @property
+    def reset_interval(self) -> int:
+        return self.chain.reset_interval
+
+    @reset_interval.setter
+    def reset_interval(self, every: int) -> None:
+        self.chain.reset_interval = every
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
@@ -139,22 +185,61 @@ class Stabilized(Optimizer):
         try:
             self._adopt(self.param_groups[-1])
         except ValueError:
-            self.param_groups.pop()
+            for p in self.param_groups.pop()["params"]:
+                self.base.state.pop(p, None)
+                self.statistics.pop(p, None)
             raise
 
     def _adopt(self, group: Group) -> None:
         check_parameters(group["params"])
-        for p in group["params"]:
-            self._choice.check(p)
-        group.setdefault(CLOCK, max((other.get(CLOCK, 0) for other in self.param_groups), default=0))
-        for p in group["params"]:
-            self.chain.adopt(p)
+        clock = self.chain.clock
+        group.setdefault(clock, max((other.get(clock, 0) for other in self.param_groups), default=0))
+        self._known.update(group["params"])
+        self._start_trained([group])
+
+    def _start_trained(self, groups: Iterable[Group]) -> None:
+        """Start the statistics of parameters that are to be trained and have none yet: frozen ones need none."""
+        for group in groups:
+            new = [p for p in group["params"] if p not in self.statistics and is_trained(p)]
+            check_parameters(new)
+            for p in new:
+                self._choice.check(p)
+                self.chain.adopt(p)
 
     def _follow_exchange(self) -> None:
-        follow_exchange(self.param_groups, self.statistics, CLOCK, lambda p, group, index: self.chain.adopt(p))
+        if follow_exchange(self.param_groups, self._known, self.chain.clock):
+            self.statistics.clear()
+            self._start_trained(self.param_groups)
+
+    def _check_options(self) -> None:
+        """ValueError for an option, or a learning rate, that was put out of its range after construction. They are
+        looked at again only where a value has changed, and tensors not at all.
+        """
+        units = [unit for unit in self.transforms if type(unit).__module__.startswith("evenstep.")]
+        named = [(unit, [name for name in unit.options if name in CHECKS]) for unit in units]
+        now = [
+            host_values(group.get("lr") for group in self.param_groups),
+            (self.reset_interval, self.nonfinite),
+            *(host_values(getattr(unit, name) for name in names) for unit, names in named),
+        ]
+        if now == self._checked:
+            return
+        for number, lr in enumerate(now[0]):
+            if isinstance(lr, int | float):
+                check(f"stabilize, param_groups[{number}]", lr=lr)
+        check("stabilize", reset_interval=self.reset_interval, nonfinite=self.nonfinite)
+        for (unit, names), values in zip(named, now[2:], strict=True):
+            given = zip(names, values, strict=True)
+            check(type(unit).__name__, **{name: value for name, value in given if value is not Tensor})
+        self._checked = now
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._known: set[Tensor] = {p for group in self.param_groups for p in group["params"]}
+        self._checked: list[tuple[Any, ...]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("base", "reset_interval", "moments", "nonfinite", "chain", "_choice", "_swap")
+        own = ("base", "moments", "nonfinite", "chain", "_choice", "_swap")
         return {name: self.__dict__[name] for name in own} | {"stats": {}}
 
     def __repr__(self) -> str:
@@ -172,9 +257,18 @@ class Stabilized(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step(loss)
+        return loss
+
+    @torch._disable_dynamo  # all is done on the host and by the base, which may compile its own step
+    def _step(self, loss: Any) -> None:
+        self._check_options()
         self._follow_exchange()
         for group in self.param_groups:
             refuse_sparse_gradients("stabilize", self.param_groups, group["params"])
+        self._start_trained(self.param_groups)
+        clock, opens = self.chain.clock, getattr(self.base, "opens_step", None)
+        ahead = int(opens is None or opens())  # 0 for what a sweep of step_parameter has left
         work = [
             (group, bucket)
             for group in self.param_groups
@@ -182,19 +276,19 @@ class Stabilized(Optimizer):
         ]
         layouts = [bucket.layout for _, bucket in work]
         seen = torch.as_tensor(loss) if isinstance(loss, Tensor | float) else None
-        steps = [self.chain.transformed(bucket, group[CLOCK] + 1, seen) for group, bucket in work]
+        steps = [self.chain.transformed(bucket, group[clock] + ahead, seen) for group, bucket in work]
         found = lockstep(steps, lambda requests: combine(requests, layouts))
         if self._rehearses(found):
             self._swapped_step(found, [])
             for p, state in self.base.state.items():
                 reset_(state, self.moments)
                 # The tool that asked for this goes by the names that it finds here when it unflattens a state.
-                state.update({PREFIX + key: value for key, value in self.statistics[p].items()})
-            return loss
+                state.update(self._named_statistics(p))
+            return
         due = [group for group in self.param_groups if self.reset_interval and self._turn(group)]
         self._swapped_step(found, [p for group in due for p in group["params"]])
         for group in self.param_groups:
-            group[CLOCK] += 1
+            group[clock] += ahead
         self.chain.keep(found)
         measured = [
             (one.bucket.params, statistics(one.grads, one.bucket, torch.full_like(one.grads.peak, torch.nan)))
@@ -203,10 +297,50 @@ class Stabilized(Optimizer):
         self.stats = in_param_order(self.param_groups, measured)
         if self.reset_interval:
             self._check_moments()
-        return loss
+
+    @property
+    def step_parameter(self) -> Callable[[Tensor], None]:
+        """As the base's, where it has one (see `evenstep.optim.base.EvenOptimizer.step_parameter`), on the transformed
+        gradient. Transforms that look at the whole model, and ``reset_interval``, do not go with it.
+        """
+        self.base.step_parameter  # AttributeError where the base has none  # noqa: B018
+        return self._step_parameter
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def _step_parameter(self, p: Tensor) -> None:
+        whole = [type(unit).__name__ for unit in self.transforms if unit.whole_model or unit.shared]
+        if whole or self.reset_interval:
+            raise ValueError(
+                f"stabilize: step_parameter does not go with {', '.join(whole) or 'reset_interval'}, which needs the "
+                "gradients of all parameters at once; use step()"
+            )
+        base: Any = self.base
+        group, _ = base.place(p)
+        if (given := p.grad) is None:
+            return
+        self._check_options()
+        refuse_sparse_gradients("stabilize", self.param_groups, [p])
+        if p not in self.statistics:
+            self.chain.adopt(p)
+        if base.opens_sweep(p):
+            for other in self.param_groups:
+                other[self.chain.clock] += 1
+        [bucket] = buckets([p], None, self._choice, self._choice.all_alike)
+        [one] = lockstep(
+            [self.chain.transformed(bucket, group[self.chain.clock], None)],
+            lambda requests: combine(requests, [bucket.layout]),
+        )
+        bad = ~one.grads.finite[0] if self.nonfinite != "zero" else one.grads.finite[0] & False
+        try:
+            p.grad = None
+            self._swap.step(base, [(one.grads, 0, p)], lambda: base.step_parameter(p), bad)
+        finally:
+            p.grad = given
+        self.chain.keep([one])
 
     def _turn(self, group: Group) -> bool:
-        return (group[CLOCK] + 1) % self.reset_interval == 0
+        return bool((group[self.chain.clock] + 1) % self.reset_interval == 0)
 
     def _swapped_step(self, found: list[Transformed], resets: list[Tensor]) -> None:
         """Step the base on the transformed gradients, after a reset of some parameters' moments."""
@@ -257,10 +391,12 @@ class Stabilized(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._follow_exchange()
+        self._start_trained(self.param_groups)
         saved = self.base.state_dict()
         state = {i: dict(kept) if isinstance(kept, dict) else kept for i, kept in saved["state"].items()}
         for i, p in self._numbered(saved):
-            state.setdefault(i, {}).update({PREFIX + key: value for key, value in self.statistics[p].items()})
+            if p in self.statistics:
+                state.setdefault(i, {}).update(self._named_statistics(p))
         saved = {**saved, "state": state}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             saved = post_hook(self, saved) or saved
@@ -276,13 +412,13 @@ class Stabilized(Optimizer):
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        theirs, ours = dict[Any, Any](), dict[Any, dict[str, Any]]()
+        prefix, theirs, ours = self.chain.prefix, dict[Any, Any](), dict[Any, dict[str, Any]]()
         for i, entries in state_dict["state"].items():
             if not isinstance(entries, dict):  # of no parameter
                 theirs[i] = entries
                 continue
-            ours[i] = {key.removeprefix(PREFIX): value for key, value in entries.items() if str(key).startswith(PREFIX)}
-            rest = {key: value for key, value in entries.items() if not str(key).startswith(PREFIX)}
+            ours[i] = {key.removeprefix(prefix): value for key, value in entries.items() if str(key).startswith(prefix)}
+            rest = {key: value for key, value in entries.items() if not str(key).startswith(prefix)}
             if rest:
                 theirs[i] = rest
         if len(state_dict["param_groups"]) == len(self.param_groups):  # else the base says what is wrong
@@ -290,10 +426,13 @@ class Stabilized(Optimizer):
             theirs = checked_copy(self.base, self._numbered(state_dict), theirs)
         self.base.load_state_dict({**state_dict, "state": theirs})
         for group in self.param_groups:
-            group.setdefault(CLOCK, 0)
+            group.setdefault(self.chain.clock, 0)
         self.chain.load([(p, ours.get(i, {})) for i, p in self._numbered(state_dict)])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _named_statistics(self, p: Tensor) -> dict[str, Tensor]:
+        return {self.chain.prefix + key: value for key, value in self.statistics.get(p, {}).items()}
 
     def _numbered(self, saved: dict[str, Any]) -> list[tuple[Any, Tensor]]:
         ids = [i for group in saved["param_groups"] for i in group["params"]]

@@ -46,7 +46,8 @@ class StableSPAM(EvenOptimizer):
             bytes per parameter); no difference for fp32 parameters.
         state: how moments are stored: ``"fp32"`` (default), ``"bf16"``, or ``"int8"`` (blocks of 256, needs torchao).
         fused: kernels (C++ on CPU, Triton on CUDA): None (default) where they serve, False for the plain code, True for
-            an error where they do not. ``evenstep doctor`` shows what serves.
+            an error where they do not. ``evenstep doctor`` shows what serves. A step compiled by ``torch.compile``
+            takes the plain code, which the compiler fuses.
         **official: the official names above.
 
     State per parameter, fp32 (fp64 for fp64 parameters): ``exp_avg``, ``exp_avg_sq`` and the scalars ``peak`` (mean of
@@ -140,7 +141,7 @@ class StableSPAM(EvenOptimizer):
             forget_after=reset if official else None,
         )
         weights = self.weights(group, bucket, grads.finite)
-        grads, update_norm = adam_(weights, grads, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan)
+        update_norm = adam_(weights, grads, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan)
         if official:
             n = age  # one counter for both: after a reset the statistics are corrected as if they were new
         scalars.store(grads.finite, peak, norm, norm_rms, n, age)

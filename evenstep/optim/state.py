@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from evenstep.kernels import is_coded
 from evenstep.optim.sharding import Bucket, like, local, parts, refuse_flat_shard, state_dtype
-from evenstep.transforms import Gradients, noise_seeds
+from evenstep.transforms import Gradients, noise_seeds, opened
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -40,6 +41,20 @@ def place_clock(group: Group) -> None:
         group["t"] = torch.as_tensor(group["t"], dtype=torch.int64).to(device, copy=True)
     else:
         group["t"] = int(group["t"])
+
+
+def is_trained(p: Tensor) -> bool:
+    """Whether a parameter needs state: it is not frozen, or has a gradient all the same."""
+    return p.requires_grad or p.grad is not None
+
+
+def untouched(entries: State) -> bool:
+    """Whether saved entries are those of a parameter that was never updated, so that nothing is lost without them: all
+    are zero, and there is no mask.
+    """
+    return "mask" not in entries and all(
+        isinstance(x, Tensor) and not x.is_meta and not opened(local(x), torch.float32).any() for x in entries.values()
+    )
 
 
 def check_parameter(p: Tensor, index: int) -> None:
@@ -124,6 +139,12 @@ def moment(p: Tensor, stored: str = "fp32", *, signed: bool = True) -> Tensor:
             return like(p, blocks.zeros(part.shape, signed, 256, p.device))
     dtype = torch.bfloat16 if stored == "bf16" else state_dtype(p)
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def largest_stored(moments: Iterable[Tensor]) -> float:
+    """The largest number that all of these moments can hold. bf16 and 8-bit blocks count as fp32."""
+    whole = all(x.dtype == torch.float64 and not is_coded(x) for x in moments)
+    return torch.finfo(torch.float64 if whole else torch.float32).max
 
 
 def statistics(grads: Gradients, bucket: Bucket, update_norm: Tensor) -> dict[str, Tensor]:

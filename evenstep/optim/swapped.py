@@ -6,7 +6,9 @@ gradient takes. It is kept from step to step, since memory that is new to a proc
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,16 +50,27 @@ class Swap:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Swap, ()  # the scratch memory is nobody's state
 
-    def step(self, base: Optimizer, work: Sequence[Work]) -> None:
-        """Step ``base`` on ``work``. All gradients must be None, and are again afterwards."""
+    def step(
+        self,
+        base: Optimizer,
+        work: Sequence[Work],
+        step: Callable[[], Any] | None = None,
+        bad: Tensor | None = None,
+    ) -> None:
+        """Step ``base`` on ``work`` (by ``step``, if given). All gradients must be None, and are again afterwards. With
+        ``bad`` (0-d bool) True they are NaN, for a base that leaves such tensors alone.
+        """
         for turn in (turns := _turns(work) if goes_in_turns(base) else [list(work)] if work else []):
             outs = self._room_for(turn) if len(turns) > 1 else [torch.empty_like(_given(g, i)) for g, i, _ in turn]
             for several, parts in _by_bucket(turn, outs):
                 _write(several, parts)
+            if bad is not None:
+                for out in outs:
+                    out.masked_fill_(bad, math.nan)
             for (_, _, p), out in zip(turn, outs, strict=True):
                 p.grad = _like(p, out)
             try:
-                base.step()
+                (step or base.step)()
             finally:
                 for _, _, p in turn:
                     p.grad = None

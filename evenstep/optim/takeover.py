@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evenstep.optim.masks import pack, unpack
-from evenstep.optim.state import Group, State, moment, place_clock
+from evenstep.optim.state import Group, State, is_trained, moment, place_clock, untouched
 from evenstep.transforms import opened
 
 if TYPE_CHECKING:
@@ -87,9 +87,12 @@ def adopt(optimizer: "EvenOptimizer", given: dict[str, Any]) -> tuple[dict[str, 
     for group, ours, theirs in zip(groups, here, there, strict=True):
         place_clock(dict(group, params=ours["params"]))  # refuses what does not go together
         for index, (i, p) in enumerate(zip(group["params"], ours["params"], strict=True)):
+            saved = states.get(i, {})
+            if not is_trained(p) and untouched(saved):
+                continue
             fresh = optimizer.fresh_state(p, group | {"params": ours["params"]}, index)
             who = f"parameter {_named(group, index, i)}"
-            state[i] = reader.state(p, group, fresh, {"step": theirs.get("step")} | states.get(i, {}), who)
+            state[i] = reader.state(p, group, fresh, {"step": theirs.get("step")} | saved, who)
     return {"state": state, "param_groups": groups}, reader.summary(states)
 
 

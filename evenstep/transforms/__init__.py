@@ -2,7 +2,7 @@
 
 from evenstep.transforms.adam import AdamStep, Weights, adam_, close, filled, opened
 from evenstep.transforms.blocks import blocks
-from evenstep.transforms.checks import CHECKS, check
+from evenstep.transforms.checks import CHECKS, check, host_values
 from evenstep.transforms.clock import bias_correction, cosine_factor, reset_due, rewarm_factor
 from evenstep.transforms.column_norm import FLOOR, floored, row_blocks, row_norms, squared_norms
 from evenstep.transforms.gradients import Gradients
@@ -49,6 +49,7 @@ __all__ = [
     "cosine_factor",
     "filled",
     "floored",
+    "host_values",
     "lockstep",
     "noise_seeds",
     "opened",

@@ -135,8 +135,9 @@ def close(stored: Tensor, moment: Tensor, accepted: Tensor) -> None:
         stored.copy_(moment)
         for part, old in zip((stored.codes, stored.scale), before, strict=True):  # type: ignore[attr-defined]
             part.copy_(torch.where(accepted, part, old))
-    elif stored.dtype != moment.dtype:
-        stored.copy_(moment)
+    elif stored.dtype != moment.dtype:  # the largest numbers of fp32 would round to Inf in bf16, and stay there
+        most = torch.finfo(stored.dtype).max
+        stored.copy_(moment.clamp(-most, most))
 
 
 def adam_(
@@ -146,11 +147,11 @@ def adam_(
     exp_avg_sq: list[Tensor],
     how: AdamStep,
     clip: EntryClip | None = None,
-) -> tuple[Gradients, Tensor]:
-    """Decay, accumulate and step, in place. Returns the gradients, measured by now, and the 2-norm of each tensor's
-    update (without the decay), shape ``[k]``.
+) -> Tensor:
+    """Decay, accumulate and step, in place. Returns the 2-norm of each tensor's update (without the decay), shape
+    ``[k]``.
 
-    The second moment is capped at the largest finite number, so that a gradient of 1e20 can be forgotten again.
+    The second moment is capped at the largest finite number, so that rounding cannot make it infinite for good.
     """
     if grads.kernels is not None:
         return _fused_adam_(weights, grads, exp_avg, exp_avg_sq, how, clip)
@@ -182,7 +183,7 @@ def adam_(
                 weights.write(i, p, exact, extras, start)
                 start += p.numel()
         norms.append(torch.linalg.vector_norm(torch.stack(parts)))
-    return grads, torch.stack(norms)
+    return torch.stack(norms)
 
 
 def _fused_adam_(
@@ -192,7 +193,7 @@ def _fused_adam_(
     exp_avg_sq: list[Tensor],
     how: AdamStep,
     clip: EntryClip | None,
-) -> tuple[Gradients, Tensor]:
+) -> Tensor:
     assert grads.kernels is not None
     numbers = table(
         grads.peak,
@@ -223,10 +224,9 @@ def _fused_adam_(
             seeds=filled(weights.seeds),
             capped=clip is not None,
             zero_history=clip is not None and clip.zero_history,
-            measure=grads.is_late,
             measured=grads.measured,
         )
     )
     if clip is not None:
         clip.found(found.clipped_norm, found.clipped)
-    return grads if found.measured is None else grads.seen(found.measured), found.update_norm
+    return found.update_norm

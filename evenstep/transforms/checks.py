@@ -1,7 +1,7 @@
 """What each hyperparameter may be: one table for constructors, param groups and transforms."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -76,6 +76,18 @@ CHECKS: dict[str, Check] = {
     "spikes": (lambda x: x in ("clip", "zero"), "'clip' or 'zero'"),
 }
 """What each hyperparameter may be; the same for the constructor and for every param group."""
+
+
+def host_values(values: Iterable[Any]) -> tuple[Any, ...]:
+    """``values``, with the class `Tensor` for those that are tensors or hold some: to compare these would read a
+    device.
+    """
+    return tuple(
+        Tensor
+        if isinstance(x, Tensor) or (isinstance(x, list | tuple) and any(isinstance(y, Tensor) for y in x))
+        else x
+        for x in values
+    )
 
 
 def check(owner: str, /, **options: Any) -> None:

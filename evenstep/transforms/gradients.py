@@ -87,25 +87,6 @@ class Gradients:
         gain = finite.to(dtype)
         return cls(tensors, dtype, peak, here, finite, gain, sign=sign, kernels=kernels, measured=measured)
 
-    @classmethod
-    def unmeasured(cls, tensors: list[Tensor], sign: float, kernels: Kernels) -> "Gradients":
-        """Whole tensors that the kernels are going to measure in the pass that uses them (see `seen`): until then they
-        count as finite.
-        """
-        ones = torch.ones(len(tensors), dtype=torch.float32, device=tensors[0].device)
-        return cls(tensors, torch.float32, ones, ones, ones > 0, ones, sign=sign, kernels=kernels)
-
-    @property
-    def is_late(self) -> bool:
-        """Whether these are `unmeasured`."""
-        return self.kernels is not None and self.measured is None
-
-    def seen(self, measured: Measured) -> "Gradients":
-        """What was `unmeasured`, measured."""
-        finite = torch.isfinite(measured.peak)
-        gain = torch.where(finite, self.gain, 0.0)
-        return replace(self, peak=measured.peak, here=measured.norm, finite=finite, gain=gain, measured=measured)
-
     def numbers(self) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """Gain, limit and reduced gain as kernels read them."""
         gain = self.gain * self.sign
@@ -185,6 +166,12 @@ class Gradients:
         """
         assert self.norms is not None
         return self.kept_if(self.norms.raw <= torch.finfo(self.dtype).max)
+
+    def squares_within(self, most: float) -> "Gradients":
+        """Those with an entry whose square is above ``most`` count as not finite too; for whoever keeps a mean of
+        squares.
+        """
+        return self.kept_if((self._left * self.gain).square() <= most)
 
     def squares(self) -> Combine:
         """What `with_sums` wants summed over the parts: squares in units of the largest entry that is left, so that

@@ -4,8 +4,8 @@ The norms of single tensors are known on every rank once they are combined, and 
 without another message. "All" means the tensors this optimizer holds on this process: with pipeline stages that is the
 stage. Their few numbers are the same for all tensors and are kept, in fp64, under each parameter.
 
-A gradient with a NaN or Inf, or with a norm beyond the range of its statistics (fp32), is left out of the global norm
-and of the step; such a step leaves the statistics as they were.
+A gradient with a NaN or Inf, or with a norm beyond the range of its statistics (fp32; 1e150 for fp64), is left out of
+the global norm and of the step; such a step leaves the statistics as they were.
 """
 
 import torch
@@ -16,12 +16,16 @@ from evenstep.transforms.gradients import Gradients, peak_and_norm
 from evenstep.transforms.lockstep import Combine, Steps, combined
 from evenstep.transforms.transform import Now, Statistics, Transform, shared_dtype
 
+SQUARABLE = 1e150
+"""Norms beyond it, which fp64 parameters may have, have squares that fp64 cannot hold."""
+
 Result = Steps[tuple[Gradients, Statistics]]
 
 
 def global_norm(grads: Gradients) -> Steps[tuple[Gradients, Tensor, Tensor]]:
     """The 2-norm of all finite gradients as they stand (0-d, fp64), and whether all are finite (0-d bool)."""
     grads = (yield from grads.with_norms()).within_range()
+    grads = grads.kept_if(grads.norm <= SQUARABLE)
     dtype = shared_dtype(grads.peak.device)
     norms, finite = yield from combined(
         Combine("gather", torch.where(grads.finite, grads.norm, 0.0).to(dtype)),
@@ -45,6 +49,7 @@ class NormClip(Transform):
     """
 
     name = "norm_clip"
+    whole_model = True
     options = ("max_norm",)
 
     def __init__(self, max_norm: float = 1.0):

@@ -32,8 +32,9 @@ def adagn(
     """
     norm_ema = gamma1 * norm_ema + (1 - gamma1) * norm
     norm_rms = torch.hypot(math.sqrt(gamma2) * norm_rms, math.sqrt(1 - gamma2) * norm)
-    mean = norm_ema / bias_correction(gamma1, n)
-    root = norm_rms / bias_correction(gamma2, n).sqrt() + eps
     span = torch.finfo(norm.dtype)
+    # Rounding may take the largest norms beyond the range, and Inf / Inf is no gain.
+    mean = (norm_ema / bias_correction(gamma1, n)).clamp(max=span.max)
+    root = (norm_rms / bias_correction(gamma2, n).sqrt() + eps).clamp(max=span.max)
     gain = (mean / root / norm).clamp(max=span.max)
     return torch.where(norm >= span.tiny, gain, 0.0), norm_ema, norm_rms

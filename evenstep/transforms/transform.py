@@ -50,6 +50,8 @@ class Transform:
     """Statistics in the shape of each tensor."""
     options: tuple[str, ...] = ()
     """Hyperparameters, for ``repr``."""
+    whole_model: ClassVar[bool] = False
+    """Whether it needs the gradients of all parameters at once, as everything does that has shared statistics."""
     sees_skipped_steps: ClassVar[bool] = False
     """Whether the shared statistics are kept as returned also of a step that is skipped."""
 

@@ -75,7 +75,8 @@ class SpikeClip(Transform):
     (arXiv:2501.06842, section 4) in front of any optimizer.
 
     It keeps v itself, one fp32 number per entry, fed with what it lets through. An entry with ``v == 0`` has no history
-    and passes. v starts anew when the base's moments are reset (`MomentumReset`).
+    and passes. v starts anew when the base's moments are reset (`MomentumReset`). A tensor with an entry whose square
+    is beyond the range of v (1.8e19 in fp32) counts as not finite.
 
     Args:
         threshold: default 5000 (paper); 0 for no clipping.
@@ -96,6 +97,7 @@ class SpikeClip(Transform):
         self.threshold, self.beta2, self.clip_start, self.spikes = threshold, beta2, clip_start, spikes
 
     def __call__(self, grads: Gradients, state: Statistics, now: Now) -> Result:
+        grads = grads.squares_within(torch.finfo(grads.dtype).max)
         forget = now.reset_interval > 0 and now.since_reset() == 0
         clips = self.threshold > 0 and min(now.t, now.since_reset()) >= self.clip_start
         flag = grads.peak.new_ones(())
