@@ -32,6 +32,7 @@ from evenstep.optim.state import (
     at_present,
     check_parameter,
     in_param_order,
+    newest,
     place_clock,
     refuse_sparse_gradients,
     restore_exactly,
@@ -78,7 +79,7 @@ class EvenOptimizer(Optimizer):
         group = self._prepare_group(renamed(param_group, self.ALIASES, "param group", set(self.defaults), strict=False))
         for name, value in (self.defaults | group).items():
             self._check(name, value)
-        group.setdefault("t", max((int(other["t"]) for other in self.param_groups), default=0))
+        group.setdefault("t", newest([other["t"] for other in self.param_groups]))
         super().add_param_group(group)
         added = self.param_groups[-1]
         added["betas"] = tuple(added["betas"])  # a sequence of a configuration's own type could not be loaded again
