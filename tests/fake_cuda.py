@@ -184,7 +184,7 @@ def main(parts: list[str]) -> None:
     pretend()
     import fake_cuda_cases as cases
 
-    print(json.dumps({f"{part}: {case}": notes for part in parts for case, notes in getattr(cases, part)()}))
+    print(json.dumps({case: notes for part in parts for case, notes in getattr(cases, part)()}))
 
 
 if __name__ == "__main__":

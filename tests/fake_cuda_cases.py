@@ -254,3 +254,33 @@ def saved(run):
     saver.close()
     dcp.save = written
     return notes
+
+
+def waiting():
+    """What a step must not do, and the word that must be noted."""
+    with faking():
+        x, flag = torch.empty(4, device="cuda"), torch.ones(4, dtype=torch.bool, device="cuda")
+        host, number = torch.ones(4), torch.ones(())
+        wrong = {
+            "blocking copy": lambda: torch.tensor([1.0, 2.0], device="cuda"),
+            "blocking copy of": lambda: x.copy_(host),
+            "not pinned": lambda: host.to("cuda", non_blocking=True),
+            "0-d tensor into where": lambda: torch.where(flag, number, x),
+            "mixed devices into cat": lambda: torch.cat([x, host]),
+            "mixed devices into stack": lambda: torch.stack([x[0], number]),
+            "reads the device (_local_scalar_dense)": lambda: x[0].item(),
+            "reads the device (is_nonzero)": lambda: bool(flag[0]),
+            "reads the device (nonzero)": lambda: torch.nonzero(flag),
+            "by a mask": lambda: x[flag],
+            "reads the device (equal)": lambda: torch.equal(x, x),
+            "from cuda to cpu": lambda: x.cpu(),
+            "raises ValueError": lambda: int("x"),
+            "at a later step": lambda: host.pin_memory().to("cuda", non_blocking=True),
+        }
+        for kind, work in wrong.items():
+            yield kind, watched(work, 2)
+        allowed = {
+            "pinned": lambda: host.pin_memory().to("cuda", non_blocking=True),
+            "an argument of a kernel": lambda: x.mul_(number) + number,
+        }
+        assert not any(watched(work, 2, settles=False) for work in allowed.values())

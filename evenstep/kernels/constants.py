@@ -59,6 +59,16 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def under_observation() -> bool:
+    """Whether operators now do not simply run: they are traced, have no data, or somebody looks at each of them."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._guards.TracingContext.try_get() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def _fake_mode() -> Any:
     """The mode in which tensors have no data, None for the usual one: what is made in one is of no use in another."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)

@@ -52,7 +52,7 @@ class EvenOptimizer(Optimizer):
     """Official name -> ours."""
 
     def __init__(self, params: Iterable[Any], hyper: dict[str, Any], official: Mapping[str, Any], fused: bool | None):
-        self._choice = Choice(fused)
+        self._choice = Choice(fused, type(self))
         defaults = renamed(without_inert(official), self.ALIASES, type(self).__name__, set(hyper))
         self.stats: dict[str, Tensor] = {}
         self._places: dict[Tensor, tuple[int, int]] = {}
@@ -61,7 +61,7 @@ class EvenOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("stats", {})  # not part of a copy or a saved state
-        self.__dict__.setdefault("_choice", Choice(None))
+        self.__dict__.setdefault("_choice", Choice(None, type(self)))
         self._places = {}
 
     def __getstate__(self) -> dict[str, Any]:
