@@ -130,6 +130,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
     doctor = commands.add_parser(
         "doctor", parents=[debug], help="show which kernels serve which device, and why not", allow_abbrev=False
     )
+    doctor.add_argument(
+        "--check",
+        action="store_true",
+        help="compare every kernel with the plain code; exit 2 where one differs",
+    )
     doctor.set_defaults(run_command=_doctor)
     return parser, commands
 
@@ -177,6 +182,10 @@ def _doctor(args: argparse.Namespace) -> None:
     from evenstep.kernels.doctor import print_diagnosis
 
     print_diagnosis()
+    if args.check:
+        from evenstep.bench.kernel_check import print_checks
+
+        print_checks()
 
 
 def split_options(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from evenstep.data import eval_batches
 from evenstep.errors import EvenstepError
+from evenstep.kernels import uploaded
 from evenstep.train import loop, setup
 from evenstep.train.bad_batches import BadBatches
 from evenstep.train.checkpoint import newest_checkpoint, read_trainer
@@ -186,7 +187,7 @@ class Run(Parts):
             inputs, targets = self.loader.next_batch()
             waited += time.perf_counter() - asked
             self.heart.beat(number, "forward and backward")
-            inputs, targets = inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+            inputs, targets = uploaded(inputs, self.device), uploaded(targets, self.device)
             with self.telemetry.watching(self.is_log_step(number)):
                 loss = self._accumulate(inputs, targets)
             norm = self._gradient_norm(number)
