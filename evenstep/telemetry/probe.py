@@ -122,7 +122,7 @@ class Probe:
         stats = self.optimizer.stats if self.reports else self.seen  # type: ignore[attr-defined]
         if stats is not self.seen:
             self.seen, k = stats, len(self._order)
-            fits = {name: vector for name, vector in stats.items() if name in STATS and vector.shape == (k,)}
+            fits = {name: vector for name, vector in (stats or {}).items() if name in STATS and vector.shape == (k,)}
             found |= {name: self._ours(vector) for name, vector in fits.items()}
         if self.weights is not None:
             found["update_rms"] = self._update_rms(self.weights, found.get("update_rms"))

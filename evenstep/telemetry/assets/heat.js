@@ -140,7 +140,7 @@ E.heatChart = (holder, heat, field, ends, title, pick) => {
       }),
     ],
     series: [{}, { paths: () => null, points: { show: false } }],
-    cursor: { sync: E.SYNC, drag: { x: true, y: true, uni: 12 }, points: { show: false } },
+    cursor: { sync: E.SYNC, drag: { x: true, y: true, uni: 12, dist: 6 }, points: { show: false } },
     hooks: E.hooks({ draw: [(u) => E.paint(u, heat, field)], setCursor: [hover] }),
   };
   const data = [heat.last, heat.last.map(() => rows / 2)];
