@@ -87,8 +87,8 @@ def verdict(run: RunLog) -> tuple[str, list[str]]:
     if spikes:
         worst = max(spikes, key=_ratio)
         name = next((short(str(tensor["name"])) for tensor in worst.get("tensors", [])), "")
-        at = f" (x{_ratio(worst):.0f} in {name} at step {worst['step']})" if name else ""
-        said.append(f"Gradients spiked on {_times(len(spikes), 'step')}; the largest spike{at}.")
+        at = f", at most x{_ratio(worst):.0f} ({name}, step {worst['step']})" if name else ""
+        said.append(f"Gradients spiked on {_times(len(spikes), 'step')}{at}.")
     if run.windows and not bad and not said:
         said.append("Calm: no gradient or loss spiked, and all of them were finite.")
         level = "good"

@@ -140,7 +140,7 @@ class SpikeMonitor:
         self.losses = torch.full((2, every), math.nan, device=self.probe.device)  # and rates that are on the device
         self.seen: list[dict[str, Any]] = []  # what the host knows of the rows in the buffer
         self.told: dict[str, Any] = {}
-        self.looked = False
+        self.stepping = self.looked = False
         self.weighed: int | None = None
         self.useless: set[str] = set()
         self.sinks = [guarded(sink) for sink in as_sinks("SpikeMonitor", sinks)] if self.speaks else []
@@ -173,12 +173,20 @@ class SpikeMonitor:
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """The hook before a step: ``args`` are the step's, the optimizer first."""
         self.looked = False
+        self.stepping = not self._captured()
+        if not self.stepping:
+            self.troubles.tell("capture", "a captured graph runs no hooks when it is replayed: its steps are not seen")
+            return None
         if callable(kwargs.get("closure")):
             return args, kwargs | {"closure": watched(kwargs["closure"], self._evaluated)}
         if len(args) > 1 and callable(args[1]):
             return (args[0], watched(args[1], self._evaluated), *args[2:]), kwargs
         self._look()
         return None
+
+    def _captured(self) -> bool:
+        """Whether a CUDA graph is being captured: nothing may be asked of the device meanwhile."""
+        return self.probe.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     @torch._disable_dynamo
     def _evaluated(self, loss: Any) -> None:
@@ -205,8 +213,8 @@ class SpikeMonitor:
 
     @torch._disable_dynamo
     def _after(self, *_: Any) -> None:
-        if self.probe.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return  # a replayed graph runs no hooks, and nothing may be asked of the device while it is captured
+        if not self.stepping:  # it is being captured, or of a class whose step calls that of its base, both run the hooks
+        self.stepping = False
         told, self.told = self.told, {}
         step = told.get("step")
         self.step = self.step + 1 if step is None else step

@@ -150,6 +150,8 @@ class Probe:
 
     def _norms_of(self, dense: list[list[Tensor]]) -> dict[str, Tensor]:
         work = [bucket for params in dense for bucket in buckets(params, choose=Choice(None))]
+        if not work:
+            return {}
         layouts = [bucket.layout for bucket in work]
         found = lockstep([_norms(bucket) for bucket in work], lambda requests: combine(requests, layouts))
         groups = self.optimizer.param_groups

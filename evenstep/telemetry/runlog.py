@@ -78,9 +78,9 @@ class RunLog:
         points: dict[float, float] = {}
         for window in self.windows:
             several, last = window.get("lrs"), window.get("lr")
-            ends = {window["first"]: last, window["step"]: last}
-            values = dict(enumerate(several, window["first"])) if several else ends
-            points.update((step, value) for step, value in values.items() if is_number(value))
+            ends = dict.fromkeys((window["first"], window["step"]), last)
+            values: dict[int, Any] = dict(enumerate(several, window["first"])) if several else ends
+            points.update({step: float(value) for step, value in values.items() if is_number(value)})
         return [*points], [*points.values()]
 
     def losses(self) -> Series:

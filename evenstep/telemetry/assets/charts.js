@@ -84,7 +84,7 @@ E.lineChart = (title, lines, { log = false, marks = [], wide = false, height = 2
   const options = {
     height,
     scales: { x: E.xScale(), y: log ? { distr: 3 } : {} },
-    axes: [E.axis({}), E.axis({ size: E.LEFT, values: (u, ticks) => ticks.map((v) => (v === null ? "" : E.number(v))) })],
+    axes: [E.axis({}), E.axis({ size: E.LEFT, values: (u, ticks) => ticks.map((v) => (v === null ? "" : E.tick(v))) })],
     series: [{ label: "step", value: (u, value) => E.number(value) }, ...series],
     legend: { markers: { width: 2, fill: (u, i) => u.series[i].stroke(u, i), dash: (u, i) => (u.series[i].dash ? "dashed" : "solid") } },
     cursor: { sync: E.SYNC, drag: { x: true, y: false, dist: 6 } },
