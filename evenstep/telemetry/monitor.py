@@ -213,7 +213,8 @@ class SpikeMonitor:
 
     @torch._disable_dynamo
     def _after(self, *_: Any) -> None:
-        if not self.stepping:  # it is being captured, or of a class whose step calls that of its base, both run the hooks
+        if not self.stepping:  # captured; or of a class whose step calls that of its base: both run the hooks
+            return
         self.stepping = False
         told, self.told = self.told, {}
         step = told.get("step")
