@@ -92,7 +92,7 @@ E.scaleBar = (field, ends) => {
 // What fits beside a picture on a phone: "model.layers.3.mlp.down_proj" -> "3 down_proj"; of longer ones the middle goes.
 E.brief = (name) => {
   const text = name.replace(/^.*?(\d+)\..*?([^.]+)$/, "$1 $2");
-  return text.length > 15 ? `${text.slice(0, 8)}…${text.slice(-6)}` : text;
+  return text.length > 14 ? `${text.slice(0, 7)}…${text.slice(-6)}` : text;
 };
 
 // Fills holder with the picture; pick(row) is called for a click on a row.
