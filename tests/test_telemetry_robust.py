@@ -258,6 +258,17 @@ def test_frozen_parameters_of_any_kind_are_passed_over(dtype):
     assert kept.of("parameters")[-1]["weight_rms"][0] is None
 
 
+@pytest.mark.parametrize("make", [lambda: torch.ones(3, device="meta"), lambda: torch.ones(3).to_sparse()])
+def test_frozen_parameters_without_values_of_their_own_are_passed_over(make):
+    model = nn.ParameterList([nn.Parameter(make(), requires_grad=False), nn.Parameter(torch.ones(3))])
+
+    def change(step):
+        model[1].grad = torch.ones(3)
+
+    monitor, kept = watched_steps(model, torch.optim.SGD(model.parameters()), change)
+    assert last_norms(kept)["1"] == pytest.approx(3**0.5, rel=1e-3) and monitor.lost == 0
+
+
 class Packed(torch.Tensor):
     """A tensor that knows no arithmetic, such as those of quantising packages."""
 
@@ -486,6 +497,8 @@ def test_a_drain_that_fails_is_counted_and_told_of_once(monkeypatch):
         backward(model, step)
         if step in (2, 4):
             monkeypatch.setattr("evenstep.telemetry.detect.Detector.feed", lambda *_: 1 / 0)
+            if step == 4:  # counted once, though both fail
+                monkeypatch.setattr("evenstep.telemetry.probe.Probe.after", lambda *_: 1 / 0)
         else:
             monkeypatch.undo()
 
@@ -497,7 +510,7 @@ def test_a_drain_that_fails_is_counted_and_told_of_once(monkeypatch):
             change(step)
             optimizer.step()
         monitor.close()
-    assert len(caught) == 1 and monitor.lost == 2
+    assert len(caught) == 2 and monitor.lost == 2
     assert [(w["step"], w.get("lost", 0)) for w in kept.of("window")] == [(1, 0), (3, 1), (5, 1)]
 
 

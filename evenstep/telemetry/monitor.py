@@ -234,12 +234,16 @@ class SpikeMonitor:
             return True
 
         if not self._try("measure a step", read, False) or not self.looked:
-            self.lost += 1
-            self.records.lost += 1
+            fact["lost"] = True
+            self._lose(1)
         self.looked = False
         self.seen.append(fact)
         if len(self.seen) == len(self.rows):
             self.drain()
+
+    def _lose(self, steps: int) -> None:
+        self.lost += steps
+        self.records.lost += steps
 
     def _rate(self, i: int) -> float | None:
         """The largest learning rate; where it is on the device, it goes into the buffer."""
@@ -263,8 +267,7 @@ class SpikeMonitor:
                 return self._drain()
         except Exception as problem:
             self.troubles.failed("bring its numbers over", problem)
-            self.lost += len(self.seen)
-            self.records.lost += len(self.seen)
+            self._lose(sum("lost" not in fact for fact in self.seen))
             return []
         finally:
             self.seen.clear()

@@ -69,7 +69,8 @@ class Probe:
 
     def _device(self) -> torch.device:
         """That of the first parameter which is trained."""
-        return next((p for p in self.params if p.requires_grad and _is_readable(p)), self.params[0]).device
+        first = next((p for p in self.params if p.requires_grad and _is_readable(p)), self.params[0])
+        return torch.device("cpu") if first.is_meta else first.device
 
     # ---- around a step ----
 
@@ -284,7 +285,7 @@ def _is_ours(optimizer: Optimizer) -> bool:
 
 
 def _is_readable(x: Tensor) -> bool:
-    return x.dtype in READABLE and x.layout is torch.strided and not is_lazy(x)
+    return x.dtype in READABLE and x.layout is torch.strided and not x.is_meta and not is_lazy(x)
 
 
 def entries(p: Tensor, *, whole: bool = False) -> int:
