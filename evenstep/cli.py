@@ -7,6 +7,7 @@ that train, so that ``--help``, ``runs`` and ``completion`` answer at once.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -223,16 +224,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     # None when the shell closed them (>&-).
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the program
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that it has no code for is printed as an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run_program(argv)
         sys.stdout.flush()
     except BrokenPipeError:  # evenstep runs | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _silence_stdout()
         return 141
     except KeyboardInterrupt:
         _complain("stopped at once")
         return 130
     except Exception as problem:
+        if _is_of_stdout(problem):
+            _silence_stdout()  # Python would try to write the rest when it ends
         if "--debug" in argv:
             raise
         message, status = explain(problem)
@@ -243,6 +248,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _silence_stdout() -> None:
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_of_stdout(problem: Exception) -> bool:
+    """Can stdout not be written, as on a full disk?"""
+    if not isinstance(problem, OSError):
+        return False
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        return True
+    return False
+
+
 def explain(problem: Exception) -> tuple[str, int]:
     """One line for whatever went wrong, and the exit status."""
     status = getattr(problem, "exit_status", 2 if isinstance(problem, EvenstepError) else 1)
@@ -250,13 +271,14 @@ def explain(problem: Exception) -> tuple[str, int]:
         return f"error: {problem}" if isinstance(problem, EvenstepError) else str(problem), status
     if isinstance(problem, ModuleNotFoundError):
         return f"error: {problem.name} is not installed; pip install 'evenstep[train]'", status
-    if type(problem).__name__ == "OutOfMemoryError":
-        advice = "give a smaller --train.micro_batch_size, or --train.activation_checkpointing true"
-        return f"error: the GPU's memory is full; {advice}", status
     first = next(iter(str(problem).splitlines()), "")
+    full = "the GPU's" if type(problem).__name__ == "OutOfMemoryError" else "the"
+    if full != "the" or isinstance(problem, MemoryError) or "can't allocate memory" in first:
+        advice = "give a smaller --train.micro_batch_size, or --train.activation_checkpointing true"
+        return f"error: {full} memory is full; {advice}", status
     return f"error: {type(problem).__name__}: {first} (--debug shows where)", status
 
 
 def _complain(text: str) -> None:
-    with suppress(BrokenPipeError):
+    with suppress(OSError, ValueError):
         print(f"evenstep: {text}", file=sys.stderr, flush=True)

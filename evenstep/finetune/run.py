@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from evenstep.console import program
 from evenstep.errors import EvenstepError
 from evenstep.finetune import scoring, source
 from evenstep.finetune.config import FineTuneConfig, TuneOptimConfig
@@ -212,8 +213,9 @@ class Tuning(Run):
             f"{short_count(summary['tokens'])} tokens in {clock(summary['seconds'])}",
             "",
             f"written to {out}: {', '.join([*files, *products])}",
-            *([f"ask it:     evenstep generate {run} --prompt TEXT"] if not summary["classes"] else []),
-            f"go on:      evenstep finetune --resume {run} --train.steps {2 * summary['steps']}",
+            *([f"ask it:     {program()} generate {run} --prompt TEXT"] if not summary["classes"] else []),
+            f"report:     {program()} report {run}",
+            f"go on:      {program()} finetune --resume {run} --train.steps {2 * summary['steps']}",
         ]
 
 

@@ -89,7 +89,7 @@ def commit() -> str | None:
     try:
         head = _git(source, "rev-parse", "HEAD")
         dirty = _git(source, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return head + ("+" if dirty else "")
 
@@ -101,7 +101,7 @@ def _git(directory: Path, *arguments: str) -> str:
 
 def _cpu_name() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:

@@ -27,7 +27,7 @@ from evenstep.train.bad_batches import BadBatches
 from evenstep.train.checkpoint import newest_checkpoint, read_trainer
 from evenstep.train.config_io import build, read_toml, to_toml
 from evenstep.train.evaluate import evaluate
-from evenstep.train.files import locked, replace_text
+from evenstep.train.files import RunLock, check_own, hold, locked, replace_text
 from evenstep.train.hardware import pick_device
 from evenstep.train.heartbeat import Heartbeat
 from evenstep.train.interrupts import Interrupts
@@ -51,7 +51,12 @@ class Run(Parts):
     everything and train nothing. ``world``: the processes that train together (None: this one alone).
 
     Raises EvenstepError, one line, for whatever does not fit together: data, model, optimizer, directory, checkpoint.
+
+    From before the first write to the end of `fit` process 0 holds the lock of the directory; without `fit`, for as
+    long as the object exists.
     """
+
+    lock: RunLock | None = None
 
     def __init__(self, config: Any, *, world: World | None = None, say: Say = tell, data_progress: Any = None) -> None:
         world = world or World(pick_device(config.train.device))
@@ -69,6 +74,9 @@ class Run(Parts):
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise EvenstepError(f"{self.out} cannot be created ({problem.strerror}); give another --out") from None
+        self.lock = hold(self.out)
+        setup.fresh_directory(self.config)  # once more: another run may have come and gone since
+        check_own(self.out)
         if (self.out / "config.toml").exists():
             self.say(f"{self.out} stopped before its first checkpoint; it starts again")
             (self.out / "metrics.jsonl").unlink(missing_ok=True)
@@ -97,12 +105,14 @@ class Run(Parts):
         world = world or World(pick_device(config.train.device))
         say = say if world.speaks else nothing
 
+        run = cls.__new__(cls)
+
         def newest() -> str:
-            with locked(directory):
-                return str(newest_checkpoint(directory, say))
+            run.lock = hold(directory)
+            check_own(directory)
+            return str(newest_checkpoint(directory, say))
 
         checkpoint = Path(world.from_first(newest))
-        run = cls.__new__(cls)
         source = run.source_on_resume(config, checkpoint, world, say)
         config = run.settled(config, source, say)
         check_optimizer(config.optim)  # names classes of its state as harmless, which lets trainer.pt be read
@@ -280,6 +290,7 @@ class Run(Parts):
         raised with the way to go on.
         """
         with locked(self.out) if self.world.speaks else nullcontext():
+            self.lock = None  # it is free again after this, whatever still refers to the run
             with self.heart:
                 loop.fit(self)
             return finish(self) if self.world.speaks else {}  # the others wait for that outside the heartbeat

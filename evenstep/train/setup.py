@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable
 from datetime import datetime
@@ -18,7 +19,7 @@ from evenstep.models import SIZES, Llama, llama_config
 from evenstep.models.hf import read_config
 from evenstep.train.checkpoint import list_checkpoints
 from evenstep.train.config import Config
-from evenstep.train.files import check_creatable, is_running
+from evenstep.train.files import LOCK, check_creatable, check_free
 from evenstep.train.hardware import total_memory
 from evenstep.train.weights import load_model
 
@@ -41,18 +42,28 @@ def default_name(config: Config) -> str:
 def fresh_directory(config: Config) -> Path:
     """The run's directory, which must hold nothing yet, or a run that stopped before its first checkpoint; it is not
     created here."""
-    out = Path(config.out) if config.out else Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{default_name(config)}"
+    out = Path(config.out) if config.out else _new_directory(default_name(config))
+    check_free(out)
     if (out / "config.toml").exists():
-        if is_running(out):
-            raise EvenstepError(f"{out} is being trained by another process; wait for it, or give another --out")
         if list_checkpoints(out / "checkpoints"):
             raise EvenstepError(f"{out} holds a run already; continue it with --resume {out}, or give another --out")
         if (out / "summary.json").exists():
             raise EvenstepError(f"{out} holds a finished run without its checkpoints; give another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name not in _LEFT_AT_START for path in out.iterdir())):
         raise EvenstepError(f"{out} exists and is not an empty directory; give another --out")
     check_creatable(out)
     return out
+
+
+_LEFT_AT_START = (LOCK, ".config.toml.partial")
+"""What a run leaves behind that was killed before it had written anything."""
+
+
+def _new_directory(name: str) -> Path:
+    """One that does not exist yet, also for a second run of the same second."""
+    first = Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
+    others = (first.with_name(f"{first.name}-{i}") for i in itertools.count(2))
+    return next(path for path in itertools.chain([first], others) if not path.exists())
 
 
 def set_up_torch(config: Config) -> None:
