@@ -27,6 +27,7 @@ from evenstep.train import commands as train_commands
 from evenstep.train.checks import checked
 from evenstep.train.config import Config, SampleConfig, options
 from evenstep.train.config_flags import add_flags, chosen, declared
+from evenstep.train.failure import reason_of
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
 
@@ -238,14 +239,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as problem:
         if _is_of_stdout(problem):
             _silence_stdout()  # Python would try to write the rest when it ends
+            problem = OutputError(f"error: the output cannot be written ({reason_of(problem)})")
         if "--debug" in argv:
-            raise
+            raise problem
         message, status = explain(problem)
         rank = os.environ.get("RANK", "")
         if status == 1 or not rank.isdigit() or int(rank) == getattr(problem, "teller", 0):
             _complain(message)  # of several processes one tells what all of them see
         return status
     return 0
+
+
+class OutputError(Exception):
+    """Standard output cannot be written."""
+
+    exit_status = 1
 
 
 def _silence_stdout() -> None:

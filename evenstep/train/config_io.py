@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evenstep.errors import EvenstepError, nearest
+from evenstep.toml import parse_toml
 from evenstep.train.checks import kinds, parse_count
 from evenstep.train.config import BaseConfig, Config, options, sections
 
@@ -52,14 +52,16 @@ def read_toml(path: Path) -> Tables:
     """What the file says. ``recipes/NAME.toml`` is evenstep's own recipe where the working directory has no such
     file. EvenstepError, one line, for a file that is missing or no TOML."""
     try:
-        return tomllib.loads((path if path.exists() else shipped(path) or path).read_text(encoding="utf-8"))
+        return parse_toml((path if path.exists() else shipped(path) or path).read_bytes())
     except FileNotFoundError:
         own = [f"recipes/{one.relative_to(at).as_posix()}" for at in _RECIPES for one in at.rglob("*.toml")]
         hint = nearest(path.as_posix(), own) or "; evenstep's own are recipes/demo.toml, recipes/start.toml, ..."
         raise EvenstepError(f"{path}: no such file; a recipe is a .toml file{hint}") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise EvenstepError(f"{path}: cannot be read ({problem})") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as problem:
+    except OSError as problem:
+        raise EvenstepError(f"{path}: cannot be read ({problem.strerror})") from None
+    except UnicodeDecodeError as problem:
+        raise EvenstepError(f"{path}: cannot be read ({problem}); save it in UTF-8") from None
+    except (ValueError, RecursionError) as problem:  # the former also of a number with thousands of digits
         raise EvenstepError(f"{path}: not valid TOML: {problem}") from None
 
 

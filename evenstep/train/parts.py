@@ -15,7 +15,7 @@ from evenstep.models.hf import save_config
 from evenstep.train import setup
 from evenstep.train.config import BaseConfig, Config
 from evenstep.train.state import data_identity
-from evenstep.train.summary import closing_lines, sample_of
+from evenstep.train.summary import closing_lines
 from evenstep.train.tensors import model_tensors
 from evenstep.train.weights import find_source
 from evenstep.train.world import World

@@ -115,8 +115,8 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def draw_curve(metrics: Path, picture: Path, title: str) -> bool:
-    """Training loss (raw and smoothed) and validation loss over the tokens seen, as a PNG. EvenstepError when matplotlib
-    is not installed."""
+    """Training loss (raw and smoothed) and validation loss over the tokens seen, as a PNG. EvenstepError without
+    matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as problem:
