@@ -112,8 +112,8 @@ class TuneOptimConfig(OptimConfig):
 @dataclass(frozen=True)
 class TuneTrainConfig(TrainConfig):
     epochs: float | None = option(
-        None, "the budget in passes over the rows; give this, train.steps or train.tokens (none of them: 3)", above=0, high=1e6,
-        resume="free",
+        None, "the budget in passes over the rows; give this, train.steps or train.tokens (none of them: 3)", above=0,
+        high=1e6, resume="free",
     )  # fmt: skip
 
 

@@ -104,6 +104,9 @@ class Tuning(Run):
         world, config = self.world, self.config
         return RowLoader(self.task.train, config.train.batch_size, config.seed, world.data_rank, world.data_size)
 
+    def check_memory(self, source: Path | None) -> None:
+        """The model is in memory already."""
+
     def make_model(self, source: Path | None, device: torch.device, *, blank: bool) -> Any:
         torch.manual_seed(self.config.seed)
         return setup.with_lowbit(self.opened.to(device), self.config.lowbit, self.say)

@@ -11,7 +11,6 @@ from typing import Any
 
 from evenstep.errors import EvenstepError, nearest
 
-
 LARGEST = 10**300
 """Integers beyond it are no floats any more."""
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 * 2**30
+
+
+def memory_limit() -> int:
+    """Bytes of memory that the processes of this machine may have, by the machine and by a container's limit."""
+    limits = [total_memory(torch.device("cpu"))]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no container; "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -61,6 +61,10 @@ class Parts:
             self.data.train, train.seq_len, train.batch_size, self.config.seed, world.data_rank, world.data_size
         )
 
+    def check_memory(self, source: Path | None) -> None:
+        """EvenstepError where the machine has too little for the run."""
+        setup.check_memory(self.config, self.data.vocab_size, source, self.world)
+
     def make_model(self, source: Path | None, device: torch.device, *, blank: bool) -> Any:
         return setup.build_model(self.config, self.data.vocab_size, source, device, self.say, blank=blank)
 

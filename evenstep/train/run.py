@@ -148,6 +148,7 @@ class Run(Parts):
         self.parallel = Parallel(config, world)
         with world.together():
             self.loader = self.make_loader()
+            self.check_memory(source)
             # FSDP moves each block to its device by itself, after it was cut.
             first = torch.device("cpu") if self.parallel.mode in ("fsdp", "hsdp") else self.device
             self.model = self.make_model(source, first, blank=blank)

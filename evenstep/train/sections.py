@@ -174,8 +174,8 @@ class ParallelConfig(Section):
         resume="rounding",
     )  # fmt: skip
     timeout: float = option(
-        600.0, "seconds without progress after which the run ends and names the process that is missing", above=0, high=30 * 86400,
-        resume="free",
+        600.0, "seconds without progress after which the run ends and names the process that is missing", above=0,
+        high=30 * 86400, resume="free",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

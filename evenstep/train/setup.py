@@ -20,8 +20,9 @@ from evenstep.models.hf import read_config
 from evenstep.train.checkpoint import list_checkpoints
 from evenstep.train.config import Config
 from evenstep.train.files import LOCK, check_creatable, check_free
-from evenstep.train.hardware import total_memory
+from evenstep.train.hardware import memory_limit, total_memory
 from evenstep.train.weights import load_model
+from evenstep.train.world import World
 
 CHUNK_BYTES = 64 * 2**20
 """Logits alive at once when the loss is chunked by ``auto``."""
@@ -147,6 +148,25 @@ def build_model(
     model.activation_checkpointing = config.train.activation_checkpointing
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     return with_lowbit(model.to(device=device, dtype=dtype), config.lowbit, say)
+
+
+def check_memory(config: Config, vocab_size: int, source: Path | None, world: World) -> None:
+    """EvenstepError when a run on CPUs needs more memory than the machine has: the system would kill it without a word.
+    Counted is what it needs at the least. A GPU says so itself."""
+    if world.device.type != "cpu":
+        return
+    from evenstep.train.plan import least_memory
+
+    shape = read_config(source) if source else llama_config(config.model.label, vocab_size)
+    needs, limit = least_memory(config, shape, world.size, world.local_size), memory_limit()
+    if sum(needs.values()) * world.local_size <= limit:
+        return
+    found = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in needs.items() if size >= 5e7)
+    each = f" in each of {world.local_size} processes" if world.local_size > 1 else ""
+    raise EvenstepError(
+        f"the run needs at least {sum(needs.values()) / 1e9:,.1f} GB of memory{each} ({found}), the machine has "
+        f"{limit / 1e9:,.1f} GB; give a smaller model.size, data.vocab_size, train.micro_batch_size or train.seq_len"
+    )
 
 
 def with_lowbit(model: Llama, recipe: str | None, say: Callable[[str], None]) -> Llama:
