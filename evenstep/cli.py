@@ -26,7 +26,7 @@ from evenstep.telemetry.commands import add_commands as add_telemetry
 from evenstep.train import commands as train_commands
 from evenstep.train.checks import checked
 from evenstep.train.config import Config, SampleConfig, options
-from evenstep.train.config_flags import add_flags, chosen, declared
+from evenstep.train.config_flags import add_flags, chosen, declared, print_config
 from evenstep.train.failure import reason_of
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
@@ -147,10 +147,7 @@ def _pretrain_arguments(pretrain: argparse.ArgumentParser) -> None:
 def _pretrain(args: argparse.Namespace) -> None:
     config, directory = chosen(args, Config, args.recipe)
     if args.print_config:
-        from evenstep.train.config_io import to_toml
-
-        print(to_toml(config), end="")
-        return
+        return print_config(config, directory)
 
     from evenstep.train.launch import train
 

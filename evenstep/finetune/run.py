@@ -100,6 +100,9 @@ class Tuning(Run):
     def open_data(self, progress: Any) -> Task:
         return self.task
 
+    def describe_data(self) -> str:
+        return f"{self.config.data.file}: {self.task.told()[0]}"
+
     def make_loader(self) -> RowLoader:
         world, config = self.world, self.config
         return RowLoader(self.task.train, config.train.batch_size, config.seed, world.data_rank, world.data_size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,10 @@ def load_run(path: Path) -> RunLog:
 
 
 def _read_facts(run: RunLog, directory: Path) -> None:
-    readers = {"config.toml": ("config", parse_toml), "summary.json": ("summary", json.loads)}
+    readers: dict[str, tuple[str, Callable[[bytes], Any]]] = {
+        "config.toml": ("config", parse_toml),
+        "summary.json": ("summary", json.loads),
+    }
     for name, (where, read) in readers.items():
         try:
             found = read(read_own(directory, name))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 from evenstep.errors import EvenstepError, nearest
 from evenstep.toml import parse_toml
 from evenstep.train.checks import kinds, parse_count
-from evenstep.train.config import BaseConfig, Config, options, sections
+from evenstep.train.config import BaseConfig, Config, OptimConfig, options, sections
 
 Tables = dict[str, Any]
 
@@ -45,7 +47,31 @@ def load_config(
     tables = read_toml(recipe) if recipe is not None else {}
     if recipe is not None:
         tables.setdefault("name", recipe.stem)
+        tables = without_foreign_options(tables, overrides, recipe)
     return build(override(tables, overrides, kind), kind, quick_budget=recipe is None and kind is Config)
+
+
+def without_foreign_options(tables: Tables, overrides: Sequence[tuple[str, str]], where: Path) -> Tables:
+    """``tables`` of the file ``where`` without those hyperparameters of its optimizer that another one, which the
+    overrides choose instead, does not have. A line on stderr names them."""
+    optim, name = tables.get("optim"), dict(overrides).get("optim.name")
+    if not isinstance(optim, dict) or name in (None, optim.get("name", OptimConfig().name)):
+        return tables
+    own = {f"optim.{key}" for key in optim} - {*options()}
+    if not own:
+        return tables
+    from evenstep.baselines.catalog import names_of_options
+
+    try:
+        foreign = sorted({key.removeprefix("optim.") for key in own} - {*names_of_options(str(name))})
+    except EvenstepError:  # no such optimizer, or its package is missing: told of where it is built
+        return tables
+    if foreign and os.environ.get("RANK", "0") == "0":
+        former = optim.get("name", OptimConfig().name)
+        print(
+            f"evenstep: left out what {where} sets for {former} and {name} lacks: {', '.join(foreign)}", file=sys.stderr
+        )
+    return {**tables, "optim": {key: value for key, value in optim.items() if key not in foreign}}
 
 
 def read_toml(path: Path) -> Tables:

@@ -15,7 +15,7 @@ from evenstep.models.hf import save_config
 from evenstep.train import setup
 from evenstep.train.config import BaseConfig, Config
 from evenstep.train.state import data_identity
-from evenstep.train.summary import closing_lines
+from evenstep.train.summary import closing_lines, short_count
 from evenstep.train.tensors import model_tensors
 from evenstep.train.weights import find_source
 from evenstep.train.world import World
@@ -54,6 +54,14 @@ class Parts:
 
     def open_data(self, progress: Any) -> Any:
         return self.world.in_turn(lambda: setup.load_data(self.config, progress))
+
+    def describe_data(self) -> str:
+        """What is trained on, for people: in words of `evenstep.train.header`."""
+        train, val = self.data.train, self.data.val
+        held = f"{short_count(len(val))} for validation" if len(val) else "none for validation"
+        return (
+            f"{self.config.data.source}: {short_count(len(train))} tokens, {held}, vocabulary {self.data.vocab_size:,}"
+        )
 
     def make_loader(self) -> Any:
         train, world = self.config.train, self.world

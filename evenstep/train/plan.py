@@ -107,7 +107,7 @@ def least_memory(config: Config, shape: LlamaConfig, processes: int, per_node: i
     optim, held = config.optim, needs.held * needs.weight
     try:
         state = sum(state_bytes(optim.name, optim.options, t, grid, needs.weight) for t in tensors)
-    except (KeyError, TypeError):  # an optimizer that plans do not know, a value that its constructor will refuse
+    except (EvenstepError, TypeError):  # an optimizer that plans do not know, a value that its constructor will refuse
         state = 0
     # Gradients and activations do not all exist at once: the larger of the two.
     gradients, activations = held, needs.activations(tokens)
