@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 from pathlib import Path
@@ -38,3 +39,9 @@ def check_own_file(directory: Path, name: str) -> None:
         raise OSError(errno.ELOOP, "it is a link that leads out of the folder", str(directory / name))
     if not stat.S_ISREG(os.stat(directory / name).st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(directory / name))
+
+
+def unused(path: Path) -> Path:
+    """``path``, or the first of ``path-2``, ``path-3``, ... that does not exist."""
+    others = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
+    return next(one for one in itertools.chain([path], others) if not os.path.lexists(one))

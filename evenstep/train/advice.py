@@ -7,6 +7,7 @@ from pathlib import Path
 
 from evenstep.console import program
 from evenstep.errors import EvenstepError
+from evenstep.paths import unused
 from evenstep.train.checkpoint import list_checkpoints
 from evenstep.train.config import BaseConfig
 
@@ -31,7 +32,7 @@ def diverged(config: BaseConfig, step: int, what: str, rescued: Path | None = No
         facts.append("no checkpoint was saved before it")
     command = [config.COMMAND, str(out / "config.toml")]
     command += ["--model.init", str(kept[0])] if kept and config.COMMAND == "pretrain" else []
-    command += ["--optim.lr", f"{config.optim.lr / 10:g}", "--out", f"{out}-2"]
+    command += ["--optim.lr", f"{config.optim.lr / 10:g}", "--out", str(unused(out))]
     facts.append(
         f"else lower the rate in a new run (or lengthen schedule.warmup_steps): {program()} {shlex.join(command)}"
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from evenstep.console import program
 from evenstep.errors import EvenstepError
+from evenstep.paths import unused
 from evenstep.train.checks import kinds, limits
 from evenstep.train.config import BaseConfig, Config, options, sections
 from evenstep.train.config_io import build, load_config, override, read_toml, to_toml, without_foreign_options
@@ -68,7 +69,7 @@ def chosen(
         if wanted is not None and Path(wanted).resolve() != directory.resolve():
             raise EvenstepError(
                 f"--resume {out} goes on in that folder, --out {wanted} is another; leave --out out, or start a new "
-                f"run from the weights with: {new_run(kind.COMMAND, directory, [], wanted)}"
+                f"run from the weights with: {new_run(kind.COMMAND, directory, out=wanted)}"
             )
         if recipe is None and saved.is_file():
             tables = without_foreign_options(read_toml(saved), overrides, saved)
@@ -94,12 +95,13 @@ def print_config(config: Any, directory: Path | None) -> None:
     print(to_toml(config), end="")
 
 
-def new_run(command: str, run: Path, words: Sequence[str], out: Path | str, *, weights: bool = True) -> str:
-    """The command line of a new run as ``run`` with other options, from its ``weights`` where they fit."""
+def new_run(command: str, run: Path, words: Sequence[str] = (), out: str | None = None, *, weights: bool = True) -> str:
+    """The command line of a new run as ``run`` with other options, from its ``weights`` where they fit. ``out``: None
+    for a folder that does not exist yet, beside that of the run."""
     start = [command, str(run / "config.toml")]
     if weights and command == "pretrain":  # fine-tuning names its model in the configuration
         start += ["--model.init", str(run)]
-    return f"{program()} {shlex.join([*start, *words, '--out', str(out)])}"
+    return f"{program()} {shlex.join([*start, *words, '--out', out or str(unused(run))])}"
 
 
 def shown(value: Any) -> str:

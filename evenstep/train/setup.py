@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Callable
 from datetime import datetime
@@ -17,6 +16,7 @@ from evenstep.errors import EvenstepError
 from evenstep.lowbit import lowbit_report, quantize_
 from evenstep.models import SIZES, Llama, llama_config
 from evenstep.models.hf import read_config
+from evenstep.paths import unused
 from evenstep.train.checkpoint import list_checkpoints
 from evenstep.train.config import Config
 from evenstep.train.files import LOCK, check_creatable, check_free
@@ -43,7 +43,8 @@ def default_name(config: Config) -> str:
 def fresh_directory(config: Config) -> Path:
     """The run's directory, which must hold nothing yet, or a run that stopped before its first checkpoint; it is not
     created here."""
-    out = Path(config.out) if config.out else _new_directory(default_name(config))
+    new = Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{default_name(config)}"
+    out = Path(config.out) if config.out else unused(new)
     check_free(out)
     if (out / "config.toml").exists():
         if list_checkpoints(out / "checkpoints"):
@@ -58,13 +59,6 @@ def fresh_directory(config: Config) -> Path:
 
 _LEFT_AT_START = (LOCK, ".config.toml.partial")
 """What a run leaves behind that was killed before it had written anything."""
-
-
-def _new_directory(name: str) -> Path:
-    """One that does not exist yet, also for a second run of the same second."""
-    first = Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
-    others = (first.with_name(f"{first.name}-{i}") for i in itertools.count(2))
-    return next(path for path in itertools.chain([first], others) if not path.exists())
 
 
 def set_up_torch(config: Config) -> None:

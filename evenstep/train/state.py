@@ -83,7 +83,7 @@ def check_changes(directory: Path, config: BaseConfig, old: BaseConfig) -> None:
         words = [word for key, (_, now) in changed.items() for word in (f"--{key}", shown(now))]
         # Weights fit no other shape, and mean nothing under other tokens.
         fit = not any(key.startswith("model.") or key in ("data.tokenizer", "data.vocab_size") for key in changed)
-        command = new_run(config.COMMAND, directory, words, f"{directory}-2", weights=fit)
+        command = new_run(config.COMMAND, directory, words, weights=fit)
         start = " from its weights" if fit and config.COMMAND == "pretrain" else ""
         raise EvenstepError(
             f"{directory} was trained with another {values}; resuming keeps what decides the result: leave "
@@ -125,7 +125,7 @@ def restore_state(run: Run, checkpoint: Path, trainer: dict[str, Any]) -> None:
 
 
 def _again(run: Run, *, weights: bool = True) -> str:
-    return new_run(run.config.COMMAND, run.out, [], f"{run.out}-2", weights=weights)
+    return new_run(run.config.COMMAND, run.out, weights=weights)
 
 
 def data_identity(data: TokenData) -> str:
