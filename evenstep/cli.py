@@ -219,9 +219,10 @@ def run_program(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status. Errors are one line on stderr, with ``--debug`` a stack trace."""
     argv = sys.argv[1:] if argv is None else argv
-    # None when the shell closed them (>&-).
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the program
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:  # None when the shell closed it (>&-)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the program
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that it has no code for is printed as an escape
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

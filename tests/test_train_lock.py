@@ -134,7 +134,9 @@ def test_a_run_holds_its_lock_from_its_first_write_to_its_end(corpus, tmp_path):
     )
 
     def seen():
-        return subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            [sys.executable, "-c", probe, out], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
 
     run = Run(quick(corpus, out, train__steps="1"), say=silent)
     assert seen() == "True"
@@ -249,7 +251,7 @@ def test_a_lock_that_is_a_link_is_refused_and_its_target_left_alone(tmp_path):
     (run / ".lock").symlink_to(tmp_path / "new")
     with pytest.raises(EvenstepError, match=r"\.lock is a link"):
         hold(run)
-    assert not is_running(run) and not list_runs(run)[0].status == "running"
+    assert not is_running(run) and list_runs(run)[0].status != "running"
     assert (tmp_path / "mine").read_text() == "precious" and not (tmp_path / "new").exists()
 
 

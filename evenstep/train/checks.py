@@ -39,7 +39,7 @@ def checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
             value = parse_count(value)
         except ValueError:
             raise EvenstepError(
-                f"{key}: {value!r} is no count; give a whole number, or one like 20K, 100M, 1.5B"
+                f"{key}: {_short(value)} is no count; give a whole number, or one like 20K, 100M, 1.5B"
             ) from None
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
         value = float(min(max(value, -LARGEST), LARGEST))
@@ -53,7 +53,7 @@ def checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
     fits_form = form and isinstance(value, str) and re.fullmatch(form, value)
     if isinstance(value, str) and choices and value not in choices and not fits_form:
         number = "a number or " if int in allowed else ""
-        raise EvenstepError(f"{key}: {value!r} is not {number}one of {', '.join(choices)}{nearest(value, choices)}")
+        raise EvenstepError(f"{key}: {_short(value)} is not {number}one of {', '.join(choices)}{nearest(value, choices)}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         low, above, high = meta["low"], meta["above"], meta["high"]
         fits = (
