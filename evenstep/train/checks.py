@@ -53,7 +53,8 @@ def checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
     fits_form = form and isinstance(value, str) and re.fullmatch(form, value)
     if isinstance(value, str) and choices and value not in choices and not fits_form:
         number = "a number or " if int in allowed else ""
-        raise EvenstepError(f"{key}: {_short(value)} is not {number}one of {', '.join(choices)}{nearest(value, choices)}")
+        given, hint = _short(value), nearest(value, choices)
+        raise EvenstepError(f"{key}: {given} is not {number}one of {', '.join(choices)}{hint}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         low, above, high = meta["low"], meta["above"], meta["high"]
         fits = (
