@@ -77,6 +77,8 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    from evenstep.errors import EvenstepError
+    from evenstep.paths import leaves
     from evenstep.telemetry.facts import check_conditions, parse_condition
     from evenstep.telemetry.page import write_report
     from evenstep.telemetry.runlog import load_run
@@ -84,7 +86,10 @@ def _report(args: argparse.Namespace) -> None:
     conditions = [parse_condition(text) for text in args.fail_on]
     runs = [load_run(path) for path in args.runs]
     first = runs[0].path
-    out = args.out or (first if first.is_dir() else first.parent) / "report.html"
+    place = first if first.is_dir() else first.parent
+    if args.out is None and leaves(place, "report.html"):
+        raise EvenstepError(f"{place / 'report.html'} is a link that leads out of the folder; give another --out")
+    out = args.out or place / "report.html"
     size = write_report(runs, out)
     print(f"{out} ({size / 2**20:.1f} MB)")
     for run in runs:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evenstep.errors import EvenstepError
+from evenstep.paths import check_own_file, read_own
 from evenstep.telemetry.schema import VERSION, is_step, iter_records
+from evenstep.toml import parse_toml
 
 Record = dict[str, Any]
 Series = tuple[list[float], list[float]]
@@ -104,6 +106,8 @@ def load_run(path: Path) -> RunLog:
     if path.is_dir():
         _read_facts(run, directory)
     try:
+        if path.is_dir():
+            check_own_file(path, metrics.name)
         _read_metrics(run, metrics)
     except FileNotFoundError:
         run.notes.append("metrics.jsonl is not there yet")
@@ -117,10 +121,13 @@ def load_run(path: Path) -> RunLog:
 
 
 def _read_facts(run: RunLog, directory: Path) -> None:
-    readers = {"config.toml": ("config", tomllib.loads), "summary.json": ("summary", json.loads)}
+    readers: dict[str, tuple[str, Callable[[bytes], Any]]] = {
+        "config.toml": ("config", parse_toml),
+        "summary.json": ("summary", json.loads),
+    }
     for name, (where, read) in readers.items():
         try:
-            found = read((directory / name).read_text(encoding="utf-8"))
+            found = read(read_own(directory, name))
             if not isinstance(found, dict):
                 raise ValueError("it is no table")
             setattr(run, where, found)
