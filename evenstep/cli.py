@@ -7,6 +7,7 @@ that train, so that ``--help``, ``runs`` and ``completion`` answer at once.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ from evenstep.telemetry.commands import add_commands as add_telemetry
 from evenstep.train import commands as train_commands
 from evenstep.train.checks import checked
 from evenstep.train.config import Config, SampleConfig, options
-from evenstep.train.config_flags import add_flags, chosen, declared
+from evenstep.train.config_flags import add_flags, chosen, declared, print_config
+from evenstep.train.failure import reason_of
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
 
@@ -130,6 +132,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
     doctor = commands.add_parser(
         "doctor", parents=[debug], help="show which kernels serve which device, and why not", allow_abbrev=False
     )
+    doctor.add_argument(
+        "--check",
+        action="store_true",
+        help="compare every kernel with the plain code; exit 2 where one differs",
+    )
     doctor.set_defaults(run_command=_doctor)
     return parser, commands
 
@@ -145,10 +152,7 @@ def _pretrain_arguments(pretrain: argparse.ArgumentParser) -> None:
 def _pretrain(args: argparse.Namespace) -> None:
     config, directory = chosen(args, Config, args.recipe)
     if args.print_config:
-        from evenstep.train.config_io import to_toml
-
-        print(to_toml(config), end="")
-        return
+        return print_config(config, directory)
 
     from evenstep.train.launch import train
 
@@ -177,6 +181,10 @@ def _doctor(args: argparse.Namespace) -> None:
     from evenstep.kernels.doctor import print_diagnosis
 
     print_diagnosis()
+    if args.check:
+        from evenstep.bench.kernel_check import print_checks
+
+        print_checks()
 
 
 def split_options(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -220,27 +228,55 @@ def run_program(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status. Errors are one line on stderr, with ``--debug`` a stack trace."""
     argv = sys.argv[1:] if argv is None else argv
-    # None when the shell closed them (>&-).
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - lives as long as the program
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:  # None when the shell closed it (>&-)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the program
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that it has no code for is printed as an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run_program(argv)
         sys.stdout.flush()
     except BrokenPipeError:  # evenstep runs | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _silence_stdout()
         return 141
     except KeyboardInterrupt:
         _complain("stopped at once")
         return 130
     except Exception as problem:
+        if _is_of_stdout(problem):
+            _silence_stdout()  # Python would try to write the rest when it ends
+            problem = OutputError(f"error: the output cannot be written ({reason_of(problem)})")
         if "--debug" in argv:
-            raise
+            raise problem
         message, status = explain(problem)
         rank = os.environ.get("RANK", "")
         if status == 1 or not rank.isdigit() or int(rank) == getattr(problem, "teller", 0):
             _complain(message)  # of several processes one tells what all of them see
         return status
     return 0
+
+
+class OutputError(Exception):
+    """Standard output cannot be written."""
+
+    exit_status = 1
+
+
+def _silence_stdout() -> None:
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_of_stdout(problem: Exception) -> bool:
+    """Can stdout not be written, as on a full disk?"""
+    if not isinstance(problem, OSError):
+        return False
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        return True
+    return False
 
 
 def explain(problem: Exception) -> tuple[str, int]:
@@ -250,13 +286,14 @@ def explain(problem: Exception) -> tuple[str, int]:
         return f"error: {problem}" if isinstance(problem, EvenstepError) else str(problem), status
     if isinstance(problem, ModuleNotFoundError):
         return f"error: {problem.name} is not installed; pip install 'evenstep[train]'", status
-    if type(problem).__name__ == "OutOfMemoryError":
-        advice = "give a smaller --train.micro_batch_size, or --train.activation_checkpointing true"
-        return f"error: the GPU's memory is full; {advice}", status
     first = next(iter(str(problem).splitlines()), "")
+    full = "the GPU's" if type(problem).__name__ == "OutOfMemoryError" else "the"
+    if full != "the" or isinstance(problem, MemoryError) or "can't allocate memory" in first:
+        advice = "give a smaller --train.micro_batch_size, or --train.activation_checkpointing true"
+        return f"error: {full} memory is full; {advice}", status
     return f"error: {type(problem).__name__}: {first} (--debug shows where)", status
 
 
 def _complain(text: str) -> None:
-    with suppress(BrokenPipeError):
+    with suppress(OSError, ValueError):
         print(f"evenstep: {text}", file=sys.stderr, flush=True)

@@ -1,11 +1,29 @@
-"""Tables on the terminal: aligned text, or rich's when it is a terminal and rich is installed."""
+"""What the program says on a terminal: tables, aligned or rich's when it is a terminal and rich is installed, and
+commands that can be pasted."""
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 Rows = Sequence[Sequence[str]]
+
+
+def program() -> str:
+    """The words that start this program from a shell in the working directory: ``evenstep`` where that is on PATH and
+    belongs to this Python, else its path."""
+    script = shutil.which("evenstep", path=str(Path(sys.executable).parent))
+    found = shutil.which("evenstep")
+    if script is None:
+        return "evenstep" if found else f"{shlex.quote(sys.executable)} -m evenstep"
+    if found and os.path.samefile(found, script):
+        return "evenstep"
+    here = Path(script)
+    return shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
 
 
 def print_table(
@@ -42,6 +60,21 @@ def _plain(title: str, heads: Sequence[str], rows: Rows) -> None:
         print((f"{row[0].ljust(widths[0])}  {row[1]}" if _is_across(row) else text).rstrip())
 
 
+def _fitting(heads: Sequence[str], rows: Rows, width: int) -> int:
+    """How many columns, from the left, fit a terminal so wide without a number that is cut; texts may wrap."""
+    room = width - 1
+    for i, head in enumerate(heads):
+        cells = [row[i] for row in rows if not _is_across(row)]
+        if i == 0 or _numeric(rows, i):  # is not wrapped
+            needed = max(len(head), *map(len, cells)) if cells else len(head)
+        else:
+            needed = max((len(word) for cell in [head, *cells] for word in cell.split()), default=1)
+        room -= needed + 3
+        if room < 0:
+            return max(1, i)
+    return len(heads)
+
+
 def _rich(title: str, heads: Sequence[str], rows: Rows, marked: Callable[[str], bool]) -> bool:
     """False when rich is not installed."""
     try:
@@ -50,14 +83,17 @@ def _rich(title: str, heads: Sequence[str], rows: Rows, marked: Callable[[str], 
         from rich.table import Table as RichTable
     except ImportError:
         return False
+    console = Console()
+    kept = _fitting(heads, rows, console.width)
     table = RichTable(title=title or None, title_justify="left")
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if _numeric(rows, i) else "left", no_wrap=i == 0)
+    for i, head in enumerate(heads[:kept]):
+        table.add_column(head, justify="right" if _numeric(rows, i) else "left", no_wrap=i == 0 or _numeric(rows, i))
     for row in rows:
         if not _is_across(row):
-            table.add_row(*map(escape, row), style="bold green" if marked(row[0]) else "")
-    console = Console()
+            table.add_row(*map(escape, row[:kept]), style="bold green" if marked(row[0]) else "")
     console.print(table)
+    if kept < len(heads):
+        console.print(f"not shown, the terminal is too narrow: {', '.join(heads[kept:])}", markup=False)
     for row in rows:
         if _is_across(row):
             console.print(f"[dim]{escape(row[0])}  {escape(row[1])}[/dim]")

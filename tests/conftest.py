@@ -19,8 +19,8 @@ settings.load_profile("same")
 def either_code(request, monkeypatch):
     """The same test by kernels, where there are any, and by the plain code."""
 
-    def chosen(fused):
-        return Choice(request.param if fused is None else fused)
+    def chosen(fused, *rest):
+        return Choice(request.param if fused is None else fused, *rest)
 
     for module in ("evenstep.optim.base", "evenstep.optim.stabilize"):
         monkeypatch.setattr(importlib.import_module(module), "Choice", chosen)

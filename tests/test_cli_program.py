@@ -1,4 +1,5 @@
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,45 @@ def test_a_mistake_is_one_line_and_a_status(capsys, monkeypatch, tmp_path, corpu
     assert not (tmp_path / "runs").exists()
 
 
+REFUSED_CONFIG = [
+    (["--optim.gamma2", "0.5", "--optim.name", "adamw"], ["optim.gamma2: adamw has no such hyperparameter"]),
+    (["--optim.betas", "7"], ["optim: stable_spam refuses its options"]),
+    (["--optim.before", "nonsense"], ["nonsense"]),
+    (["--model.init", "{tmp}/no"], ["model.init", "no directory"]),
+    (["--resume", "{tmp}/no"], ["not a run"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words, expected", REFUSED_CONFIG, ids=[words[0] for words, _ in REFUSED_CONFIG])
+def test_print_config_refuses_what_the_run_would(capsys, tmp_path, words, expected):
+    words = [word.format(tmp=tmp_path) for word in words]
+    status, out, err = call(capsys, "pretrain", *words, "--print-config")
+    assert (status, out) == (2, "") and all(word in err for word in expected), err
+
+
+COMMANDS = [line.strip() for line in (ROOT / "docs/comparisons.md").read_text().splitlines() if "--optim.name" in line]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_page_on_comparisons_are_valid(capsys, monkeypatch, command):
+    pytest.importorskip("pytorch_optimizer")
+    monkeypatch.chdir(ROOT)
+    _, *words = shlex.split(command)
+    status, out, err = call(capsys, *words, "--print-config")
+    assert status == 0 and "gamma1 =" not in out and "lacks: gamma1, gamma2" in err, err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the system for its memory")
+@pytest.mark.parametrize(
+    "options", [{"model__size": "7b"}, {"train__batch_size": "1000", "model__size": "100m"}], ids=["model", "batch"]
+)
+def test_a_run_that_memory_cannot_hold_is_refused_before_it_is_built(capsys, tmp_path, corpus, monkeypatch, options):
+    monkeypatch.setattr("evenstep.train.setup.memory_limit", lambda: 3 * 10**9)
+    status, _, err = call(capsys, "pretrain", *flags(quick_overrides(corpus, tmp_path / "run", **options)))
+    assert status == 2 and "the run needs at least" in err and "the machine has 3.0 GB" in err
+    assert err.splitlines()[-1].startswith("evenstep: error: ") and not (tmp_path / "run").exists()
+
+
 def test_debug_shows_the_stack_trace(tmp_path):
     done = program("pretrain", tmp_path / "nosuch.toml", "--debug")
     assert done.returncode == 1 and "Traceback" in done.stderr and "EvenstepError" in done.stderr
@@ -213,7 +253,10 @@ def test_train_list_generate_resume(capsys, tmp_path, corpus):
     status, text, err = call(capsys, "pretrain", *words)
     assert status == 0, err
     assert text.count("\nstep ") + text.startswith("step ") == 8 + 2  # one line a log step, one a validation
-    assert f"evenstep generate {out}" in text and "validation loss" in text
+    assert f"evenstep generate {out}" in text and "validation loss" in text and f"evenstep report {out}" in text
+    head = text.partition("step 1/8")[0].splitlines()
+    assert [line.split()[0] for line in head] == ["model", "optimizer", "data", "budget", "device", "folder"]
+    assert "tiny" in head[0] and "stable_spam" in head[1] and str(corpus) in head[2] and "8 steps" in head[3]
 
     assert call(capsys, "pretrain", *words)[2].startswith(f"evenstep: error: {out} holds a run already")
 
@@ -233,8 +276,17 @@ def test_train_list_generate_resume(capsys, tmp_path, corpus):
     status, text, err = call(capsys, "pretrain", "--resume", out, "--train.steps", "10")
     assert status == 0, err
     assert "resumed from" in text and "step 10/10" in text
+    assert "the learning rate rises from" in text and "now takes 10 steps and not 8" in text
     status, _, err = call(capsys, "pretrain", "--resume", "--out", out, "--optim.lr", "0.5")
-    assert status == 2 and "another optim.lr" in err
+    assert status == 2 and "another optim.lr" in err and f"--optim.lr 0.5 --out {out}-2" in err
+    command = shlex.split(err.rpartition("with: ")[2])
+    status, text, err = call(capsys, *command[command.index("pretrain") :], "--train.steps", "9")
+    assert status == 0 and f"folder     {out}-2" in text and "lr 0.5" in text, err
+
+    status, _, err = call(capsys, "pretrain", "--resume", out, "--out", tmp_path / "new", "--seed", "5")
+    assert status == 2 and f"--out {tmp_path / 'new'} is another" in err and not (tmp_path / "new").exists()
+    command = shlex.split(err.rpartition("with: ")[2])
+    assert call(capsys, *command[command.index("pretrain") :], "--train.steps", "9")[0] == 0
 
     (out / "summary.json").unlink()
     assert call(capsys, "runs", out)[1].splitlines()[1].endswith("interrupted")

@@ -197,3 +197,132 @@ def test_the_trainers_loggers_get_the_numbers(tmp_path):
 def test_an_optimizer_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(EvenstepError, match=r"optimizer=1, but the module has 1; count from 0"):
         trainer(tmp_path, callbacks=[SpikeCallback(optimizer=1)]).fit(Regression(BUILDS["AdamW"]), data())
+
+
+class Pair(pl.LightningModule):
+    """Two networks with an optimizer each, stepped in turn."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.nets = nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 2)])
+        self.automatic_optimization = False
+
+    def training_step(self, batch, _):
+        for net, optimizer in zip(self.nets, self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(net(batch[0]).square().mean())
+            optimizer.step()
+
+    def validation_step(self, batch, _):
+        self.log("val_loss", self.nets[0](batch[0]).square().mean())
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), lr=0.1) for net in self.nets]
+
+
+def steps_of(path):
+    windows = [record for record in read_records(path) if record.get("kind") == "window"]
+    return [window["first"] + i for window in windows for i in range(len(window["norms"]))]
+
+
+def names_of(path):
+    return next(record["names"] for record in read_records(path) if record.get("kind") == "start")
+
+
+@pytest.mark.parametrize("paths", [("a.jsonl", "b.jsonl"), (None, None)])
+def test_each_of_two_optimizers_has_a_callback_of_its_own(paths, tmp_path):
+    def callbacks():
+        given = [tmp_path / path if path else None for path in paths]
+        return [SpikeCallback(path, optimizer=i, say=None, every=2) for i, path in enumerate(given)]
+
+    first = trainer(tmp_path, steps=6, callbacks=callbacks())  # Lightning counts the steps of both
+    first.fit(Pair(), data(12), data(4))
+    files = [tmp_path / (path or f"metrics{'-2' * i}.jsonl") for i, path in enumerate(paths)]
+    assert [steps_of(path) for path in files] == [[1, 2, 3], [1, 2, 3]]
+    assert [names_of(path)[0] for path in files] == ["nets.0.weight", "nets.1.weight"]
+    assert [[r["step"] for r in read_records(path) if "val_loss" in r] for path in files] == [[3], [3]]
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    again = callbacks()
+    trainer(tmp_path, steps=12, callbacks=again).fit(Pair(), data(12), ckpt_path=tmp_path / "half.ckpt")
+    assert [steps_of(path) for path in files] == [[*range(1, 7)], [*range(1, 7)]]
+
+
+def test_a_checkpoint_of_evenstep_0_1_is_taken_up(tmp_path):
+    model, spikes = Regression(BUILDS["AdamW"]), SpikeCallback(every=1, say=None)
+    first = trainer(tmp_path, steps=3, callbacks=[spikes])
+    first.fit(model, data(4))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=False)
+    saved["callbacks"] = {"SpikeCallback": next(iter(saved["callbacks"].values()))}  # the name that it had there
+    torch.save(saved, tmp_path / "half.ckpt")
+    again = SpikeCallback(every=1, say=None)
+    trainer(tmp_path, steps=4, callbacks=[again]).fit(
+        Regression(BUILDS["AdamW"]), data(4), ckpt_path=tmp_path / "half.ckpt"
+    )
+    assert float(again.monitor.probe.counts[0]) == 4
+
+
+class Kept:
+    def __init__(self):
+        self.records, self.closed = [], 0
+
+    def write(self, record):
+        self.records.append(record)
+
+    def close(self):
+        self.closed += 1
+
+
+def test_fit_may_be_called_again_and_sinks_of_the_callers_stay_open(tmp_path):
+    kept, model = Kept(), Regression(BUILDS["AdamW"])
+    spikes = SpikeCallback(every=1, say=None, sinks=kept)
+    fitted = trainer(tmp_path, steps=3, callbacks=[spikes])
+    fitted.fit(model, data(4))
+    fitted.fit_loop.epoch_loop.max_steps = 6
+    fitted.fit(model, data(4))
+    assert steps_of(tmp_path / "metrics.jsonl") == [*range(1, 7)] and kept.closed == 0
+    assert float(spikes.monitor.probe.counts[0]) == 6  # baselines went on
+    trainer(tmp_path, steps=2, callbacks=[spikes]).fit(model, data(4))
+    assert steps_of(tmp_path / "metrics.jsonl") == [1, 2]
+    assert [record["step"] for record in kept.records if record.get("kind") == "window"] == [1, 2, 3, 4, 5, 6, 1, 2]
+
+
+def test_a_state_of_another_model_and_loggers_that_fail_end_no_training(tmp_path):
+    class Logger(pl.loggers.logger.DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            raise ConnectionError("no network")
+
+    spikes = SpikeCallback(every=1, say=None)
+    spikes._saved = {"step": 0, "names": ["other"]}
+    with pytest.warns(UserWarning, match=r"other parameters|no network") as caught:
+        trainer(tmp_path, steps=2, logger=Logger(), callbacks=[spikes]).fit(Regression(BUILDS["AdamW"]), data(4))
+    assert len([one for one in caught if "training goes on" in str(one.message)]) == 2
+    assert steps_of(tmp_path / "metrics.jsonl") == [1, 2]
+
+
+def test_a_metric_that_nobody_logs_is_told_of(tmp_path):
+    spikes = SpikeCallback(say=None, validation="val_los")
+    with pytest.warns(UserWarning, match="no metric 'val_los' was logged; did you mean 'val_loss'"):
+        trainer(tmp_path, steps=2, callbacks=[spikes]).fit(Regression(BUILDS["AdamW"]), data(4), data(4))
+
+
+BAD = [
+    {"path": 3},
+    {"path": ""},
+    {"optimizer": -1},
+    {"optimizer": "critic"},
+    {"optimizer": True},
+    {"validation": None},
+    {"ratio": 0.5},
+    {"every": 0},
+    {"evry": 5},
+    {"sinks": [3]},
+]
+
+
+@pytest.mark.parametrize("given", BAD, ids=repr)
+def test_a_bad_argument_fails_where_the_callback_is_made(given):
+    with pytest.raises((TypeError, ValueError), match="SpikeCallback") as problem:
+        SpikeCallback(**given)
+    assert len(str(problem.value).splitlines()) == 1

@@ -1,10 +1,13 @@
 """Spike telemetry from inside the agents of stable-baselines3."""
 
+import gc
+
 import gymnasium
 import numpy as np
 import pytest
 import torch
 from stable_baselines3 import PPO, SAC
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 
 from evenstep import StableSPAM
 from evenstep.cli import main
@@ -111,3 +114,82 @@ def test_an_agent_with_several_optimizers_is_asked_which(tmp_path):
         sac().learn(8, callback=SpikeCallback(tmp_path, **QUIET))
     sac().learn(12, callback=SpikeCallback(tmp_path, optimizer="critic.optimizer", **QUIET))
     assert rows(tmp_path) == 8 and all("qf" in name for name in load_run(tmp_path).names)
+
+
+class Kept:
+    """A sink that keeps what it gets until it is closed."""
+
+    def __init__(self):
+        self.records, self.closed = [], 0
+
+    def write(self, record):
+        assert not self.closed
+        self.records.append(record)
+
+    def close(self):
+        self.closed += 1
+
+    def steps(self):
+        windows = [record for record in self.records if record.get("kind") == "window"]
+        return [window["first"] + i for window in windows for i in range(len(window["norms"]))]
+
+
+def test_sinks_of_the_callers_stay_open_from_one_part_to_the_next(tmp_path):
+    kept, trained = Kept(), agent("CartPole-v1")
+    callback = SpikeCallback(tmp_path, sinks=[kept, tmp_path / "own.jsonl"], **QUIET)
+    for _ in range(3):
+        trained.learn(32, callback=callback, reset_num_timesteps=False)
+    assert kept.steps() == [*range(1, 13)] and kept.closed == 0
+    own = [record["first"] for record in read_records(tmp_path / "own.jsonl") if record.get("kind") == "window"]
+    assert own == [1, 3, 5, 7, 9, 11]
+    trained = None
+    callback.__dict__.clear()
+    del callback
+    gc.collect()
+    assert kept.closed == 1
+
+
+def test_an_interrupted_training_leaves_no_second_watcher(tmp_path):
+    class Interrupted(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps == 40:
+                raise KeyboardInterrupt
+            return True
+
+    callback, trained = SpikeCallback(tmp_path, **QUIET), agent("CartPole-v1")
+    with pytest.raises(KeyboardInterrupt):
+        trained.learn(64, callback=CallbackList([callback, Interrupted()]))
+    trained.learn(32, callback=callback, reset_num_timesteps=False)
+    assert rows(tmp_path) == 8 and len(trained.policy.optimizer._optimizer_step_pre_hooks) == 0
+
+
+def test_one_callback_for_two_agents_and_two_for_one(tmp_path):
+    callback = SpikeCallback(tmp_path, **QUIET)
+    agent("CartPole-v1").learn(32, callback=callback)
+    agent("CartPole-v1", policy_kwargs={"net_arch": [4], "optimizer_class": StableSPAM}).learn(32, callback=callback)
+    assert rows(tmp_path) == 4
+    two = [SpikeCallback(tmp_path / "two", **QUIET) for _ in range(2)]
+    agent("CartPole-v1").learn(64, callback=two)
+    names = sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert names == ["metrics-2.jsonl", "metrics.jsonl"] and rows(tmp_path / "two") == 8
+
+
+BAD = [
+    {"directory": None},
+    {"directory": 3},
+    {"directory": ""},
+    {"optimizer": 0},
+    {"optimizer": ""},
+    {"ratio": 0.5},
+    {"window": 0},
+    {"windw": 10},
+    {"sinks": [3]},
+    {"say": "print"},
+]
+
+
+@pytest.mark.parametrize("given", BAD, ids=repr)
+def test_a_bad_argument_fails_where_the_callback_is_made(given, tmp_path):
+    with pytest.raises((TypeError, ValueError), match="SpikeCallback") as problem:
+        SpikeCallback(**({"directory": tmp_path} | given))
+    assert len(str(problem.value).splitlines()) == 1

@@ -1,6 +1,7 @@
 """transformers' Trainer: our optimizers by both of its doors, resumed bit for bit; telemetry; low bits."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -185,3 +186,57 @@ def test_a_low_bit_model_trains_and_its_checkpoint_is_a_plain_one(tmp_path):
     plain = type(model).from_pretrained(tmp_path / "checkpoint-6")
     assert equal(weights(plain), weights(dequantize_(model)))
     assert not any(isinstance(module, LowBitLinear) for module in plain.modules())
+
+
+class Kept(list):
+    write = list.append
+
+    def close(self):
+        """Nothing is held."""
+
+
+def test_training_twice_and_resuming_with_one_callback(tmp_path):
+    kept = Kept()
+    spikes = SpikeCallback(every=1, say=None, sinks=[kept])
+    trainer = tiny_trainer(tmp_path, tiny_model(), callbacks=[spikes], optimizer=(StableSPAM, {"lr": 1e-2}))
+    trainer.train()
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    seen = [record["step"] for record in kept if record.get("kind") == "window"]
+    assert seen == [*range(1, 7), *range(1, 7), *range(4, 7)]
+    assert [*step_losses(tmp_path / "metrics.jsonl")] == [*range(1, 7)]
+    assert float(spikes.monitor.probe.counts[0]) == 6
+
+
+def test_several_callbacks_watch_one_trainer(tmp_path):
+    def train(**how):
+        callbacks = [SpikeCallback(say=None), SpikeCallback(say=None), SpikeCallback(tmp_path / "x.jsonl", say=None)]
+        trainer = tiny_trainer(tmp_path, tiny_model(), callbacks=callbacks, optimizer=(StableSPAM, {"lr": 1e-2}))
+        trainer.train(**how)
+
+    train()
+    train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name in ("metrics.jsonl", "metrics-2.jsonl", "x.jsonl"):
+        assert [*step_losses(tmp_path / name)] == [*range(1, 7)], name
+    assert (tmp_path / "checkpoint-6" / "spike_monitor-x.pt").exists()
+
+
+def test_a_broken_state_in_a_checkpoint_ends_no_training(tmp_path):
+    def train(**how):
+        callbacks = [SpikeCallback(say=None)]
+        tiny_trainer(tmp_path, tiny_model(), callbacks=callbacks, optimizer=(StableSPAM, {"lr": 1e-2})).train(**how)
+
+    train()
+    (tmp_path / "checkpoint-3" / "spike_monitor.pt").write_bytes(b"no tensors")
+    with pytest.warns(UserWarning, match="training goes on without it"):
+        train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [*step_losses(tmp_path / "metrics.jsonl")] == [*range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    "given", [{"path": 3}, {"ratio": math.nan}, {"window": 0}, {"evry": 3}, {"sinks": [3]}], ids=repr
+)
+def test_a_bad_argument_fails_where_the_callback_is_made(given):
+    with pytest.raises((TypeError, ValueError), match="SpikeCallback") as problem:
+        SpikeCallback(**given)
+    assert len(str(problem.value).splitlines()) == 1

@@ -234,6 +234,104 @@ def test_resume_cuts_what_was_drained_after_the_checkpoint(tmp_path):
     assert metrics.last_train == records[4] and len(path.read_text().splitlines()) == 3
 
 
+def write_lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return load_run(path)
+
+
+def window(first, step, **more):
+    return {"kind": "window", "step": step, "first": first, "spike_rate": 0.0, **more}
+
+
+def test_the_rate_of_a_loop_of_ones_own_is_that_of_its_windows(tmp_path):
+    lines = [window(1, 4, lr=0.5), window(5, 7, lr=0.2, lrs=[0.4, None, 0.2]), window(8, 8)]
+    run = write_lines(tmp_path / "m.jsonl", *lines)
+    assert run.rates() == ([1, 4, 5, 7], [0.5, 0.5, 0.4, 0.2])
+    assert payload([run])["runs"][0]["curves"]["lr"] == {"x": [1, 4, 5, 7], "y": [0.5, 0.5, 0.4, 0.2]}
+    run = write_lines(tmp_path / "m.jsonl", *lines, {"step": 8, "lr": 0.9})
+    assert run.rates() == ([8], [0.9])  # a trainer's own lines
+
+
+def test_updates_over_weights_do_not_jump_where_weights_were_looked_at(tmp_path):
+    start = {"kind": "start", "step": 0, "version": 1, "names": ["a", "b"]}
+    looks = [1.0, 1.0, 1.0, 1.0, 3.0, 3.0]
+    lines = [
+        {
+            "kind": "parameters",
+            "first": 10 * i + 1,
+            "step": 10 * i + 10,
+            "update_rms": [6.0, None],
+            "weight_rms": [w, 2.0],
+        }
+        for i, w in enumerate(looks)
+    ]
+    run = write_lines(tmp_path / "m.jsonl", start, *lines)
+    np.testing.assert_allclose(run.columns["update_ratio"][:, 0], [6.0, 4.0, 3.0, 2.4, 2.0, 2.0], rtol=1e-6)
+    assert run.columns["weight_rms"][:, 0].tolist() == looks  # the log's own numbers stay
+
+
+def event(kind, step, **more):
+    return {"kind": "event", "event": kind, "step": step, **more}
+
+
+SPIKE = event("spike", 30, count=1, rows=[3, 4], tensors=[{"name": "model.layers.1.mlp.up.weight", "ratio": 41.3}])
+VERDICTS = {
+    "calm": ([], "good", "Calm: no gradient or loss spiked"),
+    "spike": ([SPIKE], "spikes", "Gradients spiked on 1 step, at most x41 (layers.1.mlp.up, step 30)."),
+    "loss": ([event("loss_spike", 30), event("recovered", 34, steps=4)], "spikes", "recovered within 4 steps"),
+    "lasting": ([event("loss_spike", 30)], "bad", "The loss has not recovered from its last spike."),
+    "skipped": ([event("skipped", 30, count=1, tensors=[])], "spikes", "Gradients were not finite on 1 step."),
+    "stays": (
+        [event("stays_nonfinite", 40, since=30, rows=[3, 4])],
+        "bad",
+        "from step 30; the first bad data rows are 3-4",
+    ),
+    "nan": (
+        [SPIKE, event("weights_nonfinite", 40, since=31, rows=[264, 272], count=1, tensors=[{"name": "a"}])],
+        "bad",
+        "The weights are not finite since step 31; the first bad data rows are 264-272.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_the_page_says_in_words_how_it_went(name, tmp_path):
+    events, level, sentence = VERDICTS[name]
+    run = write_lines(tmp_path / "m.jsonl", window(1, 40, losses=[3.0, 2.0], norms=[1.0]), *events)
+    one = payload([run])["runs"][0]
+    assert one["level"] == level and sentence in " ".join(one["verdict"])
+    assert one["verdict"][-1] == "The loss went from 3 to 2 in 40 steps."
+
+
+def test_nothing_is_said_of_a_run_without_telemetry(tmp_path):
+    one = payload([write_lines(tmp_path / "m.jsonl", {"step": 3, "loss": 2.0})])["runs"][0]
+    assert one["level"] == "" and one["verdict"] == []
+
+
+def test_steps_that_were_lost_or_not_finite_are_counted(tmp_path):
+    lines = [window(1, 10, nonfinite=7, lost=2), window(11, 20, nonfinite=3)]
+    run = write_lines(tmp_path / "m.jsonl", *lines, event("nonfinite", 4), event("weights_nonfinite", 10, since=4))
+    assert facts(run)["skipped"] == 10 and facts(run)["weights_nonfinite"] == 1
+    assert "2 steps could not be measured" in run.notes
+    with pytest.raises(ConditionMet, match="weights_nonfinite is 1"):
+        check_conditions([parse_condition("weights_nonfinite>0")], [run])
+
+
+def test_a_loss_spike_has_a_place_in_the_table(tmp_path):
+    spike = event("loss_spike", 5, loss_before=2.0, loss_after=9.0, tensors=[{"name": "model.a.weight", "ratio": 3.25}])
+    run = write_lines(tmp_path / "m.jsonl", window(1, 9), spike)
+    [shown] = payload([run])["runs"][0]["events"]
+    assert shown["where"] == "a"
+    assert shown["line"] == "step 5 loss spike, loss 2 -> 9, largest gradient in a (x3.2)"
+
+
+def test_the_page_names_the_command_that_prints_rows_where_there_is_one(tmp_path):
+    with_data, without = write_run(tmp_path / "a run"), write_run(tmp_path / "own")
+    (with_data / "config.toml").write_text('[data]\nsource = "stdlib"\n')
+    commands = [run["rows_command"] for run in payload([load_run(with_data), load_run(without)])["runs"]]
+    assert commands == [f"evenstep rows '{with_data}'", None]
+
+
 # ---- watch ----
 
 
@@ -409,6 +507,62 @@ def test_dark_mode_follows_the_system_and_a_phone_has_no_sideways_scroll(browser
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_a_phone_shows_labels_and_events_whole(browser, tmp_path):
+    screen = {"width": 375, "height": 800, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    try:
+        shown(browser, tmp_path, write_run(tmp_path / "run"))
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 375
+        wide = """return [...document.querySelectorAll('#events, #events td, #verdict')]
+            .filter((e) => e.scrollWidth > e.clientWidth + 1 || e.getBoundingClientRect().right > 375).length"""
+        assert browser.execute_script(wide) == 0
+        # Labels beside the picture: drawn right-aligned, each in the room that its axis has.
+        room = """const c = E.charts.find((c) => c.holder.id === 'heat'), axis = c.axes[1];
+            const pen = document.createElement('canvas').getContext('2d');
+            pen.font = '11px system-ui, sans-serif';
+            const widest = Math.max(...E.data.runs[0].heat.rows.map((name) => pen.measureText(E.brief(name)).width));
+            return [widest, c.over.offsetLeft - 15]"""
+        widest, left = browser.execute_script(room)
+        assert widest <= left
+        assert complaints(browser) == []
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_page_says_first_what_went_wrong_and_a_click_shows_where(browser, tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "config.toml").write_text('[data]\nsource = "stdlib"\n')
+    lines = [
+        event("nonfinite", 261, count=2, rows=[8320, 8352], tensors=[{"name": "a"}]),
+        event("weights_nonfinite", 270, since=261, count=2, rows=[8320, 8352], tensors=[{"name": "a"}]),
+    ]
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    shown(browser, tmp_path, run)
+    first = browser.find_element("css selector", "main > section")
+    assert first.get_attribute("id") == "verdict" and "bad" in first.find_element("tag name", "p").get_attribute(
+        "class"
+    )
+    assert first.text.startswith("The weights are not finite since step 261; the first bad data rows are 8320-8352.")
+    legend = browser.find_element("css selector", "#loss").text
+    assert all(kind in legend for kind in ("gradient not finite", "weights not finite", "loss spike", "spike"))
+    assert browser.find_element("id", "rows").text.endswith(f"evenstep rows {run} 8320-8352")
+    spike = browser.find_elements("css selector", "#events tbody tr")[0]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'end'})", spike)
+    spike.click()
+    assert browser.find_element("id", "rows").text.endswith(f"evenstep rows {run} 3264-3296")
+    # The charts that it has zoomed are in sight.
+    top, bottom = browser.execute_script("""const box = document.querySelector('#loss .u-over').getBoundingClientRect();
+        return [box.top, box.bottom]""")
+    assert top >= 0 and bottom <= browser.execute_script("return innerHeight")
+    # A click that moves a little is no zoom.
+    over = browser.find_element("css selector", "#loss .u-over")
+    before = browser.execute_script("return E.range")
+    drag(browser, over, (0.5, 0.5), (0.5 + 3 / over.size["width"], 0.5))
+    assert browser.execute_script("return E.range") == before
+    assert complaints(browser) == []
 
 
 def test_two_runs_are_drawn_side_by_side(browser, tmp_path):

@@ -1,4 +1,6 @@
+import codecs
 import dataclasses
+import math
 import subprocess
 import sys
 import tomllib
@@ -9,9 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evenstep.errors import EvenstepError
-from evenstep.train.checks import parse_count
+from evenstep.train.checks import kinds, parse_count
 from evenstep.train.config import SIZE_NAMES, Config, ModelConfig, OptimConfig, SampleConfig, TrainConfig, options
-from evenstep.train.config_io import build, changed_options, config_hash, expanded, literal, load_config, to_toml
+from evenstep.train.config_io import (
+    build,
+    changed_options,
+    config_hash,
+    expanded,
+    literal,
+    load_config,
+    override,
+    to_toml,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,6 +118,131 @@ def test_a_mistake_is_one_clear_line(override, words):
         load_config(None, [override])
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
+
+
+def numbers():
+    from evenstep.finetune.config import FineTuneConfig
+
+    for kind in (Config, FineTuneConfig):
+        for key, (field, hint) in options(kind).items():
+            if {int, float} & set(kinds(hint)):
+                yield pytest.param(kind, key, field.metadata["high"], kinds(hint), id=f"{kind.COMMAND} {key}")
+
+
+FINETUNE = [("model.path", "m"), ("data.file", "f")]
+
+
+@pytest.mark.parametrize("kind, key, high, types", [*numbers()])
+def test_every_number_has_a_largest_value(kind, key, high, types):
+    """What nobody means is refused, from the command line and from a file, before anything is made of it."""
+    given = FINETUNE if kind is not Config else []
+    assert high is not None, key
+    whole = int in types
+    for text in (
+        str(math.ceil(high) * 2),
+        "9" * 40,
+        "9" * 400,
+        "9" * 5000,
+        *([] if whole else ["1e400", "inf", "nan"]),
+    ):
+        with pytest.raises(EvenstepError) as caught:
+            load_config(None, [*given, (key, text)], kind)
+        message = str(caught.value)
+        assert key in message and "\n" not in message and len(message) < 400, message
+        section, _, name = key.rpartition(".")
+        value = text if text in ("inf", "nan") else "inf" if text == "1e400" else text
+        tables = tomllib.loads(f"[{section}]\n{name} = {value}\n" if section else f"{name} = {value}\n") if (
+            len(text) < 1000) else {}  # fmt: skip
+        if tables:
+            with pytest.raises(EvenstepError, match=key.replace(".", r"\.")):
+                build(override(tables, given, kind), kind, quick_budget=True)
+
+
+@pytest.mark.parametrize("kind, key, high, types", [*numbers()])
+def test_the_largest_value_itself_is_taken_or_refused_in_one_line(kind, key, high, types):
+    given = FINETUNE if kind is not Config else []
+    try:
+        load_config(None, [*given, (key, str(high))], kind)
+    except EvenstepError as problem:  # a batch that is not divisible, no steps left after the warm-up, ...
+        assert "out of range" not in str(problem) and "\n" not in str(problem)
+
+
+SAVED = "[train]\r\nsteps = 3\r\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le-bom", "utf-16-be-bom"])
+def test_a_recipe_as_windows_saves_it(tmp_path, encoding):
+    bom = {"utf-16-le-bom": codecs.BOM_UTF16_LE, "utf-16-be-bom": codecs.BOM_UTF16_BE}.get(encoding, b"")
+    (tmp_path / "r.toml").write_bytes(bom + SAVED.encode(encoding.removesuffix("-bom")))
+    assert load_config(tmp_path / "r.toml").train.steps == 3
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "neither is given"),
+        (b"\xef\xbb\xbf", "neither is given"),
+        (b"\xff\xfe", "neither is given"),
+        (SAVED.encode("utf-16-le"), "TOML"),
+        (b"\xff\xfe[", "UTF-8"),
+        (b"[train]\nsteps = 3 # gr\xf6sse\n", "save it in UTF-8"),
+        (b"\x1f\x8b\x08", "UTF-8"),
+        (b"x = " + b"[" * 5000, "TOML"),
+        (b"x = " + b"1" * 5000, "TOML"),
+        (b"\x00", "TOML"),
+        (None, "Is a directory"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_line(tmp_path, content, words):
+    path = tmp_path / "r.toml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(EvenstepError, match=words) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_that_is_no_unicode_is_one_line():
+    for key in ("out", "name", "data.source", "sample.prompt"):
+        with pytest.raises(EvenstepError, match=f"{key}: .*is not valid UTF-8"):
+            load_config(None, [(key, "a\udcffb")])
+
+
+# ---- another optimizer than the recipe's ----
+
+OF_STABLE_SPAM = "[train]\nsteps = 3\n[optim]\nname = 'stable_spam'\nlr = 0.004\ngamma1 = 0.85\neps = 1e-6\n"
+
+
+@pytest.mark.parametrize(
+    "text, name, kept, told",
+    [
+        (OF_STABLE_SPAM, "adamw", {"eps": 1e-6}, "gamma1"),
+        (OF_STABLE_SPAM, "torch.optim:NAdam", {"eps": 1e-6}, "gamma1"),
+        (OF_STABLE_SPAM, "lora", {"eps": 1e-6}, "gamma1"),
+        (OF_STABLE_SPAM, "sgd", {}, "eps, gamma1"),
+        (OF_STABLE_SPAM, "stable_spam", {"gamma1": 0.85, "eps": 1e-6}, ""),
+        ("[train]\nsteps = 3\n[optim]\ngamma1 = 0.5\n", "scale", {}, "gamma1"),
+        ("[train]\nsteps = 3\n[optim]\nname = 'adamw'\namsgrad = true\n", "stable_spam", {}, "amsgrad"),
+        ("[train]\nsteps = 3\n", "adamw", {}, ""),
+    ],
+)
+def test_what_the_new_optimizer_lacks_is_left_out_and_named(tmp_path, capsys, text, name, kept, told):
+    (tmp_path / "r.toml").write_text(text)
+    config = load_config(tmp_path / "r.toml", [("optim.name", name)])
+    assert (config.optim.name, config.optim.options) == (name, kept)
+    err = capsys.readouterr().err
+    assert err.endswith(f"{name} lacks: {told}\n") if told else err == ""
+
+
+def test_what_the_command_line_gives_is_not_left_out(tmp_path, capsys):
+    from evenstep.train.optimizers import check_optimizer
+
+    (tmp_path / "r.toml").write_text(OF_STABLE_SPAM)
+    config = load_config(tmp_path / "r.toml", [("optim.name", "adamw"), ("optim.gamma2", "0.5")])
+    with pytest.raises(EvenstepError, match=r"optim\.gamma2: adamw has no such"):
+        check_optimizer(config.optim)
+    (tmp_path / "r.toml").write_text(OF_STABLE_SPAM.replace("gamma1", "gama1"))
+    with pytest.raises(EvenstepError, match="gama1"):
+        check_optimizer(load_config(tmp_path / "r.toml").optim)
 
 
 @pytest.mark.parametrize(

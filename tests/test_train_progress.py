@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from evenstep.train.metrics import Metrics, read_metrics
-from evenstep.train.progress import LineProgress, clock, make_progress
+from evenstep.train.progress import LineProgress, LiveProgress, clock, make_progress
 
 ROOT = Path(__file__).parents[1]
 RECORD = {
     "step": 20, "tokens": 40960, "loss": 5.43219, "lr": 0.00098, "grad_norm": 1.2345, "tokens_per_second": 12345.6,
-    "steps_to_reset": 380,
+    "steps_to_reset": 80,
 }  # fmt: skip
 
 
@@ -24,7 +24,7 @@ def test_a_training_record_is_exactly_one_line():
         progress.step(20, 5.4)
         progress.train(RECORD)
     assert out.getvalue() == (
-        "step  20/120  loss 5.4322  lr 9.80e-04  grad 1.234  12,346 tok/s  eta 0:00:17  reset in 380\n"
+        "step  20/120  loss 5.4322  lr 9.80e-04  grad 1.234  12,346 tok/s  eta 0:00:17  reset in 80\n"
     )
 
 
@@ -32,6 +32,36 @@ def test_no_reset_no_word_of_it():
     out = io.StringIO()
     LineProgress(120, out).train({key: value for key, value in RECORD.items() if key != "steps_to_reset"})
     assert "reset" not in out.getvalue()
+
+
+@pytest.mark.parametrize("left, shown", [(100, True), (101, False), (380, False)])
+def test_a_reset_that_this_run_does_not_reach_is_not_spoken_of(left, shown):
+    out = io.StringIO()
+    LineProgress(120, out).train(RECORD | {"steps_to_reset": left})
+    assert (f"reset in {left}" in out.getvalue()) == shown
+
+
+@pytest.mark.parametrize("width", [30, 45, 60, 80, 120])
+def test_a_narrow_terminal_leaves_numbers_out_and_cuts_none(width):
+    pytest.importorskip("rich")
+    from rich.console import Console
+
+    progress = LiveProgress(120, io.StringIO())
+    progress._console = Console(file=progress.out, width=width)
+    progress.train(RECORD)
+    shown = progress._bar.tasks[0].description.split("  ")
+    everything = ["loss 5.4322", "eta 0:00:17", "12,346 tok/s", "lr 9.80e-04", "reset in 80"]
+    assert shown == everything[: len(shown)] and (len(shown) == 5) == (width == 120)
+    assert len("  ".join(shown)) + len("step 20/120  ") <= width
+    names, many = [f"model.layers.{i}.self_attn.k_proj.weight" for i in range(5)], 5 * [0.5]
+    record = {"first": 1, "step": 20} | dict.fromkeys(("ratio", "gss", "grad_norm", "norm_after", "clipped"), many)
+    progress.parameters(names, record)
+    progress._console.print(progress._bar.summary)
+    text = progress.out.getvalue()
+    numbers = {"x0.5", "0", "5.00e-01", "50.00%"}
+    rows = [line.split() for line in text.splitlines()[1:]]
+    assert all({word for word in row if word[-1] in "%0123456789"} <= numbers for row in rows), text
+    assert ("clipped" in text) == (width >= 80)
 
 
 def test_clock():
@@ -76,7 +106,7 @@ with make_progress(120, 10) as progress:
     assert process.wait(10) == 0
     text = seen.decode()
     assert "\x1b[" in text and "\r" in text  # it redraws in place
-    assert "step 30/120" in text and "loss 5.30" in text and "12,346 tok/s" in text and "reset in 380" in text
+    assert "step 30/120" in text and "loss 5.30" in text and "12,346 tok/s" in text and "reset in 80" in text
     assert text.count("validation loss 5.5000") == 1
     assert "grad" not in text  # the line of the log belongs to metrics.jsonl here
 

@@ -186,20 +186,26 @@ def baseline(name: str) -> Baseline:
     )
 
 
+def names_of_options(name: str) -> list[str]:
+    """What ``optim.KEY`` may be for the optimizer, official names of hyperparameters included. EvenstepError as for
+    `Baseline.load`."""
+    chosen = baseline(name)
+    return ["lr", "weight_decay", *chosen.hyperparameters(), *getattr(chosen.load(), "ALIASES", {})]
+
+
 def check_options(name: str, options: Any) -> None:
     """EvenstepError for an option that the optimizer does not have, or a path to what is no optimizer; imports its
     package, builds nothing."""
-    chosen = baseline(name)
-    cls = chosen.load()
+    cls = baseline(name).load()
     if name not in BASELINES:
         from torch.optim import Optimizer
 
         if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
             raise EvenstepError(f"optim.name: {name} is no torch Optimizer; give package.module:Class of one")
-    official = getattr(cls, "ALIASES", {})
-    allowed = ["lr", "weight_decay", *chosen.hyperparameters()]
+    known = names_of_options(name)
+    allowed = [key for key in known if key not in getattr(cls, "ALIASES", {})]
     for key in options:
-        if key not in allowed and key not in official:
+        if key not in known:
             raise EvenstepError(
                 f"optim.{key}: {name} has no such hyperparameter{nearest(key, allowed)} (it has: {', '.join(allowed)})"
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 from evenstep.errors import EvenstepError
 from evenstep.finetune.config import SPARSE, FineTuneConfig
-from evenstep.train.config_flags import add_flags, chosen
+from evenstep.train.config_flags import add_flags, chosen, print_config
 from evenstep.train.config_io import shipped
 
 FINETUNE = """\
@@ -81,10 +81,7 @@ def _finetune(args: argparse.Namespace) -> None:
         short["data.file"] = vars(args)["eval.data"].split(",")[0].strip()
     config, directory = chosen(args, FineTuneConfig, recipe, short)
     if args.print_config:
-        from evenstep.train.config_io import to_toml
-
-        print(to_toml(config), end="")
-        return
+        return print_config(config, directory)
 
     from evenstep.finetune.run import Tuning, evaluate_only
     from evenstep.train.launch import train

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from evenstep.errors import EvenstepError
 from evenstep.train.config import BaseConfig
-from evenstep.train.options import Section, option
+from evenstep.train.options import MOST_SEQUENCES, MOST_STEPS, Section, option
 from evenstep.train.sections import OptimConfig, TrainConfig
 
 FORMATS = ("instruction", "prompt", "chat", "choices", "classification")
@@ -54,7 +54,9 @@ class TuneDataConfig(Section):
         choices=("stop", "skip"),
     )  # fmt: skip
     val_fraction: float = option(0.02, "share of the examples kept for validation, without eval.data", low=0, high=0.5)
-    max_rows: int | None = option(None, "use the first so many examples (none: all)", low=1, count=True)
+    max_rows: int | None = option(
+        None, "use the first so many examples (none: all)", low=1, high=MOST_STEPS, count=True
+    )
 
     @property
     def source(self) -> str:
@@ -88,8 +90,8 @@ class TuneConfig(Section):
     TITLE = "what is trained of it"
     SECTION = "tune"
     adapter: str = option("none", "none: all weights; lora: low-rank adapters (peft)", choices=("none", "lora"))
-    rank: int = option(32, "LoRA's rank; 32 is LLM-Adapters' for LLaMA", low=1)
-    alpha: float = option(64.0, "LoRA's scale: its product is multiplied by alpha / rank", above=0)
+    rank: int = option(32, "LoRA's rank; 32 is LLM-Adapters' for LLaMA", low=1, high=2**16)
+    alpha: float = option(64.0, "LoRA's scale: its product is multiplied by alpha / rank", above=0, high=1e12)
     dropout: float = option(0.0, "LoRA's dropout", low=0, high=1)
     targets: str = option(
         "all-linear", "layers with an adapter: names separated by commas, or all linear ones but the last"
@@ -102,6 +104,7 @@ class TuneOptimConfig(OptimConfig):
         None,
         "the highest learning rate (none: 5e-5 for all weights, 3e-4 for LoRA, 1e-3 with a density below 1)",
         above=0,
+        high=1e12,
     )
 
     @property
@@ -114,7 +117,7 @@ class TuneOptimConfig(OptimConfig):
 class TuneTrainConfig(TrainConfig):
     epochs: float | None = option(
         None, "the budget in passes over the rows; give this, train.steps or train.tokens (none of them: 3)", above=0,
-        resume="free",
+        high=1e6, resume="free",
     )  # fmt: skip
 
 
@@ -122,8 +125,12 @@ class TuneTrainConfig(TrainConfig):
 class TuneEvalConfig(Section):
     TITLE = "validation"
     SECTION = "eval"
-    every: int = option(100, "steps between validations; 0: only at the end", low=0, count=True, resume="free")
-    batch_size: int | None = option(None, "rows in one validation pass (none: micro_batch_size)", low=1, resume="free")
+    every: int = option(
+        100, "steps between validations; 0: only at the end", low=0, high=MOST_STEPS, count=True, resume="free"
+    )
+    batch_size: int | None = option(
+        None, "rows in one validation pass (none: micro_batch_size)", low=1, high=MOST_SEQUENCES, resume="free"
+    )
     data: str | None = option(None, "one or more files, separated by commas (none: data.val_fraction)")
     score: str = option(
         "auto", "exact: the generated answer; choice: the likeliest choice; accuracy: the class; none: the loss alone",
@@ -133,8 +140,12 @@ class TuneEvalConfig(Section):
         "bytes", "what a choice's log-likelihood is divided by: its bytes, its tokens, or nothing",
         choices=("bytes", "tokens", "none"), resume="free",
     )  # fmt: skip
-    max_rows: int = option(200, "examples of each file that are scored; 0: all", low=0, count=True, resume="free")
-    max_new_tokens: int = option(32, "tokens that an answer may take when it is generated", low=1, resume="free")
+    max_rows: int = option(
+        200, "examples of each file that are scored; 0: all", low=0, high=MOST_STEPS, count=True, resume="free"
+    )
+    max_new_tokens: int = option(
+        32, "tokens that an answer may take when it is generated", low=1, high=10**6, resume="free"
+    )
 
 
 @dataclass(frozen=True)

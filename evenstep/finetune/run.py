@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from evenstep.console import program
 from evenstep.errors import EvenstepError
 from evenstep.finetune import scoring, source
 from evenstep.finetune.config import FineTuneConfig, TuneOptimConfig
@@ -107,9 +108,15 @@ class Tuning(Run):
     def open_data(self, progress: Any) -> Task:
         return self.task
 
+    def describe_data(self) -> str:
+        return f"{self.config.data.file}: {self.task.told()[0]}"
+
     def make_loader(self) -> RowLoader:
         world, config = self.world, self.config
         return RowLoader(self.task.train, config.train.batch_size, config.seed, world.data_rank, world.data_size)
+
+    def check_memory(self, source: Path | None) -> None:
+        """The model is in memory already."""
 
     def make_model(self, source: Path | None, device: torch.device, *, blank: bool) -> Any:
         torch.manual_seed(self.config.seed)
@@ -220,8 +227,9 @@ class Tuning(Run):
             f"{short_count(summary['tokens'])} tokens in {clock(summary['seconds'])}",
             "",
             f"written to {out}: {', '.join([*files, *products])}",
-            *([f"ask it:     evenstep generate {run} --prompt TEXT"] if not summary["classes"] else []),
-            f"go on:      evenstep finetune --resume {run} --train.steps {2 * summary['steps']}",
+            *([f"ask it:     {program()} generate {run} --prompt TEXT"] if not summary["classes"] else []),
+            f"report:     {program()} report {run}",
+            f"go on:      {program()} finetune --resume {run} --train.steps {2 * summary['steps']}",
         ]
 
 

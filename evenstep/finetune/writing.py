@@ -25,7 +25,7 @@ def write(
         return [
             generate(
                 model, prompt, most, temperature=temperature, top_k=top_k or None, stop=text.eos_id,
-                generator=torch.Generator().manual_seed(seed),
+                generator=torch.Generator().manual_seed(seed), vocab_size=text.vocab_size,
             )
             for prompt in prompts
         ]  # fmt: skip

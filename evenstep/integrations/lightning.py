@@ -15,9 +15,10 @@ try:
 except ModuleNotFoundError:  # the older name of the same package
     import pytorch_lightning as pl  # type: ignore[no-redef]
 
-from evenstep.errors import EvenstepError
-from evenstep.integrations.log import open_log, write_line
+from evenstep.errors import EvenstepError, nearest
+from evenstep.integrations.log import go_on, harmless, lent_sinks, open_log, write_line
 from evenstep.telemetry.monitor import SpikeMonitor
+from evenstep.telemetry.options import checked_options, checked_path
 from evenstep.telemetry.sinks import Record, Sink, scalars
 from evenstep.telemetry.subject import bare
 
@@ -52,7 +53,8 @@ class SpikeCallback(pl.Callback):
         optimizer: which one, where the module has several.
         loggers: whether the trainer's loggers get the numbers too. Default True.
         validation: name of the metric that becomes ``val_loss``. Default ``"val_loss"``.
-        sinks: further places for the records, see `evenstep.telemetry.sinks`.
+        sinks: further places for the records, as `SpikeMonitor` takes them. They stay open from one ``fit`` to the
+            next, and are closed when the callback goes or the program ends.
         **options: those of `SpikeMonitor`: ``every``, ``say``, ``samples``, ``ratio``, ``sigma``, ``window``,
             ``parameters_every``, ``lowbit``.
 
@@ -67,40 +69,73 @@ class SpikeCallback(pl.Callback):
         optimizer: int = 0,
         loggers: bool = True,
         validation: str = "val_loss",
-        sinks: Iterable[Sink] = (),
+        sinks: Iterable[Sink | Path | str] | Sink | Path | str = (),
         **options: Any,
     ) -> None:
-        self.path, self.which, self.loggers, self.validation = path, optimizer, loggers, validation
-        self.extra = list(sinks)
+        if isinstance(optimizer, bool) or not isinstance(optimizer, int):
+            raise TypeError(f"SpikeCallback: optimizer={optimizer!r:.80} must be its number, counted from 0")
+        if optimizer < 0:
+            raise EvenstepError(f"SpikeCallback: optimizer={optimizer}; count from 0")
+        if not isinstance(validation, str):
+            raise TypeError(f"SpikeCallback: validation={validation!r:.80} must be the name of a metric")
+        self.path, self.which = checked_path("SpikeCallback", path), optimizer
+        self.loggers, self.validation = loggers, validation
+        checked_options("SpikeCallback", options)
         self.options = options  # alone on its line: LightningCLI reads here which names ``options`` may hold
+        self.extra = lent_sinks(self, sinks)
         self.monitor: SpikeMonitor | None = None
         self._saved: dict[str, Any] | None = None
         self._losses: list[Tensor] = []
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(optimizer=self.which, path=None if self.path is None else str(self.path))
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        saved = checkpoint.get("callbacks", {})
+        self._saved = saved.get(self.state_key) or saved.get(type(self).__qualname__)  # the latter: of evenstep 0.1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not 0 <= self.which < len(trainer.optimizers):
             raise EvenstepError(
                 f"SpikeCallback: optimizer={self.which}, but the module has {len(trainer.optimizers)}; count from 0"
             )
-        step = trainer.global_step
+        before, step = self.monitor, self._step(trainer)
+        if before is not None:
+            before.close()
+            if self._saved is None and before.step == step > 0:  # fit() called again
+                self._saved = before.state_dict()
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         sinks: list[Sink] = [LoggerSink(trainer)] if self.loggers else []
         if trainer.is_global_zero:
-            sinks.append(open_log(Path(self.path or folder / "metrics.jsonl"), step))
+            sinks.append(open_log(Path(self.path or folder / "metrics.jsonl"), step, trainer))
         self.monitor = SpikeMonitor(
             pl_module, trainer.optimizers[self.which], sinks=[*sinks, *self.extra], **self.options
         )
-        self.monitor.step = step
+        self._losses.clear()
         if self._saved is not None:
-            self.monitor.load_state_dict(self._saved)
+            go_on(self.monitor, self._saved)
             self._saved = None
+        self.monitor.step = step
 
+    def _step(self, trainer: pl.Trainer) -> int:
+        """Steps that the optimizer has made: with several the trainer counts those of all together."""
+        if len(trainer.optimizers) == 1:
+            return trainer.global_step
+        if self._saved is not None:
+            return int(self._saved["step"])
+        return self.monitor.step if self.monitor and trainer.global_step else 0
+
+    @harmless
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         # Lightning divides the loss by the number of accumulated batches, and under fp16 multiplies it by the scale.
         scale = getattr(getattr(trainer.precision_plugin, "scaler", None), "_scale", None)
         loss = loss.detach()
         self._losses.append(loss if scale is None else loss / scale)
 
+    @harmless
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -108,16 +143,22 @@ class SpikeCallback(pl.Callback):
         if self.monitor and losses and bare(optimizer) is self.monitor.optimizer:
             self.monitor.observe(torch.stack(losses).sum())
 
+    @harmless
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.monitor and not trainer.sanity_checking:
             self.monitor.drain()
-            names = {self.validation: "val_loss"}
-            write_line(self.monitor.sinks, trainer.global_step, trainer.callback_metrics, names)
+            metrics, names = trainer.callback_metrics, {self.validation: "val_loss"}
+            write_line(self.monitor.sinks, self.monitor.step, metrics, names)
+            if self.validation not in metrics and self.validation != "val_loss":
+                hint = nearest(self.validation, list(metrics)) or f"; there are {', '.join(metrics) or 'none'}"
+                self.monitor.troubles.tell("validation", f"no metric '{self.validation}' was logged{hint}")
 
+    @harmless
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.monitor:
             self.monitor.close()
 
+    @harmless
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self.monitor:
             self.monitor.close(flush=trainer.world_size == 1)

@@ -10,9 +10,10 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 
 from evenstep.errors import EvenstepError
-from evenstep.integrations.log import Tally, open_log, write_line
+from evenstep.integrations.log import Tally, go_on, harmless, lent_sinks, open_log, write_line
 from evenstep.telemetry.clocks import steps_done
 from evenstep.telemetry.monitor import SpikeMonitor
+from evenstep.telemetry.options import checked_options, checked_path
 from evenstep.telemetry.sinks import Sink
 
 
@@ -28,7 +29,8 @@ class SpikeCallback(BaseCallback):
             goes on, also after ``PPO.load``, goes on with it.
         optimizer: its place in the agent. Default ``"policy.optimizer"``, where PPO, A2C and DQN have it; SAC, TD3 and
             DDPG have ``"actor.optimizer"`` and ``"critic.optimizer"``.
-        sinks: further places for the records, see `evenstep.telemetry.sinks`.
+        sinks: further places for the records, as `SpikeMonitor` takes them. They stay open from one ``learn`` to the
+            next, and are closed when the callback goes or the program ends.
         **options: those of `SpikeMonitor`: ``every``, ``say``, ``samples``, ``ratio``, ``sigma``, ``window``,
             ``parameters_every``.
 
@@ -41,11 +43,17 @@ class SpikeCallback(BaseCallback):
         directory: Path | str,
         *,
         optimizer: str = "policy.optimizer",
-        sinks: Iterable[Sink] = (),
+        sinks: Iterable[Sink | Path | str] | Sink | Path | str = (),
         **options: Any,
     ) -> None:
         super().__init__()
-        self.directory, self.which, self.extra, self.options = Path(directory), optimizer, list(sinks), options
+        if checked_path("SpikeCallback", directory) is None:
+            raise TypeError("SpikeCallback: directory must be a path, got None")
+        if not isinstance(optimizer, str) or not optimizer:
+            raise TypeError(f"SpikeCallback: optimizer={optimizer!r:.80} must be its place, such as 'policy.optimizer'")
+        self.directory, self.which = Path(directory), optimizer
+        self.options = checked_options("SpikeCallback", options)
+        self.extra = lent_sinks(self, sinks)
         self.monitor: SpikeMonitor | None = None
         self._tally = Tally()
         self._told = 0
@@ -58,19 +66,23 @@ class SpikeCallback(BaseCallback):
                 f"SpikeCallback: a {type(self.model).__name__} agent has no '{self.which}'; give optimizer="
                 "'policy.optimizer', 'actor.optimizer' or 'critic.optimizer'"
             ) from None
-        step = steps_done(optimizer)
-        sinks: list[Sink] = [open_log(self.directory / "metrics.jsonl", step), self._tally, *self.extra]
-        before, self.monitor = self.monitor, SpikeMonitor(self.model.policy, optimizer, sinks=sinks, **self.options)
-        if before is not None and before.step == step:  # learn() called again: baselines go on
-            self.monitor.load_state_dict(before.state_dict())
+        step, before = steps_done(optimizer), self.monitor
+        if before is not None:
+            before.close()  # of a training that was interrupted
+        sinks: list[Sink] = [open_log(self.directory / "metrics.jsonl", step, self.locals), self._tally, *self.extra]
+        self.monitor = SpikeMonitor(self.model.policy, optimizer, sinks=sinks, **self.options)
+        if before is not None and before.step == step and before.names == self.monitor.names:
+            go_on(self.monitor, before.state_dict())  # learn() called again
         self.monitor.step = self._told = step
 
     def _on_step(self) -> bool:
         return True
 
+    @harmless
     def _on_rollout_start(self) -> None:
         self._tell()
 
+    @harmless
     def _on_training_end(self) -> None:
         self._tell()
         if self.monitor:

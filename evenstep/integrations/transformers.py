@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from evenstep.integrations.log import Tally, open_log, write_line
+from evenstep.integrations.log import Tally, go_on, harmless, lent_sinks, open_log, write_line
 from evenstep.telemetry.monitor import SpikeMonitor
+from evenstep.telemetry.options import checked_options, checked_path
 from evenstep.telemetry.sinks import Sink
 
 STATE = "spike_monitor.pt"
@@ -33,15 +34,24 @@ class SpikeCallback(TrainerCallback):
     Args:
         path: the file; default ``metrics.jsonl`` in the Trainer's ``output_dir``. A run that starts at step 0 replaces
             it; one that resumes goes on with it.
-        sinks: further places for the records, see `evenstep.telemetry.sinks`.
+        sinks: further places for the records, as `SpikeMonitor` takes them. They stay open from one ``train`` to the
+            next, and are closed when the callback goes or the program ends.
         **options: those of `SpikeMonitor`: ``every``, ``say``, ``samples``, ``ratio``, ``sigma``, ``window``,
             ``parameters_every``, ``lowbit``.
 
     ``monitor`` is the `SpikeMonitor` while training runs, None before.
     """
 
-    def __init__(self, path: Path | str | None = None, *, sinks: Iterable[Sink] = (), **options: Any) -> None:
-        self.path, self.extra, self.options = path, list(sinks), options
+    def __init__(
+        self,
+        path: Path | str | None = None,
+        *,
+        sinks: Iterable[Sink | Path | str] | Sink | Path | str = (),
+        **options: Any,
+    ) -> None:
+        self.path = checked_path("SpikeCallback", path)
+        self.options = checked_options("SpikeCallback", options)
+        self.extra = lent_sinks(self, sinks)
         self.monitor: SpikeMonitor | None = None
         self._tally = Tally()
         self._losses: list[Tensor] = []
@@ -62,14 +72,25 @@ class SpikeCallback(TrainerCallback):
         step, output = state.global_step, Path(str(args.output_dir))
         sinks: list[Sink] = [self._tally, *self.extra]
         if state.is_world_process_zero:
-            sinks.insert(0, open_log(Path(self.path or output / "metrics.jsonl"), step))
+            sinks.insert(0, open_log(Path(self.path or output / "metrics.jsonl"), step, state))
         self.monitor = SpikeMonitor(model, optimizer, sinks=sinks, **self.options)
         self.monitor.step = step
-        saved = _checkpoint(output, step) / STATE
-        if step and saved.exists():
-            self.monitor.load_state_dict(torch.load(saved, weights_only=True))
+        folder = _checkpoint(output, step)
+        saved = next((folder / name for name in (self._state, STATE) if (folder / name).exists()), None)
+        if step and saved:
+            self._load(saved)
         self._hook = model.register_forward_hook(self._heard, with_kwargs=True)
 
+    @property
+    def _state(self) -> str:
+        """Several callbacks keep their states apart by the names of their files."""
+        return STATE if self.path is None else f"spike_monitor-{Path(self.path).stem}.pt"
+
+    @harmless
+    def _load(self, saved: Path) -> None:
+        go_on(self.monitor, torch.load(saved, weights_only=True))
+
+    @harmless
     def _heard(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
         if model.training and isinstance(loss, Tensor) and loss.numel() == 1:
@@ -77,14 +98,16 @@ class SpikeCallback(TrainerCallback):
             # Given the number of items of the whole step, models return their share of its loss instead of a mean.
             self._summed = kwargs.get("num_items_in_batch") is not None
 
+    @harmless
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         losses, self._losses = self._losses, []
         if self.monitor and losses:
-            together = torch.stack(losses)
+            together = torch.stack([loss.to(losses[0]) for loss in losses])  # a model may lie on several devices
             self.monitor.observe(together.sum() if self._summed else together.mean(), step=state.global_step + 1)
 
+    @harmless
     def on_log(
         self,
         args: TrainingArguments,
@@ -101,15 +124,18 @@ class SpikeCallback(TrainerCallback):
         if "loss" in logs:
             found = self._tally.take()
             logs.update(found)
-            state.log_history[-1].update(found)
+            if state.log_history:
+                state.log_history[-1].update(found)
 
+    @harmless
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.monitor is None:
             return
         saved, folder = self.monitor.state_dict(), _checkpoint(Path(str(args.output_dir)), state.global_step)
         if state.is_world_process_zero and folder.is_dir():
-            torch.save(saved, folder / STATE)
+            torch.save(saved, folder / self._state)
 
+    @harmless
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._end()
 

@@ -7,6 +7,7 @@ Nothing is loaded before an optimizer steps on such a device.
 import functools
 from collections.abc import Callable
 
+from evenstep.kernels.constants import constant, uploaded
 from evenstep.kernels.interface import (
     ROWS,
     STATS,
@@ -35,9 +36,11 @@ __all__ = [
     "Unavailable",
     "WholeKernels",
     "WholeStep",
+    "constant",
     "is_coded",
     "kernels_for",
     "table",
+    "uploaded",
 ]
 
 

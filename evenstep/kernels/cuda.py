@@ -20,6 +20,8 @@ from evenstep.kernels.cuda_tables import CODED
 from evenstep.kernels.interface import AdamFound, AdamWork, Measured, RowFound, RowWork, Unavailable, is_coded
 
 FLOATS = (torch.float32, torch.bfloat16)
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+"""Types of what a kernel can be given; a subclass may keep its numbers elsewhere."""
 _NOTHING = torch.zeros(0)
 
 
@@ -92,7 +94,7 @@ class TritonKernels:
             if is_coded(x):
                 if x.codes.numel() != x.scale.numel() * CODED:  # type: ignore[attr-defined]
                     return f"8-bit states come in blocks of {CODED}"
-            elif x.dtype not in FLOATS or type(x) not in (Tensor, torch.nn.Parameter):
+            elif x.dtype not in FLOATS or type(x) not in PLAIN:
                 return f"its {what} is {type(x).__name__} of {_short(x.dtype)}"
             if not (x.codes if is_coded(x) else x).is_contiguous():  # type: ignore[attr-defined]
                 return f"its {what} is not contiguous"

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evenstep.kernels.constants import capturing, stream, uploaded
+
 CHUNK = 1 << 14
 """Entries per program. A 60M model makes 3600 of them, five to nine for each place that an H100 has (132 processors, 3
 to 5 programs of Adam resident by their registers), so that the last, unevenly filled round is short; looking a chunk up
@@ -29,11 +31,6 @@ consumer GPUs ask for less.
 """
 CODED = 256
 """Entries per scale of torchao's 8-bit blocks; `TILE` is a multiple of it."""
-
-_CAPTURED: list[Tensor] = []
-"""Pinned memory that captured CUDA graphs read again at each replay: a few KB per capture, kept for good because a
-graph's end cannot be seen from here.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +59,8 @@ class Plan:
 
     @classmethod
     def of(cls, counts: list[int], keys: list[tuple[Any, ...]], facts: list[list[int]], device: torch.device) -> "Plan":
-        make = _plan.__wrapped__ if _capturing(device) else _plan
-        return make(tuple(counts), tuple(keys), tuple(map(tuple, facts)), device, _stream(device))
+        make = _plan.__wrapped__ if capturing(device) else _plan
+        return make(tuple(counts), tuple(keys), tuple(map(tuple, facts)), device, stream(device))
 
 
 @functools.lru_cache(maxsize=64)
@@ -88,44 +85,21 @@ def _plan(
     in_order = [i for members in order.values() for i in members]
     owners = np.repeat(in_order, [counts[i] for i in in_order]) if in_order else np.zeros(0)
     k = len(counts)
-    table = uploaded(np.concatenate([owners, firsts, counts, *facts]).astype(np.int64), device)
+    table = uploaded(torch.from_numpy(np.concatenate([owners, firsts, counts, *facts]).astype(np.int64)), device)
     parts = table.split([total, k, k, k * len(facts)])
     return Plan(parts[0], parts[1], parts[2], parts[3].view(len(facts), k), total, tuple(groups))
 
 
 def addresses(streams: list[list[int]], device: torch.device) -> Tensor:
     """Addresses of tensors on the device, int64 ``[streams, k]``."""
-    make = _addresses.__wrapped__ if _capturing(device) else _addresses
-    return make(tuple(map(tuple, streams)), device, _stream(device))
+    make = _addresses.__wrapped__ if capturing(device) else _addresses
+    return make(tuple(map(tuple, streams)), device, stream(device))
 
 
 @functools.lru_cache(maxsize=64)
 def _addresses(streams: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
     # Addresses are unsigned, and some machines use the highest bit.
-    return uploaded(np.array(streams, dtype=np.uint64).view(np.int64), device)
-
-
-def uploaded(values: np.ndarray, device: torch.device) -> Tensor:
-    """A new tensor on the device, without waiting for it. The allocator keeps pinned memory until the copy is done."""
-    if device.type != "cuda":
-        return torch.from_numpy(values)
-    host = torch.empty(values.shape, dtype=torch.int64, pin_memory=True)
-    host.numpy()[...] = values
-    if _capturing(device):
-        _CAPTURED.append(host)
-    return host.to(device, non_blocking=True)
-
-
-# Tables are copied on one stream and would not be seen in time on another; those of a graph are filled when it is
-# replayed and must not be used before. So each stream has its own, and a capture makes new ones.
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return uploaded(torch.from_numpy(np.array(streams, dtype=np.uint64).view(np.int64)), device)
 
 
 def chunks_of(n: int) -> int:
@@ -142,6 +116,6 @@ def aligned(streams: list[list[int]], multiples: list[int]) -> list[bool]:
     bytes are read at a time.
     """
     bits = multiples
-    for stream in streams:
-        bits = [a | b for a, b in zip(bits, stream, strict=True)]
+    for places in streams:
+        bits = [a | b for a, b in zip(bits, places, strict=True)]
     return [b % 16 == 0 for b in bits]

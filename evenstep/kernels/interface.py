@@ -256,10 +256,15 @@ def table(like: Tensor, *rows: Tensor | float) -> Tensor:
     """A table of numbers in fp32, a row each: vectors in the shape ``[k]`` of ``like``, and 0-d tensors or floats,
     which hold for all ``k``.
     """
-    made = [
-        (row if row.dim() else row.expand(like.shape)).float()
-        if isinstance(row, Tensor)
-        else torch.full_like(like, row)
-        for row in rows
-    ]
-    return torch.stack(made)
+    return torch.stack([_row(like, row) for row in rows])
+
+
+def _row(like: Tensor, row: Tensor | float) -> Tensor:
+    if not isinstance(row, Tensor):
+        return torch.full_like(like, row)
+    if row.dim():
+        return row.float()
+    if row.device == like.device:
+        return row.expand(like.shape).float()
+    # Of the CPU, such as the learning rate: as an argument of a kernel it reaches the device without a copy.
+    return torch.zeros_like(like).add_(row)

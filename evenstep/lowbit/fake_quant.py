@@ -77,6 +77,11 @@ def _by_rows(
 ) -> Tensor:
     if fused.serves(x, fmt, dtype):
         return fused.fake_quantize(x, as_rows_shape(x.shape, fmt)[1], fmt, dtype, after)
+    return plain(x, fmt, generator, dtype)
+
+
+def plain(x: Tensor, fmt: Format, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
+    """``apply`` along the last dimension, without a kernel."""
     rows = as_rows(x, fmt)
     total = blocks.tensor_scale(rows, fmt)
     step = max(1, CACHE_ENTRIES // rows.shape[-1]) if fmt.block_rows == 1 else len(rows)

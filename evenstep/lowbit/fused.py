@@ -7,18 +7,27 @@ E3M0), the plain code serves.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from evenstep.kernels import cpu_quant
-from evenstep.lowbit.formats import Format
+from evenstep.kernels.constants import under_observation
+from evenstep.kernels.cpu_library import chosen
+from evenstep.lowbit.formats import FORMATS, Format
 
 _PLAIN = (Tensor, Parameter)  # a DTensor, or a fake tensor, has a type of its own
 
 
 def serves(x: Tensor, fmt: Format, dtype: torch.dtype) -> bool:
     """Whether the kernel makes ``dtype`` of ``x`` in this format."""
+    return _has(x, fmt, dtype) and cpu_quant.ready() and trusted()
+
+
+def _has(x: Tensor, fmt: Format, dtype: torch.dtype) -> bool:
     return (
         x.device.type == "cpu"
         and type(x) in _PLAIN
@@ -29,8 +38,54 @@ def serves(x: Tensor, fmt: Format, dtype: torch.dtype) -> bool:
         and fmt.scale in cpu_quant.SCALES
         and fmt.outliers <= cpu_quant.MOST_OUTLIERS
         and fmt.spec.mantissa != 0
-        and cpu_quant.ready()
     )
+
+
+_CHECKED = ("fp4-official", "int4-weight-official", "e2m1", "int4", "fp8", "mxfp4", "nvfp4", "nvfp4-row")
+"""Formats that are tried before the kernel serves: every rule of scales, groups and outliers."""
+_problem: str | None = None
+_checked = False
+
+
+@torch.compiler.assume_constant_result
+def trusted() -> bool:
+    """Whether the kernel gives the plain code's numbers here: looked into before it serves for the first time, with a
+    warning if it does not."""
+    global _checked, _problem
+    if not _checked and not under_observation():
+        _checked, _problem = True, "it is being checked"  # so that the plain code serves meanwhile
+        apart = differences(_CHECKED)
+        worst = max(apart, key=lambda name: apart[name][0])
+        _problem = apart[worst][1]
+        if _problem is not None:
+            warnings.warn(
+                f"the kernel for low-bit formats (cpu {chosen()}, {worst}) {_problem}; the plain code serves instead "
+                "(see evenstep doctor --check)",
+                stacklevel=2,
+            )
+    return _problem is None
+
+
+def differences(names: Iterable[str] = tuple(FORMATS)) -> dict[str, tuple[float, str | None]]:
+    """By format, for a small tensor: the largest difference between kernel and plain code, which should be none, and
+    what is wrong."""
+    from evenstep.lowbit.fake_quant import as_rows_shape, plain
+
+    x = torch.arange(1, 1 + 6 * 80, dtype=torch.float64, device="cpu").square_().mul_(0.7).sin_().float().view(6, 80)
+    x[1, 2] = 1e4
+    found = {}
+    for name in names:
+        fmt = FORMATS[name]
+        if not cpu_quant.ready() or not _has(x, fmt, x.dtype):
+            continue
+        width = as_rows_shape(x.shape, fmt)[1]
+        try:
+            apart = (fake_quantize(x, width, fmt, x.dtype, None) - plain(x, fmt, None, x.dtype)).abs().amax().item()
+            problem = f"differs from the plain code by {apart:.2g}" if apart else None
+        except Exception as error:
+            apart, problem = float("inf"), f"raises {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        found[name] = apart, problem
+    return found
 
 
 def fake_quantize(x: Tensor, width: int, fmt: Format, dtype: torch.dtype, after: Tensor | None) -> Tensor:

@@ -46,23 +46,25 @@ def generate(
     top_k: int | None = 50,
     generator: torch.Generator | None = None,
     stop: int | None = None,
+    vocab_size: int | None = None,
 ) -> list[int]:
     """Continue ``tokens``; returns the new tokens alone, at most ``max_new_tokens`` of them.
 
     ``temperature`` 0 takes the likeliest token every time; otherwise logits are divided by it and a token is drawn from
     the ``top_k`` likeliest (None: from all) with ``generator``, a CPU generator (None: torch's global one). ``stop`` is
     a token that ends the text and is not returned. A prompt longer than ``max_seq_len`` is cut to its last
-    ``max_seq_len`` tokens. The defaults 0.8 and 50 are ours, usual for small models.
+    ``max_seq_len`` tokens. ``vocab_size``: entries of the tokenizer, where the model's vocabulary is padded to more: no
+    other is chosen. The defaults 0.8 and 50 are ours, usual for small models.
 
     Raises ``EvenstepError`` for an empty prompt, a token outside the vocabulary, a negative temperature or count, a
     ``top_k`` below 1.
     """
-    vocab_size, limit = model.config.vocab_size, model.config.max_seq_len
+    rows, limit = model.config.vocab_size, model.config.max_seq_len
     if not tokens:
         raise EvenstepError("the prompt has no tokens: give at least one (an end-of-text token starts a new document)")
-    if outside := [t for t in tokens if not 0 <= t < vocab_size]:
+    if outside := [t for t in tokens if not 0 <= t < rows]:
         raise EvenstepError(
-            f"prompt token {outside[0]} is outside the model's vocabulary of {vocab_size}: "
+            f"prompt token {outside[0]} is outside the model's vocabulary of {rows}: "
             f"use the tokenizer it was trained with"
         )
     if max_new_tokens < 0:
@@ -82,7 +84,8 @@ def generate(
             if not caches:
                 caches = [_LayerCache(limit) for _ in model.model.layers]
             hidden = model.model(torch.tensor([pending], device=device), caches[0].length, caches)
-            token = _choose(model.lm_head(hidden[0, -1]).float().cpu(), temperature, top_k, generator)
+            logits = model.lm_head(hidden[0, -1])[:vocab_size].float().cpu()
+            token = _choose(logits, temperature, top_k, generator)
             if token == stop:
                 break
             new.append(token)

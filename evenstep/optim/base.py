@@ -34,6 +34,7 @@ from evenstep.optim.state import (
     check_parameter,
     in_param_order,
     is_trained,
+    newest,
     place_clock,
     refuse_sparse_gradients,
     restore_exactly,
@@ -53,7 +54,7 @@ class EvenOptimizer(Optimizer):
     """Official name -> ours."""
 
     def __init__(self, params: Iterable[Any], hyper: dict[str, Any], official: Mapping[str, Any], fused: bool | None):
-        self._choice = Choice(fused)
+        self._choice = Choice(fused, type(self))
         defaults = renamed(without_inert(official), self.ALIASES, type(self).__name__, set(hyper))
         self.stats: dict[str, Tensor] = {}
         self._places: dict[Tensor, tuple[int, int]] = {}
@@ -64,7 +65,7 @@ class EvenOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("stats", {})  # not part of a copy or a saved state
-        self.__dict__.setdefault("_choice", Choice(None))
+        self.__dict__.setdefault("_choice", Choice(None, type(self)))
         self._places = {}
         self._known = {p for group in self.param_groups for p in group["params"]}
         self._checked = []
@@ -84,7 +85,7 @@ class EvenOptimizer(Optimizer):
         group = self._prepare_group(renamed(param_group, self.ALIASES, "param group", set(self.defaults), strict=False))
         for name, value in (self.defaults | group).items():
             self._check(name, value)
-        group.setdefault("t", max((int(other["t"]) for other in self.param_groups), default=0))
+        group.setdefault("t", newest([other["t"] for other in self.param_groups]))
         super().add_param_group(group)
         added = self.param_groups[-1]
         added["betas"] = tuple(added["betas"])  # a sequence of a configuration's own type could not be loaded again

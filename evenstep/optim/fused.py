@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from evenstep.kernels import Kernels, is_coded, kernels_for
+from evenstep.optim.self_check import failing
 from evenstep.optim.sharding import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -20,6 +21,8 @@ class Choice:
     """
 
     fused: bool | None
+    user: type | None = None
+    """The class of the optimizer, which says what of the kernels is checked before they serve."""
 
     def check(self, p: Tensor) -> None:
         """ValueError where ``fused=True`` and there are no kernels for the device of ``p``."""
@@ -39,7 +42,10 @@ class Choice:
         if isinstance(kernels, str):
             return None
         kept = [state[name] for name in (*MOMENTS, "compensation") for state in states if name in state]
-        return kernels if kernels.serves_all([*params, *grads, *kept]) else None
+        if not kernels.serves_all([*params, *grads, *kept]):
+            return None
+        kinds = {p.dtype: p for p in params}
+        return None if any(failing(kernels, p, self.user) for p in kinds.values()) else kernels
 
     def __call__(self, p: Tensor, grad: Tensor, state: Mapping[str, Any]) -> Kernels | None:
         """The kernels for what is here of a parameter. RuntimeError where ``fused=True`` and there are none."""
@@ -55,6 +61,7 @@ class Choice:
                 reason = "its 8-bit state is compact"
             elif "compensation" in state and not local(state["compensation"]).is_contiguous():
                 reason = "its compensation is not contiguous"
+            reason = reason or failing(kernels, p, self.user)
         if reason is None:
             return kernels  # type: ignore[return-value]
         if self.fused:

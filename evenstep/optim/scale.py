@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evenstep.errors import nearest
-from evenstep.kernels import Kernels, RowWork, WholeKernels, table
+from evenstep.kernels import Kernels, RowWork, WholeKernels, constant, table
 from evenstep.optim.at_once import whole_step
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.groups import KINDS
@@ -214,7 +214,7 @@ class SCALE(EvenOptimizer):
             1 - momentum,
             group["lr"],
             1 - group["lr"] * group["weight_decay"],
-            grads.peak.new_tensor(roots),
+            constant(roots, grads.peak.dtype, grads.peak.device),
         )
         found = kernels.rows_(
             RowWork(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from evenstep.kernels import Kernels
+from evenstep.kernels import Kernels, constant
 from evenstep.transforms import Combine
 
 PLAIN = frozenset({Tensor, Parameter})
@@ -124,7 +124,7 @@ class Bucket:
 
     def sizes(self) -> Tensor:
         """Entries of each whole tensor, at least 1, ``[k]``."""
-        return torch.tensor([max(p.numel(), 1) for p in self.params], dtype=self.dtype, device=self.here[0].device)
+        return constant([max(p.numel(), 1) for p in self.params], self.dtype, self.here[0].device)
 
 
 @dataclass(frozen=True)

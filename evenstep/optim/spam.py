@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from evenstep.kernels import WholeKernels
+from evenstep.kernels import WholeKernels, constant, uploaded
 from evenstep.optim.at_once import whole_step
 from evenstep.optim.base import EvenOptimizer, Group, State
 from evenstep.optim.masks import draw_mask, pack, put_back, taken, unpack
@@ -169,7 +169,8 @@ class SPAM(EvenOptimizer):
 
     def _draw_mask(self, group: Group, p: Tensor) -> Tensor:
         # The seed says whose mask this is and when it is drawn: equal on all ranks, and the same again after a resume.
-        return draw_mask(p.numel(), group["density"], (*self.place(p)[1], int(group["t"]))).to(p.device)
+        drawn = draw_mask(p.numel(), group["density"], (*self.place(p)[1], int(group["t"])))
+        return uploaded(drawn, p.device)
 
     def prepare(self, group: Group, params: list[Tensor]) -> None:
         """On a reset the sparse parameters get new masks, where their gradients count as finite."""
@@ -258,7 +259,8 @@ class SPAM(EvenOptimizer):
         found = statistics(grads, bucket, update_norm)
         sizes = bucket.sizes()
         if any("mask" in state for state in bucket.states):
-            sizes = update_norm.new_tensor([max(state["exp_avg"].numel(), 1) for state in bucket.states])
+            trained = [max(state["exp_avg"].numel(), 1) for state in bucket.states]
+            sizes = constant(trained, update_norm.dtype, update_norm.device)
             found["update_rms"] = update_norm / sizes.sqrt()
         if clip and not bucket.layout.cuts:
             found |= {"norm_after": clip.norms(), "clipped": clip.counts() / sizes}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evenstep.kernels import is_coded
+from evenstep.kernels import constant, is_coded, uploaded
 from evenstep.optim.sharding import Bucket, like, local, parts, refuse_flat_shard, state_dtype
 from evenstep.transforms import Gradients, noise_seeds, opened
 
@@ -30,6 +30,14 @@ def at_present(group: Group) -> Group:
         else torch.tensor(float(t), dtype=torch.float64, device="cpu"),
         "lr": lr.reshape(()) if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu"),
     }
+
+
+def newest(clocks: list[Any]) -> Any:
+    """The furthest of the clocks of some groups, 0 for none. One that lives on a device is not read."""
+    if not any(isinstance(t, Tensor) for t in clocks):
+        return max(clocks, default=0)
+    device = next(t.device for t in clocks if isinstance(t, Tensor))
+    return torch.stack([torch.as_tensor(t, dtype=torch.int64).to(device) for t in clocks]).amax()
 
 
 def place_clock(group: Group) -> None:
@@ -101,7 +109,7 @@ def rounding(group: Group, bucket: Bucket) -> tuple[list[Tensor | None], list[Te
     if group["rounding"] == "kahan":
         lost = [local(state["compensation"]) if "compensation" in state else None for state in bucket.states]
     elif group["rounding"] == "stochastic":
-        seeds[:] = noise_seeds(torch.as_tensor(group["t"]), group["places"])
+        seeds[:] = noise_seeds(torch.as_tensor(group["t"]), group["places"], bucket.here[0].device)
     return lost, seeds
 
 
@@ -180,19 +188,34 @@ def in_param_order(groups: list[Group], measured: list[tuple[list[Tensor], dict[
         return measured[0][1] if len(measured) == 1 else _side_by_side([numbers for _, numbers in measured])
     place = {p: i for i, p in enumerate(params)}
     stats: dict[str, Tensor] = {}
+    device = _home([numbers for _, numbers in measured])
     for some, numbers in measured:
-        where = torch.tensor([place[p] for p in some])
+        where = [place[p] for p in some]
         for name, vector in numbers.items():
             if name not in stats:
-                stats[name] = vector.new_full((len(params),), math.nan)
-            stats[name].index_copy_(0, where.to(stats[name].device), vector.to(stats[name]))
+                stats[name] = vector.new_full((len(params),), math.nan, device=device)
+            stats[name].index_copy_(0, constant(where, torch.int64, device), _brought(vector, stats[name]))
     return stats
 
 
 def _side_by_side(several: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Vectors of the same names, one after the other, in the dtype and on the device of the first."""
+    """Vectors of the same names, one after the other, in the dtype of the first."""
     rows = [torch.stack(list(numbers.values())) for numbers in several]
-    return dict(zip(several[0], torch.cat([row.to(rows[0]) for row in rows], dim=1).unbind(), strict=True))
+    like = torch.empty(0, dtype=rows[0].dtype, device=_home(several))
+    return dict(zip(several[0], torch.cat([_brought(row, like) for row in rows], dim=1).unbind(), strict=True))
+
+
+def _home(several: list[dict[str, Tensor]]) -> torch.device:
+    """Where statistics of parameters on several devices meet: on the first that is not the CPU, since what came to the
+    CPU would have to be waited for."""
+    devices = [vector.device for numbers in several for vector in numbers.values()]
+    return next((device for device in devices if device.type != "cpu"), devices[0] if devices else torch.device("cpu"))
+
+
+def _brought(vector: Tensor, like: Tensor) -> Tensor:
+    if vector.device.type == "cpu" != like.device.type:
+        vector = uploaded(vector, like.device)
+    return vector.to(like)
 
 
 def refuse_sparse_gradients(who: str, groups: list[Group], params: Iterable[Tensor]) -> None:

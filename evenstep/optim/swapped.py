@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evenstep.kernels import table
+from evenstep.kernels import constant, table
 from evenstep.optim.sharding import is_sharded
 from evenstep.transforms import Gradients, blocks
 
@@ -125,7 +125,9 @@ def _write(turn: list[Work], outs: list[Tensor]) -> None:
     grads = turn[0][0]
     sources = [grads.tensors[i] for _, i, _ in turn]
     if grads.kernels is not None and all(out.is_contiguous() for out in outs):
-        numbers = table(grads.peak, *grads.numbers())[:, [i for _, i, _ in turn]]
+        numbers = table(grads.peak, *grads.numbers())
+        if len(turn) < len(grads.tensors):
+            numbers = numbers.index_select(1, constant([i for _, i, _ in turn], torch.int64, numbers.device))
         grads.kernels.transformed(outs, sources, numbers)
         return
     for (_, i, _), source, out in zip(turn, sources, outs, strict=True):

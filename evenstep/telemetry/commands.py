@@ -1,4 +1,4 @@
-"""The commands ``report``, ``watch`` and ``study``: their flags, and what they call."""
+"""The commands ``report``, ``watch``, ``rows`` and ``study``: their flags, and what they call."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ examples:
   evenstep report runs/NAME                                    writes runs/NAME/report.html
   evenstep report runs/a runs/b --out compare.html             two runs side by side
   evenstep report runs/NAME --fail-on 'spike_rate>0.02'        status 1 when the condition holds, for CI
+"""
+
+ROWS = """\
+Print the text of data rows of RUN, as events name them: "data rows 264-272" are rows 264 to 271. The text is read from
+the run's prepared tokens, which are prepared again where the cache has been emptied.
 """
 
 STUDY = """\
@@ -52,6 +57,11 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     watch.add_argument("--port", type=int, default=8642, help="0: any free one (default: %(default)s)")
     watch.set_defaults(run_command=_watch)
 
+    rows = commands.add_parser("rows", help="print the text of a run's data rows", description=ROWS, **shared)
+    rows.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
+    rows.add_argument("rows", metavar="A-B", help="the first row, and one past the last")
+    rows.set_defaults(run_command=_rows)
+
     study = commands.add_parser(
         "study", help="repeat the gradient spike study of the SPAM paper", description=STUDY, **shared
     )
@@ -67,6 +77,8 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    from evenstep.errors import EvenstepError
+    from evenstep.paths import leaves
     from evenstep.telemetry.facts import check_conditions, parse_condition
     from evenstep.telemetry.page import write_report
     from evenstep.telemetry.runlog import load_run
@@ -74,7 +86,10 @@ def _report(args: argparse.Namespace) -> None:
     conditions = [parse_condition(text) for text in args.fail_on]
     runs = [load_run(path) for path in args.runs]
     first = runs[0].path
-    out = args.out or (first if first.is_dir() else first.parent) / "report.html"
+    place = first if first.is_dir() else first.parent
+    if args.out is None and leaves(place, "report.html"):
+        raise EvenstepError(f"{place / 'report.html'} is a link that leads out of the folder; give another --out")
+    out = args.out or place / "report.html"
     size = write_report(runs, out)
     print(f"{out} ({size / 2**20:.1f} MB)")
     for run in runs:
@@ -87,6 +102,14 @@ def _watch(args: argparse.Namespace) -> None:
     from evenstep.telemetry.watch import watch
 
     watch(args.runs, args.port)
+
+
+def _rows(args: argparse.Namespace) -> None:
+    from evenstep.train.rows import parse_rows, rows_of
+    from evenstep.train.sample import printable
+
+    for head, text in rows_of(args.run, *parse_rows(args.rows)):
+        print(f"== {head}\n{printable(text)}")
 
 
 def _study(args: argparse.Namespace) -> None:

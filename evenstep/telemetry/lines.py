@@ -38,12 +38,25 @@ def _spike(event: Event) -> str:
     return ", ".join([*parts, _loss(event)])
 
 
+def _loss_spike(event: Event) -> str:
+    worst = next(iter(event.get("tensors", ())), None)
+    where = f", largest gradient in {short(worst['name'])} (x{worst['ratio']:.1f})" if worst else ""
+    return f"loss spike, {_loss(event)}{where}"
+
+
+def _weights(event: Event) -> str:
+    what = "NaN" if event.get("nan", True) else "infinite"
+    return f"weights are {what} since step {event['since']} in {_tensors(event)}"
+
+
 LINES: dict[str, Callable[[Event], str]] = {
     "spike": _spike,
-    "loss_spike": lambda event: f"loss spike, {_loss(event)}",
+    "loss_spike": _loss_spike,
     "recovered": lambda event: f"the loss has recovered, {event['steps']} steps after its spike at {event['since']}",
     "skipped": lambda event: f"gradient not finite, skipped {_tensors(event)}",
     "nonfinite": lambda event: f"gradient not finite in {_tensors(event)}",
+    "weights_nonfinite": _weights,
+    "stays_nonfinite": lambda event: f"gradients have not been finite since step {event['since']}",
     "reset": lambda event: "moments reset",
     "useless": lambda event: f"gradient below sqrt(3) times its quantisation noise in {_tensors(event)}",
 }
@@ -54,5 +67,5 @@ def event_line(event: Event) -> str:
     """One line: ``step 812 spike x143 in layers.3.mlp.down_proj, 0.012 % clipped, loss 3.41 -> 3.44, data rows
     51968-52000``."""
     text = f"step {event['step']} {LINES[event['event']](event)}"
-    rows = event.get("rows")
-    return f"{text}, data rows {rows[0]}-{rows[1]}" if rows else text
+    rows, label = event.get("rows"), "first bad rows" if "since" in event else "data rows"
+    return f"{text}, {label} {rows[0]}-{rows[1]}" if rows else text

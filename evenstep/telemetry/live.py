@@ -19,18 +19,30 @@ COLUMNS = {
 }
 
 
-def worst_table(names: list[str], record: dict[str, Any], count: int = 4) -> Table:
+NAME_WIDTH = 20
+"""Columns that a parameter's name has at least."""
+
+
+def worst_table(names: list[str], record: dict[str, Any], count: int = 4, width: int | None = None) -> Table:
     """The ``count`` parameters with the largest ratio (before there is one: norm) in a ``parameters`` record, as a
-    table."""
+    table. Where ``width`` is too small for all columns the last ones are left out: a number is never cut."""
     by = record.get("ratio") or record.get("grad_norm") or [0.0] * len(names)
     worst = sorted(range(len(names)), key=lambda i: -(by[i] or 0.0))[:count]
     there = {key: head for key, head in COLUMNS.items() if key in record}
+    cells = {
+        key: ["-" if (value := record[key][i]) is None else form.format(value) for i in worst]
+        for key, (_, form) in there.items()
+    }
+    room = width - NAME_WIDTH if width is not None else None
+    for key in list(cells):
+        needed = 1 + max(map(len, (there[key][0], *cells[key])))
+        if room is not None and (room := room - needed) < 0:
+            cells = dict(list(cells.items())[: list(cells).index(key)])
+            break
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column(f"steps {record['first']}-{record['step']}", no_wrap=True, overflow="ellipsis")
-    for title, _ in there.values():
-        table.add_column(title, justify="right", no_wrap=True)
-    for i in worst:
-        values = [(record[key][i], form) for key, (_, form) in there.items()]
-        cells = ["-" if value is None else form.format(value) for value, form in values]
-        table.add_row(Text(short(names[i])), *cells)  # Text: a name is not markup
+    for key in cells:
+        table.add_column(there[key][0], justify="right", no_wrap=True)
+    for place, i in enumerate(worst):
+        table.add_row(Text(short(names[i])), *(column[place] for column in cells.values()))  # a name is not markup
     return table

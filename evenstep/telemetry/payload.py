@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evenstep.telemetry.facts import FACTS, facts
+from evenstep.telemetry.facts import FACTS, facts, verdict
 from evenstep.telemetry.lines import event_line, short
 from evenstep.telemetry.runlog import RunLog, Series, is_number, matrix
 
@@ -63,6 +64,7 @@ def payload(runs: list[RunLog], *, live: bool = False) -> dict[str, Any]:
 
 def _run(run: RunLog, cells: int) -> dict[str, Any]:
     found = facts(run)
+    level, sentences = verdict(run)
     events = sorted(run.events, key=_size, reverse=True)
     notes = list(run.notes)
     if len(events) > EVENTS:
@@ -71,6 +73,9 @@ def _run(run: RunLog, cells: int) -> dict[str, Any]:
         "name": run.name,
         "optimizer": run.optimizer,
         "notes": notes,
+        "level": level,
+        "verdict": sentences,
+        "rows_command": f"evenstep rows {shlex.quote(str(run.path))}" if "data" in run.config else None,
         "facts": {name: _rounded(value) for name, value in found.items()},
         "config": [[name, _text(value)] for name, value in _flat(run.config)],
         "hardware": [[name, _text(run.summary[name])] for name in _HARDWARE if name in run.summary],
@@ -110,7 +115,7 @@ def _curves(run: RunLog) -> dict[str, Any]:
     found: dict[str, Series] = {
         "loss": run.losses(),
         "val_loss": run.series("val_loss"),
-        "lr": run.series("lr"),
+        "lr": run.rates(),
         "norm": run.per_step("norms"),
         "norm_after": run.per_step("norms_after"),
         "tokens_per_second": run.series("tokens_per_second"),

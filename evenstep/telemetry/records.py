@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import numpy as np
+from torch.nn.parameter import is_lazy
 
 from evenstep.telemetry.detect import Detector, Event, total
 from evenstep.telemetry.probe import COLUMNS
 from evenstep.telemetry.schema import USELESS_ERROR, VERSION
 from evenstep.telemetry.series import Vector, digits
+from evenstep.telemetry.subject import plain_name
 
 Record = dict[str, Any]
 
@@ -27,15 +28,17 @@ class Records:
     def __init__(self, k: int, every: int) -> None:
         self.every = every
         self.started = False
+        self.lost = 0  # steps that could not be measured, since the last line that told of some
         self.weight_rms: Vector = np.full(k, np.nan)
-        self.steps: list[tuple[dict[str, Any], float, float, float]] = []
+        self.steps: list[tuple[dict[str, Any], float, float, float, bool]] = []
         self.pending: list[int] = []
         self._largest: dict[str, Vector] = {}
         self._sum: dict[str, Vector] = {}
         self._count: dict[str, Vector] = {}
 
     def add(self, fact: dict[str, Any], row: dict[str, Vector], loss: float) -> None:
-        self.steps.append((fact, loss, total(row["grad_norm"]), total(row["norm_after"])))
+        bad = bool((np.isposinf(row["grad_max"]) | (row["skipped"] > 0)).any())
+        self.steps.append((fact, loss, total(row["grad_norm"]), total(row["norm_after"]), bad))
         self.pending.append(fact["step"])
         for name, values in row.items():
             there = np.isfinite(values)
@@ -47,19 +50,23 @@ class Records:
 
     def window(self, spike_rate: float) -> Record:
         """The numbers of each step since the last such record: loss and norm of all gradients."""
-        facts, losses, norms, after = zip(*self.steps, strict=True)
-        self.steps = []
+        facts, losses, norms, after, bad = zip(*self.steps, strict=True)
+        rates = [fact["lr"] for fact in facts]
         record: Record = {"kind": "window", "step": facts[-1]["step"], "first": facts[0]["step"]}
-        record |= {"lr": facts[-1]["lr"], "spike_rate": digits([spike_rate])[0]}
+        record |= {"lr": rates[-1], "spike_rate": digits([spike_rate])[0]}
+        record |= {name: n for name, n in (("nonfinite", sum(bad)), ("lost", self.lost)) if n}
+        self.steps, self.lost = [], 0
+        if len({*rates}) > 1:
+            record["lrs"] = digits([math.nan if rate is None else rate for rate in rates])
         series = {"losses": losses, "norms": norms, "norms_after": after}
         return record | {name: digits(values) for name, values in series.items() if any(map(math.isfinite, values))}
 
     def due(self) -> bool:
         return len(self.pending) >= self.every
 
-    def parameters(self, spike_rates: Vector) -> Record:
+    def parameters(self, spike_rates: Vector) -> list[Record]:
         """The numbers of each parameter over the steps since the last such record; columns that nobody knows are left
-        out."""
+        out, and the record where none is left."""
         record: Record = {"kind": "parameters", "step": self.pending[-1], "first": self.pending[0]}
         columns = dict(self._largest)
         for name, values in self._sum.items():
@@ -69,7 +76,8 @@ class Records:
         columns |= {"weight_rms": self.weight_rms, "spike_rate": spike_rates}
         self.pending, self._largest, self._sum, self._count = [], {}, {}, {}
         names = ("ratio", *COLUMNS, "weight_rms", "spike_rate")
-        return record | {name: digits(columns[name]) for name in names if np.isfinite(columns[name]).any()}
+        known = {name: digits(columns[name]) for name in names if np.isfinite(columns[name]).any()}
+        return [record | known] if known else []
 
     def state(self) -> dict[str, Any]:
         gathered = {"largest": self._largest, "sum": self._sum, "count": self._count}
@@ -86,29 +94,24 @@ class Records:
         self._largest, self._sum, self._count = (dict(state[name]) for name in ("largest", "sum", "count"))
 
 
-def start_record(names: list[str], optimizer: Any, detector: Detector, step: int) -> Record:
+def start_record(names: list[str], optimizer: Any, params: list[Any], detector: Detector, step: int) -> Record:
     """The line before all others: the names that the vectors of later lines belong to, and the rules of the events."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
     return {
         "kind": "start",
         "step": step,
         "version": VERSION,
         "optimizer": type(optimizer).__name__,
         "names": names,
-        "shapes": [list(p.shape) for p in params],
+        "shapes": [[] if is_lazy(p) else list(p.shape) for p in params],
         "rules": {"ratio": detector.ratio, "sigma": detector.sigma, "window": len(detector.flags.values)},
     }
 
 
 def lowbit_record(step: int, values: list[tuple[str, str, float]]) -> Record:
-    """``values``: (layer, key, number). Keys that are not in `LOWBIT_KEYS` are left out, with a warning."""
+    """``values``: (layer, key, number), the keys being of `LOWBIT_KEYS`."""
     layers: dict[str, dict[str, float | None]] = {}
     for layer, key, value in values:
-        if key in LOWBIT_KEYS:
-            layers.setdefault(layer, {})[key] = digits([value])[0]
-        else:
-            known = ", ".join(LOWBIT_KEYS)
-            warnings.warn(f"telemetry of '{layer}': unknown key '{key}'; known are {known}", stacklevel=2)
+        layers.setdefault(plain_name(layer), {})[key] = digits([value])[0]
     return {"kind": "lowbit", "step": step, "layers": layers}
 
 

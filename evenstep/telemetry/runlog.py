@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evenstep.errors import EvenstepError
+from evenstep.paths import check_own_file, read_own
 from evenstep.telemetry.schema import VERSION, is_step, iter_records
+from evenstep.toml import parse_toml
 
 Record = dict[str, Any]
 Series = tuple[list[float], list[float]]
 """Steps and values."""
 
-STEP_LISTS = ("losses", "norms", "norms_after")
+STEP_LISTS = ("losses", "norms", "norms_after", "lrs")
 
 
 @dataclass
@@ -60,7 +62,7 @@ class RunLog:
         return [p[0] for p in points], [p[1] for p in points]
 
     def per_step(self, key: str) -> Series:
-        """A number of every single step: ``losses``, ``norms`` or ``norms_after``."""
+        """A number of every single step, see `STEP_LISTS`."""
         steps: list[float] = []
         values: list[float] = []
         for window in self.windows:
@@ -69,6 +71,19 @@ class RunLog:
                     steps.append(window["first"] + i)
                     values.append(value)
         return steps, values
+
+    def rates(self) -> Series:
+        """Learning rates: of the log lines, else of every step where they moved, else of the windows' ends."""
+        found = self.series("lr")
+        if found[0]:
+            return found
+        points: dict[float, float] = {}
+        for window in self.windows:
+            several, last = window.get("lrs"), window.get("lr")
+            ends = dict.fromkeys((window["first"], window["step"]), last)
+            values: dict[int, Any] = dict(enumerate(several, window["first"])) if several else ends
+            points.update({step: float(value) for step, value in values.items() if is_number(value)})
+        return [*points], [*points.values()]
 
     def losses(self) -> Series:
         """Of every step where telemetry wrote it, else of the log lines."""
@@ -91,6 +106,8 @@ def load_run(path: Path) -> RunLog:
     if path.is_dir():
         _read_facts(run, directory)
     try:
+        if path.is_dir():
+            check_own_file(path, metrics.name)
         _read_metrics(run, metrics)
     except FileNotFoundError:
         run.notes.append("metrics.jsonl is not there yet")
@@ -104,10 +121,13 @@ def load_run(path: Path) -> RunLog:
 
 
 def _read_facts(run: RunLog, directory: Path) -> None:
-    readers = {"config.toml": ("config", tomllib.loads), "summary.json": ("summary", json.loads)}
+    readers: dict[str, tuple[str, Callable[[bytes], Any]]] = {
+        "config.toml": ("config", parse_toml),
+        "summary.json": ("summary", json.loads),
+    }
     for name, (where, read) in readers.items():
         try:
-            found = read((directory / name).read_text(encoding="utf-8"))
+            found = read(read_own(directory, name))
             if not isinstance(found, dict):
                 raise ValueError("it is no table")
             setattr(run, where, found)
@@ -138,6 +158,9 @@ def _read_metrics(run: RunLog, path: Path) -> None:
     _stack(run, parameters)
     if unreadable:
         run.notes.append(f"{_lines(unreadable)} of metrics.jsonl could not be read and {_are(unreadable)} left out")
+    lost = sum(window["lost"] for window in run.windows if is_number(window.get("lost")))
+    if lost:
+        run.notes.append(f"{lost} step{'s' if lost > 1 else ''} could not be measured")
     if misfits:
         run.notes.append(f"{_lines(misfits)} of telemetry did not fit its schema and {_are(misfits)} left out")
     if unknown:
@@ -216,9 +239,25 @@ def _stack(run: RunLog, parameters: list[Record]) -> None:
     for name in names:
         run.columns[name] = matrix([record.get(name) for record in parameters], len(run.names))
     if "update_rms" in names and "weight_rms" in names:
+        weights = between_looks(run.columns["weight_rms"], run.last)
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = run.columns["update_rms"] / run.columns["weight_rms"]
+            ratio = run.columns["update_rms"] / weights
         run.columns["update_ratio"] = np.where(np.isfinite(ratio), ratio, np.nan)
+
+
+def between_looks(values: NDArray[np.float32], steps: NDArray[np.int64]) -> NDArray[np.float32]:
+    """``values`` ``[n, k]`` that repeat the last known ones, made to run straight from one look to the next: as they
+    stand, they jump where nothing has jumped."""
+    same = (values[1:] == values[:-1]) | (np.isnan(values[1:]) & np.isnan(values[:-1]))
+    looks = np.append([0], 1 + np.flatnonzero(~same.all(axis=1))) if len(values) else np.zeros(0, np.int64)
+    if len(looks) < 2:
+        return values
+    at = np.searchsorted(looks, np.arange(len(values)), side="right") - 1
+    a, b = looks[at], looks[np.minimum(at + 1, len(looks) - 1)]
+    span = np.maximum(steps[b] - steps[a], 1)
+    share = ((steps - steps[a]) / span * (b > a)).astype(np.float32)[:, None]
+    straight = values[a] + (values[b] - values[a]) * share
+    return np.where(np.isnan(straight), values, straight)
 
 
 def matrix(rows: list[Any], k: int) -> NDArray[np.float32]:

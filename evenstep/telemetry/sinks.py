@@ -7,16 +7,18 @@ open anyway. A sink that fails is told of once and left alone from then on: no t
 
 from __future__ import annotations
 
+import io
 import math
-import warnings
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import Context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.lines import event_line
 from evenstep.telemetry.schema import to_line
+from evenstep.telemetry.trouble import reason, warn
 
 Record = dict[str, Any]
 
@@ -30,12 +32,16 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Appends each record to a file as one line of JSON, at once. ``path``: its directory must exist."""
+    """Appends each record to a file as one line of JSON, at once. ``path``: its directory must exist. A record that
+    comes after `close`, as where two monitors share a sink, opens the file again."""
 
     def __init__(self, path: Path | str) -> None:
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        self.path = Path(path).absolute()
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
 
     def write(self, record: Record) -> None:
+        if self._file.closed:
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self._file.write(to_line(record))
         self._file.flush()
 
@@ -56,6 +62,9 @@ class TensorBoardSink:
             self._writer.add_scalar(name, value, record["step"])
         if record.get("kind") == "event":
             self._writer.add_text(f"events/{record['event']}", event_line(record), record["step"])
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -140,33 +149,75 @@ def _number(value: Any) -> bool:
 
 
 class Guarded:
-    """A sink that never raises: the first failure warns, later records are dropped."""
+    """A sink that never raises: the first failure warns, later records are dropped and counted as ``lost``.
 
-    def __init__(self, sink: Sink) -> None:
+    ``lent``: the sink outlives this use of it. `close` then only calls its ``flush``, where it has one, and it can be
+    written to again.
+    """
+
+    def __init__(self, sink: Sink, *, lent: bool = False) -> None:
         self.sink: Sink | None = sink
+        self.lent = lent
+        self.lost = 0
 
     def _try(self, act: Callable[[], None], what: str) -> None:
         try:
             act()
         except Exception as problem:  # whatever a network client, a disk or a database may raise
             name, self.sink = type(self.sink).__name__, None
-            first = next(iter(str(problem).splitlines()), "") or type(problem).__name__
-            warnings.warn(f"{name} could not {what} ({first}); training goes on without it", stacklevel=4)
+            warn(f"{name} could not {what} ({reason(problem)}); training goes on without it")
 
     def write(self, record: Record) -> None:
         if self.sink is not None:
             sink = self.sink
             self._try(lambda: sink.write(record), "write")
+        if self.sink is None:
+            self.lost += 1
 
     def close(self) -> None:
-        if self.sink is not None:
-            sink = self.sink
+        if self.sink is None:
+            return
+        sink = self.sink
+        if self.lent:
+            self._try(lambda: getattr(sink, "flush", lambda: None)(), "write")
+        else:
             self._try(sink.close, "be closed")
             self.sink = None
+
+    def end(self) -> None:
+        """Close a lent sink for good."""
+        self.lent = False
+        self.close()
 
 
 def guarded(sink: Sink) -> Guarded:
     return sink if isinstance(sink, Guarded) else Guarded(sink)
+
+
+def as_sinks(owner: str, given: Any) -> list[Sink]:
+    """``given`` as a list of sinks: one or several of sinks and paths, a path being a `JsonlSink`. TypeError for what
+    is neither; ``owner`` is who was called. Files are opened when all of it is known to be usable."""
+    if given is None:
+        return []
+    alone = _is_sink(given) or _is_path(given) or isinstance(given, Mapping) or not isinstance(given, Iterable)
+    several = [given] if alone else list(given)
+    for sink in several:
+        if not _is_path(sink) and not _is_sink(sink):
+            raise TypeError(
+                f"{owner}: sinks: {sink!r:.80} is no sink; give the path of a .jsonl file, a sink of "
+                "evenstep.telemetry.sinks, or an object with write(record) and close()"
+            )
+    return [JsonlSink(sink) if _is_path(sink) else cast(Sink, sink) for sink in several]
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike)
+
+
+def _is_sink(value: Any) -> bool:
+    """Files have both methods, but take text."""
+    methods = all(callable(getattr(value, name, None)) for name in ("write", "close"))
+    return methods and not isinstance(value, type | io.IOBase)
 
 
 def opened(build: Callable[[], Sink], extra: str) -> Guarded | None:
@@ -177,6 +228,5 @@ def opened(build: Callable[[], Sink], extra: str) -> Guarded | None:
     except ModuleNotFoundError as problem:
         raise EvenstepError(f"telemetry: {problem.name} is not installed; pip install '{extra}'") from None
     except Exception as problem:
-        first = next(iter(str(problem).splitlines()), "") or type(problem).__name__
-        warnings.warn(f"{extra} could not be started ({first}); training goes on without it", stacklevel=2)
+        warn(f"{extra} could not be started ({reason(problem)}); training goes on without it")
         return None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from evenstep.console import program
 from evenstep.errors import EvenstepError
+from evenstep.paths import unused
 from evenstep.train.checkpoint import list_checkpoints
 from evenstep.train.config import BaseConfig
 
@@ -25,11 +27,13 @@ def diverged(config: BaseConfig, step: int, what: str, rescued: Path | None = No
     if kept:
         facts.append(f"the checkpoint before is {kept[0]}")
     if rescued or kept:
-        facts.append(f"after a passing fault go on with: evenstep {config.COMMAND} --resume {shlex.quote(str(out))}")
+        facts.append(f"after a passing fault go on with: {program()} {config.COMMAND} --resume {shlex.quote(str(out))}")
     else:
         facts.append("no checkpoint was saved before it")
-    command = ["evenstep", config.COMMAND, str(out / "config.toml")]
+    command = [config.COMMAND, str(out / "config.toml")]
     command += ["--model.init", str(kept[0])] if kept and config.COMMAND == "pretrain" else []
-    command += ["--optim.lr", f"{config.optim.lr / 10:g}", "--out", f"{out}-2"]
-    facts.append(f"else lower the rate in a new run (or lengthen schedule.warmup_steps): {shlex.join(command)}")
+    command += ["--optim.lr", f"{config.optim.lr / 10:g}", "--out", str(unused(out))]
+    facts.append(
+        f"else lower the rate in a new run (or lengthen schedule.warmup_steps): {program()} {shlex.join(command)}"
+    )
     return EvenstepError("; ".join(facts))

@@ -35,6 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evenstep.console import program
 from evenstep.errors import EvenstepError
 from evenstep.paths import is_plain_name
 from evenstep.train.failure import of_the_disk, reason_of
@@ -226,7 +227,7 @@ def way_on(run: Path) -> str:
         tuned = "\n[tune]\n" in (run / "config.toml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         tuned = False
-    command = f"evenstep {'finetune' if tuned else 'pretrain'}"
+    command = f"{program()} {'finetune' if tuned else 'pretrain'}"
     if list_checkpoints(run / "checkpoints"):
         return f"go on with: {command} --resume {shlex.quote(str(run))}"
     return f"start it again with: {command} {shlex.quote(str(run / 'config.toml'))}"

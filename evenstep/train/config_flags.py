@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evenstep.console import program
 from evenstep.errors import EvenstepError
+from evenstep.paths import unused
 from evenstep.train.checks import kinds, limits
 from evenstep.train.config import BaseConfig, Config, options, sections
-from evenstep.train.config_io import build, load_config, override, read_toml
+from evenstep.train.config_io import build, load_config, override, read_toml, to_toml, without_foreign_options
 from evenstep.train.hyperparameters import owners
 
 
@@ -68,16 +71,52 @@ def chosen(
     overrides = [*(short or {}).items(), *given, *args.extra]
     directory = None
     if args.resume is not None and args.resume != "auto":
-        out = args.resume or dict(given).get("out")
+        wanted = dict(given).get("out")
+        out = args.resume or wanted
         if out is None:
             raise EvenstepError("--resume: which run? give its directory, --resume RUN (evenstep runs lists runs)")
-        directory = Path(out)
-        if recipe is None and (directory / "config.toml").is_file():
-            return build(override(read_toml(directory / "config.toml"), overrides, kind), kind), directory
+        directory, saved = Path(out), Path(out, "config.toml")
+        if wanted is not None and Path(wanted).resolve() != directory.resolve():
+            raise EvenstepError(
+                f"--resume {out} goes on in that folder, --out {wanted} is another; leave --out out, or start a new "
+                f"run from the weights with: {new_run(kind.COMMAND, directory, out=wanted)}"
+            )
+        if recipe is None and saved.is_file():
+            tables = without_foreign_options(read_toml(saved), overrides, saved)
+            return build(override(tables, overrides, kind), kind), directory
     return load_config(recipe, overrides, kind), directory
+
+
+def print_config(config: Any, directory: Path | None) -> None:
+    """The configuration as a recipe. EvenstepError for what a run of it would refuse: hyperparameters that the
+    optimizer does not have or take, a model to start from that is not there, changes that a resume does not allow."""
+    from evenstep.train.optimizers import try_optimizer
+    from evenstep.train.setup import with_shape_of
+    from evenstep.train.state import check_changes
+    from evenstep.train.weights import find_source
+
+    try_optimizer(config.optim)
+    if directory is not None:
+        if not (directory / "config.toml").is_file():
+            raise EvenstepError(f"{directory} is not a run: it has no config.toml; evenstep runs lists runs")
+        check_changes(directory, config, build(read_toml(directory / "config.toml"), type(config)))
+    if isinstance(config, Config) and config.model.init:
+        with_shape_of(config, find_source(Path(config.model.init), lambda _: None))
+    print(to_toml(config), end="")
+
+
+def new_run(command: str, run: Path, words: Sequence[str] = (), out: str | None = None, *, weights: bool = True) -> str:
+    """The command line of a new run as ``run`` with other options, from its ``weights`` where they fit. ``out``: None
+    for a folder that does not exist yet, beside that of the run."""
+    start = [command, str(run / "config.toml")]
+    if weights and command == "pretrain":  # fine-tuning names its model in the configuration
+        start += ["--model.init", str(run)]
+    return f"{program()} {shlex.join([*start, *words, '--out', out or str(unused(run))])}"
 
 
 def shown(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
+    if isinstance(value, list):
+        return shown(tuple(value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -10,14 +10,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import tomllib
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evenstep.errors import EvenstepError, nearest
+from evenstep.toml import parse_toml
 from evenstep.train.checks import kinds, parse_count
-from evenstep.train.config import BaseConfig, Config, options, sections
+from evenstep.train.config import BaseConfig, Config, OptimConfig, options, sections
 
 Tables = dict[str, Any]
 
@@ -45,21 +47,47 @@ def load_config(
     tables = read_toml(recipe) if recipe is not None else {}
     if recipe is not None:
         tables.setdefault("name", recipe.stem)
+        tables = without_foreign_options(tables, overrides, recipe)
     return build(override(tables, overrides, kind), kind, quick_budget=recipe is None and kind is Config)
+
+
+def without_foreign_options(tables: Tables, overrides: Sequence[tuple[str, str]], where: Path) -> Tables:
+    """``tables`` of the file ``where`` without those hyperparameters of its optimizer that another one, which the
+    overrides choose instead, does not have. A line on stderr names them."""
+    optim, name = tables.get("optim"), dict(overrides).get("optim.name")
+    if not isinstance(optim, dict) or name in (None, optim.get("name", OptimConfig().name)):
+        return tables
+    own = {f"optim.{key}" for key in optim} - {*options()}
+    if not own:
+        return tables
+    from evenstep.baselines.catalog import names_of_options
+
+    try:
+        foreign = sorted({key.removeprefix("optim.") for key in own} - {*names_of_options(str(name))})
+    except EvenstepError:  # no such optimizer, or its package is missing: told of where it is built
+        return tables
+    if foreign and os.environ.get("RANK", "0") == "0":
+        former = optim.get("name", OptimConfig().name)
+        print(
+            f"evenstep: left out what {where} sets for {former} and {name} lacks: {', '.join(foreign)}", file=sys.stderr
+        )
+    return {**tables, "optim": {key: value for key, value in optim.items() if key not in foreign}}
 
 
 def read_toml(path: Path) -> Tables:
     """What the file says. ``recipes/NAME.toml`` is evenstep's own recipe where the working directory has no such
     file. EvenstepError, one line, for a file that is missing or no TOML."""
     try:
-        return tomllib.loads((path if path.exists() else shipped(path) or path).read_text(encoding="utf-8"))
+        return parse_toml((path if path.exists() else shipped(path) or path).read_bytes())
     except FileNotFoundError:
         own = [f"recipes/{one.relative_to(at).as_posix()}" for at in _RECIPES for one in at.rglob("*.toml")]
         hint = nearest(path.as_posix(), own) or "; evenstep's own are recipes/demo.toml, recipes/start.toml, ..."
         raise EvenstepError(f"{path}: no such file; a recipe is a .toml file{hint}") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise EvenstepError(f"{path}: cannot be read ({problem})") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as problem:
+    except OSError as problem:
+        raise EvenstepError(f"{path}: cannot be read ({problem.strerror})") from None
+    except UnicodeDecodeError as problem:
+        raise EvenstepError(f"{path}: cannot be read ({problem}); save it in UTF-8") from None
+    except (ValueError, RecursionError) as problem:  # the former also of a number with thousands of digits
         raise EvenstepError(f"{path}: not valid TOML: {problem}") from None
 
 

@@ -1,33 +1,62 @@
 """A run's small files, which are either the old one or the new one, never half of one; and the lock of a run that
-trains."""
+trains.
+
+A run's folder may come from elsewhere, with links in it: nothing here writes through a link, and what is only listed
+(``evenstep runs``) is opened for reading alone.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import socket
+import stat
 import tempfile
+import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from evenstep.errors import EvenstepError
+from evenstep.paths import leaves
 
 try:
     import fcntl
 except ImportError:  # Windows: no lock
     fcntl = None  # type: ignore[assignment]
 
+LOCK = ".lock"
 
-def replace_text(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path`` and rename; EvenstepError when the disk refuses, the old file intact."""
+_NOT_THROUGH_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+"""Of ``os.open``: no symbolic link at the end of the path, no waiting for the other end of a pipe."""
+
+_TRIES = 4
+"""Attempts to take a lock, some 50 ms apart: whoever lists runs holds it for a moment."""
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` beside ``path`` and rename; EvenstepError when the disk refuses, the old file intact. Where
+    ``path`` is a link, the link is replaced, and what it points at is left alone."""
     beside = path.with_name(f".{path.name}.partial")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.unlink(missing_ok=True)  # of a process that was killed, or a link
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+            file.write(content)
         os.replace(beside, path)
     except OSError as problem:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise EvenstepError(
             f"could not write {path}: {problem.strerror}; make room there or give another --out"
         ) from problem
+
+
+def replace_text(path: Path, text: str) -> None:
+    """`replace_bytes` of the text in UTF-8."""
+    replace_bytes(path, text.encode("utf-8"))
 
 
 def check_creatable(directory: Path) -> None:
@@ -40,29 +69,186 @@ def check_creatable(directory: Path) -> None:
         raise EvenstepError(f"{directory} cannot be created ({problem.strerror}); give another --out") from None
 
 
+FILES = ("config.toml", "metrics.jsonl", "summary.json", "curve.png", "checkpoints", "tensorboard", "wandb")
+"""What a run writes into its folder, and goes on writing."""
+
+
+def check_own(run: Path) -> None:
+    """EvenstepError when something that a run writes is a link that leads out of its folder: it would change and delete
+    files of somebody else."""
+    for name in FILES:
+        if (run / name).is_symlink() and leaves(run, name):
+            raise EvenstepError(
+                f"{run / name} is a link that leads out of the run's folder, where a run does not write; put what it "
+                "points at in its place (the folder of a run may itself be reached by a link)"
+            )
+
+
+# ---- the lock ----
+
+
+class RunLock:
+    """The lock of a run's folder. The system lets go of it when this object is deleted or the process ends, however
+    that happens.
+
+    ``busy``: something trains under it, so that nothing else of this process may take it over.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.busy = False
+        self._descriptor, self.key = _take(run)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError, OSError):
+            os.close(self._descriptor)
+
+
+_held: WeakValueDictionary[tuple[int, int], RunLock] = WeakValueDictionary()
+"""Locks that this process holds, by the device and number of their files."""
+
+
+def hold(run: Path) -> RunLock:
+    """The lock of the run, held for as long as the object that is returned. One that this process holds already is
+    given again, unless something trains under it.
+
+    EvenstepError when another process holds it: two of them would cut each other's log and checkpoints. Nothing has
+    been written then. Where the file system has no locks, a warning says so.
+    """
+    ours = _ours(run)
+    if ours is not None:
+        if ours.busy:
+            raise _refusal(run, _me())
+        return ours
+    lock = RunLock(run)
+    _held[lock.key] = lock
+    return lock
+
+
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold the run's lock; the system lets go of it when the process ends, however that happens.
-
-    EvenstepError when another process holds it: two of them would cut each other's log and checkpoints.
-    """
-    with open(run / ".lock", "w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise EvenstepError(f"{run} is being trained by another process; wait for it or stop it") from None
+    """Train under the run's lock. EvenstepError as for `hold`."""
+    lock = hold(run)
+    lock.busy = True
+    try:
         yield
+    finally:
+        lock.busy = False
 
 
 def is_running(run: Path) -> bool:
-    """Does some process hold the run's lock now?"""
-    if not (run / ".lock").exists():
-        return False
+    """Does something train this run now? Opens its lock for reading alone, and never through a link."""
+    return _trainer(run) is not None
+
+
+def check_free(run: Path) -> None:
+    """EvenstepError, which says who, when something trains this run now."""
+    who = _trainer(run)
+    if who is not None:
+        raise _refusal(run, who)
+
+
+def _trainer(run: Path) -> str | None:
+    """Who trains the run, as far as its lock says; None when nobody does."""
+    ours = _ours(run)
+    if ours is not None:
+        return _me() if ours.busy else None
     try:
-        with locked(run):
-            return False
-    except EvenstepError:
+        descriptor = os.open(run / LOCK, os.O_RDONLY | _NOT_THROUGH_LINKS)
+    except OSError:  # there is none, it is a link, or another user's
+        return None
+    try:
+        if fcntl is not None and stat.S_ISREG(os.fstat(descriptor).st_mode):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except OSError as problem:
+        return _holder(descriptor) if _is_taken(problem) else None
+    finally:
+        os.close(descriptor)
+
+
+def _ours(run: Path) -> RunLock | None:
+    try:
+        return _held.get(_key(os.lstat(run / LOCK)))
+    except OSError:
+        return None
+
+
+def _key(facts: os.stat_result) -> tuple[int, int]:
+    return facts.st_dev, facts.st_ino
+
+
+def _is_taken(problem: OSError) -> bool:
+    """Does somebody else hold the lock? Any other error is of a file system that has none (some network ones)."""
+    return problem.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+
+def _take(run: Path) -> tuple[int, tuple[int, int]]:
+    """A descriptor of the lock file that holds the lock, and the file's key."""
+    path = run / LOCK
+    for attempt in range(_TRIES):
+        if path.is_symlink():  # where the system has no O_NOFOLLOW
+            raise EvenstepError(f"{path} is a link; a lock is a file of the run's own folder: delete the link")
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NOT_THROUGH_LINKS, 0o666)
+        except OSError as problem:
+            raise EvenstepError(
+                f"{path} cannot be opened for writing ({problem.strerror}); make {run} writable, or give another --out"
+            ) from None
+        try:
+            facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode):
+                raise EvenstepError(f"{path} is not a regular file; delete it")
+            if _locked(descriptor, run):
+                # Another process may have deleted the folder, and made it anew, since the file was opened.
+                with suppress(OSError):
+                    if _key(os.lstat(path)) == _key(facts):
+                        _sign(descriptor, facts)
+                        return descriptor, _key(facts)
+            holder = _holder(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        if attempt < _TRIES - 1:
+            time.sleep(0.05)
+    raise _refusal(run, holder)
+
+
+def _locked(descriptor: int, run: Path) -> bool:
+    """Take the lock, if it is free."""
+    if fcntl is None:
         return True
-    except OSError:  # another user's run, which cannot be opened
-        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        if _is_taken(problem):
+            return False
+        warnings.warn(
+            f"{run}: the file system gives no locks ({problem.strerror}); let one process alone train there",
+            stacklevel=2,
+        )
+    return True
+
+
+def _me() -> str:
+    return f"{os.getpid()} on {socket.gethostname()}"
+
+
+def _sign(descriptor: int, facts: os.stat_result) -> None:
+    """Write down who holds the lock, for the message of whoever is refused. Not into a file that holds something else,
+    or has another name too: it may be anything of the user's."""
+    if not hasattr(os, "pwrite") or facts.st_nlink != 1 or (facts.st_size and not _holder(descriptor)):
+        return
+    with suppress(OSError):  # on a full disk it holds the lock all the same
+        os.ftruncate(descriptor, os.pwrite(descriptor, f"{_me()}\n".encode(), 0))
+
+
+def _holder(descriptor: int) -> str:
+    """Who signed the lock last; empty where nobody did."""
+    found = os.pread(descriptor, 300, 0).decode("utf-8", "replace") if hasattr(os, "pread") else ""
+    return found.strip() if re.fullmatch(r"\d+ on [!-~]*\n", found) else ""
+
+
+def _refusal(run: Path, holder: str) -> EvenstepError:
+    who = f" (process {holder})" if holder else ""
+    return EvenstepError(f"{run} is being trained by another process{who}; wait for it or stop it")

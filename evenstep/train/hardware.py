@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def total_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 * 2**30
 
 
+def memory_limit() -> int:
+    """Bytes of memory that the processes of this machine may have, by the machine and by a container's limit."""
+    limits = [total_memory(torch.device("cpu"))]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no container; "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
+
+
 def peak_memory(device: torch.device) -> int | None:
     """Peak bytes: of torch's allocations on a GPU, of the whole process on a CPU (None where the system does not
     tell)."""
@@ -89,7 +99,7 @@ def commit() -> str | None:
     try:
         head = _git(source, "rev-parse", "HEAD")
         dirty = _git(source, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return head + ("+" if dirty else "")
 
@@ -101,7 +111,7 @@ def _git(directory: Path, *arguments: str) -> str:
 
 def _cpu_name() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:

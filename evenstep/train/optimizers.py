@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from evenstep.baselines import fronts
 from evenstep.baselines.catalog import baseline, check_options
 from evenstep.errors import EvenstepError
@@ -45,6 +47,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         first = next(iter(str(problem).splitlines()), type(problem).__name__)
         raise EvenstepError(f"optim: {config.name} refuses its options: {first}") from problem
     return fronts.put_before(optimizer, config.before)
+
+
+def try_optimizer(config: OptimConfig) -> None:
+    """EvenstepError for options and values that the constructor refuses, found without building the model."""
+    check_optimizer(config)
+    if baseline(config.name).package not in ("evenstep", "torch"):  # others may need a real device
+        return
+    from evenstep.models import Llama, llama_config
+
+    with torch.device("meta"):
+        model = Llama(llama_config("tiny", 8, num_layers=1))
+    build_optimizer(model, config)
 
 
 class LearningRates:

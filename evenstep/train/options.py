@@ -11,6 +11,13 @@ from typing import Any, ClassVar, Literal
 
 from evenstep.train.checks import checked
 
+MOST_STEPS = 10**12
+MOST_TOKENS = 10**18
+MOST_SEQUENCES = 2**20
+"""The largest values of options that count steps, tokens, and sequences of a batch (and tokens of a sequence): beyond
+what anybody trains, and small enough for every number that is made of them. Whether memory holds them is another
+question (`evenstep.train.setup.check_memory`)."""
+
 Resume = Literal["fixed", "rounding", "free"]
 """May an option change on resume? fixed: no. rounding: yes, the last bits of the losses change. free: yes, nothing
 else moves."""

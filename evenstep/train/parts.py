@@ -15,7 +15,7 @@ from evenstep.models.hf import save_config
 from evenstep.train import setup
 from evenstep.train.config import BaseConfig, Config
 from evenstep.train.state import data_identity
-from evenstep.train.summary import closing_lines, sample_of
+from evenstep.train.summary import closing_lines, short_count
 from evenstep.train.tensors import model_tensors
 from evenstep.train.weights import find_source
 from evenstep.train.world import World
@@ -55,11 +55,23 @@ class Parts:
     def open_data(self, progress: Any) -> Any:
         return self.world.in_turn(lambda: setup.load_data(self.config, progress))
 
+    def describe_data(self) -> str:
+        """What is trained on, for people: in words of `evenstep.train.header`."""
+        train, val = self.data.train, self.data.val
+        held = f"{short_count(len(val))} for validation" if len(val) else "none for validation"
+        return (
+            f"{self.config.data.source}: {short_count(len(train))} tokens, {held}, vocabulary {self.data.vocab_size:,}"
+        )
+
     def make_loader(self) -> Any:
         train, world = self.config.train, self.world
         return BatchLoader(
             self.data.train, train.seq_len, train.batch_size, self.config.seed, world.data_rank, world.data_size
         )
+
+    def check_memory(self, source: Path | None) -> None:
+        """EvenstepError where the machine has too little for the run."""
+        setup.check_memory(self.config, self.data.vocab_size, source, self.world)
 
     def make_model(self, source: Path | None, device: torch.device, *, blank: bool) -> Any:
         return setup.build_model(self.config, self.data.vocab_size, source, device, self.say, blank=blank)
@@ -90,6 +102,6 @@ class Parts:
 
     def conclusion(self) -> dict[str, Any]:
         """What the summary says beside numbers that every run has."""
-        return {"prompt": self.config.sample.prompt, "sample": sample_of(self)}  # type: ignore[arg-type]
+        return {"prompt": self.config.sample.prompt, "sample": None}  # the sample is made when the rest is written
 
     closing = staticmethod(closing_lines)

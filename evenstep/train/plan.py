@@ -96,6 +96,26 @@ def make_plan(config: Config, shape: LlamaConfig, gpus: int, per_node: int, gpu_
     return Plan(config, shape, grid, gpu_memory, passes, rows, memory, peak, wire, messages)
 
 
+def least_memory(config: Config, shape: LlamaConfig, processes: int, per_node: int) -> dict[str, int]:
+    """Bytes that a process needs at the least, by what they are for: what optimizers keep that plans know nothing of is
+    left out, and so are logits, which come in chunks, and communication."""
+    grid = _grid(config, processes, per_node)
+    tensors, train = model_tensors(shape), config.train
+    needs = _Needs(config, shape, grid, tensors)
+    sequences = train.batch_size // grid.data
+    tokens = min(config.micro_batch_size, sequences) * train.seq_len
+    optim, held = config.optim, needs.held * needs.weight
+    try:
+        state = sum(state_bytes(optim.name, optim.options, t, grid, needs.weight) for t in tensors)
+    except (EvenstepError, TypeError):  # an optimizer that plans do not know, a value that its constructor will refuse
+        state = 0
+    # Gradients and activations do not all exist at once: the larger of the two.
+    gradients, activations = held, needs.activations(tokens)
+    most = {"activations": activations} if activations > gradients else {"gradients": gradients}
+    batch = 2 * 8 * sequences * train.seq_len  # inputs and targets
+    return {"parameters": held, **most, "optimizer state": state, "batch": batch}
+
+
 def _grid(config: Config, gpus: int, per_node: int) -> Grid:
     from evenstep.train.world import check_world
 

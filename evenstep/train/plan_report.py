@@ -7,14 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from evenstep.errors import EvenstepError
-from evenstep.models import Llama, LlamaConfig, llama_config
+from evenstep.models import LlamaConfig, llama_config
 from evenstep.models.hf import read_config
 from evenstep.train.config import Config
 from evenstep.train.config_io import load_config
-from evenstep.train.optimizers import build_optimizer
+from evenstep.train.optimizers import try_optimizer
 from evenstep.train.plan import USABLE, Plan, make_plan
 from evenstep.train.plan_advice import advice, in_mode
 from evenstep.train.plan_tensors import SPLIT
@@ -52,7 +50,7 @@ def plan(
     if not 0 < gpu_memory < 1e6:
         raise EvenstepError(f"--gpu-memory {gpu_memory}: give the GB of one GPU, such as 80")
     config = load_config(recipe, overrides)
-    _check_optimizer(config)
+    try_optimizer(config.optim)
     note = ""
     if config.parallel.mode == "none" and gpus > 1:
         config = in_mode(config, "fsdp")
@@ -70,13 +68,6 @@ def plan(
         print("\n".join([*head, *_memory(made, per_node), *_wire(made), *_modes(others)]))
         if counted:
             print(f"dry run on the meta device: {counted}")
-
-
-def _check_optimizer(config: Config) -> None:
-    """EvenstepError for options and values that the optimizer's constructor refuses."""
-    with torch.device("meta"):
-        model = Llama(llama_config("tiny", 8, num_layers=1))
-    build_optimizer(model, config.optim)
 
 
 def shape_of(config: Config) -> LlamaConfig:

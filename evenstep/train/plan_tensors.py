@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from evenstep.errors import EvenstepError
+
 if TYPE_CHECKING:
     from evenstep.models import LlamaConfig
 
@@ -127,7 +129,8 @@ def state_bytes(name: str, options: Mapping[str, Any], tensor: Named, grid: Grid
     if name == "scale":
         moments = {"vector": 2 * moment + SCALAR, "last": moment}
         return moments.get(tensor.kind, 0) + kahan
-    raise KeyError(name)
+    known = "adam, adamw, stable_spam, spam, scale"
+    raise EvenstepError(f"optim.name {name}: what it keeps is not known before it runs; plans are made for {known}")
 
 
 @dataclass(frozen=True)

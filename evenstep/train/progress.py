@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, TextIO
+
+from evenstep.train.failure import reason_of
 
 
 def silence(descriptor: int) -> None:
@@ -17,15 +20,26 @@ def silence(descriptor: int) -> None:
 
 
 def tell(text: str, out: TextIO | None = None) -> None:
-    """Print a line at once. When its reader has gone (``| head``) the output falls silent and the run goes on: hours
-    of training must not end for that."""
+    """Print a line at once, what its encoding has no character for as an escape. When its reader has gone (``| head``)
+    or its disk is full the output falls silent and the run goes on: hours of training must not end for that."""
     out = out or sys.stdout
     try:
-        print(text, file=out, flush=True)
-    except BrokenPipeError:
+        try:
+            print(text, file=out, flush=True)
+        except UnicodeEncodeError as problem:
+            print(text.encode(problem.encoding, "backslashreplace").decode(problem.encoding), file=out, flush=True)
+    except (OSError, ValueError) as problem:  # ValueError: it was closed
+        fall_silent(out, problem)
+
+
+def fall_silent(out: TextIO, problem: Exception) -> None:
+    """Let the output vanish from now on, and say so on stderr, if that can be written."""
+    why = "nobody reads the output any more"
+    if not isinstance(problem, BrokenPipeError):
+        why = f"the output cannot be written ({reason_of(problem)})"
+    with suppress(OSError, ValueError):
         silence(out.fileno())
-        with suppress(OSError):
-            print("evenstep: nobody reads the output any more; training goes on without it", file=sys.stderr)
+        print(f"evenstep: {why}; training goes on without it", file=sys.stderr, flush=True)
 
 
 def nothing(text: str) -> None:
@@ -51,7 +65,7 @@ def train_line(record: dict[str, Any], total: int) -> str:
         f"{speed:,.0f} tok/s",
         f"eta {clock(left)}",
     ]
-    if "steps_to_reset" in record:
+    if record.get("steps_to_reset", math.inf) <= total - record["step"]:  # else this run does not get there
         parts.append(f"reset in {record['steps_to_reset']}")
     return "  ".join(parts)
 
@@ -127,33 +141,57 @@ class LiveProgress(LineProgress):
         )
         self._bar = Bar(*columns, console=self._console, refresh_per_second=4, expand=True)
         self._task = self._bar.add_task("starting", total=total, completed=start)
-        self._tail = ""
+        self._tail: list[str] = []
 
     def __enter__(self) -> LiveProgress:
         self._bar.start()
         return self
 
     def __exit__(self, *problem: object) -> None:
-        self._bar.stop()
+        self._shown(self._bar.stop)
+
+    def _shown(self, act: Callable[[], None]) -> None:
+        """A terminal that is gone, or cannot show a character, ends no training."""
+        try:
+            act()
+        except (OSError, ValueError) as problem:
+            fall_silent(self.out, problem)
+
+    def _update(self, completed: int, loss: float | None) -> None:
+        """Move the bar; beside it stand the loss and as many of the other numbers as there is room for."""
+        if loss is None:
+            return self._bar.update(self._task, completed=completed)
+        text = f"loss {loss:.4f}"
+        room = self._console.width - len(f"step {completed}/{self.total}  ") - _BAR_WIDTH
+        for i in range(len(self._tail), -1, -1):
+            text = "  ".join([f"loss {loss:.4f}", *self._tail[:i]])
+            if len(text) <= room:
+                break
+        self._bar.update(self._task, completed=completed, description=text)
 
     def step(self, step: int, loss: float | None) -> None:
-        text = f"loss {loss:.4f}  {self._tail}" if loss is not None else None
-        self._bar.update(self._task, completed=step, description=text)
+        self._update(step, loss)
 
     def train(self, record: dict[str, Any]) -> None:
         line = train_line(record, self.total).split("  ")
-        self._tail = "  ".join(
-            part for part in line if part.startswith(("lr", "eta", "reset")) or part.endswith("tok/s")
-        )
-        self._bar.update(self._task, completed=record["step"], description=f"loss {record['loss']:.4f}  {self._tail}")
+        found = {key: part for part in line for key in _BESIDE if key in part.split(" ")}
+        self._tail = [found[key] for key in _BESIDE if key in found]
+        self._update(record["step"], record["loss"])
 
     def parameters(self, names: list[str], record: dict[str, Any]) -> None:
         from evenstep.telemetry.live import worst_table
 
-        self._bar.summary = worst_table(names, record)
+        self._bar.summary = worst_table(names, record, width=self._console.width)
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._shown(lambda: self._console.print(text, markup=False, soft_wrap=True))
+
+
+_BESIDE = ("eta", "tok/s", "lr", "reset")
+"""What stands beside the bar, by the word that marks it; where there is no room the last ones are left out."""
+
+_BAR_WIDTH = 8
+"""Columns that are kept for the bar itself."""
 
 
 def make_progress(total: int, start: int = 0, *, quiet: bool = False) -> LineProgress:

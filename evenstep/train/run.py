@@ -22,13 +22,15 @@ from torch import Tensor
 
 from evenstep.data import eval_batches
 from evenstep.errors import EvenstepError
+from evenstep.kernels import uploaded
 from evenstep.train import loop, setup
 from evenstep.train.bad_batches import BadBatches
 from evenstep.train.checkpoint import newest_checkpoint, read_trainer
 from evenstep.train.config_io import build, read_toml, to_toml
 from evenstep.train.evaluate import evaluate
-from evenstep.train.files import locked, replace_text
+from evenstep.train.files import RunLock, check_own, hold, locked, replace_text
 from evenstep.train.hardware import pick_device
+from evenstep.train.header import header, rising_rate
 from evenstep.train.heartbeat import Heartbeat
 from evenstep.train.interrupts import Interrupts
 from evenstep.train.metrics import Metrics, NoMetrics, metrics_of
@@ -40,7 +42,7 @@ from evenstep.train.records import StepResult, Window
 from evenstep.train.saving import Saver
 from evenstep.train.schedule import lr_factor
 from evenstep.train.state import check_resume, restore_state, trainer_state, write_small
-from evenstep.train.summary import finish
+from evenstep.train.summary import attempt, finish
 from evenstep.train.telemetry import RunTelemetry
 from evenstep.train.tensors import optimizer_tensors
 from evenstep.train.world import World
@@ -51,7 +53,12 @@ class Run(Parts):
     everything and train nothing. ``world``: the processes that train together (None: this one alone).
 
     Raises EvenstepError, one line, for whatever does not fit together: data, model, optimizer, directory, checkpoint.
+
+    From before the first write to the end of `fit` process 0 holds the lock of the directory; without `fit`, for as
+    long as the object exists.
     """
+
+    lock: RunLock | None = None
 
     def __init__(self, config: Any, *, world: World | None = None, say: Say = tell, data_progress: Any = None) -> None:
         world = world or World(pick_device(config.train.device))
@@ -63,12 +70,16 @@ class Run(Parts):
         self._build(config, world, source, say, data_progress, blank=False)
         world.from_first(self._create)
         self.metrics = Metrics(self.out / "metrics.jsonl") if world.speaks else NoMetrics()
+        self._tell_header()
 
     def _create(self) -> None:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise EvenstepError(f"{self.out} cannot be created ({problem.strerror}); give another --out") from None
+        self.lock = hold(self.out)
+        setup.fresh_directory(self.config)  # once more: another run may have come and gone since
+        check_own(self.out)
         if (self.out / "config.toml").exists():
             self.say(f"{self.out} stopped before its first checkpoint; it starts again")
             (self.out / "metrics.jsonl").unlink(missing_ok=True)
@@ -97,12 +108,14 @@ class Run(Parts):
         world = world or World(pick_device(config.train.device))
         say = say if world.speaks else nothing
 
+        run = cls.__new__(cls)
+
         def newest() -> str:
-            with locked(directory):
-                return str(newest_checkpoint(directory, say))
+            run.lock = hold(directory)
+            check_own(directory)
+            return str(newest_checkpoint(directory, say))
 
         checkpoint = Path(world.from_first(newest))
-        run = cls.__new__(cls)
         source = run.source_on_resume(config, checkpoint, world, say)
         config = run.settled(config, source, say)
         check_optimizer(config.optim)  # names classes of its state as harmless, which lets trainer.pt be read
@@ -118,8 +131,15 @@ class Run(Parts):
         run.metrics = metrics_of(run)
         run.seconds = max(run.seconds, run.metrics.seconds)  # what came after the save and is not repeated
         left = config.total_steps - run.step_number
+        run._tell_header()
         say(f"resumed from {checkpoint}, {f'{left} steps to go' if left else 'nothing left to do'}")
+        if (line := rising_rate(config, trainer)) is not None:
+            say(line)
         return run
+
+    def _tell_header(self) -> None:
+        for line in attempt(self, "description of the run", lambda: header(self)) or ():
+            self.say(line)
 
     def _build(
         self, config: Any, world: World, source: Path | None, say: Say, data_progress: Any, *, blank: bool
@@ -138,6 +158,7 @@ class Run(Parts):
         self.parallel = Parallel(config, world)
         with world.together():
             self.loader = self.make_loader()
+            self.check_memory(source)
             # FSDP moves each block to its device by itself, after it was cut.
             first = torch.device("cpu") if self.parallel.mode in ("fsdp", "hsdp") else self.device
             self.model = self.make_model(source, first, blank=blank)
@@ -186,7 +207,7 @@ class Run(Parts):
             inputs, targets = self.loader.next_batch()
             waited += time.perf_counter() - asked
             self.heart.beat(number, "forward and backward")
-            inputs, targets = inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+            inputs, targets = uploaded(inputs, self.device), uploaded(targets, self.device)
             with self.telemetry.watching(self.is_log_step(number)):
                 loss = self._accumulate(inputs, targets)
             norm = self._gradient_norm(number)
@@ -280,6 +301,7 @@ class Run(Parts):
         raised with the way to go on.
         """
         with locked(self.out) if self.world.speaks else nullcontext():
+            self.lock = None  # it is free again after this, whatever still refers to the run
             with self.heart:
                 loop.fit(self)
             return finish(self) if self.world.speaks else {}  # the others wait for that outside the heartbeat

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import tomllib
+import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from evenstep.errors import EvenstepError
+from evenstep.paths import check_own_file, read_own
+from evenstep.toml import parse_toml
 from evenstep.train.files import is_running
 from evenstep.train.metrics import read_metrics
 
@@ -33,20 +35,25 @@ def list_runs(directory: Path) -> list[RunRow]:
         raise EvenstepError(
             f"{directory}: no such directory; evenstep pretrain makes runs/, or give the one with your runs"
         )
-    configs = [path for path in (directory / "config.toml", *directory.glob("*/config.toml")) if path.is_file()]
-    return [_row(path) for path in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True)]
+    configs = [path for path in (directory / "config.toml", *directory.glob("*/config.toml")) if os.path.lexists(path)]
+    return [_row(path) for path in sorted(configs, key=_changed, reverse=True)]
+
+
+def _changed(path: Path) -> float:
+    return os.lstat(path).st_mtime
 
 
 def _row(config: Path) -> RunRow:
     run = config.parent
-    when = f"{datetime.fromtimestamp(config.stat().st_mtime):%Y-%m-%d %H:%M}"
+    when = f"{datetime.fromtimestamp(_changed(config)):%Y-%m-%d %H:%M}"
     try:
-        tables = tomllib.loads(config.read_text(encoding="utf-8"))
-        records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+        tables = parse_toml(read_own(run, config.name))
+        records = []
+        if os.path.lexists(run / "metrics.jsonl"):
+            check_own_file(run, "metrics.jsonl")
+            records = read_metrics(run / "metrics.jsonl")
         size, optimizer = tables["model"].get("size", "custom"), tables["optim"]["name"]
-        finished = (run / "summary.json").exists() and bool(
-            json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        )
+        finished = os.path.lexists(run / "summary.json") and bool(json.loads(read_own(run, "summary.json")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return RunRow(run.name, when, "", "", 0, None, "unreadable")
     status = "running" if is_running(run) else "finished" if finished else "interrupted"

@@ -33,6 +33,7 @@ def sample_text(model: Llama, tokenizer: Tokenizer, sample: SampleConfig, seed: 
         top_k=sample.top_k or None,
         generator=torch.Generator().manual_seed(seed),
         stop=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
     )
     return tokenizer.decode([*prompt, *new])
 

@@ -1,9 +1,9 @@
 """Writes checkpoints while the training goes on.
 
-`Saver.save` copies the tensors (into pinned memory on a GPU machine) and returns; torch.distributed.checkpoint writes
-the copies from a thread, and another thread waits for it, has every process hash its own shards, and lets process 0
-write the manifest and rename the directory. The next save waits for the one before. What goes wrong in the background
-is raised by the next `wait`, on every process alike.
+`Saver.save` copies the tensors (into pinned memory on a GPU machine) and returns; a thread writes the copies by
+torch.distributed.checkpoint, has every process hash its own shards, and lets process 0 write the manifest and rename
+the directory. The next save waits for the one before. What goes wrong in the background is raised by the next `wait`,
+on every process alike.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from evenstep.errors import EvenstepError
 from evenstep.models.hf import require_safetensors
+from evenstep.optim.sharding import is_sharded, local
 from evenstep.train.checkpoint import SHARD, begin, commit, could_not_save, facts_of
-from evenstep.train.tensors import quiet_dcp
+from evenstep.train.tensors import write
 from evenstep.train.world import World
 
 
@@ -30,7 +32,7 @@ class Saver:
     def __init__(self, directory: Path, world: World) -> None:
         require_safetensors()  # without it the first checkpoint would end the run
         self.directory, self.world = directory, world
-        self._stager: Any = None
+        self._copies: dict[str, Tensor] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
         self.alive: Callable[[], None] = lambda: None
@@ -58,47 +60,44 @@ class Saver:
             with self.world.together():
                 if self.world.rank == 0:
                     self._guarded(step, lambda: write_small(begin(self.directory, step)))
-            written = self._guarded(step, lambda: self._start(partial, tensors))
+            staged = self._guarded(step, lambda: self._staged(tensors))
         except BaseException:
             self._clean(partial)
             raise
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending = self._thread.submit(self._finish, written, partial, step, keep)
+        self._pending = self._thread.submit(self._finish, *staged, partial, step, keep)
         self.last = step
         if wait:
             self.wait()
         return self.directory / f"step-{step:06d}"
 
-    def _start(self, partial: Path, tensors: dict[str, Tensor]) -> Future[Any]:
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+    def _staged(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
+        """Copies on the CPU, and what waits until they are whole: what a GPU is given after this finds the tensors free
+        to be written, and is not waited for. The memory is kept for the next save.
+        """
+        kept, self._copies = self._copies, {}
+        for name, x in tensors.items():
+            copy = kept.pop(name, None)
+            if copy is None or not _alike(copy, x):
+                copy = torch.empty_like(x, device="cpu", pin_memory=local(x).is_cuda, requires_grad=False)
+            local(copy).copy_(local(x), non_blocking=True)
+            self._copies[name] = copy
+        if self.world.device.type != "cuda":
+            return self._copies, lambda: None
+        copied = torch.cuda.Event()
+        copied.record()
+        return self._copies, copied.synchronize
 
-        quiet_dcp()
-        if self._stager is None:
-            cuda = self.world.device.type == "cuda"
-            self._stager = DefaultStager(
-                StagingOptions(
-                    use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-                )
-            )
-        found = dcp.async_save(
-            tensors,
-            storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
-            process_group=self.world.saving,
-            async_stager=self._stager,
-            no_dist=self.world.saving is None,
-        )
-        assert isinstance(found, Future)
-        return found
-
-    def _finish(self, written: Future[Any], partial: Path, step: int, keep: int | None) -> None:
-        """In the thread: from written shards to a checkpoint."""
+    def _finish(
+        self, copies: dict[str, Tensor], whole: Callable[[], None], partial: Path, step: int, keep: int | None
+    ) -> None:
+        """In the thread: from copies of the tensors to a checkpoint."""
         world = self.world
 
         def own_files() -> dict[str, Any]:
-            written.result()
+            whole()
+            write(partial, copies, world.saving)
             mine = sorted(partial.glob(f"shard-{world.rank + 1:05d}-*{SHARD}"))
             small = [path for path in sorted(partial.iterdir()) if path.suffix != SHARD] if world.rank == 0 else []
             return {path.name: facts_of(path) for path in (*mine, *small)}
@@ -146,6 +145,10 @@ class Saver:
         if self._thread is not None:
             self._thread.shutdown(wait=True)
             self._thread = None
-        if self._stager is not None:
-            self._stager.close()
-            self._stager = None
+        self._copies = {}
+
+
+def _alike(copy: Tensor, x: Tensor) -> bool:
+    """Whether a copy of ``x`` fits in the place of an earlier one."""
+    same = copy.dtype == x.dtype and copy.shape == x.shape and type(copy) is type(x)
+    return same and (not is_sharded(x) or (copy.placements, copy.device_mesh) == (x.placements, x.device_mesh))  # type: ignore[attr-defined]

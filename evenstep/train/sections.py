@@ -8,7 +8,7 @@ from typing import Any
 
 from evenstep.baselines.catalog import BASELINES
 from evenstep.errors import EvenstepError
-from evenstep.train.options import Section, option
+from evenstep.train.options import MOST_SEQUENCES, MOST_STEPS, MOST_TOKENS, Section, option
 
 SIZE_NAMES = (
     "tiny", "9m", "20m", "35m", "40m", "60m", "71m", "100m", "130m", "250m", "350m", "1b", "3b", "7b",
@@ -30,7 +30,7 @@ class DataConfig(Section):
     tokenizer: str = option("bpe", "bpe (trained once on the source), or a tokenizer.json or SentencePiece .model file")
     vocab_size: int | None = option(
         None, "entries of the vocabulary bpe trains (none: 4096), fewer for a short text; of a given tokenizer, the "
-        "most it may have", low=1,
+        "most it may have", low=1, high=2**20,
     )  # fmt: skip
     val_fraction: float = option(0.02, "share of the documents kept for validation; 0: none", low=0, high=0.5)
     text_field: str = option(
@@ -38,7 +38,7 @@ class DataConfig(Section):
         "the first that a row has",
     )  # fmt: skip
     max_tokens: int | None = option(
-        None, "stop preparing after this many tokens (none: the whole source)", low=1, count=True
+        None, "stop preparing after this many tokens (none: the whole source)", low=1, high=MOST_TOKENS, count=True
     )
     cache_dir: str | None = option(
         None, "where prepared tokens are kept (none: the user's cache directory)", resume="free"
@@ -91,8 +91,8 @@ class OptimConfig(Section):
         choices=tuple(BASELINES), form=r"[\w.]+:\w+",
     )  # fmt: skip
     before: str = option("", "gradient transforms in front of it, as 'adaclip + adagn(gamma1=0.7)'")
-    lr: float = option(1e-3, "the highest learning rate", above=0)
-    weight_decay: float = option(0.0, "decay of the parameters that optim.decay names", low=0)
+    lr: float = option(1e-3, "the highest learning rate", above=0, high=1e12)
+    weight_decay: float = option(0.0, "decay of the parameters that optim.decay names", low=0, high=1e12)
     decay: str = option(
         "matrices", "which parameters decay: those of two or more dimensions, or all", choices=("matrices", "all")
     )
@@ -108,7 +108,9 @@ class ScheduleConfig(Section):
     name: str = option(
         "cosine", "its shape after the warm-up (wsd: stable, then decay)", choices=("cosine", "wsd", "constant")
     )
-    warmup_steps: int | None = option(None, "steps of linear warm-up (none: a tenth of all steps)", low=0, count=True)
+    warmup_steps: int | None = option(
+        None, "steps of linear warm-up (none: a tenth of all steps)", low=0, high=MOST_STEPS, count=True
+    )
     min_lr_ratio: float = option(0.1, "the last learning rate as a share of the highest (cosine, wsd)", low=0, high=1)
     decay_fraction: float = option(0.2, "share of the steps that wsd spends decaying", above=0, high=1)
 
@@ -118,14 +120,21 @@ class TrainConfig(Section):
     TITLE = "the training"
     SECTION = "train"
     steps: int | None = option(
-        None, "the budget in optimizer steps; give this or train.tokens", low=1, count=True, resume="free"
+        None,
+        "the budget in optimizer steps; give this or train.tokens",
+        low=1,
+        high=MOST_STEPS,
+        count=True,
+        resume="free",
     )
-    tokens: int | None = option(None, "the budget in tokens: 20K, 100M, 1.5B", low=1, count=True, resume="free")
-    batch_size: int = option(8, "sequences per optimizer step, over all ranks", low=1)
+    tokens: int | None = option(
+        None, "the budget in tokens: 20K, 100M, 1.5B", low=1, high=MOST_TOKENS, count=True, resume="free"
+    )
+    batch_size: int = option(8, "sequences per optimizer step, over all ranks", low=1, high=MOST_SEQUENCES)
     micro_batch_size: int | None = option(
-        None, "sequences in one forward pass (none: batch_size)", low=1, resume="rounding"
+        None, "sequences in one forward pass (none: batch_size)", low=1, high=MOST_SEQUENCES, resume="rounding"
     )
-    seq_len: int = option(256, "tokens per sequence", low=2)
+    seq_len: int = option(256, "tokens per sequence", low=2, high=MOST_SEQUENCES)
     dtype: str = option(
         "fp32", "number format; bf16-autocast keeps fp32 weights, bf16 does not",
         choices=("fp32", "bf16-autocast", "bf16"),
@@ -139,15 +148,15 @@ class TrainConfig(Section):
     )
     loss_chunk: int | str = option(
         "auto", "rows of logits alive at once; 0: all; auto: 256 on a CPU, else all if they fit an eighth of memory",
-        low=0, choices=("auto",), resume="rounding",
+        low=0, high=10**12, choices=("auto",), resume="rounding",
     )  # fmt: skip
-    clip_norm: float = option(0.0, "clip the norm of all gradients together to this; 0: off", low=0)
+    clip_norm: float = option(0.0, "clip the norm of all gradients together to this; 0: off", low=0, high=1e30)
     on_nan: str = option(
         "stop", "a loss that is not finite: end the run, leave its batch out, or go back to the last checkpoint and "
         "leave it out then", choices=("stop", "skip", "rewind"), resume="free",
     )  # fmt: skip
     deterministic: bool = option(False, "refuse operations whose result may differ between two runs", resume="rounding")
-    threads: int = option(0, "CPU threads; 0: as torch decides (OMP_NUM_THREADS)", low=0, resume="rounding")
+    threads: int = option(0, "CPU threads; 0: as torch decides (OMP_NUM_THREADS)", low=0, high=1024, resume="rounding")
 
 
 @dataclass(frozen=True)
@@ -160,11 +169,15 @@ class ParallelConfig(Section):
         choices=("none", "ddp", "fsdp", "hsdp", "tp+fsdp"), resume="rounding",
     )  # fmt: skip
     tensor: int | None = option(
-        None, "processes that share each matrix product, tp+fsdp alone (none: those of one machine)", low=1,
+        None, "processes that share each matrix product, tp+fsdp alone (none: those of one machine)", low=1, high=2**20,
         resume="rounding",
     )  # fmt: skip
     replicate: int | None = option(
-        None, "groups that each hold the whole model, hsdp alone (none: one a machine)", low=1, resume="rounding"
+        None,
+        "groups that each hold the whole model, hsdp alone (none: one a machine)",
+        low=1,
+        high=2**20,
+        resume="rounding",
     )
     reshard: bool = option(
         True, "free gathered weights after the forward pass, gather them again in the backward (all but ddp)",
@@ -172,7 +185,7 @@ class ParallelConfig(Section):
     )  # fmt: skip
     timeout: float = option(
         600.0, "seconds without progress after which the run ends and names the process that is missing", above=0,
-        resume="free",
+        high=30 * 86400, resume="free",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -189,10 +202,14 @@ class ParallelConfig(Section):
 class EvalConfig(Section):
     TITLE = "validation"
     SECTION = "eval"
-    every: int = option(100, "steps between validations; 0: only at the end", low=0, count=True, resume="free")
-    max_tokens: int = option(1_000_000, "validation tokens to use; 0: all", low=0, count=True, resume="free")
+    every: int = option(
+        100, "steps between validations; 0: only at the end", low=0, high=MOST_STEPS, count=True, resume="free"
+    )
+    max_tokens: int = option(
+        1_000_000, "validation tokens to use; 0: all", low=0, high=MOST_TOKENS, count=True, resume="free"
+    )
     batch_size: int | None = option(
-        None, "sequences in one validation pass (none: micro_batch_size)", low=1, resume="free"
+        None, "sequences in one validation pass (none: micro_batch_size)", low=1, high=MOST_SEQUENCES, resume="free"
     )
 
 
@@ -201,17 +218,22 @@ class CheckpointConfig(Section):
     TITLE = "checkpoints"
     SECTION = "checkpoint"
     every: int = option(
-        500, "steps between checkpoints; 0: only at the end and on interruption", low=0, count=True, resume="free"
+        500,
+        "steps between checkpoints; 0: only at the end and on interruption",
+        low=0,
+        high=MOST_STEPS,
+        count=True,
+        resume="free",
     )
     background: bool = option(True, "write them while the training goes on, from a copy in memory", resume="free")
-    keep: int = option(2, "how many of the newest checkpoints to keep", low=1, resume="free")
+    keep: int = option(2, "how many of the newest checkpoints to keep", low=1, high=10**6, resume="free")
 
 
 @dataclass(frozen=True)
 class LogConfig(Section):
     TITLE = "the log"
     SECTION = "log"
-    every: int = option(10, "steps between lines of metrics.jsonl", low=1, resume="free")
+    every: int = option(10, "steps between lines of metrics.jsonl", low=1, high=MOST_STEPS, resume="free")
     curve: bool = option(True, "draw curve.png at the end", resume="free")
 
 
@@ -220,13 +242,17 @@ class TelemetryConfig(Section):
     TITLE = "what the optimizer saw (docs/telemetry.md)"
     SECTION = "telemetry"
     enabled: bool = option(True, "measure every step, and tell of spikes", resume="free")
-    every: int = option(10, "least steps between two lines with the numbers of all parameters", low=1, resume="free")
-    samples: int = option(64, "coordinates of each parameter whose GSS is followed; 0: none", low=0, resume="free")
-    ratio: float = option(
-        10.0, "an event: a largest entry above this many times its recent mean", above=1, resume="free"
+    every: int = option(
+        10, "least steps between two lines with the numbers of all parameters", low=1, high=MOST_STEPS, resume="free"
     )
-    sigma: float = option(7.0, "spike rate: standard deviations above the mean", above=0, resume="free")
-    window: int = option(1000, "spike rate: steps of its mean and of the rate", low=2, resume="free")
+    samples: int = option(
+        64, "coordinates of each parameter whose GSS is followed; 0: none", low=0, high=2**16, resume="free"
+    )
+    ratio: float = option(
+        10.0, "an event: a largest entry above this many times its recent mean", above=1, high=1e30, resume="free"
+    )
+    sigma: float = option(7.0, "spike rate: standard deviations above the mean", above=0, high=1e30, resume="free")
+    window: int = option(1000, "spike rate: steps of its mean and of the rate", low=2, high=100_000, resume="free")
     tensorboard: bool = option(False, "also write for TensorBoard, into the run's directory", resume="free")
     wandb: str = option("off", "also Weights & Biases", choices=("off", "offline", "online"), resume="free")
     trackio: bool = option(False, "also trackio's local database", resume="free")
@@ -237,6 +263,6 @@ class SampleConfig(Section):
     TITLE = "the text written at the end"
     SECTION = "sample"
     prompt: str = option("", "how the text starts (empty: as a new document)", resume="free")
-    tokens: int = option(120, "tokens to generate; 0: no sample", low=0, resume="free")
-    temperature: float = option(0.8, "0: always the likeliest token", low=0, resume="free")
-    top_k: int = option(50, "choose among this many likeliest tokens; 0: all", low=0, resume="free")
+    tokens: int = option(120, "tokens to generate; 0: no sample", low=0, high=10**6, resume="free")
+    temperature: float = option(0.8, "0: always the likeliest token", low=0, high=1e6, resume="free")
+    top_k: int = option(50, "choose among this many likeliest tokens; 0: all", low=0, high=2**20, resume="free")

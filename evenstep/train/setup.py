@@ -16,11 +16,13 @@ from evenstep.errors import EvenstepError
 from evenstep.lowbit import lowbit_report, quantize_
 from evenstep.models import SIZES, Llama, llama_config
 from evenstep.models.hf import read_config
+from evenstep.paths import unused
 from evenstep.train.checkpoint import list_checkpoints
 from evenstep.train.config import Config
-from evenstep.train.files import check_creatable, is_running
-from evenstep.train.hardware import total_memory
+from evenstep.train.files import LOCK, check_creatable, check_free
+from evenstep.train.hardware import memory_limit, total_memory
 from evenstep.train.weights import load_model
+from evenstep.train.world import World
 
 CHUNK_BYTES = 64 * 2**20
 """Logits alive at once when the loss is chunked by ``auto``."""
@@ -41,18 +43,22 @@ def default_name(config: Config) -> str:
 def fresh_directory(config: Config) -> Path:
     """The run's directory, which must hold nothing yet, or a run that stopped before its first checkpoint; it is not
     created here."""
-    out = Path(config.out) if config.out else Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{default_name(config)}"
+    new = Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{default_name(config)}"
+    out = Path(config.out) if config.out else unused(new)
+    check_free(out)
     if (out / "config.toml").exists():
-        if is_running(out):
-            raise EvenstepError(f"{out} is being trained by another process; wait for it, or give another --out")
         if list_checkpoints(out / "checkpoints"):
             raise EvenstepError(f"{out} holds a run already; continue it with --resume {out}, or give another --out")
         if (out / "summary.json").exists():
             raise EvenstepError(f"{out} holds a finished run without its checkpoints; give another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name not in _LEFT_AT_START for path in out.iterdir())):
         raise EvenstepError(f"{out} exists and is not an empty directory; give another --out")
     check_creatable(out)
     return out
+
+
+_LEFT_AT_START = (LOCK, ".config.toml.partial")
+"""What a run leaves behind that was killed before it had written anything."""
 
 
 def set_up_torch(config: Config) -> None:
@@ -138,6 +144,25 @@ def build_model(
     model.activation_checkpointing = config.train.activation_checkpointing
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     return with_lowbit(model.to(device=device, dtype=dtype), config.lowbit, say)
+
+
+def check_memory(config: Config, vocab_size: int, source: Path | None, world: World) -> None:
+    """EvenstepError when a run on CPUs needs more memory than the machine has: the system would kill it without a word.
+    Counted is what it needs at the least. A GPU says so itself."""
+    if world.device.type != "cpu":
+        return
+    from evenstep.train.plan import least_memory
+
+    shape = read_config(source) if source else llama_config(config.model.label, vocab_size)
+    needs, limit = least_memory(config, shape, world.size, world.local_size), memory_limit()
+    if sum(needs.values()) * world.local_size <= limit:
+        return
+    found = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in needs.items() if size >= 5e7)
+    each = f" in each of {world.local_size} processes" if world.local_size > 1 else ""
+    raise EvenstepError(
+        f"the run needs at least {sum(needs.values()) / 1e9:,.1f} GB of memory{each} ({found}), the machine has "
+        f"{limit / 1e9:,.1f} GB; give a smaller model.size, data.vocab_size, train.micro_batch_size or train.seq_len"
+    )
 
 
 def with_lowbit(model: Llama, recipe: str | None, say: Callable[[str], None]) -> Llama:

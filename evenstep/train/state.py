@@ -15,6 +15,7 @@ from evenstep.data import TokenData
 from evenstep.errors import EvenstepError
 from evenstep.train.checkpoint import TRAINER, read_trainer, write_tensors
 from evenstep.train.config import BaseConfig
+from evenstep.train.config_flags import new_run, shown
 from evenstep.train.config_io import build, changed_options, to_tables
 from evenstep.train.tensors import fill, load_optimizer
 
@@ -66,14 +67,7 @@ def write_small(run: Run, trainer: dict[str, Any], directory: Path) -> None:
 
 def check_resume(directory: Path, config: BaseConfig, trainer: dict[str, Any]) -> None:
     """EvenstepError when ``config`` asks for something that the run of the checkpoint cannot become."""
-    if changed := changed_options(build(trainer["config"], type(config)), config):
-        values = ", ".join(
-            f"{key} (it was {_shown(was)}, given is {_shown(now)})" for key, (was, now) in changed.items()
-        )
-        raise EvenstepError(
-            f"{directory} was trained with another {values}; resuming keeps what decides the result: leave "
-            f"{'it' if len(changed) == 1 else 'them'} out, or start a new run with another --out"
-        )
+    check_changes(directory, config, build(trainer["config"], type(config)))
     if config.total_steps < trainer["step"]:
         budget = "steps" if config.train.steps is not None else "tokens"
         raise EvenstepError(
@@ -82,8 +76,19 @@ def check_resume(directory: Path, config: BaseConfig, trainer: dict[str, Any]) -
         )
 
 
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def check_changes(directory: Path, config: BaseConfig, old: BaseConfig) -> None:
+    """EvenstepError when ``config`` differs from that of the run in what decides the result."""
+    if changed := changed_options(old, config):
+        values = ", ".join(f"{key} (it was {shown(was)}, given is {shown(now)})" for key, (was, now) in changed.items())
+        words = [word for key, (_, now) in changed.items() for word in (f"--{key}", shown(now))]
+        # Weights fit no other shape, and mean nothing under other tokens.
+        fit = not any(key.startswith("model.") or key in ("data.tokenizer", "data.vocab_size") for key in changed)
+        command = new_run(config.COMMAND, directory, words, weights=fit)
+        start = " from its weights" if fit and config.COMMAND == "pretrain" else ""
+        raise EvenstepError(
+            f"{directory} was trained with another {values}; resuming keeps what decides the result: leave "
+            f"{'it' if len(changed) == 1 else 'them'} out, or start a new run{start} with: {command}"
+        )
 
 
 def restore_state(run: Run, checkpoint: Path, trainer: dict[str, Any]) -> None:
@@ -94,12 +99,12 @@ def restore_state(run: Run, checkpoint: Path, trainer: dict[str, Any]) -> None:
     if trainer["tokenizer"] != run.tokenizer.fingerprint:
         raise EvenstepError(
             f"{checkpoint} was trained with another tokenizer than '{run.config.data.tokenizer}' is now; "
-            "bring back the one it had, or start a new run with another --out"
+            f"bring back the one it had, or start a new run with: {_again(run, weights=False)}"
         )
     if trainer["data"] != run.data_identity():
         raise EvenstepError(
             f"{checkpoint} was trained on other tokens than {run.config.data.source} gives now (the text has changed); "
-            "bring back the text, or start a new run from the checkpoint with --model.init"
+            f"bring back the text, or start a new run from its weights with: {_again(run)}"
         )
     fill(checkpoint, run.tensors())
     load_optimizer(run.model, run.optimizer, checkpoint, trainer["optimizer"])
@@ -117,6 +122,10 @@ def restore_state(run: Run, checkpoint: Path, trainer: dict[str, Any]) -> None:
         set_rng_state(own["rng"])
     else:  # another number of processes: numbers that nothing has drawn yet, the same for all copies of a parameter
         torch.manual_seed(hash((run.config.seed, run.step_number)) % 2**63)
+
+
+def _again(run: Run, *, weights: bool = True) -> str:
+    return new_run(run.config.COMMAND, run.out, weights=weights)
 
 
 def data_identity(data: TokenData) -> str:

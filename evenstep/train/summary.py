@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from evenstep.baselines.state_size import state_bytes
+from evenstep.console import program
+from evenstep.errors import EvenstepError
 from evenstep.telemetry.schema import finite
 from evenstep.train.config_io import config_hash
-from evenstep.train.files import replace_text
+from evenstep.train.failure import reason_of
+from evenstep.train.files import replace_bytes, replace_text
 from evenstep.train.hardware import commit, describe_hardware, peak_memory, versions
 from evenstep.train.metrics import read_metrics
 from evenstep.train.progress import clock
@@ -22,9 +27,11 @@ from evenstep.train.weights import load_model
 if TYPE_CHECKING:
     from evenstep.train.run import Run
 
+T = TypeVar("T")
+
 
 def finish(run: Run) -> dict[str, Any]:
-    """Sample, curve, summary.json and the closing lines of a run that has reached its end; returns the summary."""
+    """summary.json, sample, curve and the closing lines of a run that has reached its end; returns the summary."""
     config, train, validation = run.config, run.metrics.last_train or {}, run.metrics.last_validation or {}
     summary = {
         "name": config.name,
@@ -38,7 +45,11 @@ def finish(run: Run) -> dict[str, Any]:
         "seconds": run.seconds,
         "tokens_per_second": run.tokens / run.step_seconds if run.step_seconds else None,
         "peak_memory": peak_memory(run.device),
-        "state_bytes": state_bytes(run.optimizer.state_dict()["state"], run.model.parameters()),
+        "state_bytes": attempt(
+            run,
+            "size of the optimizer's state",
+            lambda: state_bytes(run.optimizer.state_dict()["state"], run.model.parameters()),
+        ),
         "model_bytes": sum(p.numel() * p.element_size() for p in run.model.parameters()),
         "model": config.model.label,
         "parameters": run.model.num_parameters(),
@@ -55,17 +66,33 @@ def finish(run: Run) -> dict[str, Any]:
         **run.conclusion(),
     }
     files = ["config.toml", "metrics.jsonl", "summary.json", "checkpoints/"]
-    title = f"{config.name} on {config.data.source}"
+
+    def write() -> dict[str, Any]:
+        clean = {key: finite(value) for key, value in summary.items()}
+        replace_text(run.out / "summary.json", json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
+        return clean
+
+    # The result is on the disk before anything that is for show, none of which can fail the run.
+    clean = write()
+    if summary.get("sample", "") is None:
+        summary["sample"] = attempt(run, "sample", lambda: sample_of(run))
+        clean = write()
     if config.log.curve:
-        if draw_curve(run.out / "metrics.jsonl", run.out / "curve.png", title):
+        title = f"{config.name} on {config.data.source}"
+        if attempt(run, "curve.png", lambda: draw_curve(run.out / "metrics.jsonl", run.out / "curve.png", title)):
             files.insert(3, "curve.png")
-        else:
-            run.say("no curve.png: matplotlib is not installed (pip install 'evenstep[train]')")
-    clean = {key: finite(value) for key, value in summary.items()}
-    replace_text(run.out / "summary.json", json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
-    for line in run.closing(run.out, summary, files):
+    for line in attempt(run, "closing lines", lambda: run.closing(run.out, summary, files)) or ():
         run.say(line)
     return clean
+
+
+def attempt(run: Run, what: str, make: Callable[[], T]) -> T | None:
+    """What ``make`` gives; None, and a line that says why, where it raises anything."""
+    try:
+        return make()
+    except Exception as problem:
+        run.say(f"no {what}: {reason_of(problem) if str(problem) else type(problem).__name__}")
+        return None
 
 
 def sample_of(run: Run) -> str:
@@ -88,12 +115,12 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def draw_curve(metrics: Path, picture: Path, title: str) -> bool:
-    """Training loss (raw and smoothed) and validation loss over the tokens seen, as a PNG. False when matplotlib is
-    not installed."""
+    """Training loss (raw and smoothed) and validation loss over the tokens seen, as a PNG. EvenstepError without
+    matplotlib."""
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        return False
+    except ModuleNotFoundError as problem:
+        raise EvenstepError(f"{problem.name} is not installed (pip install 'evenstep[train]')") from None
     records = read_metrics(metrics)
     train = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
     val = [(r["tokens"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
@@ -113,13 +140,16 @@ def draw_curve(metrics: Path, picture: Path, title: str) -> bool:
         axes.plot(
             *zip(*val, strict=True), "o-", color="tab:orange", markersize=4, label=f"validation, last {val[-1][1]:.3f}"
         )
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.set_title(title, parse_math=False)  # a path may hold a $
     axes.xaxis.set_major_formatter(lambda x, _: short_count(x))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if train or val:
         axes.legend(frameon=False)
-    figure.savefig(picture, dpi=130)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=130)
+    replace_bytes(picture, drawn.getvalue())
     return True
 
 
@@ -134,21 +164,23 @@ def short_count(value: float) -> str:
 def _validation(summary: dict[str, Any]) -> str:
     if summary["val_loss"] is None:
         return "no validation: the text has no validation split (data.val_fraction 0)"
-    return (
-        f"validation loss {summary['val_loss']:.4f}   perplexity {summary['perplexity']:.2f}   "
-        f"bits per byte {summary['bits_per_byte']:.4f}"
-    )
+    shown = {"perplexity": ".2f", "bits_per_byte": ".4f"}
+    parts = [
+        f"{key.replace('_', ' ')} {summary[key]:{form}}" for key, form in shown.items() if summary[key] is not None
+    ]
+    return "   ".join([f"validation loss {summary['val_loss']:.4f}", *parts])
 
 
 def closing_lines(out: Path, summary: dict[str, Any], files: list[str]) -> list[str]:
     """The block printed after the last step: numbers, sample, files, and the commands that come next."""
     run = shlex.quote(str(out))
     prompt = f" --prompt {shlex.quote(summary['prompt'])}" if summary["prompt"] else ""
+    speed = summary["tokens_per_second"]
     lines = [
         "",
         _validation(summary),
-        f"{short_count(summary['tokens'])} tokens in {clock(summary['seconds'])}   "
-        f"{summary['tokens_per_second']:,.0f} tokens/s",
+        f"{short_count(summary['tokens'])} tokens in {clock(summary['seconds'])}"
+        + (f"   {speed:,.0f} tokens/s" if speed else ""),
     ]
     if summary.get("sample"):
         lines += [
@@ -160,6 +192,7 @@ def closing_lines(out: Path, summary: dict[str, Any], files: list[str]) -> list[
         *lines,
         "",
         f"written to {out}: {', '.join(files)}",
-        f"more text:  evenstep generate {run}{prompt}",
-        f"go on:      evenstep pretrain --resume {run} --train.steps {2 * summary['steps']}",
+        f"report:     {program()} report {run}",
+        f"more text:  {program()} generate {run}{prompt}",
+        f"go on:      {program()} pretrain --resume {run} --train.steps {2 * summary['steps']}",
     ]

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from evenstep.train.run import Run
 
 
+DRAIN_STEPS = 1000
+"""Steps that are kept on the device before they are read, at most: their numbers take memory."""
+
+
 class LowBitNoise:
     """What quantisation does to every low-bit layer, as `SpikeMonitor` takes it: ``saturation``, ``underflow`` and
     ``error`` of the weight and, where the recipe quantises gradients, ``gradient_error``.
@@ -67,7 +71,7 @@ class RunTelemetry:
             self.monitor = SpikeMonitor(
                 run.model,
                 run.optimizer,
-                every=run.config.log.every,
+                every=min(run.config.log.every, DRAIN_STEPS),
                 sinks=[self],
                 say=None,
                 samples=config.samples,

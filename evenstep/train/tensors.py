@@ -36,6 +36,16 @@ def reader(directory: Path) -> Any:
     return HuggingFaceStorageReader(str(directory))
 
 
+def write(directory: Path, tensors: dict[str, Tensor], group: Any) -> None:
+    """Write ``tensors`` into shards in ``directory``, each process of ``group`` (None: this one alone) its parts."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    quiet_dcp()
+    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+
+
 def _metadata(directory: Path) -> dict[str, Any]:
     """Shape and dtype of every tensor in the shards. EvenstepError when one cannot be read, or its parts do not cover
     it."""

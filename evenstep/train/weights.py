@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, load_pretrained
-from evenstep.train.checkpoint import MANIFEST, load_model_state, newest_checkpoint
+from evenstep.train.checkpoint import MANIFEST, load_model_state, newest_checkpoint, way_on
 from evenstep.train.config_io import read_toml
 
 PRODUCT = "model"
@@ -31,7 +31,7 @@ def find_source(path: Path, say: Callable[[str], None], option: str = "model.ini
     if not (path / "config.toml").is_file() or "tune" not in read_toml(path / "config.toml"):
         return newest_checkpoint(path, say)
     if not (path / PRODUCT / "config.json").is_file():
-        raise EvenstepError(f"{path} is a fine-tuning run that has not ended; evenstep finetune --resume {path}")
+        raise EvenstepError(f"{path} is a fine-tuning run that has not ended; {way_on(path)}")
     return path / PRODUCT
 
 

@@ -73,7 +73,7 @@ class AdamStep:
         return cls(
             keep1=torch.where(finite, keep * beta1, one),
             keep2=torch.where(finite, keep * beta2, one),
-            add1=one.new_tensor(1.0) - beta1,
+            add1=one.new_ones(()) - beta1,
             add2=1 - beta2,
             step_size=torch.where(finite, step_size, 0 * one),
             root_bias2=root_bias2,

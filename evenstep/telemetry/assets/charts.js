@@ -47,10 +47,11 @@ E.hooks = (more) => ({
 
 // lines: [{label, x, y, color, dash, dots}]; marks: [{step, color}] are drawn as ticks at the foot, and through the whole
 // chart where they are few.
-E.lineChart = (title, lines, { log = false, marks = [], wide = false, height = 230, about = null } = {}) => {
+E.lineChart = (title, lines, { log = false, marks = [], wide = false, height = 230, about = null, id = "" } = {}) => {
   const there = lines.filter((line) => line.x && line.x.length);
   const holder = E.el("div", { className: "plot" });
   const section = E.section(title, wide, holder, about);
+  if (id) section.id = id;
   if (!there.length) {
     holder.append(E.el("p", { className: "soft" }, "nothing was measured"));
     return section;
@@ -83,10 +84,10 @@ E.lineChart = (title, lines, { log = false, marks = [], wide = false, height = 2
   const options = {
     height,
     scales: { x: E.xScale(), y: log ? { distr: 3 } : {} },
-    axes: [E.axis({}), E.axis({ size: E.LEFT, values: (u, ticks) => ticks.map((v) => (v === null ? "" : E.number(v))) })],
+    axes: [E.axis({}), E.axis({ size: E.LEFT, values: (u, ticks) => ticks.map((v) => (v === null ? "" : E.tick(v))) })],
     series: [{ label: "step", value: (u, value) => E.number(value) }, ...series],
     legend: { markers: { width: 2, fill: (u, i) => u.series[i].stroke(u, i), dash: (u, i) => (u.series[i].dash ? "dashed" : "solid") } },
-    cursor: { sync: E.SYNC, drag: { x: true, y: false } },
+    cursor: { sync: E.SYNC, drag: { x: true, y: false, dist: 6 } },
     hooks: E.hooks({ draw: [drawMarks] }),
   };
   section.ready = () => E.place(holder, options, data, E.limits);

@@ -21,6 +21,9 @@ E.number = (value) => {
   return size !== 0 && (size < 1e-3 || size >= 1e6) ? Number(value.toPrecision(3)).toExponential() : String(short);
 };
 
+// The same where there is room for eight characters.
+E.tick = (value) => (Math.abs(value) >= 1e6 ? Number(value.toPrecision(3)).toExponential() : E.number(value));
+
 E.color = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 E.runColor = (i) => E.color("run" + (i % 6));
 

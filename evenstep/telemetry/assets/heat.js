@@ -89,10 +89,10 @@ E.scaleBar = (field, ends) => {
   return E.el("span", { className: "scale" }, least, canvas, E.number(ends[1]));
 };
 
-// What fits beside a picture on a phone: "model.layers.3.mlp.down_proj" -> "3 down_proj".
+// What fits beside a picture on a phone: "model.layers.3.mlp.down_proj" -> "3 down_proj"; of longer ones the middle goes.
 E.brief = (name) => {
   const text = name.replace(/^.*?(\d+)\..*?([^.]+)$/, "$1 $2");
-  return text.length > 13 ? text.slice(0, 12) + "…" : text;
+  return text.length > 14 ? `${text.slice(0, 7)}…${text.slice(-6)}` : text;
 };
 
 // Fills holder with the picture; pick(row) is called for a click on a row.
@@ -128,7 +128,7 @@ E.heatChart = (holder, heat, field, ends, title, pick) => {
     axes: [
       E.axis({}),
       E.axis({
-        size: narrow ? 92 : 215,
+        size: narrow ? 112 : 215,
         grid: { show: false },
         splits: (u, i, min, max) => {
           const every = Math.max(1, Math.ceil((max - min) / (u.bbox.height / devicePixelRatio / 14)));
@@ -140,7 +140,7 @@ E.heatChart = (holder, heat, field, ends, title, pick) => {
       }),
     ],
     series: [{}, { paths: () => null, points: { show: false } }],
-    cursor: { sync: E.SYNC, drag: { x: true, y: true, uni: 12 }, points: { show: false } },
+    cursor: { sync: E.SYNC, drag: { x: true, y: true, uni: 12, dist: 6 }, points: { show: false } },
     hooks: E.hooks({ draw: [(u) => E.paint(u, heat, field)], setCursor: [hover] }),
   };
   const data = [heat.last, heat.last.map(() => rows / 2)];

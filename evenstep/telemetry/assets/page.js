@@ -9,7 +9,17 @@ E.curve = (runs, name, label, more = {}) =>
     ...more,
   }));
 
-E.KINDS = { spike: "spike", loss_spike: "loss spike", reset: "moments reset", skipped: "not finite", recovered: "recovered" };
+E.KINDS = {
+  spike: "spike",
+  loss_spike: "loss spike",
+  recovered: "loss recovered",
+  nonfinite: "gradient not finite",
+  skipped: "gradient not finite, skipped",
+  stays_nonfinite: "gradients stay not finite",
+  weights_nonfinite: "weights not finite",
+  useless: "gradient below its quantisation noise",
+  reset: "moments reset",
+};
 E.kindColor = (kind) => E.color(kind in E.KINDS ? kind : "skipped");
 
 E.FACTS = {
@@ -23,6 +33,7 @@ E.FACTS = {
   recovery_steps: "steps to recover",
   unrecovered: "not recovered",
   skipped: "steps not finite",
+  weights_nonfinite: "weights not finite",
   resets: "moment resets",
   clipped: "clipped, at most",
   gradient_error: "gradient error",
@@ -39,13 +50,22 @@ E.fact = (name, value) => {
 // One run: a tile for each number. Several: a table of them, side by side.
 E.summary = (runs) => {
   const calm = runs.every((run) => !run.facts.loss_spikes) ? ["recovery_steps", "unrecovered"] : [];
+  if (runs.every((run) => !run.facts.weights_nonfinite)) calm.push("weights_nonfinite");
   const names = Object.keys(E.FACTS).filter((name) => runs.some((run) => name in run.facts) && !calm.includes(name));
   const notes = runs.flatMap((run) => run.notes.map((note) => E.el("p", { className: "note" }, runs.length > 1 ? `${run.name}: ${note}` : note)));
-  const bad = (run, name) => ["skipped", "unrecovered", "loss_spikes"].includes(name) && run.facts[name] > 0;
+  const bad = (run, name) => ["skipped", "unrecovered", "loss_spikes", "weights_nonfinite"].includes(name) && run.facts[name] > 0;
   const tile = (name) =>
     E.el("div", { className: bad(runs[0], name) ? "tile bad" : "tile", title: `${name}: ${E.data.facts[name]}` }, E.el("b", {}, E.fact(name, runs[0].facts[name])), E.el("span", {}, E.FACTS[name]));
   const body = runs.length > 1 ? E.sideBySide(runs, names, (run, name) => E.fact(name, run.facts[name]), { facts: E.FACTS }) : E.el("div", { className: "tiles" }, ...names.map(tile));
   return E.el("section", { className: runs.length > 1 ? "wide" : "wide bare", ariaLabel: "the run in numbers" }, ...notes, body);
+};
+
+// How it went, in words.
+E.verdict = (runs) => {
+  const told = runs.filter((run) => run.verdict.length);
+  if (!told.length) return null;
+  const lines = told.map((run) => E.el("p", { className: `verdict ${run.level}` }, ...(runs.length > 1 ? [E.el("b", {}, `${run.name}: `)] : []), run.verdict.join(" ")));
+  return E.el("section", { className: "wide", id: "verdict", ariaLabel: "how it went" }, ...lines);
 };
 
 E.eventSection = (runs) => {
@@ -62,11 +82,22 @@ E.eventSection = (runs) => {
     { name: "first", title: "data rows", number: true, text: (row) => (row.rows ? `${row.rows[0]}–${row.rows[1]}` : "–") },
   ];
   for (const row of rows) row.first = row.rows ? row.rows[0] : null;
-  const go = (row) => E.show(row.step - 50, row.step + 50);
-  const about = E.el("p", { className: "soft" }, "Click a head to sort, a line to look at the steps around it.");
+  const command = E.el("p", { className: "soft", id: "rows" });
+  const lookUp = (row) => {
+    const start = row?.rows && runs.find((run) => run.name === row.run).rows_command;
+    command.replaceChildren(...(start ? ["The text of these data rows: ", E.el("code", {}, `${start} ${row.rows[0]}-${row.rows[1]}`)] : []));
+  };
+  const go = (row) => {
+    lookUp(row);
+    E.show(row.step - 50, row.step + 50);
+    document.getElementById("loss").scrollIntoView({ block: "start" });
+  };
+  const about = E.el("p", { className: "soft" }, "Click a head to sort, a line to look at the steps around it (“all steps” leads back).");
   const table = E.table(columns, rows, { sort: ["size", true], go });
   table.id = "events";
-  return E.section("Events", true, about, table);
+  const worst = [...rows].sort((a, b) => (b.size ?? 0) - (a.size ?? 0));
+  lookUp(rows.find((row) => row.event === "weights_nonfinite" && row.rows) ?? worst.find((row) => row.rows));
+  return E.section("Events", true, about, command, table);
 };
 
 // The picture of one run with its choices; the parameter that is clicked gets a chart of its own.
@@ -97,9 +128,9 @@ E.heatSection = (title, runs, part, fields, id) => {
       E.scaleBar(field, ends),
     );
     holder.replaceChildren();
-    const plot = E.heatChart(holder, heat, field, ends, `${fields[chosen.field]} of ${run.name}`, (row) => ((chosen.row = row), one()));
+    const plot = E.heatChart(holder, heat, field, ends, `${fields[chosen.field]} of ${run.name}`, (row) => ((chosen.row = row), one(true)));
     E.look(plot);
-    const one = () => {
+    const one = (picked = false) => {
       E.charts = E.charts.filter((chart) => !detail.contains(chart.holder));
       detail.replaceChildren();
       if (chosen.row === null || chosen.row >= heat.rows.length) return;
@@ -107,6 +138,7 @@ E.heatSection = (title, runs, part, fields, id) => {
       const chart = E.lineChart(heat.names[chosen.row], lines, { log: true });
       detail.append(chart);
       E.look(chart.ready?.());
+      if (picked) detail.scrollIntoView({ block: "nearest" });
     };
     one();
   };
@@ -130,8 +162,9 @@ E.build = (data) => {
   const setting = (run, name) => configs[runs.indexOf(run)][name] ?? "–";
   const machine = [...new Set(runs.flatMap((run) => run.hardware.map(([name]) => name)))];
   const sections = [
+    E.verdict(runs),
     E.summary(runs),
-    E.lineChart("Loss", [...E.curve(runs, "loss", "training"), ...E.curve(runs, "val_loss", "validation", runs.length > 1 ? { dots: true, dash: [2, 3] } : { dots: true, color: E.runColor(1) })], { marks, wide: true, height: 300, about: key }),
+    E.lineChart("Loss", [...E.curve(runs, "loss", "training"), ...E.curve(runs, "val_loss", "validation", runs.length > 1 ? { dots: true, dash: [2, 3] } : { dots: true, color: E.runColor(1) })], { marks, wide: true, height: 300, about: key, id: "loss" }),
     E.heatSection("Parameters over the steps", runs, "heat", data.fields, "heat"),
     E.eventSection(runs),
     E.lineChart("Gradient norm, before and after the transforms", pair("norm", "norm_after", "before", "after"), { log: true, marks }),

@@ -30,7 +30,7 @@ E.table = (columns, rows, { sort, go = null } = {}) => {
       ...[...rows].sort(order).map((row) => {
         const cells = columns.map((column) => {
           const text = column.text ? column.text(row) : column.number ? E.number(row[column.name]) : String(row[column.name] ?? "");
-          return E.el("td", { className: column.number ? "number" : "" }, text);
+          return E.el("td", { className: column.number ? "number" : "", "data-head": column.title }, text);
         });
         const line = E.el("tr", { className: go ? "go" : "" }, ...cells);
         if (go) line.addEventListener("click", () => go(row));

@@ -1,0 +1,192 @@
+"""Steps on CUDA tensors that have shapes and devices but no data, so that the host's side of the CUDA path runs on any
+machine.
+
+`pretend` makes torch believe in a GPU, for this process alone and for good; `Watch` notes, while it is on, what a GPU
+would punish: copies that block, values read from the device, operators that got tensors of several devices. Kernels
+are seen as operators, with what their fake functions return.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import sys
+import traceback
+import types
+
+import fake_cuda_driver
+
+DRIVER = fake_cuda_driver.load()  # before torch, which asks for a driver once
+
+import torch  # noqa: E402
+import torch._subclasses.fake_tensor as fake  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+
+def pretend() -> None:
+    """Make torch believe in one GPU."""
+    DRIVER.use_guard()
+    fake.init_gpu_context = lambda *a, **k: None
+    FakeTensorMode.avoid_device_init = property(lambda self: True)
+    properties = types.SimpleNamespace(
+        total_memory=1 << 37, L2_cache_size=60 << 20, multi_processor_count=132, major=9, minor=0, name="fake"
+    )
+    stream = types.SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
+    event = types.SimpleNamespace(record=lambda *a: None, synchronize=lambda: None, query=lambda: True)
+    torch.nn.Module._apply = _moved  # torch's own swaps the insides of tensors, which these do not allow
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_capability": (9, 0),
+        "get_device_name": "fake",
+        "get_device_properties": properties,
+        "is_current_stream_capturing": False,
+        "is_bf16_supported": True,
+        "current_stream": stream,
+        "get_rng_state_all": [],
+        "max_memory_allocated": 0,
+        "Event": event,
+        "_lazy_init": None,
+    }.items():
+        setattr(torch.cuda, name, lambda *a, _value=value, **k: _value)
+    import evenstep.kernels.cuda as kernels
+
+    kernels.PLAIN |= {FakeTensor}  # they have no data, and their operators need none
+
+
+def _moved(module, fn, recurse=True):
+    for child in module.modules():
+        for kept in (child._parameters, child._buffers):
+            for name, x in kept.items():
+                if x is not None and not hasattr(x, "moved_to"):  # a tied one stays one
+                    x.moved_to = fn(x.detach())
+                    if kept is child._parameters:
+                        x.moved_to = torch.nn.Parameter(x.moved_to, x.requires_grad)
+                kept[name] = None if x is None else x.moved_to
+    return module
+
+
+READS = {
+    *("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "unique_dim"),
+    *("_unique", "_unique2", "unique_consecutive", "bincount", "repeat_interleave.Tensor"),
+}
+"""Operators that make the host wait for a value of the device."""
+
+BINARY = {
+    *("add", "sub", "rsub", "mul", "div", "true_divide", "floor_divide", "pow", "remainder", "fmod", "hypot", "atan2"),
+    *("maximum", "minimum", "fmax", "fmin", "copysign", "eq", "ne", "lt", "le", "gt", "ge"),
+    *("bitwise_and", "bitwise_or", "bitwise_xor", "logical_and", "logical_or", "logical_xor"),
+}
+"""Operators that take one 0-d tensor of the CPU among tensors of a device, as an argument of the kernel: no copy."""
+
+
+class Watch(TorchDispatchMode):
+    """Notes what would wait for the device, or fail on it, each with the line of evenstep that it came from.
+
+    ``settled``: constants are where they belong by now, and any copy to the device is one too many.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: collections.Counter[str] = collections.Counter()
+        self.settled = False
+        self.pinned: dict[int, object] = {}
+
+    def note(self, what: str) -> None:
+        ours = [f for f in traceback.extract_stack() if "/evenstep/" in f.filename]
+        at = f"{ours[-1].filename.split('/evenstep/')[-1]}:{ours[-1].lineno}" if ours else "?"
+        self.notes[f"{what} at {at}"] += 1
+
+    def is_pinned(self, x: Tensor) -> bool:
+        return x.untyped_storage()._cdata in self.pinned
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = func._schema.name.removeprefix("aten::")
+        if name == "_local_scalar_dense" and args[0].device.type == "cpu":  # it has no value here, and may be read
+            return 1.0 if args[0].is_floating_point() else args[0].dtype != torch.bool or True
+        pins = name == "_pin_memory" or kwargs.pop("pin_memory", False)
+        out = args[0].clone() if name == "_pin_memory" else func(*args, **kwargs)
+        if pins:
+            storage = out.untyped_storage()
+            self.pinned[storage._cdata] = storage  # kept, so that no other gets its address
+        ins = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        outs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self._look(name, func._overloadname, args, kwargs, ins, outs)
+        return out
+
+    def _look(self, name, overload, args, kwargs, ins, outs):
+        devices = {t.device.type for t in ins}
+        if (name in READS or f"{name}.{overload}" in READS) and "cuda" in devices:
+            return self.note(f"reads the device ({name})")
+        if name in ("_to_copy", "copy_") and ins and outs:
+            source, target = ins[-1], outs[0]
+            if {source.device.type, target.device.type} == {"cpu", "cuda"}:
+                waits = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
+                host = source if source.device.type == "cpu" else target
+                what = f"copy of {tuple(source.shape)} from {source.device.type} to {target.device.type}"
+                if waits:
+                    self.note(f"blocking {what}")
+                elif not self.is_pinned(host):
+                    self.note(f"{what} in memory that is not pinned, which blocks")
+                elif self.settled and host is source:
+                    self.note(f"{what} at a later step")
+            return None
+        indexed = name in ("index", "index_put", "index_put_", "_index_put_impl_") and "cuda" in devices
+        if indexed and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
+            return self.note(f"reads the device ({name} by a mask)")
+        if len(devices) < 2:
+            return None
+        host = [t for t in ins if t.device.type == "cpu"]
+        if any(t.dim() for t in host) or name.startswith("evenstep::"):
+            return self.note(f"mixed devices into {name}")
+        if name == "where":
+            return self.note("blocking copy of a 0-d tensor into where")
+        if not (name.rstrip("_") in BINARY and len(host) == 1):
+            return self.note(f"mixed devices into {name}")
+        return None
+
+
+def watched(work, steps=3, *, settles=True):
+    """What `Watch` noted in the calls of ``work``, from the second on without any copy to the device if it
+    ``settles``; an exception is noted too."""
+    watch = Watch()
+    try:
+        for i in range(steps):
+            watch.settled = settles and i > 0
+            with watch:
+                work()
+    except Exception as problem:
+        if os.environ.get("FAKE_CUDA_RAISE"):
+            raise
+        first = next(iter(str(problem).splitlines()), "")
+        last = traceback.extract_tb(problem.__traceback__)
+        ours = [f for f in last if "/evenstep/" in f.filename] or last
+        at = f"{ours[-1].filename.split('/evenstep/')[-1]}:{ours[-1].lineno}"
+        watch.notes[f"raises {type(problem).__name__}: {first[:160]} at {at}"] += 1
+    return [f"{count} x {what}" for what, count in watch.notes.most_common()]
+
+
+def faking() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def main(parts: list[str]) -> None:
+    """Print what the cases of the given parts (`fake_cuda_cases`) noted, as JSON: {case: notes}."""
+    import json
+    import warnings
+
+    warnings.simplefilter("ignore")
+    pretend()
+    import fake_cuda_cases as cases
+
+    print(json.dumps({case: notes for part in parts for case, notes in getattr(cases, part)()}))
+
+
+if __name__ == "__main__":
+    sys.modules["fake_cuda"] = sys.modules["__main__"]
+    main(sys.argv[1:])
