@@ -65,7 +65,8 @@ class CpuKernels:
     def clip_norms(
         self, grads: list[Tensor], measured: Measured, limit: Tensor, rescale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        norm, count = cpu_ops.clip_norms(grads, *measured.blocks, limit.float(), rescale.float())
+        peaks, squares = measured.blocks
+        norm, count = cpu_ops.clip_norms(grads, peaks, squares, limit.float(), rescale.float())
         return norm, count
 
     def adam_(self, work: AdamWork) -> AdamFound:

@@ -134,7 +134,9 @@ class SCALE(EvenOptimizer):
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         if group["kind"] == "vector":
-            grads = (yield self.gradients(group, bucket)).squares_within(largest_stored(bucket.parts("exp_avg_sq")))
+            grads = (yield self.gradients(group, bucket)).squares_within(
+                largest_stored(bucket.parts("exp_avg_sq"), bucket.dtype)
+            )
             update_norm = self._vector_step(group, bucket, grads)
             grads = yield grads.with_norms()
             return statistics(grads, bucket, update_norm)
@@ -143,7 +145,7 @@ class SCALE(EvenOptimizer):
         else:
             grads = yield self.gradients(group, bucket)
             if group["kind"] == "last":  # of fp64, averaged in a smaller dtype
-                grads = grads.kept_if(grads.peak <= largest_stored(bucket.parts("exp_avg")))
+                grads = grads.kept_if(grads.peak <= largest_stored(bucket.parts("exp_avg"), bucket.dtype))
             grads, directions = yield self._matrix_step(group, bucket, grads)
         found = statistics(grads, bucket, directions * group["lr"] * grads.finite)
         found["norm_after"] = torch.full_like(directions, torch.nan) if bucket.layout.cuts else directions

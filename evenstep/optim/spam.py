@@ -183,7 +183,7 @@ class SPAM(EvenOptimizer):
                 continue
             bits, count = self._draw_mask(group, p), round(group["density"] * p.numel())
             squares = p.grad.to(state_dtype(p)).square()  # type: ignore[union-attr]
-            accepted = (squares <= largest_stored([state["exp_avg_sq"]])).all()
+            accepted = (squares <= largest_stored([state["exp_avg_sq"]], state_dtype(p))).all()
             if state["exp_avg"].numel() == count:
                 state["mask"].copy_(torch.where(accepted, bits, state["mask"]))
             elif accepted:  # a mask of another size was given by hand: the one place that must ask the device
@@ -231,7 +231,9 @@ class SPAM(EvenOptimizer):
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         official = group["variant"] == "official"
         every, threshold, weight_decay = group["reset_interval"], group["threshold"], group["weight_decay"]
-        grads = (yield self.gradients(group, bucket)).squares_within(largest_stored(bucket.parts("exp_avg_sq")))
+        grads = (yield self.gradients(group, bucket)).squares_within(
+            largest_stored(bucket.parts("exp_avg_sq"), bucket.dtype)
+        )
         t, lr = group["t"], group["lr"]
         reset = reset_due(t, every)
         scalars = bucket.stacked("age")

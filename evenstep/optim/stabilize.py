@@ -86,6 +86,10 @@ class Stabilized(Optimizer):
     step, ``chain`` the transforms with their statistics.
     """
 
+    chain: Chain
+    _known: set[Tensor]
+    _checked: list[tuple[Any, ...]]
+
     def __init__(
         self,
         base: Optimizer,
@@ -136,7 +140,7 @@ class Stabilized(Optimizer):
         return sorted({*super().__dir__(), *(name for name in dir(self.base) if not name.startswith("_"))})
 
     @property
-    def param_groups(self) -> list[Group]:  # type: ignore[override]
+    def param_groups(self) -> list[Group]:
         return self.base.param_groups
 
     @param_groups.setter
@@ -144,7 +148,7 @@ class Stabilized(Optimizer):
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         return self.base.state
 
     @state.setter
@@ -152,7 +156,7 @@ class Stabilized(Optimizer):
         self.base.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         return self.base.defaults
 
     @defaults.setter
@@ -235,8 +239,8 @@ class Stabilized(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._known: set[Tensor] = {p for group in self.param_groups for p in group["params"]}
-        self._checked: list[tuple[Any, ...]] = []
+        self._known = {p for group in self.param_groups for p in group["params"]}
+        self._checked = []
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("base", "moments", "nonfinite", "chain", "_choice", "_swap")
@@ -303,7 +307,7 @@ class Stabilized(Optimizer):
         """As the base's, where it has one (see `evenstep.optim.base.EvenOptimizer.step_parameter`), on the transformed
         gradient. Transforms that look at the whole model, and ``reset_interval``, do not go with it.
         """
-        self.base.step_parameter  # AttributeError where the base has none  # noqa: B018
+        getattr(self.base, "step_parameter")  # noqa: B009  # AttributeError where the base has none
         return self._step_parameter
 
     @torch._disable_dynamo

@@ -149,9 +149,9 @@ def moment(p: Tensor, stored: str = "fp32", *, signed: bool = True) -> Tensor:
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
 
-def largest_stored(moments: Iterable[Tensor]) -> float:
-    """The largest number that all of these moments can hold. bf16 and 8-bit blocks count as fp32."""
-    whole = all(x.dtype == torch.float64 and not is_coded(x) for x in moments)
+def largest_stored(moments: Iterable[Tensor], dtype: torch.dtype) -> float:
+    """The largest number of ``dtype`` that all of these moments can hold. bf16 and 8-bit blocks count as fp32."""
+    whole = dtype == torch.float64 and all(x.dtype == torch.float64 and not is_coded(x) for x in moments)
     return torch.finfo(torch.float64 if whole else torch.float32).max
 
 
