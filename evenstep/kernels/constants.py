@@ -39,7 +39,7 @@ def uploaded(host: Tensor, device: torch.device) -> Tensor:
     done."""
     if device.type != "cuda":
         return host.to(device)
-    host = host.pin_memory()
+    host = torch.empty(host.shape, dtype=host.dtype, device="cpu", pin_memory=True).copy_(host)
     if capturing(device):
         _CAPTURED.append(host)
     return host.to(device, non_blocking=True)
@@ -51,12 +51,12 @@ def uploaded(host: Tensor, device: torch.device) -> Tensor:
 
 def stream(device: torch.device) -> int:
     """The stream that work on ``device`` goes to now."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" and _fake_mode() is None else 0
 
 
 def capturing(device: torch.device) -> bool:
     """Whether work on ``device`` becomes part of a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and _fake_mode() is None and torch.cuda.is_current_stream_capturing()
 
 
 def under_observation() -> bool:
