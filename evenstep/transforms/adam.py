@@ -136,7 +136,7 @@ def close(stored: Tensor, moment: Tensor, accepted: Tensor) -> None:
         for part, old in zip((stored.codes, stored.scale), before, strict=True):  # type: ignore[attr-defined]
             part.copy_(torch.where(accepted, part, old))
     elif stored.dtype != moment.dtype:  # the largest numbers of fp32 would round to Inf in bf16, and stay there
-        most = torch.finfo(stored.dtype).max
+        most = min(torch.finfo(stored.dtype).max, torch.finfo(moment.dtype).max)
         stored.copy_(moment.clamp(-most, most))
 
 
