@@ -138,7 +138,7 @@ def grid():
         yield pytest.param(*case, marks=[] if case in usual else pytest.mark.slow, id="-".join(case))
 
 
-@pytest.mark.parametrize(("name", "backend", "state", "rounding"), grid())
+@pytest.mark.parametrize(("name", "backend", "state", "rounding"), list(grid()))
 def test_a_compiled_step_is_exact_under_every_backend(name, backend, state, rounding):
     """State moves as in eager, resets, spikes and bad gradients included; bit for bit where nothing is compiled."""
     if state == "int8":
