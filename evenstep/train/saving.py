@@ -60,13 +60,13 @@ class Saver:
             with self.world.together():
                 if self.world.rank == 0:
                     self._guarded(step, lambda: write_small(begin(self.directory, step)))
-            staged = self._guarded(step, lambda: self._staged(tensors))
+            copies, whole = self._guarded(step, lambda: self._staged(tensors))
         except BaseException:
             self._clean(partial)
             raise
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending = self._thread.submit(self._finish, *staged, partial, step, keep)
+        self._pending = self._thread.submit(self._finish, copies, whole, partial, step, keep)
         self.last = step
         if wait:
             self.wait()
