@@ -89,7 +89,8 @@ def _spam(**options: Any) -> Work:
     from evenstep.optim.spam import SPAM
 
     given = {"threshold": 50.0, "clip_start": 1, "reset_interval": 0, "weight_decay": 0.1, **options}
-    return _stepped(lambda params, fused: SPAM(params, fused=fused, **given))
+    serve = None if "density" in options else True  # not all kernels know masks
+    return _stepped(lambda params, fused: SPAM(params, fused=fused and serve, **given))
 
 
 def _scale(kinds: tuple[str, str], **options: Any) -> Work:
