@@ -9,7 +9,9 @@ from evenstep.data import prepare_display
 from evenstep.errors import EvenstepError
 from evenstep.train.checkpoint import list_checkpoints
 from evenstep.train.config import BaseConfig
+from evenstep.train.header import header
 from evenstep.train.run import Run
+from evenstep.train.summary import attempt
 from evenstep.train.world import launched, open_world, restarts
 
 
@@ -34,4 +36,6 @@ def train(config: BaseConfig, directory: Path | None, *, auto: bool = False, kin
                 run = kind(config, world=world, data_progress=show)
             else:
                 run = kind.resume(directory, config, world=world, data_progress=show)
+        for line in attempt(run, "description of the run", lambda: header(run)) or ():
+            run.say(line)
         run.fit()

@@ -30,7 +30,7 @@ from evenstep.train.config_io import build, read_toml, to_toml
 from evenstep.train.evaluate import evaluate
 from evenstep.train.files import RunLock, check_own, hold, locked, replace_text
 from evenstep.train.hardware import pick_device
-from evenstep.train.header import header, rising_rate
+from evenstep.train.header import rising_rate
 from evenstep.train.heartbeat import Heartbeat
 from evenstep.train.interrupts import Interrupts
 from evenstep.train.metrics import Metrics, NoMetrics, metrics_of
@@ -42,7 +42,7 @@ from evenstep.train.records import StepResult, Window
 from evenstep.train.saving import Saver
 from evenstep.train.schedule import lr_factor
 from evenstep.train.state import check_resume, restore_state, trainer_state, write_small
-from evenstep.train.summary import attempt, finish
+from evenstep.train.summary import finish
 from evenstep.train.telemetry import RunTelemetry
 from evenstep.train.tensors import optimizer_tensors
 from evenstep.train.world import World
@@ -70,7 +70,6 @@ class Run(Parts):
         self._build(config, world, source, say, data_progress, blank=False)
         world.from_first(self._create)
         self.metrics = Metrics(self.out / "metrics.jsonl") if world.speaks else NoMetrics()
-        self._tell_header()
 
     def _create(self) -> None:
         try:
@@ -131,15 +130,10 @@ class Run(Parts):
         run.metrics = metrics_of(run)
         run.seconds = max(run.seconds, run.metrics.seconds)  # what came after the save and is not repeated
         left = config.total_steps - run.step_number
-        run._tell_header()
         say(f"resumed from {checkpoint}, {f'{left} steps to go' if left else 'nothing left to do'}")
         if (line := rising_rate(config, trainer)) is not None:
             say(line)
         return run
-
-    def _tell_header(self) -> None:
-        for line in attempt(self, "description of the run", lambda: header(self)) or ():
-            self.say(line)
 
     def _build(
         self, config: Any, world: World, source: Path | None, say: Say, data_progress: Any, *, blank: bool
