@@ -472,9 +472,13 @@ def _serve(rank: int, size: int, port: int, inbox: Any, outbox: Any) -> None:
             result["params"] = [p.numpy() for p in params]
         except Exception as problem:
             where = traceback.extract_tb(problem.__traceback__)[-1]
-            result = (type(problem).__name__, f"{problem} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})")
+            result = (_ours(problem), f"{type(problem).__name__}: {problem} ({where.filename}:{where.lineno})")
         outbox.put(result)
     os._exit(0)
+
+
+class Refused(ValueError):
+    """What evenstep refused in another process."""
 
 
 class Pair:
@@ -508,8 +512,8 @@ class Pair:
         for result in results:
             if isinstance(result, tuple):
                 self.close(size)  # the others may be waiting for the one that failed
-                name, text = result
-                raise {"ValueError": ValueError, "TypeError": TypeError}.get(name, RuntimeError)(f"{name}: {text}")
+                refused, text = result
+                raise Refused(text) if refused else RuntimeError(text)
         dtype = DTYPES[case.dtype]
         for result in results:
             result["params"] = [torch.from_numpy(p).to(dtype) for p in result["params"]]
@@ -662,7 +666,9 @@ def outcome(case: Case) -> tuple[str, str]:
             wrong = difference(case)
         except REFUSED as problem:
             text = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-            return ("refused", text) if _ours(problem) else ("raises", f"{type(problem).__name__}: {text}")
+            if isinstance(problem, Refused) or _ours(problem):
+                return "refused", text
+            return "raises", f"{type(problem).__name__}: {text}"
         except Exception as problem:
             return "raises", f"{type(problem).__name__}: {str(problem).splitlines()[:1]}"
     return ("differs", wrong) if wrong else ("same", "")

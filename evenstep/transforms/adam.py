@@ -133,6 +133,11 @@ def close(stored: Tensor, moment: Tensor, accepted: Tensor) -> None:
         # positive), so a moment that should stay needs its old ones.
         before = stored.codes.clone(), stored.scale.clone()  # type: ignore[attr-defined]
         stored.copy_(moment)
+        if not stored.signed:  # type: ignore[attr-defined]
+            # Beside a spike whose square is 4e6 times larger, the code of a second moment would be 0, and its entry's
+            # next update m / eps. The smallest code that is not 0 keeps such an update small instead.
+            codes = stored.codes  # type: ignore[attr-defined]
+            codes.copy_(codes + ((codes == 0) & (moment.view(codes.shape) > 0)).to(codes.dtype))
         for part, old in zip((stored.codes, stored.scale), before, strict=True):  # type: ignore[attr-defined]
             part.copy_(torch.where(accepted, part, old))
     elif stored.dtype != moment.dtype:  # the largest numbers of fp32 would round to Inf in bf16, and stay there
