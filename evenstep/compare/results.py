@@ -10,7 +10,7 @@ from typing import Any
 
 from evenstep.compare.cells import FINISHED, Cell, Outcome
 from evenstep.compare.claims import judged
-from evenstep.compare.schedule import Plan
+from evenstep.compare.grid import Plan
 from evenstep.compare.table import Group
 
 Document = dict[str, Any]

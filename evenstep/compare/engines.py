@@ -1,0 +1,300 @@
+"""Where cells are trained: local processes, a SLURM cluster (submitit) or a Ray cluster, behind one interface.
+
+``submit`` starts a `Job` and returns a handle; ``poll`` tells whether it has ended, ``stop`` asks it to save and end,
+and ``fetch`` tells how it ended. An engine takes ``slots`` jobs at a time. A job that was preempted (ended by a signal
+that nobody here sent) is submitted again by the runner, and its command then resumes from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from evenstep.errors import EvenstepError, nearest
+from evenstep.train.checkpoint import list_checkpoints
+
+PREEMPTED = "preempted"
+_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)
+_ENDED_BY_SIGNAL = {*(-number for number in _SIGNALS), *(128 + number for number in _SIGNALS)}
+QUEUED = 64
+"""Jobs that are handed to a cluster at a time unless --jobs says otherwise; its scheduler does the rest."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """``first`` starts a run; ``again`` resumes it once there are ``checkpoints``. Can be pickled."""
+
+    first: list[str]
+    again: list[str]
+    checkpoints: Path
+    log: Path
+    directory: str = field(default_factory=os.getcwd)
+
+    def words(self) -> list[str]:
+        return self.again if list_checkpoints(self.checkpoints) else self.first
+
+    def start(self, **environment: str) -> subprocess.Popen[bytes]:
+        """Its output goes to the log. Not in our process group: Ctrl-C is passed on by us, once."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        given = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                self.words(), cwd=self.directory, stdout=log, stderr=log, env=given, start_new_session=True
+            )
+
+    def problem(self, status: int) -> str | None:
+        """What exit ``status`` means, in one line; None when the run got to its end."""
+        if status == 0:
+            return None
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        lines = text.strip().splitlines()
+        told = [line for line in lines if line.startswith("evenstep: ")]
+        last = (told or lines or [f"ended with status {status}"])[-1].removeprefix("evenstep: ")
+        return f"{PREEMPTED}: {last}" if status in _ENDED_BY_SIGNAL else last
+
+
+@dataclass(frozen=True)
+class Job:
+    """``here`` does the same as ``command`` in this process; ``processes`` is the number of GPUs that it wants."""
+
+    name: str
+    command: Command
+    here: Callable[[], object]
+    processes: int = 1
+
+
+class Engine(Protocol):
+    slots: int
+
+    def submit(self, job: Job) -> Any: ...
+    def poll(self, handle: Any) -> bool: ...
+    def stop(self, handle: Any, wait: bool = True) -> None: ...
+    def fetch(self, handle: Any) -> str | None: ...
+
+
+class Inline:
+    """In this process, one job after the other: for cells of a second, for which a process takes longer to start."""
+
+    slots = 1
+
+    def submit(self, job: Job) -> str | None:
+        try:
+            job.here()
+        except EvenstepError as problem:
+            return f"error: {problem}"
+        return None
+
+    def poll(self, handle: str | None) -> bool:
+        return True
+
+    def stop(self, handle: str | None, wait: bool = True) -> None: ...
+
+    def fetch(self, handle: str | None) -> str | None:
+        return handle
+
+
+@dataclass
+class Process:
+    command: Command
+    running: subprocess.Popen[bytes]
+    slot: int = 0
+    asked: bool = False
+
+
+class Local:
+    """Processes on this machine, ``slots`` at a time; each has GPUs of its own where there are any."""
+
+    def __init__(self, slots: int, gpus: int = 0) -> None:
+        self.slots, self.gpus, self._used = slots, gpus, set[int]()
+
+    def submit(self, job: Job) -> Process:
+        slot = next(number for number in range(self.slots) if number not in self._used)
+        environment = {}
+        if self.gpus:
+            first = slot * job.processes
+            devices = [_visible((first + i) % self.gpus) for i in range(job.processes)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+        running = job.command.start(**environment)
+        self._used.add(slot)
+        return Process(job.command, running, slot)
+
+    def poll(self, handle: Process) -> bool:
+        return handle.running.poll() is not None
+
+    def stop(self, handle: Process, wait: bool = True) -> None:
+        if not handle.asked and not self.poll(handle):  # a second signal would end it without saving
+            handle.asked = True
+            handle.running.send_signal(signal.SIGINT)
+        if wait:
+            handle.running.wait()
+
+    def fetch(self, handle: Process) -> str | None:
+        self._used.discard(handle.slot)
+        return handle.command.problem(handle.running.returncode)
+
+
+def _visible(index: int) -> str:
+    """The ``index``-th of the GPUs that this process may use."""
+    given = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
+    return given[index] if index < len(given) else str(index)
+
+
+# ---- clusters: paths have to mean the same on all machines ----
+
+
+def execute(command: Command) -> int:
+    """The exit status of ``command``, run to its end; it is asked to save when this process is interrupted."""
+    running = command.start()
+    try:
+        return running.wait()
+    except BaseException:
+        running.send_signal(signal.SIGINT)
+        running.wait()
+        raise
+
+
+class Submission:
+    """What a SLURM job runs. Near the time limit submitit calls ``checkpoint`` and puts the job into the queue again,
+    where it resumes."""
+
+    def __init__(self, command: Command) -> None:
+        self.command = command
+        self._running: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> int:
+        # SLURM's warning is for us alone; an ignored signal stays ignored in a child process.
+        number = signal.SIGUSR2
+        before = signal.signal(number, signal.SIG_IGN)
+        self._running = self.command.start()
+        signal.signal(number, before)
+        # submitit ignores SIGTERM (scancel, preemption); the run is to save.
+        signal.signal(signal.SIGTERM, lambda *_: self._ask())
+        return self._running.wait()
+
+    def _ask(self) -> None:
+        if self._running is not None and self._running.poll() is None:
+            self._running.send_signal(signal.SIGINT)
+
+    def checkpoint(self) -> Any:
+        from submitit.helpers import DelayedSubmission
+
+        self._ask()
+        if self._running is not None:
+            self._running.wait()
+        return DelayedSubmission(Submission(self.command))
+
+
+class Slurm:
+    """Jobs of a SLURM cluster. ``options`` are submitit's (``timeout_min``, ``slurm_partition``, ``mem_gb``, ...), and
+    ``cluster``: "slurm", or "local" and "debug", which submitit runs on this machine."""
+
+    def __init__(self, slots: int, folder: Path, gpus: int = 0, **options: Any) -> None:
+        try:
+            import submitit
+        except ImportError:
+            raise EvenstepError("--engine slurm needs submitit; pip install 'evenstep[slurm]'") from None
+        try:
+            self._executor = submitit.AutoExecutor(folder, cluster=options.pop("cluster", "slurm"))
+            self._executor.update_parameters(**({"timeout_min": 24 * 60, "name": "evenstep"} | options))
+        except (RuntimeError, NameError, ValueError) as problem:
+            raise EvenstepError(f"--engine slurm: {str(problem).splitlines()[0]}") from None
+        self.slots, self.gpus = slots, gpus
+
+    def submit(self, job: Job) -> tuple[Command, Any]:
+        self._executor.update_parameters(gpus_per_node=job.processes if self.gpus else 0)
+        return job.command, self._executor.submit(Submission(job.command))
+
+    def poll(self, handle: tuple[Command, Any]) -> bool:
+        return handle[1].done()
+
+    def stop(self, handle: tuple[Command, Any], wait: bool = True) -> None:
+        if not handle[1].done():
+            handle[1].cancel()
+        if wait:
+            handle[1].exception()
+
+    def fetch(self, handle: tuple[Command, Any]) -> str | None:
+        command, job = handle
+        if (problem := job.exception()) is not None:  # the job was lost: cancelled, its node died, out of time
+            last = [line for line in str(problem).splitlines() if line.strip()][:1]
+            return f"{PREEMPTED}: {(last or [type(problem).__name__])[0]}"
+        return command.problem(job.result())
+
+
+class Ray:
+    """Tasks of a Ray cluster. ``options`` are those of ``ray.init``; with no ``address`` and none in RAY_ADDRESS, a
+    cluster of this machine is started."""
+
+    def __init__(self, slots: int, gpus: int = 0, **options: Any) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise EvenstepError("--engine ray needs ray; pip install 'evenstep[ray]'") from None
+        try:
+            ray.init(**({"log_to_driver": False, "ignore_reinit_error": True} | options))
+        except (ConnectionError, RuntimeError, TypeError, ValueError) as problem:
+            raise EvenstepError(f"--engine ray: {str(problem).splitlines()[0]}") from None
+        self.slots, self.gpus, self._ray = slots, gpus, ray
+
+    def submit(self, job: Job) -> tuple[Command, Any]:
+        # Ray itself repeats a task whose machine was lost; the command then resumes.
+        wants = {"num_cpus": 1, "num_gpus": job.processes if self.gpus else 0, "max_retries": 3}
+        return job.command, self._ray.remote(execute).options(**wants).remote(job.command)
+
+    def poll(self, handle: tuple[Command, Any]) -> bool:
+        return bool(self._ray.wait([handle[1]], timeout=0)[0])
+
+    def stop(self, handle: tuple[Command, Any], wait: bool = True) -> None:
+        if not self.poll(handle):
+            self._ray.cancel(handle[1])  # raises KeyboardInterrupt in `execute`
+        if wait:
+            self._ray.wait([handle[1]])
+
+    def fetch(self, handle: tuple[Command, Any]) -> str | None:
+        command, reference = handle
+        try:
+            return command.problem(self._ray.get(reference))
+        except self._ray.exceptions.RayError as problem:
+            return f"{PREEMPTED}: {str(problem).splitlines()[0]}"
+
+
+ENGINES = ("local", "slurm", "ray")
+
+
+def engine_for(name: str, jobs: int | None, folder: Path, *, processes: int = 1, options: dict[str, Any]) -> Engine:
+    """The engine ``name``. ``jobs`` at a time; None: as many as fit; 0: in this process. ``folder`` takes its files."""
+    if name not in ENGINES:
+        raise EvenstepError(f"--engine: '{name}' is not one of {', '.join(ENGINES)}{nearest(name, ENGINES)}")
+    if jobs is not None and jobs < 0:
+        raise EvenstepError(f"--jobs: {jobs} is out of range; give 1 or more, or 0 for this process")
+    if processes < 1:
+        raise EvenstepError(f"--processes: {processes} is out of range; give 1 or more")
+    if options and name == "local":
+        raise EvenstepError("--engine-option: local processes take none; choose --engine slurm or ray")
+    gpus = gpu_count()
+    if name == "slurm":
+        return Slurm(jobs or QUEUED, folder / "slurm", gpus or options.pop("gpus", 0), **options)
+    if name == "ray":
+        return Ray(jobs or QUEUED, gpus or options.pop("gpus", 0), **options)
+    if jobs == 0:
+        if processes > 1:
+            raise EvenstepError("--processes: several need processes of their own; give --jobs 1 or more")
+        return Inline()
+    return Local(max(1, default_jobs(gpus) // processes) if jobs is None else jobs, gpus)
+
+
+def default_jobs(gpus: int) -> int:
+    """One process for each GPU, else for each core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return gpus or cores
+
+
+def gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
