@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,9 +44,8 @@ class Command:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         given = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
         with self.log.open("ab") as log:
-            return subprocess.Popen(
-                self.words(), cwd=self.directory, stdout=log, stderr=log, env=given, start_new_session=True
-            )
+            how: dict[str, Any] = {"cwd": self.directory, "env": given, "start_new_session": True}
+            return subprocess.Popen(self.words(), stdout=log, stderr=log, **how)
 
     def problem(self, status: int) -> str | None:
         """What exit ``status`` means, in one line; None when the run got to its end."""
@@ -147,45 +147,54 @@ def _visible(index: int) -> str:
 # ---- clusters: paths have to mean the same on all machines ----
 
 
-def execute(command: Command) -> int:
-    """The exit status of ``command``, run to its end; it is asked to save when this process is interrupted."""
-    running = command.start()
-    try:
-        return running.wait()
-    except BaseException:
-        running.send_signal(signal.SIGINT)
-        running.wait()
-        raise
+def stop_file(command: Command) -> Path:
+    """A job that finds it saves and ends. To cancel a job would on some clusters kill it."""
+    return command.log.with_suffix(".stop")
 
 
-class Submission:
-    """What a SLURM job runs. Near the time limit submitit calls ``checkpoint`` and puts the job into the queue again,
-    where it resumes."""
+class Execution:
+    """Runs a command to its end, on another machine; gives its exit status."""
 
     def __init__(self, command: Command) -> None:
         self.command = command
         self._running: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
-        # SLURM's warning is for us alone; an ignored signal stays ignored in a child process.
-        number = signal.SIGUSR2
-        before = signal.signal(number, signal.SIG_IGN)
+        stop = stop_file(self.command)
+        stop.unlink(missing_ok=True)
         self._running = self.command.start()
-        signal.signal(number, before)
-        # submitit ignores SIGTERM (scancel, preemption); the run is to save.
-        signal.signal(signal.SIGTERM, lambda *_: self._ask())
-        return self._running.wait()
+        try:
+            while True:
+                try:
+                    return self._running.wait(timeout=1)
+                except subprocess.TimeoutExpired:
+                    if stop.exists():
+                        stop.unlink()
+                        self.ask()
+        except BaseException:
+            self.ask(wait=True)
+            raise
 
-    def _ask(self) -> None:
+    def ask(self, wait: bool = False) -> None:
         if self._running is not None and self._running.poll() is None:
             self._running.send_signal(signal.SIGINT)
+            if wait:
+                self._running.wait()
+
+
+class Submission(Execution):
+    """What a SLURM job runs. Near the time limit submitit calls ``checkpoint`` and puts the job into the queue again,
+    where it resumes."""
+
+    def __call__(self) -> int:
+        # submitit ignores SIGTERM (scancel, preemption); the run is to save.
+        signal.signal(signal.SIGTERM, lambda *_: self.ask())
+        return super().__call__()
 
     def checkpoint(self) -> Any:
         from submitit.helpers import DelayedSubmission
 
-        self._ask()
-        if self._running is not None:
-            self._running.wait()
+        self.ask(wait=True)
         return DelayedSubmission(Submission(self.command))
 
 
@@ -213,10 +222,15 @@ class Slurm:
         return handle[1].done()
 
     def stop(self, handle: tuple[Command, Any], wait: bool = True) -> None:
-        if not handle[1].done():
-            handle[1].cancel()
-        if wait:
-            handle[1].exception()
+        command, job = handle
+        if not wait and not job.done():
+            stop_file(command).touch()
+            if job.state == "PENDING":
+                job.cancel()
+        elif wait:
+            self.stop(handle, wait=False)
+            while not job.done(force_check=True):
+                time.sleep(1)
 
     def fetch(self, handle: tuple[Command, Any]) -> str | None:
         command, job = handle
@@ -224,6 +238,10 @@ class Slurm:
             last = [line for line in str(problem).splitlines() if line.strip()][:1]
             return f"{PREEMPTED}: {(last or [type(problem).__name__])[0]}"
         return command.problem(job.result())
+
+
+def _execute(command: Command) -> int:
+    return Execution(command)()
 
 
 class Ray:
@@ -244,14 +262,15 @@ class Ray:
     def submit(self, job: Job) -> tuple[Command, Any]:
         # Ray itself repeats a task whose machine was lost; the command then resumes.
         wants = {"num_cpus": 1, "num_gpus": job.processes if self.gpus else 0, "max_retries": 3}
-        return job.command, self._ray.remote(execute).options(**wants).remote(job.command)
+        return job.command, self._ray.remote(_execute).options(**wants).remote(job.command)
 
     def poll(self, handle: tuple[Command, Any]) -> bool:
         return bool(self._ray.wait([handle[1]], timeout=0)[0])
 
     def stop(self, handle: tuple[Command, Any], wait: bool = True) -> None:
         if not self.poll(handle):
-            self._ray.cancel(handle[1])  # raises KeyboardInterrupt in `execute`
+            stop_file(handle[0]).touch()
+            self._ray.cancel(handle[1])  # for one that waits still
         if wait:
             self._ray.wait([handle[1]])
 
