@@ -6,7 +6,7 @@ import math
 import pytest
 
 from evenstep.errors import EvenstepError
-from experiments.common import Number, direction, draw_curves, grouped, once, over_seeds, place, read, stored, table
+from lab.common import Number, direction, draw_curves, grouped, once, over_seeds, place, read, stored, table
 
 SETTING = {"optimizer": "adam", "lr": 5e-4, "seed": 0}
 

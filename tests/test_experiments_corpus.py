@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.corpus import build, main
-from experiments.corpus_texts import page_text
+from lab.corpus import build, main
+from lab.corpus_texts import page_text
 
 LONG = "A paragraph that is long enough to be counted as one that must not be written twice, whatever file it is in."
 PROSE = "\n\n".join(f"{LONG} This is number {i} of its kind." for i in range(8))
@@ -92,7 +92,7 @@ def test_texts_of_a_package_each_once(tmp_path, debs, capsys):
 
 @needs_dpkg
 def test_a_long_text_is_documents_of_whole_paragraphs(tmp_path, debs, monkeypatch):
-    monkeypatch.setattr("experiments.corpus.PIECE", 450)
+    monkeypatch.setattr("lab.corpus.PIECE", 450)
     build(tmp_path / "out", ["tales"], debs=debs)
     lines = [json.loads(line) for line in (tmp_path / "out" / "corpus.jsonl").read_bytes().splitlines()]
     pieces = [line["text"] for line in lines if line["source"].endswith("second.md.gz")]
@@ -133,6 +133,6 @@ def test_elsewhere_than_on_debian_it_says_what_is_missing(tmp_path, monkeypatch,
 def test_it_is_a_program():
     root = Path(__file__).parent.parent
     ran = subprocess.run(
-        [sys.executable, "-m", "experiments.corpus", "--help"], cwd=root, capture_output=True, text=True
+        [sys.executable, "-m", "lab.corpus", "--help"], cwd=root, capture_output=True, text=True
     )
     assert ran.returncode == 0 and "--megabytes" in ran.stdout

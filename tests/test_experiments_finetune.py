@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from experiments import finetune
-from experiments.finetune_report import write_page
+from lab import finetune
+from lab.finetune_report import write_page
 
 needs_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="needs reasoning-gym")
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from evenstep.errors import EvenstepError
-from experiments.forecast import prepare as preparing
-from experiments.forecast import training
-from experiments.forecast.__main__ import main
-from experiments.forecast.recipe import Cell, Model, Optimizer, Train, load
-from experiments.forecast.series import MONTH, Series, Windows, corrupted, read_csv, split
+from lab.forecast import prepare as preparing
+from lab.forecast import training
+from lab.forecast.__main__ import main
+from lab.forecast.recipe import Cell, Model, Optimizer, Train, load
+from lab.forecast.series import MONTH, Series, Windows, corrupted, read_csv, split
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "experiments" / "forecast" / "recipes").glob("*.toml"))

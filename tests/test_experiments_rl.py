@@ -1,4 +1,4 @@
-"""python -m experiments.rl: recipes, runs, the page."""
+"""python -m lab.rl: recipes, runs, the page."""
 
 import json
 import math
@@ -11,13 +11,13 @@ from torch import nn
 
 from evenstep.cli import main as evenstep
 from evenstep.errors import EvenstepError
-from experiments.rl.__main__ import main, run_recipe
-from experiments.rl.page import main as write
-from experiments.rl.page import results
-from experiments.rl.recipe import Build, load
-from experiments.rl.train import Norms, _rate, train
+from lab.rl.__main__ import main, run_recipe
+from lab.rl.page import main as write
+from lab.rl.page import results
+from lab.rl.recipe import Build, load
+from lab.rl.train import Norms, _rate, train
 
-RECIPES = sorted((Path(__file__).parent.parent / "experiments/recipes").glob("rl-*.toml"))
+RECIPES = sorted((Path(__file__).parent.parent / "lab/rl/recipes").glob("rl-*.toml"))
 
 SMALL = """
 env = "CartPole-v1"
@@ -58,7 +58,7 @@ def test_a_recipe_runs_in_miniature_and_is_not_run_again(name, tmp_path, capsys,
     run = json.loads(stored[0].read_text())
     assert run["gradient_steps"] == 8 and run["steps"] == [0, 64, 128] and math.isfinite(run["score"])
     assert run["commit"] and run["hardware"]["cpu"] and run["versions"]["stable_baselines3"]
-    monkeypatch.setattr("experiments.rl.train.train", None)  # must not be called
+    monkeypatch.setattr("lab.rl.train.train", None)  # must not be called
     assert main([*arguments, "--quiet"]) == 0
     assert evenstep(["report", str(tmp_path / "out" / name / "spam-0")]) == 0
 
@@ -89,7 +89,7 @@ def test_evaluations_see_the_training_s_normalisation_true_rewards_and_the_deter
         seen.append((bool(same), env.obs_rms.count, env.training, env.norm_reward, episodes, options["deterministic"]))
         return [1.0, 3.0], [5, 5]
 
-    monkeypatch.setattr("experiments.rl.train.evaluate_policy", evaluate)
+    monkeypatch.setattr("lab.rl.train.evaluate_policy", evaluate)
     recipe = load(recipe_of(tmp_path))
     found = train(recipe.setting(recipe.lines[0], 0), tmp_path / "a", lambda _: None)
     assert found["returns"] == [2.0] * 3 and found["spreads"] == [1.0] * 3

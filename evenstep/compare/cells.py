@@ -7,6 +7,7 @@ an engine and read their outcome from the files that the job leaves. Run as a pr
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import re
@@ -55,8 +56,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Cell:
-    """A pretraining run. ``name`` holds a hash of everything that decides the result, so two tables that need the same
-    run share it."""
+    """A pretraining run. Unless it is ``named``, its name holds a hash of everything that decides the result, so two
+    tables that need the same run share it. ``setting``: what a study wants to find beside the result."""
 
     group: Group
     stage: str
@@ -65,6 +66,7 @@ class Cell:
     tokens: int
     config: Config = field(repr=False, compare=False)
     named: str = ""
+    setting: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def name(self) -> str:
@@ -102,13 +104,14 @@ class Cell:
 
     def outcome(self, pool: Pool) -> Outcome | None:
         path, given_up = pool.run(self) / "summary.json", pool.given_up(self)
+        study = {"setting": self.setting} if self.setting else {}
         if path.exists():
-            summary = json.loads(path.read_text(encoding="utf-8"))
+            summary = json.loads(path.read_text(encoding="utf-8")) | study
             return Outcome(FINISHED, summary["val_loss"], "", summary["tokens"], summary, pool.validation(self))
         if given_up.exists():
             facts = json.loads(given_up.read_text(encoding="utf-8"))
             loss = facts["loss"] if facts["status"] == HOPELESS else None
-            return Outcome(facts["status"], loss, facts["why"], facts["tokens"])
+            return Outcome(facts["status"], loss, facts["why"], facts["tokens"], study)
         return None
 
     def matches(self, outcome: Outcome, where: str) -> None:
@@ -157,7 +160,8 @@ class Task:
         replace_text(out / "task.json", _to_json(facts) + "\n")
         again = [sys.executable, "-m", "evenstep.compare.cells", str(out)]
         # A task has no checkpoint of its own: whatever it keeps in its directory, it looks for by itself.
-        return Job(self.name, Command(again, again, out, pool.log(self)), lambda: perform(out, say), processes)
+        here = functools.partial(perform, out, lambda text: say(f"{self.name}: {text}"))
+        return Job(self.name, Command(again, again, out, pool.log(self)), here, processes)
 
     def outcome(self, pool: Pool) -> Outcome | None:
         path = pool.run(self) / "result.json"

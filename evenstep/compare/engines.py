@@ -158,10 +158,12 @@ class Execution:
     def __init__(self, command: Command) -> None:
         self.command = command
         self._running: subprocess.Popen[bytes] | None = None
+        self._asked = False
 
     def __call__(self) -> int:
         stop = stop_file(self.command)
-        stop.unlink(missing_ok=True)
+        if stop.exists():  # it came while this job waited for a machine
+            return 128 + signal.SIGINT
         self._running = self.command.start()
         try:
             while True:
@@ -176,10 +178,13 @@ class Execution:
             raise
 
     def ask(self, wait: bool = False) -> None:
-        if self._running is not None and self._running.poll() is None:
+        if self._running is None:
+            return
+        if not self._asked and self._running.poll() is None:  # a second signal would end it without saving
+            self._asked = True
             self._running.send_signal(signal.SIGINT)
-            if wait:
-                self._running.wait()
+        if wait:
+            self._running.wait()
 
 
 class Submission(Execution):
@@ -216,6 +221,7 @@ class Slurm:
 
     def submit(self, job: Job) -> tuple[Command, Any]:
         self._executor.update_parameters(gpus_per_node=job.processes if self.gpus else 0)
+        stop_file(job.command).unlink(missing_ok=True)
         return job.command, self._executor.submit(Submission(job.command))
 
     def poll(self, handle: tuple[Command, Any]) -> bool:
@@ -262,17 +268,19 @@ class Ray:
     def submit(self, job: Job) -> tuple[Command, Any]:
         # Ray itself repeats a task whose machine was lost; the command then resumes.
         wants = {"num_cpus": 1, "num_gpus": job.processes if self.gpus else 0, "max_retries": 3}
+        stop_file(job.command).unlink(missing_ok=True)
         return job.command, self._ray.remote(_execute).options(**wants).remote(job.command)
 
     def poll(self, handle: tuple[Command, Any]) -> bool:
         return bool(self._ray.wait([handle[1]], timeout=0)[0])
 
     def stop(self, handle: tuple[Command, Any], wait: bool = True) -> None:
+        # ray.cancel would kill what runs; a task that waits for a machine, and so leaves the file, is not waited for.
+        stop, end = stop_file(handle[0]), time.monotonic() + 10
         if not self.poll(handle):
-            stop_file(handle[0]).touch()
-            self._ray.cancel(handle[1])  # for one that waits still
-        if wait:
-            self._ray.wait([handle[1]])
+            stop.touch()
+        while wait and not self.poll(handle) and (not stop.exists() or time.monotonic() < end):
+            time.sleep(0.2)
 
     def fetch(self, handle: tuple[Command, Any]) -> str | None:
         command, reference = handle

@@ -361,7 +361,8 @@ class Runner:
         self._queue = self._waiting()
         if outcome.status == FINISHED:
             self.speeds.append(seconds / cell.tokens)
-            said = "no validation" if outcome.loss is None else f"validation loss {outcome.loss:.4f}"
+            said = "no validation" if isinstance(cell, Cell) else "done"
+            said = said if outcome.loss is None else f"validation loss {outcome.loss:.4f}"
         else:
             said = f"{outcome.status}: {outcome.why}"
         self._tell(cell, said, seconds)
