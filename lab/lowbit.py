@@ -25,6 +25,7 @@ from evenstep.compare.claims import FLOOR, judge
 from evenstep.compare.grid import Outcomes
 from evenstep.compare.report import table
 from evenstep.compare.table import Group, merged
+from evenstep.errors import EvenstepError
 from evenstep.train.checks import parse_count
 from evenstep.train.config_io import build
 from evenstep.train.files import replace_text
@@ -281,9 +282,9 @@ def _below(results: Results, lower: Line, higher: Line, published: str) -> Verdi
     a, b = (results.seeds(*cell) for cell in (lower, higher))
     means = [mean(x.values()) if x else None for x in (a, b)]
     here = f"{_number(means[0])} against {_number(means[1])}"
-    their = PUBLISHED.get((lower[0], "bf16" if lower[1] == "fp32" else lower[1]))
-    other = PUBLISHED.get((higher[0], published))
-    both = [size for size in other or {} if size in (their or {})]
+    their = PUBLISHED.get((lower[0], "bf16" if lower[1] == "fp32" else lower[1]), {})
+    other = PUBLISHED.get((higher[0], published), {})
+    both = [size for size in other if size in their]
     papers = ", ".join(f"{their[size]:g} against {other[size]:g} ({size})" for size in both)
     return Verdict(f"{' '.join(lower)} below {' '.join(higher)}", papers, here, compare(a, b))
 
@@ -292,9 +293,12 @@ def _below(results: Results, lower: Line, higher: Line, published: str) -> Verdi
 
 
 def page(runs: list[Run], results: Results, store: Path) -> str:
-    setting, hardware = runs[0]["setting"], runs[0]["hardware"]
+    facts = next((run for run in runs if "hardware" in run), None)
+    if facts is None:
+        raise EvenstepError(f"{store} holds no run that ended well; there is nothing to write about")
+    setting, hardware = facts["setting"], facts["hardware"]
     seeds = sorted({row.seed for row in results.long})
-    versions = ", ".join(f"{name} {version}" for name, version in runs[0]["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     commits = sorted({_short(commit) for run in runs if run.get("commit") for commit in run["commit"].split(", ")})
     steps = (results.long or results.sweep)[0].tokens // (setting["batch_size"] * setting["seq_len"])
     long = f" Long runs: {_tokens(results.long)} tokens, seeds {', '.join(map(str, seeds))}." if seeds else ""
@@ -305,7 +309,7 @@ def page(runs: list[Run], results: Results, store: Path) -> str:
 
 <!-- Written by `python -m lab.lowbit page --store {store}`. Change the program, not the page. -->
 
-A LLaMA of {runs[0]["parameters"] / 1e6:.2f}M parameters (`{setting["model"]}`, vocabulary {setting["vocab_size"]}) on
+A LLaMA of {facts["parameters"] / 1e6:.2f}M parameters (`{setting["model"]}`, vocabulary {setting["vocab_size"]}) on
 `{setting["source"]}`, {setting["batch_size"]} x {setting["seq_len"]} tokens a step, {setting["schedule"]} schedule, no
 weight decay. Losses are nats per token on the validation split, in the quantised model where training was quantised.
 fp32 is full precision, bf16 is autocast; `int4`, `fp4`, `nvfp4` and `fp4-official` are the recipes of

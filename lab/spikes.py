@@ -1,4 +1,4 @@
-"""The gradient spike study of the SPAM paper (arXiv:2501.06842, section 2) at small sizes.
+"""The gradient spike study of the SPAM paper (arXiv:2501.06842, section 2) at small sizes: ``python -m lab.spikes``.
 
 Each model is trained with Adam, and |g| of a sample of coordinates of every tensor is kept for every step; so the score
 is the paper's own, |g| over its mean over all steps, a spike where it is above 50. The second part feeds a spike into a
@@ -7,12 +7,14 @@ steady stream of gradients, with a twin that gets none, and follows how long the
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,13 +22,89 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evenstep.data import BatchLoader, DataSpec, prepare
-from evenstep.errors import EvenstepError
+from evenstep.errors import EvenstepError, nearest
+from evenstep.models import SIZES, Llama, llama_config, load_pretrained
 from evenstep.optim import SPAM, StableSPAM
 from evenstep.telemetry.lines import short
 from evenstep.telemetry.schema import GSS_THRESHOLD
-from evenstep.telemetry.study_models import PARTS, build, check_model, part_of
+from evenstep.train.files import replace_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BATCH, SEQ_LEN, LR, WARMUP = 8, 64, 1e-3, 20
+
+
+# ---- models: LLaMA shapes of evenstep's own, Pythia shapes built by transformers ----
+
+PYTHIA = {
+    "14m": (128, 512, 6, 4),
+    "31m": (256, 1024, 6, 8),
+    "70m": (512, 2048, 6, 8),
+    "160m": (768, 3072, 12, 12),
+    "410m": (1024, 4096, 24, 16),
+    "1b": (2048, 8192, 16, 8),
+}
+"""hidden_size, intermediate_size, num_layers, num_heads (arXiv:2304.01373, and EleutherAI's later small ones)."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+PARTS = ("embedding", "norms", "attention", "mlp", "head")
+
+
+def check_model(name: str) -> None:
+    """EvenstepError unless `build` can make it."""
+    known = [*(f"llama-{size}" for size in SIZES), *(f"pythia-{size}" for size in PYTHIA)]
+    if name not in known and not (name and Path(name).is_dir()):
+        raise EvenstepError(
+            f"--models: '{name}' is no model{nearest(name, known)}; give llama-SIZE ({', '.join(SIZES)}), pythia-SIZE "
+            f"({', '.join(PYTHIA)}) or a directory with a LLaMA in Hugging Face layout"
+        )
+
+
+def build(name: str, vocab_size: int, seq_len: int) -> tuple[nn.Module, Loss]:
+    """A model and its loss (mean over the targets) from tokens and targets, int64 ``[batch, seq_len]``."""
+    if Path(name).is_dir():
+        loaded = load_pretrained(Path(name))
+        return loaded, loaded.loss
+    family, _, size = name.partition("-")
+    if family == "llama":
+        llama = Llama(llama_config(size, vocab_size, max_seq_len=seq_len))
+        return llama, llama.loss
+    return _pythia(size, vocab_size, seq_len)
+
+
+def _pythia(size: str, vocab_size: int, seq_len: int) -> tuple[nn.Module, Loss]:
+    try:
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    except ImportError:
+        raise EvenstepError("Pythia shapes need the package transformers; pip install 'evenstep[hf]'") from None
+    hidden, intermediate, layers, heads = PYTHIA[size]
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=seq_len,
+            use_cache=False,
+        )
+    )
+
+    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
+
+    return model, loss
+
+
+def part_of(name: str) -> str:
+    """Which of `PARTS` a parameter belongs to, by its name."""
+    rules = {"lm_head": "head", "embed_out": "head", "norm": "norms", "embed": "embedding", "mlp": "mlp"}
+    return next((part for word, part in rules.items() if word in name), "attention")
+
+
+# ---- training ----
 
 
 @dataclass
@@ -141,6 +219,99 @@ def _follow(make: Maker, seed: int, spike_at: int, followed: int) -> dict[str, A
     return found
 
 
+# ---- pictures ----
+
+COLUMNS = 100
+"""Of a picture: the largest value of each stretch of steps is shown."""
+
+COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple")
+
+
+def draw_all(out: Path, trained: list[Trained], moments: dict[str, Any]) -> list[Path]:
+    """Write how-often.png, where.png, how-large.png and moments.png; returns their paths."""
+    figures = {"how-often": _how_often(trained), "where": _where(trained), "how-large": _how_large(trained)}
+    paths = []
+    for name, figure in (figures | {"moments": _moments(moments)}).items():
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
+        paths.append(out / f"{name}.png")
+        figure.savefig(paths[-1], dpi=110)
+    return paths
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _how_often(trained: list[Trained]) -> Figure:
+    figure = _figure(9, 2.7 * len(trained))
+    for axes, one in zip(figure.subplots(len(trained), squeeze=False).flat, trained, strict=True):
+        steps = np.arange(1, len(one.losses) + 1)
+        axes.bar(steps, 100 * one.spikes(), width=1.0, color="tab:red", alpha=0.8)
+        axes.set(title=one.name, xlabel="step", ylabel=f"coordinates with GSS > {GSS_THRESHOLD:.0f} (%)")
+        beside = axes.twinx()
+        beside.plot(steps, one.losses, color="tab:blue", linewidth=1)
+        beside.set_ylabel("loss", color="tab:blue")
+    return figure
+
+
+def _where(trained: list[Trained]) -> Figure:
+    figure = _figure(10, 4.2 * len(trained))
+    grid = figure.subplots(len(trained), 2, squeeze=False, width_ratios=(1, 3))
+    from matplotlib.colors import LogNorm
+
+    for (bars, picture), one in zip(grid, trained, strict=True):
+        parts = one.by_part()
+        drawn = bars.barh(list(parts)[::-1], [100 * share for share in parts.values()][::-1], color="tab:red")
+        bars.bar_label(drawn, fmt="%.2g", padding=3, fontsize=8)
+        bars.set(title=one.name, xlabel="coordinates and steps\nthat are spikes (%)")
+        bars.margins(x=0.25)
+        rows, largest = one.largest()
+        starts = np.arange(0, largest.shape[1], -(-largest.shape[1] // COLUMNS))
+        pooled = np.maximum.reduceat(largest, starts, axis=1)
+        scale, extent = LogNorm(1, max(100.0, largest.max())), (0, largest.shape[1], len(rows) - 0.5, -0.5)
+        shown = picture.imshow(
+            np.maximum(pooled, 1), aspect="auto", norm=scale, cmap="magma_r", extent=extent, interpolation="nearest"
+        )
+        every = max(1, len(rows) // 12)
+        picture.set_yticks(
+            range(0, len(rows), every), [row.removeprefix("gpt_neox.") for row in rows[::every]], fontsize=7
+        )
+        picture.set(xlabel="step", title="largest GSS of each tensor")
+        figure.colorbar(shown, ax=picture, label="GSS")
+    return figure
+
+
+def _how_large(trained: list[Trained]) -> Figure:
+    figure = _figure(7, 3.6)
+    axes = figure.subplots()
+    steps = max(len(one.losses) for one in trained)
+    edges = np.geomspace(1, steps, 40)
+    for one, color in zip(trained, COLORS * len(trained), strict=False):
+        scores = np.concatenate([score.ravel() for score in one.scores.values()])
+        counts, _ = np.histogram(scores, edges)
+        axes.stairs(counts / len(scores), edges, color=color, label=one.name, linewidth=1.6)
+    axes.axvline(GSS_THRESHOLD, color="grey", linestyle=":", label=f"GSS {GSS_THRESHOLD:.0f}")
+    axes.set(xscale="log", yscale="log", xlabel="GSS", ylabel="share of coordinates and steps")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _moments(moments: dict[str, Any]) -> Figure:
+    figure = _figure(10, 3.6)
+    titles = {"exp_avg": "first moment", "exp_avg_sq": "second moment"}
+    for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for (name, found), color in zip(moments.items(), COLORS, strict=False):
+            axes.plot(np.maximum(found[key], 1e-3), color=color, label=name, linewidth=1.5)
+        axes.axhline(0.1, color="grey", linestyle=":")
+        axes.set(yscale="log", title=title, xlabel="steps after the spike", ylim=(7e-4, None))
+        axes.legend(frameon=False)
+    figure.axes[0].set_ylabel("difference to the twin\nwithout a spike (share)")
+    return figure
+
+
 # ---- the whole ----
 
 
@@ -161,10 +332,8 @@ def study(
         raise EvenstepError(f"--samples {samples}: give at least 1")
     for name in models:
         check_model(name)
-    try:
-        from evenstep.telemetry.study_plots import draw_all
-    except ImportError:
-        raise EvenstepError("the study draws with matplotlib; pip install 'evenstep[plots]'") from None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise EvenstepError("the study draws with matplotlib; pip install 'evenstep[plots]'")
     out.mkdir(parents=True, exist_ok=True)
     trained = [train(name, source, steps, samples, seed, say) for name in models]
     moments = contamination(seed)
@@ -177,7 +346,7 @@ def study(
             for name, found in moments.items()
         },
     }
-    (out / "study.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    replace_text(out / "study.json", json.dumps(numbers, indent=2) + "\n")
     for line in lines(numbers):
         say(line)
     for path in draw_all(out, trained, moments):
@@ -215,3 +384,9 @@ def lines(numbers: dict[str, Any]) -> list[str]:
 
 def _steps(count: int | None) -> str:
     return "longer than was followed" if count is None else f"{count} steps"
+
+
+if __name__ == "__main__":
+    from evenstep.cli import main
+
+    sys.exit(main(["study", *sys.argv[1:]]))

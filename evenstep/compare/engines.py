@@ -45,7 +45,12 @@ class Command:
         given = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
         with self.log.open("ab") as log:
             how: dict[str, Any] = {"cwd": self.directory, "env": given, "start_new_session": True}
-            return subprocess.Popen(self.words(), stdout=log, stderr=log, **how)
+            # A process inherits which signals are blocked, and Ray's workers block them.
+            before = signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            try:
+                return subprocess.Popen(self.words(), stdout=log, stderr=log, **how)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def problem(self, status: int) -> str | None:
         """What exit ``status`` means, in one line; None when the run got to its end."""

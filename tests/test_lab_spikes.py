@@ -5,8 +5,7 @@ import pytest
 
 from evenstep import cli
 from evenstep.errors import EvenstepError
-from evenstep.telemetry.study import Trained, contamination, spike_scores, study
-from evenstep.telemetry.study_models import build, check_model, part_of
+from lab.spikes import Trained, build, check_model, contamination, part_of, spike_scores, study
 
 
 def test_the_score_is_the_papers():
@@ -66,7 +65,7 @@ def test_bad_options_are_one_line(tmp_path, options, message):
 
 def test_the_command_as_it_stands_asks_for_models_that_there_are(monkeypatch):
     asked = []
-    monkeypatch.setattr("evenstep.telemetry.study.study", lambda out, **options: asked.append(options))
+    monkeypatch.setattr("lab.spikes.study", lambda out, **options: asked.append(options))
     assert cli.main(["study"]) == 0
     for name in asked[0]["models"]:
         check_model(name)

@@ -1,17 +1,15 @@
 """The page of low-bit results: verdicts follow from the numbers, and nothing is claimed before its runs are there."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import lowbit_results
-from compare_lowbit import CLAIMS, LOW, OPTIMIZERS
-from lowbit_claims import Results, Row, compare, compare_single, verdicts
+from evenstep.compare.cells import DIVERGED, Outcome, Pool, Store
+from lab import lowbit
+from lab.lowbit import CLAIMS, LOW, OPTIMIZERS, Results, Row, compare, compare_single, verdicts
 
 INF = float("inf")
 SWEEP = [
@@ -85,36 +83,48 @@ def test_nothing_is_said_before_the_runs_are_there():
     assert Results(SWEEP + long(0.1)).missing() == "6 runs of the sweep are missing"
 
 
-def cell(out: Path, name: str, lr: float, loss: float | None, tokens: int = 1000) -> None:
-    (out / name).mkdir(parents=True)
-    (out / name / "config.toml").write_text(
-        f'seed = 0\nlowbit = "fp4"\n[optim]\nname = "adamw"\nlr = {lr}\n[data]\nsource = "kjv"\nvocab_size = 64\n'
-        f'[train]\ntokens = {tokens}\nclip_norm = 1.0\ndtype = "fp32"\nbatch_size = 8\nseq_len = 16\n'
-        '[schedule]\nname = "cosine"\n'
-    )
-    if loss is not None:
-        summary = {"val_loss": loss, "tokens_per_second": 9.6, "commit": "0123456789+changes", "model": "tiny"}
-        summary |= {"parameters": 10, "hardware": {"cpu": "some", "threads": 1}, "versions": {"torch": "2"}}
-        (out / name / "summary.json").write_text(json.dumps(summary))
+def test_a_cell_is_a_run_of_pretrain_and_the_long_runs_follow_the_sweep(tmp_path):
+    sweep = list(lowbit.cells({}, 1000, 9000, 3))
+    assert len(sweep) == 18 * len(lowbit.RATES) and len({cell.name for cell in sweep}) == len(sweep)
+    stored = Store(Path(__file__).parent.parent / lowbit.STORE).outcomes
+    assert {cell.name for cell in lowbit.cells({}, 250_000, None, 3)} <= {*stored}
+    clipped = next(cell for cell in sweep if cell.name == "adamw-clip-fp4-lr0.001-seed0-1000")
+    assert (clipped.config.train.clip_norm, clipped.config.lowbit, clipped.config.optim.name) == (1.0, "fp4", "adamw")
+    known = {
+        c.name: Outcome("finished", 4 + c.lr, "", 1000, {"setting": c.setting, "val_loss": 4 + c.lr}) for c in sweep
+    }
+    long = list(lowbit.cells(known, 1000, 9000, 3))[len(sweep) :]
+    assert [(c.setting["optimizer"], c.setting["precision"]) for c in long[::3]] == list(CLAIMS) and len(long) == 30
+    assert {c.lr for c in long} == {1e-3} and {c.seed for c in long} == {0, 1, 2}
+    assert next(c for c in long if c.setting["precision"] == "bf16").config.train.dtype == "bf16-autocast"
 
 
-def test_finished_and_diverged_runs_become_a_file_and_a_page(tmp_path, monkeypatch, capsys):
-    out, file = tmp_path / "runs", tmp_path / "results.json"
-    cell(out, "good", 1e-3, 4.5)
-    cell(out, "diverged", 8e-3, None)
-    (out / "diverged.log").write_text("error: the loss is nan at step 7, training stopped; ...\n")
-    cell(out, "running", 4e-3, None)
-    for words in (["collect", str(out), "--json", str(file)], ["page", str(file), "--docs", str(tmp_path)]):
-        monkeypatch.setattr(sys, "argv", ["lowbit_results.py", *words])
-        lowbit_results.main()
-    assert "not finished, left out: running" in capsys.readouterr().out
-    document = json.loads(file.read_text())
-    assert document["commits"] == ["0123456+changes"]
-    assert [(r["optimizer"], r["precision"], r["lr"], r["val_loss"]) for r in document["rows"]] == [
+def test_finished_and_diverged_runs_are_stored_and_become_a_page(tmp_path, capsys):
+    pool, store = Pool(tmp_path / "runs"), Store(tmp_path / "store")
+    good, diverged = (lowbit.cell("adamw + clip", "fp4", lr, 0, 1000) for lr in (1e-3, 8e-3))
+    pool.run(good).mkdir()
+    summary = {"val_loss": 4.5, "tokens": 1000, "tokens_per_second": 9.6, "commit": "0123456789+changes"}
+    summary |= {"parameters": 10, "hardware": {"cpu": "some", "threads": 1}, "versions": {"torch": "2"}}
+    (pool.run(good) / "summary.json").write_text(json.dumps(summary))
+    pool.settle(diverged, "error: the loss is nan at step 7, training stopped; ...")
+    for cell in (good, diverged):
+        store.keep(cell.name, pool.outcome(cell))
+    assert Store(tmp_path / "store").outcomes[diverged.name].status == DIVERGED
+    page = tmp_path / "results-lowbit.md"
+    assert lowbit.main(["page", "--store", str(tmp_path / "store"), "--page", str(page)]) == 0
+    rows = [lowbit.row_of(run) for run in lowbit.stored(tmp_path / "store")]
+    assert [(r.optimizer, r.precision, r.lr, r.val_loss) for r in rows] == [
         ("adamw + clip", "fp4", 1e-3, 4.5),
         ("adamw + clip", "fp4", 8e-3, None),
     ]
-    page = (tmp_path / "results-lowbit.md").read_text()
+    page = page.read_text()
     assert "| fp4 | adamw + clip | **4.500** | diverged | 0.001 | diverged |" in page and "0123456+changes" in page
     assert "**Not finished:**" in page and "| **open** |" in page and (tmp_path / "results-lowbit-rates.png").exists()
     assert "seeds at the best rate" not in page
+
+
+def test_the_page_in_docs_is_that_of_the_stored_runs(tmp_path, monkeypatch):
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(root)
+    assert lowbit.main(["page", "--page", str(tmp_path / "results-lowbit.md")]) == 0
+    assert (tmp_path / "results-lowbit.md").read_text() == (root / "docs/results-lowbit.md").read_text()

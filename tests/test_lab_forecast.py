@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from evenstep.compare.cells import Outcome, Store
 from evenstep.errors import EvenstepError
+from lab.common import stored
 from lab.forecast import prepare as preparing
 from lab.forecast import training
 from lab.forecast.__main__ import main
@@ -18,7 +20,7 @@ from lab.forecast.recipe import Cell, Model, Optimizer, Train, load
 from lab.forecast.series import MONTH, Series, Windows, corrupted, read_csv, split
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "experiments" / "forecast" / "recipes").glob("*.toml"))
+RECIPES = sorted((ROOT / "lab" / "forecast" / "recipes").glob("*.toml"))
 ETTH1 = ROOT.parent / "shared" / "data" / "ETTh1.csv"
 SMALL = Model(lookback=16, patch=4, stride=4, layers=1, heads=2, width=4, ffn=8, dropout=0.0)
 ADAM = Optimizer("adam", "adam")
@@ -330,7 +332,7 @@ def test_a_recipe_that_is_wrong_is_refused_in_one_line(tmp_path, old, new, said)
 def test_a_run_that_two_grids_ask_for_is_one_run(tmp_path):
     path = tmp_path / "r.toml"
     path.write_text(RECIPE + "[[grid]]\nhorizons = [8, 12]\nseverities = [0]\nseeds = [0, 1]\nshares = [0.05, 0.1]\n")
-    files = [one.file for one in load(path).cells()]
+    files = [one.name for one in load(path).cells()]
     assert len(files) == len(set(files)) == 34 + 3 * 2
 
 
@@ -339,7 +341,7 @@ def test_a_recipe_of_ours_is_one_and_compares_the_five_optimizers(path):
     recipe = load(path)
     assert [one.label for one in recipe.optimizers] == ["adam", "adamw-clip", "spam", "stable-spam", "stabilizer"]
     cells = list(recipe.cells())
-    assert len({one.file for one in cells}) == len(cells)
+    assert len({one.name for one in cells}) == len(cells)
     for grid in recipe.grid:
         assert grid.seeds == (0, 1, 2) or not grid.test
 
@@ -352,14 +354,16 @@ def test_the_program_runs_a_recipe_and_reports_it_and_repeats_nothing(tmp_path, 
     assert main(["waves.toml", "--store", "runs"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 5 * 2 * 2 + 2 * 2 + 5 * 2 and said[0].startswith("1/34  h8-adam-seed0")
-    one = json.loads((tmp_path / "runs" / "waves" / "h8-s5-10pc-stable-spam-seed1.json").read_text())
+    runs = {run["name"]: run for run in stored(Path("runs"))}
+    one = runs["waves/h8-s5-10pc-stable-spam-seed1"]
     assert one["setting"]["optimizer_options"]["options"] == {"gamma1": 0.85} and one["test_mse"] > 0
-    assert (tmp_path / "runs" / "waves" / "h8-s5-10pc-stable-spam-seed1.json").stat().st_size < 4000
-    chosen = json.loads((tmp_path / "runs" / "waves" / "h8-spam-lr0.01-seed0.json").read_text())
-    assert "test_mse" not in chosen
+    assert len(json.dumps(one)) < 4000
+    assert "test_mse" not in runs["waves/h8-spam-lr0.01-seed0"]
 
     monkeypatch.setattr(training, "patchtst", None)  # a run would fail now
-    (tmp_path / "runs" / "waves" / "h12-adam-seed1.json").unlink()
+    lines = (tmp_path / "runs" / "cells.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs" / "cells.jsonl").write_text("".join(line for line in lines if "h12-adam-seed1" not in line))
+    (tmp_path / "runs" / "cells" / "waves" / "h12-adam-seed1" / "result.json").unlink()
     assert main(["waves.toml", "--store", "runs", "--list"]) == 0
     assert sum(line.startswith("missing") for line in capsys.readouterr().out.splitlines()) == 1
     with pytest.raises(TypeError):
@@ -383,7 +387,7 @@ def stored_run(folder, label, severity, seed, mse):
     curves = {"val": [1.0, mse], "grad_max": [9.0, 3.0], "grad_median": [1.0, 1.0]}
     run = {"setting": setting, "parameters": 5000, "epochs": curves, "test_mse": mse, "test_mae": mse}
     run |= {"hardware": {"cpu": "a cpu"}, "commit": "c", "versions": {}, "finished": "2026-01-01"}
-    (folder / f"{label}-{severity}-{seed}.json").write_text(json.dumps(run))
+    Store(folder).keep(f"r/{label}-{severity}-{seed}", Outcome("finished", summary=run))
 
 
 def test_the_report_says_which_claims_hold(tmp_path):

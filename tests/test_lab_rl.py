@@ -1,6 +1,5 @@
 """python -m lab.rl: recipes, runs, the page."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 
 from evenstep.cli import main as evenstep
 from evenstep.errors import EvenstepError
+from lab.common import stored
 from lab.rl.__main__ import main, run_recipe
 from lab.rl.page import main as write
 from lab.rl.page import results
@@ -53,9 +53,9 @@ def test_a_recipe_runs_in_miniature_and_is_not_run_again(name, tmp_path, capsys,
     said = capsys.readouterr().out
     assert "| Stable-SPAM |" in said and "128 steps: return" in said and "**open**" in said
     lines = [line.key for line in load(path).lines]
-    stored = sorted((tmp_path / "store" / name).glob("*.json"))
-    assert [file.stem for file in stored] == sorted(f"{line}-0" for line in lines)
-    run = json.loads(stored[0].read_text())
+    runs = stored(tmp_path / "store")
+    assert [run["name"] for run in runs] == sorted(f"{name}/{line}-0" for line in lines)
+    run = runs[0]
     assert run["gradient_steps"] == 8 and run["steps"] == [0, 64, 128] and math.isfinite(run["score"])
     assert run["commit"] and run["hardware"]["cpu"] and run["versions"]["stable_baselines3"]
     monkeypatch.setattr("lab.rl.train.train", None)  # must not be called

@@ -2,24 +2,37 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
+from evenstep.compare.cells import Task
+from evenstep.compare.report import draw_curves, place, table
 from evenstep.errors import EvenstepError
-from lab.common import Number, direction, draw_curves, grouped, once, over_seeds, place, read, stored, table
+from lab.common import Number, direction, grouped, over_seeds, stored, train
 
 SETTING = {"optimizer": "adam", "lr": 5e-4, "seed": 0}
 
 
+def work(setting, directory, say):
+    (directory / "calls").open("a").write("1")
+    if setting.get("fails"):
+        raise ZeroDivisionError
+    return {"score": 1.5, "curve": [1.0, math.nan]}
+
+
+def once(folder, setting=SETTING, name="deep/adam-0", show=lambda *_: None):
+    cell = Task(name, "test_lab_common:work", setting, ("numpy", "no-such-package"))
+    [run] = train(lambda outcomes: [cell], folder / "store", folder / "out", show=show)
+    return run
+
+
 def test_a_run_is_stored_with_its_setting_and_place_and_not_run_again(tmp_path):
-    path, calls = tmp_path / "deep" / "adam-0.json", []
-
-    def work():
-        calls.append(1)
-        return {"score": 1.5, "curve": [1.0, math.nan]}
-
-    first = once(path, SETTING, work, ["numpy", "no-such-package"])
-    assert once(path, SETTING, work) == first and calls == [1]
+    shown = []
+    first = once(tmp_path, show=lambda number, cell, run: shown.append((number, cell.name, run["score"])))
+    shutil.move(tmp_path / "out", tmp_path / "elsewhere")  # as on another machine
+    assert once(tmp_path) == first and (tmp_path / "elsewhere/deep/adam-0/calls").read_text() == "1"
+    assert not (tmp_path / "out/deep").exists() and shown == [(1, "deep/adam-0", 1.5)]
     assert first["setting"] == SETTING and first["score"] == 1.5 and first["curve"] == [1.0, None]
     assert {"commit", "hardware", "versions", "seconds", "finished"} <= set(first)
     assert first["versions"]["no-such-package"] == "not installed" and first["versions"]["numpy"]
@@ -27,16 +40,17 @@ def test_a_run_is_stored_with_its_setting_and_place_and_not_run_again(tmp_path):
 
 
 def test_a_run_that_fails_or_is_of_another_setting_is_not_taken_for_this_one(tmp_path):
-    path = tmp_path / "adam-0.json"
     with pytest.raises(ZeroDivisionError):
-        once(path, SETTING, lambda: {"score": 1 / 0})
-    assert list(tmp_path.iterdir()) == []
-    once(path, SETTING, lambda: {"score": 1.0})
-    with pytest.raises(EvenstepError, match=r"adam-0\.json is of another setting \(lr, steps\)"):
-        once(path, SETTING | {"lr": 1e-3, "steps": 5}, lambda: {"score": 1.0})
-    path.write_text('{"setting"')
-    with pytest.raises(EvenstepError, match="not a stored run"):
-        read(path)
+        once(tmp_path, SETTING | {"fails": True}, "adam-0")
+    assert not (tmp_path / "store").exists()
+    once(tmp_path, SETTING, "adam-0")
+    with pytest.raises(EvenstepError, match=r"adam-0 is of another setting \(lr, steps\)"):
+        once(tmp_path, SETTING | {"lr": 1e-3, "steps": 5}, "adam-0")
+    shutil.rmtree(tmp_path / "store")  # what is left of the other setting's run is not taken either
+    assert once(tmp_path, SETTING | {"lr": 1e-3}, "adam-0")["setting"]["lr"] == 1e-3
+    (tmp_path / "store" / "cells.jsonl").write_text('{"setting"')
+    with pytest.raises(EvenstepError, match="not the outcome of a run"):
+        stored(tmp_path / "store")
     with pytest.raises(EvenstepError, match="holds no runs"):
         stored(tmp_path / "nothing")
 
@@ -44,13 +58,13 @@ def test_a_run_that_fails_or_is_of_another_setting_is_not_taken_for_this_one(tmp
 def test_runs_are_found_and_grouped(tmp_path):
     for name in ("adam", "spam"):
         for seed in (0, 1):
-            once(tmp_path / f"{name}-{seed}.json", {"optimizer": name, "seed": seed}, lambda: {"score": 0.0})
-    groups = grouped(stored(tmp_path), "optimizer")
+            once(tmp_path, {"optimizer": name, "seed": seed}, f"{name}-{seed}")
+    groups = grouped(stored(tmp_path / "store"), "optimizer")
     assert [(name, [run["setting"]["seed"] for run in runs]) for name, runs in groups.items()] == [
         ("adam", [0, 1]),
         ("spam", [0, 1]),
     ]
-    assert next(iter(grouped(stored(tmp_path), "optimizer", "seed"))) == ("adam", 0)
+    assert next(iter(grouped(stored(tmp_path / "store"), "optimizer", "seed"))) == ("adam", 0)
 
 
 def test_numbers_over_seeds():

@@ -132,7 +132,5 @@ def test_elsewhere_than_on_debian_it_says_what_is_missing(tmp_path, monkeypatch,
 
 def test_it_is_a_program():
     root = Path(__file__).parent.parent
-    ran = subprocess.run(
-        [sys.executable, "-m", "lab.corpus", "--help"], cwd=root, capture_output=True, text=True
-    )
+    ran = subprocess.run([sys.executable, "-m", "lab.corpus", "--help"], cwd=root, capture_output=True, text=True)
     assert ran.returncode == 0 and "--megabytes" in ran.stdout
