@@ -18,7 +18,7 @@ from typing import Any
 from evenstep.compare.cells import Store
 from evenstep.compare.claims import judge
 from evenstep.compare.commands import add_engine, runner_of
-from evenstep.compare.grid import Listed, Outcomes
+from evenstep.compare.grid import CellList, Outcomes
 from evenstep.errors import EvenstepError
 
 Run = dict[str, Any]
@@ -64,7 +64,7 @@ def train(
 ) -> list[Run]:
     """The runs of ``cells``, which are given what is known so far; those that are stored are not repeated. ``show`` is
     called once for each, in their order, as soon as it is done."""
-    runner = runner_of([Listed(cells)], args, out, store, say)
+    runner = runner_of([CellList(cells)], args, out, store, say)
     shown = 0
 
     def done() -> None:

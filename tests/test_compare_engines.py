@@ -12,7 +12,7 @@ from compare_support import plan_of
 from evenstep.compare import engines
 from evenstep.compare.cells import Pool, Task
 from evenstep.compare.engines import PREEMPTED, Command, Job, Local, Ray, Slurm, engine_for
-from evenstep.compare.grid import REQUEUES, Listed, Runner
+from evenstep.compare.grid import REQUEUES, CellList, Runner
 from evenstep.errors import EvenstepError
 
 PROGRAM = """
@@ -152,7 +152,7 @@ def task(seed=0, **more):
 @pytest.mark.parametrize("times", [1, REQUEUES, REQUEUES + 1])
 def test_a_preempted_cell_is_submitted_again_but_not_for_ever(tmp_path, times):
     told = []
-    runner = Runner([Listed(lambda outcomes: [task(3)])], Pool(tmp_path), Preempting(times), told.append)
+    runner = Runner([CellList(lambda outcomes: [task(3)])], Pool(tmp_path), Preempting(times), told.append)
     runner.run()
     assert ("mine/3" in runner.failed) == (times > REQUEUES)
     assert sum("submitted again" in line for line in told) == min(times, REQUEUES)
@@ -162,7 +162,7 @@ def test_a_preempted_cell_is_submitted_again_but_not_for_ever(tmp_path, times):
 
 def test_a_task_is_done_in_a_process_of_its_own_too(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{Path(__file__).parents[1]}")
-    runner = Runner([Listed(lambda outcomes: [task(0), task(1)])], Pool(tmp_path), Local(2), lambda text: None)
+    runner = Runner([CellList(lambda outcomes: [task(0), task(1)])], Pool(tmp_path), Local(2), lambda text: None)
     runner.run()
     assert [runner.outcomes[f"mine/{seed}"].summary["score"] for seed in (0, 1)] == [7, 8]
     run = runner.outcomes["mine/1"].summary

@@ -82,13 +82,14 @@ class Cell:
 
     def job(self, pool: Pool, say: Say, processes: int = 1) -> Job:
         """`evenstep pretrain`, which resumes from the last checkpoint when there is one; through torchrun when it is to
-        use several processes."""
+        use several processes (data-parallel unless its options say how: the batch stays the same)."""
         recipe, out = pool.directory / f"{self.name}.toml", pool.run(self)
         if not recipe.exists():
             replace_text(recipe, to_toml(self.config))
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         program = [sys.executable, *(launcher if processes > 1 else ()), "-m", "evenstep", "pretrain"]
-        first, again = [*program, str(recipe), "--out", str(out)], [*program, "--resume", str(out)]
+        how = ["--parallel.mode", "ddp"] if processes > 1 and self.config.parallel.mode == "none" else []
+        first, again = [*program, str(recipe), "--out", str(out), *how], [*program, "--resume", str(out)]
         command = Command(first, again, out / "checkpoints", pool.log(self))
         return Job(self.name, command, lambda: self._train_here(pool), processes)
 

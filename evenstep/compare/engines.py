@@ -208,11 +208,47 @@ class Submission(Execution):
         return DelayedSubmission(Submission(self.command))
 
 
-class Slurm:
+class Cluster:
+    """What the clusters have in common. A handle is the command and what the cluster calls the job."""
+
+    PICKED_UP = 10.0
+    """Seconds after which a job that has left its stop file alone is taken to wait for a machine still."""
+
+    def __init__(self, slots: int, gpus: int) -> None:
+        self.slots, self.gpus, self._asked = slots, gpus, dict[Path, float]()
+
+    def submit(self, job: Job) -> tuple[Command, Any]:
+        stop_file(job.command).unlink(missing_ok=True)
+        self._asked.pop(job.command.log, None)
+        return job.command, self._submitted(job.command, job.processes if self.gpus else 0)
+
+    def stop(self, handle: tuple[Command, Any], wait: bool = True) -> None:
+        log, stop = handle[0].log, stop_file(handle[0])
+        if log not in self._asked and not self.poll(handle):
+            self._asked[log] = time.monotonic()
+            stop.touch()
+        while wait and not self.poll(handle):
+            if stop.exists() and time.monotonic() > self._asked[log] + self.PICKED_UP:
+                self._cancel(handle[1])
+                return
+            time.sleep(0.2)
+
+    def poll(self, handle: tuple[Command, Any]) -> bool:
+        raise NotImplementedError
+
+    def _submitted(self, command: Command, gpus: int) -> Any:
+        raise NotImplementedError
+
+    def _cancel(self, job: Any) -> None:
+        raise NotImplementedError
+
+
+class Slurm(Cluster):
     """Jobs of a SLURM cluster. ``options`` are submitit's (``timeout_min``, ``slurm_partition``, ``mem_gb``, ...), and
     ``cluster``: "slurm", or "local" and "debug", which submitit runs on this machine."""
 
     def __init__(self, slots: int, folder: Path, gpus: int = 0, **options: Any) -> None:
+        super().__init__(slots, gpus)
         try:
             import submitit
         except ImportError:
@@ -222,26 +258,16 @@ class Slurm:
             self._executor.update_parameters(**({"timeout_min": 24 * 60, "name": "evenstep"} | options))
         except (RuntimeError, NameError, ValueError) as problem:
             raise EvenstepError(f"--engine slurm: {str(problem).splitlines()[0]}") from None
-        self.slots, self.gpus = slots, gpus
 
-    def submit(self, job: Job) -> tuple[Command, Any]:
-        self._executor.update_parameters(gpus_per_node=job.processes if self.gpus else 0)
-        stop_file(job.command).unlink(missing_ok=True)
-        return job.command, self._executor.submit(Submission(job.command))
+    def _submitted(self, command: Command, gpus: int) -> Any:
+        self._executor.update_parameters(gpus_per_node=gpus)
+        return self._executor.submit(Submission(command))
 
     def poll(self, handle: tuple[Command, Any]) -> bool:
         return handle[1].done()
 
-    def stop(self, handle: tuple[Command, Any], wait: bool = True) -> None:
-        command, job = handle
-        if not wait and not job.done():
-            stop_file(command).touch()
-            if job.state == "PENDING":
-                job.cancel()
-        elif wait:
-            self.stop(handle, wait=False)
-            while not job.done(force_check=True):
-                time.sleep(1)
+    def _cancel(self, job: Any) -> None:
+        job.cancel()
 
     def fetch(self, handle: tuple[Command, Any]) -> str | None:
         command, job = handle
@@ -255,11 +281,12 @@ def _execute(command: Command) -> int:
     return Execution(command)()
 
 
-class Ray:
+class Ray(Cluster):
     """Tasks of a Ray cluster. ``options`` are those of ``ray.init``; with no ``address`` and none in RAY_ADDRESS, a
     cluster of this machine is started."""
 
     def __init__(self, slots: int, gpus: int = 0, **options: Any) -> None:
+        super().__init__(slots, gpus)
         try:
             import ray
         except ImportError:
@@ -268,24 +295,18 @@ class Ray:
             ray.init(**({"log_to_driver": False, "ignore_reinit_error": True} | options))
         except (ConnectionError, RuntimeError, TypeError, ValueError) as problem:
             raise EvenstepError(f"--engine ray: {str(problem).splitlines()[0]}") from None
-        self.slots, self.gpus, self._ray = slots, gpus, ray
+        self._ray = ray
 
-    def submit(self, job: Job) -> tuple[Command, Any]:
+    def _submitted(self, command: Command, gpus: int) -> Any:
         # Ray itself repeats a task whose machine was lost; the command then resumes.
-        wants = {"num_cpus": 1, "num_gpus": job.processes if self.gpus else 0, "max_retries": 3}
-        stop_file(job.command).unlink(missing_ok=True)
-        return job.command, self._ray.remote(_execute).options(**wants).remote(job.command)
+        wants = {"num_cpus": 1, "num_gpus": gpus, "max_retries": 3}
+        return self._ray.remote(_execute).options(**wants).remote(command)
 
     def poll(self, handle: tuple[Command, Any]) -> bool:
         return bool(self._ray.wait([handle[1]], timeout=0)[0])
 
-    def stop(self, handle: tuple[Command, Any], wait: bool = True) -> None:
-        # ray.cancel would kill what runs; a task that waits for a machine, and so leaves the file, is not waited for.
-        stop, end = stop_file(handle[0]), time.monotonic() + 10
-        if not self.poll(handle):
-            stop.touch()
-        while wait and not self.poll(handle) and (not stop.exists() or time.monotonic() < end):
-            time.sleep(0.2)
+    def _cancel(self, job: Any) -> None:
+        self._ray.cancel(job)
 
     def fetch(self, handle: tuple[Command, Any]) -> str | None:
         command, reference = handle

@@ -41,9 +41,9 @@ Curve = list[tuple[int, float]]
 Say = Callable[[str], None]
 
 
-class Wanting(Protocol):
-    """What the runner asks of a set of cells: those wanted now, each with its place in the order; the cells that may
-    show that one is hopeless; and whether one is needed to its end in any case."""
+class CellSource(Protocol):
+    """A set of cells, as the runner sees it: those wanted now, each with its place in the order; the rivals that may
+    show a cell to be hopeless; and whether a cell is spared, that is, trained to its end in any case."""
 
     def wanted(self, outcomes: Outcomes) -> list[tuple[tuple[int, ...], Any]]: ...
     def rivals(self, cell: Any) -> list[Any]: ...
@@ -51,7 +51,7 @@ class Wanting(Protocol):
 
 
 @dataclass(frozen=True)
-class Listed:
+class CellList:
     """The cells that a function wants, given the outcomes so far; each is trained to its end."""
 
     cells: Callable[[Outcomes], Iterable[Cell | Task]]
@@ -238,7 +238,7 @@ REQUEUES = 3
 class Runner:
     """``run()`` trains on ``engine`` what the plans want."""
 
-    plans: Sequence[Wanting]
+    plans: Sequence[CellSource]
     pool: Pool
     engine: Engine
     say: Say
