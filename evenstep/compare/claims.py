@@ -99,8 +99,8 @@ Verdict = tuple[str, str]
 
 
 def judged(claim: dict[str, Any], lines: list[Line]) -> dict[str, Any] | None:
-    """The claim with ``verdict``, ``ours`` (the numbers behind it) and ``seeds``; None when ``lines``, those of one
-    size, lack one that it is about."""
+    """The claim with ``verdict``, ``ours`` (the numbers behind it) and ``seeds``; None when ``lines``, which are of one
+    size, do not have both of its lines."""
     better, than = (_called(lines, claim[key]) for key in ("better", "than"))
     if better is None or than is None:
         return None
@@ -120,7 +120,7 @@ def by_seed(line: Line) -> BySeed:
 
 
 def losses_of(line: Line) -> list[float]:
-    """Of the seeds that ended well."""
+    """The losses of the seeds that finished."""
     return [loss for loss in by_seed(line).values() if loss is not None]
 
 
@@ -129,7 +129,7 @@ def difference(better: Line, than: Line, mark: float = 0.0) -> tuple[str, Differ
 
 
 def _compared(better: Line, than: Line, mark: float = 0.0) -> Verdict:
-    """Is better at most ``mark`` above than?"""
+    """Is ``better`` at most ``mark`` above ``than``?"""
     verdict, found = difference(better, than, mark)
     if verdict == OPEN:
         return UNMEASURED, ""
@@ -158,7 +158,7 @@ def _level(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:
 
 
 def kept_bytes(line: Line) -> float:
-    """Of model and optimizer state together."""
+    """Bytes of model and optimizer state together."""
     return line["model_bytes"] + line["state_bytes"]
 
 

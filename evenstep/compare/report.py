@@ -27,6 +27,12 @@ from evenstep.train.summary import short_count
 
 Document = dict[str, Any]
 
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines) + "\n"
+
+
 HEADS = (
     *("optimizer", "precision", "size", "best lr", "loss", "spread", "perplexity", "paper's perplexity"),
     *("tokens to reference", "state MB", "model + state", "peak MB", "tokens/s", "seeds"),
@@ -34,7 +40,7 @@ HEADS = (
 
 
 def rows(document: Document) -> list[list[str]]:
-    """One row for each line; with no second stage the loss is the sweep's best, in brackets."""
+    """One row for each line; without a second stage the loss is the best of the sweep, in brackets."""
     lines = document["lines"]
     return [_row(line, reference_of(line, lines, document["reference"])) for line in lines]
 
@@ -64,7 +70,7 @@ def _row(line: Document, reference: Document | None) -> list[str]:
 
 
 def _at_the_edge(line: Document) -> str:
-    """A better rate may lie beyond the outermost that was tried."""
+    """A mark for a best rate at the edge of the sweep: a better one may lie beyond it."""
     rates = [cell["lr"] for cell in line["sweep"]]
     if len(rates) < 2 or line["best_lr"] not in (rates[0], rates[-1]):
         return ""
@@ -89,7 +95,7 @@ def _share(line: Document, reference: Document | None) -> str:
 
 
 def below(document: Document) -> str:
-    """The lines under the table: what was stopped, what the columns mean."""
+    """The lines under the table: runs that were stopped early, and what the columns mean."""
     lines = [f"stopped early: {text}" for text in stopped_early(document)]
     if document["reference"]:
         lines.append(
@@ -102,12 +108,11 @@ def below(document: Document) -> str:
 
 
 def markdown(document: Document) -> str:
-    head = f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}\n"
-    return head + "".join(f"| {' | '.join(row)} |\n" for row in rows(document))
+    return table(HEADS, rows(document))
 
 
 def comma_separated(document: Document) -> str:
-    """Every cell, one a row, for spreadsheets: unlike the table, in full precision."""
+    """Every cell as a row of CSV, in full precision."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["row", "precision", "size", "stage", "lr", "seed", "status", "loss", "tokens", "state_bytes"])
@@ -124,7 +129,7 @@ def comma_separated(document: Document) -> str:
 
 
 def draw(document: Document, directory: Path) -> list[Path]:
-    """Write the pictures that there is something to show in; remove the others. EvenstepError without matplotlib."""
+    """Write the pictures for which there are data and delete the others. EvenstepError without matplotlib."""
     written = []
     for name, wanted, paint in PICTURES:
         lines = [line for line in document["lines"] if wanted(line)]
@@ -140,7 +145,7 @@ def draw(document: Document, directory: Path) -> list[Path]:
 
 @contextmanager
 def picture(path: Path, title: str, footer: str) -> Iterator[Any]:
-    """Axes to paint on, written to ``path`` in the end. EvenstepError without matplotlib."""
+    """Axes of a figure that is written to ``path`` at the end. EvenstepError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -163,7 +168,7 @@ def band(
     high: Sequence[float],
     label: str,
 ) -> None:
-    """A curve over the seeds, with a band from the lowest to the highest."""
+    """A curve of means, with a band from the lowest seed to the highest."""
     [drawn] = axes.plot(x, mean, label=label, linewidth=1.4)
     axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
 
@@ -177,7 +182,7 @@ def draw_curves(
     ylabel: str,
     footer: str = "",
 ) -> Path:
-    """Each line's mean over its seeds, with a band from the least to the most. EvenstepError without matplotlib.
+    """A curve for each line: the mean over its seeds, with a band from the lowest to the highest.
 
     Args:
         lines: name -> for each seed ``(x, y)``; drawn at the x that all seeds have.
@@ -230,7 +235,7 @@ def _rates(axes: Any, lines: list[Document]) -> None:
 
 
 def _memory(axes: Any, lines: list[Document]) -> None:
-    """Memory of model and state against perplexity; the front is what nothing else beats in both."""
+    """Memory of model and state against perplexity; the dashed line is the Pareto front."""
     points = [(kept_bytes(line) / 1e6, math.exp(line["mean"]), line) for line in lines]
     for x, y, line in points:
         axes.plot(x, y, "o", markersize=6, label=_name(line))
@@ -265,13 +270,8 @@ PICTURES: list[tuple[str, Callable[[Document], bool], Callable[[Any, list[Docume
 # ---- pages ----
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines) + "\n"
-
-
 def place(runs: Iterable[Document]) -> str:
-    """Hardware, commits, versions and dates of the results of tasks, for under a table or a picture."""
+    """Hardware, commits, versions and dates of task results, to stand under a table or picture."""
     runs = list(runs)
     machines = dict.fromkeys(run["hardware"].get("gpu") or run["hardware"]["cpu"] for run in runs)
     commits = dict.fromkeys((run["commit"] or "no commit")[:10] + (run["commit"] or "")[40:] for run in runs)
@@ -352,21 +352,20 @@ def _head(documents: list[Document], stored: Path) -> str:
 
 
 def _notes(stored: Path) -> str:
-    """What somebody wrote about these results, in a file beside them."""
+    """Remarks written by hand, in a file beside the results."""
     path = stored / "notes.md"
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _claims(documents: list[Document]) -> str:
-    lines = ["## Claims", "", "| claim | direction | ours (loss in nats) | seeds | the paper's | table |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = []
     for document in documents:
         for claim in document["claims"]:
             text = claim["text"] if document["scale"] == "small" else f"{claim['text']} ({claim['size']})"
-            cells = (text, f"**{claim['verdict']}**", claim["ours"] or "-", str(claim["seeds"]))
-            where = f"[{document['table']}](#{document['table']})"
-            lines.append(f"| {' | '.join(cells)} | {claim['paper']} | {where} |")
-    return "\n".join(lines) + "\n"
+            cells = (text, f"**{claim['verdict']}**", claim["ours"] or "-", claim["seeds"], claim["paper"])
+            lines.append((*cells, f"[{document['table']}](#{document['table']})"))
+    heads = ("claim", "direction", "ours (loss in nats)", "seeds", "the paper's", "table")
+    return f"## Claims\n\n{table(heads, lines)}"
 
 
 def _section(document: Document, pictures: list[Path], beside: Path) -> str:
@@ -414,7 +413,7 @@ SAME = ("data", "vocab_size", "batch_size", "seq_len", "tokens", "schedule")
 
 
 def overview(documents: list[Document]) -> str:
-    """Markdown; empty where no two tables were trained at the same setting."""
+    """As Markdown; empty when no two tables share a setting."""
     settings = Counter(_common(d) for d in documents if any(line["mean"] is not None for line in d["lines"]))
     if not settings or settings.most_common(1)[0][1] < 2:
         return ""
@@ -438,7 +437,7 @@ def overview(documents: list[Document]) -> str:
 
 @dataclass
 class Entry:
-    """A line, which may stand in several tables, there under several names."""
+    """A line that may stand in several tables, under several names."""
 
     line: Document
     labels: dict[str, None] = field(default_factory=dict)
@@ -453,7 +452,7 @@ def _ranking(entries: list[Entry]) -> str:
     entries = sorted(entries, key=lambda entry: entry.line["mean"])
     best = entries[0].line["mean"]
     reference = next((kept_bytes(entry.line) for entry in entries if REFERENCE in entry.labels), None)
-    rows = [COLUMNS, ("---",) * len(COLUMNS)]
+    rows = []
     for entry in entries:
         line, seeds = entry.line, len(losses_of(entry.line))
         rows.append((
@@ -466,4 +465,4 @@ def _ranking(entries: list[Entry]) -> str:
             "-" if line["sensitivity"] is None else f"{line['sensitivity']:.3f}",
             ", ".join(f"[{table}](#{table})" for table in entry.tables),
         ))  # fmt: skip
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return table(COLUMNS, rows)
