@@ -20,6 +20,7 @@ from evenstep.compare.claims import judge
 from evenstep.compare.commands import add_engine, runner_of
 from evenstep.compare.grid import CellList, Outcomes
 from evenstep.errors import EvenstepError
+from evenstep.train.interrupts import Interrupted
 
 Run = dict[str, Any]
 
@@ -38,6 +39,9 @@ def status(work: Callable[[], object]) -> int:
     except ModuleNotFoundError as problem:
         print(f"error: the package {problem.name} is not installed", file=sys.stderr)
         return 2
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_status
     return 0
 
 
