@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from evenstep import __version__
 from evenstep.baselines.commands import add_optimizers
-from evenstep.bench.arguments import add_bench
+from evenstep.bench.commands import add_bench
 from evenstep.compare.commands import add_compare
 from evenstep.errors import EvenstepError, nearest
 from evenstep.finetune import commands as finetune_commands

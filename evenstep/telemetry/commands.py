@@ -113,9 +113,17 @@ def _rows(args: argparse.Namespace) -> None:
 
 
 def _study(args: argparse.Namespace) -> None:
-    from evenstep.telemetry.study import study
+    import importlib
+    import sys
 
-    study(
+    import evenstep
+    from evenstep.errors import EvenstepError
+
+    root = Path(evenstep.__file__).parent.parent
+    if not (root / "lab" / "spikes.py").exists():
+        raise EvenstepError("the study is not in the installed package; run evenstep study from a clone of the sources")
+    sys.path.insert(0, str(root))
+    importlib.import_module("lab.spikes").study(
         args.out,
         models=args.models.split(","),
         steps=args.steps,
