@@ -24,10 +24,10 @@ from evenstep.finetune import commands as finetune_commands
 from evenstep.finetune.config import FineTuneConfig
 from evenstep.telemetry.commands import add_commands as add_telemetry
 from evenstep.train import commands as train_commands
-from evenstep.train.checks import checked
-from evenstep.train.config import Config, SampleConfig, options
-from evenstep.train.config_flags import add_flags, chosen, declared, print_config
-from evenstep.train.failure import reason_of
+from evenstep.train.checkpoint import reason_of
+from evenstep.train.commands import print_config
+from evenstep.train.config import Config, SampleConfig, checked, options
+from evenstep.train.config_io import add_flags, chosen, declared
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
 

@@ -165,7 +165,7 @@ def work(made: dict[str, Any], optimizer: str, lr: float, seed: int) -> dict[str
     """One run: score, curve and memory."""
     from evenstep.finetune.config import FineTuneConfig
     from evenstep.finetune.run import Tuning
-    from evenstep.train.metrics import read_metrics
+    from evenstep.train.log import read_metrics
 
     with tempfile.TemporaryDirectory() as folder:
         tables = {

@@ -246,7 +246,7 @@ def _trained(corpus, number):
 def _saved(run):
     import torch.distributed.checkpoint as dcp
 
-    from evenstep.train.tensors import optimizer_tensors
+    from evenstep.train.saving import optimizer_tensors
 
     written, dcp.save = dcp.save, lambda tensors, **_: None
     tensors = run.tensors() | optimizer_tensors(run.model, run.optimizer)[0]

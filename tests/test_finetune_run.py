@@ -16,7 +16,7 @@ from evenstep.finetune.run import Tuning
 from evenstep.finetune.task import labels_of
 from evenstep.models import load_pretrained
 from evenstep.train.config_io import build
-from evenstep.train.metrics import read_metrics
+from evenstep.train.log import read_metrics
 
 WORDS = ["abc", "bcd", "cde", "def", "ace", "bdf"]
 

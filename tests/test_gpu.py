@@ -37,7 +37,7 @@ from evenstep.kernels import kernels_for
 from evenstep.lowbit import FORMATS, RECIPES, fake_quantize
 from evenstep.models import Llama, llama_config
 from evenstep.telemetry.sinks import Sink
-from evenstep.train.metrics import read_metrics
+from evenstep.train.log import read_metrics
 from evenstep.train.run import Run
 
 DEVICE = os.environ.get("EVENSTEP_GPU_TEST_DEVICE", "cuda")

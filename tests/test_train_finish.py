@@ -11,7 +11,7 @@ from train_support import flags, quick, quick_overrides, write_corpus
 from evenstep import cli
 from evenstep.errors import EvenstepError
 from evenstep.train import summary
-from evenstep.train.progress import LineProgress, tell
+from evenstep.train.log import LineProgress, tell
 from evenstep.train.run import Run
 from evenstep.train.runs import list_runs
 

@@ -18,7 +18,7 @@ from evenstep.errors import EvenstepError
 from evenstep.telemetry.runlog import load_run
 from evenstep.train import files
 from evenstep.train.files import hold, is_running, locked, replace_text
-from evenstep.train.metrics import read_metrics
+from evenstep.train.log import read_metrics
 from evenstep.train.run import Run
 from evenstep.train.runs import list_runs
 

@@ -16,8 +16,8 @@ from evenstep.errors import EvenstepError
 from evenstep.train.checkpoint import list_checkpoints
 from evenstep.train.evaluate import evaluate
 from evenstep.train.interrupts import Interrupted
+from evenstep.train.log import read_metrics
 from evenstep.train.loop import Loop
-from evenstep.train.metrics import read_metrics
 from evenstep.train.run import Run
 from evenstep.train.weights import load_model
 

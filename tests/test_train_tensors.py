@@ -13,11 +13,10 @@ from evenstep.errors import EvenstepError
 from evenstep.models import Llama, llama_config
 from evenstep.train.checkpoint import read_tensors, write_tensors
 from evenstep.train.config import OptimConfig
+from evenstep.train.distributed import World
 from evenstep.train.optimizers import build_optimizer
 from evenstep.train.run import Run
-from evenstep.train.saving import Saver
-from evenstep.train.tensors import fill, load_optimizer, model_tensors, optimizer_tensors
-from evenstep.train.world import World
+from evenstep.train.saving import Saver, fill, load_optimizer, model_tensors, optimizer_tensors
 
 COMPILED = [name for name, entry in BASELINES.items() if entry.note == "compiled"]
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in COMPILED else ()) for name in BASELINES]

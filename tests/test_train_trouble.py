@@ -17,8 +17,8 @@ from evenstep.train import checkpoint
 from evenstep.train.checkpoint import list_checkpoints
 from evenstep.train.config_io import load_config
 from evenstep.train.interrupts import Interrupted
+from evenstep.train.log import read_metrics
 from evenstep.train.loop import Loop
-from evenstep.train.metrics import read_metrics
 from evenstep.train.run import Run
 
 pytest.importorskip("tokenizers")

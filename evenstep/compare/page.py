@@ -12,7 +12,7 @@ from evenstep.compare.claims import FEW, FLOOR, LEVEL
 from evenstep.compare.overview import overview
 from evenstep.errors import EvenstepError
 from evenstep.train.files import replace_text
-from evenstep.train.summary import short_count
+from evenstep.train.log import short_count
 
 Document = dict[str, Any]
 

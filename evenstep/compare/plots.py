@@ -10,7 +10,7 @@ from typing import Any
 
 from evenstep.compare.claims import kept_bytes
 from evenstep.errors import EvenstepError
-from evenstep.train.summary import short_count
+from evenstep.train.log import short_count
 
 Document = dict[str, Any]
 

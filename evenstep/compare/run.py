@@ -15,7 +15,7 @@ from evenstep.compare.workers import FAILED, Here, Process, Worker, settle
 from evenstep.errors import EvenstepError
 from evenstep.train.files import locked
 from evenstep.train.interrupts import Interrupted, raising
-from evenstep.train.progress import clock
+from evenstep.train.log import clock
 
 Say = Callable[[str], None]
 POLL = 0.5

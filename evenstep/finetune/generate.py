@@ -15,7 +15,7 @@ from evenstep.finetune.writing import write
 from evenstep.train import sample as pretrained
 from evenstep.train.checkpoint import MANIFEST
 from evenstep.train.config import SampleConfig
-from evenstep.train.setup import with_lowbit
+from evenstep.train.weights import with_lowbit
 
 
 def generate_from(path: Path, sample: SampleConfig, seed: int, raw: bool, say: Callable[[str], None]) -> str:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from evenstep.errors import EvenstepError
 from evenstep.finetune.hub import hushed
 from evenstep.models import Llama
-from evenstep.train.export import write_hf
-from evenstep.train.weights import PRODUCT
+from evenstep.train.weights import PRODUCT, write_hf
 
 if TYPE_CHECKING:
     from evenstep.finetune.run import Tuning

@@ -27,12 +27,11 @@ from evenstep.finetune.task import Task, open_examples, summary_of
 from evenstep.finetune.text import load_text
 from evenstep.models import Llama
 from evenstep.train import setup
+from evenstep.train.distributed import World, open_world
 from evenstep.train.interrupts import Interrupts
-from evenstep.train.progress import clock, tell
+from evenstep.train.log import clock, short_count, tell
 from evenstep.train.run import Run, Say
-from evenstep.train.summary import short_count
-from evenstep.train.tensors import model_tensors
-from evenstep.train.world import World, open_world
+from evenstep.train.saving import model_tensors
 
 T = TypeVar("T")
 

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from evenstep.errors import EvenstepError
-from evenstep.train.advice import diverged
-from evenstep.train.checkpoint import newest_checkpoint, read_trainer
-from evenstep.train.metrics import metrics_of
+from evenstep.train.checkpoint import diverged, newest_checkpoint, read_trainer
+from evenstep.train.log import metrics_of
 from evenstep.train.state import restore_state
 
 if TYPE_CHECKING:

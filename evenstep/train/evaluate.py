@@ -14,8 +14,7 @@ from torch import Tensor
 from evenstep.errors import EvenstepError
 
 if TYPE_CHECKING:
-    from evenstep.train.parallel import Parallel
-    from evenstep.train.world import World
+    from evenstep.train.distributed import Parallel, World
 
 Batch = tuple[Tensor, Tensor]
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from evenstep.train.config import BaseConfig
 from evenstep.train.config_io import build
-from evenstep.train.schedule import lr_factor
-from evenstep.train.summary import short_count
+from evenstep.train.log import short_count
+from evenstep.train.optimizers import lr_factor
 
 if TYPE_CHECKING:
     from evenstep.train.run import Run

@@ -9,8 +9,8 @@ from evenstep.data import prepare_display
 from evenstep.errors import EvenstepError
 from evenstep.train.checkpoint import list_checkpoints
 from evenstep.train.config import BaseConfig
+from evenstep.train.distributed import launched, open_world, restarts
 from evenstep.train.run import Run
-from evenstep.train.world import launched, open_world, restarts
 
 
 def train(config: BaseConfig, directory: Path | None, *, auto: bool = False, kind: type[Run] = Run) -> None:

@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from evenstep.train.advice import diverged
-from evenstep.train.checkpoint import way_on
+from evenstep.train.checkpoint import diverged, way_on
 from evenstep.train.interrupts import Interrupted, Interrupts, Stopped, Votes
-from evenstep.train.progress import LineProgress, make_progress
+from evenstep.train.log import LineProgress, make_progress
 from evenstep.train.records import StepResult, train_record, validation_record
 
 if TYPE_CHECKING:

@@ -14,11 +14,12 @@ from evenstep.data import BatchLoader
 from evenstep.models.hf import save_config
 from evenstep.train import setup
 from evenstep.train.config import BaseConfig, Config
+from evenstep.train.distributed import World
+from evenstep.train.log import short_count
+from evenstep.train.saving import model_tensors
 from evenstep.train.state import data_identity
-from evenstep.train.summary import closing_lines, short_count
-from evenstep.train.tensors import model_tensors
+from evenstep.train.summary import closing_lines
 from evenstep.train.weights import find_source
-from evenstep.train.world import World
 
 Say = Callable[[str], None]
 

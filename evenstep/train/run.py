@@ -26,26 +26,21 @@ from evenstep.kernels import uploaded
 from evenstep.train import loop, setup
 from evenstep.train.bad_batches import BadBatches
 from evenstep.train.checkpoint import newest_checkpoint, read_trainer
-from evenstep.train.config_io import build, read_toml, to_toml
+from evenstep.train.config_io import build, check_resume, read_toml, to_toml
+from evenstep.train.distributed import Heartbeat, Parallel, World, clip_, total_norm
 from evenstep.train.evaluate import evaluate
 from evenstep.train.files import RunLock, check_own, hold, locked, replace_text
 from evenstep.train.hardware import pick_device
 from evenstep.train.header import header, rising_rate
-from evenstep.train.heartbeat import Heartbeat
 from evenstep.train.interrupts import Interrupts
-from evenstep.train.metrics import Metrics, NoMetrics, metrics_of
-from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer
-from evenstep.train.parallel import Parallel, clip_, total_norm
+from evenstep.train.log import Metrics, NoMetrics, metrics_of, nothing, tell
+from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer, lr_factor
 from evenstep.train.parts import Parts, Say
-from evenstep.train.progress import nothing, tell
 from evenstep.train.records import StepResult, Window
-from evenstep.train.saving import Saver
-from evenstep.train.schedule import lr_factor
-from evenstep.train.state import check_resume, restore_state, trainer_state, write_small
+from evenstep.train.saving import Saver, optimizer_tensors
+from evenstep.train.state import restore_state, trainer_state, write_small
 from evenstep.train.summary import attempt, finish
 from evenstep.train.telemetry import RunTelemetry
-from evenstep.train.tensors import optimizer_tensors
-from evenstep.train.world import World
 
 
 class Run(Parts):

@@ -13,8 +13,7 @@ from evenstep.errors import EvenstepError
 from evenstep.models import Llama, generate
 from evenstep.train.checkpoint import MANIFEST, newest_checkpoint, read_trainer
 from evenstep.train.config import SampleConfig
-from evenstep.train.setup import with_lowbit
-from evenstep.train.weights import load_model
+from evenstep.train.weights import load_model, with_lowbit
 
 
 def sample_text(model: Llama, tokenizer: Tokenizer, sample: SampleConfig, seed: int) -> str:

@@ -13,22 +13,16 @@ import torch
 
 from evenstep.data import DataSpec, TokenData, prepare
 from evenstep.errors import EvenstepError
-from evenstep.lowbit import lowbit_report, quantize_
 from evenstep.models import SIZES, Llama, llama_config
 from evenstep.models.hf import read_config
 from evenstep.paths import unused
 from evenstep.train.checkpoint import list_checkpoints
 from evenstep.train.config import Config
+from evenstep.train.distributed import World
 from evenstep.train.files import LOCK, check_creatable, check_free
 from evenstep.train.hardware import memory_limit, total_memory
-from evenstep.train.weights import load_model
-from evenstep.train.world import World
-
-CHUNK_BYTES = 64 * 2**20
-"""Logits alive at once when the loss is chunked by ``auto``."""
-
-LOGIT_BYTES = 12
-"""Bytes for each logit alive at once: its fp32 copy for the softmax, the gradient, and what the loss makes of them."""
+from evenstep.train.plan import LOGIT_BYTES, chunk_rows, least_memory
+from evenstep.train.weights import load_model, with_lowbit
 
 CPU_ROWS = 256
 """Rows of logits alive at once on a CPU: fewer waste matrix products, more leave the cache
@@ -151,8 +145,6 @@ def check_memory(config: Config, vocab_size: int, source: Path | None, world: Wo
     Counted is what it needs at the least. A GPU says so itself."""
     if world.device.type != "cpu":
         return
-    from evenstep.train.plan import least_memory
-
     shape = read_config(source) if source else llama_config(config.model.label, vocab_size)
     needs, limit = least_memory(config, shape, world.size, world.local_size), memory_limit()
     if sum(needs.values()) * world.local_size <= limit:
@@ -163,19 +155,6 @@ def check_memory(config: Config, vocab_size: int, source: Path | None, world: Wo
         f"the run needs at least {sum(needs.values()) / 1e9:,.1f} GB of memory{each} ({found}), the machine has "
         f"{limit / 1e9:,.1f} GB; give a smaller model.size, data.vocab_size, train.micro_batch_size or train.seq_len"
     )
-
-
-def with_lowbit(model: Llama, recipe: str | None, say: Callable[[str], None]) -> Llama:
-    """``model`` with its linear layers in low bits; its weights and their names stay what they are."""
-    if recipe is None:
-        return model
-    report = lowbit_report(quantize_(model, recipe))
-    kernels = f", {', '.join(report.kernels)}" if report.kernels else ""
-    say(
-        f"low-bit recipe {recipe}: {len(report.swapped)} linear layers at {report.bits_per_weight:.2f} bits per "
-        f"weight{kernels}, {len(report.kept)} layers in high precision"
-    )
-    return model
 
 
 def loss_chunk(config: Config, vocab_size: int, device: torch.device, say: Callable[[str], None]) -> int | None:
@@ -200,11 +179,3 @@ def loss_chunk(config: Config, vocab_size: int, device: torch.device, say: Calla
             "(train.loss_chunk 0 keeps them whole; a smaller train.micro_batch_size also helps)"
         )
     return chunk
-
-
-def chunk_rows(rows: int, vocab_size: int, memory: float) -> int | None:
-    """The rule of ``auto`` for a device of ``memory`` bytes: rows of logits alive at once of ``rows``, None for all."""
-    if rows * vocab_size * LOGIT_BYTES <= memory / 8:
-        return None
-    chunk = max(64, CHUNK_BYTES // (4 * vocab_size) // 64 * 64)
-    return chunk if chunk < rows else None

@@ -14,10 +14,8 @@ import torch
 from evenstep.data import TokenData
 from evenstep.errors import EvenstepError
 from evenstep.train.checkpoint import TRAINER, read_trainer, write_tensors
-from evenstep.train.config import BaseConfig
-from evenstep.train.config_flags import new_run, shown
-from evenstep.train.config_io import build, changed_options, to_tables
-from evenstep.train.tensors import fill, load_optimizer
+from evenstep.train.config_io import new_run, to_tables
+from evenstep.train.saving import fill, load_optimizer
 
 if TYPE_CHECKING:
     from evenstep.train.run import Run
@@ -63,32 +61,6 @@ def write_small(run: Run, trainer: dict[str, Any], directory: Path) -> None:
             f"optim.name {run.config.optim.name}: its state holds {what}, which a checkpoint cannot give back, so that "
             "no run could go on from it; take an optimizer whose state_dict() holds tensors and plain values alone"
         ) from problem
-
-
-def check_resume(directory: Path, config: BaseConfig, trainer: dict[str, Any]) -> None:
-    """EvenstepError when ``config`` asks for something that the run of the checkpoint cannot become."""
-    check_changes(directory, config, build(trainer["config"], type(config)))
-    if config.total_steps < trainer["step"]:
-        budget = "steps" if config.train.steps is not None else "tokens"
-        raise EvenstepError(
-            f"train.{budget} {getattr(config.train, budget)} ends at step {config.total_steps}, but {directory} has "
-            f"done {trainer['step']} already; give a larger budget, or leave it out"
-        )
-
-
-def check_changes(directory: Path, config: BaseConfig, old: BaseConfig) -> None:
-    """EvenstepError when ``config`` differs from that of the run in what decides the result."""
-    if changed := changed_options(old, config):
-        values = ", ".join(f"{key} (it was {shown(was)}, given is {shown(now)})" for key, (was, now) in changed.items())
-        words = [word for key, (_, now) in changed.items() for word in (f"--{key}", shown(now))]
-        # Weights fit no other shape, and mean nothing under other tokens.
-        fit = not any(key.startswith("model.") or key in ("data.tokenizer", "data.vocab_size") for key in changed)
-        command = new_run(config.COMMAND, directory, words, weights=fit)
-        start = " from its weights" if fit and config.COMMAND == "pretrain" else ""
-        raise EvenstepError(
-            f"{directory} was trained with another {values}; resuming keeps what decides the result: leave "
-            f"{'it' if len(changed) == 1 else 'them'} out, or start a new run{start} with: {command}"
-        )
 
 
 def restore_state(run: Run, checkpoint: Path, trainer: dict[str, Any]) -> None:

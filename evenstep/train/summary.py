@@ -14,15 +14,13 @@ from evenstep.baselines.state_size import state_bytes
 from evenstep.console import program
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.schema import finite
+from evenstep.train.checkpoint import reason_of
 from evenstep.train.config_io import config_hash
-from evenstep.train.failure import reason_of
 from evenstep.train.files import replace_bytes, replace_text
 from evenstep.train.hardware import commit, describe_hardware, peak_memory, versions
-from evenstep.train.metrics import read_metrics
-from evenstep.train.progress import clock
+from evenstep.train.log import clock, read_metrics, short_count
 from evenstep.train.sample import printable, sample_text
-from evenstep.train.setup import with_lowbit
-from evenstep.train.weights import load_model
+from evenstep.train.weights import load_model, with_lowbit
 
 if TYPE_CHECKING:
     from evenstep.train.run import Run
@@ -151,14 +149,6 @@ def draw_curve(metrics: Path, picture: Path, title: str) -> bool:
     figure.savefig(drawn, format="png", dpi=130)
     replace_bytes(picture, drawn.getvalue())
     return True
-
-
-def short_count(value: float) -> str:
-    """1500000 -> ``1.5M``."""
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{suffix}"
-    return f"{value:.4g}"
 
 
 def _validation(summary: dict[str, Any]) -> str:

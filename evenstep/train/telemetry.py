@@ -14,7 +14,7 @@ from evenstep.telemetry.monitor import SpikeMonitor
 from evenstep.telemetry.sinks import Guarded, TensorBoardSink, TrackioSink, WandbSink, opened
 from evenstep.train.config_io import to_tables
 from evenstep.train.interrupts import Interrupted
-from evenstep.train.progress import LineProgress
+from evenstep.train.log import LineProgress
 
 if TYPE_CHECKING:
     from evenstep.train.run import Run
