@@ -36,7 +36,7 @@ from throughput import BATCH, LENGTH, VOCABULARY, surroundings
 from evenstep.models import Llama, llama_config
 from evenstep.train.config_io import load_config
 from evenstep.train.distributed import open_world
-from evenstep.train.run import Run
+from evenstep.train.trainer import Run
 
 
 def silent(_: str) -> None:

@@ -154,7 +154,7 @@ def _pretrain(args: argparse.Namespace) -> None:
     if args.print_config:
         return print_config(config, directory)
 
-    from evenstep.train.launch import train
+    from evenstep.train.trainer import train
 
     train(config, directory, auto=args.resume == "auto")
 
@@ -165,8 +165,8 @@ def _generate(args: argparse.Namespace) -> None:
     checked("--tokens", args.tokens, int, {**known["sample.tokens"][0].metadata, "low": 1})
     sample = SampleConfig(prompt=args.prompt, tokens=args.tokens, temperature=args.temperature, top_k=args.top_k)
 
-    from evenstep.finetune.generate import generate_from
-    from evenstep.train.sample import printable
+    from evenstep.console import printable
+    from evenstep.finetune.scoring import generate_from
 
     print(printable(generate_from(args.run, sample, args.seed, args.raw, _complain)))
 

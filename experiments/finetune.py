@@ -70,7 +70,7 @@ def as_prompts(pairs: list[tuple[Any, dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def pretrained(folder: Path, smoke: bool) -> Path:
-    from evenstep.train.run import Run
+    from evenstep.train.trainer import Run
 
     out = folder / ("pretrained-smoke" if smoke else "pretrained")
     if not (out / "summary.json").exists():
@@ -107,7 +107,7 @@ def verified(run: Any, held: list[tuple[Any, dict[str, Any]]]) -> dict[str, floa
     from evenstep.finetune.scoring import answers
 
     run.model.eval()
-    texts = answers(run, run.task.sets[0].examples)
+    texts = answers(run.model, run.data, run.data.sets[0].examples)
     found: dict[str, list[float]] = {}
     for text, (data, entry) in zip(texts, held, strict=True):
         found.setdefault(entry["metadata"]["source_dataset"], []).append(float(data.score_answer(text.strip(), entry)))

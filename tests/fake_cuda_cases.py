@@ -229,7 +229,7 @@ def _trained(corpus, number):
     """Steps of a run, and the start of a checkpoint, of which nothing is written."""
     from train_support import quick
 
-    from evenstep.train.run import Run
+    from evenstep.train.trainer import Run
 
     given = {"train__device": "cuda", "log__every": "100", "optim__name": "stable_spam", **RUNS[number]}
     config = quick(corpus, corpus.with_name(f"run{number}"), **given)
@@ -262,7 +262,7 @@ def _saved(run):
 def trained():
     from train_support import quick, write_corpus
 
-    from evenstep.train.run import Run
+    from evenstep.train.trainer import Run
 
     home = tempfile.TemporaryDirectory()
     atexit.register(home.cleanup)

@@ -16,7 +16,7 @@ from train_support import flags, quick, quick_overrides
 
 from evenstep.train.distributed import open_world
 from evenstep.train.log import read_metrics
-from evenstep.train.run import Run
+from evenstep.train.trainer import Run
 
 ROOT = Path(__file__).parents[1]
 

@@ -93,7 +93,7 @@ class Here:
         import shutil
         from contextlib import redirect_stdout
 
-        from evenstep.train.run import Run
+        from evenstep.train.trainer import Run
 
         where = pool.run(cell)
         if where.exists():

@@ -84,9 +84,9 @@ def _finetune(args: argparse.Namespace) -> None:
         return print_config(config, directory)
 
     from evenstep.finetune.run import Tuning, evaluate_only
-    from evenstep.train.launch import train
+    from evenstep.train.trainer import train
 
     if args.evaluate:
         evaluate_only(config)
     else:
-        train(config, directory, auto=args.resume == "auto", kind=Tuning)
+        train(config, directory, auto=args.resume == "auto", trainer=Tuning)

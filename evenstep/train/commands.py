@@ -100,10 +100,10 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from evenstep.train.log import tell
+    from evenstep.train.log import print_line
     from evenstep.train.weights import export
 
-    export(args.run, args.to, args.out, tell)
+    export(args.run, args.to, args.out, print_line)
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -116,7 +116,7 @@ def print_config(config: Any, directory: Path | None) -> None:
     """The configuration as a recipe. EvenstepError for what a run of it would refuse: hyperparameters that the
     optimizer does not have or take, a model to start from that is not there, changes that a resume does not allow."""
     from evenstep.train.optimizers import try_optimizer
-    from evenstep.train.setup import with_shape_of
+    from evenstep.train.task import with_shape_of
     from evenstep.train.weights import find_source
 
     try_optimizer(config.optim)

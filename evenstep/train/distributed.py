@@ -93,12 +93,12 @@ class World:
         return self.size // self.tensor
 
     @property
-    def speaks(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     # ---- what is agreed on ----
 
-    def each(self, work: Callable[[], T], group: Any = None) -> list[T]:
+    def gather(self, work: Callable[[], T], group: Any = None) -> list[T]:
         """What ``work`` gives on every process, on all of them. SharedError, on all, when it raised EvenstepError on
         one."""
         if self.control is None:
@@ -117,7 +117,7 @@ class World:
         return [answer for _, answer in answers]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """All leave the block, or all raise SharedError."""
         problem: EvenstepError | None = None
         try:
@@ -132,13 +132,13 @@ class World:
                 raise problem
 
         if self.control is not None:
-            self.each(outcome)
+            self.gather(outcome)
 
-    def from_first(self, work: Callable[[], T]) -> T:
+    def on_rank_0(self, work: Callable[[], T]) -> T:
         """What ``work`` gives on process 0, on all of them."""
-        return self.each(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+        return self.gather(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
-    def in_turn(self, work: Callable[[], T]) -> T:
+    def rank_0_first(self, work: Callable[[], T]) -> T:
         """``work`` on process 0 first, then on the first of each machine, then on the others: whoever comes later finds
         what was prepared. It may take days. SharedError when it raises EvenstepError."""
         if self.control is None:
@@ -158,7 +158,7 @@ class World:
                 if problem is not None:
                     raise problem
 
-            self.each(outcome)
+            self.gather(outcome)
         return result[0]
 
     def _wait_for(self, ranks: range, turn: int) -> None:

@@ -21,7 +21,7 @@ from evenstep.train.checkpoint import reason_of, way_on
 from evenstep.train.files import replace_text
 
 if TYPE_CHECKING:
-    from evenstep.train.run import Run
+    from evenstep.train.distributed import World
 
 # ---- metrics.jsonl ----
 
@@ -90,12 +90,11 @@ class NoMetrics(Metrics):
         pass
 
 
-def metrics_of(run: Run) -> Metrics | NoMetrics:
-    """The log of ``run``, cut to what came up to its step. What it says decides what is done next, so all processes
-    know it."""
-    path, step, world = run.out / "metrics.jsonl", run.step_number, run.world
-    metrics = Metrics(path, last_step=step) if world.speaks else NoMetrics()
-    metrics.seconds, metrics.last_train, metrics.last_validation = world.from_first(
+def resume_metrics(path: Path, step: int, world: World) -> Metrics:
+    """The log of a run resumed at ``step``, cut to that step. Its newest records decide what is done next, so all
+    processes get them."""
+    metrics = Metrics(path, last_step=step) if world.is_main else NoMetrics()
+    metrics.seconds, metrics.last_train, metrics.last_validation = world.on_rank_0(
         lambda: (metrics.seconds, metrics.last_train, metrics.last_validation)
     )
     return metrics
@@ -129,7 +128,7 @@ def silence(descriptor: int) -> None:
     os.close(nowhere)
 
 
-def tell(text: str, out: TextIO | None = None) -> None:
+def print_line(text: str, out: TextIO | None = None) -> None:
     """Print a line at once, what its encoding has no character for as an escape. When its reader has gone (``| head``)
     or its disk is full the output falls silent and the run goes on: hours of training must not end for that."""
     out = out or sys.stdout
@@ -152,7 +151,7 @@ def fall_silent(out: TextIO, problem: Exception) -> None:
         print(f"evenstep: {why}; training goes on without it", file=sys.stderr, flush=True)
 
 
-def nothing(text: str) -> None:
+def print_nothing(text: str) -> None:
     """Say nothing: for all processes but the first."""
 
 
@@ -223,14 +222,14 @@ class LineProgress:
         """Called when the numbers of all parameters are there (telemetry's record of them)."""
 
     def say(self, text: str) -> None:
-        tell(text, self.out)
+        print_line(text, self.out)
 
 
 class NoProgress(LineProgress):
     """For all processes but the first."""
 
     def say(self, text: str) -> None:
-        nothing(text)
+        print_nothing(text)
 
 
 class LiveProgress(LineProgress):

@@ -15,7 +15,7 @@ import torch
 from evenstep.baselines import fronts
 from evenstep.baselines.catalog import baseline, check_options
 from evenstep.errors import EvenstepError
-from evenstep.train.config import ScheduleConfig
+from evenstep.train.config import BaseConfig, ScheduleConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -110,3 +110,18 @@ def _constant(schedule: ScheduleConfig, step: int, total: int, warmup: int) -> f
 
 
 _SHAPES = {"cosine": _cosine, "wsd": _wsd, "constant": _constant}
+
+
+def rising_rate(old: BaseConfig, new: BaseConfig, done: int) -> str | None:
+    """A warning for a run that is resumed at step ``done`` with another budget, where it trains at a higher learning
+    rate than it had reached: the schedule is stretched over all steps. None where it does not."""
+    if done >= new.total_steps or done < new.warmup_steps:
+        return None
+    had = old.optim.lr * lr_factor(old.schedule, max(1, done), old.total_steps, old.warmup_steps)
+    now = new.optim.lr * lr_factor(new.schedule, done + 1, new.total_steps, new.warmup_steps)
+    if now <= had * 1.01:
+        return None
+    return (
+        f"the learning rate rises from {had:.2e} to {now:.2e}: schedule {new.schedule.name} now takes "
+        f"{new.total_steps:,} steps and not {old.total_steps:,}"
+    )

@@ -19,7 +19,7 @@ from evenstep.train.checkpoint import MANIFEST, TRAINER, file_fault, list_checkp
 from evenstep.train.config import Config
 from evenstep.train.config_io import build, read_toml
 from evenstep.train.files import is_running
-from evenstep.train.log import nothing, read_metrics
+from evenstep.train.log import print_nothing, read_metrics
 
 
 @dataclass(frozen=True)
@@ -238,8 +238,7 @@ def rows_of(directory: Path, start: int, stop: int) -> Iterator[tuple[str, str]]
 
 def _training_rows(directory: Path, config: Config, start: int, stop: int) -> Iterator[tuple[str, str]]:
     from evenstep.data import BatchLoader
-    from evenstep.train.setup import load_data
-    from evenstep.train.state import data_identity
+    from evenstep.train.task import data_identity, load_data
 
     data = load_data(config)
     newest = next(iter(list_checkpoints(directory / "checkpoints")), None)
@@ -268,24 +267,23 @@ def _tuning_rows(tables: dict[str, Any], start: int, stop: int) -> Iterator[tupl
     import torch
 
     from evenstep.finetune.config import FineTuneConfig
-    from evenstep.finetune.rows import RowLoader
-    from evenstep.finetune.run import Tuning
+    from evenstep.finetune.data import RowLoader
+    from evenstep.finetune.task import FineTuning
     from evenstep.train.distributed import World
 
-    config, world = build(tables, FineTuneConfig), World(torch.device("cpu"))
-    run = Tuning.__new__(Tuning)
-    run.settled(config, run.find_source(config, world, nothing), nothing)  # the model decides how rows are packed
-    task = run.task
-    loader = RowLoader(task.train, config.train.batch_size, config.seed)
+    task = FineTuning(World(torch.device("cpu")), print_nothing)
+    config = task.resolve(build(tables, FineTuneConfig))  # opens the model, which decides how rows are packed
+    data = task.data
+    loader = RowLoader(data.train, config.train.batch_size, config.seed)
 
     def rows() -> Iterator[tuple[str, str]]:
         for row in range(start, stop):
             [place] = loader.sequence_ids(row, row + 1).tolist()
             texts = []
-            for document in task.train[place]:
-                label = "" if document.targets.ndim else f"\nlabel: {task.labels[int(document.targets)]}"
+            for document in data.train[place]:
+                label = "" if document.targets.ndim else f"\nlabel: {data.labels[int(document.targets)]}"
                 last = [int(document.targets[-1])] if document.targets.ndim and document.targets[-1] >= 0 else []
-                texts.append(task.tokenizer.decode([*document.inputs.tolist(), *last]) + label)
+                texts.append(data.tokenizer.decode([*document.inputs.tolist(), *last]) + label)
             count = len(texts)
             yield _head(row, loader, f"{count} example{'s' if count > 1 else ''}"), "\n--\n".join(texts)
 

@@ -12,6 +12,7 @@ every process alike.
 from __future__ import annotations
 
 import importlib
+import random
 import shutil
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -296,13 +298,13 @@ def _entries(directory: Path, names: list[str]) -> dict[str, dict[str, tuple[tor
 class Saver:
     """Writes the checkpoints of one run into ``directory``; every process makes one, and calls it at the same steps."""
 
-    def __init__(self, directory: Path, world: World) -> None:
+    def __init__(self, directory: Path, world: World, alive: Callable[[], None] = lambda: None) -> None:
         require_safetensors()  # without it the first checkpoint would end the run
         self.directory, self.world = directory, world
         self._copies: dict[str, Tensor] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
-        self.alive: Callable[[], None] = lambda: None
+        self.alive = alive
         """Called now and then while `wait` waits."""
         self.last: int | None = None
         """The step of the newest save."""
@@ -324,7 +326,7 @@ class Saver:
         self.wait()
         partial = self.directory / f".step-{step:06d}.partial"
         try:
-            with self.world.together():
+            with self.world.raise_on_all_ranks():
                 if self.world.rank == 0:
                     self._guarded(step, lambda: write_small(begin(self.directory, step)))
             copies, whole = self._guarded(step, lambda: self._staged(tensors))
@@ -374,8 +376,8 @@ class Saver:
             commit(partial, step, world.size, files, keep)
 
         try:
-            found = world.each(lambda: self._guarded(step, own_files), world.saving)
-            world.each(lambda: self._guarded(step, lambda: rename(found)) if world.rank == 0 else None, world.saving)
+            found = world.gather(lambda: self._guarded(step, own_files), world.saving)
+            world.gather(lambda: self._guarded(step, lambda: rename(found)) if world.rank == 0 else None, world.saving)
         finally:
             self._clean(partial)
 
@@ -419,3 +421,30 @@ def _alike(copy: Tensor, x: Tensor) -> bool:
     """Whether a copy of ``x`` fits in the place of an earlier one."""
     same = copy.dtype == x.dtype and copy.shape == x.shape and type(copy) is type(x)
     return same and (not is_sharded(x) or (copy.placements, copy.device_mesh) == (x.placements, x.device_mesh))  # type: ignore[attr-defined]
+
+
+# ---- random states ----
+
+
+def rng_state() -> dict[str, Any]:
+    """Every random state of the process, in types that ``torch.load(weights_only=True)`` reads."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, cached],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
