@@ -33,6 +33,7 @@ import os
 import re
 import shlex
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,10 +129,81 @@ def load_model_state(checkpoint: Path | str) -> dict[str, Tensor]:
     The checksums are not looked at: `newest_checkpoint` and `find_fault` do. EvenstepError for a directory that is no
     checkpoint, or whose shards cannot be read or do not cover a tensor.
     """
-    from evenstep.train.saving import read_whole
-
     read_manifest(checkpoint)
     return read_whole(Path(checkpoint), "model.")
+
+
+# ---- reading tensors ----
+
+
+def quiet_dcp() -> None:
+    """torch.distributed.checkpoint warns at each use by a single process, which is what is meant."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+def reader(directory: Path) -> Any:
+    """torch's reader of the shards in ``directory``."""
+    from evenstep.models.hf import require_safetensors
+
+    require_safetensors()
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    quiet_dcp()
+    return HuggingFaceStorageReader(str(directory))
+
+
+def shard_metadata(directory: Path) -> dict[str, Any]:
+    """Shape and dtype of every tensor in the shards. EvenstepError when one cannot be read, or its parts do not cover
+    it."""
+    try:
+        found = reader(directory).read_metadata().state_dict_metadata
+    except Exception as problem:  # safetensors raises a type of its own
+        raise EvenstepError(f"the shards in {directory} cannot be read: {problem}") from None
+    for name, facts in found.items():
+        here = {chunk.offsets: chunk.sizes.numel() for chunk in facts.chunks}
+        if sum(here.values()) != facts.size.numel():
+            raise EvenstepError(f"the shards in {directory} hold only a part of {name}; a shard is missing")
+    return found
+
+
+def fill(directory: Path, tensors: dict[str, Tensor], *, single: bool = False) -> None:
+    """Read the shards into ``tensors``, in place; DTensors get their own parts. ``single``: this process reads alone,
+    whatever others do. EvenstepError for what is missing or of another shape."""
+    import torch.distributed.checkpoint as dcp
+
+    known = shard_metadata(directory)
+    for name, tensor in tensors.items():
+        if name not in known:
+            raise EvenstepError(f"the checkpoint {directory} holds no {name}; it is of another model or optimizer")
+        if known[name].size != tensor.shape:
+            raise EvenstepError(
+                f"the checkpoint {directory} holds {name} as {list(known[name].size)}, wanted is {list(tensor.shape)}"
+            )
+    try:
+        dcp.load(tensors, storage_reader=reader(directory), no_dist=single or not _distributed())
+    except (Exception, dcp.api.CheckpointException) as problem:
+        raise EvenstepError(f"the shards in {directory} cannot be read: {str(problem).splitlines()[-1]}") from None
+
+
+def _distributed() -> bool:
+    import torch
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def read_whole(directory: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose key starts with ``prefix``, by the rest of it, whole and on the CPU."""
+    import torch
+
+    wanted = {name: facts for name, facts in shard_metadata(directory).items() if name.startswith(prefix)}
+    if not wanted:
+        raise EvenstepError(f"the shards in {directory} hold nothing named {prefix}...")
+    tensors = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in wanted.items()}
+    fill(directory, tensors, single=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+# ---- which checkpoint, and is it whole ----
 
 
 def list_checkpoints(directory: Path) -> list[Path]:

@@ -241,8 +241,8 @@ class OptimConfig(Section):
         choices=tuple(BASELINES), form=r"[\w.]+:\w+",
     )  # fmt: skip
     before: str = option("", "gradient transforms in front of it, as 'adaclip + adagn(gamma1=0.7)'")
-    lr: float = option(1e-3, "the highest learning rate", above=0, high=1e12)
-    weight_decay: float = option(0.0, "decay of the parameters that optim.decay names", low=0, high=1e12)
+    lr: float = option(1e-3, "the highest rate", above=0, high=1e38)
+    weight_decay: float = option(0.0, "decay of the parameters that optim.decay names", low=0, high=1e38)
     decay: str = option(
         "matrices", "which parameters decay: those of two or more dimensions, or all", choices=("matrices", "all")
     )

@@ -153,7 +153,7 @@ def _read_trainer(checkpoint: Path) -> dict[str, Any]:
 
 
 def _read_shards(checkpoint: Path) -> dict[str, Any]:
-    from evenstep.train.saving import reader
+    from evenstep.train.checkpoint import reader
 
     tensors = {}
     for name, facts in sorted(reader(checkpoint).read_metadata().state_dict_metadata.items()):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import random
 import shutil
-import warnings
 from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +31,7 @@ from evenstep.errors import EvenstepError
 from evenstep.models.hf import require_safetensors
 from evenstep.optim.sharding import is_sharded, like, local, parts
 from evenstep.optim.state import keep_dtypes
-from evenstep.train.checkpoint import SHARD, begin, commit, could_not_save, facts_of
+from evenstep.train.checkpoint import SHARD, begin, commit, could_not_save, facts_of, fill, quiet_dcp, shard_metadata
 from evenstep.train.distributed import World
 
 # ---- state tensors that hold codes and scales (torchao's, and ours of state="int8") ----
@@ -88,20 +87,6 @@ def empty_packed(p: Tensor, facts: dict[str, Any]) -> Tensor | None:
 # ---- shards ----
 
 
-def quiet_dcp() -> None:
-    """torch.distributed.checkpoint warns at each use by a single process, which is what is meant."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-
-def reader(directory: Path) -> Any:
-    """torch's reader of the shards in ``directory``."""
-    require_safetensors()
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
-    quiet_dcp()
-    return HuggingFaceStorageReader(str(directory))
-
-
 def write(directory: Path, tensors: dict[str, Tensor], group: Any) -> None:
     """Write ``tensors`` into shards in ``directory``, each process of ``group`` (None: this one alone) its parts."""
     import torch.distributed.checkpoint as dcp
@@ -110,53 +95,6 @@ def write(directory: Path, tensors: dict[str, Tensor], group: Any) -> None:
     quiet_dcp()
     writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
     dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
-
-
-def _metadata(directory: Path) -> dict[str, Any]:
-    """Shape and dtype of every tensor in the shards. EvenstepError when one cannot be read, or its parts do not cover
-    it."""
-    try:
-        found = reader(directory).read_metadata().state_dict_metadata
-    except Exception as problem:  # safetensors raises a type of its own
-        raise EvenstepError(f"the shards in {directory} cannot be read: {problem}") from None
-    for name, facts in found.items():
-        here = {chunk.offsets: chunk.sizes.numel() for chunk in facts.chunks}
-        if sum(here.values()) != facts.size.numel():
-            raise EvenstepError(f"the shards in {directory} hold only a part of {name}; a shard is missing")
-    return found
-
-
-def fill(directory: Path, tensors: dict[str, Tensor], *, single: bool = False) -> None:
-    """Read the shards into ``tensors``, in place; DTensors get their own parts. ``single``: this process reads alone,
-    whatever others do. EvenstepError for what is missing or of another shape."""
-    import torch.distributed.checkpoint as dcp
-
-    known = _metadata(directory)
-    for name, tensor in tensors.items():
-        if name not in known:
-            raise EvenstepError(f"the checkpoint {directory} holds no {name}; it is of another model or optimizer")
-        if known[name].size != tensor.shape:
-            raise EvenstepError(
-                f"the checkpoint {directory} holds {name} as {list(known[name].size)}, wanted is {list(tensor.shape)}"
-            )
-    try:
-        dcp.load(tensors, storage_reader=reader(directory), no_dist=single or not _distributed())
-    except (Exception, dcp.api.CheckpointException) as problem:
-        raise EvenstepError(f"the shards in {directory} cannot be read: {str(problem).splitlines()[-1]}") from None
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def read_whole(directory: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose key starts with ``prefix``, by the rest of it, whole and on the CPU."""
-    wanted = {name: facts for name, facts in _metadata(directory).items() if name.startswith(prefix)}
-    if not wanted:
-        raise EvenstepError(f"the shards in {directory} hold nothing named {prefix}...")
-    tensors = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in wanted.items()}
-    fill(directory, tensors, single=True)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 # ---- of a model and its optimizer ----
@@ -281,7 +219,7 @@ def _target(p: Tensor, present: Any, shape: torch.Size, dtype: torch.dtype) -> T
 def _entries(directory: Path, names: list[str]) -> dict[str, dict[str, tuple[torch.Size, torch.dtype]]]:
     found: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}
     known = set(names)
-    for key, facts in _metadata(directory).items():
+    for key, facts in shard_metadata(directory).items():
         if not key.startswith("optimizer."):
             continue
         parts = key.removeprefix("optimizer.").split(".")

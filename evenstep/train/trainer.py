@@ -34,6 +34,7 @@ from evenstep.telemetry.clocks import steps_to_reset
 from evenstep.train.checkpoint import (
     TRAINER,
     diverged,
+    fill,
     list_checkpoints,
     newest_checkpoint,
     read_trainer,
@@ -58,7 +59,7 @@ from evenstep.train.log import (
     short_count,
 )
 from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer, lr_factor, rising_rate
-from evenstep.train.saving import Saver, fill, load_optimizer, optimizer_tensors, rng_state, set_rng_state
+from evenstep.train.saving import Saver, load_optimizer, optimizer_tensors, rng_state, set_rng_state
 from evenstep.train.summary import attempt, finish, run_facts
 from evenstep.train.task import Pretraining, Task
 from evenstep.train.telemetry import RunTelemetry
@@ -135,7 +136,6 @@ class Trainer:
         self._build(config, task, data_progress, blank=False)
         world.on_rank_0(self._create_directory)
         self.metrics = Metrics(self.out / "metrics.jsonl") if world.is_main else NoMetrics()
-        self._print_header()
 
     def _create_directory(self) -> None:
         try:
@@ -197,7 +197,6 @@ class Trainer:
         run.metrics = resume_metrics(run.out / "metrics.jsonl", run.step_number, world)
         run.seconds = max(run.seconds, run.metrics.seconds)  # steps after the save that are not repeated in the log
         left = config.total_steps - run.step_number
-        run._print_header()
         say(f"resumed from {checkpoint}, {f'{left} steps to go' if left else 'nothing left to do'}")
         if (line := rising_rate(build(trainer["config"], type(config)), config, trainer["step"])) is not None:
             say(line)
@@ -389,12 +388,9 @@ class Trainer:
 
     # ---- the log ----
 
-    def _print_header(self) -> None:
-        for line in attempt("description of the run", self._header, self.say) or ():
-            self.say(line)
-
-    def _header(self) -> list[str]:
-        """A line for each of model, optimizer, data, budget, device and folder."""
+    def header(self) -> list[str]:
+        """What the command line prints before the first step: a line for each of model, optimizer, data, budget, device
+        and folder."""
         config, train, optim = self.config, self.config.train, self.config.optim
         trained = sum(p.numel() for p in self.parameters)
         model = f"{config.model.label}, {short_count(self.model.num_parameters())} parameters"
@@ -725,4 +721,6 @@ def train(config: BaseConfig, directory: Path | None, *, auto: bool = False, tra
                 run = trainer(config, world=world, data_progress=show)
             else:
                 run = trainer.resume(directory, config, world=world, data_progress=show)
+        for line in attempt("description of the run", run.header, run.say) or ():
+            run.say(line)
         run.fit()
