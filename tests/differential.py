@@ -180,10 +180,7 @@ def run(case: Case, rank: int = 0) -> dict[str, Any]:
             bare = _bare(model)
         if case.new_lr and case.new_lr[0] == number:
             for group in optimizer.param_groups:
-                if case.tensor_lr:
-                    group["lr"].mul_(case.new_lr[1])
-                else:
-                    group["lr"] *= case.new_lr[1]
+                group["lr"] = group["lr"] * case.new_lr[1]
         given = gradients(case, number)
         # Rank 0 has twice the gradient and rank 1 none of it, so that the mean is exact.
         factor = 1.0 if case.processes == 1 else 2.0 - 2.0 * rank

@@ -89,7 +89,7 @@ class TuneConfig(Section):
     SECTION = "tune"
     adapter: str = option("none", "none: all weights; lora: low-rank adapters (peft)", choices=("none", "lora"))
     rank: int = option(32, "LoRA's rank; 32 is LLM-Adapters' for LLaMA", low=1, high=2**16)
-    alpha: float = option(64.0, "LoRA's scale: its product is multiplied by alpha / rank", above=0, high=1e12)
+    alpha: float = option(64.0, "LoRA's scale: its product is multiplied by alpha / rank", above=0, high=1e38)
     dropout: float = option(0.0, "LoRA's dropout", low=0, high=1)
     targets: str = option(
         "all-linear", "layers with an adapter: names separated by commas, or all linear ones but the last"
@@ -102,7 +102,7 @@ class TuneOptimConfig(OptimConfig):
         None,
         "the highest learning rate (none: 5e-5 for all weights, 3e-4 for LoRA, 1e-3 with a density below 1)",
         above=0,
-        high=1e12,
+        high=1e38,
     )
 
     @property
