@@ -362,7 +362,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "window_steps": int, "skipped": list, "tokenizer": str, "data": str, "config": dict, "optimizer": dict,
     "processes": list,
 }  # fmt: skip
-"""What `evenstep.train.state` reads of trainer.pt."""
+"""The entries of trainer.pt that `evenstep.train.trainer` reads, and their types."""
 
 
 def read_trainer(checkpoint: Path) -> dict[str, Any]:

@@ -113,7 +113,7 @@ MOST_TOKENS = 10**18
 MOST_SEQUENCES = 2**20
 """The largest values of options that count steps, tokens, and sequences of a batch (and tokens of a sequence): beyond
 what anybody trains, and small enough for every number that is made of them. Whether memory holds them is another
-question (`evenstep.train.setup.check_memory`)."""
+question (`evenstep.train.task.Pretraining.check_memory`)."""
 
 Resume = Literal["fixed", "rounding", "free"]
 """May an option change on resume? fixed: no. rounding: yes, the last bits of the losses change. free: yes, nothing
