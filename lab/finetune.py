@@ -111,7 +111,7 @@ def verified(run: Any, held: list[tuple[Any, dict[str, Any]]]) -> dict[str, floa
     from evenstep.finetune.scoring import answers
 
     run.model.eval()
-    texts = answers(run, run.task.sets[0].examples)
+    texts = answers(run.model, run.data, run.data.sets[0].examples)
     found: dict[str, list[float]] = {}
     for text, (data, entry) in zip(texts, held, strict=True):
         found.setdefault(entry["metadata"]["source_dataset"], []).append(float(data.score_answer(text.strip(), entry)))
@@ -177,7 +177,7 @@ def work(setting: dict[str, Any], directory: Path, say: Callable[[str], None]) -
     """One run: score, curve and memory."""
     from evenstep.finetune.config import FineTuneConfig
     from evenstep.finetune.run import Tuning
-    from evenstep.train.metrics import read_metrics
+    from evenstep.train.log import read_metrics
 
     given = made(setting["experiment"], setting["smoke"])
     with tempfile.TemporaryDirectory() as folder:

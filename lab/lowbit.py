@@ -26,7 +26,7 @@ from evenstep.compare.grid import Outcomes
 from evenstep.compare.report import table
 from evenstep.compare.table import Group, merged
 from evenstep.errors import EvenstepError
-from evenstep.train.checks import parse_count
+from evenstep.train.config import parse_count
 from evenstep.train.config_io import build
 from evenstep.train.files import replace_text
 from lab.common import Run, add_options, status, stored, train

@@ -212,9 +212,9 @@ def test_a_checkpoint_of_the_first_layout_says_what_to_do(place):
 
 
 def test_a_save_in_the_background_holds_what_was_there_when_it_began(tmp_path):
+    from evenstep.train.checkpoint import read_whole
+    from evenstep.train.distributed import World
     from evenstep.train.saving import Saver
-    from evenstep.train.tensors import read_whole
-    from evenstep.train.world import World
 
     saver, x = Saver(tmp_path, World(torch.device("cpu"))), torch.zeros(3)
     for step in (1, 2, 3):

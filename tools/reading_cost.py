@@ -82,7 +82,7 @@ def a_run(command_line: bool) -> Callable[[], object]:
     from train_support import flags, quick, quick_overrides, write_corpus
 
     from evenstep.cli import main
-    from evenstep.train.run import Run
+    from evenstep.train.trainer import Run
 
     place = Path(tempfile.mkdtemp())
     corpus = write_corpus(place / "corpus.jsonl")

@@ -28,7 +28,7 @@ from evenstep.errors import EvenstepError
 from evenstep.train.config import Config
 from evenstep.train.config_io import build, config_hash, to_toml
 from evenstep.train.files import replace_text
-from evenstep.train.metrics import read_metrics
+from evenstep.train.log import read_metrics
 
 FINISHED, HOPELESS, DIVERGED = "finished", "hopeless", "diverged"
 

@@ -28,7 +28,7 @@ from evenstep.compare.table import Group, Table
 from evenstep.errors import EvenstepError
 from evenstep.train.files import locked
 from evenstep.train.interrupts import Interrupted, raising
-from evenstep.train.progress import clock
+from evenstep.train.log import clock
 
 RISING = 0.02
 MARGIN = 0.3

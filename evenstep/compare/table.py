@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from evenstep.errors import EvenstepError, nearest
-from evenstep.train.checks import parse_count
+from evenstep.train.config import parse_count
 from evenstep.train.config_io import read_toml
 
 Document = dict[str, Any]

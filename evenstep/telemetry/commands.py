@@ -105,8 +105,8 @@ def _watch(args: argparse.Namespace) -> None:
 
 
 def _rows(args: argparse.Namespace) -> None:
-    from evenstep.train.rows import parse_rows, rows_of
-    from evenstep.train.sample import printable
+    from evenstep.console import printable
+    from evenstep.train.runs import parse_rows, rows_of
 
     for head, text in rows_of(args.run, *parse_rows(args.rows)):
         print(f"== {head}\n{printable(text)}")

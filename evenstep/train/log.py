@@ -1,4 +1,9 @@
-"""What the user sees while a run goes on: a live bar in a terminal, one plain line per log step anywhere else."""
+"""The log of a run: metrics.jsonl, and what the terminal shows.
+
+metrics.jsonl has one JSON object per line, written immediately, and never two lines for the same moment of a run. In
+a terminal a live bar shows the newest numbers; files and pipes get one plain line per log step. Nothing here imports
+torch.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +12,113 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
-from evenstep.train.failure import reason_of
+from evenstep.errors import EvenstepError
+from evenstep.telemetry.schema import read_records, to_line
+from evenstep.train.checkpoint import reason_of, way_on
+from evenstep.train.files import replace_text
+
+if TYPE_CHECKING:
+    from evenstep.train.distributed import World
+
+# ---- metrics.jsonl ----
+
+
+class Metrics:
+    """Appends records to a file. ``last_step`` (on resume): later lines, and a line torn by a kill, are cut first.
+
+    Lines of training and validation, and those of telemetry, which have a ``kind``.
+    ``last_train`` and ``last_validation`` are the newest records of the former, None before the first.
+    """
+
+    def __init__(self, path: Path, last_step: int | None = None) -> None:
+        self.path = path
+        self.seconds = 0.0  # of training, as the newest record has them
+        self.last_train: dict[str, Any] | None = None
+        self.last_validation: dict[str, Any] | None = None
+        if last_step is not None and path.exists():
+            kept = up_to(last_step, read_records(path))
+            for record in kept:
+                self._remember(record)
+            replace_text(path, "".join(to_line(record) for record in kept))
+        try:
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        except OSError as problem:
+            raise EvenstepError(f"could not write {path}: {problem.strerror}; give another --out") from problem
+
+    @property
+    def validated(self) -> int | None:
+        """The step of the newest validation."""
+        return self.last_validation["step"] if self.last_validation else None
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        if "kind" in record:
+            return
+        self.seconds = record.get("seconds", self.seconds)
+        if "val_loss" in record:
+            self.last_validation = record
+        else:
+            self.last_train = record
+
+    def write(self, record: dict[str, Any]) -> None:
+        try:
+            self._file.write(to_line(record))
+            self._file.flush()
+        except OSError as problem:
+            raise EvenstepError(
+                f"could not write {self.path}: {problem.strerror}; make room and {way_on(self.path.parent)}"
+            ) from problem
+        self._remember(record)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class NoMetrics(Metrics):
+    """Those of a process that does not write them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.last_train = self.last_validation = None
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._remember(record)
+
+    def close(self) -> None:
+        pass
+
+
+def resume_metrics(path: Path, step: int, world: World) -> Metrics:
+    """The log of a run resumed at ``step``, cut to that step. Its newest records decide what is done next, so all
+    processes get them."""
+    metrics = Metrics(path, last_step=step) if world.is_main else NoMetrics()
+    metrics.seconds, metrics.last_train, metrics.last_validation = world.on_rank_0(
+        lambda: (metrics.seconds, metrics.last_train, metrics.last_validation)
+    )
+    return metrics
+
+
+def up_to(last_step: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a run resumed at ``last_step`` keeps. Telemetry tells of a step when it is drained, so of its lines those
+    that stand after a later step's are cut too: they are written again."""
+    kept, past = [], False
+    for record in records:
+        later = record["step"] > last_step
+        past = past or later
+        if not later and not (past and "kind" in record):
+            kept.append(record)
+    return kept
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The training and validation records of the file in order, telemetry's left out; lines that are no JSON object
+    with a step (torn by a kill) are left out too."""
+    return [record for record in read_records(path, telemetry=False) if "kind" not in record]
+
+
+# ---- the terminal ----
 
 
 def silence(descriptor: int) -> None:
@@ -19,7 +128,7 @@ def silence(descriptor: int) -> None:
     os.close(nowhere)
 
 
-def tell(text: str, out: TextIO | None = None) -> None:
+def print_line(text: str, out: TextIO | None = None) -> None:
     """Print a line at once, what its encoding has no character for as an escape. When its reader has gone (``| head``)
     or its disk is full the output falls silent and the run goes on: hours of training must not end for that."""
     out = out or sys.stdout
@@ -42,7 +151,7 @@ def fall_silent(out: TextIO, problem: Exception) -> None:
         print(f"evenstep: {why}; training goes on without it", file=sys.stderr, flush=True)
 
 
-def nothing(text: str) -> None:
+def print_nothing(text: str) -> None:
     """Say nothing: for all processes but the first."""
 
 
@@ -51,6 +160,14 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def short_count(value: float) -> str:
+    """1500000 -> ``1.5M``."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{suffix}"
+    return f"{value:.4g}"
 
 
 def train_line(record: dict[str, Any], total: int) -> str:
@@ -105,14 +222,14 @@ class LineProgress:
         """Called when the numbers of all parameters are there (telemetry's record of them)."""
 
     def say(self, text: str) -> None:
-        tell(text, self.out)
+        print_line(text, self.out)
 
 
 class NoProgress(LineProgress):
     """For all processes but the first."""
 
     def say(self, text: str) -> None:
-        nothing(text)
+        print_nothing(text)
 
 
 class LiveProgress(LineProgress):
