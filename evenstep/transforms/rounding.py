@@ -24,8 +24,8 @@ def write_kahan(p: Tensor, exact: Tensor, lost: Tensor, accepted: Tensor) -> Non
 
 
 def noise_seeds(t: Tensor, places: list[tuple[int, int]], device: torch.device | None = None) -> list[Tensor]:
-    """A 0-d int32 seed per tensor for step ``t`` (0-d) and the tensor's place (numbers of its group and in it): the same
-    after a resume and on all replicas, other than any generator's, and known on ``device`` (default: that of ``t``).
+    """A 0-d int32 seed per tensor for step ``t`` (0-d) and the tensor's place (numbers of its group and in it): the
+    same after a resume and on all replicas, other than any generator's, and known on ``device`` (that of ``t``).
     """
     now = _mixed(t.to(torch.int32) * _GOLDEN)
     whose = constant([(place * 1_000_003 + index) % 2**31 for place, index in places], torch.int32, device or t.device)
