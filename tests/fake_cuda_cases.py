@@ -285,7 +285,7 @@ def waiting():
         "from cuda to cpu": lambda x, flag, host, one: x.cpu(),
         "0-d tensor into where": lambda x, flag, host, one: torch.where(flag, one, x),
         "mixed devices into stack": lambda x, flag, host, one: torch.stack([x[0], one]),
-        "at least two devices": lambda x, flag, host, one: torch.cat([x, host]),
+        "devices": lambda x, flag, host, one: torch.cat([x, host]),
         "reads the device (_local_scalar_dense)": lambda x, flag, host, one: x[0].item(),
         "reads the device (nonzero)": lambda x, flag, host, one: torch.nonzero(flag),
         "reads the device (equal)": lambda x, flag, host, one: torch.equal(x, x),
