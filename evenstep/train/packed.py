@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from evenstep.errors import EvenstepError
-from evenstep.optim.sharding import like, local, parts
+from evenstep.optim.distributed import local
+from evenstep.optim.distributed import num_shards as parts
+from evenstep.optim.distributed import shard_like as like
 
 _CLASSES = {
     "OptimState8bit": "torchao.optim.subclass_8bit",

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, LlamaConfig
-from evenstep.optim.sharding import Layout, combine, local
+from evenstep.optim.distributed import Layout, local
+from evenstep.optim.distributed import Reduction as Combine
+from evenstep.optim.distributed import all_reduce as combine
 from evenstep.train.config import Config
 from evenstep.train.world import World
-from evenstep.transforms import Combine
 
 _COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 _ROWS = ("self_attn.o_proj", "mlp.down_proj")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama
-from evenstep.optim.sharding import local
+from evenstep.optim.distributed import local
 from evenstep.train.optimizers import build_optimizer
 from evenstep.train.parallel import Parallel
 from evenstep.train.plan import Plan

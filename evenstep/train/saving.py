@@ -20,7 +20,7 @@ from torch import Tensor
 
 from evenstep.errors import EvenstepError
 from evenstep.models.hf import require_safetensors
-from evenstep.optim.sharding import is_sharded, local
+from evenstep.optim.distributed import is_sharded, local
 from evenstep.train.checkpoint import SHARD, begin, commit, could_not_save, facts_of
 from evenstep.train.tensors import write
 from evenstep.train.world import World

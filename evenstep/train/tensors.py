@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from evenstep.baselines.state_size import tensors_in
 from evenstep.errors import EvenstepError
 from evenstep.models.hf import require_safetensors
-from evenstep.optim.sharding import is_sharded, local
+from evenstep.optim.distributed import is_sharded, local
 from evenstep.optim.state import keep_dtypes
 from evenstep.train.packed import blank, facts_of, taken_apart
 
