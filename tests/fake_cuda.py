@@ -3,7 +3,7 @@ machine.
 
 `pretend` makes torch believe in a GPU, for this process alone and for good; `Watch` notes, while it is on, what a GPU
 would punish: copies that block, values read from the device, operators that got tensors of several devices. Kernels
-are seen as operators, with what their fake functions return.
+are replaced by `Launches`, which returns results in their shapes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,44 @@ def pretend() -> None:
         setattr(torch.cuda, name, lambda *a, _value=value, **k: _value)
     import evenstep.kernels.cuda as kernels
 
-    kernels.PLAIN |= {FakeTensor}  # they have no data, and their operators need none
+    kernels.PLAIN |= {FakeTensor}  # they have no data, and what stands in for the launches needs none
+    kernels.launches = lambda: Launches
+
+
+class Launches:
+    """In place of the functions of cuda_launch.py: results in their shapes, for tensors that are all on one device."""
+
+    @staticmethod
+    def _table(rows: int, count: int, *given: object) -> Tensor:
+        tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+        assert {x.device.type for x in tensors} == {"cuda"}, [x.device for x in tensors]
+        return tensors[0].new_empty(rows, count, dtype=torch.float32)
+
+    @classmethod
+    def measure(cls, grads):
+        return cls._table(2, len(grads), grads), cls._table(2, sum(-(-g.numel() // 16384) for g in grads), grads)
+
+    @classmethod
+    def clip_norms(cls, grads, known, limit, rescale):
+        return cls._table(2, len(grads), grads, known, limit, rescale)
+
+    @classmethod
+    def adam_(cls, params, *given):
+        assert given[7].shape == (16, len(params)), given[7].shape  # the table of numbers
+        return cls._table(3, len(params), params, given)
+
+    @classmethod
+    def columns(cls, grads):
+        squares = [g.new_empty((1, *g.shape[1:]), dtype=torch.float64) for g in grads]
+        return cls._table(2, len(grads), grads), squares
+
+    @classmethod
+    def rows_(cls, params, *given):
+        return cls._table(1, len(params), params, given)
+
+    @classmethod
+    def transformed_(cls, out, grads, numbers):
+        cls._table(1, 1, out, grads, numbers)
 
 
 def _moved(module, fn, recurse=True):

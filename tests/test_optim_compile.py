@@ -267,7 +267,7 @@ def test_no_step_waits_for_the_device(name, dtype, options, capturable, no_sync)
 
 def test_a_stabilized_step_does_not_wait_for_the_device(no_sync, monkeypatch):
     """As on a device: on the host itself values are at hand, and a bad gradient is skipped by reading its flag."""
-    monkeypatch.setattr("evenstep.optim.moments.on_host", lambda x: False)
+    monkeypatch.setattr("evenstep.optim.base_optimizer.on_host", lambda x: False)
     params = parameters()
     base = torch.optim.SGD(params, lr=0.01, momentum=0.9)
     optimizer = stabilize(base, AdaClip(), AdaGN(), reset_interval=3)

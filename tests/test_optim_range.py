@@ -22,7 +22,8 @@ from evenstep import (
     ZClip,
     stabilize,
 )
-from evenstep.transforms import Gradients, lockstep
+from evenstep.optim.distributed import run_batched_collectives
+from evenstep.optim.functional import Gradients
 
 HUGE = 3e38  # an entry of fp32, whose norm in a tensor of 16 is not
 
@@ -84,7 +85,7 @@ def test_parts_whose_norms_fit_and_whose_sum_does_not_are_seen_together():
                 one.answer = values.amax(0) if one.op == "max" else values.sum(0)
 
     for size, fits in ((3e38, False), (2e38, True)):  # times the root of 2
-        found = lockstep([step(torch.tensor([size])), step(torch.tensor([size]))], combine)
+        found = run_batched_collectives([step(torch.tensor([size])), step(torch.tensor([size]))], combine)
         assert [one.finite.item() for one in found] == [fits, fits] and found[0].peak.isfinite().all()
 
 

@@ -47,10 +47,9 @@ from torch import Tensor, nn
 
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, LlamaConfig
-from evenstep.optim.sharding import Layout, combine, local
+from evenstep.optim.distributed import Layout, Reduction, all_reduce, local
 from evenstep.train.config import BaseConfig, Config
 from evenstep.train.hardware import pick_device
-from evenstep.transforms import Combine
 
 # ---- the processes ----
 
@@ -449,10 +448,10 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     if not any(layout.cuts for layout in layouts):
         return torch.nn.utils.get_total_norm([local(tensor) for tensor in tensors], foreach=True)
     norms = torch._foreach_norm([local(tensor.detach()) for tensor in tensors])
-    asked: dict[int, tuple[Combine, ...]] = {
-        i: (Combine("sum", norm.float().square().reshape(1)),) for i, norm in enumerate(norms)
+    asked: dict[int, tuple[Reduction, ...]] = {
+        i: (Reduction("sum", norm.float().square().reshape(1)),) for i, norm in enumerate(norms)
     }
-    combine(asked, layouts)
+    all_reduce(asked, layouts)
     return torch.cat([one.values if one.answer is None else one.answer for (one,) in asked.values()]).sum().sqrt()
 
 

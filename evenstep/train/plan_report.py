@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, LlamaConfig, llama_config
 from evenstep.models.hf import read_config
-from evenstep.optim.sharding import local
+from evenstep.optim.distributed import local
 from evenstep.train.config import Config
 from evenstep.train.config_io import load_config
 from evenstep.train.distributed import Parallel, World

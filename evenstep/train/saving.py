@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from evenstep.baselines.state_size import tensors_in
 from evenstep.errors import EvenstepError
 from evenstep.models.hf import require_safetensors
-from evenstep.optim.sharding import is_sharded, like, local, parts
+from evenstep.optim.distributed import is_sharded, local, num_shards, shard_like
 from evenstep.optim.state import keep_dtypes
 from evenstep.train.checkpoint import SHARD, begin, commit, could_not_save, facts_of, fill, quiet_dcp, shard_metadata
 from evenstep.train.distributed import World
@@ -67,21 +67,21 @@ def packed_facts(value: Any) -> dict[str, Any] | None:
 
 def packed_tensors(value: Tensor) -> dict[str, Tensor]:
     """The plain tensors that one with `packed_facts` is made of, sharing its memory, by name."""
-    return {name: like(value, getattr(local(value), name)) for name in _PARTS}
+    return {name: shard_like(value, getattr(local(value), name)) for name in _PARTS}
 
 
 def empty_packed(p: Tensor, facts: dict[str, Any]) -> Tensor | None:
     """Zeros for the parameter ``p``, kept as ``facts`` say and cut as ``p`` is; None where its parts are no whole
     blocks. EvenstepError for a class that is not known, or not installed."""
     part, block, name = local(p), facts["block"], facts["class"]
-    if part.numel() * parts(p) != p.numel() or not part.numel() or part.numel() % block:
+    if part.numel() * num_shards(p) != p.numel() or not part.numel() or part.numel() % block:
         return None
     try:
         cls = getattr(importlib.import_module(_CLASSES[name]), name)
     except (KeyError, ImportError):
         raise EvenstepError(f"the checkpoint holds an optimizer's state as {name}; pip install torchao") from None
     signed = () if facts["signed"] is None else (facts["signed"],)
-    return like(p, cls.zeros(part.shape, *signed, block, part.device, dtype=facts["dtype"]))
+    return shard_like(p, cls.zeros(part.shape, *signed, block, part.device, dtype=facts["dtype"]))
 
 
 # ---- shards ----

@@ -13,6 +13,8 @@ The rules that keep a run exact, wherever it is stopped and resumed:
   value: a gradient with a NaN or Inf leaves its parameter and state as they were by arithmetic, not by a branch.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
@@ -21,40 +23,61 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evenstep.kernels import Measured, WholeKernels
-from evenstep.optim.at_once import at_once
-from evenstep.optim.exchanged import follow_exchange
-from evenstep.optim.fused import Choice
-from evenstep.optim.names import renamed, without_inert
-from evenstep.optim.sharding import PLAIN, Bucket, buckets, combine, state_dtype
+from evenstep.kernels.interface import STATS, Kernels, StepTensors
+from evenstep.optim.convert_state import convert_state_dict
+from evenstep.optim.distributed import (
+    PLAIN,
+    Bucket,
+    Steps,
+    all_reduce,
+    buckets,
+    rebind_sharded_params,
+    run_batched_collectives,
+    state_dtype,
+)
+from evenstep.optim.functional import Gradients, Weights
+from evenstep.optim.fused import MOMENTS, Choice
+from evenstep.optim.options import RANGES, TENSOR, Option, aliases, check, comparable, renamed, without_inert
 from evenstep.optim.state import (
     Group,
     State,
-    at_present,
     check_parameter,
     in_param_order,
     is_trained,
-    newest,
+    latest_clock,
     place_clock,
     refuse_sparse_gradients,
     restore_exactly,
     rounding,
+    with_tensor_clock,
 )
-from evenstep.optim.takeover import adopt
-from evenstep.transforms import CHECKS, Gradients, Steps, Weights, check, host_values, lockstep
 
 Work = tuple[Group, Bucket]
-"""What one call of `EvenOptimizer.update` gets."""
+"""The arguments of one call of `EvenOptimizer.update`."""
 
 
 class EvenOptimizer(Optimizer):
-    """Base class. A subclass states its hyperparameters, the official names of them, its state, and `update`."""
+    """Base class. A subclass declares its options, its state (`new_state`), the plain step of a group (`update`) and
+    the same step fused (`fused_step`).
 
+    ``given`` are the constructor's arguments by name, of which the declared options become defaults of the groups;
+    ``official`` are those under official names. For ``fused`` see `StableSPAM`.
+    """
+
+    OPTIONS: ClassVar[tuple[Option, ...]] = ()
     ALIASES: ClassVar[dict[str, str]] = {}
     """Official name -> ours."""
 
-    def __init__(self, params: Iterable[Any], hyper: dict[str, Any], official: Mapping[str, Any], fused: bool | None):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "OPTIONS" in cls.__dict__:
+            cls.ALIASES = aliases(cls.OPTIONS)
+
+    def __init__(
+        self, params: Iterable[Any], given: Mapping[str, Any], official: Mapping[str, Any], fused: bool | None
+    ):
         self._choice = Choice(fused, type(self))
+        hyper = {option.name: given[option.name] for option in self.OPTIONS}
         defaults = renamed(without_inert(official), self.ALIASES, type(self).__name__, set(hyper))
         self.stats: dict[str, Tensor] = {}
         self._places: dict[Tensor, tuple[int, int]] = {}
@@ -85,7 +108,7 @@ class EvenOptimizer(Optimizer):
         group = self._prepare_group(renamed(param_group, self.ALIASES, "param group", set(self.defaults), strict=False))
         for name, value in (self.defaults | group).items():
             self._check(name, value)
-        group.setdefault("t", newest([other["t"] for other in self.param_groups]))
+        group.setdefault("t", latest_clock([other["t"] for other in self.param_groups]))
         super().add_param_group(group)
         added = self.param_groups[-1]
         added["betas"] = tuple(added["betas"])  # a sequence of a configuration's own type could not be loaded again
@@ -102,11 +125,11 @@ class EvenOptimizer(Optimizer):
         return group
 
     def _check(self, name: str, value: Any) -> None:
-        if name in self.defaults and name in CHECKS:
+        if name in self.defaults and name in RANGES:
             check(type(self).__name__, **{name: value})
 
     def fresh_state(self, p: Tensor, group: Group, index: int) -> State:
-        """All that a new parameter starts from."""
+        """The complete state of a new parameter: `new_state`, and Kahan compensation where the group asks for it."""
         state = self.new_state(p, group, index)
         if group["rounding"] == "kahan" and p.dtype != state_dtype(p):
             state["compensation"] = torch.zeros_like(p)
@@ -117,27 +140,27 @@ class EvenOptimizer(Optimizer):
         raise NotImplementedError
 
     def _check_groups(self) -> None:
-        """ValueError for a hyperparameter that was put out of its range after construction. Groups are looked at again
-        only where a value has changed; tensors, which would have to be read from their device, are left alone.
+        """ValueError for a hyperparameter that was set out of its range after construction. Groups are checked again
+        only where a value has changed; tensors are not, since reading them would wait for their device.
         """
-        names = [name for name in self.defaults if name in CHECKS]
-        now = [host_values(group.get(name) for name in names) for group in self.param_groups]
+        names = [name for name in self.defaults if name in RANGES]
+        now = [comparable(group.get(name) for name in names) for group in self.param_groups]
         if now == self._checked:
             return
         for number, (group, values) in enumerate(zip(self.param_groups, now, strict=True)):
             for name, value in zip(names, values, strict=True):
-                if name in group and value is not Tensor:
+                if name in group and value is not TENSOR:
                     check(f"{type(self).__name__}, param_groups[{number}]", **{name: value})
         self._checked = now
 
-    def _follow_exchange(self) -> None:
-        if follow_exchange(self.param_groups, self._known, "t"):
+    def _rebind_sharded_params(self) -> None:
+        if rebind_sharded_params(self.param_groups, self._known, "t"):
             self.state.clear()
             self._places = {}
             self._start_trained(self.param_groups)
 
     def _start_trained(self, groups: Iterable[Group]) -> None:
-        """Create the state of the parameters that are to be trained and have none yet."""
+        """Create the state of trained parameters that have none yet."""
         for group in groups:
             for index, p in enumerate(group["params"]):
                 if p not in self.state and is_trained(p):
@@ -186,7 +209,7 @@ class EvenOptimizer(Optimizer):
     @torch._disable_dynamo
     def _begin(self, compiling: bool) -> list[Work]:
         self._check_groups()
-        self._follow_exchange()
+        self._rebind_sharded_params()
         for group in self.param_groups:
             refuse_sparse_gradients(type(self).__name__, self.param_groups, group["params"])
         self._start_trained(self.param_groups)
@@ -215,45 +238,68 @@ class EvenOptimizer(Optimizer):
             group["t"] += 1
 
     def _work(self, chosen: Iterable[tuple[Group, list[Tensor]]], compiling: bool) -> list[Work]:
-        # Kernels hand the memory of tensors to code that no compiler sees; a compiled step is made of the plain code.
+        # Kernels get addresses of tensors, where a compiler works on copies: a compiled step takes the plain code.
         choice = Choice(False) if compiling else self._choice
         work = []
         for group, params in chosen:
             self.prepare(group, [p for p in params if p.grad is not None])
-            for bucket in buckets(params, self.state, choice, choice.all_alike):
+            for bucket in buckets(params, self.state, choice):
                 places = [self.place(p)[1] for p in bucket.params] if group["rounding"] == "stochastic" else []
                 given = {"places": places, "given": (group["t"], group["lr"])}
-                work.append((at_present(group) | given, bucket))
+                work.append((with_tensor_clock(group) | given, bucket))
         return work
 
     def prepare(self, group: Group, params: list[Tensor]) -> None:
-        """What a step does on the host before it, with those that have a gradient; it may replace their state."""
+        """Host work before a step on ``params``, which have gradients; it may replace their state."""
 
     def _update(self, work: list[Work]) -> list[dict[str, Tensor]]:
-        found = [at_once(self, group, bucket) for group, bucket in work]
-        rest = iter(self._in_lockstep([one for one, stats in zip(work, found, strict=True) if stats is None]))
-        return [next(rest) if stats is None else stats for stats in found]
+        """The two execution tiers: one fused call per bucket that has kernels; the others take the plain code, all
+        together, so that their collectives are batched."""
+        stats = {i: self._fused(*one) for i, one in enumerate(work) if one[1].kernels is not None}
+        plain = [i for i in range(len(work)) if i not in stats]
+        layouts = [work[i][1].layout for i in plain]
+        steps = [self.update(*work[i]) for i in plain]
+        results = run_batched_collectives(steps, lambda requests: all_reduce(requests, layouts))
+        stats |= dict(zip(plain, results, strict=True))
+        return [stats[i] for i in range(len(work))]
 
-    def _in_lockstep(self, work: list[Work]) -> list[dict[str, Tensor]]:
-        layouts = [bucket.layout for _, bucket in work]
-        steps = [self.update(group, bucket) for group, bucket in work]
-        return lockstep(steps, lambda requests: combine(requests, layouts))
-
-    def at_once(self, group: Group, bucket: Bucket, kernels: WholeKernels) -> Tensor:
-        """`update` by kernels that also make the numbers of whole tensors. ``t`` and ``lr`` of ``group`` are numbers,
-        or tensors if they were given as such. Returns `STATS`, a row each.
-        """
-        raise NotImplementedError
+    def _fused(self, group: Group, bucket: Bucket) -> dict[str, Tensor]:
+        assert bucket.kernels is not None
+        # Numbers where numbers were given; a clock or a learning rate on a device stays there.
+        t, lr = group["given"]
+        now = group if group["capturable"] else group | {"t": t}
+        if not isinstance(lr, Tensor):
+            now = now | {"lr": lr}
+        return dict(zip(STATS, self.fused_step(now, bucket, bucket.kernels).unbind(), strict=True))
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
-        """Update the parameters of ``bucket``; return their statistics, vectors of shape ``[k]``. ``group`` is as
-        `at_present` gives it.
-        """
+        """The plain step: update the parameters of ``bucket`` and return their statistics, vectors ``[k]``. ``t`` and
+        ``lr`` of ``group`` are 0-d tensors."""
         raise NotImplementedError
 
+    def fused_step(self, group: Group, bucket: Bucket, kernels: Kernels) -> Tensor:
+        """`update` in one call of ``kernels``. ``t`` and ``lr`` of ``group`` are numbers, or tensors if they were given
+        as such. Returns `STATS`, ``[len(STATS), k]``."""
+        raise NotImplementedError
+
+    @classmethod
+    def checked_steps(cls) -> dict[str, Callable[..., EvenOptimizer]]:
+        """By name, functions ``(params, **options) -> optimizer`` with options that lead through all of `fused_step`:
+        the self-check of the kernels steps three small tensors (two matrices and a vector) with each."""
+        return {}
+
+    def step_tensors(self, group: Group, bucket: Bucket, *scalars: str, masks: Iterable[Tensor] = ()) -> StepTensors:
+        """The tensors of a fused step; ``scalars`` names those of the state."""
+        lost, seeds = rounding(group, bucket)
+        exp_avg, exp_avg_sq = (bucket.state_tensors(name) if name in bucket.states[0] else [] for name in MOMENTS)
+        values = [state[name] for name in scalars for state in bucket.states]
+        return StepTensors(
+            bucket.shards, bucket.grads, exp_avg, exp_avg_sq, values, list(masks), _filled(lost), _filled(seeds)
+        )
+
     @torch._disable_dynamo
-    def _end(self, work: list[Work], found: list[dict[str, Tensor]]) -> None:
-        measured = [(bucket.params, numbers) for (_, bucket), numbers in zip(work, found, strict=True)]
+    def _end(self, work: list[Work], stats: list[dict[str, Tensor]]) -> None:
+        measured = [(bucket.params, numbers) for (_, bucket), numbers in zip(work, stats, strict=True)]
         self.stats = in_param_order(self.param_groups, measured)
 
     @torch.no_grad()
@@ -316,39 +362,39 @@ class EvenOptimizer(Optimizer):
         groups = self.param_groups[place[0] : place[0] + 1]
         return any(q is p for group in groups for q in group["params"][place[1] : place[1] + 1])
 
-    def gradients(self, group: Group, bucket: Bucket, *, measured: Measured | None = None) -> Steps[Gradients]:
-        """The gradients of ``bucket``, measured (by kernels, where these have not ``measured`` them)."""
-        sign = -1.0 if group["maximize"] else 1.0
-        return (yield Gradients.measure(bucket.grads, bucket.dtype, sign, bucket.kernels, measured))
+    def gradients(self, group: Group, bucket: Bucket) -> Steps[Gradients]:
+        """The gradients of ``bucket``, measured."""
+        return (yield Gradients.measure(bucket.grads, bucket.dtype, -1.0 if group["maximize"] else 1.0))
 
     def weights(self, group: Group, bucket: Bucket, finite: Tensor) -> Weights:
-        return Weights(bucket.here, finite, *rounding(group, bucket))
+        """The parameters of ``bucket``, to be written where ``finite`` ``[k]``."""
+        return Weights(bucket.shards, finite, *rounding(group, bucket))
 
     # ---- saving and loading ----
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's."""
-        self._follow_exchange()
+        self._rebind_sharded_params()
         self._start_trained(self.param_groups)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps its own dtype bit for bit whatever the dtype of the parameters.
 
-        The state of torch's Adam and AdamW, of the published classes and of pytorch_optimizer's is taken over: moments
+        The state of torch's Adam and AdamW, of the published classes and of pytorch_optimizer's is converted: moments
         and step counts go on, what is missing starts anew, and a UserWarning says which (see
-        `evenstep.optim.takeover`). Raises ValueError, before anything changes, for a state of other shapes or of an
-        unknown optimizer.
+        `evenstep.optim.convert_state`). Raises ValueError, before anything changes, for a state of other shapes or of
+        an unknown optimizer.
         """
-        self._follow_exchange()
+        self._rebind_sharded_params()
         final: dict[str, Any] = {}
-        said: list[str] = []
+        summaries: list[str] = []
 
         def translate(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            adopted, notes = adopt(self, given)
-            final.update(adopted)
-            said.append(notes)
-            return adopted
+            converted, summary = convert_state_dict(self, given)
+            final.update(converted)
+            summaries.append(summary)
+            return converted
 
         hooks = [
             self.register_load_state_dict_pre_hook(translate),
@@ -359,5 +405,11 @@ class EvenOptimizer(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-        if said[0]:
-            warnings.warn(said[0], stacklevel=2)
+        if summaries[0]:
+            warnings.warn(summaries[0], stacklevel=2)
+
+
+def _filled(tensors: list[Tensor | None]) -> list[Tensor]:
+    """For kernels, which take lists of tensors: no list where there is none, empty tensors for those that miss."""
+    given = [x for x in tensors if x is not None]
+    return [given[0].new_empty(0) if x is None else x for x in tensors] if given else []

@@ -1,24 +1,33 @@
-"""Loading a state that another optimizer saved, or an older version of this one.
+"""Converting the state of another optimizer, or of an older version of this one, on loading.
 
-A run that has begun with AdamW or with the published code may go on here: moments and step counts are taken over where
-they mean the same thing, the rest starts anew, and a sentence says which. Everything is checked and converted before
-the optimizer is touched; a state of another model is refused.
+A run that began with AdamW or with the published code can continue here: moments and step counts are kept where they
+mean the same thing, the rest starts anew, and a warning lists both. Everything is checked and converted before the
+optimizer changes; a state of another model is refused.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from evenstep.optim.functional import opened
 from evenstep.optim.masks import pack, unpack
 from evenstep.optim.state import Group, State, is_trained, moment, place_clock, untouched
-from evenstep.transforms import opened
 
-if TYPE_CHECKING:
-    from evenstep.optim.base import EvenOptimizer
+
+class Target(Protocol):
+    """What is asked of the optimizer that loads the state: an `EvenOptimizer`."""
+
+    ALIASES: ClassVar[dict[str, str]]
+    param_groups: list[Group]
+    defaults: dict[str, Any]
+
+    def fresh_state(self, p: Tensor, group: Group, index: int) -> State: ...
+
+    def _check(self, name: str, value: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ TOGETHER = ({"exp_avg", "exp_avg_sq", "age", "mask"}, {"peak", "norm", "norm_rms
 """Entries that start anew together when one of them is missing: a mean without its count is worth nothing."""
 
 
-def adopt(optimizer: "EvenOptimizer", given: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def convert_state_dict(optimizer: Target, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """``given`` as a complete state dict of ``optimizer``, and what to tell the user ("" if all is as it was saved).
 
     Nothing of ``given`` or ``optimizer`` is changed. A state with another number of groups or parameters is returned as
@@ -120,7 +129,7 @@ def _source(groups: list[Group], states: Mapping[Any, State]) -> Source | None:
 class _Reader:
     """Reads groups and states of one source, and remembers what was done."""
 
-    def __init__(self, source: Source | None, optimizer: "EvenOptimizer", given: Mapping[str, Any]):
+    def __init__(self, source: Source | None, optimizer: Target, given: Mapping[str, Any]):
         self.source = source
         self.optimizer = optimizer
         self.new: dict[str, int] = {}
