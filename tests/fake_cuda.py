@@ -29,6 +29,8 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 def pretend() -> None:
     """Make torch believe in one GPU."""
     DRIVER.use_guard()
+    for kind in ("cudnn", "flash", "mem_efficient"):  # of attention; they ask the GPU whether it has them
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
     fake.init_gpu_context = lambda *a, **k: None
     FakeTensorMode.avoid_device_init = property(lambda self: True)
     properties = types.SimpleNamespace(

@@ -229,7 +229,7 @@ def _trained(corpus, number):
     """Steps of a run, and the start of a checkpoint, of which nothing is written."""
     from train_support import quick
 
-    from evenstep.train.run import Run
+    from evenstep.train.trainer import Run
 
     given = {"train__device": "cuda", "log__every": "100", "optim__name": "stable_spam", **RUNS[number]}
     config = quick(corpus, corpus.with_name(f"run{number}"), **given)
@@ -246,7 +246,7 @@ def _trained(corpus, number):
 def _saved(run):
     import torch.distributed.checkpoint as dcp
 
-    from evenstep.train.tensors import optimizer_tensors
+    from evenstep.train.saving import optimizer_tensors
 
     written, dcp.save = dcp.save, lambda tensors, **_: None
     tensors = run.tensors() | optimizer_tensors(run.model, run.optimizer)[0]
@@ -262,7 +262,7 @@ def _saved(run):
 def trained():
     from train_support import quick, write_corpus
 
-    from evenstep.train.run import Run
+    from evenstep.train.trainer import Run
 
     home = tempfile.TemporaryDirectory()
     atexit.register(home.cleanup)
@@ -285,7 +285,7 @@ def waiting():
         "from cuda to cpu": lambda x, flag, host, one: x.cpu(),
         "0-d tensor into where": lambda x, flag, host, one: torch.where(flag, one, x),
         "mixed devices into stack": lambda x, flag, host, one: torch.stack([x[0], one]),
-        "at least two devices": lambda x, flag, host, one: torch.cat([x, host]),
+        "devices": lambda x, flag, host, one: torch.cat([x, host]),
         "reads the device (_local_scalar_dense)": lambda x, flag, host, one: x[0].item(),
         "reads the device (nonzero)": lambda x, flag, host, one: torch.nonzero(flag),
         "reads the device (equal)": lambda x, flag, host, one: torch.equal(x, x),

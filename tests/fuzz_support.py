@@ -27,8 +27,7 @@ from evenstep.telemetry.payload import payload
 from evenstep.telemetry.runlog import load_run
 from evenstep.train.checkpoint import find_fault, read_manifest, read_trainer, write_tensors
 from evenstep.train.config_io import load_config
-from evenstep.train.inspection import facts_of_checkpoint
-from evenstep.train.runs import list_runs
+from evenstep.train.runs import facts_of_checkpoint, list_runs
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [f"The quick brown fox {i} jumps over the lazy dog.\n" for i in range(60)]

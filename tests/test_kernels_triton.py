@@ -33,6 +33,21 @@ def test_kernels_do_what_the_plain_code_does(interpret):
 
 
 @pytest.mark.parametrize(
+    ("interpret", "which"),
+    [
+        (True, ["-k", "stochastic"]),
+        pytest.param(True, [], marks=pytest.mark.slow),
+        pytest.param(False, [], marks=gpu),
+    ],
+    ids=["interpreter", "interpreter, all", "gpu"],
+)
+def test_optimizers_step_by_kernels_as_by_the_plain_code(interpret, which):
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_optimizers.py"), *which]
+    done = run(*command, interpret=interpret)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.mark.parametrize(
     "how", [["90"], *(pytest.param([arch, "all"], marks=pytest.mark.slow) for arch in ("80", "89", "90", "100"))]
 )
 def test_kernels_compile_without_spilling_and_move_16_bytes_at_a_time(how):

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from evenstep.errors import EvenstepError
-from evenstep.train.config import BaseConfig
-from evenstep.train.options import MOST_SEQUENCES, MOST_STEPS, Section, option
-from evenstep.train.sections import OptimConfig, TrainConfig
+from evenstep.train.config import MOST_SEQUENCES, MOST_STEPS, BaseConfig, OptimConfig, Section, TrainConfig, option
 
 FORMATS = ("instruction", "prompt", "chat", "choices", "classification")
 """docs/finetuning.md tells of their fields."""
@@ -91,7 +89,7 @@ class TuneConfig(Section):
     SECTION = "tune"
     adapter: str = option("none", "none: all weights; lora: low-rank adapters (peft)", choices=("none", "lora"))
     rank: int = option(32, "LoRA's rank; 32 is LLM-Adapters' for LLaMA", low=1, high=2**16)
-    alpha: float = option(64.0, "LoRA's scale: its product is multiplied by alpha / rank", above=0, high=1e12)
+    alpha: float = option(64.0, "LoRA's scale: its product is multiplied by alpha / rank", above=0, high=1e38)
     dropout: float = option(0.0, "LoRA's dropout", low=0, high=1)
     targets: str = option(
         "all-linear", "layers with an adapter: names separated by commas, or all linear ones but the last"
@@ -104,7 +102,7 @@ class TuneOptimConfig(OptimConfig):
         None,
         "the highest learning rate (none: 5e-5 for all weights, 3e-4 for LoRA, 1e-3 with a density below 1)",
         above=0,
-        high=1e12,
+        high=1e38,
     )
 
     @property

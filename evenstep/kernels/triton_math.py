@@ -112,7 +112,10 @@ def nearest_code(x, map, SIGNED: tl.constexpr):
     below = tl.where(after, three, tl.where(before, one, two))
     above = tl.where(after, four, tl.where(before, two, three))
     code += after.to(tl.int32) - before.to(tl.int32)
-    return tl.minimum(code + (x - below >= (above - below) * 0.5).to(tl.int32), 255)
+    code = tl.minimum(code + (x - below >= (above - below) * 0.5).to(tl.int32), 255)
+    if not SIGNED:  # a second moment that is not 0 has no code of 0, as in `close` of optim/functional.py
+        code = tl.where((code == 0) & (x > 0), 1, code)
+    return code
 
 
 @triton.jit

@@ -333,9 +333,12 @@ class EvenOptimizer(Optimizer):
             return []
         self._check_groups()
         refuse_sparse_gradients(type(self).__name__, self.param_groups, [p])
+        opens = self.opens_sweep(p)
+        if opens:  # before the clock advances, as in step(): sparse masks are drawn by its number
+            self._start_trained(self.param_groups)
         if p not in self.state:
             self._start(p, group, index)
-        if self.opens_sweep(p):
+        if opens:
             self._advance()
             for other in self.param_groups:
                 other["sweep"] = other["t"]

@@ -178,9 +178,12 @@ class Stabilized(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
 
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """The base's."""
-        self.base.zero_grad(*args, **kwargs)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base's. Named as torch names it, since accelerate looks for ``set_to_none`` in the signature."""
+        if set_to_none:
+            self.base.zero_grad()
+        else:
+            self.base.zero_grad(set_to_none=False)
 
     @property
     def reset_interval(self) -> int:
