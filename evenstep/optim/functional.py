@@ -678,9 +678,10 @@ def write_kahan(p: Tensor, exact: Tensor, lost: Tensor, accepted: Tensor) -> Non
 
 
 def noise_seeds(t: Tensor, places: list[tuple[int, int]], device: torch.device | None = None) -> list[Tensor]:
-    """A 0-d int32 seed on ``device`` (default: that of ``t``) for each tensor, from the step ``t`` (0-d) and the place
-    of the tensor (number of its group, and in the group): the same after a resume and on all replicas, and no random state
-    is touched.
+    """A 0-d int32 seed for each tensor on ``device`` (default: that of ``t``), from the step ``t`` (0-d) and the place
+    of the tensor (numbers of its group and in the group).
+
+    Seeds are the same after a resume and on all replicas, and no random state is touched.
     """
     step = _mixed(t.to(torch.int32) * _GOLDEN)
     tensor = constant([(place * 1_000_003 + index) % 2**31 for place, index in places], torch.int32, device or t.device)
