@@ -113,7 +113,7 @@ def nearest_code(x, map, SIGNED: tl.constexpr):
     above = tl.where(after, four, tl.where(before, two, three))
     code += after.to(tl.int32) - before.to(tl.int32)
     code = tl.minimum(code + (x - below >= (above - below) * 0.5).to(tl.int32), 255)
-    if not SIGNED:  # a second moment that is not 0 has no code of 0, as in `evenstep.transforms.adam.close`
+    if not SIGNED:  # a second moment that is not 0 has no code of 0, as in `close` of optim/functional.py
         code = tl.where((code == 0) & (x > 0), 1, code)
     return code
 

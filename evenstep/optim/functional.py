@@ -649,8 +649,8 @@ def close(stored: Tensor, moment: Tensor, accepted: Tensor) -> None:
         before = stored.codes.clone(), stored.scale.clone()  # type: ignore[attr-defined]
         stored.copy_(moment)
         if not stored.signed:  # type: ignore[attr-defined]
-            # Beside a spike whose square is 4e6 times larger, the code of a second moment would be 0, and the next
-            # update of its entry m / eps. The smallest code that is not 0 keeps that update small instead.
+            # Beside a spike whose square is 4e6 times larger, the code of a second moment would be 0, and its entry's
+            # next update m / eps. The smallest code that is not 0 keeps such an update small instead.
             codes = stored.codes  # type: ignore[attr-defined]
             codes.copy_(codes + ((codes == 0) & (moment.view(codes.shape) > 0)).to(codes.dtype))
         for new, old in zip((stored.codes, stored.scale), before, strict=True):  # type: ignore[attr-defined]
@@ -677,12 +677,14 @@ def write_kahan(p: Tensor, exact: Tensor, lost: Tensor, accepted: Tensor) -> Non
     lost.copy_((exact - p.to(exact.dtype)).addcmul_(lost.to(exact.dtype), 1 - accepted))
 
 
-def noise_seeds(t: Tensor, places: list[tuple[int, int]], device: torch.device) -> list[Tensor]:
-    """A 0-d int32 seed on ``device`` for each tensor, from the step ``t`` (0-d) and the place of the tensor (number of
-    its group, and in the group): the same after a resume and on all replicas, and no random state is touched.
+def noise_seeds(t: Tensor, places: list[tuple[int, int]], device: torch.device | None = None) -> list[Tensor]:
+    """A 0-d int32 seed for each tensor on ``device`` (default: that of ``t``), from the step ``t`` (0-d) and the place
+    of the tensor (numbers of its group and in the group).
+
+    Seeds are the same after a resume and on all replicas, and no random state is touched.
     """
     step = _mixed(t.to(torch.int32) * _GOLDEN)
-    tensor = constant([(place * 1_000_003 + index) % 2**31 for place, index in places], torch.int32, device)
+    tensor = constant([(place * 1_000_003 + index) % 2**31 for place, index in places], torch.int32, device or t.device)
     return list((tensor ^ step).unbind())
 
 
