@@ -4,9 +4,14 @@ import pytest
 import torch
 from triton_support import DEVICE, KERNELS
 
-from evenstep.optim import fused, self_check
+from evenstep.optim import SCALE, SPAM, StableSPAM, fused, self_check
 
-CASES = [case for case in self_check.cases() if "cuda" in case.devices]
+CASES = [
+    case
+    for owner in (None, StableSPAM, SPAM, SCALE)
+    for case in (self_check.cases() if owner is None else self_check.cases(owner))
+    if "cuda" in case.devices
+]
 BOTH = torch.float32, torch.bfloat16
 
 
