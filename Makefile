@@ -12,13 +12,20 @@ WORKERS ?= 2
 # Small tensor operations stall when OpenMP threads outnumber the free cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow soak fuzz lint format bench compare-smoke docs dist clean
+.PHONY: demo test test-torch test-slow soak fuzz lint format bench compare-smoke docs dist clean
 
 demo: $(VENV)/.train  ## train a small LLaMA on real text: about three minutes, no download beyond pip
 	$(BIN)/evenstep pretrain recipes/demo.toml $(ARGS)
 
 test: $(VENV)/.dev  ## the test suite
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# The environment of a version is made once, beside the usual one; that version's CUDA build may come with gigabytes.
+test-torch:  ## the test suite on another torch: `make test-torch VERSION=2.11.0`
+	@test -n "$(VERSION)" || { echo "give a version of torch: make test-torch VERSION=2.11.0" >&2; exit 2; }
+	$(MAKE) .venv-torch-$(VERSION)/.dev VENV=.venv-torch-$(VERSION) TORCH=torch==$(VERSION)
+	.venv-torch-$(VERSION)/bin/python -c "import torch; assert torch.__version__.split('+')[0] == '$(VERSION)', torch.__version__"
+	$(MAKE) test VENV=.venv-torch-$(VERSION) ARGS='$(ARGS)'
 
 test-slow: $(VENV)/.dev  ## the tests that are left out of `make test` for their length
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
@@ -58,14 +65,18 @@ clean:
 # A change to any of these is installed anew: the editable install sees other changes by itself.
 INSTALL := pyproject.toml setup.py $(wildcard evenstep/kernels/*.cpp evenstep/kernels/*.h)
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+# A virtual environment that exists already gets torch too, unless it has one: without that, the next install would
+# choose a CUDA build.
+$(VENV)/.torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2> /dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@touch $@
 
-$(VENV)/.train: $(INSTALL) | $(BIN)/python
+$(VENV)/.train: $(INSTALL) | $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[train]"
 	@touch $@
 
-$(VENV)/.dev: $(INSTALL) | $(BIN)/python
+$(VENV)/.dev: $(INSTALL) | $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@ $(VENV)/.train

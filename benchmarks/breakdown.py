@@ -35,8 +35,8 @@ from throughput import BATCH, LENGTH, VOCABULARY, surroundings
 
 from evenstep.models import Llama, llama_config
 from evenstep.train.config_io import load_config
-from evenstep.train.run import Run
-from evenstep.train.world import open_world
+from evenstep.train.distributed import open_world
+from evenstep.train.trainer import Run
 
 
 def silent(_: str) -> None:

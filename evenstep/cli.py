@@ -17,17 +17,17 @@ from typing import Any, NoReturn
 
 from evenstep import __version__
 from evenstep.baselines.commands import add_optimizers
-from evenstep.bench.arguments import add_bench
+from evenstep.bench.commands import add_bench
 from evenstep.compare.commands import add_compare
 from evenstep.errors import EvenstepError, nearest
 from evenstep.finetune import commands as finetune_commands
 from evenstep.finetune.config import FineTuneConfig
 from evenstep.telemetry.commands import add_commands as add_telemetry
 from evenstep.train import commands as train_commands
-from evenstep.train.checks import checked
-from evenstep.train.config import Config, SampleConfig, options
-from evenstep.train.config_flags import add_flags, chosen, declared, print_config
-from evenstep.train.failure import reason_of
+from evenstep.train.checkpoint import reason_of
+from evenstep.train.commands import print_config
+from evenstep.train.config import Config, SampleConfig, checked, options
+from evenstep.train.config_io import add_flags, chosen, declared
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
 
@@ -154,7 +154,7 @@ def _pretrain(args: argparse.Namespace) -> None:
     if args.print_config:
         return print_config(config, directory)
 
-    from evenstep.train.launch import train
+    from evenstep.train.trainer import train
 
     train(config, directory, auto=args.resume == "auto")
 
@@ -165,8 +165,8 @@ def _generate(args: argparse.Namespace) -> None:
     checked("--tokens", args.tokens, int, {**known["sample.tokens"][0].metadata, "low": 1})
     sample = SampleConfig(prompt=args.prompt, tokens=args.tokens, temperature=args.temperature, top_k=args.top_k)
 
-    from evenstep.finetune.generate import generate_from
-    from evenstep.train.sample import printable
+    from evenstep.console import printable
+    from evenstep.finetune.scoring import generate_from
 
     print(printable(generate_from(args.run, sample, args.seed, args.raw, _complain)))
 

@@ -9,9 +9,7 @@ from typing import Any
 from evenstep.errors import EvenstepError, nearest
 from evenstep.finetune.commands import MODES
 from evenstep.finetune.config import FineTuneConfig
-from evenstep.train.checks import kinds
-from evenstep.train.config import options
-from evenstep.train.hyperparameters import CHOICES
+from evenstep.train.config import CHOICES, kinds, options
 
 
 def script(parser: argparse.ArgumentParser, commands: Any, shell: str) -> str:

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +25,14 @@ def program() -> str:
         return "evenstep"
     here = Path(script)
     return shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
+
+
+def printable(text: str) -> str:
+    """``text`` with its control characters, newline and tab apart, as escapes: a model may write what a terminal
+    obeys."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def print_table(

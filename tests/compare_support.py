@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from evenstep.compare.cells import FINISHED, Outcome
-from evenstep.compare.schedule import Plan
+from evenstep.compare.grid import Plan
 from evenstep.compare.table import load_table
 
 TABLE = """

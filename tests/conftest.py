@@ -22,7 +22,7 @@ def either_code(request, monkeypatch):
     def chosen(fused, *rest):
         return Choice(request.param if fused is None else fused, *rest)
 
-    for module in ("evenstep.optim.base", "evenstep.optim.stabilize"):
+    for module in ("evenstep.optim.optimizer", "evenstep.optim.stabilize"):
         monkeypatch.setattr(importlib.import_module(module), "Choice", chosen)
 
 

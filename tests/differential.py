@@ -180,10 +180,7 @@ def run(case: Case, rank: int = 0) -> dict[str, Any]:
             bare = _bare(model)
         if case.new_lr and case.new_lr[0] == number:
             for group in optimizer.param_groups:
-                if case.tensor_lr:
-                    group["lr"].mul_(case.new_lr[1])
-                else:
-                    group["lr"] *= case.new_lr[1]
+                group["lr"] = group["lr"] * case.new_lr[1]
         given = gradients(case, number)
         # Rank 0 has twice the gradient and rank 1 none of it, so that the mean is exact.
         factor = 1.0 if case.processes == 1 else 2.0 - 2.0 * rank
@@ -475,9 +472,13 @@ def _serve(rank: int, size: int, port: int, inbox: Any, outbox: Any) -> None:
             result["params"] = [p.numpy() for p in params]
         except Exception as problem:
             where = traceback.extract_tb(problem.__traceback__)[-1]
-            result = (type(problem).__name__, f"{problem} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})")
+            result = (_ours(problem), f"{type(problem).__name__}: {problem} ({where.filename}:{where.lineno})")
         outbox.put(result)
     os._exit(0)
+
+
+class Refused(ValueError):
+    """What evenstep refused in another process."""
 
 
 class Pair:
@@ -511,8 +512,8 @@ class Pair:
         for result in results:
             if isinstance(result, tuple):
                 self.close(size)  # the others may be waiting for the one that failed
-                name, text = result
-                raise {"ValueError": ValueError, "TypeError": TypeError}.get(name, RuntimeError)(f"{name}: {text}")
+                refused, text = result
+                raise Refused(text) if refused else RuntimeError(text)
         dtype = DTYPES[case.dtype]
         for result in results:
             result["params"] = [torch.from_numpy(p).to(dtype) for p in result["params"]]
@@ -665,7 +666,9 @@ def outcome(case: Case) -> tuple[str, str]:
             wrong = difference(case)
         except REFUSED as problem:
             text = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-            return ("refused", text) if _ours(problem) else ("raises", f"{type(problem).__name__}: {text}")
+            if isinstance(problem, Refused) or _ours(problem):
+                return "refused", text
+            return "raises", f"{type(problem).__name__}: {text}"
         except Exception as problem:
             return "raises", f"{type(problem).__name__}: {str(problem).splitlines()[:1]}"
     return ("differs", wrong) if wrong else ("same", "")

@@ -27,6 +27,8 @@ struct Driver : CUDAHooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return false; }
+  long versionCuDNN() const override { return 0; }
+  long versionRuntimeCuDNN() const { return 0; }  // not known to every torch
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex getCurrentDevice() const override { return 0; }
   Generator getNewGenerator(DeviceIndex) const override { return make_generator<CPUGeneratorImpl>(); }

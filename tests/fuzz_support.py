@@ -7,24 +7,27 @@ with atheris where it is installed (pip install atheris).
 import gzip
 import io
 import json
+import lzma
 import random
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from evenstep.data import TokenData, load_tokenizer
-from evenstep.data.formats import read_jsonl, read_parquet, read_text
+from evenstep.data.formats import read_documents
+from evenstep.data.left_out import LeftOut
 from evenstep.data.shards import TokenStream
 from evenstep.data.tokenizer import train_bpe
+from evenstep.errors import EvenstepError
 from evenstep.models.hf import load_pretrained, read_config
 from evenstep.telemetry.page import page
 from evenstep.telemetry.payload import payload
 from evenstep.telemetry.runlog import load_run
 from evenstep.train.checkpoint import find_fault, read_manifest, read_trainer, write_tensors
 from evenstep.train.config_io import load_config
-from evenstep.train.inspection import facts_of_checkpoint
-from evenstep.train.runs import list_runs
+from evenstep.train.runs import facts_of_checkpoint, list_runs
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [f"The quick brown fox {i} jumps over the lazy dog.\n" for i in range(60)]
@@ -47,8 +50,49 @@ def _jsonl(place: Path) -> None:
     (place / "a.jsonl").write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)))
 
 
+def _text(place: Path) -> None:
+    (place / "a.txt").write_text("\n".join(TEXTS))
+
+
+def _json(place: Path) -> None:
+    (place / "a.json").write_text(json.dumps([{"text": text, "id": i} for i, text in enumerate(TEXTS[:9])]))
+
+
+def _csv(place: Path) -> None:
+    (place / "a.csv").write_text('id,text\n1,one\n2,"two, and\n""three"""\n' * 5)
+
+
 def _gzip(place: Path) -> None:
     (place / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n' * 20))
+
+
+def _xz(place: Path) -> None:
+    (place / "a.csv.xz").write_bytes(lzma.compress(b"id,text\n1,one\n" * 20, preset=0))
+
+
+def _zstd(place: Path) -> None:
+    import zstandard
+
+    (place / "a.txt.zst").write_bytes(zstandard.ZstdCompressor().compress("\n".join(TEXTS).encode()))
+
+
+def _zip(place: Path) -> None:
+    with zipfile.ZipFile(place / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("a.jsonl", "b/c.txt"):
+            archive.writestr(name, json.dumps({"text": TEXTS[0]}))
+
+
+def _documents(file: str, prepare: Callable[[Path], None]) -> "Target":
+    """Read twice: to stop at what is bad, and to skip it, which never fails."""
+
+    def read(place: Path) -> None:
+        try:
+            list(read_documents(place / file, ("text",), LeftOut("skip")))
+        except EvenstepError as error:
+            raise AssertionError(f"not skipped: {error}") from error
+        list(read_documents(place / file, ("text",), LeftOut()))
+
+    return Target(file, prepare, read)
 
 
 def _parquet(place: Path) -> None:
@@ -208,10 +252,15 @@ def _read_checkpoint(place: Path) -> None:
 
 TARGETS = {
     "recipe": Target("r.toml", _recipe, lambda place: load_config(place / "r.toml")),
-    "jsonl": Target("a.jsonl", _jsonl, lambda place: list(read_jsonl(place / "a.jsonl", "text"))),
-    "gzip": Target("a.jsonl.gz", _gzip, lambda place: list(read_jsonl(place / "a.jsonl.gz", "text"))),
-    "text": Target("a.jsonl", _jsonl, lambda place: list(read_text(place / "a.jsonl"))),
-    "parquet": Target("a.parquet", _parquet, lambda place: list(read_parquet(place / "a.parquet", "text"))),
+    "jsonl": _documents("a.jsonl", _jsonl),
+    "gzip": _documents("a.jsonl.gz", _gzip),
+    "text": _documents("a.txt", _text),
+    "parquet": _documents("a.parquet", _parquet),
+    "json": _documents("a.json", _json),
+    "csv": _documents("a.csv", _csv),
+    "xz": _documents("a.csv.xz", _xz),
+    "zstd": _documents("a.txt.zst", _zstd),
+    "zip": _documents("a.zip", _zip),
     "tokenizer.json": Target("tokenizer.json", _tokenizer_json, _encode),
     "unigram.json": Target("tokenizer.json", _unigram_json, _encode),
     "tokenizer_config.json": Target("tokenizer_config.json", _tokenizer_json, _encode),

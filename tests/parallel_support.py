@@ -14,9 +14,9 @@ import torch
 from process_support import run_processes
 from train_support import flags, quick, quick_overrides
 
-from evenstep.train.metrics import read_metrics
-from evenstep.train.run import Run
-from evenstep.train.world import open_world
+from evenstep.train.distributed import open_world
+from evenstep.train.log import read_metrics
+from evenstep.train.trainer import Run
 
 ROOT = Path(__file__).parents[1]
 

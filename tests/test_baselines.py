@@ -14,10 +14,9 @@ from evenstep.baselines.state_size import state_bytes
 from evenstep.cli import main
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, llama_config
-from evenstep.optim import scale_groups
+from evenstep.optim import SpikeClip, scale_groups
 from evenstep.train.config import OptimConfig
 from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer
-from evenstep.transforms import SpikeClip
 
 COMPILED = [name for name, entry in BASELINES.items() if entry.note == "compiled"]
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in COMPILED else ()) for name in BASELINES]

@@ -70,10 +70,15 @@ def test_a_part_that_hangs_is_killed_with_its_children_and_keeps_its_rows(tmp_pa
 
 
 def alive(process):
-    try:
-        return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
+    """Whether a process is still there five seconds after it was killed."""
+    for _ in range(50):
+        try:
+            if "Z" in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]:
+                return False
+        except FileNotFoundError:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def test_what_no_longer_fits_into_the_budget_is_skipped_with_the_reason(tmp_path):

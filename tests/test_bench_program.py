@@ -9,9 +9,8 @@ from bench_support import mini_model
 
 from evenstep import cli
 from evenstep.baselines.catalog import Baseline
-from evenstep.bench import measure, setting, shapes, timing
-from evenstep.bench.commands import compare
-from evenstep.bench.measure import NUMBERS, Comparison
+from evenstep.bench import measure, setting, timing
+from evenstep.bench.measure import NUMBERS, Comparison, compare
 from evenstep.bench.registry import KNOWN, REFERENCE, Entry
 from evenstep.bench.setting import Plan
 from evenstep.bench.timing import Sample
@@ -23,7 +22,7 @@ STABLE = {"optimizer", "ms", "ratio_to_adamw_fused", "state_bytes_per_param", "t
 @pytest.fixture
 def mini(monkeypatch):
     """The name of small shapes; the caches are small too."""
-    monkeypatch.setitem(shapes.EXTREMES, "mini", mini_model)
+    monkeypatch.setitem(setting.EXTREMES, "mini", mini_model)
     for module in (setting, timing):
         monkeypatch.setattr(module, "last_level_cache", lambda device: 2**16)
     return "mini"

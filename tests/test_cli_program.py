@@ -197,7 +197,7 @@ def test_the_commands_of_the_page_on_comparisons_are_valid(capsys, monkeypatch, 
     "options", [{"model__size": "7b"}, {"train__batch_size": "1000", "model__size": "100m"}], ids=["model", "batch"]
 )
 def test_a_run_that_memory_cannot_hold_is_refused_before_it_is_built(capsys, tmp_path, corpus, monkeypatch, options):
-    monkeypatch.setattr("evenstep.train.setup.memory_limit", lambda: 3 * 10**9)
+    monkeypatch.setattr("evenstep.train.task.memory_limit", lambda: 3 * 10**9)
     status, _, err = call(capsys, "pretrain", *flags(quick_overrides(corpus, tmp_path / "run", **options)))
     assert status == 2 and "the run needs at least" in err and "the machine has 3.0 GB" in err
     assert err.splitlines()[-1].startswith("evenstep: error: ") and not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ import pytest
 from compare_support import TABLE, ended, plan_of, settled, write_table
 
 from evenstep.compare.cells import DIVERGED, HOPELESS, Outcome
-from evenstep.compare.schedule import MARGIN, PATIENCE, Plan, hopeless
+from evenstep.compare.grid import MARGIN, PATIENCE, Plan, hopeless
 from evenstep.compare.table import Group, load_table, merged
 from evenstep.errors import EvenstepError
 

@@ -12,11 +12,8 @@ from compare_support import TABLE, plan_of, settled
 from evenstep.cli import main
 from evenstep.compare import report
 from evenstep.compare.cells import DIVERGED, HOPELESS, Outcome
-from evenstep.compare.claims import FEW, FLOOR, LEVEL, RULES, difference, judged
-from evenstep.compare.overview import overview
-from evenstep.compare.page import write_page
-from evenstep.compare.paired import judge, paired
-from evenstep.compare.plots import draw
+from evenstep.compare.claims import FEW, FLOOR, LEVEL, RULES, difference, judge, judged, paired
+from evenstep.compare.report import draw, overview, write_page
 from evenstep.compare.results import document_of, sensitivity, stopped_early
 from evenstep.errors import EvenstepError
 

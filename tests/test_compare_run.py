@@ -13,10 +13,10 @@ from compare_support import write_table
 from train_support import write_corpus
 
 from evenstep.cli import main
-from evenstep.compare import workers
+from evenstep.compare import engines
 from evenstep.compare.cells import HOPELESS, Pool
-from evenstep.compare.run import Runner
-from evenstep.compare.schedule import Plan
+from evenstep.compare.engines import Inline, Local, Process
+from evenstep.compare.grid import Plan, Runner
 from evenstep.compare.table import load_table
 from evenstep.train.files import locked
 from evenstep.train.interrupts import Interrupted
@@ -97,7 +97,7 @@ def test_a_table_is_trained_tabled_stored_and_not_trained_again(tmp_path, corpus
     assert document["setting"]["tokens"] == 512 and document["hardware"][0]["device"] == "cpu"
     assert not list(out.glob("cells/*/checkpoints"))
 
-    monkeypatch.setattr(workers.Here, "start", None)  # nothing may be trained now
+    monkeypatch.setattr(Inline, "submit", None)  # nothing may be trained now
     kept = (tmp_path / "stored" / "cells.jsonl").read_text()
     assert kept.count("\n") == 8
     for again in (words, [*words[:3], str(tmp_path / "another machine"), *words[4:]]):
@@ -147,34 +147,36 @@ def test_a_dry_run_lists_what_would_be_trained(tmp_path, corpus, capsys):
     assert not (tmp_path / "out").exists()
 
 
-class Running:
-    """A worker that trains until it is stopped."""
+class Endless:
+    """An engine whose jobs train until they are stopped; a handle is the list of what the job was told."""
 
-    def __init__(self, told=None):
-        self.told = [] if told is None else told
+    slots = 2
 
-    def done(self):
-        return "stop" in self.told
+    def __init__(self):
+        self.told = []
 
-    def ask(self):
-        self.told.append("ask")
+    def submit(self, job):
+        return self.told
 
-    def stop(self):
-        self.told.append("stop")
+    def poll(self, handle):
+        return "stop" in handle
 
-    def problem(self):
+    def stop(self, handle, wait=True):
+        handle.append("stop" if wait else "ask")
+
+    def fetch(self, handle):
         return "stopped after step 2 of 4"
 
 
 def runs(plans, cells, losses):
     """A runner in the middle of ``cells``, each halfway at one of ``losses``."""
-    runner = Runner(plans, Pool(cells), 2, 0, lambda text: None)
+    runner = Runner(plans, Pool(cells), Endless(), lambda text: None)
     runner.wanted()
     for cell, loss in losses.items():
         runner.pool.run(cell).mkdir()
         lines = [json.dumps({"step": i, "tokens": 64 * i, "loss": loss}) + "\n" for i in (1, 2)]
         (runner.pool.run(cell) / "metrics.jsonl").write_text("".join(lines))
-        runner.running[cell.name] = (cell, Running(), 0, time.monotonic())
+        runner.running[cell.name] = (cell, [], time.monotonic())
     return runner
 
 
@@ -183,7 +185,7 @@ def test_a_hopeless_process_is_stopped_and_remembered(tmp_path, corpus):
     good, bad = plan.sweep(plan.groups[0], {})
     runner = runs([plan], tmp_path / "cells", {good: 3.0, bad: 5.0})
     runner._watch()
-    assert [runner.running[cell.name][1].done() for cell in (good, bad)] == [False, True]
+    assert [runner.engine.poll(runner.running[cell.name][1]) for cell in (good, bad)] == [False, True]
     runner._ended(bad.name)
     assert runner.outcomes[bad.name].status == HOPELESS and runner.outcomes[bad.name].tokens == 128
     assert Pool(tmp_path / "cells").outcome(bad).status == HOPELESS
@@ -201,7 +203,7 @@ def test_a_cell_is_not_measured_against_another_tables_setting(tmp_path, corpus)
     bad, easy = short.sweep(short.groups[0], {})[1], long.sweep(long.groups[0], {})[0]
     runner = runs([short, long], tmp_path / "cells", {easy: 3.0, bad: 5.0})
     runner._watch()
-    assert not runner.running[bad.name][1].done()
+    assert not runner.engine.poll(runner.running[bad.name][1])
 
 
 def test_a_cell_that_some_table_needs_to_its_end_is_not_cut_short_and_one_that_was_is_trained_again(tmp_path, corpus):
@@ -210,11 +212,11 @@ def test_a_cell_that_some_table_needs_to_its_end_is_not_cut_short_and_one_that_w
     good, bad = plan.sweep(plan.groups[0], {})
     runner = runs([plan, whole], tmp_path / "cells", {good: 3.0, bad: 5.0})
     runner._watch()
-    assert not runner.running[bad.name][1].done()
+    assert not runner.engine.poll(runner.running[bad.name][1])
 
     runner.pool.give_up(bad, HOPELESS, "worse", 128, 5.0)
     for plans, waits in (([plan], False), ([plan, whole], True)):
-        later = Runner(plans, runner.pool, 1, 0, lambda text: None)
+        later = Runner(plans, runner.pool, Inline(), lambda text: None)
         assert (bad.name in {cell.name for cell in later._waiting()}) == waits
 
 
@@ -227,11 +229,9 @@ def test_the_claims_of_one_table_are_settled_after_the_others_as_given(tmp_path,
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_asks_every_process_to_save_before_it_waits_for_one(tmp_path, corpus, monkeypatch, number):
-    told = []
-    monkeypatch.setattr(workers.Process, "start", lambda *how: Running(told))
-    runner = Runner(
-        [Plan(load_table(table(tmp_path, corpus), "small"))], Pool(tmp_path / "cells"), 2, 0, lambda text: None
-    )
+    engine = Endless()
+    plans = [Plan(load_table(table(tmp_path, corpus), "small"))]
+    runner = Runner(plans, Pool(tmp_path / "cells"), engine, lambda text: None)
     monkeypatch.setattr(runner, "_watch", lambda: os.kill(os.getpid(), number))
     # nohup has SIGHUP ignored, a shell's background SIGINT.
     usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
@@ -243,7 +243,7 @@ def test_a_signal_asks_every_process_to_save_before_it_waits_for_one(tmp_path, c
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-    assert stopped.value.signal == number and told == ["ask", "ask", "stop", "stop"]
+    assert stopped.value.signal == number and engine.told == ["ask", "ask", "stop", "stop"]
 
 
 def test_a_process_is_asked_once(tmp_path, corpus):
@@ -253,27 +253,30 @@ def test_a_process_is_asked_once(tmp_path, corpus):
     )
     running = subprocess.Popen([sys.executable, "-c", code + "time.sleep(3)"], stdout=subprocess.PIPE, text=True)
     assert running.stdout.readline() == "up\n"
-    worker = workers.Process(None, None, running)
-    worker.ask()
+    engine, handle = Local(1), Process(None, running)
+    engine.stop(handle, wait=False)
     assert running.stdout.readline() == "asked\n"
-    worker.stop()
+    engine.stop(handle)
     assert running.stdout.read() == ""
 
 
 def test_processes_get_a_gpu_each(tmp_path, corpus, monkeypatch):
     plan = Plan(load_table(table(tmp_path, corpus), "small"))
     [cell, *_] = plan.sweep(plan.groups[0], {})
-    seen = []
-    monkeypatch.setattr(workers.subprocess, "Popen", lambda command, **how: seen.append((command, how["env"])))
+    seen, pool = [], Pool(tmp_path / "cells")
+    monkeypatch.setattr(engines.subprocess, "Popen", lambda command, **how: seen.append((command, how["env"])))
     for given, expected in (("", ["0", "1", "0"]), ("4,7", ["4", "7", "4"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
         seen.clear()
-        for slot in range(3):
-            workers.Process.start(cell, Pool(tmp_path / "cells"), slot, 2)
+        engine = Local(3, gpus=2)
+        for _ in range(3):
+            engine.submit(cell.job(pool, print))
         assert [env["CUDA_VISIBLE_DEVICES"] for _, env in seen] == expected
     assert seen[0][0][2:4] == ["evenstep", "pretrain"] and seen[0][0][-2] == "--out"
-    (Pool(tmp_path / "cells").run(cell) / "checkpoints" / "step-000002").mkdir(parents=True)
-    workers.Process.start(cell, Pool(tmp_path / "cells"), 0, 0)
+    Local(1, gpus=2).submit(cell.job(pool, print, processes=2))
+    assert seen[-1][1]["CUDA_VISIBLE_DEVICES"] == "4,7" and "torch.distributed.run" in seen[-1][0]
+    (pool.run(cell) / "checkpoints" / "step-000002").mkdir(parents=True)
+    Local(1).submit(cell.job(pool, print))
     assert "--resume" in seen[-1][0]
 
 
@@ -297,8 +300,8 @@ def test_a_report_of_what_is_done_so_far_trains_nothing(tmp_path, corpus, capsys
     kept = (tmp_path / "s" / "cells.jsonl").read_text().splitlines()
     whole = json.loads((tmp_path / "s" / f"{path.stem}.json").read_text())
     (tmp_path / "s" / "cells.jsonl").write_text("\n".join(kept[:-1]) + "\n")
-    monkeypatch.setattr(workers.Here, "start", None)
-    monkeypatch.setattr(workers.Process, "start", None)
+    monkeypatch.setattr(Inline, "submit", None)
+    monkeypatch.setattr(Local, "submit", None)
     with locked(tmp_path / "out" / "cells"):  # as when another process trains
         assert main([*words[:-3], str(tmp_path / "elsewhere"), *words[-2:], "--report"]) == 0
     part = json.loads((tmp_path / "s" / f"{path.stem}.json").read_text())

@@ -103,7 +103,9 @@ def test_the_split_depends_on_the_text_alone(tmp_path, tokenizer):
 
 def test_the_bpe_never_sees_the_documents_held_out(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(pipeline, "train_bpe", lambda texts, size: train_bpe(iter(seen.extend(texts) or seen), size))
+    monkeypatch.setattr(
+        pipeline, "train_bpe", lambda texts, size, **_: train_bpe(iter(seen.extend(texts) or seen), size)
+    )
     data = prepare(DataSpec(corpus(tmp_path), vocab_size=300, val_fraction=0.2, cache_dir=tmp_path / "c"))
     assert sorted(seen) == sorted(documents_of(data, "train"))
 
@@ -111,7 +113,9 @@ def test_the_bpe_never_sees_the_documents_held_out(tmp_path, monkeypatch):
 def test_the_bpe_of_a_large_source_learns_from_an_even_sample(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(pipeline, "SAMPLE_BYTES", 5_000)
-    monkeypatch.setattr(pipeline, "train_bpe", lambda texts, size: train_bpe(iter(seen.extend(texts) or seen), size))
+    monkeypatch.setattr(
+        pipeline, "train_bpe", lambda texts, size, **_: train_bpe(iter(seen.extend(texts) or seen), size)
+    )
     spec = DataSpec(corpus(tmp_path), vocab_size=300, val_fraction=0.2, cache_dir=tmp_path / "c")
     prepare(spec)
     numbers = [int(text.split(":")[0].split()[1]) for text in seen]
@@ -289,13 +293,10 @@ def test_empty_corpora_and_splits_are_refused_with_advice(tmp_path, tokenizer):
         DataSpec(blank, tokenizer=tokenizer, cache_dir=tmp_path / "c"),
     ):
         refused(spec, r"no text in the corpus 'text': 1 file \(.*jsonl\) held none; give another data\.source")
-    few = DataSpec(corpus(tmp_path, 5), tokenizer=tokenizer, val_fraction=1e-6, cache_dir=tmp_path / "c")
-    with pytest.raises(EvenstepError, match="validation split is empty: none of 5 documents") as error:
-        prepare(few)
-    advised = float(str(error.value).split("above ")[1].split(",")[0])
-    assert len(prepare(replace(few, val_fraction=advised + 1e-4)).val) > 0
-    refused(replace(few, val_fraction=0.9999999), "training split is empty")
-    refused(replace(few, val_fraction=0.9999999, tokenizer="bpe", vocab_size=300), "training split is empty")
+    one = DataSpec(write_jsonl(tmp_path / "one.jsonl", ["x"]), tokenizer=tokenizer, cache_dir=tmp_path / "c")
+    refused(one, r"the text has 1 bytes, too few for training and validation; give more text, or data.val_fraction 0")
+    refused(replace(one, tokenizer="bpe", val_fraction=0.9999), "too few for training and validation")
+    assert len(prepare(replace(one, val_fraction=0)).train) == 2
 
 
 @pytest.mark.parametrize(

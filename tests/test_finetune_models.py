@@ -9,12 +9,11 @@ from tiny_models import KINDS, WINDOW, tiny
 
 from evenstep.data.tokenizer import train_bpe
 from evenstep.errors import EvenstepError
-from evenstep.finetune import hub
+from evenstep.finetune import models as hub
 from evenstep.finetune.config import FineTuneConfig
-from evenstep.finetune.hub import HubCausal, keeps_documents_apart
-from evenstep.finetune.rows import Document, collate
+from evenstep.finetune.data import Document, collate
+from evenstep.finetune.models import HubCausal, Source, keeps_documents_apart, load_hub, open_to_write
 from evenstep.finetune.run import Tuning
-from evenstep.finetune.source import Source, load_hub, open_to_write
 from evenstep.train.config_io import build
 
 transformers = pytest.importorskip("transformers")
@@ -204,15 +203,15 @@ def test_a_row_for_each_example_takes_the_models_own_mask(kind, tmp_path):
     model = folder_of(kind, tmp_path, **({"alibi": True} if kind == "falcon" else {}))
     told = []
     run = Tuning(config(model, tmp_path / "no", data={"pack": "no"}), say=told.append)
-    assert len(run.task.train) == len(run.task.train_documents) and not any("row of its own" in line for line in told)
+    assert len(run.data.train) == len(run.data.train_documents) and not any("row of its own" in line for line in told)
     assert np.isfinite(run.fit()["val_loss"])
     told = []
     run = Tuning(config(model, tmp_path / "auto"), say=told.append)
     assert any("each has a row of its own" in line for line in told) == (not run.model.packs)
     with torch.no_grad():
-        inputs, _ = collate(run.task.train[:4])
+        inputs, _ = collate(run.data.train[:4])
         logits = run.model.eval()(inputs[:, 0], inputs[:, 1])
-        first = run.task.train[0][0]
+        first = run.data.train[0][0]
         torch.testing.assert_close(logits[0, : len(first)], alone(run.model.net, first), rtol=1e-3, atol=1e-3)
 
 

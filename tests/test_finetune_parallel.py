@@ -18,7 +18,7 @@ from evenstep.finetune.run import Tuning
 from evenstep.models import Llama, LlamaConfig, load_pretrained, save_pretrained
 from evenstep.train.checkpoint import list_checkpoints, read_manifest
 from evenstep.train.config_io import build
-from evenstep.train.world import open_world
+from evenstep.train.distributed import open_world
 
 SHAPE = LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, max_seq_len=64)
 WORDS = ["abc", "bcd", "cde", "def", "ace", "bdf", "a", "bb", "fedcbaa"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from evenstep.errors import EvenstepError
+from evenstep.finetune.data import IGNORED, Document, RowLoader, batches, collate, pack
 from evenstep.finetune.examples import read_examples
-from evenstep.finetune.rows import IGNORED, Document, RowLoader, batches, collate, pack
 from evenstep.models import Llama, LlamaConfig
 
 SHAPE = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, max_seq_len=64)

@@ -11,12 +11,12 @@ from evenstep.cli import main
 from evenstep.data.tokenizer import train_bpe
 from evenstep.errors import EvenstepError
 from evenstep.finetune.config import FineTuneConfig
+from evenstep.finetune.data import labels_of
 from evenstep.finetune.examples import read_examples
 from evenstep.finetune.run import Tuning
-from evenstep.finetune.task import labels_of
 from evenstep.models import load_pretrained
 from evenstep.train.config_io import build
-from evenstep.train.metrics import read_metrics
+from evenstep.train.log import read_metrics
 
 WORDS = ["abc", "bcd", "cde", "def", "ace", "bdf"]
 
@@ -70,17 +70,17 @@ def test_a_run_learns_its_answers_and_leaves_a_model(library, hub, data, tmp_pat
     losses = [record["loss"] for record in read_metrics(run.out / "metrics.jsonl") if "loss" in record]
     assert losses[-1] < 0.3 < losses[0] and summary["score"] == 1.0 and summary["score_kind"] == "exact"
     assert load_pretrained(run.out / "model").num_parameters() == summary["parameters"]
-    assert len(run.task.train) < len(run.task.train_documents)  # packed
+    assert len(run.data.train) < len(run.data.train_documents)  # packed
 
 
 def test_both_libraries_have_the_same_loss_of_packed_rows(hub, data, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from evenstep.finetune.hub import HubCausal
-    from evenstep.finetune.rows import collate
+    from evenstep.finetune.data import collate
+    from evenstep.finetune.models import HubCausal
 
     run = Tuning(config(hub, data, tmp_path / "run"), say=lambda _: None)
-    inputs, targets = collate(run.task.train[:3])
+    inputs, targets = collate(run.data.train[:3])
     theirs = HubCausal(AutoModelForCausalLM.from_pretrained(hub))
     losses = [m.loss(inputs[:, 0], targets, positions=inputs[:, 1]).item() for m in (run.model, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -134,7 +134,7 @@ def test_sparse_spam_keeps_little_state(hub, data, tmp_path):
 def test_a_model_that_mixes_packed_examples_is_found_out(hub):
     from transformers import AutoModelForCausalLM
 
-    from evenstep.finetune.hub import HubCausal, keeps_documents_apart
+    from evenstep.finetune.models import HubCausal, keeps_documents_apart
 
     class Deaf(HubCausal):
         """Ignores what keeps documents apart."""
@@ -160,7 +160,7 @@ def test_too_long_examples_are_counted_and_said(hub, tmp_path):
     settings = config(hub, tmp_path / "x.jsonl", tmp_path / "run")
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, val_fraction=0.0, pack="no"))
     run = Tuning(settings, say=told.append)
-    assert len(run.task.train) == 8 and any("left out: 3 examples" in line for line in told)
+    assert len(run.data.train) == 8 and any("left out: 3 examples" in line for line in told)
 
 
 def test_a_cut_that_leaves_no_answer_is_told_without_advising_itself(hub, tmp_path):
@@ -171,7 +171,7 @@ def test_a_cut_that_leaves_no_answer_is_told_without_advising_itself(hub, tmp_pa
     run = Tuning(config(hub, tmp_path / "x.jsonl", tmp_path / "run", **more), say=told.append)
     (line,) = (line for line in told if line.startswith("left out"))
     assert "left out: 3 examples" in line and "hold nothing of the answer" in line and "too_long" not in line
-    assert len(run.task.train_documents) == 8
+    assert len(run.data.train_documents) == 8
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[8:]))
     with pytest.raises(EvenstepError, match="has a part of its answer in its first 32 tokens") as raised:
         Tuning(config(hub, tmp_path / "x.jsonl", tmp_path / "run", **more), say=told.append)
@@ -215,7 +215,7 @@ def test_what_a_chat_template_refuses_is_skipped(hub, tmp_path):
         Tuning(config(tmp_path / "m", tmp_path / "x.jsonl", tmp_path / "run", **more), say=lambda _: None)
     more["examples"]["on_bad"] = "skip"
     run = Tuning(config(tmp_path / "m", tmp_path / "x.jsonl", tmp_path / "run", **more), say=lambda _: None)
-    assert len(run.task.train_documents) == 4 and len(run.task.bad[str(tmp_path / "x.jsonl")]) == 2
+    assert len(run.data.train_documents) == 4 and len(run.data.bad[str(tmp_path / "x.jsonl")]) == 2
 
 
 def test_a_pretrained_run_is_named_as_it_is(hub, tmp_path, capsys):
@@ -255,12 +255,12 @@ def lines(path, rows):
 
 def test_padding_does_not_change_the_class_of_a_text(decoder, tmp_path):
     """A decoder takes the last token that is no padding."""
-    from evenstep.finetune.rows import collate
+    from evenstep.finetune.data import collate
 
     settings = config(decoder, lines(tmp_path / "x.jsonl", TEXTS), tmp_path / "run", library="transformers")
     run = Tuning(settings, say=lambda _: None)
-    rows = [(run.task.classified(dataclasses.replace(e, prompt=e.prompt * (i + 1)), True),)
-            for i, e in enumerate(run.task.sets[0].examples[:3])]  # fmt: skip
+    rows = [(run.data.classified(dataclasses.replace(e, prompt=e.prompt * (i + 1)), True),)
+            for i, e in enumerate(run.data.sets[0].examples[:3])]  # fmt: skip
     inputs, _ = collate(rows)
     run.model.eval()
     with torch.no_grad():
@@ -273,7 +273,7 @@ def test_padding_does_not_change_the_class_of_a_text(decoder, tmp_path):
 def test_a_classifiers_own_order_of_classes_is_kept(decoder, tmp_path, capsys):
     data = lines(tmp_path / "x.jsonl", TEXTS)
     run, _ = fit(decoder, data, tmp_path / "run", library="transformers", steps=1)
-    assert run.task.labels == ["right", "left"]
+    assert run.data.labels == ["right", "left"]
     numbers = [{"text": "ab", "label": i} for i in (2, 10, 1)] * 4
     assert labels_of(read_examples(lines(tmp_path / "n.jsonl", numbers)), ["x", "1"]) == ["1", "2", "10"]
     one = lines(tmp_path / "one.jsonl", [{"text": "ab", "label": "up"}] * 9)

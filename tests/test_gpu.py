@@ -37,8 +37,8 @@ from evenstep.kernels import kernels_for
 from evenstep.lowbit import FORMATS, RECIPES, fake_quantize
 from evenstep.models import Llama, llama_config
 from evenstep.telemetry.sinks import Sink
-from evenstep.train.metrics import read_metrics
-from evenstep.train.run import Run
+from evenstep.train.log import read_metrics
+from evenstep.train.trainer import Run
 
 DEVICE = os.environ.get("EVENSTEP_GPU_TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.gpu

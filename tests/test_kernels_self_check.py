@@ -48,7 +48,7 @@ def stabilized(params, fused=None):
 
 
 MAKERS = {"Stable-SPAM": StableSPAM, "SPAM": SPAM, "SCALE": scale, "transforming": stabilized}
-METHODS = {"Stable-SPAM": "adam_step_", "SPAM": "adam_step_", "SCALE": "scale_step_", "transforming": "transformed"}
+METHODS = {"Stable-SPAM": "adam_step_", "SPAM": "adam_step_", "SCALE": "scale_step_", "transforming": "transform"}
 
 
 def off(name, monkeypatch):

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from evenstep import SCALE, SPAM, StableSPAM
-from evenstep.kernels import cuda_tables
 from evenstep.kernels.cuda import TritonKernels
 
 pytest.importorskip("triton")
@@ -30,6 +29,21 @@ def test_kernels_do_what_the_plain_code_does(interpret):
     done = run(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, HERE.glob("triton_parity_*.py")), interpret=interpret
     )
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.mark.parametrize(
+    ("interpret", "which"),
+    [
+        (True, ["-k", "stochastic"]),
+        pytest.param(True, [], marks=pytest.mark.slow),
+        pytest.param(False, [], marks=gpu),
+    ],
+    ids=["interpreter", "interpreter, all", "gpu"],
+)
+def test_optimizers_step_by_kernels_as_by_the_plain_code(interpret, which):
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_optimizers.py"), *which]
+    done = run(*command, interpret=interpret)
     assert done.returncode == 0, done.stdout[-6000:]
 
 
@@ -55,21 +69,6 @@ def test_nothing_loads_triton_before_it_is_launched():
 def test_what_cannot_be_served_is_refused_with_a_reason():
     kernels, x = TritonKernels(), torch.zeros(4, 4)
     assert "CUDA" in kernels.refusal(x, x)
-
-
-def test_operators_are_seen_through_by_fake_tensors():
-    TritonKernels()
-    ops = torch.ops.evenstep
-    with torch._subclasses.FakeTensorMode():
-        grads = [torch.empty(40000), torch.empty(3, 5, dtype=torch.bfloat16)]
-        found, chunks = ops.cuda_measure(grads)
-        assert found.shape == (2, 2) and chunks.shape == (2, -(-40000 // cuda_tables.CHUNK) + 1)
-        assert ops.cuda_clip_norms(grads, chunks, found[0], found[0]).shape == (2, 2)
-        _, [row] = ops.cuda_columns(grads[1:])
-        assert row.shape == (1, 5) and row.dtype == torch.float64
-        empty = [], [], [], []
-        assert ops.cuda_adam_(grads, grads, grads, grads, *empty, found, [], [], False, False).shape == (3, 2)
-        assert ops.cuda_rows_(grads, grads, [], [], [], [], found, 1e-8, [], []).shape == (1, 2)
 
 
 # ---- on a GPU ----

@@ -16,7 +16,7 @@ from evenstep.lowbit.metrics import lowbit_metrics
 from evenstep.models import Llama, LlamaConfig
 from evenstep.train.config import LOWBIT_NAMES
 from evenstep.train.config_io import load_config
-from evenstep.train.run import Run
+from evenstep.train.trainer import Run
 from evenstep.train.weights import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,13 +108,13 @@ def test_named_recipes_round_weights_without_random_numbers():
 
 
 def test_generated_text_comes_from_the_quantised_model(corpus, tmp_path, monkeypatch):
-    from evenstep.train import sample
+    from evenstep.train import evaluate
     from evenstep.train.config import SampleConfig
 
     Run(quick(corpus, tmp_path / "run", lowbit="int2"), say=lambda line: None).fit()
     seen = []
-    monkeypatch.setattr(sample, "sample_text", lambda model, *rest: seen.append(model) or "")
-    sample.generate_from(tmp_path / "run", SampleConfig(), 0, say=print)
+    monkeypatch.setattr(evaluate, "sample_text", lambda model, *rest: seen.append(model) or "")
+    evaluate.generate_from(tmp_path / "run", SampleConfig(), 0, say=print)
     assert any(isinstance(m, LowBitLinear) for m in seen[0].modules())
 
 

@@ -290,3 +290,24 @@ def test_lora_on_7b_allocates_state_for_the_adapters_alone(make):
     assert size == expected and 4 * sum(p.numel() for p in adapters) <= size < 300e6
     assert not any(p in both.state for p in base)
     assert len(both.state_dict()["state"]) == len(adapters)
+
+
+def test_a_parameter_unfrozen_in_a_sweep_gets_the_mask_that_a_step_would_give_it():
+    def trained(release):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2)]
+        params[1].requires_grad_(False)
+        optimizer = SPAM(params, density=0.5)
+        for step in range(4):
+            params[1].requires_grad_(step > 1)
+            for p in params:
+                p.grad = torch.randn_like(p) if p.requires_grad else None
+            if release:
+                for p in params:
+                    optimizer.step_parameter(p)
+                    p.grad = None
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    for a, b in zip(trained(True), trained(False), strict=True):
+        assert torch.equal(a, b)

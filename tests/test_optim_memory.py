@@ -282,3 +282,22 @@ def test_gradient_release_keeps_one_gradient_at_a_time():
         assert torch.equal(p, q)
     assert before == size
     assert peak <= 64 * 64 * 4 + 64 * 4
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_an_8_bit_second_moment_beside_a_spike_is_not_lost(fused):
+    """Its code would be 0, and the next update of that entry m / eps: hundreds of times the learning rate."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.zeros(16, 256)) for _ in range(2)]
+    coded = SPAM(params[:1], state="int8", fused=fused, reset_interval=3)
+    exact = SPAM(params[1:], fused=False, reset_interval=3)
+    for step in range(6):
+        grad = torch.randn(16, 256) * 0.1
+        if step == 2:  # a reset, after which nothing is clipped
+            grad[0, 5] = 2000.0
+        for p, optimizer in zip(params, (coded, exact), strict=True):
+            p.grad = grad.clone()
+            optimizer.step()
+    assert (params[0] - params[1]).abs().max() < 2e-4  # a fifth of the learning rate
+    codes = coded.state[params[0]]["exp_avg_sq"].codes
+    assert (codes > 0).all()

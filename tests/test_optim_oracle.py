@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evenstep import SCALE, SPAM, AdaClip, AdaGN, GradientStabilizer, StableSPAM, stabilize
-from evenstep.transforms.blocks import BLOCK
+from evenstep.optim.functional import BLOCK
 
 SHAPES = [(5, 7), (11,), (2, 3, 4), ()]
 

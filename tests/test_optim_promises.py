@@ -1,6 +1,7 @@
 """What the optimizers promise beside their equations: exact resume, untouched gradients, honest state, early errors."""
 
 import copy
+import inspect
 import io
 import subprocess
 import sys
@@ -521,3 +522,18 @@ assert seconds < 0.3, seconds
     done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and done.stderr == ""
+
+
+@pytest.mark.parametrize("cls", [StableSPAM, SPAM, SCALE])
+def test_options_are_declared_as_the_constructor_and_its_documentation_have_them(cls):
+    signature = inspect.signature(cls).parameters
+    own = {name: x.default for name, x in signature.items() if name not in ("params", "fused", "official")}
+    assert {option.name: option.default for option in cls.OPTIONS} == own
+    for option in cls.OPTIONS:
+        assert option.range.holds(option.default) and option.help
+        assert option.name in cls.__doc__ and all(alias in cls.__doc__ for alias in option.aliases)
+
+
+def test_options_are_read_without_torch():
+    code = "import sys, evenstep.optim.options as o; assert o.STABLE_SPAM and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -123,7 +123,7 @@ def test_it_resumes_to_the_bit(name):
 @pytest.fixture
 def device(monkeypatch):
     """As if parameters were on an accelerator, whose values are not free to read."""
-    monkeypatch.setattr("evenstep.optim.moments.on_host", lambda x: False)
+    monkeypatch.setattr("evenstep.optim.base_optimizer.on_host", lambda x: False)
 
 
 @pytest.mark.parametrize("steps_before", [0, 3])

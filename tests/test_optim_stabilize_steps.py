@@ -196,7 +196,7 @@ UNITS = [AdaClip, AdaGN, SpikeClip, ValueClip, AGC, NormClip, ZClip, AutoClip, S
 @pytest.mark.parametrize("bad", [1.0, math.nan])
 @pytest.mark.parametrize("nonfinite", ["restore", "zero"])
 def test_the_step_reads_nothing_from_the_device(monkeypatch, nonfinite, bad):
-    monkeypatch.setattr("evenstep.optim.moments.on_host", lambda x: False)
+    monkeypatch.setattr("evenstep.optim.base_optimizer.on_host", lambda x: False)
     units = [unit for unit in UNITS if nonfinite == "restore" or unit is not SkipStep]
     model, optimizer = make(*(unit() for unit in units), reset_interval=2, nonfinite=nonfinite)
     backward(model)

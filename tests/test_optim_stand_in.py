@@ -326,7 +326,7 @@ def test_a_setting_out_of_range_is_an_error_before_anything_changes(setting, val
 
 
 def test_settings_are_looked_at_again_only_where_one_has_changed(monkeypatch):
-    import evenstep.optim.base as base
+    import evenstep.optim.optimizer as base
 
     looked = []
     monkeypatch.setattr(base, "check", lambda owner, **options: looked.append(options))

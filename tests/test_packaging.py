@@ -100,7 +100,7 @@ def test_the_sdist_holds_the_sources_of_the_kernels_and_no_half_of_the_tests(sdi
         "CITATION.cff",
         "LICENSE",
     } <= names
-    unwanted = ("tests", "benchmarks", "experiments")
+    unwanted = ("tests", "benchmarks", "lab")
     assert not [name for name in names if name.startswith(unwanted) or name.endswith(".so")]
 
 
@@ -112,7 +112,7 @@ def test_without_a_compiler_the_sdist_becomes_a_wheel_that_installs_alone(sdist,
     assert "evenstep/py.typed" in names and any(name.startswith("evenstep/telemetry/assets/") for name in names)
     recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.toml")}
     assert {f"evenstep/{name}" for name in recipes} <= {*names}
-    outside = ("tests/", "tools/", "docs/", "benchmarks/", "experiments/", "recipes/")
+    outside = ("tests/", "tools/", "docs/", "benchmarks/", "lab/", "recipes/")
     assert not [name for name in names if name.startswith(outside)]
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"

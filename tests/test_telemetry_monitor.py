@@ -24,8 +24,8 @@ from evenstep.telemetry.schema import read_records
 from evenstep.telemetry.series import Rolling, digits
 from evenstep.telemetry.sinks import JsonlSink
 from evenstep.train.config_io import to_tables
-from evenstep.train.metrics import read_metrics
-from evenstep.train.run import Run
+from evenstep.train.log import read_metrics
+from evenstep.train.trainer import Run
 
 
 class Kept:

@@ -20,7 +20,7 @@ from evenstep.telemetry.page import page
 from evenstep.telemetry.payload import POINTS, _codes, _thinned, payload
 from evenstep.telemetry.runlog import load_run
 from evenstep.telemetry.watch import make_server
-from evenstep.train.metrics import Metrics, read_metrics, up_to
+from evenstep.train.log import Metrics, read_metrics, up_to
 from evenstep.train.runs import list_runs
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,7 @@
 """Bad arguments fail in the call that gives them; nothing of the monitor fails within a step or ends a training."""
 
 import math
+import re
 import warnings
 from contextlib import nullcontext
 
@@ -53,6 +54,12 @@ def backward(model, seed=0):
 
 # ---- arguments ----
 
+
+def _name(value):
+    """A test's name: without addresses, which differ between the processes that run the suite."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
 BAD_OPTIONS = [
     *[{"ratio": value} for value in (0.5, 1, 0, -3.0, math.nan, math.inf, "10", None, True)],
     *[{"sigma": value} for value in (0, -1, math.nan, "7", None, [7])],
@@ -70,7 +77,7 @@ def one_line(problem):
     return len(str(problem.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("options", BAD_OPTIONS, ids=repr)
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=_name)
 def test_a_bad_option_fails_at_once_in_one_line_that_names_it(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = model_of()
@@ -192,7 +199,7 @@ BAD_FACTS = [
 ]
 
 
-@pytest.mark.parametrize("facts", BAD_FACTS, ids=repr)
+@pytest.mark.parametrize("facts", BAD_FACTS, ids=_name)
 def test_what_is_no_fact_of_a_step_fails_in_observe(facts):
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters())

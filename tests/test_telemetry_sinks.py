@@ -10,7 +10,7 @@ from train_support import quick, write_corpus
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.schema import read_records, to_line
 from evenstep.telemetry.sinks import Guarded, JsonlSink, TensorBoardSink, opened, scalars
-from evenstep.train.run import Run
+from evenstep.train.trainer import Run
 
 
 @pytest.fixture

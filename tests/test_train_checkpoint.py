@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoint_support import save_checkpoint, write
 
 from evenstep.errors import EvenstepError
@@ -208,3 +209,22 @@ def test_a_checkpoint_of_the_first_layout_says_what_to_do(place):
         (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(EvenstepError, match=r"before the first release.*--model\.init"):
         newest_checkpoint(place.parent, silent)
+
+
+def test_a_save_in_the_background_holds_what_was_there_when_it_began(tmp_path):
+    from evenstep.train.checkpoint import read_whole
+    from evenstep.train.distributed import World
+    from evenstep.train.saving import Saver
+
+    saver, x = Saver(tmp_path, World(torch.device("cpu"))), torch.zeros(3)
+    for step in (1, 2, 3):
+        if step == 3:  # of another size
+            x = torch.zeros(5)
+        x.fill_(step)
+        saver.save(step, {"model.x": x}, lambda directory: None, None, wait=False)
+        x.fill_(-1)  # the training goes on
+    saver.wait()
+    saver.close()
+    for step, size in ((1, 3), (2, 3), (3, 5)):
+        found = read_whole(tmp_path / f"step-{step:06d}", "model.")["x"]
+        assert torch.equal(found, torch.full((size,), float(step)))

@@ -12,7 +12,7 @@ from train_support import flags, quick, quick_overrides, write_corpus
 
 from evenstep.models import load_pretrained
 from evenstep.train.checkpoint import load_model_state
-from evenstep.train.run import Run
+from evenstep.train.trainer import Run
 
 
 def trained(place, **more):

@@ -12,7 +12,7 @@ from train_support import flags, quick, quick_overrides, write_corpus
 from evenstep import cli
 from evenstep.errors import EvenstepError
 from evenstep.train.checkpoint import facts_of, list_checkpoints, load_model_state
-from evenstep.train.run import Run
+from evenstep.train.trainer import Run
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")

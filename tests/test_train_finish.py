@@ -11,9 +11,10 @@ from train_support import flags, quick, quick_overrides, write_corpus
 from evenstep import cli
 from evenstep.errors import EvenstepError
 from evenstep.train import summary
-from evenstep.train.progress import LineProgress, tell
-from evenstep.train.run import Run
+from evenstep.train.log import LineProgress, print_line
 from evenstep.train.runs import list_runs
+from evenstep.train.task import Pretraining
+from evenstep.train.trainer import Run
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
@@ -33,16 +34,16 @@ def broken(*_, **__):
 
 
 FAILING = {
-    "sample": ("sample_of", "no sample: broken"),
-    "picture": ("draw_curve", "no curve.png: broken"),
-    "state": ("state_bytes", "no size of the optimizer's state: broken"),
+    "sample": (Pretraining, "sample", "no sample: broken"),
+    "picture": (summary, "draw_curve", "no curve.png: broken"),
+    "state": (summary, "state_bytes", "no size of the optimizer's state: broken"),
 }
 
 
 @pytest.mark.parametrize("part", FAILING)
 def test_what_is_for_show_fails_no_run(corpus, tmp_path, monkeypatch, part):
-    name, words = FAILING[part]
-    monkeypatch.setattr(summary, name, broken)
+    owner, name, words = FAILING[part]
+    monkeypatch.setattr(owner, name, broken)
     said = []
     found = Run(short(corpus, tmp_path / "run"), say=said.append).fit()
     assert words in said and any("go on:" in line for line in said)
@@ -51,7 +52,7 @@ def test_what_is_for_show_fails_no_run(corpus, tmp_path, monkeypatch, part):
 
 
 def test_closing_lines_that_fail_fail_no_run(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "closing", staticmethod(broken))
+    monkeypatch.setattr(Pretraining, "closing", staticmethod(broken))
     said = []
     assert Run(short(corpus, tmp_path / "run"), say=said.append).fit()["steps"] == 1
     assert "no closing lines: broken" in said
@@ -61,11 +62,11 @@ def test_closing_lines_that_fail_fail_no_run(corpus, tmp_path, monkeypatch):
 def test_the_summary_is_there_before_the_sample(corpus, tmp_path, monkeypatch, problem):
     seen = []
 
-    def look(run):
-        seen.append(json.loads((run.out / "summary.json").read_text())["steps"])
+    def look(*_):
+        seen.append(json.loads((tmp_path / "run" / "summary.json").read_text())["steps"])
         raise problem
 
-    monkeypatch.setattr(summary, "sample_of", look)
+    monkeypatch.setattr(Pretraining, "sample", look)
     Run(short(corpus, tmp_path / "run"), say=lambda _: None).fit()
     assert seen == [1]
 
@@ -102,7 +103,7 @@ def test_no_entry_beyond_the_tokenizer_is_written(corpus, tmp_path):
     import torch
 
     from evenstep.models import generate
-    from evenstep.train.sample import sample_text
+    from evenstep.train.evaluate import sample_text
 
     run = Run(short(corpus, tmp_path / "run"), say=lambda _: None)
     with torch.no_grad():
@@ -139,7 +140,7 @@ class Narrow(io.TextIOWrapper):
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_a_character_without_a_code_is_an_escape(encoding):
     out = Narrow(encoding)
-    tell("größe 日本 \udcff", out)
+    print_line("größe 日本 \udcff", out)
     LineProgress(1, out).say("日")
     text = out.buffer.getvalue().decode(encoding)
     assert text.count("\n") == 2 and "\\udcff" in text and (encoding == "utf-8" or "\\u65e5" in text)
@@ -156,13 +157,13 @@ def test_output_that_cannot_be_written_falls_silent(problem, capsys):
                 raise ValueError("I/O operation on closed file.")
             raise problem
 
-    tell("one", Gone())
+    print_line("one", Gone())
 
 
 def test_a_closed_output_falls_silent():
     out = io.StringIO()
     out.close()
-    tell("one", out)
+    print_line("one", out)
 
 
 @pytest.mark.parametrize("device", ["/dev/full", "latin-1", "closed"])

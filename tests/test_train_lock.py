@@ -18,9 +18,9 @@ from evenstep.errors import EvenstepError
 from evenstep.telemetry.runlog import load_run
 from evenstep.train import files
 from evenstep.train.files import hold, is_running, locked, replace_text
-from evenstep.train.metrics import read_metrics
-from evenstep.train.run import Run
+from evenstep.train.log import read_metrics
 from evenstep.train.runs import list_runs
+from evenstep.train.trainer import Run
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
@@ -107,7 +107,7 @@ def test_a_start_that_lost_the_race_leaves_the_winners_files(corpus, tmp_path, m
             (out / "metrics.jsonl").write_text('{"step": 1}\n')
             started.append(content(out))
 
-    monkeypatch.setattr("evenstep.train.setup.check_creatable", look)
+    monkeypatch.setattr("evenstep.train.files.check_creatable", look)
     try:
         with pytest.raises(EvenstepError, match="another process"):
             Run(quick(corpus, out), say=silent)
@@ -121,7 +121,7 @@ def test_a_start_after_another_run_has_come_and_gone_is_refused(corpus, finished
 
     out = tmp_path / "run"
     monkeypatch.setattr(
-        "evenstep.train.setup.check_creatable", lambda _: out.exists() or shutil.copytree(finished, out)
+        "evenstep.train.files.check_creatable", lambda _: out.exists() or shutil.copytree(finished, out)
     )
     with pytest.raises(EvenstepError, match="holds a run already"):
         Run(quick(corpus, out), say=silent)
@@ -153,7 +153,6 @@ def test_what_a_killed_start_left_behind_is_no_run(corpus, tmp_path):
 
 
 def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
-    from evenstep.train import setup
     from evenstep.train.config import Config
 
     class Clock:
@@ -164,10 +163,10 @@ def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch)
             return datetime(2026, 1, 1)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(setup, "datetime", Clock)
-    first = setup.fresh_directory(Config())
+    monkeypatch.setattr(files, "datetime", Clock)
+    first = files.fresh_directory(Config())
     first.mkdir(parents=True)
-    assert setup.fresh_directory(Config()).name == f"{first.name}-2"
+    assert files.fresh_directory(Config()).name == f"{first.name}-2"
 
 
 def test_listing_runs_never_keeps_one_from_starting(tmp_path, monkeypatch):

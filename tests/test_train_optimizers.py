@@ -6,9 +6,8 @@ from evenstep.baselines.catalog import BASELINES
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, llama_config
 from evenstep.telemetry.clocks import steps_to_reset
-from evenstep.train.config import OptimConfig
+from evenstep.train.config import CHOICES, HYPERPARAMETERS, OptimConfig, owners
 from evenstep.train.config_io import literal
-from evenstep.train.hyperparameters import CHOICES, HYPERPARAMETERS, owners
 from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer
 
 AVAILABLE = list(HYPERPARAMETERS)

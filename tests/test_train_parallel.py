@@ -8,7 +8,7 @@ from parallel_support import by_step, losses, silent, train
 from train_support import quick, write_corpus
 
 from evenstep.train.checkpoint import list_checkpoints, read_manifest
-from evenstep.train.run import Run
+from evenstep.train.trainer import Run
 from evenstep.train.weights import load_model
 
 pytest.importorskip("tokenizers")

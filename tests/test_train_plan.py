@@ -19,9 +19,8 @@ from evenstep.errors import EvenstepError
 from evenstep.models import Llama, llama_config
 from evenstep.train.config_io import load_config
 from evenstep.train.optimizers import build_optimizer
-from evenstep.train.plan import USABLE, make_plan
-from evenstep.train.plan_advice import advice
-from evenstep.train.plan_check import _processes, built, count
+from evenstep.train.plan import USABLE, advice, make_plan
+from evenstep.train.plan_report import _processes, built, count
 
 ROOT = Path(__file__).parents[1]
 MODES = {"none": 1, "ddp": 16, "fsdp": 16, "hsdp": 16, "tp+fsdp": 16}
@@ -190,7 +189,7 @@ def test_fsdp_sends_what_the_plan_says(reshard, monkeypatch):
     plan = planned(
         "tiny", 4, vocab=1000, **{"parallel.mode": "fsdp", "parallel.reshard": reshard, "train.dtype": "bf16"}
     )
-    from evenstep.train.parallel import Parallel
+    from evenstep.train.distributed import Parallel
 
     with _processes(plan) as world, monkeypatch.context() as patch:
         model, parallel = Llama(plan.shape).bfloat16(), Parallel(plan.config, world)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evenstep.train.metrics import Metrics, read_metrics
-from evenstep.train.progress import LineProgress, LiveProgress, clock, make_progress
+from evenstep.train.log import LineProgress, LiveProgress, Metrics, clock, make_progress, read_metrics
 
 ROOT = Path(__file__).parents[1]
 RECORD = {
@@ -79,7 +78,7 @@ def test_a_terminal_gets_a_live_bar():
 
     code = f"""
 import time
-from evenstep.train.progress import make_progress
+from evenstep.train.log import make_progress
 record = {RECORD!r}
 with make_progress(120, 10) as progress:
     for step in range(11, 31):

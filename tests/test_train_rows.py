@@ -7,8 +7,8 @@ from train_support import quick, write_corpus
 
 from evenstep import cli
 from evenstep.errors import EvenstepError
-from evenstep.train.rows import parse_rows, rows_of
-from evenstep.train.run import Run
+from evenstep.train.runs import parse_rows, rows_of
+from evenstep.train.trainer import Run
 
 
 def quiet(*_):

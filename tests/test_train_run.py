@@ -16,9 +16,8 @@ from evenstep.errors import EvenstepError
 from evenstep.train.checkpoint import list_checkpoints
 from evenstep.train.evaluate import evaluate
 from evenstep.train.interrupts import Interrupted
-from evenstep.train.loop import Loop
-from evenstep.train.metrics import read_metrics
-from evenstep.train.run import Run
+from evenstep.train.log import read_metrics
+from evenstep.train.trainer import Run
 from evenstep.train.weights import load_model
 
 pytest.importorskip("tokenizers")
@@ -303,7 +302,7 @@ def test_a_nan_that_nobody_looked_at_is_never_saved(corpus, tmp_path):
     run, _ = train(quick(corpus, tmp_path / "run"), 2)
     run.window.loss += math.nan  # as on a GPU between two log steps
     with pytest.raises(EvenstepError, match="nan"):
-        Loop(run).save_finite(wait=True)
+        run.save_finite(wait=True)
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
@@ -437,13 +436,13 @@ def test_training_starts_from_a_given_model(corpus, tmp_path):
 
 
 def test_the_chunk_rule():
-    from evenstep.train import setup
+    from evenstep.train import task
     from evenstep.train.config import Config, TrainConfig
 
     def rows(vocab, **options):
         said: list[str] = []
         config = Config(train=TrainConfig(steps=1, **options))
-        return setup.loss_chunk(config, vocab, torch.device("cpu"), said.append), len(said)
+        return task.loss_chunk(config, vocab, torch.device("cpu"), said.append), len(said)
 
     assert rows(2048) == rows(32000, batch_size=65536) == (256, 0)
     assert rows(2048, batch_size=1, seq_len=200) == (None, 0)
@@ -523,7 +522,7 @@ sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
 from train_support import quick
 from evenstep.train import saving
-from evenstep.train.run import Run
+from evenstep.train.trainer import Run
 from evenstep.train.weights import load_model
 run = Run(quick(Path({str(corpus)!r}), Path({str(tmp_path / "run")!r})))
 real = saving.commit

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from evenstep.train.config import ScheduleConfig
-from evenstep.train.schedule import lr_factor
+from evenstep.train.optimizers import lr_factor
 
 
 def factors(total, warmup, **options):

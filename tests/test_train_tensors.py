@@ -13,11 +13,10 @@ from evenstep.errors import EvenstepError
 from evenstep.models import Llama, llama_config
 from evenstep.train.checkpoint import read_tensors, write_tensors
 from evenstep.train.config import OptimConfig
+from evenstep.train.distributed import World
 from evenstep.train.optimizers import build_optimizer
-from evenstep.train.run import Run
-from evenstep.train.saving import Saver
-from evenstep.train.tensors import fill, load_optimizer, model_tensors, optimizer_tensors
-from evenstep.train.world import World
+from evenstep.train.saving import Saver, fill, load_optimizer, model_tensors, optimizer_tensors
+from evenstep.train.trainer import Run
 
 COMPILED = [name for name, entry in BASELINES.items() if entry.note == "compiled"]
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in COMPILED else ()) for name in BASELINES]
@@ -277,10 +276,10 @@ def test_state_that_could_not_be_read_again_ends_the_first_save_in_one_line(tmp_
 
 
 def test_only_the_first_save_is_read_back(tmp_path, monkeypatch):
-    from evenstep.train import state
+    from evenstep.train import trainer
 
     reads = []
-    monkeypatch.setattr(state, "read_trainer", lambda directory: reads.append(directory))
+    monkeypatch.setattr(trainer, "read_trainer", lambda directory: reads.append(directory))
     run = Run(quick(write_corpus(tmp_path / "c.jsonl"), tmp_path / "run"), say=lambda _: None)
     for _ in range(3):
         run.step()

@@ -17,9 +17,8 @@ from evenstep.train import checkpoint
 from evenstep.train.checkpoint import list_checkpoints
 from evenstep.train.config_io import load_config
 from evenstep.train.interrupts import Interrupted
-from evenstep.train.loop import Loop
-from evenstep.train.metrics import read_metrics
-from evenstep.train.run import Run
+from evenstep.train.log import read_metrics
+from evenstep.train.trainer import Run
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
@@ -141,7 +140,7 @@ def test_a_full_disk_at_the_first_save_promises_no_checkpoint(corpus, tmp_path, 
         except OSError:
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")  # noqa: B904 - as torch does
 
-    monkeypatch.setattr("evenstep.train.state.write_tensors", full)
+    monkeypatch.setattr("evenstep.train.trainer.write_tensors", full)
     with pytest.raises(EvenstepError) as caught:
         run.fit()
     message = str(caught.value)
@@ -184,8 +183,8 @@ def test_a_signal_ends_a_validation_and_the_resumed_log_is_the_same(corpus, tmp_
 
 def test_a_signal_before_the_first_step_loses_nothing(corpus, tmp_path, monkeypatch):
     run = Run(quick(corpus, tmp_path / "run"), say=silent)
-    real = Loop.train
-    monkeypatch.setattr(Loop, "train", lambda *parts: (os.kill(os.getpid(), signal.SIGTERM), real(*parts)))
+    real = Run.train
+    monkeypatch.setattr(Run, "train", lambda *parts: (os.kill(os.getpid(), signal.SIGTERM), real(*parts)))
     with pytest.raises(Interrupted, match="after step 0"):
         run.fit()
     monkeypatch.undo()
@@ -262,6 +261,6 @@ def test_a_run_without_validation(corpus, tmp_path, capsys):
 
 
 def test_a_models_text_cannot_command_the_terminal():
-    from evenstep.train.sample import printable
+    from evenstep.console import printable
 
     assert printable("a\x1b[2J\tb\nc\x9b\x7f\r\u00e9") == "a\\x1b[2J\tb\nc\\x9b\\x7f\\r\u00e9"

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 import triton
+import triton_support
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from evenstep.kernels.cuda import TritonKernels
-from evenstep.kernels.interface import RATES, ROWS, AdamWork, RowWork
+from evenstep.kernels.interface import ADAM_ROWS, SCALE_ROWS
 from evenstep.optim.state import moment
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -58,14 +59,14 @@ def compiled(self, *args, grid, warmup, _run=JITFunction.run, **options):
 def adam(p, g, state, **options):
     n = 4096
     moments = [[moment(torch.zeros(n), state, signed=signed)] for signed in (True, False)]
-    table = torch.ones(len(ROWS), 1)
-    KERNELS.adam_(AdamWork([torch.zeros(n, dtype=p)], [torch.zeros(n, dtype=g)], *moments, table, **options))
+    table = torch.ones(len(ADAM_ROWS), 1)
+    triton_support.adam_([torch.zeros(n, dtype=p)], [torch.zeros(n, dtype=g)], *moments, table, **options)
 
 
 def rows(shape, state=None, divisors=(), dtype=FLOAT):
     x = torch.zeros(shape, dtype=dtype)
     averages = [moment(x, state)] if state else []
-    KERNELS.rows_(RowWork([x], [x], averages, list(divisors), torch.ones(len(RATES), 1), 1e-8))
+    triton_support.rows_([x], [x], averages, list(divisors), torch.ones(len(SCALE_ROWS), 1))
 
 
 if __name__ == "__main__":
@@ -84,6 +85,6 @@ if __name__ == "__main__":
         for state, shape in itertools.product((None, "fp32", "bf16", "int8"), ((8, 512), (8, 1376), (400, 5))):
             rows(shape, state)
         rows((8, 512), divisors=[torch.ones(1, 512)], dtype=BF16)
-        KERNELS.columns([torch.zeros(512, 512), torch.zeros(512, 5, dtype=BF16)])
-        KERNELS.transformed([x], [x.bfloat16()], torch.ones(3, 1))
+        KERNELS._columns([torch.zeros(512, 512), torch.zeros(512, 5, dtype=BF16)])
+        KERNELS.transform([x], [x.bfloat16()], torch.ones(3, 1))
         KERNELS.measure([x.bfloat16(), torch.zeros(4099)])

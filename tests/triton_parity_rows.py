@@ -11,6 +11,7 @@ from triton_support import (
     copies,
     fill,
     randn,
+    rows_,
     run,
     same,
     sample,
@@ -21,11 +22,10 @@ from triton_support import (
 
 from evenstep import SCALE, SPAM, StableSPAM
 from evenstep.kernels import cuda_launch
-from evenstep.kernels.interface import RATES, ROWS, AdamWork, RowWork, table
+from evenstep.kernels.interface import SCALE_ROWS, table
 from evenstep.optim import fused
+from evenstep.optim.functional import Gradients, Weights, opened, row_norms
 from evenstep.optim.state import moment
-from evenstep.transforms import Gradients, opened, row_norms
-from evenstep.transforms.adam import Weights
 
 TOTALS = cuda_launch._totals
 
@@ -62,8 +62,7 @@ def test_rows_are_divided_by_their_norms(norm, state):
     mine = copies(params)
     own = copies(averages)
     before = [g.clone() for g in grads]
-    work = RowWork(mine, grads, own, [], table(finite, *(rows[name] for name in RATES)), 1e-8)
-    found = KERNELS.rows_(work)
+    direction_norm = rows_(mine, grads, own, [], table(finite, *(rows[name] for name in SCALE_ROWS)))
     for i in range(k - 1):
         g = grads[i].float() * rows["gain"][i]
         if state:
@@ -74,9 +73,9 @@ def test_rows_are_divided_by_their_norms(norm, state):
             g = opened(own[i], FLOAT)  # of what the kernel stored, whose last bit may be another
             same(g, opened(averages[i], FLOAT), rtol=0.02, atol=0.02)
         direction = g / row_norms(g, counts[i], norm) if g.numel() else g
-        same(found.direction_norm[i], direction.norm(), rtol=1e-5, atol=0 if i != 5 else 1e-20)
+        same(direction_norm[i], direction.norm(), rtol=1e-5, atol=0 if i != 5 else 1e-20)
         same(mine[i], params[i].float() * 0.99 - 0.01 * direction, **CLOSE[params[i].dtype] | {"atol": 3e-7})
-    assert torch.equal(mine[-1], params[-1]) and found.direction_norm[-1] == 0
+    assert torch.equal(mine[-1], params[-1]) and direction_norm[-1] == 0
     assert all(torch.equal(g, old) for g, old in zip(grads[:-1], before[:-1], strict=True))
 
 
@@ -86,11 +85,11 @@ def test_columns_are_divided_by_what_is_given():
     divisors = [vector(g[0].numel(), 0.5, 2).view(1, *g.shape[1:]) for g in grads]
     rows = rates(3) | {"root": 1.0}
     mine = copies(params)
-    numbers = table(torch.zeros(3, device=DEVICE), *(rows[name] for name in RATES))
-    found = KERNELS.rows_(RowWork(mine, grads, [], divisors, numbers, 1e-8))
+    numbers = table(torch.zeros(3, device=DEVICE), *(rows[name] for name in SCALE_ROWS))
+    direction_norm = rows_(mine, grads, [], divisors, numbers)
     for i, g in enumerate(grads):
         direction = g.float() * rows["gain"][i] / divisors[i]
-        same(found.direction_norm[i], direction.norm(), rtol=1e-6, atol=0)
+        same(direction_norm[i], direction.norm(), rtol=1e-6, atol=0)
         same(mine[i], params[i].float() * 0.99 - 0.01 * direction, **CLOSE[params[i].dtype] | {"atol": 3e-7})
 
 
@@ -100,9 +99,9 @@ def test_rows_into_bf16(rounding):
     lost = [randn(20, 300, scale=1e-3, dtype=BF16)] if rounding == "kahan" else []
     seeds = [torch.tensor(5, dtype=torch.int32, device=DEVICE)] if rounding == "stochastic" else []
     rows = rates(1) | {"root": 300**0.5, "gain": 1.0}
-    numbers = table(torch.zeros(1, device=DEVICE), *(rows[name] for name in RATES))
+    numbers = table(torch.zeros(1, device=DEVICE), *(rows[name] for name in SCALE_ROWS))
     [mine], own = copies([p]), copies(lost)
-    KERNELS.rows_(RowWork([mine], [g], [], [], numbers, 1e-8, lost=own, seeds=seeds))
+    rows_([mine], [g], [], [], numbers, lost=own, seeds=seeds)
     weights = Weights([p], torch.tensor([True], device=DEVICE), [*lost] or [None], [*seeds] or [None])
     weights.write(0, p, p.float() * 0.99 - g / row_norms(g, 300, "rms") * 0.01, lost, 0)
     assert (mine != p).float().mean() <= 0.01
@@ -118,15 +117,13 @@ def test_sums_over_columns():
         torch.zeros(0, 4, device=DEVICE),
         randn(3, 4, scale=1e30),
     ]
-    measured, sums = KERNELS.columns(grads)
+    measured, sums = KERNELS._columns(grads)
     same(measured.norm.double(), torch.stack([g.double().norm() for g in grads]), rtol=1e-6, atol=0)
     assert torch.equal(measured.peak, run(Gradients.measure(grads, FLOAT)).peak)
     for found, g in zip(sums, grads, strict=True):
         assert found.dtype == torch.float64
         torch.testing.assert_close(found, g.double().square().sum(0, keepdim=True), rtol=1e-12, atol=0)
-    norm, _ = KERNELS.clip_norms(grads, measured, measured.peak, torch.ones_like(measured.peak))
-    same(norm, measured.norm)
-    _, [bad] = KERNELS.columns([torch.tensor([[1.0, torch.nan], [2.0, 3.0]], device=DEVICE)])
+    _, [bad] = KERNELS._columns([torch.tensor([[1.0, torch.nan], [2.0, 3.0]], device=DEVICE)])
     assert torch.isfinite(bad).tolist() == [[True, False]]
 
 
@@ -135,21 +132,9 @@ def test_transformed_gradients():
     plain = run(Gradients.measure(grads, FLOAT))
     plain = plain.clipped(plain.peak * 0.5).amplified(vector(len(grads), 0.5, 2))
     out = [torch.full_like(g, 7, dtype=FLOAT if i % 2 else g.dtype) for i, g in enumerate(grads)]
-    KERNELS.transformed(out, grads, torch.stack([plain.gain, plain.limit, plain._rescale * plain.gain]))
+    KERNELS.transform(out, grads, torch.stack([plain.gain, plain.limit, plain._rescale * plain.gain]))
     for i, x in enumerate(out):
         same(x, plain.read(i), **CLOSE[x.dtype] | {"atol": 0})
-
-
-def test_no_tensors_at_all():
-    nothing = torch.zeros(0, device=DEVICE)
-    measured = KERNELS.measure([])
-    assert measured.peak.numel() == 0
-    assert KERNELS.clip_norms([], measured, nothing, nothing)[0].numel() == 0
-    assert KERNELS.adam_(AdamWork([], [], [], [], torch.zeros(len(ROWS), 0, device=DEVICE))).update_norm.numel() == 0
-    assert KERNELS.columns([])[1] == []
-    work = RowWork([], [], [], [], torch.zeros(len(RATES), 0, device=DEVICE), 1e-8)
-    assert KERNELS.rows_(work).direction_norm.numel() == 0
-    KERNELS.transformed([], [], torch.zeros(3, 0, device=DEVICE))
 
 
 # ---- whole optimizers ----

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from evenstep.kernels import cuda_launch, cuda_tables
-from evenstep.kernels.cuda import TritonKernels
-from evenstep.transforms import lockstep
+from evenstep.kernels import cuda_launch
+from evenstep.kernels.cuda import TritonKernels, _parts
+from evenstep.optim.functional import completed
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -15,7 +15,7 @@ if INTERPRETED:
     import triton_interpreter
 
     triton_interpreter.mend()
-    cuda_tables.CHUNK, cuda_tables.TILE = 512, 256  # several chunks and rounds in small tensors
+    cuda_launch.CHUNK, cuda_launch.TILE = 512, 256  # several chunks and rounds in small tensors
     cuda_launch.COLUMN_ROWS = 32
 KERNELS = TritonKernels()
 FLOAT, BF16 = torch.float32, torch.bfloat16
@@ -58,8 +58,21 @@ def seeded():
     NUMBERS.manual_seed(0)
 
 
-def run(steps):
-    return lockstep([steps], lambda requests: None)[0]
+run = completed
+
+
+def adam_(params, grads, exp_avg, exp_avg_sq, numbers, lost=(), seeds=(), capped=False, zero_history=False):
+    """Launch Adam's kernel: norm of the update, norm after clipping by history, entries clipped; ``[k]`` each."""
+    m, scales, maps = _parts(exp_avg)
+    v, scales_sq, maps_sq = _parts(exp_avg_sq)
+    rest = numbers, list(lost), list(seeds), capped, zero_history
+    return cuda_launch.adam_(params, grads, m, v, scales, scales_sq, maps, maps_sq, *rest).unbind()
+
+
+def rows_(params, grads, exp_avg, divisors, numbers, lost=(), seeds=()):
+    """Launch SCALE's kernel: norm of each normalised tensor ``[k]``."""
+    m, scales, maps = _parts(exp_avg)
+    return cuda_launch.rows_(params, grads, m, scales, maps, divisors, numbers, 1e-8, list(lost), list(seeds))[0]
 
 
 def vector(k, low, high):

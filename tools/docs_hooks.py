@@ -7,7 +7,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:benchmarks|recipes|tests|evenstep|experiments|examples)/[^)#\s]+)\)")
+OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:benchmarks|recipes|tests|evenstep|lab|examples)/[^)#\s]+)\)")
 """A link from a page to a file of the repository."""
 
 SHORTLY = (

@@ -82,7 +82,7 @@ def a_run(command_line: bool) -> Callable[[], object]:
     from train_support import flags, quick, quick_overrides, write_corpus
 
     from evenstep.cli import main
-    from evenstep.train.run import Run
+    from evenstep.train.trainer import Run
 
     place = Path(tempfile.mkdtemp())
     corpus = write_corpus(place / "corpus.jsonl")
@@ -219,7 +219,7 @@ def main() -> None:
         ("a training run, from a configuration object", cost(of_training(traced(a_run(False))))),
         ("the same, from the command line", cost(of_training(traced(a_run(True))))),
         ("lines of Python, C++ and JavaScript in the wheel", f"{code_lines(['evenstep']):,}"),
-        ("in the repository's lab", f"{code_lines(['lab', 'benchmarks', 'experiments']):,}"),
+        ("in the repository's lab", f"{code_lines(['lab', 'benchmarks']):,}"),
         ("in the tests", f"{code_lines(['tests']):,}"),
         ("import cycles", str(len(cycles(graph)))),
         ("modules with at most one importer", f"{len(lonely)} of {len(known)}"),

@@ -26,7 +26,7 @@ FRONTS: dict[str, tuple[str, dict[str, Any]]] = {
     "autoclip": ("AutoClip", {}),
     "skip_step": ("SkipStep", {}),
 }
-"""Name -> class in evenstep.transforms, with the arguments that the name stands for."""
+"""Name -> class in evenstep.optim.transforms, with the arguments that the name stands for."""
 
 _HOW = "give names with + between them, with arguments where wanted, such as 'adaclip + adagn(gamma1=0.7)'"
 
@@ -67,7 +67,7 @@ def _term(node: ast.expr, text: str) -> tuple[str, dict[str, Any]]:
 
 def transforms(text: str) -> list[Any]:
     """The transforms of ``text``. EvenstepError for a name or argument that does not exist, or a value out of range."""
-    import evenstep.transforms as known
+    import evenstep.optim.transforms as known
 
     found = []
     for name, arguments in parse(text):

@@ -1,4 +1,4 @@
-"""One comparison: the chosen optimizers over one set of shapes, with one number of threads.
+"""Comparisons, one for each set of shapes and number of threads, and the document that holds their rows.
 
 Parameters and gradients are shared, so that an optimizer costs the memory of its state alone. As many optimizers as fit
 are made ready and then timed in common rounds; when memory is short they come in several lots, each timed together with
@@ -7,10 +7,12 @@ the reference.
 
 from __future__ import annotations
 
+import argparse
 import logging
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -19,11 +21,23 @@ from typing import Any
 import torch
 
 from evenstep.baselines.state_size import state_bytes
-from evenstep.bench.memory import transient_bytes
-from evenstep.bench.registry import KNOWN, REFERENCE, Unavailable
-from evenstep.bench.setting import Plan, Setting
-from evenstep.bench.timing import TIMERS, Sample, Timer, Turns, paired_ratio, spread, take_turns
-from evenstep.errors import EvenstepError
+from evenstep.bench.registry import KNOWN, REFERENCE, Unavailable, chosen
+from evenstep.bench.setting import DTYPES, Plan, Setting, check_device, outline, transient_bytes
+from evenstep.bench.timing import (
+    TIMERS,
+    Sample,
+    Timer,
+    Turns,
+    last_level_cache,
+    machine_state,
+    paired_ratio,
+    spread,
+    take_turns,
+)
+from evenstep.errors import EvenstepError, nearest
+from evenstep.train.hardware import commit, describe_hardware, total_memory, versions
+
+Document = dict[str, Any]
 
 MIN_TURNS = 3
 PATIENCE = 10  # times the budget for our own and torch's, so that none but a step of seconds misses a round
@@ -174,3 +188,86 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(disabled)
+
+
+# ---- several comparisons ----
+
+
+def compare(command: str, plans: Sequence[Plan], say: Callable[[str], object] = lambda text: None) -> Document:
+    """Run the plans one after the other; the contents of the JSON file. Ctrl-C ends it with ``interrupted`` set and
+    what is measured so far. EvenstepError when nothing can be measured at all."""
+    device = torch.device(plans[0].device)
+    document: Document = {
+        "command": command,
+        "rows": [],
+        "comparisons": [],
+        "left_out": [],
+        "interrupted": False,
+        "hardware": _hardware(device),
+        "versions": versions() | {e.package: e.version() for e in KNOWN.values() if e.version() is not None},
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        "settings": {key: getattr(plans[0], key) for key in ("device", "dtype", "rounds", "warmup", "budget", "seed")},
+    }
+    for plan in plans:
+        say(f"{plan.shapes} shapes, {plan.threads} thread{'s' if plan.threads > 1 else ''}, {plan.dtype}")
+        comparison = Comparison(plan, say)
+        try:
+            comparison.run()
+        except EvenstepError as problem:
+            if len(plans) == 1:
+                raise
+            say(str(problem))
+            document["left_out"].append({"shapes": plan.shapes, "threads": plan.threads, "why": str(problem)})
+            continue
+        except KeyboardInterrupt:
+            document["interrupted"] = True
+        document["rows"] += comparison.rows.values()
+        document["comparisons"].append(comparison.facts)
+        if document["interrupted"]:
+            break
+    if not document["rows"]:
+        raise EvenstepError("nothing was measured: " + document["left_out"][0]["why"])
+    return document
+
+
+def plans_from(args: argparse.Namespace) -> list[Plan]:
+    """One plan for each shape and number of threads; EvenstepError for values that are not allowed."""
+    for flag, value, allowed in (("device", args.device, TIMERS), ("dtype", args.dtype, DTYPES)):
+        if value not in allowed:
+            raise EvenstepError(f"--{flag}: '{value}' is not one of {', '.join(allowed)}{nearest(value, [*allowed])}")
+    for flag, value, least in (("rounds", args.rounds, 1), ("warmup", args.warmup, 1), ("seed", args.seed, 0)):
+        if value < least:
+            raise EvenstepError(f"--{flag}: {value} is out of range; it must be at least {least}")
+    if not (math.isfinite(args.budget) and args.budget >= 0):
+        raise EvenstepError(f"--budget: {args.budget} is out of range; give seconds, 0 or more")
+    check_device(args.device)
+    optimizers = chosen(_words("optimizers", args.optimizers))
+    shapes = _words("shapes", args.shapes)
+    for name in shapes:
+        outline(name)
+    common = {key: getattr(args, key) for key in ("device", "dtype", "rounds", "warmup", "budget", "seed")}
+    return [
+        Plan(name, optimizers, threads, **common)
+        for threads in map(_threads, _words("threads", args.threads))
+        for name in shapes
+    ]
+
+
+def _words(flag: str, given: str) -> list[str]:
+    words = [word.strip() for word in given.split(",") if word.strip()]
+    if not words:
+        raise EvenstepError(f"--{flag}: nothing was given; give names with commas between them")
+    return list(dict.fromkeys(words))
+
+
+def _threads(word: str) -> int:
+    if not (word.isdecimal() and int(word) > 0):
+        raise EvenstepError(f"--threads: '{word}' is no number of threads; give whole numbers from 1, such as 1,2")
+    return int(word)
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    facts = describe_hardware(device) | machine_state()
+    del facts["threads"]  # each row has its own
+    return facts | {"memory": total_memory(device), "last_level_cache": last_level_cache(device)}

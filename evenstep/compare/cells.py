@@ -1,21 +1,34 @@
-"""A cell: one run of a grid, its configuration, its files, and what became of it."""
+"""A cell of a grid: a command with options, a directory with its metrics file, and a result.
+
+`Cell` is a pretraining run of a table, `Task` the call of a Python function (the studies of lab/). Both give a `Job` to
+an engine and read their outcome from the files that the job leaves. Run as a program, this module performs a task:
+``python -m evenstep.compare.cells DIRECTORY`` reads ``DIRECTORY/task.json`` and writes ``DIRECTORY/result.json``.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import re
 import shutil
-from dataclasses import dataclass, field
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from evenstep.compare.engines import Command, Job
 from evenstep.compare.table import Group, Table, merged
 from evenstep.errors import EvenstepError
 from evenstep.train.config import Config
 from evenstep.train.config_io import build, config_hash, to_toml
 from evenstep.train.files import replace_text
-from evenstep.train.metrics import read_metrics
+from evenstep.train.log import read_metrics
 
 FINISHED, HOPELESS, DIVERGED = "finished", "hopeless", "diverged"
 
@@ -26,29 +39,12 @@ _BASE = {
     "log": {"curve": False},
 }
 
-
-@dataclass(frozen=True)
-class Cell:
-    """``name`` holds a hash of everything that decides the result: two tables that need the same run share it."""
-
-    group: Group
-    stage: str
-    lr: float
-    seed: int
-    tokens: int
-    config: Config = field(repr=False, compare=False)
-
-    @cached_property
-    def name(self) -> str:
-        config = self.config
-        kind = (config.optim.name, config.lowbit or config.train.dtype, config.model.label)
-        words = (*kind, f"lr{self.lr:g}", f"seed{self.seed}")
-        return re.sub(r"[^\w.-]+", "-", "-".join((*words, config_hash(self.config)[:10])))
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell. ``loss``: of validation at the end; None when it did not get there."""
+    """The result of a cell. ``loss``: validation loss at the end; None when the run did not get there."""
 
     status: str
     loss: float | None = None
@@ -56,6 +52,71 @@ class Outcome:
     tokens: int = 0
     summary: dict[str, Any] = field(default_factory=dict, repr=False)
     curve: list[tuple[int, float]] = field(default_factory=list, repr=False)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A pretraining run. Unless it is ``named``, its name holds a hash of everything that decides the result, so two
+    tables that need the same run share it. ``setting``: what a study wants to find beside the result."""
+
+    group: Group
+    stage: str
+    lr: float
+    seed: int
+    tokens: int
+    config: Config = field(repr=False, compare=False)
+    named: str = ""
+    setting: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def name(self) -> str:
+        config = self.config
+        kind = (config.optim.name, config.lowbit or config.train.dtype, config.model.label)
+        words = (*kind, f"lr{self.lr:g}", f"seed{self.seed}")
+        return self.named or re.sub(r"[^\w.-]+", "-", "-".join((*words, config_hash(self.config)[:10])))
+
+    @property
+    def label(self) -> str:
+        where = f"{self.group.row}/{self.group.precision}/{self.group.size}"
+        return f"{where} lr {self.lr:g} seed {self.seed} ({self.stage}, {self.tokens:,} tokens)"
+
+    def job(self, pool: Pool, say: Say, processes: int = 1) -> Job:
+        """`evenstep pretrain`, which resumes from the last checkpoint when there is one; through torchrun when it is to
+        use several processes (data-parallel unless its options say how: the batch stays the same)."""
+        recipe, out = pool.directory / f"{self.name}.toml", pool.run(self)
+        if not recipe.exists():
+            replace_text(recipe, to_toml(self.config))
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        program = [sys.executable, *(launcher if processes > 1 else ()), "-m", "evenstep", "pretrain"]
+        how = ["--parallel.mode", "ddp"] if processes > 1 and self.config.parallel.mode == "none" else []
+        first, again = [*program, str(recipe), "--out", str(out), *how], [*program, "--resume", str(out)]
+        command = Command(first, again, out / "checkpoints", pool.log(self))
+        return Job(self.name, command, lambda: self._train_here(pool), processes)
+
+    def _train_here(self, pool: Pool) -> None:
+        from contextlib import redirect_stdout
+
+        from evenstep.train.run import Run
+
+        # A cell that is trained in this process is too short to be worth resuming.
+        shutil.rmtree(pool.run(self), ignore_errors=True)
+        with pool.log(self).open("a") as log, redirect_stdout(log):
+            Run(replace(self.config, out=str(pool.run(self))), say=lambda text: None).fit()
+
+    def outcome(self, pool: Pool) -> Outcome | None:
+        path, given_up = pool.run(self) / "summary.json", pool.given_up(self)
+        study = {"setting": self.setting} if self.setting else {}
+        if path.exists():
+            summary = json.loads(path.read_text(encoding="utf-8")) | study
+            return Outcome(FINISHED, summary["val_loss"], "", summary["tokens"], summary, pool.validation(self))
+        if given_up.exists():
+            facts = json.loads(given_up.read_text(encoding="utf-8"))
+            loss = facts["loss"] if facts["status"] == HOPELESS else None
+            return Outcome(facts["status"], loss, facts["why"], facts["tokens"], study)
+        return None
+
+    def matches(self, outcome: Outcome, where: str) -> None:
+        """Nothing to check: the name stands for the setting."""
 
 
 def make_cell(table: Table, group: Group, stage: str, lr: float, seed: int) -> Cell:
@@ -69,57 +130,193 @@ def make_cell(table: Table, group: Group, stage: str, lr: float, seed: int) -> C
         raise EvenstepError(f"{table.name}, {group.name}/{group.size}: {problem}") from None
 
 
+# ---- calls of a function ----
+
+
+@dataclass(frozen=True)
+class Task:
+    """A call of ``work`` ("module:function") with ``(setting, directory, say, **given)``; it returns a dict of results.
+
+    Args:
+        setting: everything that the results depend on, in types that JSON knows; stored with the results.
+        given: arguments that do not change the results, such as where the data are.
+        packages: their versions are stored beside those of evenstep, torch and Python.
+    """
+
+    name: str
+    work: str
+    setting: Mapping[str, Any] = field(compare=False)
+    packages: tuple[str, ...] = field(default=(), compare=False)
+    given: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    tokens: int = 1
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    def job(self, pool: Pool, say: Say, processes: int = 1) -> Job:
+        out = pool.run(self)
+        out.mkdir(parents=True, exist_ok=True)
+        facts = {"work": self.work, "setting": self.setting, "packages": self.packages, "given": self.given}
+        replace_text(out / "task.json", _to_json(facts) + "\n")
+        again = [sys.executable, "-m", "evenstep.compare.cells", str(out)]
+        # A task has no checkpoint of its own: whatever it keeps in its directory, it looks for by itself.
+        here = functools.partial(perform, out, lambda text: say(f"{self.name}: {text}"))
+        return Job(self.name, Command(again, again, out, pool.log(self)), here, processes)
+
+    def outcome(self, pool: Pool) -> Outcome | None:
+        path = pool.run(self) / "result.json"
+        if not path.exists():
+            return None
+        run = json.loads(path.read_text(encoding="utf-8"))
+        return None if self._different(run) else Outcome(FINISHED, run.get("val_loss"), "", self.tokens, run)
+
+    def matches(self, outcome: Outcome, where: str) -> None:
+        """EvenstepError when the stored ``outcome`` is of another setting."""
+        if different := self._different(outcome.summary):
+            raise EvenstepError(
+                f"{where}: {self.name} is of another setting ({', '.join(different)}); remove that line, or store "
+                "elsewhere with --store"
+            )
+
+    def _different(self, run: Mapping[str, Any]) -> list[str]:
+        wanted, known = json.loads(_to_json(self.setting)), run.get("setting", {})
+        return sorted(key for key in {*wanted, *known} if wanted.get(key) != known.get(key))
+
+
+def perform(directory: Path, say: Say = print) -> dict[str, Any]:
+    """Do the task of ``directory``, and leave its result there: setting, results, time, commit, hardware, versions."""
+    import torch
+
+    from evenstep.train.hardware import commit, describe_hardware, versions
+
+    task = json.loads((directory / "task.json").read_text(encoding="utf-8"))
+    setting, (module, _, function) = task["setting"], task["work"].partition(":")
+    where, started = commit(), time.perf_counter()  # the commit of the code that runs, whatever is committed meanwhile
+    results = getattr(importlib.import_module(module), function)(setting, directory, say, **task["given"])
+    run = {
+        "setting": setting,
+        **results,
+        "seconds": round(time.perf_counter() - started, 1),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": where,
+        "hardware": describe_hardware(torch.device(setting.get("device", "cpu"))),
+        "versions": versions() | {name: _version(name) for name in task["packages"]},
+    }
+    replace_text(directory / "result.json", _to_json(run) + "\n")
+    return run
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _to_json(value: Any) -> str:
+    from evenstep.telemetry.schema import finite
+
+    plain = finite(json.loads(json.dumps(value)))  # JSON has no tuples and no NaN
+    return json.dumps(plain, ensure_ascii=False)
+
+
+# ---- files ----
+
+
 class Pool:
     """The cells' directory: ``NAME/`` is a run, beside it are its recipe, its log, and why it was given up."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory = directory.absolute()  # a job may run elsewhere
         directory.mkdir(parents=True, exist_ok=True)
 
-    def run(self, cell: Cell) -> Path:
+    def run(self, cell: Cell | Task) -> Path:
         return self.directory / cell.name
 
-    def recipe(self, cell: Cell) -> Path:
-        """The recipe that trains it, written."""
-        path = self.directory / f"{cell.name}.toml"
-        if not path.exists():
-            replace_text(path, to_toml(cell.config))
-        return path
-
-    def log(self, cell: Cell) -> Path:
+    def log(self, cell: Cell | Task) -> Path:
         return self.directory / f"{cell.name}.log"
 
-    def _given_up(self, cell: Cell) -> Path:
+    def given_up(self, cell: Cell) -> Path:
         return self.directory / f"{cell.name}.given-up.json"
 
     def give_up(self, cell: Cell, status: str, why: str, tokens: int, loss: float | None) -> None:
         """Remember that this cell is not to be trained (further)."""
         facts = {"status": status, "why": why, "tokens": tokens, "loss": loss}
-        replace_text(self._given_up(cell), json.dumps(facts) + "\n")
+        replace_text(self.given_up(cell), json.dumps(facts) + "\n")
 
-    def tidy(self, cell: Cell) -> None:
+    def settle(self, cell: Cell | Task, problem: str) -> None:
+        """Remember a divergence. Any other ``problem`` (a missing package, a full disk) is not remembered, so that the
+        next call tries again."""
+        if "training stopped" in problem and isinstance(cell, Cell):
+            at = self.training(cell)
+            self.give_up(cell, DIVERGED, problem.split(";")[0].removeprefix("error: "), at[-1][0] if at else 0, None)
+
+    def tidy(self, cell: Cell | Task) -> None:
         """Delete the checkpoints of a cell that has an outcome: hundreds of cells would fill a disk."""
         shutil.rmtree(self.run(cell) / "checkpoints", ignore_errors=True)
 
-    def outcome(self, cell: Cell) -> Outcome | None:
+    def outcome(self, cell: Cell | Task) -> Outcome | None:
         """None while there is none."""
-        path = self.run(cell) / "summary.json"
-        if path.exists():
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            return Outcome(FINISHED, summary["val_loss"], "", summary["tokens"], summary, self.validation(cell))
-        if self._given_up(cell).exists():
-            facts = json.loads(self._given_up(cell).read_text(encoding="utf-8"))
-            loss = facts["loss"] if facts["status"] == HOPELESS else None
-            return Outcome(facts["status"], loss, facts["why"], facts["tokens"])
-        return None
+        return cell.outcome(self)
 
-    def records(self, cell: Cell) -> list[dict[str, Any]]:
-        path = self.run(cell) / "metrics.jsonl"
-        return read_metrics(path) if path.exists() else []
-
-    def training(self, cell: Cell) -> list[tuple[int, float]]:
+    def training(self, cell: Cell | Task) -> list[tuple[int, float]]:
         """Tokens and training loss of every line of the log so far."""
-        return [(r["tokens"], r["loss"]) for r in self.records(cell) if r.get("loss") is not None]
+        return self._curve(cell, "loss")
 
-    def validation(self, cell: Cell) -> list[tuple[int, float]]:
-        return [(r["tokens"], r["val_loss"]) for r in self.records(cell) if r.get("val_loss") is not None]
+    def validation(self, cell: Cell | Task) -> list[tuple[int, float]]:
+        return self._curve(cell, "val_loss")
+
+    def _curve(self, cell: Cell | Task, key: str) -> list[tuple[int, float]]:
+        path = self.run(cell) / "metrics.jsonl"
+        records: Iterable[dict[str, Any]] = read_metrics(path) if path.exists() else ()
+        return [(r["tokens"], r[key]) for r in records if r.get(key) is not None]
+
+
+NAME = "cells.jsonl"
+
+_FACTS = (
+    "commit", "hardware", "model_bytes", "parameters", "peak_memory", "seconds", "state_bytes", "tokens",
+    "tokens_per_second", "val_loss", "versions",
+)  # fmt: skip
+
+
+class Store:
+    """``DIR/cells.jsonl``: a line for each cell, a later line instead of an earlier one; small enough for a repository,
+    so that a grid goes on on another machine. The name of a line holds a hash of everything that decides the result, or
+    its summary has a ``setting`` that is compared: it is never used for another setting."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / NAME
+        self.outcomes = self._read() if self.path.exists() else {}
+
+    def keep(self, name: str, outcome: Outcome) -> None:
+        known = self.outcomes.get(name)
+        if known is not None and (known.status, known.loss, known.tokens) == (
+            outcome.status, outcome.loss, outcome.tokens,
+        ):  # fmt: skip
+            return
+        whole = "setting" in outcome.summary  # what a task returned is all that there is of it
+        summary = {key: value for key, value in outcome.summary.items() if whole or key in _FACTS}
+        self.outcomes[name] = outcome
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"name": name, **asdict(outcome), "summary": summary}, ensure_ascii=False) + "\n")
+
+    def _read(self) -> dict[str, Outcome]:
+        found: dict[str, Outcome] = {}
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                facts = json.loads(line)
+                name = facts.pop("name")
+                curve = [(int(at), float(loss)) for at, loss in facts.pop("curve")]
+                found[name] = Outcome(**facts, curve=curve)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise EvenstepError(
+                    f"{self.path}, line {number}: not the outcome of a run; delete that line, and the run is repeated"
+                ) from None
+        return found
+
+
+if __name__ == "__main__":
+    perform(Path(sys.argv[1]))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evenstep.compare.grid import Runner
 
 DESCRIPTION = """\
 Train the runs of published tables and put ours beside the paper's. Each table file of recipes/tables is a grid of
@@ -20,6 +24,8 @@ examples:
   evenstep compare recipes/tables/stable-spam-1.toml --scale paper     as published: C4, GPUs
   evenstep compare recipes/tables/*.toml --smoke                 a miniature of everything, in minutes
   evenstep compare recipes/tables/*.toml --dry-run               what would be trained, nothing is
+  evenstep compare TABLE.toml --engine slurm --engine-option slurm_partition=gpu --engine-option gpus=1
+  evenstep compare TABLE.toml --engine ray --engine-option address=auto --processes 4    four GPUs a run
 """
 
 RESULTS = """\
@@ -37,6 +43,7 @@ def add_compare(commands: Any, debug: argparse.ArgumentParser) -> None:
     add("tables", metavar="TABLE.toml", nargs="+", type=Path, help="see recipes/tables")
     add("--out", metavar="DIR", type=Path, default=Path("runs/compare"), help="default: %(default)s")
     add("--jobs", metavar="N", type=int, help="runs at a time; 0: in this process (none: one a core, or a GPU)")
+    add_engine(compare)
     add("--scale", default="small", help="small, gpu, paper, slimpajama or smoke (default: %(default)s)")
     add("--smoke", action="store_true", help="short for --scale smoke --jobs 0 --out runs/compare-smoke")
     add(
@@ -62,7 +69,7 @@ def add_compare(commands: Any, debug: argparse.ArgumentParser) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from evenstep.compare.schedule import Plan
+    from evenstep.compare.grid import Plan
     from evenstep.compare.table import load_table
     from evenstep.errors import EvenstepError
     from evenstep.train.config_io import expanded
@@ -80,36 +87,55 @@ def _compare(args: argparse.Namespace) -> None:
     if args.dry_run:
         _list_cells(plans)
         return
-    run_tables(plans, args.out, args.jobs, args.store, train=not args.report)
-
-
-def run_tables(
-    plans: list[Any], out: Path, jobs: int | None, store: Path | None, say: Any = print, train: bool = True
-) -> list[Any]:
-    """Train, or only look up what is known so far; write and print. The documents of the tables."""
-    from evenstep.compare.cells import Pool
-    from evenstep.compare.run import Runner, default_jobs, pool_directory
-    from evenstep.compare.store import Store
-    from evenstep.compare.workers import gpu_count
-    from evenstep.errors import EvenstepError
-
-    gpus = gpu_count()
-    runner = Runner(plans, Pool(pool_directory(out)), default_jobs(gpus) if jobs is None else jobs, gpus, say)
-    runner.store = Store(store) if store else None
+    runner = runner_of(plans, args, args.out / "cells", args.store, train=not args.report)
     try:
-        runner.run() if train else runner.look_up()
+        runner.look_up() if args.report else runner.run()
     finally:
-        documents = [write(plan, runner.outcomes, out, store, say) for plan in plans]
-    if runner.failed:
-        some = next(iter(runner.failed.items()))
-        raise EvenstepError(f"{len(runner.failed)} runs failed, the first is {some[0]}: {some[1]}")
-    return documents
+        for plan in plans:
+            write(plan, runner.outcomes, args.out, args.store, print)
+    runner.check()
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """The options that say where cells are trained."""
+    add = parser.add_argument
+    add("--engine", metavar="NAME", default="local", help="local, slurm or ray (default: %(default)s)")
+    add("--engine-option", metavar="KEY=VALUE", action="append", default=[],
+        help="of slurm (submitit: slurm_partition, timeout_min, ...) or ray (of ray.init: address, ...); "
+        "gpus=1: runs want GPUs; may be repeated")  # fmt: skip
+    add("--processes", metavar="N", type=int, default=1, help="of one run, with a GPU each, by torchrun (default: 1)")
+
+
+def runner_of(
+    plans: Sequence[Any],
+    args: argparse.Namespace,
+    cells: Path,
+    store: Path | None,
+    say: Any = print,
+    train: bool = True,
+) -> Runner:
+    """A runner on the engine that ``args`` asks for; one that does not train needs no engine."""
+    from evenstep.compare.cells import Pool, Store
+    from evenstep.compare.engines import Inline, engine_for
+    from evenstep.compare.grid import Runner
+    from evenstep.errors import EvenstepError
+    from evenstep.train.config_io import literal
+
+    options = {}
+    for text in args.engine_option:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise EvenstepError(f"--engine-option {text}: give KEY=VALUE")
+        options[key] = value if "," in value else literal(value)
+    how: Any = {"processes": args.processes, "options": options}
+    engine = engine_for(args.engine, args.jobs, cells.parent, **how) if train else Inline()
+    return Runner(plans, Pool(cells), engine, say, Store(store) if store else None, args.processes)
 
 
 def write(plan: Any, outcomes: Any, out: Path, store: Path | None, say: Any) -> Any:
     """The table as files under ``out``/tables/NAME, and on the terminal."""
     from evenstep import console
-    from evenstep.compare import plots, report
+    from evenstep.compare import report
     from evenstep.compare.results import document_of, is_measured
     from evenstep.errors import EvenstepError
     from evenstep.train.files import replace_text
@@ -127,7 +153,7 @@ def write(plan: Any, outcomes: Any, out: Path, store: Path | None, say: Any) -> 
         store.mkdir(parents=True, exist_ok=True)
         replace_text(store / f"{plan.table.name}.json", text)
     try:
-        plots.draw(document, where)
+        report.draw(document, where)
     except EvenstepError as problem:
         say(str(problem))
     console.print_table(document["title"], report.HEADS, report.rows(document), report.below(document))
@@ -136,7 +162,7 @@ def write(plan: Any, outcomes: Any, out: Path, store: Path | None, say: Any) -> 
 
 def _list_cells(plans: list[Any]) -> None:
     """The cells that are wanted before anything is known, each run once."""
-    from evenstep.compare.estimate import estimate
+    from evenstep.compare.grid import estimate
 
     cells, lines = estimate(plans)
     for cell in cells:
@@ -146,7 +172,7 @@ def _list_cells(plans: list[Any]) -> None:
 
 
 def _results(args: argparse.Namespace) -> None:
-    from evenstep.compare.page import write_page
+    from evenstep.compare.report import write_page
 
     for path in write_page(args.stored, args.out):
         print(path)

@@ -1,16 +1,37 @@
-"""The table of a comparison, as rows of text, Markdown and CSV."""
+"""What comes out of a grid: the table of a comparison as rows, Markdown and CSV; its pictures; and pages of results.
+
+`write_page` writes docs/results.md from the JSON files that ``evenstep compare --store`` leaves: every claim with our
+number, the paper's number and the direction, then every table; a file ``notes.md`` beside them comes after the claims.
+The studies of lab/ put their pages together from the same parts (`table`, `draw_curves`, `place`).
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from evenstep.compare.claims import kept_bytes
+from evenstep.compare.claims import FEW, FLOOR, LEVEL, kept_bytes, losses_of
 from evenstep.compare.results import reference_of, stopped_early
+from evenstep.errors import EvenstepError
+from evenstep.train.files import replace_text
+from evenstep.train.summary import short_count
 
 Document = dict[str, Any]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines) + "\n"
+
 
 HEADS = (
     *("optimizer", "precision", "size", "best lr", "loss", "spread", "perplexity", "paper's perplexity"),
@@ -19,7 +40,7 @@ HEADS = (
 
 
 def rows(document: Document) -> list[list[str]]:
-    """One row for each line; with no second stage the loss is the sweep's best, in brackets."""
+    """One row for each line; without a second stage the loss is the best of the sweep, in brackets."""
     lines = document["lines"]
     return [_row(line, reference_of(line, lines, document["reference"])) for line in lines]
 
@@ -49,7 +70,7 @@ def _row(line: Document, reference: Document | None) -> list[str]:
 
 
 def _at_the_edge(line: Document) -> str:
-    """A better rate may lie beyond the outermost that was tried."""
+    """A mark for a best rate at the edge of the sweep: a better one may lie beyond it."""
     rates = [cell["lr"] for cell in line["sweep"]]
     if len(rates) < 2 or line["best_lr"] not in (rates[0], rates[-1]):
         return ""
@@ -74,7 +95,7 @@ def _share(line: Document, reference: Document | None) -> str:
 
 
 def below(document: Document) -> str:
-    """The lines under the table: what was stopped, what the columns mean."""
+    """The lines under the table: runs that were stopped early, and what the columns mean."""
     lines = [f"stopped early: {text}" for text in stopped_early(document)]
     if document["reference"]:
         lines.append(
@@ -87,12 +108,11 @@ def below(document: Document) -> str:
 
 
 def markdown(document: Document) -> str:
-    head = f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}\n"
-    return head + "".join(f"| {' | '.join(row)} |\n" for row in rows(document))
+    return table(HEADS, rows(document))
 
 
 def comma_separated(document: Document) -> str:
-    """Every cell, one a row, for spreadsheets: unlike the table, in full precision."""
+    """Every cell as a row of CSV, in full precision."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["row", "precision", "size", "stage", "lr", "seed", "status", "loss", "tokens", "state_bytes"])
@@ -103,3 +123,346 @@ def comma_separated(document: Document) -> str:
                 what = (cell["seed"], cell["status"], cell["loss"], cell["tokens"], line["state_bytes"])
                 writer.writerow([*where, *what])
     return text.getvalue()
+
+
+# ---- pictures ----
+
+
+def draw(document: Document, directory: Path) -> list[Path]:
+    """Write the pictures for which there are data and delete the others. EvenstepError without matplotlib."""
+    written = []
+    for name, wanted, paint in PICTURES:
+        lines = [line for line in document["lines"] if wanted(line)]
+        path = directory / f"{document['table']}-{name}.png"
+        if not lines:
+            path.unlink(missing_ok=True)
+            continue
+        with picture(path, document["title"], _footer(document)) as axes:
+            paint(axes, lines)
+        written.append(path)
+    return written
+
+
+@contextmanager
+def picture(path: Path, title: str, footer: str) -> Iterator[Any]:
+    """Axes of a figure that is written to ``path`` at the end. EvenstepError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise EvenstepError("pictures need matplotlib; pip install 'evenstep[plots]'") from None
+    figure = Figure(figsize=(7, 4.4), layout="constrained")  # no pyplot: nothing global, no display
+    axes = figure.add_subplot()
+    yield axes
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)
+    axes.set_title(title, fontsize=10, loc="left")
+    figure.supxlabel(footer, fontsize=7, color="gray")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def band(
+    axes: Any,
+    x: Sequence[float],
+    mean: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    label: str,
+) -> None:
+    """A curve of means, with a band from the lowest seed to the highest."""
+    [drawn] = axes.plot(x, mean, label=label, linewidth=1.4)
+    axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
+
+
+def draw_curves(
+    path: Path,
+    lines: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    footer: str = "",
+) -> Path:
+    """A curve for each line: the mean over its seeds, with a band from the lowest to the highest.
+
+    Args:
+        lines: name -> for each seed ``(x, y)``; drawn at the x that all seeds have.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with picture(path, title, footer) as axes:
+        for name, seeds in lines.items():
+            by_x = [dict(zip(*curve, strict=True)) for curve in seeds]
+            xs = sorted(set.intersection(*(set(curve) for curve in by_x))) if by_x else []
+            values = [[curve[x] for curve in by_x] for x in xs]
+            band(axes, xs, [mean(v) for v in values], [min(v) for v in values], [max(v) for v in values], name)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.legend(fontsize=7, frameon=False)
+    return path
+
+
+def _footer(document: Document) -> str:
+    hardware = document["hardware"][0] if document["hardware"] else {}
+    commit = (document["commit"] or [None])[0] or "no commit"
+    place = hardware.get("gpu") or hardware.get("cpu", "")
+    return f"scale {document['scale']}, {place}, {commit[:10]}, {document['date']}"
+
+
+def _name(line: Document) -> str:
+    return f"{line['label']}, {line['precision_label']}"
+
+
+def _curves(axes: Any, lines: list[Document]) -> None:
+    losses = []
+    for line in lines:
+        curve = line["curve"]
+        band(axes, curve["tokens"], curve["mean"], curve["low"], curve["high"], _name(line))
+        losses += curve["mean"][len(curve["mean"]) // 4 :]
+    low, high = min(losses), max(losses)
+    axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    axes.set(xlabel="tokens", ylabel="validation loss (nats per token)")
+    axes.xaxis.set_major_formatter(lambda x, _: short_count(x))
+    axes.legend(fontsize=7, frameon=False, ncols=2 if len(lines) > 8 else 1)
+
+
+def _rates(axes: Any, lines: list[Document]) -> None:
+    for line in lines:
+        cells = [cell for cell in line["sweep"] if cell["loss"] is not None]
+        [drawn] = axes.plot([c["lr"] for c in cells], [c["loss"] for c in cells], "-", linewidth=1.2, label=_name(line))
+        for status, mark in (("finished", "o"), ("hopeless", "x")):
+            some = [cell for cell in cells if cell["status"] == status]
+            axes.plot([c["lr"] for c in some], [c["loss"] for c in some], mark, color=drawn.get_color(), markersize=4)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss after the sweep (x: stopped early)")
+    axes.legend(fontsize=7, frameon=False, ncols=2 if len(lines) > 8 else 1)
+
+
+def _memory(axes: Any, lines: list[Document]) -> None:
+    """Memory of model and state against perplexity; the dashed line is the Pareto front."""
+    points = [(kept_bytes(line) / 1e6, math.exp(line["mean"]), line) for line in lines]
+    for x, y, line in points:
+        axes.plot(x, y, "o", markersize=6, label=_name(line))
+    front: list[tuple[float, float]] = []
+    for x, y, _ in sorted(points, key=lambda point: point[:2]):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    axes.step(*zip(*front, strict=True), where="post", color="gray", linewidth=1, linestyle="--", zorder=0)
+    axes.set(xlabel="model and optimizer state (MB)", ylabel="perplexity")
+    axes.legend(fontsize=7, frameon=False, ncols=2 if len(lines) > 8 else 1)
+
+
+def _has_curve(line: Document) -> bool:
+    return len(line["curve"]["tokens"]) > 1
+
+
+def _has_sweep(line: Document) -> bool:
+    return sum(cell["loss"] is not None for cell in line["sweep"]) > 1
+
+
+def _has_memory(line: Document) -> bool:
+    return line["mean"] is not None and line["state_bytes"] is not None
+
+
+PICTURES: list[tuple[str, Callable[[Document], bool], Callable[[Any, list[Document]], None]]] = [
+    ("curves", _has_curve, _curves),
+    ("rates", _has_sweep, _rates),
+    ("memory", _has_memory, _memory),
+]
+
+
+# ---- pages ----
+
+
+def place(runs: Iterable[Document]) -> str:
+    """Hardware, commits, versions and dates of task results, to stand under a table or picture."""
+    runs = list(runs)
+    machines = dict.fromkeys(run["hardware"].get("gpu") or run["hardware"]["cpu"] for run in runs)
+    commits = dict.fromkeys((run["commit"] or "no commit")[:10] + (run["commit"] or "")[40:] for run in runs)
+    packages = dict.fromkeys(f"{name} {number}" for run in runs for name, number in run["versions"].items())
+    dates = sorted({run["finished"][:10] for run in runs})
+    days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    return f"{', '.join(machines)}; commit {', '.join(commits)}; {', '.join(packages)}; {days}"
+
+
+HEAD = """\
+# Results
+
+Generated by `evenstep results {stored}`; do not edit. Each table is one command: `evenstep compare
+recipes/tables/NAME.toml`.
+
+What a number here can say: {what}
+
+How a direction is found: a claim compares two lines of a table over the seeds that both have; runs of one seed begin
+with the same weights and see the same data. What follows ± is half of the 95 % interval of the mean difference
+(Student's t), at least {floor} nats; with fewer than three seeds in common it is {few}. **confirmed**: all of the
+interval is on the paper's side. **opposite**: all of it on the other side. **not confirmed**: neither. "Matches" means
+at most {level} nats above. Of thirty claims, chance alone puts one or two beyond. The rules are in
+`evenstep/compare/claims.py`.
+
+The papers' perplexities of Stable-SPAM, SPAM and SCALE come from an evaluation whose batch counter starts at 1, so that
+each loss it prints is N/(N+1) of the true one, about 1 % too low (a perplexity about 3 % too low). Differences
+between rows of one table suffer little; their perplexities are not to be compared with ours as they stand, which are
+of other text, another tokenizer and a smaller model anyway. Their 4-bit rows at 60M, 350M and 1B use a quantizer that
+reads ahead (docs/lowbit.md); ours do not.
+"""
+
+SMALL = """\
+models of 1.4M parameters on {tokens} tokens of the King James Bible. Directions may differ at another size, and
+spikes of long runs do not occur in short ones; what is opposite here is not thereby refuted there."""
+
+SMOKE = """\
+nothing. These are runs of a few steps that show that the machinery works (`--smoke`); every direction below is an
+accident."""
+
+OTHER = "models of the sizes and budgets that each table states."
+
+
+def write_page(stored: Path, page: Path) -> list[Path]:
+    """Write ``page`` and, in a directory beside it of the same name, its pictures; their paths. EvenstepError when
+    there is nothing stored."""
+    documents = load(stored)
+    pictures = page.with_suffix("")
+    pictures.mkdir(parents=True, exist_ok=True)
+    drawn = {d["table"]: draw(d, pictures) for d in documents}
+    parts = [_head(documents, stored), _claims(documents), *filter(None, [_notes(stored), overview(documents)])]
+    parts += [_section(d, drawn[d["table"]], page.parent) for d in documents]
+    replace_text(page, "\n".join(parts))
+    return [page, *(path for paths in drawn.values() for path in paths)]
+
+
+def load(stored: Path) -> list[Document]:
+    paths = sorted(stored.glob("*.json")) if stored.is_dir() else []
+    if not paths:
+        raise EvenstepError(f"{stored}: no stored results; evenstep compare TABLE.toml --store {stored} makes some")
+    documents = []
+    for path in paths:
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            documents.append({key: document[key] for key in (*NEEDED, *document)})
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise EvenstepError(f"{path}: not a result of evenstep compare ({problem}); remove it") from None
+    return documents
+
+
+NEEDED = ("table", "title", "paper", "scale", "lines", "claims", "commit", "hardware", "setting")
+
+
+def _head(documents: list[Document], stored: Path) -> str:
+    scales = {document["scale"] for document in documents}
+    tokens = short_count(max(document["setting"]["tokens"] for document in documents))
+    what = SMOKE if "smoke" in scales else SMALL.format(tokens=tokens) if scales == {"small"} else OTHER
+    return HEAD.format(stored=stored, what=what, floor=FLOOR, few=FEW, level=LEVEL)
+
+
+def _notes(stored: Path) -> str:
+    """Remarks written by hand, in a file beside the results."""
+    path = stored / "notes.md"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _claims(documents: list[Document]) -> str:
+    lines = []
+    for document in documents:
+        for claim in document["claims"]:
+            text = claim["text"] if document["scale"] == "small" else f"{claim['text']} ({claim['size']})"
+            cells = (text, f"**{claim['verdict']}**", claim["ours"] or "-", claim["seeds"], claim["paper"])
+            lines.append((*cells, f"[{document['table']}](#{document['table']})"))
+    heads = ("claim", "direction", "ours (loss in nats)", "seeds", "the paper's", "table")
+    return f"## Claims\n\n{table(heads, lines)}"
+
+
+def _section(document: Document, pictures: list[Path], beside: Path) -> str:
+    setting = document["setting"]
+    where = (
+        f"`evenstep compare recipes/tables/{document['table']}.toml --scale {document['scale']}`: {setting['data']}, "
+        f"vocabulary {setting['vocab_size']}, {setting['batch_size']} x {setting['seq_len']} tokens a step, "
+        f"{short_count(setting['sweep_tokens'])} tokens in a sweep of rates, {short_count(setting['tokens'])} at the "
+        f"best, {setting['schedule']} to {setting['min_lr_ratio']:.0%}. {_where(document)}"
+    )
+    images = [f"![{path.stem}]({path.relative_to(beside).as_posix()})" for path in pictures]
+    notes = [f"- {line}" for line in below(document).splitlines() if not line.startswith("claim (")]
+    parts = [
+        f'<a id="{document["table"]}"></a>',
+        f"## {document['title']}",
+        f"{document['paper']}. {document.get('about', '')}",
+        where,
+        markdown(document).rstrip(),
+        "\n".join(notes),
+        "\n".join(images),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _where(document: Document) -> str:
+    """Hardware, commit, date, time."""
+    machines = [fact.get("gpu") or fact.get("cpu") for fact in document["hardware"] if fact]
+    commits = [text[:10] + text[40:] for text in document["commit"] if text]
+    hours = document.get("seconds", 0) / 3600
+    return f"{', '.join(map(str, machines))}; commit {', '.join(commits) or 'none'}; {document['date']}; {hours:.2f} h."
+
+
+# ---- one ranking over all tables ----
+
+RANKING = """\
+## Every line, best first
+
+Lines of all tables that saw the same data with the same budget ({setting}). **loss**: mean over the seeds; **behind**:
+nats above the best line of that precision; **model + state**: bytes relative to {reference}; **wrong rate**: how much
+the loss suffers from it, the mean excess over the best rate's in the sweep. In brackets: one seed.
+"""
+REFERENCE = "Adam"
+COLUMNS = ("line", "loss", "spread", "behind", "best lr", "model + state", "wrong rate", "tables")
+SAME = ("data", "vocab_size", "batch_size", "seq_len", "tokens", "schedule")
+
+
+def overview(documents: list[Document]) -> str:
+    """As Markdown; empty when no two tables share a setting."""
+    settings = Counter(_common(d) for d in documents if any(line["mean"] is not None for line in d["lines"]))
+    if not settings or settings.most_common(1)[0][1] < 2:
+        return ""
+    common = settings.most_common(1)[0][0]
+    found: dict[tuple[Any, ...], Entry] = {}
+    for document in documents:
+        for line in document["lines"] if _common(document) == common else []:
+            if line["mean"] is None or line["tokens"] < 0.99 * document["setting"]["tokens"]:
+                continue  # not trained to the end here, or with a smaller budget of its own
+            entry = found.setdefault((line["precision_label"], line["best_lr"], *losses_of(line)), Entry(line))
+            entry.labels[line["label"]] = None
+            entry.tables[document["table"]] = None
+    named = dict(zip(SAME, common, strict=True))
+    setting = f"{named['data']}, {named['tokens']:,} tokens, {named['batch_size']} x {named['seq_len']} a step"
+    parts = [RANKING.format(setting=setting, reference=REFERENCE)]
+    for precision in sorted({key[0] for key in found}, key=lambda label: ("bit" not in label, label)):
+        some = [entry for key, entry in found.items() if key[0] == precision]
+        parts.append(f"### {precision}\n\n{_ranking(some)}")
+    return "\n".join(parts)
+
+
+@dataclass
+class Entry:
+    """A line that may stand in several tables, under several names."""
+
+    line: Document
+    labels: dict[str, None] = field(default_factory=dict)
+    tables: dict[str, None] = field(default_factory=dict)
+
+
+def _common(document: Document) -> tuple[Any, ...]:
+    return tuple(document["setting"][key] for key in SAME)
+
+
+def _ranking(entries: list[Entry]) -> str:
+    entries = sorted(entries, key=lambda entry: entry.line["mean"])
+    best = entries[0].line["mean"]
+    reference = next((kept_bytes(entry.line) for entry in entries if REFERENCE in entry.labels), None)
+    rows = []
+    for entry in entries:
+        line, seeds = entry.line, len(losses_of(entry.line))
+        rows.append((
+            ", ".join(entry.labels),
+            f"{line['mean']:.4f}" if seeds > 1 else f"({line['mean']:.4f})",
+            f"{line['spread']:.4f}" if seeds > 1 else "-",
+            f"{line['mean'] - best:.4f}",
+            f"{line['best_lr']:g}",
+            f"{kept_bytes(line) / reference:.0%}" if reference else "-",
+            "-" if line["sensitivity"] is None else f"{line['sensitivity']:.3f}",
+            ", ".join(f"[{table}](#{table})" for table in entry.tables),
+        ))  # fmt: skip
+    return table(COLUMNS, rows)

@@ -10,12 +10,12 @@ from typing import Any
 
 from evenstep.compare.cells import FINISHED, Cell, Outcome
 from evenstep.compare.claims import judged
-from evenstep.compare.schedule import Plan
+from evenstep.compare.grid import Plan
 from evenstep.compare.table import Group
 
 Document = dict[str, Any]
 POINTS = 40
-"""Most points of a curve that is kept."""
+"""Points that are kept of a curve, at most."""
 
 
 def document_of(plan: Plan, outcomes: Mapping[str, Outcome]) -> Document:
@@ -49,7 +49,7 @@ def _cells(plan: Plan, outcomes: Mapping[str, Outcome]) -> list[Cell]:
 
 
 def _each(summaries: list[Document], key: str) -> list[Any]:
-    """The different values, in the order of their coming."""
+    """Distinct values, in order of first appearance."""
     found: list[Any] = []
     for summary in summaries:
         if summary.get(key) not in found:
@@ -58,7 +58,7 @@ def _each(summaries: list[Document], key: str) -> list[Any]:
 
 
 def reference_of(line: Document, lines: list[Document], name: str | None) -> Document | None:
-    """The reference that a line is measured against: the one of its size, or the only one."""
+    """The reference of a line: that of the same size, or the only one."""
     named = [other for other in lines if name in (other["name"], f"{other['name']}/{other['size']}")]
     return next((other for other in named if other["size"] == line["size"]), named[0] if len(named) == 1 else None)
 
@@ -136,7 +136,7 @@ def _mean(facts: list[Document], key: str) -> float | None:
 
 
 def _curve(curves: list[list[tuple[int, float]]]) -> Document:
-    """Mean, least and most over the seeds at the tokens that all of them have."""
+    """Mean, minimum and maximum over the seeds, at the token counts that all seeds have."""
     if not curves or not all(curves):
         return {"tokens": [], "mean": [], "low": [], "high": []}
     common = sorted(set.intersection(*({at for at, _ in curve} for curve in curves)))
@@ -152,8 +152,8 @@ def _curve(curves: list[list[tuple[int, float]]]) -> Document:
 
 
 def sensitivity(sweep: list[Document]) -> float | None:
-    """How much the loss suffers from the wrong rate: the mean excess over the best one's, over all rates tried. A rate
-    that was given up counts with the loss it had, or 1 nat where that was lost."""
+    """How much the loss suffers from a wrong learning rate: the mean, over all rates tried, of the excess over the best
+    one's loss. A rate that was given up counts with the loss it had, or 1 nat where it diverged."""
     known = [s["loss"] for s in sweep if s["status"] == FINISHED and s["loss"] is not None]
     if len(sweep) < 3 or not known:
         return None
@@ -162,7 +162,7 @@ def sensitivity(sweep: list[Document]) -> float | None:
 
 
 def _reached(line: Document, reference: Document | None) -> float | None:
-    """Tokens after which the mean validation loss is first at the reference's final one, between points linearly."""
+    """Tokens after which the mean validation loss first reaches the reference's final loss, interpolated linearly."""
     if reference is None or reference["mean"] is None or line["name"] == reference["name"]:
         return None
     goal, before = reference["mean"], None

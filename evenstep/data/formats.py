@@ -1,19 +1,22 @@
-"""Readers of single files: whole text, JSON lines, Parquet.
+"""Readers of files: text in sections, and rows of JSON lines, JSON, CSV and Parquet.
 
 A reader yields ``(document, bytes_read)``: the text of one document, and how far into the file (in bytes) reading has
 come, which drives the progress bar and nothing else. All of them read as a stream: none holds more than one document,
 or one batch of rows, in memory.
 """
 
-import gzip
-import io
+import csv
+import itertools
 import json
-import zlib
+import os
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, TypeVar
 
+from evenstep.data.containers import DAMAGED, NOT_TEXT, Part, not_readable, not_text, parts, suffixes
+from evenstep.data.left_out import BadInput, LeftOut, printable
 from evenstep.errors import EvenstepError
 
 SECTION_CHARS = 16_384
@@ -21,8 +24,11 @@ SECTION_CHARS = 16_384
 is cut into sections of at most this many characters (about 4k tokens, many times a training window), so memory stays
 bounded and the split into training and validation works even for a corpus of a single file."""
 
+LONGEST = 1 << 27
+"""Longest line, value or field in bytes or characters: a file without line ends must not fill the memory."""
+
 Document = tuple[str, int]
-Reader = Callable[[Path, str], Iterator[Document]]
+T = TypeVar("T")
 
 
 def cut(text: str, limit: int) -> Iterator[str]:
@@ -44,116 +50,339 @@ def cut(text: str, limit: int) -> Iterator[str]:
     yield text[start:]
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """(decompressed stream, the raw file whose position measures progress); I/O errors become one line."""
-    try:
-        with path.open("rb") as raw:
-            if path.suffix == ".gz":
-                with gzip.open(raw) as stream:
-                    yield stream, raw  # type: ignore[misc]  # GzipFile is a BinaryIO in all but name
-            else:
-                yield raw, raw
-    except (OSError, EOFError, zlib.error) as error:  # the last two: a gzip file that was cut short or damaged
-        raise EvenstepError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+def read_text(part: Part, left_out: LeftOut) -> Iterator[Document]:
+    """A text file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark (any line ends, read as ``\n``), in
+    sections."""
+    text = part.text()
+    rest = ""
+    while chunk := text.read(SECTION_CHARS):
+        controls = len(_CONTROLS.findall(chunk))
+        if controls * 50 > len(chunk):
+            raise not_text(part.name, chunk.count("\0") / len(chunk))
+        *sections, rest = cut(rest + chunk, SECTION_CHARS)
+        for section in sections:
+            yield section, part.position()
+    yield rest, part.position()
 
 
-def read_text(path: Path, field: str = "") -> Iterator[Document]:
-    """A text file in UTF-8 (with or without a byte order mark; any line ends, read as ``\\n``), in sections; ``field``
-    has no meaning here."""
-    with _opened(path) as (stream, raw):
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig")
-        rest = ""
-        try:
-            while chunk := text.read(SECTION_CHARS):
-                *sections, rest = cut(rest + chunk, SECTION_CHARS)
-                for section in sections:
-                    yield section, raw.tell()
-        except UnicodeDecodeError as error:
-            raise EvenstepError(
-                f"{path} is not UTF-8 text ({error.reason}); convert it (iconv) or leave it out of the glob"
-            ) from error
-        yield rest, raw.tell()
+_CONTROLS = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")
+"""Characters that text does not hold; terminals' logs hold escapes, and old listings form feeds."""
 
 
-def text_of(value: object, field: str, where: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise EvenstepError(
-            f"{where}: field '{field}' holds {type(value).__name__}, not text; choose another with data.text_field"
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One JSON object, or one row of a table. ``number``: its line, or its place in a JSON list (``in_list``) or in a
+    Parquet file."""
+
+    name: str
+    number: int
+    value: dict[str, Any]
+    position: int
+    in_list: bool = False
+
+    @property
+    def where(self) -> str:
+        return f"{self.name}:{self.number}"
+
+
+RowReader = Callable[[Part, tuple[str, ...], LeftOut], Iterator[Row]]
+
+
+def _object(part: Part, number: int, value: Any, left_out: LeftOut, in_list: bool = False) -> Iterator[Row]:
+    if isinstance(value, dict):
+        yield Row(part.name, number, value, part.position(), in_list)
+        return
+    where = f"{part.name}:{number}"
+    left_out.bad(
+        BadInput(
+            "rows that are not JSON objects", where, f"{where} is not a JSON object; every line, or every item of a "
+            'list, must be one, such as {"text": "..."}', number=number, found=str(value)[:40],
         )
-    return value
+    )  # fmt: skip
 
 
-def no_such_field(field: str, there: list[str], where: str) -> EvenstepError:
-    return EvenstepError(
-        f"{where} has no field '{field}'; it has {', '.join(map(str, there)) or 'none'}: "
-        "choose one with data.text_field"
+def _not_json(where: str, number: int, what: str, error: Exception, do: str) -> BadInput:
+    found = getattr(error, "msg", None) or str(error) or type(error).__name__
+    return BadInput(
+        "rows that are not JSON", where, f"{where} is not {what} ({found}); {do}", number=number, found=found
     )
 
 
-def read_jsonl(path: Path, field: str) -> Iterator[Document]:
-    """One JSON object a line, the document in its string ``field``; null and blank lines are skipped."""
-    with _opened(path) as (stream, raw):
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
+def read_jsonl(part: Part, fields: tuple[str, ...], left_out: LeftOut) -> Iterator[Row]:
+    """One JSON object a line; blank lines are skipped. A file that begins with a list, or with a bracket alone on its
+    line, is read as `read_json` does."""
+    start = part.stream.peek(_PEEK)[:_PEEK].removeprefix(b"\xef\xbb\xbf").lstrip()
+    if part.encoding != "utf-8-sig" or start.startswith(b"[") or _OPEN.match(start):
+        yield from read_json(part, fields, left_out)
+        return
+    number = 0
+    while line := part.stream.readline(LONGEST + 1):
+        number += 1
+        where = f"{part.name}:{number}"
+        if len(line) > LONGEST:
+            raise _too_long(where, "a line")
+        if not line.strip():
+            continue
+        try:
+            # Halves of surrogate pairs are let through: JSON may spell them, too.
+            text = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").decode("utf-8", "surrogatepass")
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; nested too deeply
+            do = "mend or delete the line (objects over several lines are read from files named .json)"
+            left_out.bad(_not_json(where, number, "a line of JSON", error, do))
+            continue
+        yield from _object(part, number, value, left_out)
+
+
+_PEEK = 4096
+_OPEN = re.compile(rb"\{[ \t]*\r?\n")
+_BLANK = re.compile(r"[ \t\r\n]*")
+_LONGEST_WORD = 16  # characters at the end of what is read that may be the beginning of true, null, \u0041, -Infinity
+
+
+def read_json(part: Part, fields: tuple[str, ...], left_out: LeftOut) -> Iterator[Row]:
+    """JSON objects one after the other, however many lines each takes, or a list of them; one value in memory at a
+    time."""
+    text = part.text(errors="surrogatepass")
+    decode = json.JSONDecoder().raw_decode
+    buffer, at, lines, counted = "", 0, 1, 0  # lines: the line of buffer[counted]
+    item, separated = -1, True  # item: the last one's number in a list, -1 outside of one
+
+    def more() -> bool:
+        nonlocal buffer, at, lines, counted
+        lines += buffer.count("\n", counted, at)
+        buffer, at, counted = buffer[at:], 0, 0
+        chunk = text.read(max(SECTION_CHARS, len(buffer)))  # twice as much each time: a long value is parsed anew
+        buffer += chunk
+        return bool(chunk)
+
+    while True:
+        at = _BLANK.match(buffer, at).end()  # type: ignore[union-attr]  # it matches everywhere
+        if at == len(buffer):
+            if more():
                 continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; nested too deeply
-                raise EvenstepError(f"{where} is not a line of JSON ({error}); mend or delete the line") from error
-            if not isinstance(row, dict):
-                raise EvenstepError(
-                    f'{where} is not a JSON object; every line must be one, such as {{"{field}": "..."}}'
-                )
-            if field not in row:
-                raise no_such_field(field, list(row), where)
-            yield text_of(row[field], field, where), raw.tell()
+            if item >= 0:
+                where = f"{part.name}:{lines}"
+                left_out.bad(_not_json(where, lines, "JSON", EOFError("the list has no end"), "get the file again"))
+            return
+        lines, counted = lines + buffer.count("\n", counted, at), at
+        here = buffer[at]
+        if item < 0 and here == "[":
+            item, separated, at = 0, True, at + 1
+            continue
+        if item >= 0 and here == "]":
+            item, separated, at = -1, True, at + 1
+            continue
+        if item >= 0 and here == "," and not separated:
+            separated, at = True, at + 1
+            continue
+        number = item + 1 if item >= 0 else lines
+        where = f"{part.name}:{lines}"
+        try:
+            if not separated:
+                raise json.JSONDecodeError("Expecting ',' delimiter", buffer, at)
+            value, end = decode(buffer, at)
+        except (ValueError, RecursionError) as error:
+            stopped = getattr(error, "pos", at)
+            if str(error).startswith("Unterminated string") or stopped >= len(buffer) - _LONGEST_WORD:
+                if len(buffer) - at > LONGEST:
+                    raise _too_long(where, "a value") from error
+                if more():
+                    continue
+            problem = _not_json(where, number, "JSON", error, "mend the file")
+            if item >= 0:  # where the next item begins, nobody knows
+                raise problem from error
+            left_out.bad(problem)
+            while (end := buffer.find("\n", at)) < 0:
+                at = len(buffer)
+                if not more():
+                    return
+            at = end
+            continue
+        if end == len(buffer) and not isinstance(value, dict | list | str) and more():
+            continue  # the rest of a number
+        at = end
+        if item >= 0:
+            item, separated = number, False
+        yield from _object(part, number, value, left_out, item >= 0)
 
 
-def read_parquet(path: Path, field: str) -> Iterator[Document]:
-    """A Parquet file, the document in the string column ``field``; nulls are skipped."""
+def _too_long(where: str, what: str) -> BadInput:
+    return BadInput(
+        "files with endless rows", where, f"{where} begins {what} of more than {LONGEST >> 20} MiB; cut it into "
+        "documents (is a quote left open, or a line end missing?)"
+    )  # fmt: skip
+
+
+def read_csv(part: Part, fields: tuple[str, ...], left_out: LeftOut) -> Iterator[Row]:
+    """A table whose first line names the columns, separated by commas (``.tsv``: tabs), or by whatever separates the
+    columns of that line so that one of ``fields`` is among them."""
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+    text = part.text(newline="")
+    first = text.readline(LONGEST)
+    lines = itertools.chain([first], iter(lambda: text.readline(LONGEST), ""))
+    usual = "\t" if part.suffix == ".tsv" else ","
+    candidates = {mark: _cells(first, mark) for mark in (usual, ",", ";", "\t", "|")}
+    wanted = {*fields}
+    fitting = (mark for mark, cells in candidates.items() if wanted & {*cells})
+    widest = max(candidates, key=lambda mark: len(candidates[mark])) if not fields else usual
+    rows = csv.reader(lines, delimiter=next(fitting, widest), strict=True)
+    columns: list[str] | None = None
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            where = f"{part.name}:{rows.line_num}"
+            message = f"{where} is not a row of CSV ({error}); put texts in quotes and double the quotes in them"
+            left_out.bad(BadInput("rows that are not CSV", where, message, number=rows.line_num, found=str(error)))
+            continue
+        if row is None:
+            return
+        if not row:  # a blank line
+            continue
+        if columns is None:
+            columns = [name.strip() for name in row]
+            if fields and not wanted & {*columns}:
+                raise no_such_field(fields, columns, part.name)
+            continue
+        where = f"{part.name}:{rows.line_num}"
+        if any(cell.strip() for cell in row[len(columns) :]):
+            message = f"{where} has {len(row)} columns where the first line names {len(columns)}; put texts in quotes"
+            left_out.bad(BadInput("rows with too many columns", where, message, number=rows.line_num))
+            continue
+        value = dict(itertools.zip_longest(columns, row[: len(columns)]))
+        yield Row(part.name, rows.line_num, value, part.position())
+
+
+def _cells(line: str, mark: str) -> list[str]:
+    return [cell.strip() for row in csv.reader([line], delimiter=mark) for cell in row]
+
+
+def read_parquet(part: Part, fields: tuple[str, ...], left_out: LeftOut) -> Iterator[Row]:
+    """A Parquet file, the columns ``fields`` alone."""
     try:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise EvenstepError(f"reading {path} needs pyarrow; pip install 'evenstep[train]'") from error
-    size = path.stat().st_size if path.exists() else 0
+        raise EvenstepError(f"reading {printable(part.name)} needs pyarrow; pip install 'evenstep[train]'") from error
     try:
         # A buffer and no pre-buffering: column chunks are read as a stream instead of whole.
-        with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            if field not in file.schema_arrow.names:
-                raise no_such_field(field, file.schema_arrow.names, str(path))
+        with parquet.ParquetFile(part.seekable(), buffer_size=1 << 20, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            columns = [name for name in dict.fromkeys(fields or names) if name in names]
+            if fields and not columns:
+                raise no_such_field(fields, names, part.name)
             total, done = max(file.metadata.num_rows, 1), 0
-            for batch in file.iter_batches(batch_size=256, columns=[field], use_threads=False):
-                for value in batch.column(0).to_pylist():
+            size = part.file.stat().st_size if part.file else part.position()
+            for batch in file.iter_batches(batch_size=256, columns=columns, use_threads=False):
+                for value in batch.to_pylist():
                     done += 1
-                    yield text_of(value, field, str(path)), size * done // total
+                    yield Row(part.name, done, value, size * done // total)
     except EvenstepError:
         raise
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: names or texts that are not UTF-8
-        raise EvenstepError(f"cannot read {path} as Parquet: {(str(error) or 'damaged').splitlines()[0]}") from error
+        said = (str(error) or "damaged").splitlines()[0]
+        message = f"cannot read {part.name} as Parquet: {said}; get the file again"
+        raise BadInput(DAMAGED, part.name, message) from error
 
+
+# -- fields ------------------------------------------------------------------------------------------------------------
+
+
+def fields_of(text_field: str) -> tuple[str, ...]:
+    """``"text,content"`` as the names to look for, in this order; a name with a comma in it is found, too."""
+    names = [name.strip() for name in text_field.split(",")]
+    return tuple(dict.fromkeys([text_field, *(name for name in names if name)]))
+
+
+def text_of(row: dict[str, Any], fields: tuple[str, ...], where: str) -> str:
+    """The first of ``fields`` that ``row`` has; "" where all it has are null. BadInput where it has none, or no
+    text."""
+    there = [name for name in fields if name in row]
+    if not there:
+        raise no_such_field(fields, list(row), where)
+    for name in there:
+        if isinstance(row[name], str):
+            return row[name]
+        if row[name] is not None:
+            raise BadInput(
+                "rows whose field holds no text", where, f"{where}: field '{name}' holds {type(row[name]).__name__}, "
+                "not text; choose another with data.text_field"
+            )  # fmt: skip
+    return ""
+
+
+def no_such_field(fields: tuple[str, ...], there: list[str], where: str) -> BadInput:
+    wanted = " or ".join(f"'{name}'" for name in (fields[1:] if "," in fields[0] else fields))
+    names = ", ".join(str(name)[:40] for name in there[:20]) + (", ..." if len(there) > 20 else "")
+    return BadInput(
+        f"files or rows without a field {wanted}", where, f"{where} has no field {wanted}; it has {names or 'none'}: "
+        "choose one with data.text_field"
+    )  # fmt: skip
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
 
 _TEXT = (".txt", ".text", ".md", ".rst", ".py", ".tex", ".html", ".c", ".h", ".cpp", ".js", ".rs", ".go", ".java")
-READERS: dict[str, Reader] = {
+ROWS: dict[str, RowReader] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
-    ".json": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
     ".parquet": read_parquet,
-    **dict.fromkeys(_TEXT, read_text),
 }
-"""Suffix (with or without a further .gz, Parquet excepted) -> reader. A directory gives the files of these suffixes; a
-file or glob given by name may have any other suffix too and is then read as text."""
+KINDS = (*ROWS, *_TEXT)
+"""Suffixes that a directory or an archive is searched for, in any case, with or without a suffix of compression; a
+directory for archives, too. A file or glob given by name may have any other suffix and is then read as text."""
 
 
-def suffix_of(path: Path) -> str:
-    """The suffix that decides, ``.jsonl`` for ``a.jsonl.gz``."""
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix == ".gz" else suffix
+def is_known(name: str | os.PathLike[str]) -> bool:
+    return suffixes(name)[0] in KINDS
 
 
-def reader_for(path: Path) -> Reader:
-    return READERS.get(suffix_of(path), read_text)
+def _guarded(items: Iterator[T], name: str, left_out: LeftOut) -> Iterator[T]:
+    """``items``, ended by what is wrong with the file they come from."""
+    try:
+        yield from items
+    except BadInput as error:
+        left_out.bad(error)
+    except UnicodeDecodeError as error:
+        encoding = "UTF-8" if error.encoding.startswith("utf-8") else error.encoding.upper()
+        zeros = error.object.count(0) / max(len(error.object), 1)
+        guess = " (UTF-16 without a byte order mark?)" if zeros > 0.05 and encoding == "UTF-8" else ""
+        message = f"{name} is not {encoding} text ({error.reason}){guess}; convert it to UTF-8 (iconv)"
+        left_out.bad(BadInput(NOT_TEXT, name, message))
+    except OSError as error:
+        left_out.bad(not_readable(name, error))
+
+
+def _any(name: str) -> bool:
+    return True
+
+
+def read_documents(
+    path: Path, fields: tuple[str, ...], left_out: LeftOut, readable: Callable[[str], bool] = _any
+) -> Iterator[Document]:
+    """The documents of a file. Those before the place where it is damaged are kept when ``left_out`` skips."""
+    for part in _guarded(parts(path, lambda name: is_known(name) and readable(name), left_out), str(path), left_out):
+        reader = ROWS.get(part.suffix)
+        if reader is None:
+            yield from _guarded(read_text(part, left_out), part.name, left_out)
+            continue
+        for row in _guarded(reader(part, fields, left_out), part.name, left_out):
+            try:
+                text = text_of(row.value, fields, row.where)
+            except BadInput as error:
+                left_out.bad(error)
+            else:
+                yield text, row.position
+
+
+def read_rows(path: Path, left_out: LeftOut) -> Iterator[Row]:
+    """The rows of a file of any kind but text; suffixes that are not known are read as JSON lines."""
+    for part in _guarded(parts(path, lambda name: suffixes(name)[0] in ROWS, left_out), str(path), left_out):
+        yield from _guarded(ROWS.get(part.suffix, read_jsonl)(part, (), left_out), part.name, left_out)

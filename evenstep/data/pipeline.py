@@ -2,6 +2,9 @@
 
     documents -> train or val, by a hash of the text -> tokens, a batch of text at a time -> shards -> renamed in place
 
+The hash leaves small corpora without validation, or without training text; `prepare` then begins again with a split
+made of what it has met (`split.Draws`), and remembers it.
+
 Nothing here holds more than one document and one batch of text, whatever the corpus measures.
 """
 
@@ -10,20 +13,25 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from evenstep.data import shards
 from evenstep.data.cache import building, cache_root, check_writable, discard
 from evenstep.data.corpora import PREPARED, Corpus, open_corpus, split_source
 from evenstep.data.formats import cut
+from evenstep.data.left_out import ON_BAD, LeftOut, printable, shown
 from evenstep.data.progress import PrepareProgress
 from evenstep.data.shards import ShardWriter, TokenData, token_dtype, write_manifest
-from evenstep.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from evenstep.data.split import Draws, Split, place
+from evenstep.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer, load_tokenizer, train_bpe
 from evenstep.errors import EvenstepError
 
 BPE = "bpe"
 DEFAULT_VOCAB = 4096
 SAMPLE_BYTES = 16_000_000  # text the BPE is trained on, at most; the trainer takes about ten times that in memory
 PIECE_CHARS = 1 << 17  # longest text handed to the tokenizer at once
+SHORT_CHARS = 1 << 20  # a training text below this may be too short for its vocabulary
+LEAST_TOKENS = 2100  # that a short text is cut into: a batch of the default options takes 8 x 256 + 1
 BATCH_CHARS = 1 << 20  # text tokenised together; a token costs the tokenizer about 100 bytes, so some 40 MB
 
 ProgressCallback = Callable[[PrepareProgress], None]
@@ -36,13 +44,17 @@ class DataSpec:
     source: ``stdlib``, ``kjv``, ``text:GLOB``, ``hf:NAME[:CONFIG]`` or ``shards:DIR``.
     tokenizer: ``bpe`` trains a byte-level BPE on the training documents; else a tokenizer.json, a SentencePiece .model
     or their directory.
-    vocab_size: tokens of the BPE (None: 4096); with a given tokenizer or shards, the most it may have (None: any).
+    vocab_size: tokens of the BPE (None: 4096), fewer where the text is too short for so many; with a given tokenizer or
+    shards, the most it may have (None: any).
     val_fraction: share of documents held out, 0 <= val_fraction < 1; 0 holds none out. The default suits corpora
     of megabytes; gigabytes need less.
-    text_field: the field (JSON lines, Parquet, hf) that holds a document's text.
+    text_field: the field (JSON, CSV, Parquet, hf) that holds a document's text, or several names separated by commas:
+    the first that a row has.
     max_tokens: stop after the document that brings the training split to so many tokens; None reads the source to its
     end.
     cache_dir: None means $EVENSTEP_CACHE, else $XDG_CACHE_HOME/evenstep, else ~/.cache/evenstep.
+    exclude: globs, separated by commas, of files and archive members that ``text`` leaves out.
+    on_bad: what to do about files and rows that cannot be used: "stop", or "skip" and count them.
     """
 
     source: str
@@ -52,9 +64,21 @@ class DataSpec:
     text_field: str = "text"
     max_tokens: int | None = None
     cache_dir: str | Path | None = None
+    exclude: str = ""
+    on_bad: str = "stop"
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        return tuple(filter(None, (pattern.strip() for pattern in self.exclude.split(","))))
 
     def __post_init__(self) -> None:
-        split_source(self.source)
+        prefix, _ = split_source(self.source)
+        if self.excluded and prefix != "text":
+            raise EvenstepError(f"data.exclude leaves out files of text: sources, not of '{self.source}'; drop it")
+        if self.on_bad not in ON_BAD:
+            raise EvenstepError(f"data.on_bad is {self.on_bad!r}; allowed are {' and '.join(ON_BAD)}")
+        if not self.text_field.strip(" ,"):
+            raise EvenstepError("data.text_field names no field; give one, such as text")
         if not 0 <= self.val_fraction < 1:
             raise EvenstepError(
                 f"data.val_fraction is {self.val_fraction}; it must be at least 0 and below 1, such as 0.02"
@@ -70,28 +94,103 @@ class DataSpec:
 def prepare(spec: DataSpec, progress: ProgressCallback | None = None) -> TokenData:
     """The token shards of ``spec``: from the cache, else tokenised now. A damaged or stale cache entry is built anew.
 
-    ``progress`` is called after every batch of documents, and not at all when the cache answers. With several processes
-    call it on one first: a second one at the same time is harmless but does the work twice. EvenstepError, one line,
-    for every bad input.
+    ``progress`` is called after every batch of documents, and, also when the cache answers, with a ``note`` for each
+    thing that the user should know: a smaller vocabulary, a split of its own kind, input left out. With several
+    processes call it on one first: a second one at the same time is harmless but does the work twice. EvenstepError,
+    one line, for every bad input.
     """
     prefix, rest = split_source(spec.source)
     if prefix == PREPARED:
         return _open_shards(Path(rest).expanduser(), spec)
     tell = progress or (lambda _: None)
-    corpus = open_corpus(spec.source, spec.text_field)
+    corpus = open_corpus(spec.source, spec.text_field, spec.excluded, spec.on_bad)
     root = cache_root(spec.cache_dir)
-    tokenizer = _bpe(corpus, spec, root, tell) if spec.tokenizer == BPE else _given(spec.tokenizer, spec.vocab_size)
+    remembered = root / "splits" / _key(corpus, _options(spec))
+    split = Split.load(remembered) or Split(spec.val_fraction)
+    try:
+        data = _prepared(corpus, spec, split, root, tell)
+    except _PoorSplit as found:
+        discard(remembered)
+        with building(remembered) as directory:
+            found.better.save(directory)
+        data = _prepared(corpus, spec, found.better, root, tell)
+    for note in _notes(data, spec):
+        counts = (data.train.num_documents + data.val.num_documents, data.train.num_bytes + data.val.num_bytes)
+        tell(PrepareProgress("tokens", *counts, len(data.train) + len(data.val), 1.0, note))
+    return data
+
+
+class _PoorSplit(Exception):
+    """The hash leaves one side without its share; ``better`` does not."""
+
+    def __init__(self, better: Split):
+        super().__init__("a poor split")
+        self.better = better
+
+
+def _poor(draws: Draws, spec: DataSpec, split: Split) -> Exception:
+    if split == Split(spec.val_fraction):
+        return _PoorSplit(draws.split(spec.val_fraction))
+    return EvenstepError(
+        f"the text has {draws.bytes} bytes, too few for training and validation; give more text, or data.val_fraction 0"
+    )
+
+
+def _options(spec: DataSpec) -> dict[str, Any]:
+    """What decides the documents. Options that 0.1.0 lacked have a part in it where they are given, so that its entries
+    are found."""
     options = {"text_field": spec.text_field, "val_fraction": spec.val_fraction, "max_tokens": spec.max_tokens}
-    entry = root / "tokens" / _key(corpus, options | {"tokenizer": tokenizer.fingerprint})
+    return options | _later(spec)
+
+
+def _later(spec: DataSpec) -> dict[str, Any]:
+    given = {"exclude": list(spec.excluded), "on_bad": spec.on_bad}
+    return {name: value for name, value in given.items() if value not in ([], "stop")}
+
+
+def _of(split: Split, spec: DataSpec) -> dict[str, Any]:
+    """The part of a split in a cache entry's name: none for that of the hash."""
+    return {} if split == Split(spec.val_fraction) else {"split": [split.below, split.tail]}
+
+
+def _prepared(corpus: Corpus, spec: DataSpec, split: Split, root: Path, tell: ProgressCallback) -> TokenData:
+    own = spec.tokenizer == BPE
+    tokenizer = _bpe(corpus, spec, split, root, tell) if own else _given(spec.tokenizer, spec.vocab_size)
+    options = _options(spec)
+    entry = root / "tokens" / _key(corpus, options | _of(split, spec) | {"tokenizer": tokenizer.fingerprint})
     if entry.exists():
         try:
             return TokenData(entry)
         except EvenstepError:
             discard(entry)
+    left_out = _left_out(spec)
     with building(entry) as directory:
-        splits = _write(corpus, tokenizer, spec, directory, tell)
-        write_manifest(directory, source=spec.source, options=options, tokenizer=tokenizer, splits=splits)
+        splits = _write(corpus, tokenizer, spec, split, directory, tell, left_out)
+        left_out.include(corpus.left_out)
+        facts = {"left_out": left_out.entries()} if left_out.entries() else {}
+        write_manifest(
+            directory,
+            source=spec.source,
+            options=options | _of(split, spec),
+            tokenizer=tokenizer,
+            splits=splits,
+            **facts,
+        )
     return TokenData(entry)
+
+
+def _notes(data: TokenData, spec: DataSpec) -> Iterator[str]:
+    wanted = spec.vocab_size or DEFAULT_VOCAB
+    if spec.tokenizer == BPE and data.vocab_size < wanted:
+        yield f"vocabulary: {data.vocab_size:,} tokens instead of {wanted:,}, as the text is too short for more"
+    if "split" in data.manifest.get("options", {}):
+        size, whole = data.val.num_bytes, data.train.num_bytes + data.val.num_bytes
+        yield (
+            f"validation: {size:,} bytes ({size / whole:.1%}), chosen by size: the hash of so few documents does not "
+            f"hold out {spec.val_fraction:.1%}"
+        )
+    for entry in data.manifest.get("left_out", []):
+        yield f"left out: {shown(entry)}"
 
 
 def _open_shards(directory: Path, spec: DataSpec) -> TokenData:
@@ -134,26 +233,18 @@ def _key(corpus: Corpus, options: dict[str, object]) -> str:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Part of a document, short enough for the tokenizer; the last one of a document carries the document's length in
-    bytes."""
+    """Part of a document, short enough for the tokenizer; the last one of a document, or of its side of the split,
+    carries the length in bytes."""
 
     text: str
     split: str
     ends: int | None
+    draw: float
 
 
-def place(content: bytes) -> tuple[float, float]:
-    """Two numbers in [0, 1) drawn from the text alone. A document is held out when the first is below ``val_fraction``:
-    it never changes sides as the corpus grows, and its duplicates follow it. The second thins the BPE's training
-    sample."""
-    digest = hashlib.blake2b(content, digest_size=16).digest()
-    side, sample = (int.from_bytes(half, "big") >> 11 for half in (digest[:8], digest[8:]))
-    return side / 2**53, sample / 2**53
-
-
-def _documents(corpus: Corpus) -> Iterator[tuple[str, bytes, int]]:
+def _documents(corpus: Corpus, left_out: LeftOut) -> Iterator[tuple[str, bytes, int]]:
     """(text, its UTF-8 bytes, source bytes read), blank documents left out."""
-    for text, position in corpus.read():
+    for text, position in corpus.read(left_out):
         if not text or text.isspace():
             continue
         try:
@@ -164,32 +255,35 @@ def _documents(corpus: Corpus) -> Iterator[tuple[str, bytes, int]]:
         yield text, content, position
 
 
-def _nothing_to_train_on(corpus: Corpus, documents: int, val_fraction: float) -> EvenstepError:
-    if not documents:
-        first = f" ({corpus.files[0]}{', ...' if len(corpus.files) > 1 else ''})" if corpus.files else ""
-        read = f"{count} file{'s' * (count > 1)}{first}" if (count := len(corpus.files)) else "the dataset"
-        return EvenstepError(
-            f"there is no text in the corpus '{corpus.name}': {read} held none; give another data.source"
-        )
+def _left_out(spec: DataSpec) -> LeftOut:
+    if spec.source.startswith("text:"):
+        return LeftOut(spec.on_bad, advice="; data.exclude or data.on_bad skip leaves it out")
+    return LeftOut(spec.on_bad)
+
+
+def _no_text(corpus: Corpus, left_out: LeftOut) -> EvenstepError:
+    first = f" ({printable(corpus.files[0])}{', ...' if len(corpus.files) > 1 else ''})" if corpus.files else ""
+    read = f"{count} file{'s' * (count > 1)}{first}" if (count := len(corpus.files)) else "the dataset"
+    left_out.include(corpus.left_out)
+    out = f"; left out: {left_out}" if left_out.entries() else ""
     return EvenstepError(
-        f"the training split is empty: data.val_fraction {val_fraction} holds out all {documents} documents; lower it"
+        f"there is no text in the corpus '{corpus.name}': {read} held none; give another data.source{out}"
     )
 
 
 # -- the BPE -----------------------------------------------------------------------------------------------------------
 
 
-def _bpe(corpus: Corpus, spec: DataSpec, root: Path, tell: ProgressCallback) -> Tokenizer:
-    vocab_size = spec.vocab_size or DEFAULT_VOCAB
+def _bpe(corpus: Corpus, spec: DataSpec, split: Split, root: Path, tell: ProgressCallback) -> Tokenizer:
     whole = spec.max_tokens is None and corpus.total_bytes is not None
     options = {
-        "vocab_size": vocab_size,
+        "vocab_size": spec.vocab_size or DEFAULT_VOCAB,
         "val_fraction": spec.val_fraction,
         "sample": SAMPLE_BYTES,
         "whole": whole,
         "field": spec.text_field,
     }
-    entry = root / "tokenizers" / _key(corpus, options)
+    entry = root / "tokenizers" / _key(corpus, options | _later(spec) | _of(split, spec))
     if entry.exists():
         try:
             return load_tokenizer(entry)
@@ -197,78 +291,127 @@ def _bpe(corpus: Corpus, spec: DataSpec, root: Path, tell: ProgressCallback) -> 
             discard(entry)
     check_writable(entry)
     # Trained outside the cache's error handling: what goes wrong there is the corpus's fault, not the disk's.
-    tokenizer = train_bpe(_sample(corpus, spec, whole, tell), vocab_size)
+    tokenizer = _trained(_sample(corpus, spec, split, whole, tell), spec.vocab_size)
     with building(entry) as directory:
         tokenizer.save(directory)
     return tokenizer
 
 
-def _sample(corpus: Corpus, spec: DataSpec, whole: bool, tell: ProgressCallback) -> Iterator[str]:
+def _trained(sample: Iterator[str], vocab_size: int | None) -> Tokenizer:
+    """A BPE of ``vocab_size`` tokens, or of as many as suit a text that is too short for them.
+
+    Trained to the end, the BPE of a short text has a token for each of its words, and few of them are seen twice. So
+    there it only joins what occurs twice, and, where that leaves less than a batch of tokens, fewer of those.
+    """
+    wanted = vocab_size or DEFAULT_VOCAB
+    short: list[str] = []
+    size = 0
+
+    def remembered() -> Iterator[str]:
+        nonlocal size
+        for text in sample:
+            size += len(text)
+            if size <= SHORT_CHARS:
+                short.append(text)
+            yield text
+
+    def are_enough(tokenizer: Tokenizer) -> bool:
+        return sum(map(len, tokenizer.encode_batch(short))) >= LEAST_TOKENS
+
+    tokenizer = train_bpe(remembered(), wanted, exact=False)
+    if size > SHORT_CHARS:
+        return tokenizer
+    if tokenizer.vocab_size == wanted and (vocab_size is not None or are_enough(tokenizer)):
+        return tokenizer
+    tokenizer = train_bpe(iter(short), wanted, exact=False, min_frequency=2)
+    while tokenizer.vocab_size > SMALLEST_VOCABULARY and not are_enough(tokenizer):
+        half = (tokenizer.vocab_size + SMALLEST_VOCABULARY) // 2
+        tokenizer = train_bpe(iter(short), half, exact=False, min_frequency=2)
+    return tokenizer
+
+
+def _sample(corpus: Corpus, spec: DataSpec, split: Split, whole: bool, tell: ProgressCallback) -> Iterator[str]:
     """Training documents for the BPE, ``SAMPLE_BYTES`` at most: an even sample of a source of known size that is read
     whole, else its first ones (reading the whole of C4 to choose 16 MB of it would take days)."""
     keep = min(1.0, SAMPLE_BYTES / max(corpus.total_bytes or 1, 1)) if whole else 1.0
-    documents = taken = used = 0
-    for text, content, position in _documents(corpus):
-        documents += 1
+    draws, left_out = Draws(), _left_out(spec)
+    taken = used = 0
+    for text, content, position in _documents(corpus, left_out):
         side, draw = place(content)
-        if side < spec.val_fraction or draw >= keep:
+        parts = [part for name, part in split.sides(text, content, side) if name == "train"]
+        draws.add(side, len(content), 0 if parts else len(content))
+        if not parts or draw >= keep:
             continue
         taken += len(content)
         used += 1
-        yield from cut(text, PIECE_CHARS)
+        for part in parts:
+            yield from cut(part, PIECE_CHARS)
         if used % 256 == 0:
             read = position / corpus.total_bytes if corpus.total_bytes else 0.0
             tell(PrepareProgress("tokenizer", used, taken, 0, max(taken / SAMPLE_BYTES, read)))
         if taken >= SAMPLE_BYTES:
             break
-    if not used:
-        raise _nothing_to_train_on(corpus, documents, spec.val_fraction)
+    if not draws.documents:
+        raise _no_text(corpus, left_out)
+    if draws.held_out == draws.bytes:
+        raise _poor(draws, spec, split)
+    if not used:  # a few long documents, and none was drawn
+        yield from _sample(corpus, spec, split, False, tell)
+        return
     tell(PrepareProgress("tokenizer", used, taken, 0, 1.0))
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
-def _batches(corpus: Corpus, val_fraction: float, sides: list[float]) -> Iterator[tuple[list[_Piece], int]]:
-    """Pieces by the batch, with the source bytes read; ``sides[0]`` becomes the smallest draw met, for the error
-    message."""
+def _batches(corpus: Corpus, split: Split, left_out: LeftOut) -> Iterator[tuple[list[_Piece], int]]:
+    """Pieces by the batch, with the source bytes read."""
     batch: list[_Piece] = []
     chars = position = 0
-    for text, content, position in _documents(corpus):
+    for text, content, position in _documents(corpus, left_out):
         side, _ = place(content)
-        sides[0] = min(sides[0], side)
-        split = "val" if side < val_fraction else "train"
-        left = len(text)
-        for piece in cut(text, PIECE_CHARS):
-            left -= len(piece)
-            batch.append(_Piece(piece, split, None if left else len(content)))
-            chars += len(piece)
-            if chars >= BATCH_CHARS:
-                yield batch, position
-                batch, chars = [], 0
+        for name, part in split.sides(text, content, side):
+            size = len(content) if part is text else len(part.encode("utf-8"))
+            left = len(part)
+            for piece in cut(part, PIECE_CHARS):
+                left -= len(piece)
+                batch.append(_Piece(piece, name, None if left else size, side))
+                chars += len(piece)
+                if chars >= BATCH_CHARS:
+                    yield batch, position
+                    batch, chars = [], 0
     if batch:
         yield batch, position
 
 
 def _write(
-    corpus: Corpus, tokenizer: Tokenizer, spec: DataSpec, directory: Path, tell: ProgressCallback
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    spec: DataSpec,
+    split: Split,
+    directory: Path,
+    tell: ProgressCallback,
+    left_out: LeftOut,
 ) -> dict[str, dict]:
     dtype = token_dtype(tokenizer.vocab_size)
-    writers = {split: ShardWriter(directory, split, dtype, shards.SHARD_TOKENS) for split in shards.SPLITS}
+    writers = {name: ShardWriter(directory, name, dtype, shards.SHARD_TOKENS) for name in shards.SPLITS}
     train, val = writers["train"], writers["val"]
     limit, total = spec.max_tokens, corpus.total_bytes
-    sides = [1.0]
+    draws = Draws()
+
+    by_hash = split == Split(spec.val_fraction)
 
     def full() -> bool:
-        return limit is not None and train.tokens >= limit
+        return limit is not None and train.tokens >= limit and (by_hash or val.documents > 0)
 
     try:
-        for batch, position in _batches(corpus, spec.val_fraction, sides):
+        for batch, position in _batches(corpus, split, left_out):
             for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
                 writer = writers[piece.split]
                 writer.append(ids)
                 if piece.ends is not None:
                     writer.end_document(tokenizer.eos_id, piece.ends)
+                    draws.add(piece.draw, piece.ends, piece.ends if writer is val else 0)
                     if full():
                         break
             done = [position / total if total else None, train.tokens / limit if limit else None]
@@ -278,13 +421,10 @@ def _write(
             if full():
                 break
     finally:
-        splits = {split: writer.close() for split, writer in writers.items()}
-    if not train.documents:
-        raise _nothing_to_train_on(corpus, val.documents, spec.val_fraction)
-    if spec.val_fraction > 0 and not val.documents:
-        raise EvenstepError(
-            f"the validation split is empty: none of {train.documents} documents falls below data.val_fraction "
-            f"{spec.val_fraction}; "
-            f"give one above {sides[0]:.4f}, or 0 for no validation, or more documents"
-        )
+        splits = {name: writer.close() for name, writer in writers.items()}
+    if not train.documents and not val.documents:
+        raise _no_text(corpus, left_out)
+    one_sided = not train.documents or not val.documents
+    if not draws.is_sane(spec.val_fraction) if by_hash else one_sided:
+        raise _poor(draws, spec, split)
     return splits

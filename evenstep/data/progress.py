@@ -14,15 +14,19 @@ _EVERY = 5.0  # seconds between two plain lines
 @dataclass(frozen=True)
 class PrepareProgress:
     """Where preparing stands: ``stage`` is "tokenizer" or "tokens"; documents, UTF-8 bytes and tokens done in this
-    stage; ``fraction`` of the stage that is done, 0 to 1, None where the size of the source is unknown."""
+    stage; ``fraction`` of the stage that is done, 0 to 1, None where the size of the source is unknown; ``note``: what
+    the user should know about the result."""
 
     stage: str
     documents: int
     bytes: int
     tokens: int
     fraction: float | None
+    note: str = ""
 
     def __str__(self) -> str:
+        if self.note:
+            return self.note
         share = "" if self.fraction is None else f" {self.fraction:4.0%}"
         tokens = f", {self.tokens:,} tokens" if self.tokens else ""
         return f"{_LABELS[self.stage]}{share}: {self.documents:,} documents, {self.bytes / 1e6:,.1f} MB{tokens}"
@@ -31,7 +35,7 @@ class PrepareProgress:
 @contextmanager
 def prepare_display(out: TextIO | None = None) -> Iterator[Callable[[PrepareProgress], None]]:
     """``with prepare_display() as show: prepare(spec, show)``: a live bar in a terminal (needs rich), else a line every
-    five seconds and one at the end of each stage. Writes to ``out``, stderr by default, and nothing at all when the
+    five seconds and one at the end of each stage. Writes to ``out``, stderr by default, and nothing but notes when the
     cache answers."""
     out = out or sys.stderr
     with ExitStack() as stack:
@@ -44,7 +48,7 @@ def _lines(out: TextIO) -> Callable[[PrepareProgress], None]:
 
     def show(now: PrepareProgress) -> None:
         nonlocal next_line
-        if now.fraction == 1.0 or time.monotonic() >= next_line:
+        if now.note or now.fraction == 1.0 or time.monotonic() >= next_line:
             next_line = time.monotonic() + _EVERY
             print(now, file=out, flush=True)
 
@@ -67,6 +71,9 @@ def _bars(out: TextIO, stack: ExitStack) -> Callable[[PrepareProgress], None] | 
     tasks: dict[str, TaskID] = {}
 
     def show(now: PrepareProgress) -> None:
+        if now.note:
+            bars.console.print(now.note, markup=False, highlight=False)
+            return
         if not tasks:
             stack.enter_context(bars)
         if now.stage not in tasks:

@@ -181,9 +181,15 @@ class ShardWriter:
 
 
 def write_manifest(
-    directory: Path, *, source: str, options: dict[str, Any], tokenizer: Tokenizer, splits: dict[str, dict[str, Any]]
+    directory: Path,
+    *,
+    source: str,
+    options: dict[str, Any],
+    tokenizer: Tokenizer,
+    splits: dict[str, dict[str, Any]],
+    **facts: Any,
 ) -> None:
-    """Save the tokenizer and, last of all, the manifest."""
+    """Save the tokenizer and, last of all, the manifest, with ``facts`` that nothing depends on."""
     files = tokenizer.save(directory)
     manifest = {
         "format": FORMAT,
@@ -198,5 +204,6 @@ def write_manifest(
         },
         "dtype": token_dtype(tokenizer.vocab_size).str,
         "splits": splits,
+        **facts,
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

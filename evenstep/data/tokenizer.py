@@ -178,10 +178,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return _LOADERS[path.suffix](path)
 
 
-def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of exactly ``vocab_size`` tokens learned from ``texts``; the same texts give the same tokenizer.
+def train_bpe(texts: Iterator[str], vocab_size: int, *, exact: bool = True, min_frequency: int = 0) -> Tokenizer:
+    """A byte-level BPE of ``vocab_size`` tokens learned from ``texts``; the same texts give the same tokenizer.
 
-    EvenstepError below 257 tokens (256 bytes and the end of text) and when the texts are too few for so many.
+    EvenstepError below 257 tokens (256 bytes and the end of text), and when the texts are too few for so many unless
+    ``exact`` is False. ``min_frequency``: how often a pair must occur to become a token.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise EvenstepError(
@@ -194,13 +195,14 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     model.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
+        min_frequency=min_frequency,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
     size = model.get_vocab_size()
-    if size < vocab_size:
+    if exact and size < vocab_size:
         raise EvenstepError(
             f"vocab_size is {vocab_size}, but this corpus only yields {size} tokens; give at most {size}, or more text"
         )

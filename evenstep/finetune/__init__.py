@@ -1,5 +1,5 @@
 """Fine-tuning: instruction, chat and classification data, full weights, LoRA or sparse momentum, scored on its task.
 
-The training itself is `evenstep.train.Run`; `run.Tuning` replaces the data, the model and the validation. Importing
-this package loads nothing.
+The training itself is `evenstep.train.trainer.Trainer`; `task.FineTuning` provides data, model, loss and validation.
+Importing this package loads nothing.
 """

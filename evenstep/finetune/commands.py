@@ -9,8 +9,8 @@ from typing import Any
 
 from evenstep.errors import EvenstepError
 from evenstep.finetune.config import SPARSE, FineTuneConfig
-from evenstep.train.config_flags import add_flags, chosen, print_config
-from evenstep.train.config_io import shipped
+from evenstep.train.commands import print_config
+from evenstep.train.config_io import add_flags, chosen, shipped
 
 FINETUNE = """\
 Fine-tune MODEL on examples, one JSON object a line: instructions, prompts with responses, chats, choices, or texts with
@@ -84,9 +84,9 @@ def _finetune(args: argparse.Namespace) -> None:
         return print_config(config, directory)
 
     from evenstep.finetune.run import Tuning, evaluate_only
-    from evenstep.train.launch import train
+    from evenstep.train.trainer import train
 
     if args.evaluate:
         evaluate_only(config)
     else:
-        train(config, directory, auto=args.resume == "auto", kind=Tuning)
+        train(config, directory, auto=args.resume == "auto", trainer=Tuning)

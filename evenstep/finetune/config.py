@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from evenstep.errors import EvenstepError
-from evenstep.train.config import BaseConfig
-from evenstep.train.options import MOST_SEQUENCES, MOST_STEPS, Section, option
-from evenstep.train.sections import OptimConfig, TrainConfig
+from evenstep.train.config import MOST_SEQUENCES, MOST_STEPS, BaseConfig, OptimConfig, Section, TrainConfig, option
 
 FORMATS = ("instruction", "prompt", "chat", "choices", "classification")
 """docs/finetuning.md tells of their fields."""

@@ -1,4 +1,5 @@
-"""Files of examples: JSON lines, or one JSON list, in one of a few formats. What is wrong is told with its line."""
+"""Files of examples: rows of whatever file pretraining reads but text, in one of a few formats. What is wrong is told
+with its line."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evenstep.data.formats import read_rows
+from evenstep.data.left_out import BadInput, LeftOut
 from evenstep.errors import EvenstepError
-from evenstep.finetune import choices as tasks
 from evenstep.finetune.config import FORMATS
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -59,9 +61,8 @@ def read_examples(
     and for an example that lacks something, with its line (or number, in a .json list); with ``bad`` such examples are
     left out, and their errors put there."""
     found: list[Example] = []
-    for where, line in _items(path):
+    for where, item in _items(path, bad):
         try:
-            item = _object(line, where)
             found.append(_READERS[format_of(item, where) if form == "auto" else form](item, where))
         except EvenstepError as problem:
             if bad is None:
@@ -81,7 +82,7 @@ def read_examples(
 
 def format_of(item: dict[str, Any], where: str) -> str:
     """The format whose fields ``item`` has."""
-    if tasks.task_of(item):
+    if choice_task(item):
         return "choices"
     for name, fields in _MARKS.items():
         if any(field <= item.keys() for field in fields):
@@ -100,33 +101,30 @@ _MARKS: dict[str, tuple[set[str], ...]] = {
 }
 
 
-def _items(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise EvenstepError(f"there is no {path}; give a .jsonl file, or a .json list") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise EvenstepError(f"{path} cannot be read as text ({problem})") from None
-    if text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except (ValueError, RecursionError) as problem:
-            raise EvenstepError(f"{path} is no JSON list: {problem}") from None
-        pairs = [(f"{path} item {i}", item) for i, item in enumerate(items, 1)]
-    else:
-        pairs = [(f"{path} line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    yield from pairs
+class _BadRows(LeftOut):
+    """What the reader cannot use, as bad examples: an error, or told in ``bad``."""
+
+    def __init__(self, bad: list[str] | None):
+        super().__init__()
+        self._bad = bad
+
+    def bad(self, error: BadInput) -> None:
+        where = f"{error.where.rpartition(':')[0]} line {error.number}"
+        words = {
+            "rows that are not JSON": f"{where}: no JSON ({error.found})",
+            "rows that are not JSON objects": f"{where}: expected a JSON object, got {error.found!r}",
+        }
+        problem = words.get(error.reason, str(error))
+        if self._bad is None:
+            raise EvenstepError(f"{problem}{SKIP}") from None
+        self._bad.append(problem)
 
 
-def _object(item: Any, where: str) -> dict[str, Any]:
-    if isinstance(item, str):
-        try:
-            item = json.loads(item)
-        except (ValueError, RecursionError) as problem:
-            raise EvenstepError(f"{where}: no JSON ({problem})") from None
-    if not isinstance(item, dict):
-        raise EvenstepError(f"{where}: expected a JSON object, got {str(item)[:40]!r}")
-    return item
+def _items(path: Path, bad: list[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.exists():
+        raise EvenstepError(f"there is no {path}; give a file of rows, such as .jsonl, .json or .csv")
+    for row in read_rows(path, _BadRows(bad)):
+        yield f"{row.name} {'item' if row.in_list else 'line'} {row.number}", row.value
 
 
 def _text(item: dict[str, Any], key: str, where: str, *, empty: bool = False) -> str:
@@ -285,7 +283,7 @@ def _classification(item: dict[str, Any], where: str) -> Example:
 
 
 def _choices(item: dict[str, Any], where: str) -> Example:
-    prompt, options, correct = tasks.read(item, where)
+    prompt, options, correct = read_choices(item, where)
     return Example(where, prompt=prompt, answer=options[correct], options=options, correct=correct)
 
 
@@ -295,4 +293,89 @@ _READERS: dict[str, Callable[[dict[str, Any], str], Example]] = {
     "chat": _chat,
     "choices": _choices,
     "classification": _classification,
+}
+
+
+# ---- commonsense tasks with choices ----
+#
+# The eight commonsense tasks as their authors publish them: BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC (easy and
+# challenge) and OpenBookQA, told apart by their fields. The form in which LLM-Adapters distributes them (instruction,
+# output, answer) is read by `_instruction`.
+
+Choices = tuple[str, list[Any], int]
+
+
+def choice_task(item: dict[str, Any]) -> str | None:
+    """The task whose fields ``item`` has, or None."""
+    return next((name for name, (fields, _) in _TASKS.items() if fields <= item.keys()), None)
+
+
+def read_choices(item: dict[str, Any], where: str) -> tuple[str, tuple[str, ...], int]:
+    """The prompt, the texts that may follow it, and which is right. EvenstepError for what is missing or empty."""
+    task = choice_task(item)
+    if task is None:
+        raise EvenstepError(f"{where}: fields of no known task of choices: {', '.join(map(str, item))}")
+    try:
+        prompt, options, correct = _TASKS[task][1](item)
+        texts = tuple(str(option) for option in options)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as problem:
+        raise EvenstepError(f"{where}: not an example of {task} ({type(problem).__name__}: {problem})") from None
+    if not 0 <= correct < len(texts):
+        raise EvenstepError(f"{where}: the right answer is number {correct + 1} of {len(texts)} choices")
+    if not prompt.strip() or not all(text.strip() for text in texts):
+        raise EvenstepError(f"{where}: an example of {task} with an empty text")
+    return prompt, texts, correct
+
+
+def _boolq(item: dict[str, Any]) -> Choices:
+    if not isinstance(item["answer"], bool):
+        raise ValueError("answer must be true or false")
+    question = item["question"].strip().rstrip("?")
+    return f"{item['passage']}\nQuestion: {question}?\nAnswer:", [" no", " yes"], int(item["answer"])
+
+
+def _piqa(item: dict[str, Any]) -> Choices:
+    return f"Question: {item['goal']}\nAnswer:", [f" {item['sol1']}", f" {item['sol2']}"], int(item["label"])
+
+
+def _siqa(item: dict[str, Any]) -> Choices:
+    options = [f" {item[f'answer{letter}']}" for letter in "ABC"]
+    return f"{item['context']}\nQuestion: {item['question']}\nAnswer:", options, int(item["label"]) - 1
+
+
+def _hellaswag(item: dict[str, Any]) -> Choices:
+    topic = f"{item['activity_label']}: " if item.get("activity_label") else ""
+    return f"{topic}{item['ctx']}", [f" {ending}" for ending in item["endings"]], int(item["label"])
+
+
+def _winogrande(item: dict[str, Any]) -> Choices:
+    before, blank, after = item["sentence"].partition("_")
+    if not blank:
+        raise ValueError("the sentence has no _")
+    space = " " if before.endswith(" ") else ""
+    options = [f"{space}{item[f'option{i}']}{after}" for i in (1, 2)]
+    return before.rstrip() or " ", options, int(item["answer"]) - 1
+
+
+def _arc(item: dict[str, Any]) -> Choices:
+    """ARC and OpenBookQA, as flat as the Hugging Face hub has them, or nested as in the authors' files."""
+    question = item.get("question_stem", item.get("question"))
+    options: Any = item.get("choices")
+    if isinstance(question, dict):
+        question, options = question["stem"], question["choices"]
+    if isinstance(options, dict):
+        labels, texts = options["label"], options["text"]
+    else:
+        labels, texts = [option["label"] for option in options], [option["text"] for option in options]
+    return f"Question: {question}\nAnswer:", [f" {text}" for text in texts], list(labels).index(item["answerKey"])
+
+
+_TASKS: dict[str, tuple[set[str], Callable[[dict[str, Any]], Choices]]] = {
+    "BoolQ": ({"question", "passage", "answer"}, _boolq),
+    "PIQA": ({"goal", "sol1", "sol2", "label"}, _piqa),
+    "SIQA": ({"context", "question", "answerA", "answerB", "answerC", "label"}, _siqa),
+    "HellaSwag": ({"ctx", "endings", "label"}, _hellaswag),
+    "WinoGrande": ({"sentence", "option1", "option2", "answer"}, _winogrande),
+    "OpenBookQA": ({"question_stem", "choices", "answerKey"}, _arc),
+    "ARC": ({"question", "answerKey"}, _arc),
 }

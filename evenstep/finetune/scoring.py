@@ -1,31 +1,114 @@
-"""How well a model does its task: answers it writes, choices it finds likelier, classes it names.
+"""What a fine-tuned model answers, and how well it does its task.
 
-* ``exact``: the greedy answer is the expected one, but for spaces. Where the example names its choices (``Answer
+* ``exact``: the greedy answer is the expected one, up to whitespace. Where the example names its choices (``Answer
   format: true/false``), the first of them in the answer counts, as in LLM-Adapters' evaluation.
-* ``choice``: of the texts that may follow the prompt, the right one has the largest log-likelihood, divided by its
-  length in UTF-8 bytes (so that longer texts do not lose for their length), in tokens, or by nothing.
+* ``choice``: of the texts that may follow the prompt, the correct one has the largest log-likelihood, divided by its
+  length in UTF-8 bytes (so that longer texts are not at a disadvantage), in tokens, or by nothing.
 * ``accuracy``: the likeliest class.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from evenstep.errors import EvenstepError
+from evenstep.finetune.data import Document, TuningData, batches
 from evenstep.finetune.examples import Example
-from evenstep.finetune.rows import Document, batches
-from evenstep.finetune.writing import write
+from evenstep.finetune.models import Note, find_source, open_to_write, read_note
+from evenstep.finetune.text import Encoder, HubText, Text, load_text
+from evenstep.models import Llama, generate
+from evenstep.train import evaluate as pretrained
+from evenstep.train.checkpoint import MANIFEST
+from evenstep.train.config import SampleConfig
 from evenstep.train.evaluate import perplexity
+from evenstep.train.weights import with_lowbit
 
-if TYPE_CHECKING:
-    from evenstep.finetune.run import Tuning
+# ---- generated text ----
+
+
+def write(
+    model: Any, text: Text, prompts: Sequence[list[int]], most: int, *, temperature: float = 0.0, top_k: int = 0,
+    seed: int = 0,
+) -> list[list[int]]:  # fmt: skip
+    """The new tokens after each prompt, at most ``most``, without the one that ends them. ``temperature`` 0: always the
+    likeliest; otherwise one of the ``top_k`` likeliest (0: of all) is drawn. A prompt that leaves no room for an answer
+    loses its beginning.
+
+    The same ``seed`` draws the same tokens of one machine; of models of transformers it sets torch's own.
+    """
+    if isinstance(model, Llama):
+        return [
+            generate(
+                model, prompt, most, temperature=temperature, top_k=top_k or None, stop=text.eos_id,
+                generator=torch.Generator().manual_seed(seed), vocab_size=text.vocab_size,
+            )
+            for prompt in prompts
+        ]  # fmt: skip
+    net = model.net
+    room = getattr(net.config.get_text_config(), "max_position_embeddings", None)
+    if room:
+        prompts = [prompt[-max(1, room - most) :] for prompt in prompts]
+    width = max(map(len, prompts))
+    device = net.get_input_embeddings().weight.device
+    # Everything that a generation_config.json beside the model may set is given: it would decide otherwise.
+    how: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50}
+    if temperature:
+        torch.manual_seed(seed)
+        how = {"do_sample": True, "temperature": temperature, "top_k": top_k}
+    own = net.generation_config.eos_token_id
+    ends = text.ends | set(own if isinstance(own, list) else [] if own is None else [own])
+    out = net.generate(
+        input_ids=torch.tensor([[text.eos_id] * (width - len(p)) + p for p in prompts], device=device),
+        attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device),
+        max_new_tokens=most, num_beams=1, top_p=1.0, repetition_penalty=1.0, eos_token_id=sorted(ends),
+        pad_token_id=text.eos_id, **how,
+    )  # fmt: skip
+    return [_before(row, ends) for row in out[:, width:].tolist()]
+
+
+def _before(ids: list[int], ends: set[int]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def generate_from(path: Path, sample: SampleConfig, seed: int, raw: bool, say: Callable[[str], None]) -> str:
+    """Text by a run, a checkpoint, or a model in Hugging Face layout.
+
+    A model that was fine-tuned on chats or instructions is asked in that format, one of transformers whose tokenizer
+    has a chat template in that, and the text is its answer; any other continues the prompt, and so do all with ``raw``.
+    EvenstepError for what cannot be opened or writes no text, and for an empty prompt where an answer is wanted.
+    """
+    if not path.is_dir():
+        raise EvenstepError(f"{path}: no such directory; give a run (evenstep runs lists them), or a folder of a model")
+    source = find_source(path, "auto", say)
+    note = read_note(source.folder)
+    if note is None and (source.folder / MANIFEST).is_file():
+        return pretrained.generate_from(source.folder, sample, seed, say)
+    text = load_text(source.folder, source.library)
+    if note is None:
+        chats = isinstance(text, HubText) and text.tokenizer.chat_template
+        note = Note(source.library, "chat" if chats else "plain")
+    answers = note.form != "plain" and not raw
+    if answers and not sample.prompt.strip():
+        raise EvenstepError(f"{path} answers; ask it something with --prompt TEXT, or give --raw to let it begin")
+    asked = note if answers else Note(source.library)
+    prompt = Encoder(text, asked.template).prompt(asked.question(sample.prompt)) or [text.eos_id]
+    model = with_lowbit(open_to_write(source), note.lowbit, say)
+    with torch.inference_mode():
+        (new,) = write(
+            model, text, [prompt], sample.tokens, temperature=sample.temperature, top_k=sample.top_k, seed=seed
+        )
+    return text.decode(new) if answers else sample.prompt + text.decode(new)
+
+
+# ---- scores ----
 
 
 @dataclass(frozen=True)
@@ -58,25 +141,62 @@ def kind_of(asked: str, examples: Sequence[Example]) -> str:
     return asked
 
 
-def correct(run: Tuning, kind: str, examples: Sequence[Example]) -> int:
-    """How many of ``examples`` the model gets right; it is in eval mode, without gradients."""
-    return {"exact": _exact, "choice": _choice, "accuracy": _accuracy}[kind](run, examples)
+@dataclass(frozen=True)
+class Scorer:
+    """Scores the answers of ``model``, which is in eval mode and without gradients, by a batch at a time."""
+
+    model: Any
+    data: TuningData
+    device: torch.device
+    batch_size: int
+
+    def correct(self, kind: str, examples: Sequence[Example]) -> int:
+        """How many of ``examples`` the model gets right."""
+        return {"exact": self._exact, "choice": self._choice, "accuracy": self._accuracy}[kind](examples)
+
+    def _exact(self, examples: Sequence[Example]) -> int:
+        encoder = self.data.encoder
+        wanted = [replace(example, answer=encoder.expected(example)) for example in examples]
+        return sum(is_right(*pair) for pair in zip(answers(self.model, self.data, examples), wanted, strict=True))
+
+    def _choice(self, examples: Sequence[Example]) -> int:
+        encoder, config = self.data.encoder, self.data.config
+        rows, owners, lengths = [], [], []
+        for i, example in enumerate(examples):
+            prompt = encoder.prompt(example)
+            for option in example.options:
+                ids = encoder.option(option)
+                whole = np.array([*prompt, *ids], np.int32)[-config.train.seq_len - 1 :]
+                learned = np.arange(len(whole)) >= len(whole) - len(ids)
+                rows.append((Document.of(whole, learned),))
+                owners.append(i)
+                lengths.append({"bytes": len(option.encode()), "tokens": len(ids), "none": 1}[config.eval.normalise])
+        values: list[float] = []
+        for inputs, targets in batches(rows, self.batch_size):
+            values += log_likelihoods(self.model, inputs.to(self.device), targets.to(self.device)).tolist()
+        per_example: list[list[float]] = [[] for _ in examples]
+        for owner, value, length in zip(owners, values, lengths, strict=True):
+            per_example[owner].append(value / length)
+        return sum(
+            max(range(len(scores)), key=scores.__getitem__) == example.correct
+            for scores, example in zip(per_example, examples, strict=True)
+        )
+
+    def _accuracy(self, examples: Sequence[Example]) -> int:
+        right = 0
+        documents = (self.data.classified(example, cut=True) for example in examples)
+        rows = [(document,) for document in documents if document is not None]
+        for inputs, targets in batches(rows, self.batch_size):
+            inputs = inputs.to(self.device)
+            right += int((self.model(inputs[:, 0], inputs[:, 1]).argmax(-1).cpu() == targets).sum())
+        return right
 
 
-# ---- answers ----
-
-
-def _exact(run: Tuning, examples: Sequence[Example]) -> int:
-    encoder = run.task.encoder
-    wanted = [replace(example, answer=encoder.expected(example)) for example in examples]
-    return sum(is_right(*pair) for pair in zip(answers(run, examples), wanted, strict=True))
-
-
-def answers(run: Tuning, examples: Sequence[Example]) -> list[str]:
-    """What the model writes, always the likeliest token."""
-    text, most = run.task.tokenizer, run.config.eval.max_new_tokens
-    prompts = [run.task.encoder.prompt(example) for example in examples]
-    return [text.decode(ids) for ids in write(run.model, text, prompts, most)]
+def answers(model: Any, data: TuningData, examples: Sequence[Example]) -> list[str]:
+    """What the model writes after the prompt of each example, always the likeliest token."""
+    prompts = [data.encoder.prompt(example) for example in examples]
+    written = write(model, data.tokenizer, prompts, data.config.eval.max_new_tokens)
+    return [data.tokenizer.decode(ids) for ids in written]
 
 
 def is_right(answer: str, example: Example) -> bool:
@@ -87,33 +207,6 @@ def is_right(answer: str, example: Example) -> bool:
     return " ".join(answer.split()) == " ".join(example.answer.split())
 
 
-# ---- choices ----
-
-
-def _choice(run: Tuning, examples: Sequence[Example]) -> int:
-    encoder, divide = run.task.encoder, run.config.eval.normalise
-    rows, owners, lengths = [], [], []
-    for i, example in enumerate(examples):
-        prompt = encoder.prompt(example)
-        for option in example.options:
-            ids = encoder.option(option)
-            whole = np.array([*prompt, *ids], np.int32)[-run.config.train.seq_len - 1 :]
-            learned = np.arange(len(whole)) >= len(whole) - len(ids)
-            rows.append((Document.of(whole, learned),))
-            owners.append(i)
-            lengths.append({"bytes": len(option.encode()), "tokens": len(ids), "none": 1}[divide])
-    found: list[float] = []
-    for inputs, targets in batches(rows, run.eval_batch_size):
-        found += log_likelihoods(run.model, inputs.to(run.device), targets.to(run.device)).tolist()
-    per_example: list[list[float]] = [[] for _ in examples]
-    for owner, value, length in zip(owners, found, lengths, strict=True):
-        per_example[owner].append(value / length)
-    return sum(
-        max(range(len(values)), key=values.__getitem__) == example.correct
-        for values, example in zip(per_example, examples, strict=True)
-    )
-
-
 def log_likelihoods(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
     """Of the targets that count, summed over each row: fp32 [B]."""
     logits = model(inputs[:, 0], inputs[:, 1])
@@ -121,16 +214,3 @@ def log_likelihoods(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
     each = logits[counts].float().log_softmax(-1).gather(-1, targets[counts][:, None])[:, 0]
     rows = counts.nonzero()[:, 0]
     return torch.zeros(len(targets), device=each.device).index_add_(0, rows, each)
-
-
-# ---- classes ----
-
-
-def _accuracy(run: Tuning, examples: Sequence[Example]) -> int:
-    right = 0
-    made = (run.task.classified(example, cut=True) for example in examples)
-    rows = [(document,) for document in made if document is not None]
-    for inputs, targets in batches(rows, run.eval_batch_size):
-        inputs = inputs.to(run.device)
-        right += int((run.model(inputs[:, 0], inputs[:, 1]).argmax(-1).cpu() == targets).sum())
-    return right

@@ -1,199 +1,269 @@
-"""From a configuration to rows: what is trained on, what is validated on, and what was left out."""
+"""Fine-tuning as a task of the trainer: rows of examples, a given model, validation by the loss and by scores."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+import math
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from evenstep.errors import EvenstepError, nearest
+from evenstep.console import program
+from evenstep.errors import EvenstepError
 from evenstep.finetune.config import FineTuneConfig
-from evenstep.finetune.examples import SKIP, Bad, Example, read_examples
-from evenstep.finetune.note import form_of
-from evenstep.finetune.rows import Document, Row, pack
-from evenstep.finetune.text import Encoder, Text, read_template
+from evenstep.finetune.data import RowLoader, TuningData, batches, open_examples, summary_of
+from evenstep.finetune.examples import Bad, Example
+from evenstep.finetune.models import (
+    HubCausal,
+    HubClassifier,
+    Note,
+    Source,
+    classes_of,
+    find_source,
+    hushed,
+    keeps_documents_apart,
+    open_model,
+)
+from evenstep.finetune.scoring import Scorer, TuneResult, kind_of
+from evenstep.finetune.text import load_text
+from evenstep.models import Llama
+from evenstep.train.evaluate import Evaluation
+from evenstep.train.log import Metrics, clock, short_count
+from evenstep.train.saving import model_tensors
+from evenstep.train.task import Task, loss_chunk
+from evenstep.train.weights import PRODUCT, with_lowbit, write_hf
 
-Say = Callable[[str], None]
-HELD_OUT = "held out"
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class ValSet:
-    """Examples under one name, all of which are scored, and their rows, one document each and cut where it is too
-    long, for the loss."""
+class FineTuning(Task):
+    """The task of a `FineTuneConfig`. The model comes from ``model.path`` on a resume too: a checkpoint of adapters
+    holds the adapters alone."""
 
-    name: str
-    examples: list[Example]
-    rows: list[Row]
+    config_type = FineTuneConfig
+    config: FineTuneConfig
+    data: TuningData
+    loader: RowLoader
+    source: Source
+    score_kinds: dict[str, str]
+    """How each validation file is scored, by its name."""
 
+    # ---- before the first step ----
 
-class Task:
-    """What `evenstep.data.TokenData` is to pretraining. ``labels`` are the classes, none for a model that writes: the
-    model's own ``classes`` where it knows all of the data's, else the data's. ``bad``: what reading left out."""
+    def resolve(self, config: Any, checkpoint: Path | None = None) -> FineTuneConfig:
+        """With the library and the kind of the model, and a budget in steps; opens the examples and the model, which
+        decides whether examples are packed."""
+        path, library = Path(config.model.path), config.model.library
+        self.source = self.world.on_rank_0(lambda: find_source(path, library, self.say))
+        folder = self.source.folder
+        bad: Bad = {}
+        train, val = open_examples(config, bad)
+        text = load_text(folder, self.source.library)
+        self.data = data = TuningData(config, text, train, val, classes_of(folder), bad)
+        self.score_kinds = {one.name: kind_of(config.eval.score, one.examples) for one in data.sets}
+        # On the device already: whether a model can pack is tried with the kernels that will train it.
+        self.opened = open_model(config, self.source, data.labels, self.say).to(self.world.device)
+        self._check_vocabulary()
+        if isinstance(self.opened, HubClassifier):
+            self.opened.pad_with(data.tokenizer.eos_id)
+        if self._may_pack(config):
+            data.pack()
+        for line in data.describe():
+            self.say(line)
+        kind = "classifier" if data.labels else "causal"
+        model = dataclasses.replace(config.model, library=self.source.library, kind=kind)
+        self.config = dataclasses.replace(config, model=model).with_steps(len(data.train))
+        return self.config
 
-    def __init__(
-        self, config: FineTuneConfig, text: Text, train: list[Example], val: dict[str, list[Example]],
-        classes: Sequence[str] = (), bad: Bad | None = None,
-    ) -> None:  # fmt: skip
-        self.config, self.tokenizer = config, text
-        self.encoder = Encoder(text, read_template(config.data.template))
-        self.form = form_of(train[0])
-        self.labels = labels_of([*train, *val.get(HELD_OUT, ())], classes)
-        if len(self.labels) == 1:
-            raise EvenstepError(f"{config.data.file}: every label is {self.labels[0]!r}; give examples of two or more")
-        self.bad: Bad = bad if bad is not None else {}
-        self.dropped: dict[str, int] = {}
-        _, self.train_documents = self._documents(train, config.data.file, config.data.too_long == "cut")
-        if not self.train_documents:
-            raise EvenstepError(self._none_left(len(train)))
-        self.sets = []
-        for name, examples in val.items():
-            good, documents = self._documents(examples, name, True)
-            if not good:
-                raise EvenstepError(f"{name}: none of its {len(examples)} examples can be used: {self.bad[name][0]}")
-            self.sets.append(ValSet(name, good, [(document,) for document in documents]))
-        self.train: list[Row] = [(document,) for document in self.train_documents]
-
-    @property
-    def val(self) -> list[Row]:
-        return [row for one in self.sets for row in one.rows]
-
-    def pack(self) -> None:
-        """Put the documents of training into as few rows as hold them."""
-        self.train = pack(self.train_documents, self.config.train.seq_len)
-
-    def _documents(self, examples: list[Example], name: str, cut: bool) -> tuple[list[Example], list[Document]]:
-        """The examples that can be encoded, and the documents of those that fit, or of all, cut. What is left out is
-        counted under ``name``."""
-        make = self.classified if self.labels else self._written
-        good, found = [], []
-        for example in examples:
-            try:
-                document = make(example, cut)
-            except EvenstepError as problem:
-                if self.config.data.on_bad == "stop":
-                    raise EvenstepError(f"{problem}{SKIP}") from None
-                self.bad.setdefault(name, []).append(str(problem))
-                continue
-            good.append(example)
-            if document is not None:
-                found.append(document)
-        if len(found) < len(good):
-            self.dropped[name] = len(good) - len(found)
-        return good, found
-
-    def _none_left(self, count: int) -> str:
-        file, length = self.config.data.file, self.config.train.seq_len
-        bad = self.bad.get(file)
-        if bad and file not in self.dropped:
-            return f"none of the examples of {file} can be used: {bad[0]}"
-        if self.config.data.too_long == "cut":
-            return (
-                f"none of the {count} examples of {file} has a part of its answer in its first {length} tokens "
-                "(train.seq_len); give a longer one"
+    def _check_vocabulary(self) -> None:
+        words, known = self.data.tokenizer.vocab_size, self.opened.config.vocab_size
+        if words > known:
+            raise EvenstepError(
+                f"the tokenizer has {words} entries, the model of {self.source.folder} only {known}; "
+                "put the tokenizer that belongs to it beside it"
             )
-        return (
-            f"none of the {count} examples of {file} fits into train.seq_len {length} tokens; give a longer one, or "
-            "--data.too_long cut"
-        )
 
-    def _written(self, example: Example, cut: bool) -> Document | None:
-        document, length = Document.of(*self.encoder.encode(example)), self.config.train.seq_len
-        if len(document) > length:
-            if not cut:
-                return None
-            document = Document(document.inputs[:length], document.targets[:length])
-        return document if document.counted else None
+    def _may_pack(self, config: FineTuneConfig) -> bool:
+        asked = config.data.pack
+        if self.data.labels and asked == "yes":
+            raise EvenstepError("data.pack yes: texts that are classified have a row each; leave it out")
+        if self.data.labels:
+            return False
+        if not isinstance(self.opened, HubCausal):
+            return asked != "no"
+        if asked == "no":
+            self.opened.packs = False
+            return False
+        if keeps_documents_apart(self.opened, config.train.seq_len):
+            return True
+        name = type(self.opened.net).__name__
+        if asked == "yes":
+            raise EvenstepError(f"data.pack yes: {name} does not keep examples in one row apart; give --data.pack no")
+        self.say(f"{name} does not keep examples in one row apart: each has a row of its own")
+        return False
 
-    def classified(self, example: Example, cut: bool) -> Document | None:
-        """The row of a text and its class; None of one that is too long and may not be cut."""
-        if example.label not in self.labels:
-            hint = nearest(str(example.label), self.labels)
-            raise EvenstepError(f"{example.where}: label {example.label!r} is not in {self.config.data.file}{hint}")
-        length = self.config.train.seq_len
-        ids = self.tokenizer.whole(example.prompt, length + 1)
-        if len(ids) > length:
-            if not cut:
-                return None
-            ids = self.tokenizer.whole(example.prompt, length)
-        return Document(np.array(ids, np.int32), np.array(self.labels.index(str(example.label)), np.int32))
+    def open_data(self, progress: Any) -> TuningData:
+        return self.data
 
-    def identity(self) -> str:
-        """A hash of every document: another for other examples, another template or another way to pack."""
-        digest = hashlib.sha256(repr(self.labels).encode())
-        for row in self.train:
-            for document in row:
-                digest.update(document.inputs.tobytes() + document.targets.tobytes())
-            digest.update(b"row")
-        return digest.hexdigest()
+    def make_loader(self) -> RowLoader:
+        world, config = self.world, self.config
+        self.loader = RowLoader(self.data.train, config.train.batch_size, config.seed, world.data_rank, world.data_size)
+        return self.loader
 
-    def told(self) -> list[str]:
-        """What is to be known of it before training starts."""
-        rows, documents = len(self.train), len(self.train_documents)
-        packed = f" in {rows:,} rows" if rows != documents else ""
-        lines = [f"{documents:,} examples{packed}, {sum(len(one.rows) for one in self.sets):,} for validation"]
-        cut, length = self.config.data.too_long == "cut", self.config.train.seq_len
-        for name, count in self.dropped.items():
-            if not cut and name == self.config.data.file:
-                why = f"with more than {length} tokens (train.seq_len; --data.too_long cut keeps their beginning)"
-            else:
-                why = f"whose first {length} tokens hold nothing of the answer (a longer train.seq_len keeps them)"
-            lines.append(f"left out{self._of_loss(name)}: {count:,} examples of {name} {why}")
-        for name, found in self.bad.items():
-            if found:
-                lines.append(
-                    f"left out: {len(found):,} bad examples of {name} (data.on_bad skip), the first: {found[0]}"
-                )
-        return lines
+    def check_memory(self) -> None:
+        """Nothing to check: the model is in memory already."""
 
-    def _of_loss(self, name: str) -> str:
-        return "" if name == self.config.data.file else " of the validation loss"
+    def build_model(self, device: torch.device, *, blank: bool) -> Any:
+        torch.manual_seed(self.config.seed)
+        return with_lowbit(self.opened.to(device), self.config.lowbit, self.say)
+
+    def loss_chunk(self, model: Any) -> int | None:
+        if not isinstance(model, Llama):
+            return None
+        return loss_chunk(self.config, model.config.vocab_size, self.world.device, self.say)
+
+    def describe_data(self) -> str:
+        return f"{self.config.data.file}: {self.data.describe()[0]}"
+
+    # ---- a step ----
+
+    def shares(self, targets: Tensor, micro_batch_size: int) -> list[float]:
+        """By the number of learned targets: a token of an answer has the same weight in whichever row it stands."""
+        counted = self.loader.counted
+        sums = [sum(counted[i : i + micro_batch_size]) for i in range(0, len(counted), micro_batch_size)]
+        return [count * self.world.data_size / self.loader.total for count in sums]
+
+    def loss(self, model_loss: Callable[..., Tensor], inputs: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
+        return model_loss(inputs[:, 0], targets, positions=inputs[:, 1], chunk=chunk)
+
+    def step_tokens(self) -> int:
+        return self.loader.tokens
+
+    # ---- validation ----
+
+    def evaluate(self, evaluation: Evaluation) -> TuneResult:
+        """The loss over all validation rows, and the score of each file over ``eval.max_rows`` of its examples."""
+        model = evaluation.model
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.inference_mode(), evaluation.autocast:
+                total, tokens = self._validation_loss(evaluation)
+                scored = {
+                    one.name: (kind, *self._score(one.examples, kind, evaluation))
+                    for one in self.data.sets
+                    if (kind := self.score_kinds[one.name]) != "none"
+                }
+        finally:
+            model.train(was_training)
+        kinds = "+".join(dict.fromkeys(kind for kind, _, _ in scored.values()))
+        scores = {name: right / count for name, (_, right, count) in scored.items()}
+        return TuneResult(total / tokens if tokens else math.nan, tokens, kinds, scores)
+
+    def _passes(self, items: Sequence[T], evaluation: Evaluation) -> Iterator[Sequence[T]]:
+        """This process's share of ``items``, a batch at a time. All processes have the same number of passes, because
+        they agree in each whether to stop: the last may be empty on some."""
+        size, world = evaluation.batch_size, self.world
+        for start in evaluation.watch(range(0, len(items), size * world.data_size)):
+            yield items[start + world.data_rank : start + size * world.data_size : world.data_size]
+
+    def _validation_loss(self, evaluation: Evaluation) -> tuple[float, int]:
+        total, tokens, device = 0.0, 0, evaluation.device
+        for rows in self._passes(self.data.val, evaluation):
+            for inputs, targets in batches(rows, evaluation.batch_size):
+                x, y = inputs.to(device), targets.to(device)
+                loss = evaluation.model.loss(x[:, 0], y, positions=x[:, 1], reduction="sum", chunk=evaluation.chunk)
+                total += loss.item()
+                tokens += int((targets != -100).sum())
+        sums = self.world.sum(torch.tensor([total, tokens], dtype=torch.float64, device=device)).tolist()
+        return sums[0], round(sums[1])
+
+    def _score(self, examples: Sequence[Example], kind: str, evaluation: Evaluation) -> tuple[int, int]:
+        """How many examples are right, and of how many."""
+        scorer = Scorer(evaluation.model, self.data, evaluation.device, evaluation.batch_size)
+        chosen = examples[: self.config.eval.max_rows or None]
+        right = sum(scorer.correct(kind, batch) for batch in self._passes(chosen, evaluation) if batch)
+        return round(self.world.sum(torch.tensor([float(right)], device=evaluation.device)).item()), len(chosen)
+
+    # ---- checkpoints, the end ----
+
+    def tensors(self, model: Any) -> dict[str, Tensor]:
+        every = model_tensors(model)
+        if self.config.tune.adapter == "none":
+            return every
+        trained = {f"model.{name}" for name, p in model.named_parameters() if p.requires_grad}
+        return {name: tensor for name, tensor in every.items() if name in trained}
+
+    def save_shape(self, model: Any, directory: Path) -> None:
+        if isinstance(model, Llama) and self.config.tune.adapter == "none":
+            super().save_shape(model, directory)
+            self.note().save(directory)
+
+    def note(self) -> Note:
+        return Note(self.source.library, self.data.form, self.data.encoder.template, self.config.lowbit)
+
+    def data_identity(self) -> str:
+        return self.data.identity()
+
+    def conclusion(self, model: Any, out: Path, metrics: Metrics) -> dict[str, Any]:
+        """Writes ``model/`` in Hugging Face layout, adapters merged, and of adapters ``adapter/`` as peft writes it.
+        Merging changes the model, whose run is over. EvenstepError on a full disk."""
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)  # before adapters are merged
+        adapted = getattr(model, "adapted", None)
+        if adapted is not None:
+            _replace_folder(out / "adapter", lambda folder: adapted.save_pretrained(folder))
+            adapted.merge_and_unload()
+        _replace_folder(out / PRODUCT, lambda folder: self._write_model(model, folder))
+        validation = metrics.last_validation or {}
+        return {
+            **{key: validation.get(key) for key in ("score", "score_kind", "scores")},
+            "adapter": self.config.tune.adapter,
+            "trained_parameters": trained,
+            **summary_of(self.data),
+        }
+
+    def _write_model(self, model: Any, folder: Path) -> None:
+        if isinstance(model, Llama):
+            write_hf(model, self.data.tokenizer, folder)
+        else:
+            with hushed():
+                model.net.save_pretrained(folder)
+            self.data.tokenizer.save(folder)
+        self.note().save(folder)
+
+    @staticmethod
+    def closing(out: Path, summary: dict[str, Any], files: list[str]) -> list[str]:
+        run, lines = shlex.quote(str(out)), [""]
+        if summary["val_loss"] is not None:
+            lines.append(f"validation loss {summary['val_loss']:.4f}")
+        for name, score in (summary["scores"] or {}).items():
+            lines.append(f"{name}: {score:.2%} ({summary['score_kind']})")
+        products = ["model/", *(["adapter/"] if summary["adapter"] != "none" else [])]
+        return [
+            *lines,
+            f"{short_count(summary['tokens'])} tokens in {clock(summary['seconds'])}",
+            "",
+            f"written to {out}: {', '.join([*files, *products])}",
+            *([f"ask it:     {program()} generate {run} --prompt TEXT"] if not summary["classes"] else []),
+            f"report:     {program()} report {run}",
+            f"go on:      {program()} finetune --resume {run} --train.steps {2 * summary['steps']}",
+        ]
 
 
-def labels_of(examples: Sequence[Example], classes: Sequence[str]) -> list[str]:
-    """The classes in the order of the model's outputs: numbers by size, other names by the alphabet."""
-    found = {example.label for example in examples if example.label is not None}
-    if found and found <= {*classes}:
-        return list(classes)
-    return sorted(found, key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label))
-
-
-def open_examples(config: FineTuneConfig, bad: Bad | None = None) -> tuple[list[Example], dict[str, list[Example]]]:
-    """The examples to train on, and those to validate on by the name of their file (or `HELD_OUT`). What data.on_bad
-    skips is put into ``bad``."""
-    data = config.data
-    found: Bad = {} if bad is None else bad
-
-    def skipped(name: str) -> list[str] | None:
-        return found.setdefault(name, []) if data.on_bad == "skip" else None
-
-    train = read_examples(Path(data.file), data.format, data.max_rows, skipped(data.file))
-    if config.eval.data:
-        names = [name.strip() for name in config.eval.data.split(",") if name.strip()]
-        val = {name: read_examples(Path(name), bad=skipped(name)) for name in names}
-    else:
-        order = np.random.default_rng(0).permutation(len(train))  # the same for every seed of the training
-        held = set(order[: int(data.val_fraction * len(train))].tolist())
-        val = {HELD_OUT: [train[i] for i in sorted(held)]} if held else {}
-        train = [example for i, example in enumerate(train) if i not in held]
-    kinds = {example.label is None for examples in (train, *val.values()) for example in examples}
-    if len(kinds) > 1:
-        raise EvenstepError("data.file and eval.data: some examples have a label and some an answer; give one kind")
-    wanted = config.model.kind
-    if wanted != "auto" and (wanted == "classifier") != (train[0].label is not None):
-        needs = "text and label" if wanted == "classifier" else "an answer"
-        raise EvenstepError(f"model.kind {wanted} needs examples with {needs}; {data.file} has others")
-    return train, val
-
-
-def summary_of(task: Task) -> dict[str, Any]:
-    return {
-        "examples": len(task.train_documents),
-        "rows": len(task.train),
-        "left_out": task.dropped.get(task.config.data.file, 0) + len(task.bad.get(task.config.data.file, ())),
-        "classes": task.labels or None,
-    }
+def _replace_folder(place: Path, write: Callable[[Path], None]) -> None:
+    """Fill a folder: it is the old one or the new one, never half of one."""
+    partial = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
+    except OSError as problem:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise EvenstepError(f"could not write {place}: {problem.strerror or problem}; make room there") from problem

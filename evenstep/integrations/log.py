@@ -13,7 +13,7 @@ from evenstep.telemetry.schema import read_records, to_line
 from evenstep.telemetry.sinks import Guarded, JsonlSink, Record, Sink, as_sinks
 from evenstep.telemetry.trouble import Troubles
 from evenstep.train.files import replace_text
-from evenstep.train.metrics import up_to
+from evenstep.train.log import up_to
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -1,5 +1,4 @@
-"""Fused kernels: the twins of the functions in `evenstep.transforms` that touch whole tensors, one set per kind of
-device.
+"""Fused optimizer steps, one set of kernels per kind of device: see interface.py for what they share.
 
 Nothing is loaded before an optimizer steps on such a device.
 """
@@ -7,41 +6,9 @@ Nothing is loaded before an optimizer steps on such a device.
 import functools
 from collections.abc import Callable
 
-from evenstep.kernels.constants import constant, uploaded
-from evenstep.kernels.interface import (
-    ROWS,
-    STATS,
-    AdamFound,
-    AdamWork,
-    Kernels,
-    Measured,
-    RowFound,
-    RowWork,
-    Unavailable,
-    WholeKernels,
-    WholeStep,
-    is_coded,
-    table,
-)
+from evenstep.kernels.interface import Kernels, StepTensors, Unavailable, constant, is_coded, table, uploaded
 
-__all__ = [
-    "ROWS",
-    "STATS",
-    "AdamFound",
-    "AdamWork",
-    "Kernels",
-    "Measured",
-    "RowFound",
-    "RowWork",
-    "Unavailable",
-    "WholeKernels",
-    "WholeStep",
-    "constant",
-    "is_coded",
-    "kernels_for",
-    "table",
-    "uploaded",
-]
+__all__ = ["Kernels", "StepTensors", "Unavailable", "constant", "is_coded", "kernels_for", "table", "uploaded"]
 
 
 def _cpu() -> Kernels:

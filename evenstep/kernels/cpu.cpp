@@ -73,23 +73,9 @@ PUBLIC void evenstep_clip_norms(const Job *jobs, int64_t k, int64_t threads, con
   }
 }
 
-// block_peak may be null.
-PUBLIC void evenstep_adam(const Job *jobs, int64_t k, int64_t threads, const float *table, int64_t capped, int64_t zero_history, float *update_norm, float *clipped_norm, float *clipped, const float *block_peak) {
-  const std::vector<Block> blocks = cut(jobs, 0, k, 0);
-  const std::vector<Sums> sums = adam_blocks(
-      jobs, blocks, threads, capped, zero_history, [&](int64_t i) { return column<Numbers>(table, k, i); },
-      [&](int64_t b) { return block_peak ? block_peak[blocks[b].number] : INFINITY; });
-  for (int64_t i = 0, b = 0; i < k; i++) {
-    const Sums whole = sum_of(sums, b, blocks_of(jobs[i]));
-    update_norm[i] = float(std::sqrt(whole.update));
-    clipped_norm[i] = float(std::sqrt(whole.clipped));
-    clipped[i] = float(whole.count);
-  }
-}
-
-// All of Adam's step, of Stable-SPAM's, or of SPAM's. kept[n * k + i] is where number n of `Kept` of tensor i lies; told has
-// TOLD rows of k.
-PUBLIC void evenstep_step(const Job *jobs, int64_t k, int64_t threads, const How *given, float *const *kept, float *told) {
+// All of Adam's step, of Stable-SPAM's, or of SPAM's. kept[n * k + i] is where number n of `Kept` of tensor i lies; stats has
+// NUM_STATS rows of k.
+PUBLIC void evenstep_step(const Job *jobs, int64_t k, int64_t threads, const How *given, float *const *kept, float *stats) {
   const How &how = *given;
   const bool stable = how.stable != 0;
   const int numbers = stable ? 5 : 1;
@@ -161,7 +147,7 @@ PUBLIC void evenstep_step(const Job *jobs, int64_t k, int64_t threads, const How
         [&](int64_t b) { return sizes[b].peak; });
     for (int64_t i = first, b = 0; i < last; i++) {
       Tensor &t = tensor(i);
-      tell(jobs[i], t, how, sum_of(sums, b, blocks_of(jobs[i])), k, i, told);
+      report(jobs[i], t, how, sum_of(sums, b, blocks_of(jobs[i])), k, i, stats);
       if (!t.finite) continue;
       if (how.one_counter != 0) t[COUNT] = t[AGE];
       for (int n = 0; n < numbers; n++)
@@ -170,23 +156,8 @@ PUBLIC void evenstep_step(const Job *jobs, int64_t k, int64_t threads, const How
   });
 }
 
-// Squared norms of columns: squares[i] points to size / rows numbers.
-PUBLIC void evenstep_columns(const Job *jobs, int64_t k, int64_t threads, double *const *squares, float *peak, float *norm) {
-  for (int64_t i = 0; i < k; i++) {
-    const Size found = size_columns(jobs[i], threads, squares[i]);
-    peak[i] = found.peak;
-    norm[i] = float(std::sqrt(found.squares));
-  }
-}
-
-// divisors[i] is null where rows are divided by their own norms.
-PUBLIC void evenstep_rows(const Job *jobs, int64_t k, int64_t threads, const float *table, const float *const *divisors, float floor, float *direction_norm) {
-  for (int64_t i = 0; i < k; i++)
-    direction_norm[i] = scale_tensor(jobs[i], column<Rates>(table, k, i), divisors[i], floor, threads, nullptr);
-}
-
-// All of SCALE's step on matrices: by their columns, or by their rows. told is as in evenstep_step.
-PUBLIC void evenstep_scale(const Job *jobs, int64_t k, int64_t threads, const double *how, float *told) {
+// All of SCALE's step on matrices: by their columns, or by their rows. stats is as in evenstep_step.
+PUBLIC void evenstep_scale(const Job *jobs, int64_t k, int64_t threads, const double *how, float *stats) {
   const double sign = how[0], lr = how[1], decay = how[2], momentum = how[3];
   const bool rms = how[4] != 0, columns = how[5] != 0;
   const float floor = float(how[6]);
@@ -210,14 +181,14 @@ PUBLIC void evenstep_scale(const Job *jobs, int64_t k, int64_t threads, const do
     }
     const bool finite = std::isfinite(found.peak);
     const float norm = finite ? float(std::sqrt(found.squares)) : NAN;
-    told[GRAD_MAX * k + i] = found.peak;
-    told[GRAD_NORM * k + i] = norm;
-    told[NORM_AFTER * k + i] = direction;
-    told[CLIP_LIMIT * k + i] = NAN;
-    told[CLIPPED * k + i] = 0;
-    told[GAIN * k + i] = finite ? direction / std::max(norm, FLT_MIN) : NAN;
-    told[UPDATE_RMS * k + i] = float(direction * lr / std::sqrt(double(std::max<int64_t>(job.size, 1))));
-    told[SKIPPED * k + i] = !finite;
+    stats[GRAD_MAX * k + i] = found.peak;
+    stats[GRAD_NORM * k + i] = norm;
+    stats[NORM_AFTER * k + i] = direction;
+    stats[CLIP_LIMIT * k + i] = NAN;
+    stats[CLIPPED * k + i] = 0;
+    stats[GAIN * k + i] = finite ? direction / std::max(norm, FLT_MIN) : NAN;
+    stats[UPDATE_RMS * k + i] = float(direction * lr / std::sqrt(double(std::max<int64_t>(job.size, 1))));
+    stats[SKIPPED * k + i] = !finite;
   }
 }
 

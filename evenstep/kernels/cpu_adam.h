@@ -2,21 +2,13 @@
 #pragma once
 
 #include "cpu_moments.h"
-#include "cpu_rounding.h"
 #include "cpu_size.h"
 
 namespace {
 
-struct Numbers { // rows of the table of interface.py, in its order
+struct Numbers { // the factors of one tensor, as ADAM_ROWS in interface.py describes them
   float finite, gain, limit, reduced, keep1, keep2, add1, add2, step_size, inverse_root2, eps, shrink, shrink_after, after, cap_factor, cap_spread;
 };
-template <class T> T column(const float *table, int64_t k, int64_t i) {
-  T found;
-  float *to = reinterpret_cast<float *>(&found);
-  for (size_t row = 0; row < sizeof(T) / sizeof(float); row++)
-    to[row] = table[row * k + i];
-  return found;
-}
 
 struct Sums { double update = 0, clipped = 0; int64_t count = 0; };
 

@@ -106,6 +106,7 @@ struct Coder {
       const __mmask16 some = _mm512_cmp_ps_mask(a, leasts, _CMP_GE_OQ), top = _mm512_cmp_ps_mask(y, mosts, _CMP_GE_OQ);
       __m512i found = _mm512_maskz_add_epi32(some, cell, _mm512_permutexvar_epi32(d, firsts));
       found = _mm512_mask_add_epi32(found, top, found, one);
+      if (!zero) found = _mm512_mask_mov_epi32(found, _mm512_cmpeq_epi32_mask(found, none) & _mm512_cmp_ps_mask(raw, _mm512_setzero_ps(), _CMP_GT_OQ), one);
       if (zero) found = _mm512_mask_sub_epi32(found, _mm512_movepi32_mask(_mm512_castps_si512(y)), none, found);
       _mm_storeu_si128(reinterpret_cast<__m128i *>(codes + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(found, middle)));
     }
@@ -117,6 +118,9 @@ struct Coder {
     c = c < 0 ? 0 : c;
     return c < 255 && x - map[c] >= (map[c + 1] - map[c]) * 0.5f ? c + 1 : c;
   }
+
+  // A second moment that is not 0 has no code of 0: beside a spike its next update would be m / eps.
+  int32_t lifted(int32_t c, float x) const { return c == 0 && zero == 0 && x > 0 ? 1 : c; }
 
   void decode(const uint8_t *codes, const float *scale, int64_t n, float *to) const {
     for (int64_t start = 0; start < n; start += QBLOCK) {
@@ -143,7 +147,7 @@ struct Coder {
       scale[start / QBLOCK] = unit;
       if (!known) {
         for (int64_t i = 0; i < QBLOCK; i++)
-          codes[start + i] = uint8_t(search(x[start + i] / unit));
+          codes[start + i] = uint8_t(lifted(search(x[start + i] / unit), x[start + i]));
         continue;
       }
 #if defined(__AVX512F__)
@@ -156,7 +160,7 @@ struct Coder {
       int32_t found[QBLOCK];
 #pragma omp simd
       for (int64_t i = 0; i < QBLOCK; i++)
-        found[i] = c.code(x[start + i] / unit);
+        found[i] = c.lifted(c.code(x[start + i] / unit), x[start + i]);
 #pragma omp simd
       for (int64_t i = 0; i < QBLOCK; i++)
         codes[start + i] = uint8_t(found[i]);

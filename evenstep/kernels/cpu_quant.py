@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evenstep.kernels.cpu_library import library, threads
+from evenstep.kernels.cpu import library, threads
 from evenstep.kernels.interface import Unavailable
 
 FIELDS = ("group", "integer", "mantissa", "low", "top_exponent", "scale", "rule", "total", "asymmetric", "official",

@@ -2,12 +2,11 @@
 #pragma once
 
 #include "cpu_moments.h"
-#include "cpu_rounding.h"
 #include "cpu_size.h"
 
 namespace {
 
-struct Rates { // rows of the table RATES of interface.py, in its order
+struct Rates { // as SCALE_ROWS in interface.py describes them
   float finite, gain, keep, add, rate, shrink, root;
 };
 

@@ -1,11 +1,11 @@
-// Whole steps: the numbers of each tensor, as evenstep/transforms has them.
+// The numbers of whole tensors in a step: AdaClip, AdaGN and the factors of Adam, twins of evenstep/optim/functional.py.
 #pragma once
 
 #include "cpu_adam.h"
 
 namespace {
 
-struct How { // fields of WHOLE in interface.py, in its order
+struct How { // STEP_OPTIONS of interface.py, in that order
   double sign, lr, beta1, beta2, eps, decay, decay_after, warmup;
   double reset, forget, forget_after; // 1 or 0: the age starts anew; the moments do, before or after the update
   double eps_first;                   // eps enters before the bias is corrected
@@ -15,10 +15,10 @@ struct How { // fields of WHOLE in interface.py, in its order
 
 double bias_correction(double beta, double count) { return -std::expm1(count * std::log(beta)); }
 
-// What is kept of a tensor from step to step: `AGE`, and for Stable-SPAM the others.
+// Scalars of a tensor's state: `AGE`, and for Stable-SPAM the others.
 enum Kept { AGE, PEAK, NORM, NORM_RMS, COUNT };
-// What a step tells of a tensor, in the order of STATS in interface.py.
-enum Told { GRAD_MAX, GRAD_NORM, NORM_AFTER, CLIP_LIMIT, CLIPPED, GAIN, UPDATE_RMS, SKIPPED, TOLD };
+// Statistics of a tensor, STATS of interface.py in that order.
+enum Stat { GRAD_MAX, GRAD_NORM, NORM_AFTER, CLIP_LIMIT, CLIPPED, GAIN, UPDATE_RMS, SKIPPED, NUM_STATS };
 
 struct Tensor {
   double kept[5] = {0};
@@ -72,19 +72,19 @@ struct Tensor {
   }
 };
 
-// One job's column of `told`, [TOLD][k].
-void tell(const Job &job, const Tensor &t, const How &how, const Sums &sums, int64_t k, int64_t i, float *told) {
+// One job's column of `stats`, [NUM_STATS][k].
+void report(const Job &job, const Tensor &t, const How &how, const Sums &sums, int64_t k, int64_t i, float *stats) {
   const double size = double(std::max<int64_t>(job.mask ? job.trained : job.size, 1));
   const bool stable = how.stable != 0, capped = how.capped != 0, entries = std::isfinite(t.sum); // all are finite
   const float after = capped ? float(std::sqrt(sums.clipped)) : !entries ? NAN : stable ? t.clipped_norm * t.gain : t.norm * t.gain;
-  told[GRAD_MAX * k + i] = t.peak;
-  told[GRAD_NORM * k + i] = entries ? t.norm : NAN;
-  told[NORM_AFTER * k + i] = after;
-  told[CLIP_LIMIT * k + i] = stable ? t.limit : NAN;
-  told[CLIPPED * k + i] = float(double(capped ? sums.count : t.clipped) / size);
-  told[GAIN * k + i] = t.finite ? t.gain : 0;
-  told[UPDATE_RMS * k + i] = float(std::sqrt(sums.update / size));
-  told[SKIPPED * k + i] = !t.finite;
+  stats[GRAD_MAX * k + i] = t.peak;
+  stats[GRAD_NORM * k + i] = entries ? t.norm : NAN;
+  stats[NORM_AFTER * k + i] = after;
+  stats[CLIP_LIMIT * k + i] = stable ? t.limit : NAN;
+  stats[CLIPPED * k + i] = float(double(capped ? sums.count : t.clipped) / size);
+  stats[GAIN * k + i] = t.finite ? t.gain : 0;
+  stats[UPDATE_RMS * k + i] = float(std::sqrt(sums.update / size));
+  stats[SKIPPED * k + i] = !t.finite;
 }
 
 } // namespace

@@ -1,4 +1,9 @@
-"""Fused kernels for CUDA devices, written in Triton: the front door, which checks.
+"""Fused steps on CUDA devices: the host's side, which measures, makes the numbers of whole tensors, and launches.
+
+A step reads the gradients twice: a tensor's gradient cannot be measured by programs that update the tensor at the same
+time. First the measure kernel takes the largest entry and the norm of all tensors; then the functions of
+`evenstep.optim.functional`, those of the plain code, make limits, gains and step sizes as vectors ``[k]``; then one
+kernel updates parameters and moments. Nothing waits for the device.
 
 Importing this file needs torch alone; triton, which comes with CUDA builds of torch, is imported by the first launch.
 The kernels serve Triton's interpreter too (``TRITON_INTERPRET=1`` before triton is imported), which runs them on CPU
@@ -8,21 +13,33 @@ tensors, slowly.
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import os
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evenstep.kernels import cuda_ops
-from evenstep.kernels.cuda_tables import CODED
-from evenstep.kernels.interface import AdamFound, AdamWork, Measured, RowFound, RowWork, Unavailable, is_coded
+from evenstep.kernels.interface import (
+    ADAM_ROWS,
+    SCALE_ROWS,
+    STATS,
+    STEP_OPTIONS,
+    Measured,
+    StepTensors,
+    Unavailable,
+    constant,
+    is_coded,
+    table,
+)
 
+CODED = 256
+"""Entries per scale of torchao's 8-bit blocks."""
 FLOATS = (torch.float32, torch.bfloat16)
 PLAIN = frozenset({Tensor, torch.nn.Parameter})
 """Types of what a kernel can be given; a subclass may keep its numbers elsewhere."""
-_NOTHING = torch.zeros(0)
 
 
 @functools.cache
@@ -56,6 +73,13 @@ def _version() -> str:
         return "of an unknown version"
 
 
+def launches() -> ModuleType:
+    """The functions of cuda_launch.py."""
+    from evenstep.kernels import cuda_launch  # imports triton
+
+    return cuda_launch
+
+
 class TritonKernels:
     """`evenstep.kernels.interface.Kernels` for CUDA devices.
 
@@ -64,13 +88,10 @@ class TritonKernels:
     """
 
     name: str
-    makes_numbers = False
-    """A tensor's gradient cannot be measured by programs that update it at the same time, and would be read twice."""
 
     def __init__(self) -> None:
         if importlib.util.find_spec("triton") is None:
             raise Unavailable("triton is not installed (it comes with CUDA builds of torch; else pip install triton)")
-        cuda_ops.register()
         self.name = f"triton {_version()}"
 
     def serves_all(self, tensors: list[Tensor]) -> bool:
@@ -100,54 +121,146 @@ class TritonKernels:
                 return f"its {what} is not contiguous"
         return None
 
+    # ---- whole steps ----
+
+    def adam_step_(self, tensors: StepTensors, options: dict[str, float | Tensor]) -> Tensor:
+        from evenstep.optim import functional as F
+
+        o: dict[str, Any] = dict.fromkeys(STEP_OPTIONS, 0.0) | options
+        k, stable, capped = len(tensors.params), bool(o["stable"]), bool(o["capped"])
+        scalars = torch.stack(tensors.scalars).view(-1, k)
+        age = scalars[0] * (1 - o["reset"]) + 1  # [k]
+        grads = F.completed(F.Gradients.measure(tensors.grads, torch.float32, o["sign"], self))
+        if stable:
+            _, peak, norm, norm_rms, n = scalars.unbind()
+            n = n + 1
+            grads, peak = F.adaclip(grads, peak, n, o["gamma3"])
+            grads = F.completed(grads.with_norms()).within_range()
+            gain, norm, norm_rms = F.adagn(grads.norm, norm, norm_rms, n, o["gamma1"], o["gamma2"], o["eps"])
+            grads = grads.amplified(gain)
+            new = [age, peak, norm, norm_rms, age if o["one_counter"] else n]
+        else:
+            grads = grads.squares_within(torch.finfo(torch.float32).max)
+            new = [age]
+        plan = F.AdamPlan.of(
+            grads.finite,
+            age,
+            o["forget"],
+            lr=o["lr"],
+            betas=(o["beta1"], o["beta2"]),
+            eps=o["eps"],
+            weight_decay=o["decay"],
+            warmup=o["warmup"],
+            eps_before_correction=bool(o["eps_first"]),
+            forget_after=o["forget_after"],
+            weight_decay_after=o["decay_after"],
+        )
+        gain, limit, reduced = grads.numbers()
+        rows: dict[str, Any] = {
+            "finite": grads.finite,
+            "gain": gain,
+            "limit": limit,
+            "reduced": reduced,
+            "keep1": plan.keep1,
+            "keep2": plan.keep2,
+            "add1": plan.add1,
+            "add2": plan.add2,
+            "step_size": plan.step_size,
+            "inverse_root2": 1 / plan.root_bias2,
+            "eps": plan.eps,
+            "shrink": 1.0 if plan.shrink is None else plan.shrink,
+            "shrink_after": 1.0 if plan.shrink_after is None else plan.shrink_after,
+            "after": 1.0 if plan.after is None else plan.after,
+            "cap_factor": o["cap_factor"],
+            "cap_spread": o["cap_spread"],
+        }
+        exp_avg, scales, maps = _parts(tensors.exp_avg)
+        exp_avg_sq, scales_sq, maps_sq = _parts(tensors.exp_avg_sq)
+        update_norm, clipped_norm, clipped = launches().adam_(
+            tensors.params, tensors.grads, exp_avg, exp_avg_sq, scales, scales_sq, maps, maps_sq,
+            table(grads.peak, *(rows[name] for name in ADAM_ROWS)), tensors.lost, tensors.seeds,
+            capped, bool(o["zero_history"]),
+        )  # fmt: skip
+        torch._foreach_copy_(tensors.scalars, torch.where(grads.finite, torch.stack(new), scalars).view(-1).unbind())
+        _mark_written(tensors)
+        sizes = _sizes(tensors.params)
+        found = F.statistics(F.completed(grads.with_norms()), sizes, update_norm)
+        if capped:
+            found |= {"norm_after": clipped_norm, "clipped": clipped / sizes}
+        return torch.stack([found[name] for name in STATS])
+
+    def scale_step_(
+        self,
+        tensors: StepTensors,
+        sign: float,
+        lr: float | Tensor,
+        decay: float,
+        momentum: float,
+        norm: str,
+        by: str,
+        floor: float,
+    ) -> Tensor:
+        from evenstep.optim import functional as F
+
+        shapes = [p.shape for p in tensors.params]
+        counts = [shape[0] if by == "columns" else math.prod(shape[1:]) for shape in shapes]
+        divisors: list[Tensor] = []
+        measured = None
+        if by == "columns":  # their norms are known only once all rows are read: in the pass that measures
+            measured, squares = self._columns(tensors.grads)
+            divisors = [F.floored(x.sqrt().float(), n, norm) for x, n in zip(squares, counts, strict=True)]
+        grads = F.completed(F.Gradients.measure(tensors.grads, torch.float32, sign, self, measured))
+        roots = [math.sqrt(max(count, 1)) if norm == "rms" else 1.0 for count in counts]
+        rows: dict[str, Any] = {
+            "finite": grads.finite,
+            "gain": grads.gain * sign,
+            "keep": momentum,
+            "add": 1 - momentum,
+            "rate": lr,
+            "shrink": 1 - lr * decay,
+            "root": constant(roots, grads.peak.dtype, grads.peak.device),
+        }
+        exp_avg, scales, maps = _parts(tensors.exp_avg)
+        [directions] = launches().rows_(
+            tensors.params, tensors.grads, exp_avg, scales, maps, divisors,
+            table(grads.peak, *(rows[name] for name in SCALE_ROWS)), floor, tensors.lost, tensors.seeds,
+        )  # fmt: skip
+        _mark_written(tensors)
+        grads = F.completed(grads.with_norms())
+        found = F.scale_statistics(grads, _sizes(tensors.params), directions, lr)
+        return torch.stack([found[name] for name in STATS])
+
+    # ---- reading gradients ----
+
     def measure(self, grads: list[Tensor]) -> Measured:
-        if not grads:
-            return Measured(_NOTHING, _NOTHING, ())
-        found, chunks = torch.ops.evenstep.cuda_measure(grads)
+        found, chunks = launches().measure(grads)
         return Measured(found[0], found[1], blocks=(chunks,))
 
     def clip_norms(
         self, grads: list[Tensor], measured: Measured, limit: Tensor, rescale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if not grads:
-            return _NOTHING, _NOTHING
-        if not measured.blocks:  # of `columns`, which cuts otherwise
-            measured = self.measure(grads)
-        found = torch.ops.evenstep.cuda_clip_norms(grads, measured.blocks[0], limit, rescale)
-        return found[0], found[1]
+        norm, count = launches().clip_norms(grads, measured.blocks[0], limit, rescale)
+        return norm, count
 
-    def adam_(self, work: AdamWork) -> AdamFound:
-        if any(m.numel() != p.numel() for m, p in zip(work.exp_avg, work.params, strict=True)):
-            raise ValueError("the Triton kernels have no compact moments; see refusal")
-        if not work.params:
-            return AdamFound(_NOTHING, _NOTHING, _NOTHING)
-        exp_avg, scales, maps = _parts(work.exp_avg)
-        exp_avg_sq, scales_sq, maps_sq = _parts(work.exp_avg_sq)
-        found = torch.ops.evenstep.cuda_adam_(
-            work.params, work.grads, exp_avg, exp_avg_sq, scales, scales_sq, maps, maps_sq, work.numbers, work.lost,
-            work.seeds, work.capped, work.zero_history,
-        )  # fmt: skip
-        return AdamFound(found[0], found[1], found[2])
+    def transform(self, out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
+        launches().transformed_(out, grads, numbers)
+        torch.autograd.graph.increment_version(out)
 
-    def columns(self, grads: list[Tensor]) -> tuple[Measured, list[Tensor]]:
-        if not grads:
-            return Measured(_NOTHING, _NOTHING, ()), []
-        found, sums = torch.ops.evenstep.cuda_columns(grads)
-        return Measured(found[0], found[1], blocks=()), sums
+    def _columns(self, grads: list[Tensor]) -> tuple[Measured, list[Tensor]]:
+        """`measure`, and in the same pass the squared norms of columns: fp64 in the shape of one row."""
+        found, squares = launches().columns(grads)
+        return Measured(found[0], found[1], blocks=()), squares
 
-    def rows_(self, work: RowWork) -> RowFound:
-        if not work.params:
-            return RowFound(_NOTHING)
-        exp_avg, scales, maps = _parts(work.exp_avg)
-        found = torch.ops.evenstep.cuda_rows_(
-            work.params, work.grads, exp_avg, scales, maps, work.divisors, work.numbers, work.floor, work.lost,
-            work.seeds,
-        )  # fmt: skip
-        return RowFound(found[0])
 
-    def transformed(self, out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
-        if out:
-            torch.ops.evenstep.cuda_transformed_(out, grads, numbers)
+def _sizes(params: list[Tensor]) -> Tensor:
+    """Entries of each tensor, at least 1, ``[k]``."""
+    return constant([max(p.numel(), 1) for p in params], torch.float32, params[0].device)
+
+
+def _mark_written(tensors: StepTensors) -> None:
+    """Let autograd know, so that it refuses a backward pass through values that have changed."""
+    for written in (tensors.params, tensors.lost):
+        torch.autograd.graph.increment_version(written)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -4,8 +4,7 @@ import platform
 
 import torch
 
-from evenstep.kernels import cpu_library as cpu
-from evenstep.kernels import kernels_for
+from evenstep.kernels import cpu, kernels_for
 
 
 def diagnosis() -> list[tuple[str, str]]:

@@ -1,13 +1,17 @@
-"""What a set of fused kernels offers, on any device.
+"""What the optimizers and the fused kernels share: the interface of a set of kernels, and vectors on a device.
 
-A kernel is the twin of one function of `evenstep.transforms`: the same equation in one pass over memory, for all
-tensors of a step in one call. Numbers of whole tensors (limits, gains, step sizes) are made by the plain code and come
-here as one table; kernels only touch the large tensors. A set of kernels serves the tensors that it does not refuse;
-the others take the plain way.
+A *fused step* updates all parameters of one group in one call: C++ on CPU (cpu.py), Triton on CUDA (cuda.py). Both
+have the same arguments. Anything that a set of kernels refuses takes the plain code of `evenstep.optim.functional`,
+which is the reference that the kernels are tested against.
+
+`stabilize` and the telemetry read gradients outside of a step; for them kernels also offer `measure`, `clip_norms` and
+`transform`.
 """
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +22,105 @@ class Unavailable(Exception):
     """Why there are no kernels here, in one line."""
 
 
-ROWS = (
-    "finite",  # 1, or 0 for a tensor whose gradient is not finite: nothing of it is written, its results are 0
+STEP_OPTIONS = (
+    *("sign", "lr", "beta1", "beta2", "eps", "decay", "decay_after", "warmup"),
+    *("reset", "forget", "forget_after"),  # 1 or 0: restart the age; clear the moments before, or after the update
+    "eps_first",  # 1 or 0: eps enters before the bias is corrected
+    *("stable", "gamma1", "gamma2", "gamma3", "one_counter"),  # AdaClip and AdaGN
+    *("capped", "cap_factor", "cap_spread", "zero_history"),  # SPAM: |g| <= sqrt(cap_factor * v) + cap_spread
+)
+"""Options of `Kernels.adam_step_`, the same for all tensors of a call; an option that is not given is 0. The order is
+that of ``struct How`` in cpu_adam.h."""
+
+STATS = ("grad_max", "grad_norm", "norm_after", "clip_limit", "clipped", "gain", "update_rms", "skipped")
+"""Per-tensor statistics that a step returns, one row per statistic."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """The tensors of a fused step: lists with one entry for each of ``k`` parameters."""
+
+    params: list[Tensor]
+    """fp32 or bf16, written."""
+    grads: list[Tensor]
+    """fp32 or bf16, read."""
+    exp_avg: list[Tensor] = field(default_factory=list)
+    """fp32, bf16 or torchao's 8-bit blocks, written; compact where there is a mask. Empty for SCALE without
+    momentum."""
+    exp_avg_sq: list[Tensor] = field(default_factory=list)
+    scalars: list[Tensor] = field(default_factory=list)
+    """0-d fp32: the ages of all tensors; for Stable-SPAM then all peaks, norms, norm_rms and n. Written where the
+    gradient is finite."""
+    masks: list[Tensor] = field(default_factory=list)
+    """Empty, or a uint8 tensor of packed bits for each tensor (bit i of byte j: entry 8 j + i is trained), with no
+    entries for a dense tensor."""
+    lost: list[Tensor] = field(default_factory=list)
+    """Kahan compensation in the parameter's dtype, or empty."""
+    seeds: list[Tensor] = field(default_factory=list)
+    """0-d int32 seeds of stochastic rounding, or empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Result of one pass over gradients: fp32 vectors ``[k]``, and sums over blocks for the next pass."""
+
+    peak: Tensor
+    """Largest absolute entry, Inf where any entry is not finite."""
+    norm: Tensor
+    """2-norm, accurate to 1e-6 for entries of any size; not finite where an entry is not."""
+    blocks: tuple[Tensor, ...]
+    """Maxima and square sums of blocks. The memory layout is private to the kernels."""
+
+
+class Kernels(Protocol):
+    """Fused kernels of one kind of device."""
+
+    name: str
+    """For people: ``"cpu avx2"``, ``"triton 3.4"``."""
+
+    def refusal(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
+        """Why a parameter with this gradient and these moments cannot be served, None if it can."""
+
+    def serves_all(self, tensors: list[Tensor]) -> bool:
+        """Whether all of these are plain tensors on one device that `refusal` has nothing against. False means that
+        each has to be looked at."""
+
+    def adam_step_(self, tensors: StepTensors, options: dict[str, float | Tensor]) -> Tensor:
+        """A whole step of Adam, SPAM or Stable-SPAM, in place. ``options``: values of `STEP_OPTIONS`. Returns `STATS`,
+        ``[len(STATS), k]``."""
+
+    def scale_step_(
+        self,
+        tensors: StepTensors,
+        sign: float,
+        lr: float | Tensor,
+        decay: float,
+        momentum: float,
+        norm: str,
+        by: str,
+        floor: float,
+    ) -> Tensor:
+        """A whole step of SCALE's matrices, in place: each of their ``by`` (``"rows"`` or ``"columns"``) is divided by
+        its ``norm`` (``"rms"`` or ``"l2"``), at least ``floor``. Returns `STATS`."""
+
+    def measure(self, grads: list[Tensor]) -> Measured:
+        """Largest entry and norm of each gradient, in one pass."""
+
+    def clip_norms(
+        self, grads: list[Tensor], measured: Measured, limit: Tensor, rescale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """2-norm of each gradient after its entries above ``limit`` (``[k]``) are multiplied by ``rescale``, and how
+        many entries that are. Only blocks with such an entry are read."""
+
+    def transform(self, out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
+        """``out <- grad`` limited and scaled by ``numbers`` (fp32 ``[3, k]``: gain, limit, reduced gain); 0 where a
+        gain is 0."""
+
+
+# ---- per-tensor numbers of the Triton kernels: fp32 ``[rows, k]``, a column per tensor ----
+
+ADAM_ROWS = (
+    "finite",  # 1, or 0 where the gradient is not finite: nothing of the tensor is written, its results are 0
     "gain",  # what a gradient's entries are multiplied by, sign included
     "limit",  # entries above it (absolute value) are multiplied by `reduced` instead; Inf for no limit
     "reduced",
@@ -36,64 +137,9 @@ ROWS = (
     "cap_factor",  # SPAM's clipping: |g| <= sqrt(cap_factor * v) + cap_spread, v before this step
     "cap_spread",
 )
-"""Rows of the table of numbers, fp32 ``[len(ROWS), k]`` on the device of the tensors, a column per tensor."""
 
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What one pass over gradients found: vectors ``[k]`` in fp32, and the numbers of blocks for the next pass."""
-
-    peak: Tensor
-    """Largest absolute entry, Inf where any entry is not finite."""
-    norm: Tensor
-    """2-norm, right to 1e-6 for entries of any size; not finite where an entry is not."""
-    blocks: tuple[Tensor, ...]
-    """Maxima and square sums of blocks; how they lie is the kernels' own affair."""
-
-
-@dataclass(frozen=True, slots=True)
-class AdamWork:
-    """What Adam's kernel works on: lists of ``k`` tensors (or parts that are here), and the table of numbers."""
-
-    params: list[Tensor]
-    """fp32 or bf16, written."""
-    grads: list[Tensor]
-    """fp32 or bf16, read."""
-    exp_avg: list[Tensor]
-    """fp32, bf16 or torchao's 8-bit blocks, written; compact where there is a mask."""
-    exp_avg_sq: list[Tensor]
-    numbers: Tensor
-    """See `ROWS`."""
-    masks: list[Tensor] = field(default_factory=list)
-    """Empty, or a uint8 tensor of packed bits per tensor (bit i of byte j: entry 8 j + i is trained), without entries
-    for a dense tensor.
-    """
-    lost: list[Tensor] = field(default_factory=list)
-    """Kahan's compensation in the parameter's dtype, one per tensor, or empty."""
-    seeds: list[Tensor] = field(default_factory=list)
-    """0-d int32 for stochastic rounding (`evenstep.transforms.rounding`), one per tensor, or empty."""
-    capped: bool = False
-    """Clip by `cap_factor`."""
-    zero_history: bool = False
-    """An entry whose cap is 0 becomes 0; otherwise it has no cap."""
-    measured: Measured | None = None
-    """What was measured before, for kernels that can make use of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class AdamFound:
-    """What came of it, vectors ``[k]`` in fp32."""
-
-    update_norm: Tensor
-    """2-norm of each update, without the decay."""
-    clipped_norm: Tensor
-    """2-norm after SPAM's clipping (of ``gain * g``), where ``capped``."""
-    clipped: Tensor
-    """Entries that it changed."""
-
-
-RATES = (
-    "finite",  # as in `ROWS`
+SCALE_ROWS = (
+    "finite",
     "gain",
     "keep",  # what the average gradient is multiplied by, and the gradient on its way into it
     "add",
@@ -101,133 +147,8 @@ RATES = (
     "shrink",
     "root",  # a row's 2-norm is divided by it: the root of the number of entries for the RMS, 1 for the 2-norm
 )
-"""Rows of SCALE's table of numbers, fp32 ``[len(RATES), k]``."""
 
-
-@dataclass(frozen=True, slots=True)
-class RowWork:
-    """What SCALE's kernel works on: ``k`` tensors of 2 or more dimensions, each row (all dimensions but the first)
-    divided by its own norm, or each column by the one given.
-    """
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    exp_avg: list[Tensor]
-    """The average gradient, which then is what gets normalised; empty for none."""
-    divisors: list[Tensor]
-    """fp32, the shape of one row: what each column is divided by; empty where rows are divided by their own norms."""
-    numbers: Tensor
-    """See `RATES`."""
-    floor: float
-    """Smallest norm that a row is divided by (after ``root``)."""
-    lost: list[Tensor] = field(default_factory=list)
-    seeds: list[Tensor] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class RowFound:
-    """What came of it."""
-
-    direction_norm: Tensor
-    """[k] 2-norm of each normalised tensor."""
-
-
-WHOLE = (
-    *("sign", "lr", "beta1", "beta2", "eps", "decay", "decay_after", "warmup"),
-    *("reset", "forget", "forget_after"),  # 1 or 0: the age starts anew; the moments do, before or after the update
-    "eps_first",  # 1 or 0: eps enters before the bias is corrected
-    *("stable", "gamma1", "gamma2", "gamma3", "one_counter"),  # AdaClip and AdaGN
-    *("capped", "cap_factor", "cap_spread", "zero_history"),  # SPAM's clipping
-)
-"""What `Kernels.adam_step_` wants to know, the same for all tensors; 0 for what is not given."""
-
-STATS = ("grad_max", "grad_norm", "norm_after", "clip_limit", "clipped", "gain", "update_rms", "skipped")
-"""What a step tells, a row each."""
-
-
-@dataclass(frozen=True, slots=True)
-class WholeStep:
-    """What a whole step works on: as `AdamWork`, and the scalars that are kept of each tensor."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    exp_avg: list[Tensor] = field(default_factory=list)
-    exp_avg_sq: list[Tensor] = field(default_factory=list)
-    kept: list[Tensor] = field(default_factory=list)
-    """0-d fp32: all tensors' ages; for Stable-SPAM then their peaks, norms, norm_rms and n. Written where a gradient is
-    finite.
-    """
-    masks: list[Tensor] = field(default_factory=list)
-    lost: list[Tensor] = field(default_factory=list)
-    seeds: list[Tensor] = field(default_factory=list)
-
-
-class Kernels(Protocol):
-    """Fused kernels of one kind of device."""
-
-    name: str
-    """For people: ``"cpu avx2"``, ``"triton 3.4"``."""
-    makes_numbers: bool
-    """Whether these are `WholeKernels`."""
-
-    def refusal(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
-        """Why a parameter (the part that is here) cannot be served, None if it can."""
-
-    def serves_all(self, tensors: list[Tensor]) -> bool:
-        """Whether all of these are whole plain tensors on one device that `refusal` has nothing against. False only
-        says that it takes a closer look.
-        """
-
-    def measure(self, grads: list[Tensor]) -> Measured:
-        """Largest entry and norm of each gradient, in one pass."""
-
-    def clip_norms(
-        self, grads: list[Tensor], measured: Measured, limit: Tensor, rescale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The 2-norm of each gradient after its entries above ``limit`` (``[k]``) are multiplied by ``rescale``, and
-        how many there are. Only blocks that hold such an entry are read.
-        """
-
-    def adam_(self, work: AdamWork) -> AdamFound:
-        """Adam's step, in place."""
-
-    def columns(self, grads: list[Tensor]) -> tuple[Measured, list[Tensor]]:
-        """`measure`, and in the same pass the squared norm of each column: fp64 in the shape of one row. Not finite
-        where an entry is not.
-        """
-
-    def rows_(self, work: RowWork) -> RowFound:
-        """SCALE's step on matrices, in place."""
-
-    def transformed(self, out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
-        """``out <- grad`` limited and scaled by ``numbers`` (fp32 ``[3, k]``: gain, limit, reduced); 0 where a gain is
-        0.
-        """
-
-
-class WholeKernels(Kernels, Protocol):
-    """Kernels that can make a whole step of tensors that are whole, on the host."""
-
-    def adam_step_(self, work: WholeStep, how: dict[str, float | Tensor]) -> Tensor:
-        """All of a step of Adam, SPAM or Stable-SPAM: what the plain code does between the kernels, too. ``how`` gives
-        values of `WHOLE`. Returns `STATS`, ``[len(STATS), k]``.
-        """
-
-    def scale_step_(
-        self,
-        work: WholeStep,
-        sign: float,
-        lr: float | Tensor,
-        decay: float,
-        momentum: float,
-        norm: str,
-        by: str,
-        floor: float,
-    ) -> Tensor:
-        """The same for SCALE's matrices, divided ``by`` the norms (``"rms"`` or ``"l2"``, at least ``floor``) of their
-        ``"rows"`` or ``"columns"``.
-        """
-
+# ---- tensors ----
 
 _PLAIN = frozenset({Tensor, Parameter})
 
@@ -253,8 +174,8 @@ def opened(moments: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tens
 
 
 def table(like: Tensor, *rows: Tensor | float) -> Tensor:
-    """A table of numbers in fp32, a row each: vectors in the shape ``[k]`` of ``like``, and 0-d tensors or floats,
-    which hold for all ``k``.
+    """fp32 ``[len(rows), k]``: vectors in the shape ``[k]`` of ``like``, and 0-d tensors or floats, repeated ``k``
+    times.
     """
     return torch.stack([_row(like, row) for row in rows])
 
@@ -266,5 +187,73 @@ def _row(like: Tensor, row: Tensor | float) -> Tensor:
         return row.float()
     if row.device == like.device:
         return row.expand(like.shape).float()
-    # Of the CPU, such as the learning rate: as an argument of a kernel it reaches the device without a copy.
+    # On the CPU, such as the learning rate: as an argument of a kernel it reaches the device without a copy.
     return torch.zeros_like(like).add_(row)
+
+
+# ---- small vectors on a device ----
+#
+# A copy of a few numbers to a GPU made the usual way (``torch.tensor(..., device="cuda")``) waits until the GPU has
+# done all work that was queued before. These go through pinned memory without waiting, and are cached.
+
+# Pinned memory that captured CUDA graphs read again at each replay: a few KB per capture, kept for good because the end
+# of a graph cannot be observed.
+_CAPTURED: list[Tensor] = []
+
+
+def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``values`` as a vector on ``device``, without waiting for it. On a GPU the vector is cached: never write to
+    it."""
+    if torch.compiler.is_compiling():  # fills, which a compiler fuses; a table would be copied at each step
+        return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    make = _constant.__wrapped__ if capturing(device) else _constant
+    return make(tuple(values), dtype, device, stream(device), _fake_mode())
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(
+    values: tuple[float, ...], dtype: torch.dtype, device: torch.device, stream: int, fake_mode: Any
+) -> Tensor:
+    return uploaded(torch.tensor(values, dtype=dtype, device="cpu"), device)
+
+
+def uploaded(host: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor's copy on ``device``, without waiting for it. The allocator keeps pinned memory until the copy is
+    done."""
+    if device.type != "cuda":
+        return host.to(device)
+    host = torch.empty(host.shape, dtype=host.dtype, device="cpu", pin_memory=True).copy_(host)
+    if capturing(device):
+        _CAPTURED.append(host)
+    return host.to(device, non_blocking=True)
+
+
+# A vector is copied on one stream and may be read too early on another; one made during a capture is filled only when
+# the graph is replayed. So each stream has its own, and a capture makes new ones.
+
+
+def stream(device: torch.device) -> int:
+    """The current stream of ``device``, as a number."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" and _fake_mode() is None else 0
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on ``device``."""
+    return device.type == "cuda" and _fake_mode() is None and torch.cuda.is_current_stream_capturing()
+
+
+def under_observation() -> bool:
+    """Whether operators do not simply run: they are traced, have no data, or a dispatch mode intercepts them."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._guards.TracingContext.try_get() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _fake_mode() -> Any:
+    """The active `FakeTensorMode`, or None. Tensors that one mode made are of no use in another."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)

@@ -1,36 +1,36 @@
 """Triton kernels that treat tensors as flat: measuring, Adam, an average, and the sums over chunks.
 
-Arguments that all share: a plan's tables (`evenstep.kernels.cuda_tables`), ``at`` the addresses ``[streams, k]``,
+Arguments that all share: a plan's tables (`Plan` in cuda_launch.py), ``at`` the addresses ``[streams, k]``,
 ``base`` the group's first chunk, ``width`` the number of all chunks.
 """
 
 import triton
 import triton.language as tl
 
-from evenstep.kernels.interface import RATES, ROWS
+from evenstep.kernels.interface import ADAM_ROWS, SCALE_ROWS
 from evenstep.kernels.triton_math import LARGEST, add_squares, cleaned, close, norm_of, opened, pointer, read, write
 
-FINITE = tl.constexpr(ROWS.index("finite"))
-GAIN = tl.constexpr(ROWS.index("gain"))
-LIMIT = tl.constexpr(ROWS.index("limit"))
-REDUCED = tl.constexpr(ROWS.index("reduced"))
-KEEP1 = tl.constexpr(ROWS.index("keep1"))
-KEEP2 = tl.constexpr(ROWS.index("keep2"))
-ADD1 = tl.constexpr(ROWS.index("add1"))
-ADD2 = tl.constexpr(ROWS.index("add2"))
-STEP_SIZE = tl.constexpr(ROWS.index("step_size"))
-INVERSE_ROOT2 = tl.constexpr(ROWS.index("inverse_root2"))
-EPS = tl.constexpr(ROWS.index("eps"))
-SHRINK = tl.constexpr(ROWS.index("shrink"))
-SHRINK_AFTER = tl.constexpr(ROWS.index("shrink_after"))
-AFTER = tl.constexpr(ROWS.index("after"))
-CAP_FACTOR = tl.constexpr(ROWS.index("cap_factor"))
-CAP_SPREAD = tl.constexpr(ROWS.index("cap_spread"))
+FINITE = tl.constexpr(ADAM_ROWS.index("finite"))
+GAIN = tl.constexpr(ADAM_ROWS.index("gain"))
+LIMIT = tl.constexpr(ADAM_ROWS.index("limit"))
+REDUCED = tl.constexpr(ADAM_ROWS.index("reduced"))
+KEEP1 = tl.constexpr(ADAM_ROWS.index("keep1"))
+KEEP2 = tl.constexpr(ADAM_ROWS.index("keep2"))
+ADD1 = tl.constexpr(ADAM_ROWS.index("add1"))
+ADD2 = tl.constexpr(ADAM_ROWS.index("add2"))
+STEP_SIZE = tl.constexpr(ADAM_ROWS.index("step_size"))
+INVERSE_ROOT2 = tl.constexpr(ADAM_ROWS.index("inverse_root2"))
+EPS = tl.constexpr(ADAM_ROWS.index("eps"))
+SHRINK = tl.constexpr(ADAM_ROWS.index("shrink"))
+SHRINK_AFTER = tl.constexpr(ADAM_ROWS.index("shrink_after"))
+AFTER = tl.constexpr(ADAM_ROWS.index("after"))
+CAP_FACTOR = tl.constexpr(ADAM_ROWS.index("cap_factor"))
+CAP_SPREAD = tl.constexpr(ADAM_ROWS.index("cap_spread"))
 
-RATE_FINITE = tl.constexpr(RATES.index("finite"))
-RATE_GAIN = tl.constexpr(RATES.index("gain"))
-RATE_KEEP = tl.constexpr(RATES.index("keep"))
-RATE_ADD = tl.constexpr(RATES.index("add"))
+RATE_FINITE = tl.constexpr(SCALE_ROWS.index("finite"))
+RATE_GAIN = tl.constexpr(SCALE_ROWS.index("gain"))
+RATE_KEEP = tl.constexpr(SCALE_ROWS.index("keep"))
+RATE_ADD = tl.constexpr(SCALE_ROWS.index("add"))
 
 # Numbers that are not to be compiled in, and tables of int64 whose views begin anywhere.
 VARYING = ["base", "width", "k", "n"]
@@ -144,8 +144,9 @@ def adam_chunks(
     KAHAN: tl.constexpr, STOCHASTIC: tl.constexpr, CAPPED: tl.constexpr, ZERO_HISTORY: tl.constexpr,
     CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """`evenstep.transforms.adam.adam_`. ``at``: parameter, gradient, moments, compensation, then scale and map of each
-    moment that is coded. ``out [3, width]``: norm of the update, norm after clipping by history, entries clipped so.
+    """`evenstep.optim.functional.adam_step`. ``at``: parameter, gradient, moments, compensation, then scale and map of
+    each moment that is coded. ``out [3, width]``: norm of the update, norm after clipping by history, entries clipped
+    so.
     """
     chunk, i, begin, n = whereabouts(owners, firsts, facts, base, CHUNK, ALIGNED)
     p, g = pointer(at, 0, k, i, P, ALIGNED), pointer(at, 1, k, i, G, ALIGNED)

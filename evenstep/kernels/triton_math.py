@@ -112,12 +112,15 @@ def nearest_code(x, map, SIGNED: tl.constexpr):
     below = tl.where(after, three, tl.where(before, one, two))
     above = tl.where(after, four, tl.where(before, two, three))
     code += after.to(tl.int32) - before.to(tl.int32)
-    return tl.minimum(code + (x - below >= (above - below) * 0.5).to(tl.int32), 255)
+    code = tl.minimum(code + (x - below >= (above - below) * 0.5).to(tl.int32), 255)
+    if not SIGNED:  # a second moment that is not 0 has no code of 0, as in `close` of optim/functional.py
+        code = tl.where((code == 0) & (x > 0), 1, code)
+    return code
 
 
 @triton.jit
 def mixed(x):
-    """`evenstep.transforms.rounding._mixed`."""
+    """`_mixed` of evenstep/optim/functional.py."""
     x = (x ^ (x >> 16)) * -2048144789
     x = (x ^ (x >> 13)) * -1028477387
     return x ^ (x >> 16)
@@ -125,7 +128,7 @@ def mixed(x):
 
 @triton.jit
 def write(p, lost, exact, offsets, inside, seed, P: tl.constexpr, KAHAN: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Round ``exact`` into the parameter (`evenstep.transforms.rounding`); ``offsets`` number its entries."""
+    """Round ``exact`` into the parameter (as evenstep/optim/functional.py); ``offsets`` number its entries."""
     if KAHAN:
         exact += read(lost, offsets, inside)
         kept = exact.to(P)

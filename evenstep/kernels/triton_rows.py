@@ -8,13 +8,13 @@ time from cache.
 import triton
 import triton.language as tl
 
-from evenstep.kernels.interface import RATES
+from evenstep.kernels.interface import SCALE_ROWS
 from evenstep.kernels.triton_flat import RATE_FINITE, RATE_GAIN, TABLES, VARYING
 from evenstep.kernels.triton_math import LARGEST, add_squares, cleaned, norm_of, opened, pointer, read, write
 
-RATE = tl.constexpr(RATES.index("rate"))
-SHRINK = tl.constexpr(RATES.index("shrink"))
-ROOT = tl.constexpr(RATES.index("root"))
+RATE = tl.constexpr(SCALE_ROWS.index("rate"))
+SHRINK = tl.constexpr(SCALE_ROWS.index("shrink"))
+ROOT = tl.constexpr(SCALE_ROWS.index("root"))
 
 
 @triton.jit

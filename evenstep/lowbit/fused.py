@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from evenstep.kernels import cpu_quant
-from evenstep.kernels.constants import under_observation
-from evenstep.kernels.cpu_library import chosen
+from evenstep.kernels.cpu import chosen
+from evenstep.kernels.interface import under_observation
 from evenstep.lowbit.formats import FORMATS, Format
 
 _PLAIN = (Tensor, Parameter)  # a DTensor, or a fake tensor, has a type of its own

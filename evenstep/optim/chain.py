@@ -1,7 +1,7 @@
-"""A chain of gradient transforms with its statistics: where they are kept, and when new ones count.
+"""A chain of gradient transforms and its statistics: where they are stored, and when new ones are kept.
 
-Each parameter has its own dict of statistics, as in an optimizer's state, so that they travel with any checkpoint
-format. Those that belong to the whole model stand in the dict of every parameter, on one device as one tensor.
+Each parameter has its own dict of statistics, as in an optimizer's state, so that they fit any checkpoint format. Those
+of the whole model are in the dict of every parameter, as one tensor per device.
 """
 
 from collections.abc import Iterable
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evenstep.optim.sharding import Bucket, local, state_dtype
+from evenstep.optim.distributed import Bucket, Reduction, Steps, local, reduced, state_dtype
+from evenstep.optim.functional import Gradients
 from evenstep.optim.state import is_trained, scalar, untouched
-from evenstep.transforms import Combine, Gradients, Now, Statistics, Steps, Transform, combined, shared_dtype
+from evenstep.optim.transforms import Statistics, StepInfo, Transform, shared_dtype
 
 PREFIX = "stabilize."
 CLOCK = "stabilize_t"
@@ -24,7 +25,8 @@ their own (see `Chain.prefix` and `Chain.clock`).
 
 @dataclass(frozen=True)
 class Transformed:
-    """What became of one bucket: its gradients, the new statistics by transform, and whether the shared ones count."""
+    """The result of the chain for one bucket: transformed gradients, new statistics by transform, and whether all
+    gradients are finite (0-d bool)."""
 
     bucket: Bucket
     grads: Gradients
@@ -77,22 +79,22 @@ class Chain:
     # ---- one step ----
 
     def transformed(self, bucket: Bucket, t: int, loss: Tensor | None) -> Steps[Transformed]:
-        """Send the gradients of a bucket through the chain; nothing is written yet."""
+        """Pass the gradients of a bucket through the chain; nothing is written yet."""
         for p in bucket.params:
             self._follow(p)
-        now = Now(bucket.here, t, self.reset_interval, loss)
+        info = StepInfo(bucket.shards, t, self.reset_interval, loss)
         grads = yield from Gradients.measure(bucket.grads, bucket.dtype, kernels=bucket.kernels)
         new = []
         for unit in self.transforms:
-            grads, found = yield from unit(grads, self._read(unit, bucket), now)
+            grads, found = yield from unit(grads, self._read(unit, bucket), info)
             new.append(found)
         grads = yield from grads.with_norms()
-        # Every bucket asks, so that all are heard: what belongs to the model counts if all of it is finite.
-        [finite] = yield from combined(Combine("gather", grads.finite.to(grads.dtype)))
+        # Every bucket issues this request: shared statistics are kept if all gradients of the model are finite.
+        [finite] = yield from reduced(Reduction("gather", grads.finite.to(grads.dtype)))
         return Transformed(bucket, grads, new, finite.amin() > 0)
 
     def _follow(self, p: Tensor) -> None:
-        """Statistics go where their parameter went."""
+        """Move statistics to the device of their parameter."""
         for key, value in self.statistics[p].items():
             if value.device != p.device:
                 moved = torch.zeros_like(value, device=p.device) if value.is_meta else value.to(p.device)

@@ -1,35 +1,20 @@
 """SCALE: normalised gradients with momentum for the last layer alone (arXiv:2506.16659)."""
 
 import math
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from evenstep.errors import nearest
-from evenstep.kernels import Kernels, RowWork, WholeKernels, constant, table
-from evenstep.optim.at_once import whole_step
-from evenstep.optim.base import EvenOptimizer, Group, State
+from evenstep.kernels.interface import Kernels
+from evenstep.optim import functional as F
+from evenstep.optim import options
+from evenstep.optim.distributed import Bucket, Reduction, Steps
 from evenstep.optim.groups import KINDS
-from evenstep.optim.sharding import Bucket
-from evenstep.optim.state import largest_stored, moment, scalar, statistics
-from evenstep.transforms import (
-    FLOOR,
-    AdamStep,
-    Combine,
-    Gradients,
-    Steps,
-    adam_,
-    blocks,
-    close,
-    filled,
-    floored,
-    opened,
-    row_blocks,
-    row_norms,
-    squared_norms,
-)
+from evenstep.optim.optimizer import EvenOptimizer
+from evenstep.optim.state import Group, State, largest_stored, moment, scalar
 
 
 class SCALE(EvenOptimizer):
@@ -55,9 +40,9 @@ class SCALE(EvenOptimizer):
         rounding: how results enter 16-bit parameters: ``"nearest"`` (default), ``"stochastic"`` or ``"kahan"`` (2 more
             bytes per parameter); no difference for fp32 parameters.
         state: how moments are stored: ``"fp32"`` (default), ``"bf16"``, or ``"int8"`` (blocks of 256, needs torchao).
-        fused: kernels (C++ on CPU, Triton on CUDA): None (default) where they serve, False for the plain code, True for
-            an error where they do not. ``evenstep doctor`` shows what serves. A step compiled by ``torch.compile``
-            takes the plain code, which the compiler fuses.
+        fused: a fused step (C++ on CPU, Triton on CUDA): None (default) where it serves, False for the plain code, True
+            for an error where it does not. ``evenstep doctor`` shows what serves. Sharded parameters, and a step
+            compiled by ``torch.compile``, take the plain code.
         **official: the official names ``wd`` (weight_decay), ``adamw_betas`` (betas), ``adamw_eps`` (eps).
 
     State, fp32 (fp64 for fp64 parameters): ``exp_avg`` of the last layer; ``exp_avg``, ``exp_avg_sq`` and ``age``
@@ -71,7 +56,7 @@ class SCALE(EvenOptimizer):
         RuntimeError: a sparse gradient (in ``step``).
     """
 
-    ALIASES: ClassVar[dict[str, str]] = {"wd": "weight_decay", "adamw_betas": "betas", "adamw_eps": "eps"}
+    OPTIONS = options.SCALE
 
     def __init__(
         self,
@@ -91,20 +76,7 @@ class SCALE(EvenOptimizer):
         fused: bool | None = None,
         **official: Any,
     ):
-        options = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "adam_lr": adam_lr,
-            "betas": betas,
-            "eps": eps,
-            "norm": norm,
-            "maximize": maximize,
-            "capturable": capturable,
-            "rounding": rounding,
-            "state": state,
-        }
-        super().__init__(params, options, official, fused)
+        super().__init__(params, locals(), official, fused)
 
     def _prepare_group(self, group: Group) -> Group:
         kind = group.get("kind")
@@ -133,31 +105,26 @@ class SCALE(EvenOptimizer):
         return {"exp_avg": moment(p, stored)} if kind == "last" else {}
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
+        sharded = bool(bucket.layout.cuts)
+        grads = yield self.gradients(group, bucket)
         if group["kind"] == "vector":
-            grads = (yield self.gradients(group, bucket)).squares_within(largest_stored(bucket.parts("exp_avg_sq")))
+            grads = grads.squares_within(largest_stored(bucket.state_tensors("exp_avg_sq"), bucket.dtype))
             update_norm = self._vector_step(group, bucket, grads)
             grads = yield grads.with_norms()
-            return statistics(grads, bucket, update_norm)
-        if bucket.kernels is not None and not (group["kind"] != "embedding" and bucket.layout.mesh_dims(1)):
-            grads, directions = yield self._fused_matrix_step(group, bucket, bucket.kernels)
-        else:
-            grads = yield self.gradients(group, bucket)
-            if group["kind"] == "last":  # of fp64, averaged in a smaller dtype
-                grads = grads.kept_if(grads.peak <= largest_stored(bucket.parts("exp_avg")))
-            grads, directions = yield self._matrix_step(group, bucket, grads)
-        found = statistics(grads, bucket, directions * group["lr"] * grads.finite)
-        found["norm_after"] = torch.full_like(directions, torch.nan) if bucket.layout.cuts else directions
-        return found | {"gain": found["norm_after"] / found["grad_norm"].clamp(min=torch.finfo(bucket.dtype).tiny)}
+            return F.statistics(grads, bucket.sizes(), update_norm, sharded=sharded)
+        if group["kind"] == "last":  # an fp64 gradient may not fit an average that is stored in a smaller dtype
+            grads = grads.kept_if(grads.peak <= largest_stored(bucket.state_tensors("exp_avg"), bucket.dtype))
+        grads, directions = yield self._matrix_step(group, bucket, grads)
+        return F.scale_statistics(grads, bucket.sizes(), directions, group["lr"], sharded=sharded)
 
-    def at_once(self, group: Group, bucket: Bucket, kernels: WholeKernels) -> Tensor:
+    def fused_step(self, group: Group, bucket: Bucket, kernels: Kernels) -> Tensor:
         sign, lr = -1.0 if group["maximize"] else 1.0, group["lr"]
         if group["kind"] != "vector":
-            work = whole_step(group, bucket)
+            tensors = self.step_tensors(group, bucket)
             by = "columns" if group["kind"] == "embedding" else "rows"
-            return kernels.scale_step_(
-                work, sign, lr, group["weight_decay"], group["momentum"], group["norm"], by, FLOOR
-            )
-        how = {
+            decay, momentum = group["weight_decay"], group["momentum"]
+            return kernels.scale_step_(tensors, sign, lr, decay, momentum, group["norm"], by, F.FLOOR)
+        step_options = {
             "sign": sign,
             "lr": lr,
             "beta1": group["betas"][0],
@@ -166,12 +133,23 @@ class SCALE(EvenOptimizer):
             "decay": group["weight_decay"],
             "warmup": 1.0,
         }
-        return kernels.adam_step_(whole_step(group, bucket, "age"), how)
+        return kernels.adam_step_(self.step_tensors(group, bucket, "age"), step_options)
 
-    def _vector_step(self, group: Group, bucket: Bucket, grads: Gradients) -> Tensor:
+    @classmethod
+    def checked_steps(cls) -> dict[str, Callable[..., EvenOptimizer]]:
+        def build(params: list[Tensor], kinds: tuple[str, ...], **how: Any) -> EvenOptimizer:
+            groups = [{"params": [p], "kind": kind} for p, kind in zip(params, kinds, strict=True)]
+            return cls(groups, weight_decay=0.1, **how)
+
+        return {
+            "SCALE by rows and columns": lambda params, **how: build(params, ("hidden", "embedding", "vector"), **how),
+            "SCALE with momentum": lambda params, **how: build(params, ("hidden", "last", "vector"), **how),
+        }
+
+    def _vector_step(self, group: Group, bucket: Bucket, grads: F.Gradients) -> Tensor:
         scalars = bucket.stacked("age")
         age = scalars.values[0] + 1
-        plan = AdamStep.plan(
+        plan = F.AdamPlan.of(
             grads.finite,
             age,
             torch.zeros_like(group["t"]),
@@ -180,107 +158,62 @@ class SCALE(EvenOptimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
-        exp_avg, exp_avg_sq = bucket.parts("exp_avg"), bucket.parts("exp_avg_sq")
-        update_norm = adam_(self.weights(group, bucket, grads.finite), grads, exp_avg, exp_avg_sq, plan)
+        exp_avg, exp_avg_sq = bucket.state_tensors("exp_avg"), bucket.state_tensors("exp_avg_sq")
+        weights = self.weights(group, bucket, grads.finite)
+        update_norm = F.adam_step(weights, grads, exp_avg, exp_avg_sq, plan)
         scalars.store(grads.finite, age)
         return update_norm
 
-    def _fused_matrix_step(self, group: Group, bucket: Bucket, kernels: Kernels) -> Steps[tuple[Gradients, Tensor]]:
-        """As `_matrix_step`, by kernels; what one row or column is divided by must be here."""
-        columns = group["kind"] == "embedding"
-        shapes = [p.shape for p in bucket.params]
-        counts = [shape[0] if columns else math.prod(shape[1:]) for shape in shapes]
-        divisors: list[Tensor] = []
-        if columns:
-            measured, squares = kernels.columns(bucket.grads)
-            grads = yield self.gradients(group, bucket, measured=measured)
-            across = Combine("sum", torch.cat([x.flatten() for x in squares]), 0)
-            sums, totals = yield grads.squares(), across
-            grads = grads.with_sums(sums)
-            whole = totals.split([x.numel() for x in squares])
-            divisors = [
-                floored(part.sqrt().float(), count, group["norm"]) for part, count in zip(whole, counts, strict=True)
-            ]
-        else:
-            grads = yield self.gradients(group, bucket)
-        weights = self.weights(group, bucket, grads.finite)
-        last, momentum = group["kind"] == "last", group["momentum"]
-        roots = [math.sqrt(max(count, 1)) if group["norm"] == "rms" else 1.0 for count in counts]
-        numbers = table(
-            grads.peak,
-            grads.finite,
-            grads.numbers()[0],
-            momentum,
-            1 - momentum,
-            group["lr"],
-            1 - group["lr"] * group["weight_decay"],
-            constant(roots, grads.peak.dtype, grads.peak.device),
-        )
-        found = kernels.rows_(
-            RowWork(
-                weights.tensors,
-                grads.tensors,
-                bucket.parts("exp_avg") if last else [],
-                divisors,
-                numbers,
-                FLOOR,
-                lost=filled(weights.lost),
-                seeds=filled(weights.seeds),
-            )
-        )
-        grads = yield grads.with_norms()
-        return grads, found.direction_norm
-
-    def _matrix_step(self, group: Group, bucket: Bucket, grads: Gradients) -> Steps[tuple[Gradients, Tensor]]:
-        """Returns the gradients with their norms, and the norm of each normalised gradient."""
-        over = 0 if group["kind"] == "embedding" else 1
-        last, decay, norm = group["kind"] == "last", group["weight_decay"], group["norm"]
+    def _matrix_step(self, group: Group, bucket: Bucket, grads: F.Gradients) -> Steps[tuple[F.Gradients, Tensor]]:
+        """p <- p (1 - lr wd) - lr g / ||g||, the norm by row or by column. Returns the gradients with their norms, and
+        the norm of each normalised gradient ``[k]``."""
+        over = 0 if group["kind"] == "embedding" else 1  # the dimension that norms are taken over
+        decay, norm = group["weight_decay"], group["norm"]
         one = torch.ones_like(grads.peak)
-        rates = torch.where(grads.finite, one * group["lr"], 0 * one)
-        readers = [grads.reader(i) for i in range(len(bucket.params))]
-        if last:
-            averages = bucket.parts("exp_avg")
+        rates = torch.where(grads.finite, one * group["lr"], 0 * one)  # [k], 0 for a tensor that is skipped
+        sources, readers = bucket.grads, [grads.reader(i) for i in range(len(bucket.params))]
+        if group["kind"] == "last":  # m <- momentum m + (1 - momentum) g, which is what gets normalised
+            sources = averages = bucket.state_tensors("exp_avg")
             keeps = torch.where(grads.finite, one * group["momentum"], one)
             for i, m in enumerate(averages):
-                for stored, piece in blocks(m, bucket.grads[i]):
-                    average = opened(stored, bucket.dtype)
+                for stored, piece in F.blocks(m, bucket.grads[i]):
+                    average = F.opened(stored, bucket.dtype)
                     average.mul_(keeps[i]).add_(readers[i](piece), alpha=1 - group["momentum"])
-                    close(stored, average, grads.finite[i])
-            readers = [lambda piece: opened(piece, bucket.dtype)] * len(averages)
-        sources = averages if last else bucket.grads
+                    F.close(stored, average, grads.finite[i])
+            readers = [lambda piece: F.opened(piece, bucket.dtype)] * len(averages)
 
-        # Norms over a dimension of which only a part is here, or over the rows of pieces, come before the update.
-        whole: list[Tensor | None] = [None] * len(sources)
+        # Norms over a sharded dimension, and those of columns, whose rows are read in several pieces, are taken in a
+        # pass of their own before the update; those of rows in the same pass.
+        squares: list[Tensor | None] = [None] * len(sources)
         if over == 0 or bucket.layout.mesh_dims(over):
-            squares = [
-                squared_norms((piece for (piece,) in row_blocks(x)), read, over)
+            local = [
+                F.squared_norms((piece for (piece,) in F.row_blocks(x)), read, over)
                 for x, read in zip(sources, readers, strict=True)
             ]
-            across = Combine("sum", torch.cat([x.flatten() for x in squares]), over)
+            across = Reduction("sum", torch.cat([x.flatten() for x in local]), over)
             sums, totals = yield grads.squares(), across
             grads = grads.with_sums(sums)
-            parts_of = totals.split([x.numel() for x in squares])
-            whole = [part.view_as(x) for part, x in zip(parts_of, squares, strict=True)]
+            split = totals.split([x.numel() for x in local])
+            squares = [total.view_as(x) for total, x in zip(split, local, strict=True)]
         else:
             grads = yield grads.with_norms()
         weights, norms = self.weights(group, bucket, grads.finite), []
         for i, (p, source) in enumerate(zip(weights.tensors, sources, strict=True)):
-            parts, start, done = [], 0, 0
+            norms_of_pieces, row, written = [], 0, 0
             shape = bucket.params[i].shape
-            count = shape[0] if over == 0 else math.prod(shape[1:])
-            for x, piece, *extras in row_blocks(p, source, *weights.extras(i)):
-                g = readers[i](piece)
-                squares_here = whole[i]
-                if squares_here is None:
-                    size = row_norms(g, count, norm)
+            count = shape[0] if over == 0 else math.prod(shape[1:])  # entries that a norm is taken over
+            for x, piece, *extras in F.row_blocks(p, source, *weights.extras(i)):
+                g, known = readers[i](piece), squares[i]
+                if known is None:
+                    size = F.row_norms(g, count, norm)
                 else:
-                    rows = squares_here if over == 0 else squares_here[start : start + g.shape[0]]
-                    size = floored(rows.sqrt().to(g.dtype), count, norm)
-                start += g.shape[0]
+                    rows = known if over == 0 else known[row : row + g.shape[0]]
+                    size = F.floored(rows.sqrt().to(g.dtype), count, norm)
+                row += g.shape[0]
                 direction = g / size
-                parts.append(torch.linalg.vector_norm(direction))
+                norms_of_pieces.append(torch.linalg.vector_norm(direction))
                 begin = x.to(g.dtype) * (1 - rates[i] * decay) if decay else x.to(g.dtype)
-                weights.write(i, x, begin - direction.mul_(rates[i]), extras, done)
-                done += x.numel()
-            norms.append(torch.linalg.vector_norm(torch.stack(parts)))
+                weights.write(i, x, begin - direction.mul_(rates[i]), extras, written)
+                written += x.numel()
+            norms.append(torch.linalg.vector_norm(torch.stack(norms_of_pieces)))
         return grads, torch.stack(norms) * grads.finite

@@ -1,9 +1,9 @@
-"""Kernels that check themselves: a small step by kernels against the same step by the plain code.
+"""The self-check of kernels: a small fused step against the same step by the plain code.
 
-A compiler, a driver or a device that nobody has tried may give other numbers than it should. So the first time that
-kernels serve an optimizer on a device, a few small tensors are stepped both ways (some milliseconds on a CPU). Where
-the results differ by more than rounding, or the kernels raise, one warning says so and the plain code serves; with
-``fused=True`` that is an error. ``evenstep doctor --check`` does it on demand. No random state is touched.
+A compiler, a driver or a device that nobody has tried may compute wrong numbers. So the first time that kernels serve
+an optimizer on a device, a few small tensors are stepped both ways (some milliseconds on a CPU). Where the results
+differ by more than rounding, or the kernels raise, one warning says so and the plain code serves; with ``fused=True``
+that is an error. ``evenstep doctor --check`` runs all cases on demand. No random state is touched.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from evenstep.kernels import Kernels, kernels_for
-from evenstep.kernels.constants import capturing, under_observation
+from evenstep.kernels.interface import capturing, under_observation
+from evenstep.optim import functional as F
 
 STEPS = 3
 SHAPES = (33, 7), (16, 256), (17,)
@@ -34,15 +35,14 @@ Work = Callable[[Numbers, bool], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """One use of the kernels, which serves the optimizers of class ``user`` (a name; "" for all)."""
+    """One use of the kernels."""
 
     name: str
-    user: str
     work: Work
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     devices: tuple[str, ...] = ("cpu", "cuda")
-    at_once: bool = True
-    """Whether it runs before kernels serve for the first time, not only on demand."""
+    on_demand: bool = False
+    """Whether it runs for ``evenstep doctor --check`` alone, not before kernels serve for the first time."""
 
 
 def numbers(device: torch.device, dtype: torch.dtype) -> Numbers:
@@ -58,86 +58,58 @@ def numbers(device: torch.device, dtype: torch.dtype) -> Numbers:
     return several
 
 
-def _stepped(build: Callable[[list[Tensor], bool], Any]) -> Work:
+def _stepped(build: Callable[..., Any], **options: Any) -> Work:
     def work(given: Numbers, fused: bool) -> dict[str, Tensor]:
         params: list[Tensor] = [Parameter(x.clone()) for x in given[0]]
-        optimizer = build(params, fused)
+        optimizer = build(params, fused=fused, **options)
         step = type(optimizer).step
-        step = getattr(step, "__wrapped__", step)  # without the hooks that others have put around every optimizer's
+        step = getattr(step, "__wrapped__", step)  # without the hooks that others have registered for every optimizer
         for gradients in given[1:]:
             for p, grad in zip(params, gradients, strict=True):
                 p.grad = grad
             step(optimizer)
-        found = {f"parameter {i}": p.detach() for i, p in enumerate(params)}
+        results = {f"parameter {i}": p.detach() for i, p in enumerate(params)}
         for i, p in enumerate(params):
             for name, value in optimizer.state[p].items():
                 if isinstance(value, Tensor):
-                    found[f"{name} {i}"] = value.dequantize() if hasattr(value, "codes") else value
-        return found | dict(optimizer.stats)
+                    results[f"{name} {i}"] = value.dequantize() if hasattr(value, "codes") else value
+        return results | dict(optimizer.stats)
 
     return work
 
 
-def _stable_spam(**options: Any) -> Work:
-    from evenstep.optim.stable_spam import StableSPAM
-
-    given = {"weight_decay": 0.1, "reset_interval": STEPS, **options}
-    return _stepped(lambda params, fused: StableSPAM(params, fused=fused, **given))
-
-
-def _spam(**options: Any) -> Work:
-    from evenstep.optim.spam import SPAM
-
-    given = {"threshold": 50.0, "clip_start": 1, "reset_interval": 0, "weight_decay": 0.1, **options}
-    return _stepped(lambda params, fused: SPAM(params, fused=fused, **given))
-
-
-def _scale(kinds: tuple[str, str], **options: Any) -> Work:
-    from evenstep.optim.scale import SCALE
-
-    def build(params: list[Tensor], fused: bool) -> Any:
-        groups = [{"params": [p], "kind": kind} for p, kind in zip(params, (*kinds, "vector"), strict=True)]
-        return SCALE(groups, weight_decay=0.1, fused=fused, **options)
-
-    return _stepped(build)
-
-
 def _transformed(given: Numbers, fused: bool) -> dict[str, Tensor]:
     """What `stabilize` uses: measure, clip, write the transformed gradients."""
-    from evenstep.optim.swapped import _write
-    from evenstep.transforms import Gradients, lockstep
-
     tensors = given[2]
     kernels = kernels_for(tensors[0].device.type) if fused else None
     assert not isinstance(kernels, str)
-    [grads] = lockstep([Gradients.measure(tensors, torch.float32, kernels=kernels)], lambda requests: None)
-    [grads] = lockstep([grads.clipped(grads.peak / 2).with_norms()], lambda requests: None)
+    grads = F.completed(F.Gradients.measure(tensors, torch.float32, kernels=kernels))
+    grads = F.completed(grads.clipped(grads.peak / 2).with_norms())
     grads = grads.amplified(grads.norm + 0.5)
     outs = [torch.empty_like(g) for g in tensors]
-    _write([(grads, i, g) for i, g in enumerate(tensors)], outs)
-    found = {"largest entry": grads.peak, "norm": grads.norm}
-    return found | {f"gradient {i}": out for i, out in enumerate(outs)}
+    grads.write(range(len(outs)), outs)
+    results = {"largest entry": grads.peak, "norm": grads.norm}
+    return results | {f"gradient {i}": out for i, out in enumerate(outs)}
 
 
 @functools.cache
-def cases() -> tuple[Case, ...]:
-    """All uses of the kernels."""
+def cases(user: type | None = None) -> tuple[Case, ...]:
+    """The uses of the kernels that serve every optimizer, and those of the optimizer class ``user``."""
     both, coarse = (torch.float32, torch.bfloat16), (torch.bfloat16,)
-    found = [Case("measuring and transforming", "", _transformed)]
-    optimizers: tuple[tuple[str, str, Callable[..., Work]], ...] = (
-        ("Stable-SPAM", "StableSPAM", _stable_spam),
-        ("SPAM", "SPAM", _spam),
-        ("SCALE by rows and columns", "SCALE", functools.partial(_scale, ("hidden", "embedding"))),
-        ("SCALE with momentum", "SCALE", functools.partial(_scale, ("hidden", "last"))),
-    )
-    for name, user, make in optimizers:
-        found.append(Case(name, user, make()))
+    steps: dict[str, Callable[..., Any]] = getattr(user, "checked_steps", dict)()
+    if not steps:
+        return (Case("measuring and transforming", _transformed),)
+    result = []
+    for name, build in steps.items():
+        if "density" in name:  # sparse momentum: C++ alone
+            result.append(Case(name, _stepped(build), devices=("cpu",)))
+            continue
+        result.append(Case(name, _stepped(build)))
         for rounding in ("stochastic", "kahan"):
-            found.append(Case(f"{name}, rounding {rounding}", user, make(rounding=rounding), coarse))
+            result.append(Case(f"{name}, rounding {rounding}", _stepped(build, rounding=rounding), coarse))
         for state in ("bf16", "int8"):
-            found.append(Case(f"{name}, state {state}", user, make(state=state), both, at_once=False))
-    found.append(Case("SPAM, density 0.5", "SPAM", _spam(density=0.5), devices=("cpu",)))
-    return tuple(found)
+            result.append(Case(f"{name}, state {state}", _stepped(build, state=state), both, on_demand=True))
+    return tuple(result)
 
 
 # ---- how far apart ----
@@ -175,15 +147,23 @@ class Outcome:
     """What is wrong; None for nothing."""
 
 
+_trying = 0
+"""Whether kernels do the work of a case now, and are not to be checked for it."""
+
+
 @torch.no_grad()
 def tried(case: Case, given: Numbers) -> Outcome:
     """Do the work of a case both ways."""
+    global _trying
     dtype = given[0][0].dtype
+    _trying += 1
     try:
         found = case.work(given, True)
     except Exception as problem:
         said = next(iter(str(problem).splitlines()), "")
         return Outcome(case, dtype, float("inf"), f"raises {type(problem).__name__}: {said}")
+    finally:
+        _trying -= 1
     expected = case.work(given, False)
     if {name: x.shape for name, x in found.items()} != {name: x.shape for name, x in expected.items()}:
         return Outcome(case, dtype, float("inf"), "gives other results than the plain code")
@@ -196,26 +176,27 @@ def tried(case: Case, given: Numbers) -> Outcome:
 
 # ---- once, before kernels serve ----
 
-_known: dict[tuple[str, torch.device, torch.dtype, str], str | None] = {}
+_known: dict[tuple[str, torch.device, torch.dtype, type | None], str | None] = {}
 """Kernels, device, dtype and user -> what is wrong."""
 
 
 def failing(kernels: Kernels, p: Tensor, user: type | None) -> str | None:
     """Why these kernels are not to be trusted with parameters such as ``p`` of an optimizer of class ``user``; None if
-    they are. Looked into the first time alone, with one warning.
+    they are. Checked the first time alone, with one warning on failure.
     """
-    role = _role(user)
-    key = (kernels.name, p.device, p.dtype, role)
+    owner = _declaring_class(user)
+    key = (kernels.name, p.device, p.dtype, owner)
     try:
         return _known[key]
     except KeyError:
         pass
-    if _elsewhere(p):
+    if _trying or _elsewhere(p):
         return None
-    _known[key] = None  # also for what the check itself steps
+    _known[key] = None
     given = numbers(p.device, p.dtype)
-    for case in cases():
-        if case.at_once and case.user in ("", role) and p.dtype in case.dtypes and p.device.type in case.devices:
+    checks = cases() if owner is None else (*cases(), *cases(owner))
+    for case in checks:
+        if not case.on_demand and p.dtype in case.dtypes and p.device.type in case.devices:
             outcome = tried(case, given)
             if outcome.problem is not None:
                 what = f"the kernel for {case.name} ({kernels.name}, {_short(p.dtype)}, {p.device}) {outcome.problem}"
@@ -226,10 +207,10 @@ def failing(kernels: Kernels, p: Tensor, user: type | None) -> str | None:
 
 
 @functools.cache
-def _role(user: type | None) -> str:
-    """Which optimizer of `cases` a class is, or comes from; "" for none of them."""
-    roles = {case.user for case in cases()}
-    return next((base.__name__ for base in (user.__mro__ if user else ()) if base.__name__ in roles), "")
+def _declaring_class(user: type | None) -> type | None:
+    """The class whose ``checked_steps`` an optimizer class has; None for those without."""
+    bases: tuple[Any, ...] = user.__mro__ if user else ()
+    return next((base for base in bases if "checked_steps" in base.__dict__ and base.checked_steps()), None)
 
 
 def _elsewhere(p: Tensor) -> bool:
@@ -247,9 +228,9 @@ def devices() -> Iterator[torch.device]:
         yield from (torch.device("cuda", i) for i in range(torch.cuda.device_count()))
 
 
-def outcomes(device: torch.device) -> Iterator[Outcome]:
-    """Of every case that a device has."""
-    for case in cases():
+def outcomes(device: torch.device, users: Iterable[type]) -> Iterator[Outcome]:
+    """Of every case that a device has, for the optimizer classes ``users``."""
+    for case in (*cases(), *(case for user in users for case in cases(user))):
         if device.type in case.devices and ("int8" not in case.name or importlib.util.find_spec("torchao")):
             for dtype in case.dtypes:
                 yield tried(case, numbers(device, dtype))

@@ -2,19 +2,19 @@
 
 import math
 import warnings
-from collections.abc import Iterable
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from evenstep.kernels import WholeKernels, constant, uploaded
-from evenstep.optim.at_once import whole_step
-from evenstep.optim.base import EvenOptimizer, Group, State
+from evenstep.kernels.interface import Kernels, constant, uploaded
+from evenstep.optim import functional as F
+from evenstep.optim import options
+from evenstep.optim.distributed import Bucket, Steps, is_sharded, state_dtype
 from evenstep.optim.masks import draw_mask, pack, put_back, taken, unpack
-from evenstep.optim.sharding import Bucket, is_sharded, state_dtype
-from evenstep.optim.state import largest_stored, moment, scalar, statistics
-from evenstep.transforms import AdamStep, EntryClip, Gradients, Steps, Weights, adam_, reset_due, rewarm_factor
+from evenstep.optim.optimizer import EvenOptimizer
+from evenstep.optim.state import Group, State, largest_stored, moment, scalar
 
 N = TypeVar("N", Tensor, float)
 
@@ -52,9 +52,9 @@ class SPAM(EvenOptimizer):
         rounding: how results enter 16-bit parameters: ``"nearest"`` (default), ``"stochastic"`` or ``"kahan"`` (2 more
             bytes per parameter); no difference for fp32 parameters.
         state: how moments are stored: ``"fp32"`` (default), ``"bf16"``, or ``"int8"`` (blocks of 256, needs torchao).
-        fused: kernels (C++ on CPU, Triton on CUDA): None (default) where they serve, False for the plain code, True for
-            an error where they do not. ``evenstep doctor`` shows what serves. A step compiled by ``torch.compile``
-            takes the plain code, which the compiler fuses.
+        fused: a fused step (C++ on CPU, Triton on CUDA): None (default) where it serves, False for the plain code, True
+            for an error where it does not. ``evenstep doctor`` shows what serves. Sharded parameters, and a step
+            compiled by ``torch.compile``, take the plain code.
         **official: the official names above.
 
     State per parameter, fp32 (fp64 for fp64 parameters): ``exp_avg``, ``exp_avg_sq``, the scalar ``age`` (updates since
@@ -69,12 +69,7 @@ class SPAM(EvenOptimizer):
             ``step``).
     """
 
-    ALIASES: ClassVar[dict[str, str]] = {
-        "DeltaT": "reset_interval",
-        "update_proj_gap": "reset_interval",
-        "warmup_epoch": "warmup_steps",
-        "grad_accu_steps": "clip_start",
-    }
+    OPTIONS = options.SPAM
 
     def __init__(
         self,
@@ -97,26 +92,10 @@ class SPAM(EvenOptimizer):
         fused: bool | None = None,
         **official: Any,
     ):
-        options = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "threshold": threshold,
-            "reset_interval": reset_interval,
-            "warmup_steps": warmup_steps,
-            "clip_start": clip_start,
-            "density": density,
-            "variant": variant,
-            "maximize": maximize,
-            "capturable": capturable,
-            "rounding": rounding,
-            "state": state,
-        }
         self._constructed = False
-        super().__init__(params, options, official, fused)
+        super().__init__(params, locals(), official, fused)
         self._constructed = True
-        self._tell_untrained()
+        self._warn_untrained()
 
     # ---- masks ----
 
@@ -130,9 +109,9 @@ class SPAM(EvenOptimizer):
         for group in groups:
             self._check_sizes(group["params"])
         if self._constructed:
-            self._tell_untrained()
+            self._warn_untrained()
 
-    def _tell_untrained(self) -> None:
+    def _warn_untrained(self) -> None:
         shapes, self._untrained = self._untrained, ()
         if shapes:
             named = ", ".join(map(str, shapes[:8])) + (f" and {len(shapes) - 8} more" if len(shapes) > 8 else "")
@@ -183,7 +162,7 @@ class SPAM(EvenOptimizer):
                 continue
             bits, count = self._draw_mask(group, p), round(group["density"] * p.numel())
             squares = p.grad.to(state_dtype(p)).square()  # type: ignore[union-attr]
-            accepted = (squares <= largest_stored([state["exp_avg_sq"]])).all()
+            accepted = (squares <= largest_stored([state["exp_avg_sq"]], state_dtype(p))).all()
             if state["exp_avg"].numel() == count:
                 state["mask"].copy_(torch.where(accepted, bits, state["mask"]))
             elif accepted:  # a mask of another size was given by hand: the one place that must ask the device
@@ -231,47 +210,56 @@ class SPAM(EvenOptimizer):
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         official = group["variant"] == "official"
         every, threshold, weight_decay = group["reset_interval"], group["threshold"], group["weight_decay"]
-        grads = (yield self.gradients(group, bucket)).squares_within(largest_stored(bucket.parts("exp_avg_sq")))
-        t, lr = group["t"], group["lr"]
-        reset = reset_due(t, every)
+        grads = yield self.gradients(group, bucket)
+        grads = grads.squares_within(largest_stored(bucket.state_tensors("exp_avg_sq"), bucket.dtype))
+        t, sharded = group["t"], bool(bucket.layout.cuts)
+        reset = F.reset_due(t, every)
         scalars = bucket.stacked("age")
-        [age] = scalars.values
+        [age] = scalars.values  # [k]
         age = age + 1 if official else age * (1 - reset) + 1
-        plan = AdamStep.plan(
+        plan = F.AdamPlan.of(
             grads.finite,
             age,
             reset,
-            lr=lr,
+            lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=0.0 if official else weight_decay,
-            warmup=rewarm_factor(t, every, group["warmup_steps"]),
+            warmup=F.rewarm_factor(t, every, group["warmup_steps"]),
             eps_before_correction=official,
             weight_decay_after=weight_decay if official and group["density"] == 1 else 0.0,
         )
-        clip = EntryClip(threshold, self._clips(group, t), forget=reset, zero_history=official) if threshold else None
+        clip = F.EntryClip(threshold, self._clips(group, t), forget=reset, zero_history=official) if threshold else None
+
+        # Moments of sparse parameters are compact. The trained entries are taken out, updated and put back.
         weights = self.weights(group, bucket, grads.finite)
-        adam = _compact_adam_ if bucket.kernels is None else _masked_adam_
-        update_norm = adam(bucket, weights, grads, plan, clip)
+        where = [_trained_entries(state, p.numel()) for p, state in zip(bucket.params, bucket.states, strict=True)]
+        lost = weights.lost
+        weights.tensors, weights.lost = taken(bucket.shards, where), taken(lost, where)
+        trained = grads.of(taken(bucket.grads, where))
+        exp_avg, exp_avg_sq = bucket.state_tensors("exp_avg"), bucket.state_tensors("exp_avg_sq")
+        update_norm = F.adam_step(weights, trained, exp_avg, exp_avg_sq, plan, clip)
+        put_back(bucket.shards, weights.tensors, where)
+        put_back(lost, weights.lost, where)
+
         scalars.store(grads.finite, age)
         grads = yield grads.with_norms()
-
-        found = statistics(grads, bucket, update_norm)
+        stats = F.statistics(grads, bucket.sizes(), update_norm, sharded=sharded)
         sizes = bucket.sizes()
         if any("mask" in state for state in bucket.states):
-            trained = [max(state["exp_avg"].numel(), 1) for state in bucket.states]
-            sizes = constant(trained, update_norm.dtype, update_norm.device)
-            found["update_rms"] = update_norm / sizes.sqrt()
-        if clip and not bucket.layout.cuts:
-            found |= {"norm_after": clip.norms(), "clipped": clip.counts() / sizes}
-        elif clip:  # only a part is here, and its count is not worth a message of its own
-            found |= {name: torch.full_like(sizes, math.nan) for name in ("norm_after", "clipped")}
-        return found
+            entries = [max(state["exp_avg"].numel(), 1) for state in bucket.states]
+            sizes = constant(entries, update_norm.dtype, update_norm.device)
+            stats["update_rms"] = update_norm / sizes.sqrt()
+        if clip and not sharded:
+            stats |= {"norm_after": clip.norms(), "clipped": clip.counts() / sizes}
+        elif clip:  # only a shard was clipped here, and its count is not worth an all-reduce of its own
+            stats |= {name: torch.full_like(sizes, math.nan) for name in ("norm_after", "clipped")}
+        return stats
 
-    def at_once(self, group: Group, bucket: Bucket, kernels: WholeKernels) -> Tensor:
+    def fused_step(self, group: Group, bucket: Bucket, kernels: Kernels) -> Tensor:
         official, threshold, every = group["variant"] == "official", group["threshold"], group["reset_interval"]
-        reset = reset_due(group["t"], every)
-        how = {
+        reset = F.reset_due(group["t"], every)
+        step_options = {
             "sign": -1.0 if group["maximize"] else 1.0,
             "lr": group["lr"],
             "beta1": group["betas"][0],
@@ -279,7 +267,7 @@ class SPAM(EvenOptimizer):
             "eps": group["eps"],
             "decay": 0.0 if official else group["weight_decay"],
             "decay_after": group["weight_decay"] if official and group["density"] == 1 else 0.0,
-            "warmup": rewarm_factor(group["t"], every, group["warmup_steps"]),
+            "warmup": F.rewarm_factor(group["t"], every, group["warmup_steps"]),
             "reset": 0.0 if official else reset,
             "forget": reset,
             "eps_first": official,
@@ -288,10 +276,20 @@ class SPAM(EvenOptimizer):
             "cap_spread": self._spread(group),
             "zero_history": official,
         }
-        return kernels.adam_step_(whole_step(group, bucket, "age", masks=_masks(bucket)), how)
+        return kernels.adam_step_(self.step_tensors(group, bucket, "age", masks=_masks(bucket)), step_options)
+
+    @classmethod
+    def checked_steps(cls) -> dict[str, Callable[..., EvenOptimizer]]:
+        def build(params: list[Tensor], **how: Any) -> EvenOptimizer:
+            return cls(params, threshold=50.0, clip_start=1, reset_interval=0, weight_decay=0.1, **how)
+
+        def sparse(params: list[Tensor], *, fused: bool | None, **how: Any) -> EvenOptimizer:
+            return build(params, density=0.5, fused=None if fused else False, **how)  # not all kernels know masks
+
+        return {"SPAM": build, "SPAM, density 0.5": sparse}
 
     def _spread(self, group: Group) -> Any:
-        """What widens the limits: nothing, or without end."""
+        """What is added to the limits: 0, or Inf on a step without clipping."""
         clips = self._clips(group, group["t"])
         return torch.where(clips > 0, 0.0, math.inf) if isinstance(clips, Tensor) else 0.0 if clips else math.inf
 
@@ -308,32 +306,11 @@ def _masks(bucket: Bucket) -> list[Tensor]:
     """Packed bits of each tensor, none for a dense one; no list where all are dense."""
     if not any("mask" in state for state in bucket.states):
         return []
-    nothing = torch.empty(0, dtype=torch.uint8, device=bucket.here[0].device)
+    nothing = torch.empty(0, dtype=torch.uint8, device=bucket.shards[0].device)
     return [state.get("mask", nothing) for state in bucket.states]
 
 
-def _masked_adam_(bucket: Bucket, weights: Weights, grads: Gradients, plan: AdamStep, clip: EntryClip | None) -> Tensor:
-    """Adam's step on the entries of the masks, by kernels that know about them."""
-    weights.masks = _masks(bucket)
-    return adam_(weights, grads, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan, clip)
-
-
-def _compact_adam_(
-    bucket: Bucket, weights: Weights, grads: Gradients, plan: AdamStep, clip: EntryClip | None
-) -> Tensor:
-    """The same by the plain code: the entries of the masks are taken out, updated and put back."""
-    where = [_entries(state, p.numel()) for p, state in zip(bucket.params, bucket.states, strict=True)]
-    weights.tensors = trained = taken(bucket.here, where)
-    lost = weights.lost
-    weights.lost = taken(lost, where)
-    some = grads.of(taken(bucket.grads, where))
-    update_norm = adam_(weights, some, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan, clip)
-    put_back(bucket.here, trained, where)
-    put_back(lost, weights.lost, where)
-    return update_norm
-
-
-def _entries(state: State, n: int) -> Tensor | None:
+def _trained_entries(state: State, n: int) -> Tensor | None:
     """Flat indices of the entries of a tensor of ``n`` that are trained, None for all."""
     if "mask" not in state:
         return None

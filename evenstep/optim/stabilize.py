@@ -18,15 +18,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evenstep.optim.bases import check_base, check_parameters, checked_copy
+from evenstep.optim.base_optimizer import (
+    MOMENTS,
+    GradientSwap,
+    Snapshot,
+    check_base,
+    check_parameters,
+    checked_copy,
+    partitioned,
+    reset_,
+    unknown_entries,
+)
 from evenstep.optim.chain import Chain, Transformed
-from evenstep.optim.exchanged import follow_exchange
+from evenstep.optim.distributed import Bucket, all_reduce, buckets, rebind_sharded_params, run_batched_collectives
+from evenstep.optim.functional import Gradients, statistics
 from evenstep.optim.fused import Choice
-from evenstep.optim.moments import MOMENTS, Snapshot, divided, reset_, unknown_entries
-from evenstep.optim.sharding import buckets, combine
-from evenstep.optim.state import Group, in_param_order, is_trained, refuse_sparse_gradients, statistics
-from evenstep.optim.swapped import Swap
-from evenstep.transforms import CHECKS, MomentumReset, SkipStep, Transform, check, host_values, lockstep
+from evenstep.optim.options import RANGES, TENSOR, check, comparable
+from evenstep.optim.state import Group, in_param_order, is_trained, refuse_sparse_gradients
+from evenstep.optim.transforms import MomentumReset, SkipStep, Transform
 
 
 def stabilize(
@@ -64,8 +73,8 @@ def stabilize(
 
             ``"zero"``: the base sees zeros, so that its momentum and weight decay still move the tensor. No read, no
             copy.
-        fused: None (default) for kernels where they serve, False for the plain code, True for an error where they do
-            not.
+        fused: how gradients are measured and written: None (default) by kernels where they serve, False by the plain
+            code, True for an error where kernels do not serve (sharded parameters among them).
 
     Raises:
         TypeError: ``optimizer`` is no torch Optimizer, or one that needs its closure (LBFGS). ValueError: a complex
@@ -77,6 +86,12 @@ def stabilize(
     return Stabilized(optimizer, transforms, reset_interval, moments, nonfinite, fused)
 
 
+def _statistics(grads: Gradients, bucket: Bucket) -> dict[str, Tensor]:
+    """What `Stabilized.stats` holds of a bucket; the update is the base's, and its norm is not known."""
+    unknown = torch.full_like(grads.peak, torch.nan)
+    return statistics(grads, bucket.sizes(), unknown, sharded=bool(bucket.layout.cuts))
+
+
 OWN = frozenset({"base", "moments", "nonfinite", "chain", "stats"})
 """Attributes of `Stabilized` that are not its base's, whatever the base has under these names."""
 
@@ -85,6 +100,10 @@ class Stabilized(Optimizer):
     """What `stabilize` returns. ``base`` is the optimizer behind the transforms, ``stats`` what they saw in the last
     step, ``chain`` the transforms with their statistics.
     """
+
+    chain: Chain
+    _known: set[Tensor]
+    _checked: list[tuple[Any, ...]]
 
     def __init__(
         self,
@@ -109,7 +128,7 @@ class Stabilized(Optimizer):
         self.nonfinite = nonfinite
         self.chain = Chain(transforms, reset.every, base.chain.depth + 1 if isinstance(base, Stabilized) else 0)
         self._choice = Choice(fused)
-        self._swap = Swap()
+        self._swap = GradientSwap()
         self.stats: dict[str, Tensor] = {}
         # Optimizer.__init__ would make groups and state of its own; __setstate__ sets up the rest (hooks, profiling).
         self.__setstate__({})
@@ -136,7 +155,7 @@ class Stabilized(Optimizer):
         return sorted({*super().__dir__(), *(name for name in dir(self.base) if not name.startswith("_"))})
 
     @property
-    def param_groups(self) -> list[Group]:  # type: ignore[override]
+    def param_groups(self) -> list[Group]:
         return self.base.param_groups
 
     @param_groups.setter
@@ -144,7 +163,7 @@ class Stabilized(Optimizer):
         self.base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         return self.base.state
 
     @state.setter
@@ -152,16 +171,19 @@ class Stabilized(Optimizer):
         self.base.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         return self.base.defaults
 
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
 
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """The base's."""
-        self.base.zero_grad(*args, **kwargs)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base's. Named as torch names it, since accelerate looks for ``set_to_none`` in the signature."""
+        if set_to_none:
+            self.base.zero_grad()
+        else:
+            self.base.zero_grad(set_to_none=False)
 
     @property
     def reset_interval(self) -> int:
@@ -206,8 +228,8 @@ class Stabilized(Optimizer):
                 self._choice.check(p)
                 self.chain.adopt(p)
 
-    def _follow_exchange(self) -> None:
-        if follow_exchange(self.param_groups, self._known, self.chain.clock):
+    def _rebind_sharded_params(self) -> None:
+        if rebind_sharded_params(self.param_groups, self._known, self.chain.clock):
             self.statistics.clear()
             self._start_trained(self.param_groups)
 
@@ -216,11 +238,11 @@ class Stabilized(Optimizer):
         looked at again only where a value has changed, and tensors not at all.
         """
         units = [unit for unit in self.transforms if type(unit).__module__.startswith("evenstep.")]
-        named = [(unit, [name for name in unit.options if name in CHECKS]) for unit in units]
+        named = [(unit, [name for name in unit.options if name in RANGES]) for unit in units]
         now = [
-            host_values(group.get("lr") for group in self.param_groups),
+            comparable(group.get("lr") for group in self.param_groups),
             (self.reset_interval, self.nonfinite),
-            *(host_values(getattr(unit, name) for name in names) for unit, names in named),
+            *(comparable(getattr(unit, name) for name in names) for unit, names in named),
         ]
         if now == self._checked:
             return
@@ -230,13 +252,13 @@ class Stabilized(Optimizer):
         check("stabilize", reset_interval=self.reset_interval, nonfinite=self.nonfinite)
         for (unit, names), values in zip(named, now[2:], strict=True):
             given = zip(names, values, strict=True)
-            check(type(unit).__name__, **{name: value for name, value in given if value is not Tensor})
+            check(type(unit).__name__, **{name: value for name, value in given if value is not TENSOR})
         self._checked = now
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._known: set[Tensor] = {p for group in self.param_groups for p in group["params"]}
-        self._checked: list[tuple[Any, ...]] = []
+        self._known = {p for group in self.param_groups for p in group["params"]}
+        self._checked = []
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("base", "moments", "nonfinite", "chain", "_choice", "_swap")
@@ -263,21 +285,19 @@ class Stabilized(Optimizer):
     @torch._disable_dynamo  # all is done on the host and by the base, which may compile its own step
     def _step(self, loss: Any) -> None:
         self._check_options()
-        self._follow_exchange()
+        self._rebind_sharded_params()
         for group in self.param_groups:
             refuse_sparse_gradients("stabilize", self.param_groups, group["params"])
         self._start_trained(self.param_groups)
         clock, opens = self.chain.clock, getattr(self.base, "opens_step", None)
         ahead = int(opens is None or opens())  # 0 for what a sweep of step_parameter has left
         work = [
-            (group, bucket)
-            for group in self.param_groups
-            for bucket in buckets(group["params"], None, self._choice, self._choice.all_alike)
+            (group, bucket) for group in self.param_groups for bucket in buckets(group["params"], None, self._choice)
         ]
         layouts = [bucket.layout for _, bucket in work]
         seen = torch.as_tensor(loss) if isinstance(loss, Tensor | float) else None
         steps = [self.chain.transformed(bucket, group[clock] + ahead, seen) for group, bucket in work]
-        found = lockstep(steps, lambda requests: combine(requests, layouts))
+        found = run_batched_collectives(steps, lambda requests: all_reduce(requests, layouts))
         if self._rehearses(found):
             self._swapped_step(found, [])
             for p, state in self.base.state.items():
@@ -285,15 +305,12 @@ class Stabilized(Optimizer):
                 # The tool that asked for this goes by the names that it finds here when it unflattens a state.
                 state.update(self._named_statistics(p))
             return
-        due = [group for group in self.param_groups if self.reset_interval and self._turn(group)]
+        due = [group for group in self.param_groups if self.reset_interval and self._reset_due(group)]
         self._swapped_step(found, [p for group in due for p in group["params"]])
         for group in self.param_groups:
             group[clock] += ahead
         self.chain.keep(found)
-        measured = [
-            (one.bucket.params, statistics(one.grads, one.bucket, torch.full_like(one.grads.peak, torch.nan)))
-            for one in found
-        ]
+        measured = [(one.bucket.params, _statistics(one.grads, one.bucket)) for one in found]
         self.stats = in_param_order(self.param_groups, measured)
         if self.reset_interval:
             self._check_moments()
@@ -303,7 +320,7 @@ class Stabilized(Optimizer):
         """As the base's, where it has one (see `evenstep.optim.base.EvenOptimizer.step_parameter`), on the transformed
         gradient. Transforms that look at the whole model, and ``reset_interval``, do not go with it.
         """
-        self.base.step_parameter  # AttributeError where the base has none  # noqa: B018
+        getattr(self.base, "step_parameter")  # noqa: B009  # AttributeError where the base has none
         return self._step_parameter
 
     @torch._disable_dynamo
@@ -326,10 +343,10 @@ class Stabilized(Optimizer):
         if base.opens_sweep(p):
             for other in self.param_groups:
                 other[self.chain.clock] += 1
-        [bucket] = buckets([p], None, self._choice, self._choice.all_alike)
-        [one] = lockstep(
+        [bucket] = buckets([p], None, self._choice)
+        [one] = run_batched_collectives(
             [self.chain.transformed(bucket, group[self.chain.clock], None)],
-            lambda requests: combine(requests, [bucket.layout]),
+            lambda requests: all_reduce(requests, [bucket.layout]),
         )
         bad = ~one.grads.finite[0] if self.nonfinite != "zero" else one.grads.finite[0] & False
         try:
@@ -339,7 +356,7 @@ class Stabilized(Optimizer):
             p.grad = given
         self.chain.keep([one])
 
-    def _turn(self, group: Group) -> bool:
+    def _reset_due(self, group: Group) -> bool:
         return bool((group[self.chain.clock] + 1) % self.reset_interval == 0)
 
     def _swapped_step(self, found: list[Transformed], resets: list[Tensor]) -> None:
@@ -347,7 +364,7 @@ class Stabilized(Optimizer):
         accepted = {
             p: flag for one in found for p, flag in zip(one.bucket.params, one.grads.finite.unbind(), strict=True)
         }
-        stepped, unread = divided(accepted, self.nonfinite)
+        stepped, unread = partitioned(accepted, self.nonfinite)
         snapshot = Snapshot(self.base, unread, self.moments)
         for p in resets:
             if p in stepped:
@@ -390,7 +407,7 @@ class Stabilized(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        self._follow_exchange()
+        self._rebind_sharded_params()
         self._start_trained(self.param_groups)
         saved = self.base.state_dict()
         state = {i: dict(kept) if isinstance(kept, dict) else kept for i, kept in saved["state"].items()}
@@ -408,7 +425,7 @@ class Stabilized(Optimizer):
         Raises ValueError, before anything changes, when a statistic has another shape than the transforms given here
         keep.
         """
-        self._follow_exchange()
+        self._rebind_sharded_params()
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict

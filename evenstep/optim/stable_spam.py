@@ -1,17 +1,17 @@
 """Stable-SPAM: Adam on spike-clipped, norm-stabilised gradients, with periodic momentum resets (arXiv:2502.17055)."""
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from evenstep.kernels import WholeKernels
-from evenstep.optim.at_once import whole_step
-from evenstep.optim.base import EvenOptimizer, Group, State
-from evenstep.optim.sharding import Bucket
-from evenstep.optim.state import moment, scalar, statistics
-from evenstep.transforms import AdamStep, Steps, adaclip, adagn, adam_, cosine_factor, reset_due
+from evenstep.kernels.interface import Kernels
+from evenstep.optim import functional as F
+from evenstep.optim import options
+from evenstep.optim.distributed import Bucket, Steps
+from evenstep.optim.optimizer import EvenOptimizer
+from evenstep.optim.state import Group, State, moment, scalar
 
 
 class StableSPAM(EvenOptimizer):
@@ -45,9 +45,9 @@ class StableSPAM(EvenOptimizer):
         rounding: how results enter 16-bit parameters: ``"nearest"`` (default), ``"stochastic"`` or ``"kahan"`` (2 more
             bytes per parameter); no difference for fp32 parameters.
         state: how moments are stored: ``"fp32"`` (default), ``"bf16"``, or ``"int8"`` (blocks of 256, needs torchao).
-        fused: kernels (C++ on CPU, Triton on CUDA): None (default) where they serve, False for the plain code, True for
-            an error where they do not. ``evenstep doctor`` shows what serves. A step compiled by ``torch.compile``
-            takes the plain code, which the compiler fuses.
+        fused: a fused step (C++ on CPU, Triton on CUDA): None (default) where it serves, False for the plain code, True
+            for an error where it does not. ``evenstep doctor`` shows what serves. Sharded parameters, and a step
+            compiled by ``torch.compile``, take the plain code.
         **official: the official names above.
 
     State per parameter, fp32 (fp64 for fp64 parameters): ``exp_avg``, ``exp_avg_sq`` and the scalars ``peak`` (mean of
@@ -62,12 +62,7 @@ class StableSPAM(EvenOptimizer):
             ``step``).
     """
 
-    ALIASES: ClassVar[dict[str, str]] = {
-        "theta": "gamma3",
-        "total_T": "total_steps",
-        "update_proj_gap": "reset_interval",
-        "DeltaT": "reset_interval",
-    }
+    OPTIONS = options.STABLE_SPAM
 
     def __init__(
         self,
@@ -91,24 +86,7 @@ class StableSPAM(EvenOptimizer):
         fused: bool | None = None,
         **official: Any,
     ):
-        options = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "gamma1": gamma1,
-            "gamma2": gamma2,
-            "gamma3": gamma3,
-            "total_steps": total_steps,
-            "eta_min": eta_min,
-            "reset_interval": reset_interval,
-            "variant": variant,
-            "maximize": maximize,
-            "capturable": capturable,
-            "rounding": rounding,
-            "state": state,
-        }
-        super().__init__(params, options, official, fused)
+        super().__init__(params, locals(), official, fused)
 
     def new_state(self, p: Tensor, group: Group, index: int) -> State:
         scalars = {name: scalar(p) for name in ("peak", "norm", "norm_rms", "n", "age")}
@@ -117,40 +95,41 @@ class StableSPAM(EvenOptimizer):
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         official = group["variant"] == "official"
-        lr, (reset, beta1, gamma1) = group["lr"], self._scheduled(group)
+        reset, beta1, gamma1 = self._scheduled(group)
 
         scalars = bucket.stacked("peak", "norm", "norm_rms", "n", "age")
-        peak, norm, norm_rms, n, age = scalars.values
+        peak, norm, norm_rms, n, age = scalars.values  # [k] each
         n, age = n + 1, age * (1 - reset) + 1
-        grads = yield self.gradients(group, bucket)
-        grads, peak = adaclip(grads, peak, n, group["gamma3"])
-        grads = (yield grads.with_norms()).within_range()
-        gain, norm, norm_rms = adagn(grads.norm, norm, norm_rms, n, gamma1, group["gamma2"], group["eps"])
+        grads = yield self.gradients(group, bucket)  # all-reduce: the largest entry of each tensor
+        grads, peak = F.adaclip(grads, peak, n, group["gamma3"])
+        grads = (yield grads.with_norms()).within_range()  # all-reduce: the norm after clipping
+        gain, norm, norm_rms = F.adagn(grads.norm, norm, norm_rms, n, gamma1, group["gamma2"], group["eps"])
         grads = grads.amplified(gain)
 
-        # The official code resets after the update instead of before: the old moments take this step, with the bias
-        # correction of age 1.
-        plan = AdamStep.plan(
+        # MoRet: the moments are cleared before the gradient enters. The published code clears them after the update
+        # instead: the old moments take this step, with the bias correction of age 1.
+        plan = F.AdamPlan.of(
             grads.finite,
             age,
             torch.zeros_like(reset) if official else reset,
-            lr=lr,
+            lr=group["lr"],
             betas=(beta1, group["betas"][1]),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             forget_after=reset if official else None,
         )
         weights = self.weights(group, bucket, grads.finite)
-        update_norm = adam_(weights, grads, bucket.parts("exp_avg"), bucket.parts("exp_avg_sq"), plan)
+        exp_avg, exp_avg_sq = bucket.state_tensors("exp_avg"), bucket.state_tensors("exp_avg_sq")
+        update_norm = F.adam_step(weights, grads, exp_avg, exp_avg_sq, plan)
         if official:
             n = age  # one counter for both: after a reset the statistics are corrected as if they were new
         scalars.store(grads.finite, peak, norm, norm_rms, n, age)
-        return statistics(grads, bucket, update_norm)
+        return F.statistics(grads, bucket.sizes(), update_norm, sharded=bool(bucket.layout.cuts))
 
-    def at_once(self, group: Group, bucket: Bucket, kernels: WholeKernels) -> Tensor:
+    def fused_step(self, group: Group, bucket: Bucket, kernels: Kernels) -> Tensor:
         official = group["variant"] == "official"
         reset, beta1, gamma1 = self._scheduled(group)
-        how = {
+        step_options = {
             "sign": -1.0 if group["maximize"] else 1.0,
             "lr": group["lr"],
             "beta1": beta1,
@@ -167,14 +146,19 @@ class StableSPAM(EvenOptimizer):
             "gamma3": group["gamma3"],
             "one_counter": official,
         }
-        return kernels.adam_step_(whole_step(group, bucket, "age", "peak", "norm", "norm_rms", "n"), how)
+        tensors = self.step_tensors(group, bucket, "age", "peak", "norm", "norm_rms", "n")
+        return kernels.adam_step_(tensors, step_options)
+
+    @classmethod
+    def checked_steps(cls) -> dict[str, Callable[..., EvenOptimizer]]:
+        return {"Stable-SPAM": lambda params, **how: cls(params, weight_decay=0.1, reset_interval=3, **how)}
 
     @staticmethod
     def _scheduled(group: Group) -> tuple[Any, Any, Any]:
-        """Whether this step resets the moments (1 or 0), beta1 and gamma1."""
+        """Whether this step resets the moments (1 or 0), beta1 and gamma1 of this step."""
         t, beta1, gamma1 = group["t"], group["betas"][0], group["gamma1"]
         if group["total_steps"] is not None:
             hold = group["variant"] != "official"
-            factor = cosine_factor(t, group["total_steps"], group["eta_min"], hold=hold)
+            factor = F.cosine_factor(t, group["total_steps"], group["eta_min"], hold=hold)
             beta1, gamma1 = beta1 * factor, gamma1 * factor
-        return reset_due(t, group["reset_interval"]), beta1, gamma1
+        return F.reset_due(t, group["reset_interval"]), beta1, gamma1

@@ -1,4 +1,4 @@
-"""The pieces that states and groups are made of: clocks, zeros for moments and scalars, and the numbers of a step."""
+"""State of parameters and groups: clocks, fp32, bf16 and 8-bit moments, exact loading, and statistics by parameter."""
 
 import functools
 import math
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evenstep.kernels import constant, is_coded, uploaded
-from evenstep.optim.sharding import Bucket, like, local, parts, refuse_flat_shard, state_dtype
-from evenstep.transforms import Gradients, noise_seeds, opened
+from evenstep.kernels.interface import constant, is_coded, uploaded
+from evenstep.optim.distributed import Bucket, local, num_shards, refuse_flat_shard, shard_like, state_dtype
+from evenstep.optim.functional import noise_seeds, opened
 
 Group = dict[str, Any]
 State = dict[str, Any]
 
 
-def at_present(group: Group) -> Group:
-    """The options of a group as a step reads them: ``t`` and ``lr``, which move with time, are 0-d tensors.
+def with_tensor_clock(group: Group) -> Group:
+    """The options of a group for the plain step, with ``t`` and ``lr``, which change with time, as 0-d tensors.
 
     Both are float64 (a tensor given as ``lr`` stays as it is). A compiled step takes them as inputs, where Python
     numbers would be compiled in.
@@ -32,8 +32,8 @@ def at_present(group: Group) -> Group:
     }
 
 
-def newest(clocks: list[Any]) -> Any:
-    """The furthest of the clocks of some groups, 0 for none. One that lives on a device is not read."""
+def latest_clock(clocks: list[Any]) -> Any:
+    """The largest of the clocks of several groups, 0 for none. A clock on a device is not read."""
     if not any(isinstance(t, Tensor) for t in clocks):
         return max(clocks, default=0)
     device = next(t.device for t in clocks if isinstance(t, Tensor))
@@ -103,13 +103,14 @@ def _numbered(optimizer: Optimizer, saved: dict[str, Any]) -> list[tuple[Tensor,
 
 
 def rounding(group: Group, bucket: Bucket) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Kahan's compensation and the seeds of stochastic rounding, where the group asks for them."""
-    lost: list[Tensor | None] = [None] * len(bucket.here)
-    seeds: list[Tensor | None] = [None] * len(bucket.here)
+    """Kahan compensation and seeds of stochastic rounding of each parameter, where the group asks for them, else
+    None."""
+    lost: list[Tensor | None] = [None] * len(bucket.shards)
+    seeds: list[Tensor | None] = [None] * len(bucket.shards)
     if group["rounding"] == "kahan":
         lost = [local(state["compensation"]) if "compensation" in state else None for state in bucket.states]
     elif group["rounding"] == "stochastic":
-        seeds[:] = noise_seeds(torch.as_tensor(group["t"]), group["places"], bucket.here[0].device)
+        seeds[:] = noise_seeds(torch.as_tensor(group["t"]), group["places"], bucket.shards[0].device)
     return lost, seeds
 
 
@@ -142,38 +143,17 @@ def moment(p: Tensor, stored: str = "fp32", *, signed: bool = True) -> Tensor:
     """
     if stored == "int8":
         blocks = _eight_bit_blocks()
-        part = local(p)
-        if part.numel() * parts(p) == p.numel() >= 4096 and part.numel() % 256 == 0:
-            return like(p, blocks.zeros(part.shape, signed, 256, p.device))
+        shard = local(p)
+        if shard.numel() * num_shards(p) == p.numel() >= 4096 and shard.numel() % 256 == 0:
+            return shard_like(p, blocks.zeros(shard.shape, signed, 256, p.device))
     dtype = torch.bfloat16 if stored == "bf16" else state_dtype(p)
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
 
-def largest_stored(moments: Iterable[Tensor]) -> float:
-    """The largest number that all of these moments can hold. bf16 and 8-bit blocks count as fp32."""
-    whole = all(x.dtype == torch.float64 and not is_coded(x) for x in moments)
+def largest_stored(moments: Iterable[Tensor], dtype: torch.dtype) -> float:
+    """The largest number of ``dtype`` that all of these moments can hold. bf16 and 8-bit blocks count as fp32."""
+    whole = dtype == torch.float64 and all(x.dtype == torch.float64 and not is_coded(x) for x in moments)
     return torch.finfo(torch.float64 if whole else torch.float32).max
-
-
-def statistics(grads: Gradients, bucket: Bucket, update_norm: Tensor) -> dict[str, Tensor]:
-    """What `stats` holds of one bucket, vectors ``[k]``. Norms of gradients are those of whole tensors."""
-    first = grads.origin or grads
-    assert first.norms is not None
-    unknown = torch.full_like(grads.peak, math.nan)
-    limited = grads if first.limit is None else first
-    assert limited.norms is not None
-    sizes = bucket.sizes()
-    return {
-        "grad_max": first.peak,
-        "grad_norm": first.norms.raw,
-        "norm_after": grads.norm,
-        "clip_limit": unknown if limited.limit is None else limited.limit,
-        "clipped": limited.norms.count / sizes,
-        "gain": grads.gain if grads is first else grads.gain * first.gain,
-        # Of a sharded tensor's update only a part is here, and its norm is not worth a message of its own.
-        "update_rms": unknown if bucket.layout.cuts else update_norm / sizes.sqrt(),
-        "skipped": (~grads.finite).to(grads.dtype),
-    }
 
 
 def in_param_order(groups: list[Group], measured: list[tuple[list[Tensor], dict[str, Tensor]]]) -> dict[str, Tensor]:

@@ -105,17 +105,25 @@ def _watch(args: argparse.Namespace) -> None:
 
 
 def _rows(args: argparse.Namespace) -> None:
-    from evenstep.train.rows import parse_rows, rows_of
-    from evenstep.train.sample import printable
+    from evenstep.console import printable
+    from evenstep.train.runs import parse_rows, rows_of
 
     for head, text in rows_of(args.run, *parse_rows(args.rows)):
         print(f"== {head}\n{printable(text)}")
 
 
 def _study(args: argparse.Namespace) -> None:
-    from evenstep.telemetry.study import study
+    import importlib
+    import sys
 
-    study(
+    import evenstep
+    from evenstep.errors import EvenstepError
+
+    root = Path(evenstep.__file__).parent.parent
+    if not (root / "lab" / "spikes.py").exists():
+        raise EvenstepError("the study is not in the installed package; run evenstep study from a clone of the sources")
+    sys.path.insert(0, str(root))
+    importlib.import_module("lab.spikes").study(
         args.out,
         models=args.models.split(","),
         steps=args.steps,

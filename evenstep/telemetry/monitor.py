@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evenstep.errors import EvenstepError
-from evenstep.optim.sharding import is_sharded
+from evenstep.optim.distributed import is_sharded
 from evenstep.telemetry.clocks import resets
 from evenstep.telemetry.detect import Detector, Event
 from evenstep.telemetry.lines import event_line

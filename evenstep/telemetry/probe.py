@@ -20,11 +20,23 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from evenstep.optim.distributed import (
+    Bucket,
+    Layout,
+    Reduction,
+    Steps,
+    all_reduce,
+    buckets,
+    is_sharded,
+    local,
+    num_shards,
+    run_batched_collectives,
+    state_dtype,
+)
+from evenstep.optim.functional import Gradients
 from evenstep.optim.fused import Choice
-from evenstep.optim.sharding import Bucket, Layout, buckets, combine, is_sharded, local, parts, state_dtype
 from evenstep.optim.state import in_param_order
 from evenstep.telemetry.schema import GSS_THRESHOLD
-from evenstep.transforms import Combine, Gradients, Steps, lockstep
 
 STATS = ("grad_max", "grad_norm", "norm_after", "clip_limit", "clipped", "gain", "update_rms", "skipped")
 """What `stats` of an optimizer may have; the rest of a row is measured here."""
@@ -154,7 +166,9 @@ class Probe:
         if not work:
             return {}
         layouts = [bucket.layout for bucket in work]
-        found = lockstep([_norms(bucket) for bucket in work], lambda requests: combine(requests, layouts))
+        found = run_batched_collectives(
+            [_norms(bucket) for bucket in work], lambda requests: all_reduce(requests, layouts)
+        )
         groups = self.optimizer.param_groups
         return in_param_order(groups, [(bucket.params, one) for bucket, one in zip(work, found, strict=True)])
 
@@ -225,11 +239,11 @@ class Probe:
         in fp32. Two passes over the weights. NaN for those that are passed over."""
         layouts = [Layout.of(p) for p in self.params]
         found = [self._norm_and_peak(i, p) for i, p in enumerate(self.params)]
-        asked: dict[int, tuple[Combine, ...]] = {
-            i: (Combine("sum", norm.square().reshape(1)), Combine("max", peak.nan_to_num(nan=math.inf).reshape(1)))
+        asked: dict[int, tuple[Reduction, ...]] = {
+            i: (Reduction("sum", norm.square().reshape(1)), Reduction("max", peak.nan_to_num(nan=math.inf).reshape(1)))
             for i, (norm, peak) in enumerate(found)
         }
-        combine(asked, layouts)
+        all_reduce(asked, layouts)
         answers = [[one.values if one.answer is None else one.answer for one in both] for both in asked.values()]
         sums, peaks = (torch.cat([both[j].to(self.counts) for both in answers]) for j in (0, 1))
         sizes = self.counts.new_tensor([max(entries(p, whole=True), 1) for p in self.params])
@@ -259,15 +273,15 @@ class Probe:
         layouts = [Layout.of(p) for p in self.params]
         cut = [i for i, layout in enumerate(layouts) if layout.cuts]
         gss, share = rows[:, COLUMNS.index("gss")], rows[:, COLUMNS.index("gss_share")]
-        asked: dict[int, tuple[Combine, ...]] = {
-            i: (Combine("max", gss[:, i].nan_to_num(nan=-1.0)), Combine("sum", share[:, i].nan_to_num(nan=0.0)))
+        asked: dict[int, tuple[Reduction, ...]] = {
+            i: (Reduction("max", gss[:, i].nan_to_num(nan=-1.0)), Reduction("sum", share[:, i].nan_to_num(nan=0.0)))
             for i in cut
         }
-        combine(asked, layouts)
+        all_reduce(asked, layouts)
         for i, (largest, summed) in asked.items():
             assert largest.answer is not None and summed.answer is not None
             gss[:, i] = torch.where(largest.answer < 0, math.nan, largest.answer)
-            share[:, i] = torch.where(largest.answer < 0, math.nan, summed.answer / parts(self.params[i]))
+            share[:, i] = torch.where(largest.answer < 0, math.nan, summed.answer / num_shards(self.params[i]))
         return rows
 
     def state(self) -> dict[str, Any]:

@@ -1,2 +1,2 @@
-"""Training: configuration, schedules, optimizers by name, the loop, checkpoints, progress.
-``evenstep.train.run.Run`` is the way in."""
+"""Training: configuration, optimizer and schedule, the loop, checkpoints, the log. `evenstep.train.trainer.Trainer`
+(``from evenstep.train.run import Run``) is the entry point."""

@@ -1,26 +1,28 @@
-"""Checkpoints: their place, their names, their manifest, and who may read them.
+"""Checkpoints on the disk: layout, names, manifest, verification, and the errors that say how to go on from one.
 
-The layout of one, which every run writes, on one process as on many::
+A checkpoint, written the same way by one process or many::
 
     RUN/checkpoints/step-000100/
         manifest.json                   {"format": 2, "step": 100, "world_size": 2, "files": {NAME: {"bytes", ...}}}
-        shard-00001-model-00001-of-00001.safetensors    what process 0 holds; shard-00002 is process 1's, and so on
-        trainer.pt                      everything else that moves: step, position, clocks, random states, the config
+        shard-00001-model-00001-of-00001.safetensors    the tensors of process 0; shard-00002 is process 1's, and so on
+        trainer.pt                      everything else that changes: step, position, clocks, random states, the config
         config.json                     the shape of the model, as Hugging Face writes it
         tokenizer.json, ...             the tokenizer
 
-The shards are torch.distributed.checkpoint's, in its safetensors form (``hf_storage``): a tensor may be cut over
-several of them, each with the offsets of its parts in its header, so any number of processes reads what any other
-number wrote. Their keys are ``model.NAME`` and ``optimizer.NAME.ENTRY``, NAME being a parameter's name. The other
-storage of torch.distributed.checkpoint keeps its metadata in a pickle, which runs code when it is read; here nothing
-is pickled but trainer.pt, which ``torch.load(weights_only=True)`` reads: a checkpoint from elsewhere cannot run code.
+The shards are those of torch.distributed.checkpoint in its safetensors form (``hf_storage``): a tensor may be cut over
+several of them, each with the offsets of its pieces in its header, so any number of processes reads what any other
+number wrote. Their keys are ``model.NAME`` and ``optimizer.NAME.ENTRY``, where NAME is the name of a parameter. The
+other storage of torch.distributed.checkpoint keeps its metadata in a pickle, which can run code when it is read. Here
+only trainer.pt is pickled, and it is read by ``torch.load(weights_only=True)``: an untrusted checkpoint cannot run
+code.
 
-A checkpoint is written under another name beside its place, forced to the disk, and renamed with the manifest in it:
-the name ``step-*`` exists only for a whole one. Old ones are deleted after that, never before. Whoever reads checks the
-manifest first, so a truncated or altered checkpoint is passed over by name instead of being loaded. The checksums find
-accidents; they are no protection against someone who also writes the manifest.
+A checkpoint is committed atomically. It is written to ``.step-N.partial``, forced to the disk, and renamed with its
+manifest inside, so the name ``step-*`` exists only for a complete one. Old checkpoints are deleted after that, never
+before. A reader verifies the manifest first and skips a truncated or altered checkpoint, naming it. The checksums
+detect accidents; they do not protect against somebody who also rewrites the manifest.
 
-For other programs: `read_manifest` and `load_model_state`. Nothing here imports torch until tensors are asked for.
+For other programs: `read_manifest` and `load_model_state`. `evenstep.train.saving` writes the tensors; nothing here
+imports torch until tensors are read.
 """
 
 from __future__ import annotations
@@ -31,17 +33,49 @@ import os
 import re
 import shlex
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evenstep.console import program
 from evenstep.errors import EvenstepError
-from evenstep.paths import is_plain_name
-from evenstep.train.failure import of_the_disk, reason_of
+from evenstep.paths import is_plain_name, unused
+from evenstep.train.config import BaseConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# ---- the cause of an exception ----
+
+
+def reason_of(problem: BaseException) -> str:
+    """The system's own words where an error of the disk is behind the problem, else the problem's first line."""
+    rank, problem = _first_failure(problem)
+    disk = of_the_disk(problem)
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    said = (disk.strerror if disk else None) or (lines[0] if lines else type(problem).__name__)
+    return f"{said} (process {rank})" if rank else said
+
+
+def _first_failure(problem: BaseException) -> tuple[int, BaseException]:
+    """Of torch.distributed.checkpoint's exception, which holds rank -> (exception, stack): the process, where one alone
+    failed, and its exception. 0 and the problem itself for any other."""
+    failures = getattr(problem, "failures", None)
+    if not isinstance(failures, dict) or not failures:
+        return 0, problem
+    rank, (inner, _) = min(failures.items(), key=lambda item: item[0])
+    return (rank if len(failures) == 1 else 0), _first_failure(inner)[1]
+
+
+def of_the_disk(problem: BaseException) -> OSError | None:
+    seen: BaseException | None = _first_failure(problem)[1]
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
 
 MANIFEST = "manifest.json"
 TRAINER = "trainer.pt"
@@ -95,10 +129,81 @@ def load_model_state(checkpoint: Path | str) -> dict[str, Tensor]:
     The checksums are not looked at: `newest_checkpoint` and `find_fault` do. EvenstepError for a directory that is no
     checkpoint, or whose shards cannot be read or do not cover a tensor.
     """
-    from evenstep.train.tensors import read_whole
-
     read_manifest(checkpoint)
     return read_whole(Path(checkpoint), "model.")
+
+
+# ---- reading tensors ----
+
+
+def quiet_dcp() -> None:
+    """torch.distributed.checkpoint warns at each use by a single process, which is what is meant."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+def reader(directory: Path) -> Any:
+    """torch's reader of the shards in ``directory``."""
+    from evenstep.models.hf import require_safetensors
+
+    require_safetensors()
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    quiet_dcp()
+    return HuggingFaceStorageReader(str(directory))
+
+
+def shard_metadata(directory: Path) -> dict[str, Any]:
+    """Shape and dtype of every tensor in the shards. EvenstepError when one cannot be read, or its parts do not cover
+    it."""
+    try:
+        found = reader(directory).read_metadata().state_dict_metadata
+    except Exception as problem:  # safetensors raises a type of its own
+        raise EvenstepError(f"the shards in {directory} cannot be read: {problem}") from None
+    for name, facts in found.items():
+        here = {chunk.offsets: chunk.sizes.numel() for chunk in facts.chunks}
+        if sum(here.values()) != facts.size.numel():
+            raise EvenstepError(f"the shards in {directory} hold only a part of {name}; a shard is missing")
+    return found
+
+
+def fill(directory: Path, tensors: dict[str, Tensor], *, single: bool = False) -> None:
+    """Read the shards into ``tensors``, in place; DTensors get their own parts. ``single``: this process reads alone,
+    whatever others do. EvenstepError for what is missing or of another shape."""
+    import torch.distributed.checkpoint as dcp
+
+    known = shard_metadata(directory)
+    for name, tensor in tensors.items():
+        if name not in known:
+            raise EvenstepError(f"the checkpoint {directory} holds no {name}; it is of another model or optimizer")
+        if known[name].size != tensor.shape:
+            raise EvenstepError(
+                f"the checkpoint {directory} holds {name} as {list(known[name].size)}, wanted is {list(tensor.shape)}"
+            )
+    try:
+        dcp.load(tensors, storage_reader=reader(directory), no_dist=single or not _distributed())
+    except (Exception, dcp.api.CheckpointException) as problem:
+        raise EvenstepError(f"the shards in {directory} cannot be read: {str(problem).splitlines()[-1]}") from None
+
+
+def _distributed() -> bool:
+    import torch
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def read_whole(directory: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose key starts with ``prefix``, by the rest of it, whole and on the CPU."""
+    import torch
+
+    wanted = {name: facts for name, facts in shard_metadata(directory).items() if name.startswith(prefix)}
+    if not wanted:
+        raise EvenstepError(f"the shards in {directory} hold nothing named {prefix}...")
+    tensors = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in wanted.items()}
+    fill(directory, tensors, single=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+# ---- which checkpoint, and is it whole ----
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -257,7 +362,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "window_steps": int, "skipped": list, "tokenizer": str, "data": str, "config": dict, "optimizer": dict,
     "processes": list,
 }  # fmt: skip
-"""What `evenstep.train.state` reads of trainer.pt."""
+"""The entries of trainer.pt that `evenstep.train.trainer` reads, and their types."""
 
 
 def read_trainer(checkpoint: Path) -> dict[str, Any]:
@@ -282,3 +387,33 @@ def _sync_directory(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+# ---- what to do when training diverges ----
+
+
+def diverged(config: BaseConfig, step: int, what: str, rescued: Path | None = None) -> EvenstepError:
+    """The error of a run that met a NaN or an infinity at ``step``; ``rescued`` is the checkpoint of the weights
+    before it.
+
+    Those weights lose nothing when the fault was a passing one, but an update may have ruined them already while they
+    are still finite. So the advice for a new run starts from the checkpoint before, or from scratch.
+    """
+    out = Path(config.out or "")
+    kept = [path for path in list_checkpoints(out / "checkpoints") if path != rescued]
+    facts = [f"{what} at step {step}, training stopped"]
+    if rescued:
+        facts.append(f"the weights before that step are saved as {rescued}, though they may be ruined already")
+    if kept:
+        facts.append(f"the checkpoint before is {kept[0]}")
+    if rescued or kept:
+        facts.append(f"after a passing fault go on with: {program()} {config.COMMAND} --resume {shlex.quote(str(out))}")
+    else:
+        facts.append("no checkpoint was saved before it")
+    command = [config.COMMAND, str(out / "config.toml")]
+    command += ["--model.init", str(kept[0])] if kept and config.COMMAND == "pretrain" else []
+    command += ["--optim.lr", f"{config.optim.lr / 10:g}", "--out", str(unused(out))]
+    facts.append(
+        f"else lower the rate in a new run (or lengthen schedule.warmup_steps): {program()} {shlex.join(command)}"
+    )
+    return EvenstepError("; ".join(facts))

@@ -6,6 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from evenstep.errors import EvenstepError
+from evenstep.train.config import Config
+from evenstep.train.config_io import build, check_changes, read_toml, to_toml
+
 PLAN = """\
 Say what RECIPE.toml needs on so many GPUs before anything is started: memory of each process, bytes on the wire in a
 step for each parallel mode, whether it fits, and what to change if it does not. Takes --section.key value as pretrain
@@ -96,13 +100,30 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from evenstep.train.export import export
-    from evenstep.train.progress import tell
+    from evenstep.train.log import print_line
+    from evenstep.train.weights import export
 
-    export(args.run, args.to, args.out, tell)
+    export(args.run, args.to, args.out, print_line)
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from evenstep.train.inspection import inspect
+    from evenstep.train.runs import inspect
 
     inspect(args.checkpoint, everything=args.all, as_json=args.json)
+
+
+def print_config(config: Any, directory: Path | None) -> None:
+    """The configuration as a recipe. EvenstepError for what a run of it would refuse: hyperparameters that the
+    optimizer does not have or take, a model to start from that is not there, changes that a resume does not allow."""
+    from evenstep.train.optimizers import try_optimizer
+    from evenstep.train.task import with_shape_of
+    from evenstep.train.weights import find_source
+
+    try_optimizer(config.optim)
+    if directory is not None:
+        if not (directory / "config.toml").is_file():
+            raise EvenstepError(f"{directory} is not a run: it has no config.toml; evenstep runs lists runs")
+        check_changes(directory, config, build(read_toml(directory / "config.toml"), type(config)))
+    if isinstance(config, Config) and config.model.init:
+        with_shape_of(config, find_source(Path(config.model.init), lambda _: None))
+    print(to_toml(config), end="")

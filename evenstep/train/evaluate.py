@@ -1,23 +1,42 @@
-"""Validation with the right mean: every token weighs the same, whatever batch it came in."""
+"""A model put to use: the validation loss, in which every token has the same weight whatever batch it came in, and text
+that it generates.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from evenstep.data import Tokenizer, load_tokenizer
 from evenstep.errors import EvenstepError
-
-if TYPE_CHECKING:
-    from evenstep.train.parallel import Parallel
-    from evenstep.train.world import World
+from evenstep.models import Llama, generate
+from evenstep.train.checkpoint import MANIFEST, newest_checkpoint, read_trainer
+from evenstep.train.config import SampleConfig
+from evenstep.train.distributed import Parallel, World
+from evenstep.train.weights import load_model, with_lowbit
 
 Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a trainer lends to a validation: the model and how it runs. ``watch`` goes around what is iterated over: it
+    publishes progress to the heartbeat, and raises Stopped when a signal comes."""
+
+    model: Any
+    parallel: Parallel
+    device: torch.device
+    autocast: AbstractContextManager[Any]
+    chunk: int | None
+    batch_size: int
+    watch: Callable[[Iterable[Any]], Iterator[Any]]
 
 
 @dataclass(frozen=True)
@@ -98,3 +117,38 @@ def shares(batches: Iterable[Batch], world: World | None) -> Iterator[tuple[Tens
 
 def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
+
+
+# ---- text ----
+
+
+def sample_text(model: Llama, tokenizer: Tokenizer, sample: SampleConfig, seed: int) -> str:
+    """The prompt and what the model makes of it; the same seed gives the same text. Empty for ``tokens`` 0.
+
+    The text starts as a document does in training, after an end-of-text token, and ends at the next one.
+    """
+    if not sample.tokens:
+        return ""
+    prompt = tokenizer.encode(sample.prompt)
+    new = generate(
+        model,
+        [tokenizer.eos_id, *prompt],
+        sample.tokens,
+        temperature=sample.temperature,
+        top_k=sample.top_k or None,
+        generator=torch.Generator().manual_seed(seed),
+        stop=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+    )
+    return tokenizer.decode([*prompt, *new])
+
+
+def generate_from(run: Path, sample: SampleConfig, seed: int, say: Callable[[str], None]) -> str:
+    """Text from the newest whole checkpoint of a run, or from the checkpoint that ``run`` itself is. EvenstepError when
+    it is neither."""
+    if not run.is_dir():
+        raise EvenstepError(f"{run}: no such directory; give the directory of a run (evenstep runs lists them)")
+    checkpoint = run if (run / MANIFEST).is_file() else newest_checkpoint(run, say)
+    recipe = read_trainer(checkpoint)["config"].get("lowbit")  # text as it was trained and validated
+    model = with_lowbit(load_model(checkpoint).eval(), recipe, say)
+    return sample_text(model, load_tokenizer(checkpoint), sample, seed)

@@ -17,11 +17,14 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 from evenstep.errors import EvenstepError
-from evenstep.paths import leaves
+from evenstep.paths import leaves, unused
+from evenstep.train.checkpoint import list_checkpoints
+from evenstep.train.config import BaseConfig
 
 try:
     import fcntl
@@ -252,3 +255,31 @@ def _holder(descriptor: int) -> str:
 def _refusal(run: Path, holder: str) -> EvenstepError:
     who = f" (process {holder})" if holder else ""
     return EvenstepError(f"{run} is being trained by another process{who}; wait for it or stop it")
+
+
+# ---- the directory of a new run ----
+
+
+def default_name(config: BaseConfig) -> str:
+    return config.name or "-".join(filter(None, (config.model.label, config.optim.name, config.lowbit)))
+
+
+def fresh_directory(config: BaseConfig) -> Path:
+    """The run's directory, which must hold nothing yet, or a run that stopped before its first checkpoint; it is not
+    created here."""
+    new = Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{default_name(config)}"
+    out = Path(config.out) if config.out else unused(new)
+    check_free(out)
+    if (out / "config.toml").exists():
+        if list_checkpoints(out / "checkpoints"):
+            raise EvenstepError(f"{out} holds a run already; continue it with --resume {out}, or give another --out")
+        if (out / "summary.json").exists():
+            raise EvenstepError(f"{out} holds a finished run without its checkpoints; give another --out")
+    elif out.exists() and (not out.is_dir() or any(path.name not in _LEFT_AT_START for path in out.iterdir())):
+        raise EvenstepError(f"{out} exists and is not an empty directory; give another --out")
+    check_creatable(out)
+    return out
+
+
+_LEFT_AT_START = (LOCK, ".config.toml.partial")
+"""What a run leaves behind that was killed before it had written anything."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
 
-from evenstep.train.progress import silence
+from evenstep.train.log import silence
 
 T = TypeVar("T")
 

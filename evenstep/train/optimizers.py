@@ -1,11 +1,13 @@
-"""From ``[optim]`` to the optimizer of a run; the optimizers themselves are listed in evenstep.baselines.catalog.
+"""The optimizer of a run, built from ``[optim]``, and its learning rate over time.
 
-Hyperparameters are checked against the constructor itself, so an optimizer's options are written down once, in its
-own signature.
+The optimizers themselves are listed in `evenstep.baselines.catalog`. Hyperparameters are checked against the
+constructor, so the options of an optimizer are declared once, in its own signature. The learning rate is a function of
+the step alone, so a resumed run needs no state for it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +15,7 @@ import torch
 from evenstep.baselines import fronts
 from evenstep.baselines.catalog import baseline, check_options
 from evenstep.errors import EvenstepError
+from evenstep.train.config import BaseConfig, ScheduleConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,3 +73,55 @@ class LearningRates:
     def set(self, optimizer: Optimizer, factor: float) -> None:
         for group, rate in zip(optimizer.param_groups, self.base, strict=True):
             group["lr"] = rate * factor
+
+
+# ---- the schedule ----
+
+
+def lr_factor(schedule: ScheduleConfig, step: int, total_steps: int, warmup_steps: int) -> float:
+    """Factor for optimizer step ``step`` (1-based) of ``total_steps``.
+
+    Warm-up: step / warmup_steps, so the first step already moves and the last warm-up step has the full rate. After
+    it, with x = (step - warmup) / (total - warmup) in (0, 1]:
+    cosine: min + (1 - min) (1 + cos(pi x)) / 2, exactly ``min_lr_ratio`` on the last step;
+    wsd: 1, then linear down to ``min_lr_ratio`` over the last ``decay_fraction`` of all steps;
+    constant: 1.
+    Steps beyond the total keep the last value.
+    """
+    if step <= warmup_steps:
+        return step / warmup_steps
+    step = min(step, total_steps)
+    return _SHAPES[schedule.name](schedule, step, total_steps, warmup_steps)
+
+
+def _cosine(schedule: ScheduleConfig, step: int, total: int, warmup: int) -> float:
+    low = schedule.min_lr_ratio
+    return low + (1 - low) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def _wsd(schedule: ScheduleConfig, step: int, total: int, warmup: int) -> float:
+    decay_steps = min(max(1, round(schedule.decay_fraction * total)), total - warmup)
+    remaining = (total - step) / decay_steps
+    return min(1.0, schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * remaining)
+
+
+def _constant(schedule: ScheduleConfig, step: int, total: int, warmup: int) -> float:
+    return 1.0
+
+
+_SHAPES = {"cosine": _cosine, "wsd": _wsd, "constant": _constant}
+
+
+def rising_rate(old: BaseConfig, new: BaseConfig, done: int) -> str | None:
+    """A warning for a run that is resumed at step ``done`` with another budget, where it trains at a higher learning
+    rate than it had reached: the schedule is stretched over all steps. None where it does not."""
+    if done >= new.total_steps or done < new.warmup_steps:
+        return None
+    had = old.optim.lr * lr_factor(old.schedule, max(1, done), old.total_steps, old.warmup_steps)
+    now = new.optim.lr * lr_factor(new.schedule, done + 1, new.total_steps, new.warmup_steps)
+    if now <= had * 1.01:
+        return None
+    return (
+        f"the learning rate rises from {had:.2e} to {now:.2e}: schedule {new.schedule.name} now takes "
+        f"{new.total_steps:,} steps and not {old.total_steps:,}"
+    )

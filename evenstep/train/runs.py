@@ -1,18 +1,25 @@
-"""The list of runs, read from what each run wrote; needs no torch."""
+"""Runs on the disk: the list of ``evenstep runs``, the content of a checkpoint for ``evenstep inspect``, and the
+text of data rows for ``evenstep rows``. Listing runs needs no torch.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from evenstep.errors import EvenstepError
 from evenstep.paths import check_own_file, read_own
 from evenstep.toml import parse_toml
+from evenstep.train.checkpoint import MANIFEST, TRAINER, file_fault, list_checkpoints, read_manifest, read_trainer
+from evenstep.train.config import Config
+from evenstep.train.config_io import build, read_toml
 from evenstep.train.files import is_running
-from evenstep.train.metrics import read_metrics
+from evenstep.train.log import print_nothing, read_metrics
 
 
 @dataclass(frozen=True)
@@ -77,3 +84,211 @@ def table(rows: list[RunRow]) -> str:
         ]
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
+
+
+# ---- evenstep inspect ----
+
+
+def inspect(path: Path, *, everything: bool, as_json: bool) -> None:
+    """Print what the checkpoint ``path`` holds, or the newest one of a run. EvenstepError, after that, when a file of
+    it is broken, and for what is neither."""
+    checkpoint, others = _checkpoint(path)
+    facts = facts_of_checkpoint(checkpoint)
+    print(json.dumps(facts, indent=1) if as_json else "\n".join([*_lines(facts, everything), *others]))
+    broken = [f"{name} {fault}" for name, fault in facts["faults"].items()]
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise EvenstepError(f"{checkpoint} is not whole: {broken[0]}{more}; resume passes it over")
+
+
+def _checkpoint(path: Path) -> tuple[Path, list[str]]:
+    """The checkpoint, and a line on others of its run."""
+    if not path.is_dir():
+        raise EvenstepError(f"{path}: no such directory; give a run or one of its checkpoints")
+    if (path / MANIFEST).exists():
+        return path, []
+    found = list_checkpoints(path / "checkpoints")
+    if not found:
+        raise EvenstepError(f"{path} is neither a checkpoint ({MANIFEST} is missing) nor a run with checkpoints")
+    older = ", ".join(other.name for other in found[1:])
+    return found[0], ["", f"older ones of this run: {older}"] if older else []
+
+
+def facts_of_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """Everything as plain values: ``step``, ``tokens``, ``world_size``, ``optimizer``, ``files`` and ``tensors`` (by
+    name: shape, dtype, bytes), ``faults`` (by file: what is wrong). What cannot be read is None or missing, and is
+    among the faults. EvenstepError when the manifest cannot be read."""
+    manifest = read_manifest(checkpoint)
+    faults = {name: file_fault(checkpoint, name, facts) for name, facts in sorted(manifest["files"].items())}
+    found: dict[str, Any] = {
+        "checkpoint": str(checkpoint),
+        "step": manifest["step"],
+        "tokens": None,
+        "world_size": manifest["world_size"],
+        "model": None,
+        "optimizer": None,
+        "files": {name: facts["bytes"] for name, facts in sorted(manifest["files"].items())},
+        "tensors": {},
+        "faults": {name: fault for name, fault in faults.items() if fault},
+    }
+    for name, read in ((TRAINER, _read_trainer), ("the shards", _read_shards)):
+        try:
+            found |= read(checkpoint)
+        except Exception as problem:  # of a broken file; it raises whatever its parser does
+            found["faults"].setdefault(name, "cannot be read: " + next(iter(str(problem).splitlines()), "no reason"))
+    return found
+
+
+def _read_trainer(checkpoint: Path) -> dict[str, Any]:
+    from evenstep.baselines.catalog import allow_known_state
+
+    allow_known_state()
+    trainer = read_trainer(checkpoint)
+    config = trainer["config"]
+    return {
+        "tokens": int(trainer["tokens"]),
+        "model": config["model"].get("size", "custom"),
+        "optimizer": {key: value for key, value in config["optim"].items() if isinstance(value, str | int | float)},
+    }
+
+
+def _read_shards(checkpoint: Path) -> dict[str, Any]:
+    from evenstep.train.checkpoint import reader
+
+    tensors = {}
+    for name, facts in sorted(reader(checkpoint).read_metadata().state_dict_metadata.items()):
+        dtype = facts.properties.dtype
+        tensors[name] = {
+            "shape": list(facts.size),
+            "dtype": str(dtype).removeprefix("torch."),
+            "bytes": facts.size.numel() * dtype.itemsize,
+        }
+    return {"tensors": tensors}
+
+
+def _lines(facts: dict[str, Any], everything: bool) -> list[str]:
+    count, whole = len(facts["files"]), _size(sum(facts["files"].values()))
+    state = f"{len(facts['faults'])} faults" if facts["faults"] else "every checksum is right"
+    tokens = "unknown" if facts["tokens"] is None else f"{facts['tokens']:,}"
+    by = f"{facts['world_size']} process{'es' * (facts['world_size'] > 1)}"
+    optimizer = ", ".join(f"{key} {value}" for key, value in (facts["optimizer"] or {"name": "unknown"}).items())
+    lines = [
+        f"{facts['checkpoint']}: {state}",
+        f"step {facts['step']}, {tokens} tokens, written by {by}, {whole} in {count} files",
+        f"model {facts['model'] or 'unknown'}; optimizer: {optimizer.removeprefix('name ')}",
+        "",
+    ]
+    for name, size in facts["files"].items():
+        lines.append(f"  {name:52} {_size(size):>10}  {facts['faults'].get(name, 'ok')}")
+    lines += [f"  {name:52} {'':>10}  {fault}" for name, fault in facts["faults"].items() if name not in facts["files"]]
+    return [*lines, "", *_tensor_lines(facts["tensors"], everything)]
+
+
+def _tensor_lines(tensors: dict[str, Any], everything: bool) -> list[str]:
+    lines = []
+    entries: dict[tuple[str, str], list[int]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("model.") or everything:
+            lines.append(f"  {name:60} {tensor['shape']!s:16} {tensor['dtype']:9} {_size(tensor['bytes']):>10}")
+        else:
+            entries.setdefault((name.rpartition(".")[2], tensor["dtype"]), []).append(tensor["bytes"])
+    for (entry, dtype), sizes in sorted(entries.items()):
+        what = f"optimizer: {entry} of {len(sizes)} parameters"
+        lines.append(f"  {what:60} {'':16} {dtype:9} {_size(sum(sizes)):>10}")
+    return lines
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"
+
+
+# ---- evenstep rows ----
+
+
+def parse_rows(text: str) -> tuple[int, int]:
+    """``"264-272"`` -> (264, 272), the first row and one past the last, as events give them; ``"264"`` is one row."""
+    first, dash, past = text.partition("-")
+    if not (first.isascii() and first.isdigit() and (not dash or (past.isascii() and past.isdigit()))):
+        raise EvenstepError(f"rows '{text}': give A-B, the first row and one past the last, such as 264-272")
+    start, stop = int(first), int(past) if dash else int(first) + 1
+    if not start < stop < 2**62:
+        raise EvenstepError(f"rows '{text}' are none: B of A-B is one past the last row, and must be above A")
+    return start, stop
+
+
+def rows_of(directory: Path, start: int, stop: int) -> Iterator[tuple[str, str]]:
+    """A head and the text of each of the rows ``start`` to ``stop - 1`` of the run in ``directory``, which may be one
+    of pretraining or of fine-tuning.
+
+    Rows are counted as a run reads them, from 0 and over all epochs. EvenstepError, at once, where there is no run, or
+    its data are not what they were.
+    """
+    if not (directory / "config.toml").is_file():
+        raise EvenstepError(f"{directory} is not a run: it has no config.toml; evenstep runs lists runs")
+    tables = read_toml(directory / "config.toml")
+    model = tables.get("model")
+    if isinstance(model, dict) and "path" in model:
+        return _tuning_rows(tables, start, stop)
+    return _training_rows(directory, build(tables), start, stop)
+
+
+def _training_rows(directory: Path, config: Config, start: int, stop: int) -> Iterator[tuple[str, str]]:
+    from evenstep.data import BatchLoader
+    from evenstep.train.task import data_identity, load_data
+
+    data = load_data(config)
+    newest = next(iter(list_checkpoints(directory / "checkpoints")), None)
+    if newest is not None and read_trainer(newest)["data"] != data_identity(data):
+        raise EvenstepError(
+            f"{directory} was trained on other tokens than {config.data.source} gives now (the text has changed); "
+            "bring back the text"
+        )
+    length = config.train.seq_len
+    loader = BatchLoader(data.train, length, config.train.batch_size, config.seed)
+    tokenizer = data.tokenizer
+
+    def rows() -> Iterator[tuple[str, str]]:
+        for row in range(start, stop):
+            [window] = loader.sequence_ids(row, row + 1).tolist()
+            tokens = data.train.read(window * length, (window + 1) * length + 1)
+            yield (
+                _head(row, loader, f"tokens {window * length:,}-{(window + 1) * length + 1:,}"),
+                tokenizer.decode(tokens.tolist()),
+            )
+
+    return rows()
+
+
+def _tuning_rows(tables: dict[str, Any], start: int, stop: int) -> Iterator[tuple[str, str]]:
+    import torch
+
+    from evenstep.finetune.config import FineTuneConfig
+    from evenstep.finetune.data import RowLoader
+    from evenstep.finetune.task import FineTuning
+    from evenstep.train.distributed import World
+
+    task = FineTuning(World(torch.device("cpu")), print_nothing)
+    config = task.resolve(build(tables, FineTuneConfig))  # opens the model, which decides how rows are packed
+    data = task.data
+    loader = RowLoader(data.train, config.train.batch_size, config.seed)
+
+    def rows() -> Iterator[tuple[str, str]]:
+        for row in range(start, stop):
+            [place] = loader.sequence_ids(row, row + 1).tolist()
+            texts = []
+            for document in data.train[place]:
+                label = "" if document.targets.ndim else f"\nlabel: {data.labels[int(document.targets)]}"
+                last = [int(document.targets[-1])] if document.targets.ndim and document.targets[-1] >= 0 else []
+                texts.append(data.tokenizer.decode([*document.inputs.tolist(), *last]) + label)
+            count = len(texts)
+            yield _head(row, loader, f"{count} example{'s' if count > 1 else ''}"), "\n--\n".join(texts)
+
+    return rows()
+
+
+def _head(row: int, loader: Any, what: str) -> str:
+    return f"row {row}: epoch {row // loader.sequences_per_epoch + 1}, {what}"

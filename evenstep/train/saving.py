@@ -1,13 +1,18 @@
-"""Writes checkpoints while the training goes on.
+"""The tensors of a checkpoint: named, staged on the CPU, written in the background, and read back.
 
-`Saver.save` copies the tensors (into pinned memory on a GPU machine) and returns; a thread writes the copies by
+The tensors of the model are ``model.NAME``, those of the optimizer ``optimizer.NAME.ENTRY``. What a state holds that is
+no tensor of a parameter, and the options of the groups, go into trainer.pt.
+
+`Saver.save` copies the tensors (into pinned memory on a GPU machine) and returns. A thread writes the copies by
 torch.distributed.checkpoint, has every process hash its own shards, and lets process 0 write the manifest and rename
-the directory. The next save waits for the one before. What goes wrong in the background is raised by the next `wait`,
-on every process alike.
+the directory. The next save waits for the previous one. An error in the background is raised by the next `wait`, on
+every process alike.
 """
 
 from __future__ import annotations
 
+import importlib
+import random
 import shutil
 from collections.abc import Callable
 from concurrent import futures
@@ -15,27 +20,229 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from evenstep.baselines.state_size import tensors_in
 from evenstep.errors import EvenstepError
 from evenstep.models.hf import require_safetensors
-from evenstep.optim.sharding import is_sharded, local
-from evenstep.train.checkpoint import SHARD, begin, commit, could_not_save, facts_of
-from evenstep.train.tensors import write
-from evenstep.train.world import World
+from evenstep.optim.distributed import is_sharded, local, num_shards, shard_like
+from evenstep.optim.state import keep_dtypes
+from evenstep.train.checkpoint import SHARD, begin, commit, could_not_save, facts_of, fill, quiet_dcp, shard_metadata
+from evenstep.train.distributed import World
+
+# ---- state tensors that hold codes and scales (torchao's, and ours of state="int8") ----
+
+_CLASSES = {
+    "OptimState8bit": "torchao.optim.subclass_8bit",
+    "OptimState4bit": "torchao.optim.subclass_4bit",
+    "OptimStateFp8": "torchao.optim.subclass_fp8",
+}
+_PARTS = ("codes", "scale")
+"""What changes of them; each is a tensor of its own in a shard. The table of code values is the class's own."""
+
+
+def packed_facts(value: Any) -> dict[str, Any] | None:
+    """What `empty_packed` needs to build such a tensor again; None for plain tensors. EvenstepError for a tensor
+    subclass that is not known here."""
+    if not isinstance(value, Tensor) or not is_traceable_wrapper_subclass(local(value)):
+        return None
+    part: Any = local(value)
+    name, module = type(part).__name__, type(part).__module__
+    if _CLASSES.get(name) != module:
+        raise EvenstepError(
+            f"a checkpoint cannot hold a {module}.{name}, a tensor made of others, in an optimizer's "
+            "state; take an optimizer that keeps plain tensors, or torchao's"
+        )
+    return {
+        "class": name,
+        "signed": getattr(part, "signed", None),
+        "block": int(part.block_size),
+        "dtype": part.dtype,
+    }
+
+
+def packed_tensors(value: Tensor) -> dict[str, Tensor]:
+    """The plain tensors that one with `packed_facts` is made of, sharing its memory, by name."""
+    return {name: shard_like(value, getattr(local(value), name)) for name in _PARTS}
+
+
+def empty_packed(p: Tensor, facts: dict[str, Any]) -> Tensor | None:
+    """Zeros for the parameter ``p``, kept as ``facts`` say and cut as ``p`` is; None where its parts are no whole
+    blocks. EvenstepError for a class that is not known, or not installed."""
+    part, block, name = local(p), facts["block"], facts["class"]
+    if part.numel() * num_shards(p) != p.numel() or not part.numel() or part.numel() % block:
+        return None
+    try:
+        cls = getattr(importlib.import_module(_CLASSES[name]), name)
+    except (KeyError, ImportError):
+        raise EvenstepError(f"the checkpoint holds an optimizer's state as {name}; pip install torchao") from None
+    signed = () if facts["signed"] is None else (facts["signed"],)
+    return shard_like(p, cls.zeros(part.shape, *signed, block, part.device, dtype=facts["dtype"]))
+
+
+# ---- shards ----
+
+
+def write(directory: Path, tensors: dict[str, Tensor], group: Any) -> None:
+    """Write ``tensors`` into shards in ``directory``, each process of ``group`` (None: this one alone) its parts."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    quiet_dcp()
+    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+
+
+# ---- of a model and its optimizer ----
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """By key, sharing their memory; a tied weight under the first of its names alone."""
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in model.named_parameters()}
+    return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """The parameters in the optimizer's order."""
+    known = {id(p): name for name, p in model.named_parameters()}
+    return [known[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of the state by key, sharing their memory, and the rest of ``optimizer.state_dict()``: ``groups``
+    (options, and the names of the parameters), ``values`` (what is no tensor, by name and entry), ``packed`` (tensors
+    of codes and scales, by name and entry), ``loose`` (state that belongs to no parameter) and ``more`` (keys beside
+    ``state`` and ``param_groups``).
+
+    EvenstepError for state that a checkpoint cannot hold.
+    """
+    names, saved = _names(model, optimizer), optimizer.state_dict()
+    params = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    held: set[int] = set()
+    rest: dict[str, Any] = {"groups": [], "values": {}, "packed": {}, "loose": {}, "more": {}}
+    for i, state in saved["state"].items():
+        if not _is_of_parameter(i, names):
+            rest["loose"][i] = state
+            continue
+        name = names[i]
+        for entry, value in state.items():
+            key = f"optimizer.{name}.{entry}"
+            if not isinstance(value, Tensor):
+                if is_sharded(params[name]) and next(tensors_in(value), None) is not None:
+                    raise EvenstepError(
+                        f"the state '{entry}' of {name} holds tensors inside a {type(value).__name__}, of which every "
+                        "process has others; a checkpoint of several processes cannot hold it: take parallel.mode ddp"
+                    )
+                rest["values"].setdefault(name, {})[entry] = value
+            elif (facts := packed_facts(value)) is not None:
+                rest["packed"].setdefault(name, {})[entry] = facts
+                tensors |= {f"{key}.{part}": tensor for part, tensor in packed_tensors(value).items()}
+            else:
+                # What is one tensor for all parameters, as the statistics of a global norm, is written for each:
+                # safetensors refuses keys that share memory.
+                tensors[key] = value.detach().clone() if id(value) in held else value.detach()
+                held.add(id(value))
+    rest["groups"] = [{**group, "params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
+    rest["more"] = {key: value for key, value in saved.items() if key not in ("state", "param_groups")}
+    return tensors, rest
+
+
+def _is_of_parameter(key: Any, names: list[str]) -> bool:
+    return type(key) is int and 0 <= key < len(names)
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: Path, rest: dict[str, Any]) -> None:
+    """Put a saved state back, whatever number of processes wrote it; ``rest`` as `optimizer_tensors` gave it. Groups
+    may be cut otherwise: each parameter gets the options it had."""
+    names, fresh = _names(model, optimizer), optimizer.state_dict()
+    params = dict(model.named_parameters())
+    present = {name: fresh["state"].get(i, {}) for i, name in enumerate(names)}
+    packed = rest.get("packed", _packed(present))
+    wanted: dict[str, Tensor] = {}
+    state: dict[Any, dict[str, Any]] = {}
+    entries = _entries(directory, names)
+    for i, name in enumerate(names):
+        here = state[i] = dict(rest["values"].get(name, {}))
+        parts: set[str] = set()
+        for entry, facts in packed.get(name, {}).items():
+            value = empty_packed(params[name], facts)
+            found = (
+                {f"{entry}.{part}": tensor for part, tensor in packed_tensors(value).items()}
+                if value is not None
+                else {}
+            )
+            if value is None or not found.keys() <= entries.get(name, {}).keys():
+                raise EvenstepError(
+                    f"the 8-bit state of {name} in {directory} is cut for another number of processes; resume "
+                    "with as many as saved it"
+                )
+            here[entry] = value
+            parts |= found.keys()
+            wanted |= {f"optimizer.{name}.{key}": tensor for key, tensor in found.items()}
+        for entry, (shape, dtype) in entries.get(name, {}).items():
+            if entry not in parts:
+                target = _target(params[name], present[name].get(entry), shape, dtype)
+                here[entry] = wanted[f"optimizer.{name}.{entry}"] = target
+    fill(directory, wanted)
+    options = {name: group for group in rest["groups"] for name in group["params"]}
+    groups = []
+    for group in fresh["param_groups"]:
+        old = options[names[group["params"][0]]]
+        groups.append({**old, "params": group["params"]})
+    state = {i: entries for i, entries in state.items() if entries} | rest.get("loose", {})
+    saved = {**rest.get("more", {}), "state": state, "param_groups": groups}
+    optimizer.load_state_dict(saved)
+    keep_dtypes(optimizer, saved)
+
+
+def _packed(present: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What an older checkpoint does not say: the packed tensors that a fresh state has."""
+    found = {name: {entry: packed_facts(value) for entry, value in state.items()} for name, state in present.items()}
+    return {name: {entry: facts for entry, facts in state.items() if facts} for name, state in found.items()}
+
+
+def _target(p: Tensor, present: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Where a plain tensor of the state of ``p`` is read to."""
+    if isinstance(present, Tensor) and present.shape == shape and packed_facts(present) is None:
+        return present.detach()
+    if shape == p.shape and shape:
+        return torch.zeros_like(p.detach(), dtype=dtype)
+    return torch.zeros(shape, dtype=dtype, device=local(p).device)
+
+
+def _entries(directory: Path, names: list[str]) -> dict[str, dict[str, tuple[torch.Size, torch.dtype]]]:
+    found: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}
+    known = set(names)
+    for key, facts in shard_metadata(directory).items():
+        if not key.startswith("optimizer."):
+            continue
+        parts = key.removeprefix("optimizer.").split(".")
+        cut = next((k for k in range(len(parts) - 1, 0, -1) if ".".join(parts[:k]) in known), None)
+        if cut is None:
+            raise EvenstepError(f"the checkpoint {directory} holds {key}, and the model has no such parameter")
+        found.setdefault(".".join(parts[:cut]), {})[".".join(parts[cut:])] = (facts.size, facts.properties.dtype)
+    return found
+
+
+# ---- writing in the background ----
 
 
 class Saver:
     """Writes the checkpoints of one run into ``directory``; every process makes one, and calls it at the same steps."""
 
-    def __init__(self, directory: Path, world: World) -> None:
+    def __init__(self, directory: Path, world: World, alive: Callable[[], None] = lambda: None) -> None:
         require_safetensors()  # without it the first checkpoint would end the run
         self.directory, self.world = directory, world
         self._copies: dict[str, Tensor] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
-        self.alive: Callable[[], None] = lambda: None
+        self.alive = alive
         """Called now and then while `wait` waits."""
         self.last: int | None = None
         """The step of the newest save."""
@@ -57,16 +264,16 @@ class Saver:
         self.wait()
         partial = self.directory / f".step-{step:06d}.partial"
         try:
-            with self.world.together():
+            with self.world.raise_on_all_ranks():
                 if self.world.rank == 0:
                     self._guarded(step, lambda: write_small(begin(self.directory, step)))
-            staged = self._guarded(step, lambda: self._staged(tensors))
+            copies, whole = self._guarded(step, lambda: self._staged(tensors))
         except BaseException:
             self._clean(partial)
             raise
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending = self._thread.submit(self._finish, *staged, partial, step, keep)
+        self._pending = self._thread.submit(self._finish, copies, whole, partial, step, keep)
         self.last = step
         if wait:
             self.wait()
@@ -107,8 +314,8 @@ class Saver:
             commit(partial, step, world.size, files, keep)
 
         try:
-            found = world.each(lambda: self._guarded(step, own_files), world.saving)
-            world.each(lambda: self._guarded(step, lambda: rename(found)) if world.rank == 0 else None, world.saving)
+            found = world.gather(lambda: self._guarded(step, own_files), world.saving)
+            world.gather(lambda: self._guarded(step, lambda: rename(found)) if world.rank == 0 else None, world.saving)
         finally:
             self._clean(partial)
 
@@ -152,3 +359,30 @@ def _alike(copy: Tensor, x: Tensor) -> bool:
     """Whether a copy of ``x`` fits in the place of an earlier one."""
     same = copy.dtype == x.dtype and copy.shape == x.shape and type(copy) is type(x)
     return same and (not is_sharded(x) or (copy.placements, copy.device_mesh) == (x.placements, x.device_mesh))  # type: ignore[attr-defined]
+
+
+# ---- random states ----
+
+
+def rng_state() -> dict[str, Any]:
+    """Every random state of the process, in types that ``torch.load(weights_only=True)`` reads."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, cached],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])

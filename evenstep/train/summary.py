@@ -8,99 +8,113 @@ import shlex
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
+from torch.optim import Optimizer
 
 from evenstep.baselines.state_size import state_bytes
-from evenstep.console import program
+from evenstep.console import printable, program
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.schema import finite
+from evenstep.train.checkpoint import reason_of
 from evenstep.train.config_io import config_hash
-from evenstep.train.failure import reason_of
 from evenstep.train.files import replace_bytes, replace_text
 from evenstep.train.hardware import commit, describe_hardware, peak_memory, versions
-from evenstep.train.metrics import read_metrics
-from evenstep.train.progress import clock
-from evenstep.train.sample import printable, sample_text
-from evenstep.train.setup import with_lowbit
-from evenstep.train.weights import load_model
-
-if TYPE_CHECKING:
-    from evenstep.train.run import Run
+from evenstep.train.log import Metrics, clock, read_metrics, short_count
 
 T = TypeVar("T")
 
 
-def finish(run: Run) -> dict[str, Any]:
-    """summary.json, sample, curve and the closing lines of a run that has reached its end; returns the summary."""
-    config, train, validation = run.config, run.metrics.last_train or {}, run.metrics.last_validation or {}
-    summary = {
+def run_facts(
+    config: Any,
+    *,
+    model: Any,
+    optimizer: Optimizer,
+    device: torch.device,
+    metrics: Metrics,
+    say: Callable[[str], None],
+    processes: int,
+    steps: int,
+    tokens: int,
+    seconds: float,
+    step_seconds: float,
+    skipped: list[tuple[int, int]],
+) -> dict[str, Any]:
+    """What summary.json says of every run that has reached its end."""
+    train, validation = metrics.last_train or {}, metrics.last_validation or {}
+    return {
         "name": config.name,
-        "steps": run.step_number,
-        "tokens": run.tokens,
+        "steps": steps,
+        "tokens": tokens,
         "train_loss": train.get("loss"),
         "val_loss": validation.get("val_loss"),
         "perplexity": validation.get("perplexity"),
         "bits_per_byte": validation.get("bits_per_byte"),
         "val_tokens": validation.get("val_tokens"),
-        "seconds": run.seconds,
-        "tokens_per_second": run.tokens / run.step_seconds if run.step_seconds else None,
-        "peak_memory": peak_memory(run.device),
+        "seconds": seconds,
+        "tokens_per_second": tokens / step_seconds if step_seconds else None,
+        "peak_memory": peak_memory(device),
         "state_bytes": attempt(
-            run,
             "size of the optimizer's state",
-            lambda: state_bytes(run.optimizer.state_dict()["state"], run.model.parameters()),
+            lambda: state_bytes(optimizer.state_dict()["state"], model.parameters()),
+            say,
         ),
-        "model_bytes": sum(p.numel() * p.element_size() for p in run.model.parameters()),
+        "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "model": config.model.label,
-        "parameters": run.model.num_parameters(),
+        "parameters": model.num_parameters(),
         "optimizer": config.optim.name,
         "lowbit": config.lowbit,
         "seed": config.seed,
-        "processes": run.world.size,
-        "skipped_sequences": sum(stop - start for start, stop in run.skipped),
+        "processes": processes,
+        "skipped_sequences": sum(stop - start for start, stop in skipped),
         "config_hash": config_hash(config),
         "commit": commit(),
-        "hardware": describe_hardware(run.device),
+        "hardware": describe_hardware(device),
         "versions": versions(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        **run.conclusion(),
     }
+
+
+def finish(
+    out: Path,
+    summary: dict[str, Any],
+    *,
+    sample: Callable[[], str],
+    curve: str | None,
+    closing: Callable[[Path, dict[str, Any], list[str]], list[str]],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Write summary.json, the sample and the picture of the loss (titled ``curve``; None for no picture), and print the
+    ``closing`` lines; returns the summary."""
     files = ["config.toml", "metrics.jsonl", "summary.json", "checkpoints/"]
 
     def write() -> dict[str, Any]:
         clean = {key: finite(value) for key, value in summary.items()}
-        replace_text(run.out / "summary.json", json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
+        replace_text(out / "summary.json", json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
         return clean
 
-    # The result is on the disk before anything that is for show, none of which can fail the run.
+    # The result is on the disk before anything that is only for show, none of which can fail the run.
     clean = write()
     if summary.get("sample", "") is None:
-        summary["sample"] = attempt(run, "sample", lambda: sample_of(run))
+        summary["sample"] = attempt("sample", sample, say)
         clean = write()
-    if config.log.curve:
-        title = f"{config.name} on {config.data.source}"
-        if attempt(run, "curve.png", lambda: draw_curve(run.out / "metrics.jsonl", run.out / "curve.png", title)):
-            files.insert(3, "curve.png")
-    for line in attempt(run, "closing lines", lambda: run.closing(run.out, summary, files)) or ():
-        run.say(line)
+    if curve is not None and attempt(
+        "curve.png", lambda: draw_curve(out / "metrics.jsonl", out / "curve.png", curve), say
+    ):
+        files.insert(3, "curve.png")
+    for line in attempt("closing lines", lambda: closing(out, summary, files), say) or ():
+        say(line)
     return clean
 
 
-def attempt(run: Run, what: str, make: Callable[[], T]) -> T | None:
-    """What ``make`` gives; None, and a line that says why, where it raises anything."""
+def attempt(what: str, make: Callable[[], T], say: Callable[[str], None]) -> T | None:
+    """The result of ``make``; None, and a line that says why, where it raises anything."""
     try:
         return make()
     except Exception as problem:
-        run.say(f"no {what}: {reason_of(problem) if str(problem) else type(problem).__name__}")
+        say(f"no {what}: {reason_of(problem) if str(problem) else type(problem).__name__}")
         return None
-
-
-def sample_of(run: Run) -> str:
-    """Text by the model; where that is cut over processes, by the one that was just saved."""
-    model, sample = run.model, run.config.sample
-    if sample.tokens and run.parallel.sharded and run.saved is not None:
-        model = with_lowbit(load_model(run.saved).eval(), run.config.lowbit, lambda _: None)
-    return sample_text(model, run.tokenizer, sample, run.config.seed)
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -151,14 +165,6 @@ def draw_curve(metrics: Path, picture: Path, title: str) -> bool:
     figure.savefig(drawn, format="png", dpi=130)
     replace_bytes(picture, drawn.getvalue())
     return True
-
-
-def short_count(value: float) -> str:
-    """1500000 -> ``1.5M``."""
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{suffix}"
-    return f"{value:.4g}"
 
 
 def _validation(summary: dict[str, Any]) -> str:

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from evenstep.lowbit.metrics import Metrics, lowbit_metrics, observe_gradients
 from evenstep.telemetry.monitor import SpikeMonitor
 from evenstep.telemetry.sinks import Guarded, TensorBoardSink, TrackioSink, WandbSink, opened
+from evenstep.train.config import BaseConfig
 from evenstep.train.config_io import to_tables
 from evenstep.train.interrupts import Interrupted
-from evenstep.train.progress import LineProgress
-
-if TYPE_CHECKING:
-    from evenstep.train.run import Run
-
+from evenstep.train.log import LineProgress
 
 DRAIN_STEPS = 1000
-"""Steps that are kept on the device before they are read, at most: their numbers take memory."""
+"""Steps whose numbers are kept on the device before they are read, at most: they take memory."""
 
 
 class LowBitNoise:
     """What quantisation does to every low-bit layer, as `SpikeMonitor` takes it: ``saturation``, ``underflow`` and
     ``error`` of the weight and, where the recipe quantises gradients, ``gradient_error``.
 
-    Asked at every drain, where it takes up to a tenth of a step. The gradients exist within the backward pass alone:
-    those of log steps are looked at, in eager mode. Named recipes round weights to the nearest, and the rounding of
-    gradients is drawn here from a generator apart, so the run is the same to the bit without telemetry.
+    Measured at every drain, where it takes up to a tenth of a step. Gradients exist within the backward pass alone:
+    those of log steps are observed, in eager mode. Named recipes round weights to the nearest, and the rounding of
+    gradients draws from a generator of its own, so the run is bitwise the same without telemetry.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -41,9 +40,9 @@ class LowBitNoise:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Around a forward and backward pass."""
-        with observe_gradients(self.model, self.generator) as found:
+        with observe_gradients(self.model, self.generator) as gradients:
             yield
-        self.gradients = found
+        self.gradients = gradients
 
     def __call__(self) -> dict[str, dict[str, Tensor]]:
         layers = {
@@ -56,63 +55,72 @@ class LowBitNoise:
 
 
 class RunTelemetry:
-    """Made with the run; ``monitor`` is None where ``telemetry.enabled`` is false."""
+    """Made with the run; ``monitor`` is None where ``telemetry.enabled`` is false. ``write_metrics`` writes a record
+    into metrics.jsonl."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(
+        self,
+        config: BaseConfig,
+        model: Any,
+        optimizer: Optimizer,
+        device: torch.device,
+        *,
+        sharded: bool,
+        write_metrics: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.config, self.write_metrics = config, write_metrics
         self.sinks: list[Guarded] = []
-        config = run.config.telemetry
         self.monitor = None
-        # Of a sharded matrix only a part is here, and its scales are those of the whole.
         self.noise = None
-        if run.config.lowbit and config.enabled and not run.parallel.sharded:
-            self.noise = LowBitNoise(run.model, run.device)
-        if config.enabled:
+        telemetry = config.telemetry
+        # A process holds only a part of a sharded matrix, whose scales are those of the whole.
+        if config.lowbit and telemetry.enabled and not sharded:
+            self.noise = LowBitNoise(model, device)
+        if telemetry.enabled:
             self.monitor = SpikeMonitor(
-                run.model,
-                run.optimizer,
-                every=min(run.config.log.every, DRAIN_STEPS),
+                model,
+                optimizer,
+                every=min(config.log.every, DRAIN_STEPS),
                 sinks=[self],
                 say=None,
-                samples=config.samples,
-                ratio=config.ratio,
-                sigma=config.sigma,
-                window=config.window,
-                parameters_every=config.every,
+                samples=telemetry.samples,
+                ratio=telemetry.ratio,
+                sigma=telemetry.sigma,
+                window=telemetry.window,
+                parameters_every=telemetry.every,
                 lowbit=self.noise,
             )
 
     def watching(self, log_step: bool) -> AbstractContextManager[None]:
         """Around the forward and backward pass of a step."""
-        if self.noise is None or not log_step or self.run.config.train.compile:
+        if self.noise is None or not log_step or self.config.train.compile:
             return nullcontext()
         return self.noise.watching()
 
-    def observe(self, loss: Tensor, position: int) -> None:
-        """Before the optimizer's step: its loss, and the loader's position before its batch."""
+    def observe(self, loss: Tensor, position: int, step: int) -> None:
+        """Before the optimizer's step number ``step``: its loss, and the loader's position before its batch."""
         if self.monitor:
-            rows = (position, position + self.run.config.train.batch_size)
-            self.monitor.observe(loss, rows=rows, step=self.run.step_number + 1)
+            self.monitor.observe(loss, rows=(position, position + self.config.train.batch_size), step=step)
 
     def write(self, record: dict[str, Any]) -> None:
-        """A record of any kind into metrics.jsonl and the other sinks."""
-        self.run.metrics.write(record)
+        """Write a record of any kind into metrics.jsonl and the other sinks."""
+        self.write_metrics(record)
         for sink in self.sinks:
             sink.write(record)
 
     def close(self) -> None:
-        """The run closes its own files; what `live` opened it closes."""
+        """Part of the interface of a sink. Nothing to do: the run closes its own files, `live` what it opened."""
 
     def settle(self, *, last: bool) -> None:
-        """Write what has been seen. ``last``: also what waits for the next step, which may never come."""
+        """Write what has been observed. ``last``: also what waits for the next step, which may never come."""
         if self.monitor:
             self.monitor.flush() if last else self.monitor.drain()
 
     @contextmanager
-    def live(self, progress: LineProgress) -> Iterator[None]:
-        """While the run trains: sinks are open, events are told. Whatever ends it, the last steps are not lost: they
-        are in the checkpoint, or written here."""
-        self.sinks = self._open()
+    def live(self, progress: LineProgress, out: Path, *, quiet: bool, is_saved: Callable[[], bool]) -> Iterator[None]:
+        """While the run trains: sinks are open, events are printed. However it ends, the last steps are not lost: they
+        are in the checkpoint where the current step ``is_saved``, or written here."""
+        self.sinks = [] if quiet else self._open(out)
         if self.monitor:
             self.monitor.say, self.monitor.show = progress.say, progress.parameters
         try:
@@ -120,7 +128,7 @@ class RunTelemetry:
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception:
-            if self.run.saved is None:
+            if not is_saved():
                 self.settle(last=True)
             raise
         finally:
@@ -128,26 +136,26 @@ class RunTelemetry:
                 sink.close()
             self.sinks = []
 
-    def _open(self) -> list[Guarded]:
-        run, config = self.run, self.run.config.telemetry
-        name, tables = str(run.config.name), to_tables(run.config)
+    def _open(self, out: Path) -> list[Guarded]:
+        config = self.config.telemetry
+        name, tables = str(self.config.name), to_tables(self.config)
         builders: list[tuple[bool, str, Any]] = [
-            (config.tensorboard, "tensorboard", lambda: TensorBoardSink(run.out / "tensorboard")),
-            (config.wandb != "off", "wandb", lambda: WandbSink(run.out, name, mode=config.wandb, config=tables)),
+            (config.tensorboard, "tensorboard", lambda: TensorBoardSink(out / "tensorboard")),
+            (config.wandb != "off", "wandb", lambda: WandbSink(out, name, mode=config.wandb, config=tables)),
             (config.trackio, "trackio", lambda: TrackioSink(name, config=tables)),
         ]
-        found = [opened(build, package) for wanted, package, build in builders if wanted and run.world.speaks]
-        return [sink for sink in found if sink is not None]
+        sinks = [opened(build, package) for wanted, package, build in builders if wanted]
+        return [sink for sink in sinks if sink is not None]
 
     def state(self) -> dict[str, Any] | None:
         return self.monitor.state_dict() if self.monitor else None
 
-    def load(self, state: dict[str, Any] | None) -> None:
-        """None: the checkpoint was written without telemetry, which then starts with this step."""
+    def load(self, state: dict[str, Any] | None, step: int) -> None:
+        """Go on from ``step``. None: the checkpoint was written without telemetry, which then starts with this step."""
         if not self.monitor:
             return
         self.monitor.seen.clear()
-        self.monitor.step = self.run.step_number
+        self.monitor.step = step
         # Another kind of parallelism may have put the parameters into another order.
         if state is not None and list(state["names"]) == self.monitor.names:
             self.monitor.load_state_dict(state)

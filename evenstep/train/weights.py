@@ -1,16 +1,22 @@
-"""Weights to start from or to write text with: a run's newest checkpoint, one checkpoint, or a model in Hugging Face
-layout."""
+"""Weights on the disk: where to find those of a run, a checkpoint or a model in Hugging Face layout, and
+``evenstep export``, which writes them for other programs.
+"""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from evenstep.errors import EvenstepError
-from evenstep.models import Llama, load_pretrained
-from evenstep.train.checkpoint import MANIFEST, load_model_state, newest_checkpoint, way_on
+from evenstep.lowbit import lowbit_report, quantize_
+from evenstep.models import Llama, load_pretrained, save_pretrained
+from evenstep.models.hf import require_safetensors
+from evenstep.train.checkpoint import MANIFEST, find_fault, load_model_state, newest_checkpoint, way_on
 from evenstep.train.config_io import read_toml
+from evenstep.train.files import check_creatable
 
 PRODUCT = "model"
 """Where a fine-tuning run leaves its model, in Hugging Face layout."""
@@ -48,3 +54,89 @@ def _sharded(source: Path) -> bool:
         return "model.safetensors" not in manifest["files"] and "evenstep.safetensors" not in manifest["files"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def with_lowbit(model: Llama, recipe: str | None, say: Callable[[str], None]) -> Llama:
+    """``model`` with its linear layers in low bits; its weights and their names stay what they are."""
+    if recipe is None:
+        return model
+    report = lowbit_report(quantize_(model, recipe))
+    kernels = f", {', '.join(report.kernels)}" if report.kernels else ""
+    say(
+        f"low-bit recipe {recipe}: {len(report.swapped)} linear layers at {report.bits_per_weight:.2f} bits per "
+        f"weight{kernels}, {len(report.kept)} layers in high precision"
+    )
+    return model
+
+
+# ---- export ----
+
+WEIGHTS = "model.safetensors"
+
+
+def export(source: Path, to: str, out: Path, say: Callable[[str], None]) -> None:
+    """Write the weights of a run's newest whole checkpoint, or of the checkpoint ``source``, into the new directory
+    ``out``, all of it or nothing.
+
+    ``to`` "hf": what ``transformers.AutoModelForCausalLM.from_pretrained`` opens, with the tokenizer. "safetensors":
+    one file, parameter names as keys. Weights keep their dtype. However many processes wrote the checkpoint, one reads
+    it. EvenstepError for a source without weights or with a broken file, a directory that holds something, and for "hf"
+    of a model that transformers does not have.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise EvenstepError(f"{out} exists and is not an empty directory; give another --out")
+    check_creatable(out)
+    if not source.is_dir():
+        raise EvenstepError(f"{source}: no such directory; give a run or one of its checkpoints")
+    found = find_source(source, say)
+    fault = find_fault(found) if (found / MANIFEST).exists() else None
+    if fault:
+        raise EvenstepError(f"{found} is not whole: {fault}; give an earlier checkpoint (evenstep inspect shows them)")
+    try:
+        model = load_model(found)
+    except EvenstepError as problem:
+        if (found / MANIFEST).exists():
+            raise
+        raise EvenstepError(f"{problem} ({found} is in Hugging Face layout already)") from problem
+    write = _WRITERS[to]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as parent:
+            partial = Path(parent, "partial")
+            partial.mkdir()
+            write(model, found, partial)
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+    except OSError as problem:
+        raise EvenstepError(f"could not write {out}: {problem.strerror or problem}; make room there") from problem
+    size = sum(path.stat().st_size for path in out.iterdir())
+    say(f"{out}: {model.num_parameters():,} parameters of {found}, {size / 1e6:,.1f} MB")
+
+
+def _to_hf(model: Llama, source: Path, directory: Path) -> None:
+    from evenstep.data import load_tokenizer
+
+    if model.config.norm != "pre":
+        raise EvenstepError(
+            f"transformers has no LLaMA with norm '{model.config.norm}'; give --to safetensors for its weights alone"
+        )
+    write_hf(model, load_tokenizer(source), directory)
+
+
+def write_hf(model: Llama, tokenizer: Any, directory: Path) -> None:
+    """Weights, shape and tokenizer (anything with ``save`` and ``eos_id``) as transformers opens them."""
+    save_pretrained(model, directory)
+    tokenizer.save(directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"eos_token_id": tokenizer.eos_id}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _to_safetensors(model: Llama, source: Path, directory: Path) -> None:
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    require_safetensors().save_file(weights, directory / WEIGHTS, metadata={"format": "pt", "norm": model.config.norm})
+
+
+_WRITERS: dict[str, Callable[[Llama, Path, Path], None]] = {"hf": _to_hf, "safetensors": _to_safetensors}
+TARGETS = tuple(_WRITERS)

@@ -1,0 +1,392 @@
+"""The grid runner: which cells are wanted, in which order, and which are hopeless; and the loop that trains them.
+
+Two stages for each line: its learning rates with one seed and few tokens, then its seeds at the best rate. The rates
+go from the middle outwards. A rate is left out when the one before it, on the way outwards, was already worse than
+its inner neighbour by more than `RISING`; when the best rate is the outermost, one more is tried beyond it, at most
+``sweep.extend`` times. With ``sweep.all`` every rate is trained to its end.
+
+Lines that a claim speaks of go first, sweep and seeds, so that the question is settled before the table is full.
+
+A cell of a sweep is hopeless when, after `PATIENCE` of its tokens, its training loss is above that of another rate of
+the same line at the same tokens by more than `MARGIN`.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import mean
+from typing import Any, Protocol
+
+from evenstep.compare.cells import FINISHED, HOPELESS, Cell, Outcome, Pool, Store, Task, make_cell
+from evenstep.compare.engines import PREEMPTED, Engine
+from evenstep.compare.table import Group, Table
+from evenstep.errors import EvenstepError
+from evenstep.train.files import locked
+from evenstep.train.interrupts import Interrupted, raising
+from evenstep.train.log import clock
+
+RISING = 0.02
+MARGIN = 0.3
+PATIENCE = 0.4
+STEP = 2.0
+"""Between a rate and the one tried beyond it."""
+
+Outcomes = Mapping[str, Outcome]
+Curve = list[tuple[int, float]]
+Say = Callable[[str], None]
+
+
+class CellSource(Protocol):
+    """A set of cells, as the runner sees it: those wanted now, each with its place in the order; the rivals that may
+    show a cell to be hopeless; and whether a cell is spared, that is, trained to its end in any case."""
+
+    def wanted(self, outcomes: Outcomes) -> list[tuple[tuple[int, ...], Any]]: ...
+    def rivals(self, cell: Any) -> list[Any]: ...
+    def spares(self, cell: Any) -> bool: ...
+
+
+@dataclass(frozen=True)
+class CellList:
+    """The cells that a function wants, given the outcomes so far; each is trained to its end."""
+
+    cells: Callable[[Outcomes], Iterable[Cell | Task]]
+
+    def wanted(self, outcomes: Outcomes) -> list[tuple[tuple[int, ...], Cell | Task]]:
+        return [((0, 0, i, 0), cell) for i, cell in enumerate(self.cells(outcomes))]
+
+    def rivals(self, cell: Cell | Task) -> list[Cell]:
+        return []
+
+    def spares(self, cell: Cell | Task) -> bool:
+        return True
+
+
+class Plan:
+    """The cells of one table."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.groups = table.groups()
+        self._cells: dict[tuple[Group, str, float, int], Cell] = {}
+        for group in self.groups:  # what cannot be built is found out now
+            self.cell(group, "final", self.table.rates(group)[0], 0)
+
+    def cell(self, group: Group, stage: str, lr: float, seed: int) -> Cell:
+        key = (group, stage, lr, seed)
+        if key not in self._cells:
+            self._cells[key] = make_cell(self.table, *key)
+        return self._cells[key]
+
+    # ---- first stage ----
+
+    def sweep(self, group: Group, outcomes: Outcomes) -> list[Cell]:
+        """Cells of the rates that are wanted so far, from the middle outwards; empty when there is but one rate."""
+        rates = self.table.rates(group)
+        if len(rates) == 1:
+            return []
+        rates = self._extended(group, rates, outcomes)
+        middle = (len(self.table.rates(group)) - 1) // 2 + rates.index(self.table.rates(group)[0])
+        order = sorted(range(len(rates)), key=lambda i: (abs(i - middle), -i))
+        cells = [self.cell(group, "sweep", rates[i], 0) for i in order]
+        if self.table.document["sweep"].get("all"):
+            return cells
+        return [
+            cell for cell, i in zip(cells, order, strict=True) if not self._rises(group, rates, i, middle, outcomes)
+        ]
+
+    def _rises(self, group: Group, rates: list[float], i: int, middle: int, outcomes: Outcomes) -> bool:
+        """Did the loss rise already on the way from the middle to rate ``i``?"""
+        step = 1 if i > middle else -1
+        way = [self._loss(group, rates[j], outcomes) for j in range(middle, i, step)]
+        return any(a is not None and b is not None and b > a + RISING for a, b in pairwise(way))
+
+    def _extended(self, group: Group, rates: list[float], outcomes: Outcomes) -> list[float]:
+        for _ in range(self.table.document["sweep"].get("extend", 0)):
+            losses = {rate: self._loss(group, rate, outcomes) for rate in rates}
+            known = {rate: loss for rate, loss in losses.items() if loss is not None}
+            if not known:
+                break
+            best = min(known, key=lambda rate: known[rate])
+            if best == rates[0]:
+                rates = [float(f"{best / STEP:.6g}"), *rates]
+            elif best == rates[-1]:
+                rates = [*rates, float(f"{best * STEP:.6g}")]
+        return rates
+
+    def _loss(self, group: Group, rate: float, outcomes: Outcomes) -> float | None:
+        """Infinite for a cell that was given up, None for one that is not done."""
+        outcome = outcomes.get(self.cell(group, "sweep", rate, 0).name)
+        if outcome is None:
+            return None
+        return outcome.loss if outcome.status == "finished" and outcome.loss is not None else float("inf")
+
+    def swept(self, group: Group, outcomes: Outcomes) -> bool:
+        return all(cell.name in outcomes for cell in self.sweep(group, outcomes))
+
+    def best_rate(self, group: Group, outcomes: Outcomes) -> float | None:
+        """The rate of the second stage; None before the sweep has one that ended well."""
+        rates = self.table.rates(group)
+        if len(rates) == 1:
+            return rates[0]
+        found = {cell.lr: self._loss(group, cell.lr, outcomes) for cell in self.sweep(group, outcomes)}
+        known = {rate: loss for rate, loss in found.items() if loss is not None and loss < float("inf")}
+        return min(known, key=lambda rate: known[rate]) if known else None
+
+    # ---- second stage ----
+
+    def finals(self, group: Group, outcomes: Outcomes) -> list[Cell]:
+        """The seeds at the best rate, once that is known."""
+        rate = self.best_rate(group, outcomes)
+        if not self.table.has_final(group) or rate is None or not self.swept(group, outcomes):
+            return []
+        return [self.cell(group, "final", rate, seed) for seed in self.table.document["final"].get("seeds", [0])]
+
+    def wanted(self, outcomes: Outcomes) -> list[tuple[tuple[int, ...], Cell]]:
+        """Every cell known to be needed now, with its place in the order."""
+        found: list[tuple[tuple[int, ...], Cell]] = []
+        for place, group in enumerate(self.groups):
+            later = 0 if self.table.is_claimed(group) else 1
+            found += [((later, 0, i, place), cell) for i, cell in enumerate(self.sweep(group, outcomes))]
+            found += [((later, 1, i, place), cell) for i, cell in enumerate(self.finals(group, outcomes))]
+        return sorted(found, key=lambda item: item[0])
+
+    def _known(self, cell: Cell) -> list[Cell]:
+        """Cells of this table that are the same run as ``cell``, which may be another table's."""
+        return [own for own in self._cells.values() if own.name == cell.name]
+
+    def rivals(self, cell: Cell) -> list[Cell]:
+        """The other rates of the same line, where one of them may show that this one is hopeless."""
+        lines = {own.group for own in self._known(cell) if own.stage == "sweep"}
+        return [c for c in self._cells.values() if c.group in lines and c.stage == "sweep" and c.name != cell.name]
+
+    def spares(self, cell: Cell) -> bool:
+        """Does this table need ``cell`` trained to its end, hopeless or not?"""
+        return any(own.stage != "sweep" or self.table.document["sweep"].get("all") for own in self._known(cell))
+
+
+def hopeless(mine: Curve, others: list[Curve], tokens: int) -> str | None:
+    """Why a cell with the training curve ``mine`` and a budget of ``tokens`` is hopeless, or None."""
+    if not mine or mine[-1][0] < PATIENCE * tokens:
+        return None
+    here, loss = mine[-1][0], recent(mine, mine[-1][0])
+    for other in others:
+        if other and other[-1][0] >= here:
+            least = recent(other, here)
+            if loss is not None and least is not None and loss > least + MARGIN:
+                return f"training loss {loss:.3f} at {here} tokens, another rate had {least:.3f} there"
+    return None
+
+
+def recent(curve: Curve, tokens: int) -> float | None:
+    """The mean of the last three training losses up to ``tokens``."""
+    values = [loss for at, loss in curve if at <= tokens][-3:]
+    return mean(values) if values else None
+
+
+# ---- cost ----
+
+SECONDS_PER_TOKEN = 22 / 250_000
+"""One core, size tiny, vocabulary 2048, 8 x 128 tokens, fp32; low bits take 1.4 times that (docs/log.md)."""
+
+LOWBIT = 1.4
+
+
+def estimate(plans: Sequence[Plan]) -> tuple[list[Cell], list[str]]:
+    """Every cell of the tables, each once, as if each line's best rate were its middle one, and lines that sum them
+    up."""
+    cells: dict[str, Cell] = {}
+    for plan in plans:
+        for group in plan.groups:
+            rates = plan.table.rates(group)
+            found = plan.sweep(group, {})
+            if plan.table.has_final(group):
+                seeds = plan.table.document["final"].get("seeds", [0])
+                found += [plan.cell(group, "final", rates[(len(rates) - 1) // 2], seed) for seed in seeds]
+            cells |= {cell.name: cell for cell in found}
+    all_cells = list(cells.values())
+    tokens = sum(cell.tokens for cell in all_cells)
+    lines = [f"{len(all_cells)} runs, {tokens / 1e6:,.1f}M tokens"]
+    if all(plan.table.scale == "small" for plan in plans):
+        seconds = sum(c.tokens * SECONDS_PER_TOKEN * (LOWBIT if c.config.lowbit else 1) for c in all_cells)
+        lines.append(
+            f"about {seconds / 3600:.1f} hours of one core (size tiny; rates that turn out useless are left out, "
+            "rates beyond the outermost may come to it)"
+        )
+    return all_cells, lines
+
+
+# ---- the loop ----
+
+POLL = 0.5
+WATCH = 5.0
+"""Seconds between two looks at the processes, and at their logs."""
+
+ENOUGH = 3
+"""Runs that fail before any has ended well, for all to be given up."""
+
+
+REQUEUES = 3
+"""Times that a preempted cell is submitted again."""
+
+
+@dataclass
+class Runner:
+    """``run()`` trains on ``engine`` what the plans want."""
+
+    plans: Sequence[CellSource]
+    pool: Pool
+    engine: Engine
+    say: Say
+    store: Store | None = None
+    processes: int = 1
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    running: dict[str, tuple[Any, Any, float]] = field(default_factory=dict)
+    """Cell, the engine's handle, when it was started."""
+    speeds: list[float] = field(default_factory=list)
+    _preempted: Counter[str] = field(default_factory=Counter)
+    _queue: list[Any] | None = None
+    """What waits, planned anew when something has ended; None before the first look."""
+    _watched: float = 0.0
+
+    def run(self, done: Callable[[], None] = lambda: None) -> None:
+        """``done`` is called after the first look and after each cell that ended. Interrupted on Ctrl-C, SIGTERM and
+        SIGHUP, with every running cell saved."""
+        with locked(self.pool.directory), raising() as raised:
+            self.look_up()
+            done()
+            try:
+                while self._turn(done):
+                    pass
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    "stopped; what was running is saved, and the same command goes on from there",
+                    raised[0] if raised else signal.SIGINT,
+                ) from None
+            finally:
+                for wait in (False, True):  # all are asked before one is waited for
+                    for _, handle, _ in self.running.values():
+                        self.engine.stop(handle, wait)
+
+    def check(self) -> None:
+        """EvenstepError when a cell failed."""
+        for name, problem in self.failed.items():
+            raise EvenstepError(f"{len(self.failed)} runs failed, the first is {name}: {problem}")
+
+    # ---- one turn ----
+
+    def _turn(self, done: Callable[[], None]) -> bool:
+        for name in [name for name, (_, handle, _) in self.running.items() if self.engine.poll(handle)]:
+            self._ended(name)
+            done()
+        if self._queue is None:
+            self._queue = self._waiting()
+        while self._queue and len(self.running) < self.engine.slots:
+            cell = self._queue.pop(0)
+            began = time.monotonic()
+            self.running[cell.name] = (cell, self.engine.submit(cell.job(self.pool, self.say, self.processes)), began)
+        if self.running and not any(self.engine.poll(handle) for _, handle, _ in self.running.values()):
+            time.sleep(POLL)
+            self._watch()
+        return bool(self.running or self._queue)
+
+    def wanted(self) -> list[Any]:
+        """What all plans want now, each run once: the claims of one table after the other's, then the other lines."""
+        found: dict[str, tuple[tuple[int, ...], Any]] = {}
+        for number, plan in enumerate(self.plans):
+            for (later, stage, turn, place), cell in plan.wanted(self.outcomes):
+                key = (later, number, stage, turn, place)
+                if cell.name not in found or key < found[cell.name][0]:
+                    found[cell.name] = (key, cell)
+        return [cell for _, cell in sorted(found.values(), key=lambda item: item[0])]
+
+    def look_up(self) -> None:
+        """What earlier calls found; what is wanted depends on it, so again until nothing new is known."""
+        while True:
+            known = {c.name: self._outcome(c) for c in self.wanted() if c.name not in self.outcomes}
+            new = {name: outcome for name, outcome in known.items() if outcome is not None}
+            if not new:
+                return
+            for name, outcome in new.items():
+                self._keep(name, outcome)
+
+    def _outcome(self, cell: Any) -> Outcome | None:
+        """What became of it. A cell that was cut short for one table is trained again when another needs its end."""
+        stored = self.store.outcomes.get(cell.name) if self.store else None
+        if self.store and stored is not None:
+            cell.matches(stored, str(self.store.path))
+        outcome = self.pool.outcome(cell) or stored
+        return None if outcome is not None and outcome.status == HOPELESS and self._spared(cell) else outcome
+
+    def _keep(self, name: str, outcome: Outcome) -> None:
+        self.outcomes[name] = outcome
+        if self.store:
+            self.store.keep(name, outcome)
+
+    def _spared(self, cell: Any) -> bool:
+        return any(plan.spares(cell) for plan in self.plans)
+
+    def _waiting(self) -> list[Any]:
+        self.look_up()
+        busy = {*self.outcomes, *self.failed, *self.running}
+        return [cell for cell in self.wanted() if cell.name not in busy]
+
+    def _ended(self, name: str) -> None:
+        cell, handle, began = self.running.pop(name)
+        problem = self.engine.fetch(handle) or "no result was written"
+        seconds = time.monotonic() - began
+        outcome = self._outcome(cell)  # a process that was stopped as hopeless has one, too
+        if outcome is None and problem.startswith(PREEMPTED) and self._preempted[name] < REQUEUES:
+            self._preempted[name] += 1
+            self._queue = [cell, *(self._queue or ())]
+            self._tell(cell, f"{problem}; submitted again", seconds)
+            return
+        if outcome is None:
+            self.pool.settle(cell, problem)
+            outcome = self._outcome(cell)
+        if outcome is None:
+            self.failed[name] = problem
+            self._queue = self._waiting()
+            self._tell(cell, f"failed: {problem}", seconds)
+            if len(self.failed) >= ENOUGH and not self.speeds:
+                raise EvenstepError(f"the first {ENOUGH} runs failed, the last one because: {problem}")
+            return
+        self._keep(name, outcome)
+        self.pool.tidy(cell)
+        self._queue = self._waiting()
+        if outcome.status == FINISHED:
+            self.speeds.append(seconds / cell.tokens)
+            said = "no validation" if isinstance(cell, Cell) else "done"
+            said = said if outcome.loss is None else f"validation loss {outcome.loss:.4f}"
+        else:
+            said = f"{outcome.status}: {outcome.why}"
+        self._tell(cell, said, seconds)
+
+    def _tell(self, cell: Any, said: str, seconds: float) -> None:
+        left = self._queue or []
+        rest = sum(c.tokens for c in left) + sum(c.tokens for c, _, _ in self.running.values())
+        pace = sum(self.speeds) / len(self.speeds) if self.speeds else 0.0
+        about = f", about {clock(rest * pace / self.engine.slots)}" if rest and pace else ""
+        self.say(f"{cell.label}: {said} [{clock(seconds)}; {len(left)} waiting{about}]")
+
+    def _watch(self) -> None:
+        """Stop what is hopeless."""
+        if time.monotonic() - self._watched < WATCH:
+            return
+        self._watched = time.monotonic()
+        for cell, handle, _ in list(self.running.values()):
+            if self._spared(cell):
+                continue
+            rivals = {r.name: r for plan in self.plans for r in plan.rivals(cell)}
+            curves = [self.pool.training(r) for r in rivals.values()]
+            mine = self.pool.training(cell)
+            why = hopeless(mine, curves, cell.tokens)
+            if why and not self.engine.poll(handle):
+                self.engine.stop(handle)
+                if not (self.pool.run(cell) / "summary.json").exists():
+                    self.pool.give_up(cell, HOPELESS, why, *mine[-1])

@@ -1,0 +1,341 @@
+"""The optimizer behind `stabilize`, seen from outside.
+
+What is asked of it and of a state that it is to load; which entries of its state are moments and how they are reset;
+how a step on some of its parameters is undone without reading from a device; and how it is stepped on transformed
+gradients.
+"""
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from evenstep.optim.chain import PREFIX
+from evenstep.optim.distributed import is_sharded, local, refuse_flat_shard
+from evenstep.optim.functional import Gradients
+
+# ---- checks ----
+
+IN_SHAPE = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "square_avg"})
+"""State entries that have the shape of their parameter wherever they are known."""
+
+PARTIAL = frozenset({"mask", "projector"})
+"""Where one of these entries exists, moments are compact: the masked entries, or a projection to fewer."""
+
+ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})
+"""Entries that Adam and AdamW need together."""
+
+
+def check_base(base: Any) -> None:
+    """Raises TypeError for what is no torch Optimizer or needs its closure, ValueError for a differentiable one."""
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"stabilize expects a torch Optimizer, got {type(base).__name__}")
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{type(base).__name__} evaluates its closure many times a step, and transforms would not see those "
+            "gradients; stabilize takes optimizers whose step() needs no closure"
+        )
+    if any(group.get("differentiable") for group in base.param_groups):
+        raise ValueError("stabilize: differentiable=True is not supported, the transforms are not differentiable")
+
+
+def check_parameters(params: Iterable[Tensor]) -> None:
+    """ValueError for parameters that transforms cannot take: complex ones, and flat shards."""
+    for index, p in enumerate(params):
+        refuse_flat_shard(p)
+        if p.is_complex() and p.requires_grad:
+            raise ValueError(f"stabilize does not take complex parameters (parameter {index} of a group is {p.dtype})")
+
+
+def checked_copy(base: Optimizer, numbered: list[tuple[Any, Tensor]], states: dict[Any, Any]) -> dict[Any, Any]:
+    """A copy of ``states`` for ``base`` to load; torch would go on with the very tensors it is given.
+
+    Raises ValueError where an entry lacks or does not fit its parameter, which torch finds in the middle of a later
+    step or never.
+    """
+    copied = dict(states)
+    for i, p in numbered:
+        saved = states.get(i)
+        if not isinstance(saved, dict) or any(isinstance(value, dict) for value in saved.values()):
+            continue  # nested by its library (bitsandbytes), which alone knows what belongs there
+        # Checkpoint tools leave the transforms' own entries in the base's state; those are checked by their Chain.
+        present = {name: x for name, x in base.state.get(p, {}).items() if not str(name).startswith(PREFIX)}
+        needed = ADAM if saved.keys() & ADAM == saved.keys() and isinstance(base, torch.optim.Adam) else present.keys()
+        missing = sorted(str(name) for name in needed if name not in saved)
+        if missing and saved:
+            raise ValueError(
+                f"load_state_dict: the state of parameter {i} lacks {', '.join(missing)}; nothing was loaded"
+            )
+        for name, value in saved.items():
+            if isinstance(value, Tensor):
+                _check_shape(p, i, name, value, present.get(name), not saved.keys().isdisjoint(PARTIAL))
+        copied[i] = {name: _copy(value) for name, value in saved.items()}
+    return copied
+
+
+def _check_shape(p: Tensor, i: Any, name: str, value: Tensor, present: Any, partial: bool) -> None:
+    if partial or (isinstance(present, Tensor) and present.shape == value.shape):
+        return
+    expected = tuple(present.shape) if isinstance(present, Tensor) else tuple(p.shape) if name in IN_SHAPE else None
+    if expected is not None and tuple(value.shape) != expected and not value.numel() == p.numel() == 1:
+        raise ValueError(
+            f"load_state_dict: {name!r} of parameter {i} has the shape {tuple(value.shape)} where {expected} is "
+            "expected; the state belongs to another model, and nothing was loaded"
+        )
+
+
+def _copy(value: Any) -> Any:
+    quantised = type(value) is not Tensor and hasattr(value, "dequantize") and not is_sharded(value)
+    return value.detach().clone() if isinstance(value, Tensor) and not quantised else value
+
+
+# ---- moments ----
+
+MOMENTS = frozenset(
+    """exp_avg exp_avg_sq exp_avg_diff exp_inf max_exp_avg_sq max_exp_avg_sqs momentum_buffer momentum square_avg
+    grad_avg acc_delta sum row_var col_var variance exp_avg_sq_row exp_avg_sq_col exp_grad_adanorm
+    state1 state2 absmax1 absmax2 max1 max2 new_max1 new_max2 unorm_vec gnorm_vec
+    m v vmean moment1 moment2""".split()  # noqa: SIM905
+)
+"""State entries that hold moments (or, for 8-bit ones, their scales), as torch's optimizers, pytorch_optimizer, torchao
+and bitsandbytes name them: a reset fills them with zeros.
+"""
+
+STARTS = {"step": 0, "mu_product": 1, "eta": None, "mu": None, "qmap1": None, "qmap2": None}
+"""Entries that are no moments, with what they start from (None: they stay as they are). ``mu_product`` is NAdam's
+product of momenta, ``eta`` and ``mu`` are ASGD's rates, ``qmap`` are bitsandbytes' tables.
+"""
+
+
+def reset_(state: dict[str, Any], moments: frozenset[str]) -> None:
+    """Moments and step count as after construction: a count that went on would repeat the bias correction's mistake."""
+    for name, value in state.items():
+        start = 0 if name in moments else STARTS.get(name)
+        if start is None:
+            continue
+        if not isinstance(value, Tensor):
+            state[name] = start
+        elif hasattr(local(value), "dequantize") and type(local(value)) is not Tensor:
+            local(value).copy_(torch.zeros(local(value).shape, device=value.device))
+        else:
+            value.fill_(start)
+
+
+def unknown_entries(states: Iterable[Any], moments: frozenset[str]) -> list[str]:
+    """Names of floating-point entries of which it is not known whether they are moments."""
+    return sorted(
+        {
+            name
+            for state in states
+            if isinstance(state, dict)  # some bases keep numbers of no parameter there
+            for name, value in state.items()
+            if name not in moments
+            and not str(name).startswith("stabilize.")
+            and name not in STARTS
+            and isinstance(value, Tensor)
+            and value.is_floating_point()
+            and value.numel() > 0
+        }
+    )
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether a value can be read without waiting for a device."""
+    return x.device.type == "cpu"
+
+
+def partitioned(accepted: dict[Tensor, Tensor], nonfinite: str) -> tuple[set[Tensor], list[Tensor]]:
+    """Parameters that the base is to step, and those among them that may have to be put back afterwards, by whether
+    their flags (0-d bool: the gradient is good) may be read.
+    """
+    read = [p for p, flag in accepted.items() if nonfinite == "skip" or (nonfinite == "restore" and on_host(flag))]
+    values = _values([accepted[p] for p in read])
+    stepped = set(accepted) - {p for p, good in zip(read, values, strict=True) if not good}
+    return stepped, [p for p in accepted if p not in set(read)] if nonfinite == "restore" else []
+
+
+def _values(flags: list[Tensor]) -> list[bool]:
+    """The values of 0-d tensors: one read of the device (one each, where there are several devices)."""
+    if len({flag.device for flag in flags}) == 1:
+        return torch.stack(flags).tolist()
+    return [bool(flag) for flag in flags]
+
+
+class Snapshot:
+    """Parameters and their state before a step, to be put back on the device where a step should not have been.
+
+    It holds a copy of each tensor until then. Counts that are Python numbers, or live on another device than the
+    parameter (torch's step counts on the CPU, for parameters on a GPU), cannot be put back without asking the device
+    and go on.
+    """
+
+    def __init__(self, base: Optimizer, params: list[Tensor], moments: frozenset[str]):
+        self.base, self.params, self.moments = base, params, moments
+        self.weights = [_copies(p) for p in params]
+        self.states = [
+            {name: _copies(value) for name, value in base.state.get(p, {}).items() if isinstance(value, Tensor)}
+            for p in params
+        ]
+
+    def restore(self, accepted: list[Tensor]) -> None:
+        """Put back what belongs to the parameters whose flag (0-d bool) is False."""
+        for p, flag, weights, before in zip(self.params, accepted, self.weights, self.states, strict=True):
+            _put_back(p, weights, flag)
+            for name, value in self.base.state.get(p, {}).items():
+                if not isinstance(value, Tensor):
+                    continue
+                if name in before:
+                    _put_back(value, before[name], flag)
+                elif name in self.moments or STARTS.get(name) is not None:  # made by this step
+                    _put_back(value, [torch.full_like(x, STARTS.get(name) or 0) for x in _plain(value)], flag)
+
+
+def _plain(x: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that ``x`` is made of: the part of a DTensor that is here, codes and scales of 8-bit blocks."""
+    x = local(x)
+    if hasattr(type(x), "__tensor_flatten__"):
+        for part in (getattr(x, name) for name in x.__tensor_flatten__()[0]):  # type: ignore[attr-defined]
+            yield from _plain(part)
+    else:
+        yield x.detach()
+
+
+def _copies(x: Tensor) -> list[Tensor]:
+    return [part.clone() for part in _plain(x)]
+
+
+def _put_back(x: Tensor, saved: list[Tensor], flag: Tensor) -> None:
+    for part, old in zip(_plain(x), saved, strict=False):
+        if part.device == flag.device and part.shape == old.shape:
+            torch.where(flag, part, old, out=part)
+
+
+# ---- transformed gradients ----
+#
+# Torch's optimizers read ``p.grad``. A second copy of all gradients would be a quarter of what training holds, so where
+# the base allows it, it is stepped on some parameters at a time, and the copies of each turn use the memory of those
+# before: as much as the largest gradient takes. It is kept from step to step, since memory that is new to a process
+# takes long to get.
+
+MIN_TURN_BYTES = 1 << 20
+"""Bytes of the gradients of a turn at least: a step of a base costs some 0.1 ms however small."""
+
+PARAMETER_BY_PARAMETER = frozenset(
+    getattr(torch.optim, name)
+    for name in (
+        "ASGD Adadelta Adafactor Adagrad Adam AdamW Adamax Muon NAdam RAdam RMSprop Rprop SGD".split()  # noqa: SIM905
+    )
+    if hasattr(torch.optim, name)
+)
+"""Optimizers that update each parameter from its own gradient and state alone, so that several steps on some parameters
+each are one step on all. Subclasses may do otherwise."""
+
+Work = tuple[Gradients, int, Tensor]
+"""Gradients, the number of a tensor among them, and its parameter."""
+
+
+def goes_in_turns(base: Optimizer) -> bool:
+    """Whether ``base`` may be stepped on some parameters at a time without anyone noticing."""
+    hooks = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
+    return type(base) in PARAMETER_BY_PARAMETER and not any(hooks)
+
+
+class GradientSwap:
+    """Puts transformed gradients into ``p.grad`` and steps a base on them."""
+
+    def __init__(self) -> None:
+        self.scratch: dict[torch.device, Tensor] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return GradientSwap, ()  # the scratch memory is nobody's state
+
+    def step(
+        self,
+        base: Optimizer,
+        work: Sequence[Work],
+        step: Callable[[], Any] | None = None,
+        bad: Tensor | None = None,
+    ) -> None:
+        """Step ``base`` on ``work`` (by ``step``, if given). All gradients must be None, and are again afterwards. With
+        ``bad`` (0-d bool) True they are NaN, for a base that leaves such tensors alone.
+        """
+        for turn in (turns := _turns(work) if goes_in_turns(base) else [list(work)] if work else []):
+            outs = self._room_for(turn) if len(turns) > 1 else [torch.empty_like(_given(g, i)) for g, i, _ in turn]
+            for several, targets in _by_bucket(turn, outs):
+                several[0][0].write([i for _, i, _ in several], targets)
+            if bad is not None:
+                for out in outs:
+                    out.masked_fill_(bad, math.nan)
+            for (_, _, p), out in zip(turn, outs, strict=True):
+                p.grad = _like(p, out)
+            try:
+                (step or base.step)()
+            finally:
+                for _, _, p in turn:
+                    p.grad = None
+
+    def _room_for(self, turn: list[Work]) -> list[Tensor]:
+        given = [_given(grads, i) for grads, i, _ in turn]
+        size, device = sum(map(_room, given)), given[0].device
+        if device not in self.scratch or self.scratch[device].numel() < size:
+            self.scratch[device] = torch.empty(size, dtype=torch.uint8, device=device)
+        outs, start = [], 0
+        for g in given:
+            room = self.scratch[device][start : start + g.numel() * g.element_size()]
+            outs.append(room.view(g.dtype).view(g.shape) if g.is_contiguous() else torch.empty_like(g))
+            start += _room(g)
+        return outs
+
+
+def _given(grads: Gradients, i: int) -> Tensor:
+    """What is here of a gradient as it came, which says what its stand-in has to look like."""
+    return (grads.origin or grads).tensors[i]
+
+
+def _room(g: Tensor) -> int:
+    """Bytes of a tensor, in whole cache lines."""
+    return -(-g.numel() * g.element_size() // 64) * 64
+
+
+def _turns(work: Sequence[Work]) -> list[list[Work]]:
+    """Runs of parameters on one device whose gradients take no more room than the largest of all does."""
+    most = max([_room(_given(grads, i)) for grads, i, _ in work], default=0)
+    turns: list[list[Work]] = []
+    used, device = 0, None
+    for grads, i, p in work:
+        g = _given(grads, i)
+        if not turns or g.device != device or used + _room(g) > max(most, MIN_TURN_BYTES):
+            turns.append([])
+            used, device = 0, g.device
+        turns[-1].append((grads, i, p))
+        used += _room(g)
+    return turns
+
+
+def _by_bucket(turn: list[Work], outs: list[Tensor]) -> Iterator[tuple[list[Work], list[Tensor]]]:
+    """What belongs to the same gradients, one after the other."""
+    for _, pairs in itertools.groupby(zip(turn, outs, strict=True), key=lambda pair: id(pair[0][0])):
+        several = list(pairs)
+        yield [item for item, _ in several], [out for _, out in several]
+
+
+def _like(p: Tensor, part: Tensor) -> Tensor:
+    """``part`` as what is here of a tensor that is laid out as ``p`` is."""
+    if not is_sharded(p):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part,
+        p.device_mesh,  # type: ignore[attr-defined]
+        p.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=p.shape,
+        stride=p.stride(),
+    )

@@ -1,0 +1,278 @@
+"""Converting the state of another optimizer, or of an older version of this one, on loading.
+
+A run that began with AdamW or with the published code can continue here: moments and step counts are kept where they
+mean the same thing, the rest starts anew, and a warning lists both. Everything is checked and converted before the
+optimizer changes; a state of another model is refused.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from evenstep.optim.functional import opened
+from evenstep.optim.masks import pack, unpack
+from evenstep.optim.state import Group, State, is_trained, moment, place_clock, untouched
+
+
+class Target(Protocol):
+    """What is asked of the optimizer that loads the state: an `EvenOptimizer`."""
+
+    ALIASES: ClassVar[dict[str, str]]
+    param_groups: list[Group]
+    defaults: dict[str, Any]
+
+    def fresh_state(self, p: Tensor, group: Group, index: int) -> State: ...
+
+    def _check(self, name: str, value: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """An optimizer whose state can be taken over, known by the entries that it keeps per parameter."""
+
+    name: str
+    entries: frozenset[str]
+    optional: frozenset[str] = frozenset()
+    group_mark: str = ""
+    """A setting that its groups have, where the entries do not tell it from another."""
+    restarts: bool = True
+    """Whether its step count starts again when its moments do (or neither ever does)."""
+
+
+SOURCES = (
+    Source(
+        "the published SPAM", frozenset({"step", "exp_avg", "exp_avg_sq"}), frozenset({"mask"}), "correct_bias", False
+    ),
+    Source("the published SPAM", frozenset({"step", "exp_avg", "exp_avg_sq", "mask"}), restarts=False),
+    Source("pytorch_optimizer's SPAM", frozenset({"exp_avg", "exp_avg_sq", "mask"}), group_mark="step", restarts=False),
+    Source("Adam or AdamW", frozenset({"step", "exp_avg", "exp_avg_sq"}), frozenset({"max_exp_avg_sq"})),
+    Source(
+        "the published StableSPAM",
+        frozenset({"step", "exp_avg", "exp_avg_sq", "m_norm_t", "v_norm_t", "m_max_t"}),
+        frozenset({"max_exp_avg_sq"}),
+    ),
+    Source(
+        "pytorch_optimizer's StableSPAM",
+        frozenset({"exp_avg", "exp_avg_sq", "m_norm_t", "v_norm_t", "m_max_t"}),
+        group_mark="step",
+    ),
+    Source("the published SCALE", frozenset({"moment1"}), frozenset({"moment2", "step"})),
+)
+
+NAMES = {"moment1": "exp_avg", "moment2": "exp_avg_sq", "m_max_t": "peak", "m_norm_t": "norm", "v_norm_t": "norm_rms"}
+"""Their entry -> ours. ``norm_rms`` is the root of ``v_norm_t``."""
+
+MEANINGLESS = frozenset(
+    "foreach fused capturable differentiable amsgrad decoupled_weight_decay correct_bias step".split()  # noqa: SIM905
+)
+"""Settings of their groups that are none of ours."""
+
+OURS = frozenset("exp_avg exp_avg_sq age mask peak norm norm_rms n compensation".split())  # noqa: SIM905
+TOGETHER = ({"exp_avg", "exp_avg_sq", "age", "mask"}, {"peak", "norm", "norm_rms", "n"})
+"""Entries that start anew together when one of them is missing: a mean without its count is worth nothing."""
+
+
+def convert_state_dict(optimizer: Target, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """``given`` as a complete state dict of ``optimizer``, and what to tell the user ("" if all is as it was saved).
+
+    Nothing of ``given`` or ``optimizer`` is changed. A state with another number of groups or parameters is returned as
+    it is, for torch to refuse.
+
+    Raises ValueError for the state of an unknown optimizer or of a model of other shapes.
+    """
+    here, there = optimizer.param_groups, given["param_groups"]
+    if [len(group["params"]) for group in here] != [len(group["params"]) for group in there]:
+        return given, ""
+    ids = {i for group in there for i in group["params"]}
+    states = {i: entries for i, entries in given["state"].items() if i in ids}
+    source = None if any("t" in group for group in there) else _source(there, states)
+    reader = _Reader(source, optimizer, given)
+    groups = [reader.group(ours, theirs) for ours, theirs in zip(here, there, strict=True)]
+    state: dict[int, State] = {}
+    for group, ours, theirs in zip(groups, here, there, strict=True):
+        place_clock(dict(group, params=ours["params"]))  # refuses what does not go together
+        for index, (i, p) in enumerate(zip(group["params"], ours["params"], strict=True)):
+            saved = states.get(i, {})
+            if not is_trained(p) and untouched(saved):
+                continue
+            fresh = optimizer.fresh_state(p, group | {"params": ours["params"]}, index)
+            who = f"parameter {_named(group, index, i)}"
+            state[i] = reader.state(p, group, fresh, {"step": theirs.get("step")} | saved, who)
+    return {"state": state, "param_groups": groups}, reader.summary(states)
+
+
+def _named(group: Group, index: int, i: Any) -> str:
+    names = group.get("param_names")
+    return f"{i} ({names[index]})" if names else str(i)
+
+
+def _source(groups: list[Group], states: Mapping[Any, State]) -> Source | None:
+    """Whose state it is; None for an empty one."""
+    found = {name for entries in states.values() for name in entries}
+    if found <= {"mask"}:  # before the first step
+        return None
+    for source in SOURCES:
+        fits = source.entries <= found <= source.entries | source.optional
+        if fits and (not source.group_mark or any(source.group_mark in group for group in groups)):
+            return source
+    known = "; ".join(f"{source.name}: {', '.join(sorted(source.entries))}" for source in SOURCES[1:])
+    raise ValueError(
+        f"load_state_dict: a state with the entries {', '.join(sorted(map(str, found)))} belongs to no optimizer that "
+        f"can be taken over ({known}); nothing was loaded"
+    )
+
+
+class _Reader:
+    """Reads groups and states of one source, and remembers what was done."""
+
+    def __init__(self, source: Source | None, optimizer: Target, given: Mapping[str, Any]):
+        self.source = source
+        self.optimizer = optimizer
+        self.new: dict[str, int] = {}
+        """Entry -> for how many parameters it starts anew."""
+        self.offered: set[str] = set()
+        self.taken: set[str] = set()
+        self.dropped: set[str] = set()
+        self.t = max(_counts(given), default=0)
+
+    def group(self, ours: Group, theirs: Group) -> Group:
+        """Settings as they were saved, under our names; those that are missing as they are here."""
+        known = {name: ours[name] for name in ("kind", *self.optimizer.defaults) if name in ours}
+        if "t" in theirs:
+            return known | theirs
+        saved = {}
+        for name, value in theirs.items():
+            if name in MEANINGLESS:
+                if name == "amsgrad" and value:
+                    self.dropped.add("amsgrad")
+                if name == "decoupled_weight_decay" and not value and theirs.get("weight_decay"):
+                    self.dropped.add("weight decay as part of the gradient (it is decoupled here)")
+                continue
+            name = self.optimizer.ALIASES.get(name, name)
+            self.optimizer._check(name, value)
+            saved[name] = value
+        return known | saved | {"t": self.t}
+
+    def state(self, p: Tensor, group: Group, fresh: State, saved: State, who: str) -> State:
+        found = self._translated(p, group, saved)
+        result = dict(fresh)
+        mask = self._mask(p, found.pop("mask", None), who)
+        if "mask" in fresh and mask is not None:
+            result["mask"] = pack(mask).to(p.device)
+        for name, value in found.items():
+            if name in fresh and isinstance(value, Tensor):
+                result[name] = self._fitted(p, name, value, mask, fresh, group, who)
+            elif self.source is None and name not in OURS:  # the user's own
+                result[name] = value
+        missing = {name for name in fresh if isinstance(fresh[name], Tensor) and name not in found} - {"mask"}
+        for together in TOGETHER:
+            if missing & together:
+                missing |= together & fresh.keys() - {"mask"}
+        for name in missing:
+            result[name] = fresh[name]
+            self.new[name] = self.new.get(name, 0) + 1
+        if "mask" in fresh and "exp_avg" in missing:
+            result["mask"] = fresh["mask"]
+        self.taken |= found.keys() & fresh.keys() - missing
+        self.offered |= found.keys()
+        return result
+
+    # ---- one parameter ----
+
+    def _translated(self, p: Tensor, group: Group, saved: State) -> State:
+        """Their entries under our names, with the counts that ours need."""
+        step = saved.get("step")
+        found = {NAMES.get(name, name): value for name, value in saved.items() if name != "step"}
+        if self.source is None:
+            return found
+        for name in ("peak", "norm", "norm_rms"):
+            if name in found:
+                found[name] = torch.as_tensor(found[name])
+        if "norm_rms" in found:
+            found["norm_rms"] = found["norm_rms"].sqrt()
+        if step is not None and "exp_avg" in found:
+            found["age"] = torch.tensor(self._age(float(step), group), dtype=torch.float64)
+            if "peak" in found:  # pytorch_optimizer counts both; the published StableSPAM has one counter for all
+                whole = self.source.group_mark == "step"
+                found["n"] = torch.tensor(float(self.t if whole else step), dtype=torch.float64)
+        return found
+
+    def _age(self, step: float, group: Group) -> float:
+        """Updates since the moments were last reset."""
+        every = group.get("reset_interval", 0)
+        if self.source is None or self.source.restarts or group.get("variant") == "official":
+            return step
+        return step - (step // every) * every + 1 if every and step >= every else step
+
+    def _mask(self, p: Tensor, mask: Tensor | None, who: str) -> Tensor | None:
+        """A mask in the shape of ``p``, from bools or from packed bits."""
+        if mask is None:
+            return None
+        if mask.dtype == torch.bool:
+            self._demand(tuple(mask.shape) == tuple(p.shape), who, "mask", mask, tuple(p.shape))
+            return mask.to(p.device)
+        packed = (math.ceil(p.numel() / 8),)
+        self._demand(tuple(mask.shape) == packed, who, "mask", mask, packed)
+        return unpack(mask.to(p.device), p.numel()).view(p.shape)
+
+    def _fitted(
+        self, p: Tensor, name: str, value: Tensor, mask: Tensor | None, fresh: State, group: Group, who: str
+    ) -> Tensor:
+        """``value`` in the form in which the state keeps it; the very tensor where it is in that form."""
+        target = fresh[name]
+        if name not in ("exp_avg", "exp_avg_sq"):
+            fits = value.shape == target.shape or value.numel() == target.numel() == 1
+            self._demand(fits, who, name, value, tuple(target.shape))
+        else:
+            compact = (int(mask.sum()),) if mask is not None else None
+            self._demand(tuple(value.shape) == (compact or tuple(p.shape)), who, name, value, compact or tuple(p.shape))
+            if "mask" in fresh and mask is None:  # dense there, sparse here
+                value = opened(value, torch.float32).reshape(-1)[unpack(fresh["mask"], p.numel()).to(value.device)]
+            elif "mask" not in fresh and mask is not None:  # sparse there, dense here
+                whole = torch.zeros(p.shape, dtype=value.dtype, device=p.device)
+                whole[mask] = opened(value, value.dtype).to(p.device)
+                value = whole
+            if value.shape != target.shape:
+                target = moment(p.new_empty(value.shape), group["state"], signed=name == "exp_avg")
+        if type(value) is type(target) and value.dtype == target.dtype:
+            return value if value.shape == target.shape else value.reshape(target.shape)
+        return target.clone().copy_(opened(value, torch.float64 if value.dtype == torch.float64 else torch.float32))
+
+    @staticmethod
+    def _demand(holds: bool, who: str, name: str, value: Tensor, expected: tuple[int, ...]) -> None:
+        if not holds:
+            raise ValueError(
+                f"load_state_dict: {name!r} of {who} has the shape {tuple(value.shape)} where {expected} is expected; "
+                "the state belongs to another model, and nothing was loaded"
+            )
+
+    # ---- what happened ----
+
+    def summary(self, states: Mapping[Any, State]) -> str:
+        if self.source is None and not self.new:
+            return ""
+        new = ", ".join(sorted(self.new))
+        if self.source is None:
+            return f"load_state_dict: the state lacks {new} of {max(self.new.values())} parameters; these start anew"
+        taken = ", ".join(sorted(self.taken)) or "nothing"
+        said = [f"load_state_dict: took over {taken} from the state of {self.source.name} at step {self.t}"]
+        if new:
+            said.append(f"{new} start anew")
+        dropped = self.dropped | (self.offered - self.taken - self.new.keys() - {"age", "n", "mask"})
+        if dropped:
+            said.append(f"left out: {', '.join(sorted(dropped))}")
+        return "; ".join(said)
+
+
+def _counts(given: Mapping[str, Any]) -> Iterator[int]:
+    """All step counts of a foreign state: per parameter, per group, or of the whole."""
+    state = given["state"]
+    for holder in (given, state):
+        if isinstance(holder.get("total_step"), int):
+            yield holder["total_step"]
+    yield from (int(group.get("t", group.get("step", 0))) for group in given["param_groups"])
+    yield from (int(entries["step"]) for entries in state.values() if isinstance(entries, dict) and "step" in entries)

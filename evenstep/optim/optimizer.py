@@ -1,0 +1,415 @@
+"""What all optimizers of evenstep share: groups, clocks, state, and exact resume.
+
+The rules that keep a run exact, wherever it is stopped and resumed:
+
+* One clock per meaning. ``group["t"]`` counts ``step()`` calls and drives schedules and resets; ``n`` of a parameter
+  counts the updates that entered its statistics; ``age`` counts its updates since its moments were last reset. None of
+  them is kept on the optimizer itself.
+* State is created when a parameter is added, in fp32 (fp64 for fp64 parameters), and loaded bit for bit: torch casts
+  loaded state to the parameter's dtype, which would round it under bf16 parameters, so the exact values are put back
+  afterwards. A frozen parameter (``requires_grad=False``) has no state; it is created at the start of the first step
+  after it was unfrozen, as for a parameter that is added then.
+* ``step()`` reads ``p.grad`` and never writes to it, asks no device for a value, and decides nothing by a tensor's
+  value: a gradient with a NaN or Inf leaves its parameter and state as they were by arithmetic, not by a branch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from evenstep.kernels.interface import STATS, Kernels, StepTensors
+from evenstep.optim.convert_state import convert_state_dict
+from evenstep.optim.distributed import (
+    PLAIN,
+    Bucket,
+    Steps,
+    all_reduce,
+    buckets,
+    rebind_sharded_params,
+    run_batched_collectives,
+    state_dtype,
+)
+from evenstep.optim.functional import Gradients, Weights
+from evenstep.optim.fused import MOMENTS, Choice
+from evenstep.optim.options import RANGES, TENSOR, Option, aliases, check, comparable, renamed, without_inert
+from evenstep.optim.state import (
+    Group,
+    State,
+    check_parameter,
+    in_param_order,
+    is_trained,
+    latest_clock,
+    place_clock,
+    refuse_sparse_gradients,
+    restore_exactly,
+    rounding,
+    with_tensor_clock,
+)
+
+Work = tuple[Group, Bucket]
+"""The arguments of one call of `EvenOptimizer.update`."""
+
+
+class EvenOptimizer(Optimizer):
+    """Base class. A subclass declares its options, its state (`new_state`), the plain step of a group (`update`) and
+    the same step fused (`fused_step`).
+
+    ``given`` are the constructor's arguments by name, of which the declared options become defaults of the groups;
+    ``official`` are those under official names. For ``fused`` see `StableSPAM`.
+    """
+
+    OPTIONS: ClassVar[tuple[Option, ...]] = ()
+    ALIASES: ClassVar[dict[str, str]] = {}
+    """Official name -> ours."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "OPTIONS" in cls.__dict__:
+            cls.ALIASES = aliases(cls.OPTIONS)
+
+    def __init__(
+        self, params: Iterable[Any], given: Mapping[str, Any], official: Mapping[str, Any], fused: bool | None
+    ):
+        self._choice = Choice(fused, type(self))
+        hyper = {option.name: given[option.name] for option in self.OPTIONS}
+        defaults = renamed(without_inert(official), self.ALIASES, type(self).__name__, set(hyper))
+        self.stats: dict[str, Tensor] = {}
+        self._places: dict[Tensor, tuple[int, int]] = {}
+        self._known: set[Tensor] = set()
+        self._checked: list[tuple[Any, ...]] = []
+        super().__init__(params, hyper | defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("stats", {})  # not part of a copy or a saved state
+        self.__dict__.setdefault("_choice", Choice(None, type(self)))
+        self._places = {}
+        self._known = {p for group in self.param_groups for p in group["params"]}
+        self._checked = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_choice": self._choice}
+
+    # ---- groups and state ----
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As torch's. Official names are translated, every hyperparameter is checked, and the state is created at once.
+
+        A group added late starts at the clock of the others. ValueError for a value out of range or a mistyped name.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a param group is a dict with 'params' and options, got {type(param_group).__name__}")
+        group = self._prepare_group(renamed(param_group, self.ALIASES, "param group", set(self.defaults), strict=False))
+        for name, value in (self.defaults | group).items():
+            self._check(name, value)
+        group.setdefault("t", latest_clock([other["t"] for other in self.param_groups]))
+        super().add_param_group(group)
+        added = self.param_groups[-1]
+        added["betas"] = tuple(added["betas"])  # a sequence of a configuration's own type could not be loaded again
+        try:
+            place_clock(added)
+            self._start_trained([added])
+        except Exception:
+            for p in self.param_groups.pop()["params"]:
+                self.state.pop(p, None)
+            raise
+        self._known.update(added["params"])
+
+    def _prepare_group(self, group: Group) -> Group:
+        return group
+
+    def _check(self, name: str, value: Any) -> None:
+        if name in self.defaults and name in RANGES:
+            check(type(self).__name__, **{name: value})
+
+    def fresh_state(self, p: Tensor, group: Group, index: int) -> State:
+        """The complete state of a new parameter: `new_state`, and Kahan compensation where the group asks for it."""
+        state = self.new_state(p, group, index)
+        if group["rounding"] == "kahan" and p.dtype != state_dtype(p):
+            state["compensation"] = torch.zeros_like(p)
+        return state
+
+    def new_state(self, p: Tensor, group: Group, index: int) -> State:
+        """The state of a new parameter, the ``index``-th of its group."""
+        raise NotImplementedError
+
+    def _check_groups(self) -> None:
+        """ValueError for a hyperparameter that was set out of its range after construction. Groups are checked again
+        only where a value has changed; tensors are not, since reading them would wait for their device.
+        """
+        names = [name for name in self.defaults if name in RANGES]
+        now = [comparable(group.get(name) for name in names) for group in self.param_groups]
+        if now == self._checked:
+            return
+        for number, (group, values) in enumerate(zip(self.param_groups, now, strict=True)):
+            for name, value in zip(names, values, strict=True):
+                if name in group and value is not TENSOR:
+                    check(f"{type(self).__name__}, param_groups[{number}]", **{name: value})
+        self._checked = now
+
+    def _rebind_sharded_params(self) -> None:
+        if rebind_sharded_params(self.param_groups, self._known, "t"):
+            self.state.clear()
+            self._places = {}
+            self._start_trained(self.param_groups)
+
+    def _start_trained(self, groups: Iterable[Group]) -> None:
+        """Create the state of trained parameters that have none yet."""
+        for group in groups:
+            for index, p in enumerate(group["params"]):
+                if p not in self.state and is_trained(p):
+                    self._start(p, group, index)
+
+    def _start(self, p: Tensor, group: Group, index: int) -> None:
+        check_parameter(p, index)
+        self._choice.check(p)
+        self.state[p] = self.fresh_state(p, group, index)
+
+    # ---- one step ----
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient. ``closure``, if given, is called once with gradients
+        enabled; its value is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling() and not self._compiles():
+            self._step_outside_of_graphs()
+            return loss
+        work = self._begin(torch.compiler.is_compiling())
+        self._end(work, self._update(work))
+        return loss
+
+    @torch._disable_dynamo
+    def _compiles(self) -> bool:
+        """Whether a compiled step is right. Compilers lose what is written into the parts of tensor subclasses (shards,
+        8-bit blocks); steps on these run outside of the graph.
+        """
+        given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        kept = [x for state in self.state.values() for x in state.values() if isinstance(x, Tensor)]
+        return PLAIN.issuperset(map(type, (*given, *(p.grad for p in given), *kept)))
+
+    @torch._disable_dynamo
+    def _step_outside_of_graphs(self) -> None:
+        work = self._begin(False)
+        self._end(work, self._update(work))
+
+    # What is done on the host stays out of a compiled step (the decorator is torch's own, which unlike
+    # torch.compiler.disable does not load the compiler when this module is imported).
+
+    @torch._disable_dynamo
+    def _begin(self, compiling: bool) -> list[Work]:
+        self._check_groups()
+        self._rebind_sharded_params()
+        for group in self.param_groups:
+            refuse_sparse_gradients(type(self).__name__, self.param_groups, group["params"])
+        self._start_trained(self.param_groups)
+        if self.opens_step():
+            self._advance()
+        for group in self.param_groups:
+            if "sweep" in group:
+                group["sweep"] = 0
+        return self._work(((group, group["params"]) for group in self.param_groups), compiling)
+
+    def opens_step(self) -> bool:
+        """Whether `step` would advance the clock. After a sweep of `step_parameter` it updates what is left at the
+        same ``t``.
+        """
+        return not any("sweep" in group and group["sweep"] == group["t"] for group in self.param_groups) or any(
+            self._had_its_turn(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None
+        )
+
+    def opens_sweep(self, p: Tensor) -> bool:
+        """Whether `step_parameter` of ``p`` would begin a new sweep and advance the clock."""
+        group, _ = self.place(p)
+        return group.get("sweep") != group["t"] or self._had_its_turn(group, p)
+
+    def _advance(self) -> None:
+        for group in self.param_groups:
+            group["t"] += 1
+
+    def _work(self, chosen: Iterable[tuple[Group, list[Tensor]]], compiling: bool) -> list[Work]:
+        # Kernels get addresses of tensors, where a compiler works on copies: a compiled step takes the plain code.
+        choice = Choice(False) if compiling else self._choice
+        work = []
+        for group, params in chosen:
+            self.prepare(group, [p for p in params if p.grad is not None])
+            for bucket in buckets(params, self.state, choice):
+                places = [self.place(p)[1] for p in bucket.params] if group["rounding"] == "stochastic" else []
+                given = {"places": places, "given": (group["t"], group["lr"])}
+                work.append((with_tensor_clock(group) | given, bucket))
+        return work
+
+    def prepare(self, group: Group, params: list[Tensor]) -> None:
+        """Host work before a step on ``params``, which have gradients; it may replace their state."""
+
+    def _update(self, work: list[Work]) -> list[dict[str, Tensor]]:
+        """The two execution tiers: one fused call per bucket that has kernels; the others take the plain code, all
+        together, so that their collectives are batched."""
+        stats = {i: self._fused(*one) for i, one in enumerate(work) if one[1].kernels is not None}
+        plain = [i for i in range(len(work)) if i not in stats]
+        layouts = [work[i][1].layout for i in plain]
+        steps = [self.update(*work[i]) for i in plain]
+        results = run_batched_collectives(steps, lambda requests: all_reduce(requests, layouts))
+        stats |= dict(zip(plain, results, strict=True))
+        return [stats[i] for i in range(len(work))]
+
+    def _fused(self, group: Group, bucket: Bucket) -> dict[str, Tensor]:
+        assert bucket.kernels is not None
+        # Numbers where numbers were given; a clock or a learning rate on a device stays there.
+        t, lr = group["given"]
+        now = group if group["capturable"] else group | {"t": t}
+        if not isinstance(lr, Tensor):
+            now = now | {"lr": lr}
+        return dict(zip(STATS, self.fused_step(now, bucket, bucket.kernels).unbind(), strict=True))
+
+    def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
+        """The plain step: update the parameters of ``bucket`` and return their statistics, vectors ``[k]``. ``t`` and
+        ``lr`` of ``group`` are 0-d tensors."""
+        raise NotImplementedError
+
+    def fused_step(self, group: Group, bucket: Bucket, kernels: Kernels) -> Tensor:
+        """`update` in one call of ``kernels``. ``t`` and ``lr`` of ``group`` are numbers, or tensors if they were given
+        as such. Returns `STATS`, ``[len(STATS), k]``."""
+        raise NotImplementedError
+
+    @classmethod
+    def checked_steps(cls) -> dict[str, Callable[..., EvenOptimizer]]:
+        """By name, functions ``(params, **options) -> optimizer`` with options that lead through all of `fused_step`:
+        the self-check of the kernels steps three small tensors (two matrices and a vector) with each."""
+        return {}
+
+    def step_tensors(self, group: Group, bucket: Bucket, *scalars: str, masks: Iterable[Tensor] = ()) -> StepTensors:
+        """The tensors of a fused step; ``scalars`` names those of the state."""
+        lost, seeds = rounding(group, bucket)
+        exp_avg, exp_avg_sq = (bucket.state_tensors(name) if name in bucket.states[0] else [] for name in MOMENTS)
+        values = [state[name] for name in scalars for state in bucket.states]
+        return StepTensors(
+            bucket.shards, bucket.grads, exp_avg, exp_avg_sq, values, list(masks), _filled(lost), _filled(seeds)
+        )
+
+    @torch._disable_dynamo
+    def _end(self, work: list[Work], stats: list[dict[str, Tensor]]) -> None:
+        measured = [(bucket.params, numbers) for (_, bucket), numbers in zip(work, stats, strict=True)]
+        self.stats = in_param_order(self.param_groups, measured)
+
+    @torch.no_grad()
+    def step_parameter(self, p: Tensor) -> None:
+        """Update one parameter from its gradient, for gradient release: the gradient of each parameter is used and
+        freed while the backward pass goes on.
+
+        ``p.register_post_accumulate_grad_hook(release)`` with ``def release(p): optimizer.step_parameter(p); p.grad =
+        None``. The result is that of ``step()`` bit for bit, since nothing here is taken over several tensors.
+
+        Call ``step()`` after the backward pass as ever: it updates what has a gradient still and closes the sweep.
+        Without that call, the next sweep begins (and the clock advances) when a parameter comes that had its turn
+        already. `stats` stays as it is. Sharded parameters cost messages of their own, and every rank must release them
+        in the same order.
+
+        Raises:
+            ValueError: ``p`` is not in this optimizer, or a group is capturable. RuntimeError: a sparse gradient.
+        """
+        self._step_parameter(p)
+
+    @torch._disable_dynamo
+    def _step_parameter(self, p: Tensor) -> None:
+        if work := self._begin_parameter(p):
+            self._update(work)
+
+    def _begin_parameter(self, p: Tensor) -> list[Work]:
+        group, (_, index) = self.place(p)
+        if any(other["capturable"] for other in self.param_groups):
+            raise ValueError("step_parameter counts on the host; it does not go with capturable=True")
+        if p.grad is None:
+            return []
+        self._check_groups()
+        refuse_sparse_gradients(type(self).__name__, self.param_groups, [p])
+        opens = self.opens_sweep(p)
+        if opens:  # before the clock advances, as in step(): sparse masks are drawn by its number
+            self._start_trained(self.param_groups)
+        if p not in self.state:
+            self._start(p, group, index)
+        if opens:
+            self._advance()
+            for other in self.param_groups:
+                other["sweep"] = other["t"]
+        self.state[p]["released_at"] = group["t"]
+        return self._work([(group, [p])], False)
+
+    def _had_its_turn(self, group: Group, p: Tensor) -> bool:
+        return p in self.state and bool(self.state[p].get("released_at") == group["t"])
+
+    def place(self, p: Tensor) -> tuple[Group, tuple[int, int]]:
+        """The group of a parameter, and the numbers of both."""
+        if p not in self._places or not self._is_at(p, self._places[p]):  # new, or moved by hand
+            groups = enumerate(self.param_groups)
+            self._places = {q: (i, j) for i, group in groups for j, q in enumerate(group["params"])}
+        if p not in self._places:
+            raise ValueError(f"a parameter of shape {tuple(p.shape)} is not in this optimizer")
+        place = self._places[p]
+        return self.param_groups[place[0]], place
+
+    def _is_at(self, p: Tensor, place: tuple[int, int]) -> bool:
+        groups = self.param_groups[place[0] : place[0] + 1]
+        return any(q is p for group in groups for q in group["params"][place[1] : place[1] + 1])
+
+    def gradients(self, group: Group, bucket: Bucket) -> Steps[Gradients]:
+        """The gradients of ``bucket``, measured."""
+        return (yield Gradients.measure(bucket.grads, bucket.dtype, -1.0 if group["maximize"] else 1.0))
+
+    def weights(self, group: Group, bucket: Bucket, finite: Tensor) -> Weights:
+        """The parameters of ``bucket``, to be written where ``finite`` ``[k]``."""
+        return Weights(bucket.shards, finite, *rounding(group, bucket))
+
+    # ---- saving and loading ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's."""
+        self._rebind_sharded_params()
+        self._start_trained(self.param_groups)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state keeps its own dtype bit for bit whatever the dtype of the parameters.
+
+        The state of torch's Adam and AdamW, of the published classes and of pytorch_optimizer's is converted: moments
+        and step counts go on, what is missing starts anew, and a UserWarning says which (see
+        `evenstep.optim.convert_state`). Raises ValueError, before anything changes, for a state of other shapes or of
+        an unknown optimizer.
+        """
+        self._rebind_sharded_params()
+        final: dict[str, Any] = {}
+        summaries: list[str] = []
+
+        def translate(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            converted, summary = convert_state_dict(self, given)
+            final.update(converted)
+            summaries.append(summary)
+            return converted
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(translate),
+            self.register_load_state_dict_post_hook(lambda _: restore_exactly(self, final), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if summaries[0]:
+            warnings.warn(summaries[0], stacklevel=2)
+
+
+def _filled(tensors: list[Tensor | None]) -> list[Tensor]:
+    """For kernels, which take lists of tensors: no list where there is none, empty tensors for those that miss."""
+    given = [x for x in tensors if x is not None]
+    return [given[0].new_empty(0) if x is None else x for x in tensors] if given else []

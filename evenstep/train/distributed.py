@@ -1,0 +1,568 @@
+"""Several processes that train one model: who they are, how the model is sharded, and who is missing when one hangs.
+
+`World` is started by ``torchrun``, which sets RANK, WORLD_SIZE and so on; without it a program is alone. Beside the
+process group for tensors (NCCL on GPUs, gloo on CPUs) there are two of gloo: ``control``, in which the training loops
+agree on small things, and ``saving``, for the threads that write checkpoints and may communicate at the same time.
+
+`Parallel` applies torch's DDP, FSDP2 and DTensor tensor parallelism from outside. Every process builds the whole model
+on its CPU from the same seed, so a run starts from the same weights as on a single process; that takes the model's size
+in host memory per process. Then each block is compiled and sharded by itself, and what is left (token embedding, final
+norm, head) with the root.
+
+* ``ddp``: a replica in every process, gradients averaged.
+* ``fsdp``: parameters, gradients and optimizer state sharded over all processes; the weights of a block are gathered
+  before its forward and its backward pass.
+* ``hsdp``: fsdp within a group, gradients averaged between groups (``parallel.replicate`` of them).
+* ``tp+fsdp``: the matrices of attention and MLP are sharded over ``parallel.tensor`` processes (columns, then rows: two
+  all-reduces per block and pass), and over the others as in fsdp. Embedding, norms and head take no part in tensor
+  parallelism: embedding and head are sharded over all processes as by fsdp, and every process computes their products.
+
+Gradients are reduced in fp32 whatever the dtype of the parameters. With gradient accumulation they are reduced once per
+step; until then fsdp keeps them whole in every process, which is the price of fewer messages.
+
+`Heartbeat` finds out who is missing when a collective hangs. A process that waits in a collective is stuck in C++, and
+torch's own timeouts end it without naming the one it waits for. So a thread in every process publishes its progress in
+torchrun's store, and compares with the others when its own process has stood still for ``parallel.timeout`` seconds:
+the one furthest behind, or whose thread is silent too, is named, and the process exits, so that torchrun may restart
+all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from evenstep.errors import EvenstepError
+from evenstep.models import Llama, LlamaConfig
+from evenstep.optim.distributed import Layout, Reduction, all_reduce, local
+from evenstep.train.config import BaseConfig, Config
+from evenstep.train.hardware import pick_device
+
+# ---- the processes ----
+
+T = TypeVar("T")
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class SharedError(EvenstepError):
+    """An error that all processes raise; ``teller`` is the one that is to print it."""
+
+    def __init__(self, message: str, teller: int) -> None:
+        super().__init__(message)
+        self.teller = teller
+
+
+@dataclass(frozen=True)
+class World:
+    """``data_rank`` of ``data_size``: which part of each batch this process reads; processes that share matrix products
+    read the same."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    control: Any = None
+    """The gloo group of the training loops; None when alone."""
+    saving: Any = None
+    """The gloo group of the threads that write checkpoints."""
+    tensor: int = 1
+    """Processes that share each matrix product."""
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.tensor
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.tensor
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    # ---- what is agreed on ----
+
+    def gather(self, work: Callable[[], T], group: Any = None) -> list[T]:
+        """What ``work`` gives on every process, on all of them. SharedError, on all, when it raised EvenstepError on
+        one."""
+        if self.control is None:
+            return [work()]
+        result: Any = None
+        problem: str | None = None
+        try:
+            result = work()
+        except EvenstepError as error:
+            problem = str(error)
+        answers: list[Any] = [None] * self.size
+        dist.all_gather_object(answers, (problem, result), group=group or self.control)
+        for rank, (message, _) in enumerate(answers):
+            if message is not None:
+                raise SharedError(message, rank)
+        return [answer for _, answer in answers]
+
+    @contextmanager
+    def raise_on_all_ranks(self) -> Iterator[None]:
+        """All leave the block, or all raise SharedError."""
+        problem: EvenstepError | None = None
+        try:
+            yield
+        except EvenstepError as error:
+            if self.control is None:
+                raise
+            problem = error
+
+        def outcome() -> None:
+            if problem is not None:
+                raise problem
+
+        if self.control is not None:
+            self.gather(outcome)
+
+    def on_rank_0(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives on process 0, on all of them."""
+        return self.gather(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def rank_0_first(self, work: Callable[[], T]) -> T:
+        """``work`` on process 0 first, then on the first of each machine, then on the others: whoever comes later finds
+        what was prepared. It may take days. SharedError when it raises EvenstepError."""
+        if self.control is None:
+            return work()
+        result: list[T] = []
+        mine = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
+        for turn in range(3):
+            problem: EvenstepError | None = None
+            if mine == turn:
+                try:
+                    result.append(work())
+                except EvenstepError as error:
+                    problem = error
+            self._wait_for(range(0, self.size, self.local_size) if turn else range(1), turn)
+
+            def outcome(problem: EvenstepError | None = problem) -> None:
+                if problem is not None:
+                    raise problem
+
+            self.gather(outcome)
+        return result[0]
+
+    def _wait_for(self, ranks: range, turn: int) -> None:
+        """Until ``ranks`` have come here. In the store, where waiting has no timeout of a few minutes."""
+        store: Any = dist.distributed_c10d._get_default_store()
+        store.set(f"evenstep/turn/{turn}/{self.rank}", "done")
+        store.wait([f"evenstep/turn/{turn}/{rank}" for rank in ranks], timedelta(days=30))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the parts of the data, in place; as it is when there is one."""
+        if self.control is not None and self.data_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.SUM)
+            if self.tensor > 1:
+                tensor /= self.tensor
+        return tensor
+
+
+def launched() -> bool:
+    """Was this program started by torchrun, or by something that sets the same environment?"""
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+
+
+def restarts() -> int:
+    """How often torchrun has restarted the processes after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0)
+
+
+def _environment(config: BaseConfig) -> dict[str, int]:
+    missing = [name for name in _VARIABLES if name not in os.environ]
+    mode = config.parallel.mode
+    if missing:
+        if not launched():
+            raise EvenstepError(
+                f"parallel.mode {mode} needs several processes: start them with torchrun --nproc-per-node N "
+                "-m evenstep pretrain ..., or give --parallel.mode none for one"
+            )
+        raise EvenstepError(
+            f"{missing[0]} is not in the environment, {'RANK' if 'RANK' in os.environ else 'WORLD_SIZE'} is; start the "
+            "processes with torchrun, which sets all of them"
+        )
+    try:
+        return {name: int(os.environ[name]) for name in _VARIABLES if name != "MASTER_ADDR"}
+    except ValueError as problem:
+        raise EvenstepError(f"the environment of torchrun is damaged: {problem}") from None
+
+
+def check_world(config: BaseConfig, size: int, local_size: int) -> int:
+    """How many processes share each matrix product. EvenstepError when the configuration does not fit so many
+    processes."""
+    parallel, train = config.parallel, config.train
+    if parallel.mode == "none" and size > 1:
+        raise EvenstepError(
+            f"parallel.mode is none, but there are {size} processes; give --parallel.mode ddp (a copy of the model in "
+            "each) or fsdp (a part in each)"
+        )
+    tensor = (parallel.tensor or local_size) if parallel.mode == "tp+fsdp" else 1
+    if size % tensor:
+        raise EvenstepError(
+            f"parallel.tensor {tensor} does not divide the {size} processes; give a divisor, or another number of "
+            "processes"
+        )
+    replicate = parallel.replicate
+    if replicate and size % replicate:
+        raise EvenstepError(f"parallel.replicate {replicate} does not divide the {size} processes; give a divisor")
+    data = size // tensor
+    if train.batch_size % data:
+        raise EvenstepError(
+            f"train.batch_size {train.batch_size} is not divisible by the {data} processes that read data; give a "
+            f"multiple of {data}"
+        )
+    if (train.batch_size // data) % min(config.micro_batch_size, train.batch_size // data):
+        raise EvenstepError(
+            f"train.batch_size {train.batch_size} over {data} processes is {train.batch_size // data} sequences each, "
+            f"not divisible by train.micro_batch_size {config.micro_batch_size}; each pass takes as many"
+        )
+    if tensor > 1 and config.lowbit:
+        raise EvenstepError(
+            f"lowbit {config.lowbit} does not go with parallel.tensor {tensor}: the scales of a cut matrix are not "
+            "those of the whole; give parallel.mode fsdp"
+        )
+    if tensor > 1 and config.optim.options.get("state") == "int8":
+        raise EvenstepError("optim.state int8 does not go with parallel.mode tp+fsdp; give bf16, or parallel.mode fsdp")
+    return tensor
+
+
+def _store(patience: timedelta) -> Any:
+    """Where the processes find each other. torchrun's own store outlives a restart (2.13 makes one per agent and not
+    one per attempt), and in it the addresses of the dead: whoever reads them first cannot connect. So each attempt has
+    a part of it to itself."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["WORLD_SIZE"]),
+        is_master=not agent and os.environ["RANK"] == "0",
+        timeout=patience,
+        multi_tenant=not agent,
+    )
+    return dist.PrefixStore(f"evenstep/attempt/{restarts()}", store)
+
+
+@contextmanager
+def open_world(config: BaseConfig) -> Iterator[World]:
+    """Join the other processes, and part from them at the end. EvenstepError for an environment or configuration that
+    does not fit; nothing is waited for before that is known."""
+    if not launched() and config.parallel.mode == "none":
+        yield World(pick_device(config.train.device))
+        return
+    places = _environment(config)
+    size, local = places["WORLD_SIZE"], places["LOCAL_RANK"]
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    tensor = check_world(config, size, local_size)
+    device = pick_device(config.train.device)
+    if size == 1 and config.parallel.mode == "none":
+        yield World(device)
+        return
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise EvenstepError(
+                f"process {local} of this machine has no GPU: torch sees {torch.cuda.device_count()}; give torchrun "
+                "--nproc-per-node that number"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    # The heartbeat speaks first, and names who is missing; the timeout of a collective is what is left without it.
+    patience = timedelta(seconds=config.parallel.timeout * 1.5 + 10)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_store(patience), rank=places["RANK"], world_size=size, timeout=patience)
+    world = World(device, places["RANK"], size, local, local_size, tensor=tensor)
+    world = replace(
+        world,
+        control=dist.new_group(backend="gloo", timeout=patience),
+        saving=dist.new_group(backend="gloo", timeout=timedelta(hours=2)),
+    )
+    try:
+        yield world
+        world._wait_for(range(1), 3)  # the closing work of process 0 may take long
+        dist.barrier(group=world.control)
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- the model over several processes ----
+
+_COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+_ROWS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def check_cut(shape: LlamaConfig, tensor: int) -> None:
+    """EvenstepError when the matrices of a model of ``shape`` cannot be cut over ``tensor`` processes."""
+    for name in ("num_heads", "intermediate_size"):
+        if getattr(shape, name) % tensor:
+            raise EvenstepError(
+                f"parallel.tensor {tensor} does not divide the model's {name.replace('_', ' ')} "
+                f"{getattr(shape, name)}; give a divisor of it"
+            )
+
+
+class Parallel:
+    """The model of ``config`` in ``world``. ``loss`` is what to call in a step; validation calls
+    ``model.loss``."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.mode = config.parallel.mode if world.control is not None else "none"
+        self.config, self.world = config, world
+        self.model: Llama | None = None
+        self.wrapped: Any = None
+
+    @property
+    def sharded(self) -> bool:
+        """Does a process hold parts of tensors?"""
+        return self.mode not in ("none", "ddp")
+
+    def check(self, model: Llama) -> None:
+        """EvenstepError when the model cannot be cut as asked."""
+        if self.world.tensor > 1:
+            check_cut(model.config, self.world.tensor)
+
+    def apply(self, model: Llama) -> None:
+        """Compile, cut and wrap ``model`` in place: its parameters and their names stay, each a DTensor where it is
+        cut. Before the optimizer is made."""
+        self.check(model)
+        self.model = model
+        if self.mode == "tp+fsdp":
+            self._cut_matrices(model)
+        if self.config.train.compile:  # block by block: one small graph serves all, the chunked loss cannot be compiled
+            for block in model.model.layers:
+                block.compile(dynamic=False)
+        if self.mode == "ddp":
+            self.wrapped = self._ddp(model)
+        elif self.sharded:
+            self._fsdp(model)
+
+    def loss(self, *args: Any, **options: Any) -> Tensor:
+        """``model.loss`` for a step, through whatever keeps the processes together."""
+        assert self.model is not None
+        return (self.wrapped or self.model.loss)(*args, **options)
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Around the forward and backward pass of one micro batch: gradients are reduced with the ``last``."""
+        if self.wrapped is not None and not last:
+            with self.wrapped.no_sync():
+                yield
+            return
+        if self.sharded:
+            model: Any = self.model
+            model.set_requires_gradient_sync(last)
+            model.set_is_last_backward(last)
+        yield
+
+    # ---- the modes ----
+
+    def _ddp(self, model: Llama) -> nn.Module:
+        device = self.world.device
+        wrapped = nn.parallel.DistributedDataParallel(
+            _Loss(model),
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+        wrapped.broadcast_buffers = False  # as an argument it is deprecated from torch 2.13 on, where it got a new name
+        if self.config.train.dtype == "bf16":
+            # Annotations that are strings, as all of this file, are refused by torch; a lambda has none.
+            wrapped.register_comm_hook(None, lambda _, bucket: _average_in_fp32(bucket))
+        return wrapped
+
+    def _mesh(self) -> Any:
+        world, parallel, device = self.world, self.config.parallel, self.world.device.type
+        if self.mode == "tp+fsdp":
+            return dist.init_device_mesh(device, (world.data_size, world.tensor), mesh_dim_names=("data", "tensor"))
+        if self.mode == "hsdp":
+            groups = parallel.replicate or max(1, world.size // world.local_size)
+            return dist.init_device_mesh(device, (groups, world.size // groups), mesh_dim_names=("copy", "part"))
+        return dist.init_device_mesh(device, (world.size,), mesh_dim_names=("part",))
+
+    def _cut_matrices(self, model: Llama) -> None:
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        self._grid = self._mesh()
+        plan: dict[str, Any] = {name: ColwiseParallel() for name in _COLUMNS} | {
+            name: RowwiseParallel() for name in _ROWS
+        }
+        for block in model.model.layers:
+            parallelize_module(block, self._grid["tensor"], plan)
+
+    def _fsdp(self, model: Llama) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+        if self.mode == "tp+fsdp":
+            inner, outer = self._grid["data"], self._grid._flatten("all")
+        else:
+            inner = outer = self._mesh()
+        param_dtype = torch.bfloat16 if self.config.train.dtype == "bf16-autocast" else None
+        precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+        reshard = self.config.parallel.reshard
+        for block in model.model.layers:
+            fully_shard(block, mesh=inner, reshard_after_forward=reshard, mp_policy=precision)
+        # The root's weights are needed first in the backward pass, right after the forward: they stay.
+        fully_shard(model, mesh=outer, reshard_after_forward=False, mp_policy=precision)
+        register_fsdp_forward_method(model, "loss")
+
+
+class _Loss(nn.Module):
+    """DDP looks after ``forward`` alone."""
+
+    def __init__(self, model: Llama) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        return self.model.loss(*args, **options)
+
+
+def _average_in_fp32(bucket: Any) -> Any:
+    """DDP's bucket of 16-bit gradients, averaged in fp32."""
+    gradients = bucket.buffer()
+    whole = gradients.float().div_(dist.get_world_size())
+    sent = dist.all_reduce(whole, async_op=True).get_future()
+    return sent.then(lambda done: gradients.copy_(done.value()[0]))
+
+
+# ---- norms of what is cut ----
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all tensors together, 0-d; of DTensors, of the whole ones, with one message per layout."""
+    layouts = [Layout.of(tensor) for tensor in tensors]
+    if not any(layout.cuts for layout in layouts):
+        return torch.nn.utils.get_total_norm([local(tensor) for tensor in tensors], foreach=True)
+    norms = torch._foreach_norm([local(tensor.detach()) for tensor in tensors])
+    asked: dict[int, tuple[Reduction, ...]] = {
+        i: (Reduction("sum", norm.float().square().reshape(1)),) for i, norm in enumerate(norms)
+    }
+    all_reduce(asked, layouts)
+    return torch.cat([one.values if one.answer is None else one.answer for (one,) in asked.values()]).sum().sqrt()
+
+
+def clip_(gradients: list[Tensor], largest: float) -> Tensor:
+    """Scale the gradients so that their norm is at most ``largest``; returns the norm before."""
+    norm = total_norm(gradients)
+    scale = torch.clamp(largest / (norm + 1e-6), max=1.0)
+    torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
+    return norm
+
+
+# ---- the heartbeat ----
+
+EXIT_STATUS = 75
+"""EX_TEMPFAIL of sysexits.h: trying again may help."""
+
+
+class Heartbeat:
+    """``beat(step, place)`` at every stage of a run, ``with Heartbeat(...):`` around it. Alone it does nothing."""
+
+    def __init__(self, world: World, timeout: float) -> None:
+        self.world, self.timeout = world, timeout
+        self.count, self.step, self.place = 0, 0, "starting"
+        self.moved = time.monotonic()
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def beat(self, step: int, place: str) -> None:
+        """This process has reached ``place`` of ``step``; all processes pass the same places in the same order."""
+        self.count += 1
+        self.step, self.place = step, place
+        self.moved = time.monotonic()
+
+    def alive(self) -> None:
+        """This process still stands where it was, and rightly so: it waits for its own disk."""
+        self.moved = time.monotonic()
+
+    def __enter__(self) -> Heartbeat:
+        if self.world.control is not None:
+            import torch.distributed as dist
+
+            own: Any = dist.distributed_c10d._get_default_store()
+            store = dist.PrefixStore(f"evenstep/heartbeat/{restarts()}", own.clone())
+            self.moved = time.monotonic()
+            self._over.clear()
+            self._publish(store, 0)  # at once, so that whoever hangs early has a name
+            self._thread = threading.Thread(target=self._watch, args=(store,), daemon=True, name="heartbeat")
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def _publish(self, store: Any, pulse: int) -> None:
+        with suppress(Exception):  # the store may go away first, when the run ends
+            store.set(str(self.world.rank), json.dumps([self.count, self.step, self.place, pulse, _name()]))
+
+    # ---- in the thread ----
+
+    def _watch(self, store: Any) -> None:
+        period = min(5.0, self.timeout / 4)
+        told, heard, pulse = -1, {}, 0
+        while not self._over.wait(period):
+            pulse += 1
+            self._publish(store, pulse)
+            still = time.monotonic() - self.moved
+            if still < self.timeout:
+                told = -1
+                continue
+            if told != self.count:  # one more period, so that all have published where they stand
+                told, heard = self.count, self._others(store)
+                continue
+            message = self._explain(heard, self._others(store), still)
+            if message and not self._over.is_set():
+                with suppress(Exception):
+                    print(f"evenstep: error: {message}", file=sys.stderr, flush=True)
+                os._exit(EXIT_STATUS)
+
+    def _others(self, store: Any) -> dict[int, list[Any]]:
+        found = {}
+        for rank in range(self.world.size):
+            with suppress(Exception):
+                if store.check([str(rank)]):
+                    found[rank] = json.loads(store.get(str(rank)))
+        return found
+
+    def _explain(self, before: dict[int, list[Any]], now: dict[int, list[Any]], still: float) -> str:
+        """Who is missing, in one line; empty when another process is to tell."""
+        ranks = range(self.world.size)
+        silent = [rank for rank in ranks if rank not in now or (before.get(rank) or [0] * 4)[3] == now[rank][3]]
+        counts = {rank: now[rank][0] if rank in now else -1 for rank in ranks}
+        behind = [rank for rank in ranks if counts[rank] < max(counts.values())]
+        missing = sorted({*silent, *behind} - {self.world.rank}) or [self.world.rank] * bool(behind)
+        tellers = [rank for rank in ranks if rank not in missing]
+        if tellers and self.world.rank != tellers[0]:
+            time.sleep(1)  # let it speak first
+            os._exit(EXIT_STATUS)
+        where = f"at step {self.step} ({self.place}) for {still:.0f} s"
+        if not missing:
+            return f"all {self.world.size} processes stand still {where}: the network between them may be down"
+        names = [f"process {rank} {self._last(now.get(rank), rank in silent)}" for rank in missing]
+        return f"waited {where}; missing: {', '.join(names)} (parallel.timeout {self.timeout:g})"
+
+    @staticmethod
+    def _last(fact: list[Any] | None, silent: bool) -> str:
+        if fact is None:
+            return "(never heard of)"
+        return f"on {fact[4]} (last at step {fact[1]}, {fact[2]}{'; it does not answer' if silent else ''})"
+
+
+def _name() -> str:
+    return f"{socket.gethostname()}, pid {os.getpid()}"

@@ -1,0 +1,323 @@
+"""The log of a run: metrics.jsonl, and what the terminal shows.
+
+metrics.jsonl has one JSON object per line, written immediately, and never two lines for the same moment of a run. In
+a terminal a live bar shows the newest numbers; files and pipes get one plain line per log step. Nothing here imports
+torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from evenstep.errors import EvenstepError
+from evenstep.telemetry.schema import read_records, to_line
+from evenstep.train.checkpoint import reason_of, way_on
+from evenstep.train.files import replace_text
+
+if TYPE_CHECKING:
+    from evenstep.train.distributed import World
+
+# ---- metrics.jsonl ----
+
+
+class Metrics:
+    """Appends records to a file. ``last_step`` (on resume): later lines, and a line torn by a kill, are cut first.
+
+    Lines of training and validation, and those of telemetry, which have a ``kind``.
+    ``last_train`` and ``last_validation`` are the newest records of the former, None before the first.
+    """
+
+    def __init__(self, path: Path, last_step: int | None = None) -> None:
+        self.path = path
+        self.seconds = 0.0  # of training, as the newest record has them
+        self.last_train: dict[str, Any] | None = None
+        self.last_validation: dict[str, Any] | None = None
+        if last_step is not None and path.exists():
+            kept = up_to(last_step, read_records(path))
+            for record in kept:
+                self._remember(record)
+            replace_text(path, "".join(to_line(record) for record in kept))
+        try:
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        except OSError as problem:
+            raise EvenstepError(f"could not write {path}: {problem.strerror}; give another --out") from problem
+
+    @property
+    def validated(self) -> int | None:
+        """The step of the newest validation."""
+        return self.last_validation["step"] if self.last_validation else None
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        if "kind" in record:
+            return
+        self.seconds = record.get("seconds", self.seconds)
+        if "val_loss" in record:
+            self.last_validation = record
+        else:
+            self.last_train = record
+
+    def write(self, record: dict[str, Any]) -> None:
+        try:
+            self._file.write(to_line(record))
+            self._file.flush()
+        except OSError as problem:
+            raise EvenstepError(
+                f"could not write {self.path}: {problem.strerror}; make room and {way_on(self.path.parent)}"
+            ) from problem
+        self._remember(record)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class NoMetrics(Metrics):
+    """Those of a process that does not write them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.last_train = self.last_validation = None
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._remember(record)
+
+    def close(self) -> None:
+        pass
+
+
+def resume_metrics(path: Path, step: int, world: World) -> Metrics:
+    """The log of a run resumed at ``step``, cut to that step. Its newest records decide what is done next, so all
+    processes get them."""
+    metrics = Metrics(path, last_step=step) if world.is_main else NoMetrics()
+    metrics.seconds, metrics.last_train, metrics.last_validation = world.on_rank_0(
+        lambda: (metrics.seconds, metrics.last_train, metrics.last_validation)
+    )
+    return metrics
+
+
+def up_to(last_step: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a run resumed at ``last_step`` keeps. Telemetry tells of a step when it is drained, so of its lines those
+    that stand after a later step's are cut too: they are written again."""
+    kept, past = [], False
+    for record in records:
+        later = record["step"] > last_step
+        past = past or later
+        if not later and not (past and "kind" in record):
+            kept.append(record)
+    return kept
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The training and validation records of the file in order, telemetry's left out; lines that are no JSON object
+    with a step (torn by a kill) are left out too."""
+    return [record for record in read_records(path, telemetry=False) if "kind" not in record]
+
+
+# ---- the terminal ----
+
+
+def silence(descriptor: int) -> None:
+    """Let whatever is written there from now on vanish."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def print_line(text: str, out: TextIO | None = None) -> None:
+    """Print a line at once, what its encoding has no character for as an escape. When its reader has gone (``| head``)
+    or its disk is full the output falls silent and the run goes on: hours of training must not end for that."""
+    out = out or sys.stdout
+    try:
+        try:
+            print(text, file=out, flush=True)
+        except UnicodeEncodeError as problem:
+            print(text.encode(problem.encoding, "backslashreplace").decode(problem.encoding), file=out, flush=True)
+    except (OSError, ValueError) as problem:  # ValueError: it was closed
+        fall_silent(out, problem)
+
+
+def fall_silent(out: TextIO, problem: Exception) -> None:
+    """Let the output vanish from now on, and say so on stderr, if that can be written."""
+    why = "nobody reads the output any more"
+    if not isinstance(problem, BrokenPipeError):
+        why = f"the output cannot be written ({reason_of(problem)})"
+    with suppress(OSError, ValueError):
+        silence(out.fileno())
+        print(f"evenstep: {why}; training goes on without it", file=sys.stderr, flush=True)
+
+
+def print_nothing(text: str) -> None:
+    """Say nothing: for all processes but the first."""
+
+
+def clock(seconds: float) -> str:
+    """``3725`` -> ``1:02:05``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def short_count(value: float) -> str:
+    """1500000 -> ``1.5M``."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+def train_line(record: dict[str, Any], total: int) -> str:
+    """The one line of a training record of metrics.jsonl."""
+    speed = record["tokens_per_second"]
+    left = (total - record["step"]) * record["tokens"] / record["step"] / speed if speed else 0.0
+    parts = [
+        f"step {record['step']:>{len(str(total))}}/{total}",
+        f"loss {record['loss']:.4f}",
+        f"lr {record['lr']:.2e}",
+        f"grad {record['grad_norm']:.3f}",
+        f"{speed:,.0f} tok/s",
+        f"eta {clock(left)}",
+    ]
+    if record.get("steps_to_reset", math.inf) <= total - record["step"]:  # else this run does not get there
+        parts.append(f"reset in {record['steps_to_reset']}")
+    return "  ".join(parts)
+
+
+def validation_line(record: dict[str, Any]) -> str:
+    parts = [f"step {record['step']}", f"validation loss {record['val_loss']:.4f}"]
+    shown = {"perplexity": ".2f", "bits_per_byte": ".4f", "score": ".4f"}
+    parts += [
+        f"{key.replace('_', ' ')} {record[key]:{form}}" for key, form in shown.items() if record.get(key) is not None
+    ]
+    return "  ".join(parts)
+
+
+class LineProgress:
+    """Plain lines, flushed one by one: for files, pipes and logs. Use as a context manager around the loop."""
+
+    def __init__(self, total: int, out: TextIO | None = None) -> None:
+        self.total = total
+        self.out = out or sys.stdout
+
+    def __enter__(self) -> LineProgress:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        return None
+
+    def step(self, step: int, loss: float | None) -> None:
+        """Called after every optimizer step; ``loss`` is None where reading it would wait for the GPU."""
+
+    def train(self, record: dict[str, Any]) -> None:
+        self.say(train_line(record, self.total))
+
+    def validation(self, record: dict[str, Any]) -> None:
+        self.say(validation_line(record))
+
+    def parameters(self, names: list[str], record: dict[str, Any]) -> None:
+        """Called when the numbers of all parameters are there (telemetry's record of them)."""
+
+    def say(self, text: str) -> None:
+        print_line(text, self.out)
+
+
+class NoProgress(LineProgress):
+    """For all processes but the first."""
+
+    def say(self, text: str) -> None:
+        print_nothing(text)
+
+
+class LiveProgress(LineProgress):
+    """A bar that moves every step (rich), with the newest numbers beside it; validations and messages scroll above
+    it."""
+
+    def __init__(self, total: int, out: TextIO | None = None, start: int = 0) -> None:
+        super().__init__(total, out)
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        class Bar(Progress):
+            summary: Any = None
+
+            def get_renderables(self) -> Iterator[Any]:
+                yield self.make_tasks_table(self.tasks)
+                if self.summary is not None:
+                    yield self.summary
+
+        # Few refreshes: the bar's thread shares the interpreter with the training loop.
+        self._console = Console(file=self.out, highlight=False)
+        columns = (
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+        )
+        self._bar = Bar(*columns, console=self._console, refresh_per_second=4, expand=True)
+        self._task = self._bar.add_task("starting", total=total, completed=start)
+        self._tail: list[str] = []
+
+    def __enter__(self) -> LiveProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._shown(self._bar.stop)
+
+    def _shown(self, act: Callable[[], None]) -> None:
+        """A terminal that is gone, or cannot show a character, ends no training."""
+        try:
+            act()
+        except (OSError, ValueError) as problem:
+            fall_silent(self.out, problem)
+
+    def _update(self, completed: int, loss: float | None) -> None:
+        """Move the bar; beside it stand the loss and as many of the other numbers as there is room for."""
+        if loss is None:
+            return self._bar.update(self._task, completed=completed)
+        text = f"loss {loss:.4f}"
+        room = self._console.width - len(f"step {completed}/{self.total}  ") - _BAR_WIDTH
+        for i in range(len(self._tail), -1, -1):
+            text = "  ".join([f"loss {loss:.4f}", *self._tail[:i]])
+            if len(text) <= room:
+                break
+        self._bar.update(self._task, completed=completed, description=text)
+
+    def step(self, step: int, loss: float | None) -> None:
+        self._update(step, loss)
+
+    def train(self, record: dict[str, Any]) -> None:
+        line = train_line(record, self.total).split("  ")
+        found = {key: part for part in line for key in _BESIDE if key in part.split(" ")}
+        self._tail = [found[key] for key in _BESIDE if key in found]
+        self._update(record["step"], record["loss"])
+
+    def parameters(self, names: list[str], record: dict[str, Any]) -> None:
+        from evenstep.telemetry.live import worst_table
+
+        self._bar.summary = worst_table(names, record, width=self._console.width)
+
+    def say(self, text: str) -> None:
+        self._shown(lambda: self._console.print(text, markup=False, soft_wrap=True))
+
+
+_BESIDE = ("eta", "tok/s", "lr", "reset")
+"""What stands beside the bar, by the word that marks it; where there is no room the last ones are left out."""
+
+_BAR_WIDTH = 8
+"""Columns that are kept for the bar itself."""
+
+
+def make_progress(total: int, start: int = 0, *, quiet: bool = False) -> LineProgress:
+    """The live bar when stdout is a terminal and rich is installed, plain lines otherwise; nothing when ``quiet``."""
+    if quiet:
+        return NoProgress(total)
+    if sys.stdout.isatty():
+        try:
+            return LiveProgress(total, start=start)
+        except ImportError:
+            pass
+    return LineProgress(total)

@@ -1,0 +1,329 @@
+"""What a trainer trains: `Task` is the interface, `Pretraining` a language model on a stream of tokens.
+
+`evenstep.finetune.task` has the other one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from evenstep.data import BatchLoader, DataSpec, TokenData, eval_batches, prepare
+from evenstep.errors import EvenstepError
+from evenstep.models import SIZES, Llama, llama_config
+from evenstep.models.hf import read_config, save_config
+from evenstep.train.config import BaseConfig, Config
+from evenstep.train.distributed import World
+from evenstep.train.evaluate import EvalResult, Evaluation, evaluate, sample_text
+from evenstep.train.hardware import memory_limit, total_memory
+from evenstep.train.log import Metrics, short_count
+from evenstep.train.plan import LOGIT_BYTES, chunk_rows, least_memory
+from evenstep.train.saving import model_tensors
+from evenstep.train.summary import closing_lines
+from evenstep.train.weights import find_source, load_model, with_lowbit
+
+CPU_ROWS = 256
+"""Rows of logits alive at once on a CPU: fewer waste matrix products, more leave the cache
+(benchmarks/throughput.py).
+"""
+
+
+class Task(ABC):
+    """Data, model, loss and validation of a run, called by a `Trainer` in the order in which they stand here.
+
+    ``config`` and ``data`` are set by `resolve` and `open_data`. Every process has a task of its own, and all call the
+    same methods in the same order.
+    """
+
+    config_type: ClassVar[type[BaseConfig]]
+    config: Any
+    data: Any
+    """Has ``tokenizer`` and ``val``, the validation data, which may be empty."""
+    loader: Any
+    """Has ``position`` and ``next_batch()``."""
+
+    def __init__(self, world: World, say: Callable[[str], None]) -> None:
+        self.world, self.say = world, say
+
+    # ---- before the first step ----
+
+    @abstractmethod
+    def resolve(self, config: Any, checkpoint: Path | None = None) -> Any:
+        """The configuration with what only the data or the model decide, such as the shape of a given model.
+        ``checkpoint``: that of the run which is resumed."""
+
+    @abstractmethod
+    def open_data(self, progress: Any) -> Any:
+        """Prepare the data and keep it as ``data``."""
+
+    @abstractmethod
+    def make_loader(self) -> Any:
+        """The batches of this process; kept as ``loader``."""
+
+    @abstractmethod
+    def check_memory(self) -> None:
+        """EvenstepError when the machine has too little memory for the run."""
+
+    @abstractmethod
+    def build_model(self, device: torch.device, *, blank: bool) -> Any:
+        """The model on ``device``; ``blank``: its weights will be read from a checkpoint."""
+
+    @abstractmethod
+    def loss_chunk(self, model: Any) -> int | None:
+        """How many rows of logits exist at once; None for all."""
+
+    @abstractmethod
+    def describe_data(self) -> str:
+        """What is trained on, for the lines printed before the first step."""
+
+    # ---- a step ----
+
+    @abstractmethod
+    def shares(self, targets: Tensor, micro_batch_size: int) -> list[float]:
+        """The weight of each micro batch's mean loss in that of the step."""
+
+    @abstractmethod
+    def loss(self, model_loss: Callable[..., Tensor], inputs: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
+        """The mean loss of a micro batch; ``model_loss`` is ``model.loss`` as several processes share it."""
+
+    @abstractmethod
+    def step_tokens(self) -> int:
+        """Tokens of the last batch, over all processes."""
+
+    # ---- validation, checkpoints, the end ----
+
+    @abstractmethod
+    def evaluate(self, evaluation: Evaluation) -> Any:
+        """Validate; the result has ``fields()``, which go into metrics.jsonl."""
+
+    def tensors(self, model: Any) -> dict[str, Tensor]:
+        """The tensors of the model that a checkpoint holds, by key."""
+        return model_tensors(model)
+
+    def save_shape(self, model: Any, directory: Path) -> None:
+        """Write the shape of the model (config.json) into a checkpoint."""
+        save_config(model, directory)
+
+    @abstractmethod
+    def data_identity(self) -> str:
+        """A hash of the data: a run is not resumed on other data."""
+
+    @abstractmethod
+    def conclusion(self, model: Any, out: Path, metrics: Metrics) -> dict[str, Any]:
+        """Write what the run leaves for other programs; returns what summary.json holds beside the numbers that every
+        run has. An entry ``sample`` that is None is filled by `sample` afterwards."""
+
+    def sample(self, model: Any, checkpoint: Path | None) -> str:
+        """Text by the model, or where it is given by the model saved as ``checkpoint``."""
+        return ""
+
+    @staticmethod
+    @abstractmethod
+    def closing(out: Path, summary: dict[str, Any], files: list[str]) -> list[str]:
+        """The lines printed after the last step."""
+
+
+class Pretraining(Task):
+    """A language model on a stream of tokens, cut into sequences of ``train.seq_len``."""
+
+    config_type = Config
+    data: TokenData
+    loader: BatchLoader
+    source: Path | None = None
+    """The directory of the weights to start from, or of the checkpoint that is resumed."""
+
+    def resolve(self, config: Any, checkpoint: Path | None = None) -> Any:
+        self.source = checkpoint
+        if checkpoint is None and config.model.init:
+            given = Path(config.model.init)
+            self.source = Path(self.world.on_rank_0(lambda: str(find_source(given, self.say))))
+        self.config = with_shape_of(config, self.source) if config.model.init and self.source else config
+        return self.config
+
+    def open_data(self, progress: Any) -> TokenData:
+        self.data = self.world.rank_0_first(lambda: load_data(self.config, progress))
+        return self.data
+
+    def make_loader(self) -> BatchLoader:
+        train, world = self.config.train, self.world
+        self.loader = BatchLoader(
+            self.data.train, train.seq_len, train.batch_size, self.config.seed, world.data_rank, world.data_size
+        )
+        return self.loader
+
+    def check_memory(self) -> None:
+        """On CPUs, where the system would kill the process without a message; a GPU raises an error of its own. Counted
+        is what the run needs at the least."""
+        config, world, words = self.config, self.world, self.data.vocab_size
+        if world.device.type != "cpu":
+            return
+        shape = read_config(self.source) if self.source else llama_config(config.model.label, words)
+        needs, limit = least_memory(config, shape, world.size, world.local_size), memory_limit()
+        if sum(needs.values()) * world.local_size <= limit:
+            return
+        listed = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in needs.items() if size >= 5e7)
+        each = f" in each of {world.local_size} processes" if world.local_size > 1 else ""
+        raise EvenstepError(
+            f"the run needs at least {sum(needs.values()) / 1e9:,.1f} GB of memory{each} ({listed}), the machine has "
+            f"{limit / 1e9:,.1f} GB; give a smaller model.size, data.vocab_size, train.micro_batch_size or "
+            "train.seq_len"
+        )
+
+    def build_model(self, device: torch.device, *, blank: bool) -> Llama:
+        config, source, vocab_size = self.config, self.source, self.data.vocab_size
+        if source is None:
+            torch.manual_seed(config.seed)
+            model = Llama(
+                llama_config(
+                    config.model.label,
+                    vocab_size,
+                    max_seq_len=config.train.seq_len,
+                    norm=config.model.norm,
+                    norm_alpha=config.model.norm_alpha,
+                )
+            )
+        elif blank:
+            with torch.device("meta"):
+                model = Llama(read_config(source))
+            model.to_empty(device="cpu")
+            torch.manual_seed(config.seed)
+        else:
+            model = load_model(source)
+            torch.manual_seed(config.seed)
+        if vocab_size > model.config.vocab_size:
+            raise EvenstepError(
+                f"the tokenizer has {vocab_size} entries, the model of {source} only {model.config.vocab_size}; "
+                "give the tokenizer that belongs to it (data.tokenizer), or a smaller data.vocab_size"
+            )
+        if config.train.seq_len > model.config.max_seq_len:
+            raise EvenstepError(
+                f"train.seq_len {config.train.seq_len} is longer than the {model.config.max_seq_len} positions "
+                f"of the model of {source}; give at most that"
+            )
+        model.activation_checkpointing = config.train.activation_checkpointing
+        dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+        return with_lowbit(model.to(device=device, dtype=dtype), config.lowbit, self.say)
+
+    def loss_chunk(self, model: Any) -> int | None:
+        return loss_chunk(self.config, model.config.vocab_size, self.world.device, self.say)
+
+    def describe_data(self) -> str:
+        train, val = self.data.train, self.data.val
+        held = f"{short_count(len(val))} for validation" if len(val) else "none for validation"
+        return (
+            f"{self.config.data.source}: {short_count(len(train))} tokens, {held}, vocabulary {self.data.vocab_size:,}"
+        )
+
+    def shares(self, targets: Tensor, micro_batch_size: int) -> list[float]:
+        return [y.numel() / targets.numel() for y in targets.split(micro_batch_size)]
+
+    def loss(self, model_loss: Callable[..., Tensor], inputs: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
+        return model_loss(inputs, targets, chunk=chunk)
+
+    def step_tokens(self) -> int:
+        return self.config.tokens_per_step
+
+    def evaluate(self, evaluation: Evaluation) -> EvalResult:
+        """Token-weighted loss on the validation split, at most ``eval.max_tokens`` of it."""
+        config, val = self.config, self.data.val
+        batches = eval_batches(val, config.train.seq_len, evaluation.batch_size, config.eval.max_tokens or None)
+        return evaluate(
+            evaluation.model,
+            evaluation.watch(batches),
+            val.num_bytes / max(1, len(val)),
+            device=evaluation.device,
+            autocast=evaluation.autocast,
+            chunk=evaluation.chunk,
+            parallel=evaluation.parallel,
+        )
+
+    def data_identity(self) -> str:
+        return data_identity(self.data)
+
+    def conclusion(self, model: Any, out: Path, metrics: Metrics) -> dict[str, Any]:
+        return {"prompt": self.config.sample.prompt, "sample": None}
+
+    def sample(self, model: Any, checkpoint: Path | None) -> str:
+        if self.config.sample.tokens and checkpoint is not None:
+            model = with_lowbit(load_model(checkpoint).eval(), self.config.lowbit, lambda _: None)
+        return sample_text(model, self.data.tokenizer, self.config.sample, self.config.seed)
+
+    closing = staticmethod(closing_lines)
+
+
+def load_data(config: Config, progress: Any = None) -> TokenData:
+    """The tokens of ``[data]``, prepared where they are not in the cache yet."""
+    data = config.data
+    # The split has its own fixed seed: runs of different seeds validate on the same documents.
+    spec = DataSpec(
+        source=data.source,
+        tokenizer=data.tokenizer,
+        vocab_size=data.vocab_size,
+        val_fraction=data.val_fraction,
+        text_field=data.text_field,
+        max_tokens=data.max_tokens,
+        cache_dir=data.cache_dir,
+        exclude=data.exclude or "",
+        on_bad=data.on_bad or "stop",
+    )
+    return prepare(spec, progress)
+
+
+def data_identity(data: TokenData) -> str:
+    """A hash of the counts and of both ends of the token stream: fast for any corpus, different for another text."""
+    train, val = data.train, data.val
+    digest = hashlib.sha256(repr((len(train), len(val), train.num_bytes, val.num_bytes)).encode())
+    for start in (0, max(0, len(train) - 65536)):
+        digest.update(train.read(start, min(start + 65536, len(train))).astype("<u4").tobytes())
+    return digest.hexdigest()
+
+
+def with_shape_of(config: Config, source: Path) -> Config:
+    """``config`` with the shape of the model in ``source``; EvenstepError when it asks for another one.
+
+    ``model.size`` becomes None for a shape that has no name.
+    """
+    shape = read_config(source)
+    names = (name for name, size in SIZES.items() if all(getattr(shape, key) == value for key, value in size.items()))
+    options: dict[str, Any] = {"size": next(names, None), "norm": shape.norm}
+    if shape.norm == "mix":
+        options["norm_alpha"] = shape.norm_alpha
+    for key, value in options.items():
+        given = getattr(config.model, key)
+        if given not in (None, value):
+            raise EvenstepError(
+                f"model.{key} {given} contradicts the model in {source}, which has {value or 'a shape of its own'}; "
+                "leave it out"
+            )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **options))
+
+
+def loss_chunk(config: Any, vocab_size: int, device: torch.device, say: Callable[[str], None]) -> int | None:
+    """Rows of logits alive at once, None for all.
+
+    The rule of ``auto``: on a CPU in fp32 always 256 rows, which stay in cache and are the fastest way too. Elsewhere
+    the whole logits of one forward pass, their fp32 copy for the softmax and their gradient take about 12 bytes a
+    value; while that is below an eighth of the device's memory they stay whole, which is faster, above it they come in
+    chunks of 64 MiB. The total memory decides, not what happens to be free, so a resumed run decides the same.
+    """
+    given = config.train.loss_chunk
+    if isinstance(given, int):
+        return given or None
+    rows = config.micro_batch_size * config.train.seq_len
+    if device.type == "cpu" and config.train.dtype == "fp32":
+        return CPU_ROWS if rows > CPU_ROWS else None
+    chunk = chunk_rows(rows, vocab_size, total_memory(device))
+    if chunk is not None:
+        whole = rows * vocab_size * LOGIT_BYTES
+        say(
+            f"loss in chunks of {chunk} rows: whole logits would take {whole / 2**30:.1f} GiB "
+            "(train.loss_chunk 0 keeps them whole; a smaller train.micro_batch_size also helps)"
+        )
+    return chunk

@@ -1,0 +1,726 @@
+"""The training loop: `Trainer.step` does one optimizer step, `Trainer.fit` trains to the end of the budget.
+
+What is trained is a `evenstep.train.task.Task`, which provides data, model, loss and validation; the trainer does the
+rest: steps, log, checkpoints, resume, an orderly end on a signal.
+
+A resumed run equals one that was never stopped, bit for bit on a CPU: the learning rate is a function of the step, the
+data a function of the position, and a checkpoint holds everything else that changes (weights, optimizer, random states,
+the sums behind the next log line). On a GPU a step never waits for the device, except every ``log.every``-th, which
+reads the loss.
+
+On several processes each one has a Trainer of its own, and all call the same methods in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from evenstep.data import prepare_display
+from evenstep.errors import EvenstepError
+from evenstep.kernels import uploaded
+from evenstep.telemetry.clocks import steps_to_reset
+from evenstep.train.checkpoint import (
+    TRAINER,
+    diverged,
+    fill,
+    list_checkpoints,
+    newest_checkpoint,
+    read_trainer,
+    way_on,
+    write_tensors,
+)
+from evenstep.train.config import BaseConfig
+from evenstep.train.config_io import build, check_resume, new_run, read_toml, to_tables, to_toml
+from evenstep.train.distributed import Heartbeat, Parallel, World, clip_, launched, open_world, restarts, total_norm
+from evenstep.train.evaluate import Evaluation
+from evenstep.train.files import RunLock, check_own, default_name, fresh_directory, hold, locked, replace_text
+from evenstep.train.hardware import peak_flops, peak_memory, pick_device
+from evenstep.train.interrupts import Interrupted, Interrupts, Stopped, Votes
+from evenstep.train.log import (
+    LineProgress,
+    Metrics,
+    NoMetrics,
+    make_progress,
+    print_line,
+    print_nothing,
+    resume_metrics,
+    short_count,
+)
+from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer, lr_factor, rising_rate
+from evenstep.train.saving import Saver, load_optimizer, optimizer_tensors, rng_state, set_rng_state
+from evenstep.train.summary import attempt, finish, run_facts
+from evenstep.train.task import Pretraining, Task
+from evenstep.train.telemetry import RunTelemetry
+
+T = TypeVar("T")
+
+BAD_BATCH_LIMIT = 10
+"""Non-finite batches without a checkpoint between them, after which the run ends: its weights or its learning rate are
+the cause then, not the data."""
+
+SAVE_FAILED = 1000
+"""A vote above all signal numbers: a background save failed in some process."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """``loss``: mean over the tokens of the step, 0-d on the device. ``grad_norm``: of all gradients before clipping,
+    on log steps or when clipping."""
+
+    step: int
+    loss: Tensor
+    lr: float
+    grad_norm: Tensor | None
+
+
+@dataclasses.dataclass
+class Window:
+    """Sums since the last training line of the log. The loss is part of a checkpoint, the times are not."""
+
+    loss: Tensor
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+
+    def add(self, loss: Tensor, tokens: int, seconds: float, data_seconds: float) -> None:
+        """Add one step."""
+        self.loss += loss
+        self.steps += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        self.data_seconds += data_seconds
+
+
+class Trainer:
+    """A run in its directory. ``Trainer(config)`` starts one, `Trainer.resume` continues one; both build everything and
+    train nothing. ``world``: the processes that train together (None: this one alone). ``say`` prints a line.
+
+    Raises EvenstepError, one line, for whatever does not fit together: data, model, optimizer, directory, checkpoint.
+
+    From before the first write to the end of `fit` process 0 holds the lock of the directory; without `fit`, for as
+    long as the object exists.
+    """
+
+    TASK: ClassVar[type[Task]] = Pretraining
+    lock: RunLock | None = None
+
+    # ---- start and resume ----
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        world: World | None = None,
+        say: Callable[[str], None] = print_line,
+        data_progress: Any = None,
+    ) -> None:
+        world = world or World(pick_device(config.train.device))
+        say = say if world.is_main else print_nothing
+        task = self.TASK(world, say)
+        config = task.resolve(config)
+        out = world.on_rank_0(lambda: str(fresh_directory(config)))
+        config = dataclasses.replace(config, out=out, name=default_name(config))
+        self._build(config, task, data_progress, blank=False)
+        world.on_rank_0(self._create_directory)
+        self.metrics = Metrics(self.out / "metrics.jsonl") if world.is_main else NoMetrics()
+
+    def _create_directory(self) -> None:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise EvenstepError(f"{self.out} cannot be created ({problem.strerror}); give another --out") from None
+        self.lock = hold(self.out)
+        # Once more under the lock: another run may have started and ended here since.
+        fresh_directory(self.config)
+        check_own(self.out)
+        if (self.out / "config.toml").exists():
+            self.say(f"{self.out} stopped before its first checkpoint; it starts again")
+            (self.out / "metrics.jsonl").unlink(missing_ok=True)
+        replace_text(self.out / "config.toml", to_toml(self.config))
+
+    @classmethod
+    def resume(
+        cls,
+        directory: Path | str,
+        config: Any = None,
+        *,
+        world: World | None = None,
+        say: Callable[[str], None] = print_line,
+        data_progress: Any = None,
+    ) -> Trainer:
+        """The run of ``directory`` at its newest whole checkpoint; ``config`` may change what does not touch exactness.
+
+        A larger ``train.steps`` trains on; under a cosine or wsd schedule it also changes the learning rates from
+        here on. One below the steps done is refused. Nothing is written before all of it fits.
+        """
+        directory = Path(directory)
+        if not (directory / "config.toml").is_file():
+            raise EvenstepError(f"{directory} is not a run: it has no config.toml; evenstep runs lists runs")
+        config = config or build(read_toml(directory / "config.toml"), cls.TASK.config_type)
+        config = dataclasses.replace(config, out=str(directory), name=config.name or directory.name)
+        world = world or World(pick_device(config.train.device))
+        say = say if world.is_main else print_nothing
+
+        run = cls.__new__(cls)
+
+        def lock_and_find() -> str:
+            run.lock = hold(directory)
+            check_own(directory)
+            return str(newest_checkpoint(directory, say))
+
+        checkpoint = Path(world.on_rank_0(lock_and_find))
+        task = cls.TASK(world, say)
+        config = task.resolve(config, checkpoint)
+        check_optimizer(config.optim)  # registers classes of its state as safe, which lets trainer.pt be read
+        trainer = read_trainer(checkpoint)
+        check_resume(directory, config, trainer)
+        run._build(config, task, data_progress, blank=True)
+        with world.raise_on_all_ranks():
+            run._restore(checkpoint, trainer)
+        run.saved = checkpoint
+        if world.is_main:
+            replace_text(directory / "config.toml", to_toml(config))
+            (directory / "summary.json").unlink(missing_ok=True)  # of an earlier end
+        run.metrics = resume_metrics(run.out / "metrics.jsonl", run.step_number, world)
+        run.seconds = max(run.seconds, run.metrics.seconds)  # steps after the save that are not repeated in the log
+        left = config.total_steps - run.step_number
+        say(f"resumed from {checkpoint}, {f'{left} steps to go' if left else 'nothing left to do'}")
+        if (line := rising_rate(build(trainer["config"], type(config)), config, trainer["step"])) is not None:
+            say(line)
+        return run
+
+    def _build(self, config: Any, task: Task, data_progress: Any, *, blank: bool) -> None:
+        """Everything that a step needs. ``blank``: the weights are still to be read from a checkpoint."""
+        world = task.world
+        self.config, self.task, self.world, self.say = config, task, world, task.say
+        self.out = Path(config.out or "")
+        self.device = world.device
+        check_optimizer(config.optim)
+        self.heart = Heartbeat(world, config.parallel.timeout)
+        self.saver = Saver(self.out / "checkpoints", world, alive=self.heart.alive)
+        _set_up_torch(config)
+        self.data = task.open_data(data_progress if world.is_main else None)
+        self.tokenizer = self.data.tokenizer
+        self.parallel = Parallel(config, world)
+        with world.raise_on_all_ranks():
+            self.loader = task.make_loader()
+            task.check_memory()
+            # FSDP moves each block to its device by itself, after sharding it.
+            first = torch.device("cpu") if self.parallel.mode in ("fsdp", "hsdp") else self.device
+            self.model = task.build_model(first, blank=blank)
+            self.parallel.check(self.model)
+        self.parallel.apply(self.model)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.rates = LearningRates(self.optimizer)
+        self.telemetry = RunTelemetry(
+            config,
+            self.model,
+            self.optimizer,
+            self.device,
+            sharded=self.parallel.sharded,
+            write_metrics=lambda record: self.metrics.write(record),
+        )
+        self.micro_batch_size = min(config.micro_batch_size, config.train.batch_size // world.data_size)
+        self.chunk = task.loss_chunk(self.model)
+        # Under FSDP the gathered weights are bf16 already, and there is nothing left to cast.
+        casts = config.train.dtype == "bf16-autocast" and not self.parallel.sharded
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=casts)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.step_number = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        """Of training, with those before a resume."""
+        self.step_seconds = 0.0
+        self.skipped: list[tuple[int, int]] = []
+        """Ranges of data rows that are left out because their loss or gradient was not finite."""
+        self.bad_batches = 0
+        self.bad_since: int | None = None
+        self.saved: Path | None = None
+        """The checkpoint of the current step, if there is one."""
+        self.window = self.new_window()
+
+    def new_window(self) -> Window:
+        return Window(torch.zeros((), dtype=torch.float64, device=self.device))
+
+    # ---- one step ----
+
+    def step(self) -> StepResult:
+        """Read a batch, run forward and backward in micro batches, update. The loss is the mean over the tokens of all
+        processes, however they are split.
+
+        A loss that is NaN or infinite is handled as ``train.on_nan`` says. ``stop``: EvenstepError, on a CPU before the
+        weights are touched and with a checkpoint of them beside the earlier ones, on a GPU at the next log step.
+        ``skip`` and ``rewind`` read loss and norm at each step; after a rewind the step done is an earlier one.
+        """
+        config, began = self.config, time.perf_counter()
+        data_seconds = 0.0
+        while True:
+            number = self.step_number + 1
+            factor = lr_factor(config.schedule, number, config.total_steps, config.warmup_steps)
+            self.rates.set(self.optimizer, factor)
+            position = self._pass_over_skipped()
+            self.heart.beat(number, "reading data")
+            asked = time.perf_counter()
+            inputs, targets = self.loader.next_batch()
+            data_seconds += time.perf_counter() - asked
+            self.heart.beat(number, "forward and backward")
+            inputs, targets = uploaded(inputs, self.device), uploaded(targets, self.device)
+            with self.telemetry.watching(self.is_log_step(number)):
+                loss = self._accumulate(inputs, targets)
+            norm = self._gradient_norm(number)
+            if self._is_usable(loss, norm, number, position):
+                break
+        self.telemetry.observe(loss, position, number)
+        self.heart.beat(number, "the optimizer's step")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        self.step_number = number
+        self.saved = None
+        tokens = self.task.step_tokens()
+        self.tokens += tokens
+        elapsed = time.perf_counter() - began
+        self.window.add(loss, tokens, elapsed, data_seconds)
+        self.step_seconds += elapsed
+        return StepResult(number, loss, config.optim.lr * factor, norm)
+
+    def _accumulate(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Backward through all micro batches; returns the mean loss over the tokens of all processes, detached."""
+        size, losses = self.micro_batch_size, []
+        shares = self.task.shares(targets, size)
+        for i, (x, y, share) in enumerate(zip(inputs.split(size), targets.split(size), shares, strict=True)):
+            with self.parallel.accumulating(last=i == len(shares) - 1):
+                with self.autocast:
+                    part = self.task.loss(self.parallel.loss, x, y, self.chunk) * share
+                part.backward()
+            losses.append(part.detach())
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        if self.world.data_size > 1:  # every process has the same number of tokens
+            loss = self.world.sum(loss / self.world.data_size)
+        return loss
+
+    def _gradient_norm(self, number: int) -> Tensor | None:
+        """The norm of all gradients together, before clipping; None where nothing needs it."""
+        clip = self.config.train.clip_norm
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if clip:
+            return clip_(gradients, clip)
+        wanted = self.is_log_step(number) or self.config.train.on_nan != "stop"
+        return total_norm(gradients) if wanted else None
+
+    def is_log_step(self, number: int) -> bool:
+        return number % self.config.log.every == 0 or number == self.config.total_steps
+
+    # ---- the loop ----
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end of the budget with log, validation, checkpoints; returns what summary.json holds (process 0;
+        the others an empty one).
+
+        SIGINT, SIGTERM or SIGHUP: the step is finished or the validation abandoned, a checkpoint saved and Interrupted
+        raised with the command that continues.
+        """
+        with locked(self.out) if self.world.is_main else nullcontext():
+            self.lock = None  # released at the end of this block, whatever still refers to the run
+            with self.heart:
+                self._fit()
+            return self._finish() if self.world.is_main else {}  # the others wait for it outside the heartbeat
+
+    def _fit(self) -> None:
+        self._since = time.perf_counter() - self.seconds
+        votes = Votes(self.world.control)
+        quiet = not self.world.is_main
+        with Interrupts(votes, quiet=quiet) as stop:
+            try:
+                progress = make_progress(self.config.total_steps, self.step_number, quiet=quiet)
+                sinks = self.telemetry.live(progress, self.out, quiet=quiet, is_saved=lambda: self.saved is not None)
+                with progress, sinks:
+                    self.train(progress, stop)
+                votes.close()
+                self.saver.wait()
+            except KeyboardInterrupt:
+                message = f"stopped at once, without saving; {way_on(self.out)}"
+                raise Interrupted(message, signal.SIGINT) from None
+            finally:
+                self.saver.close()
+        self.seconds = time.perf_counter() - self._since
+
+    def train(self, progress: LineProgress, stop: Interrupts) -> None:
+        """From the current step to the end of the budget: validate, step, log, save."""
+        config, total = self.config, self.config.total_steps
+        while True:
+            agreed = stop.poll(SAVE_FAILED if self.saver.failed() else 0)
+            at_end = self.step_number >= total
+            if agreed is None and (at_end or _due(self.step_number, config.eval.every)):
+                self._validate(progress, stop)
+            if stop.agreed == SAVE_FAILED:
+                self.saver.wait()  # raises
+                # Nothing was raised: another process's save failed, and the one before it was repeated since.
+                stop.agreed = stop.signal
+            if stop.agreed is not None:
+                saved = self.saved or self.save_finite(wait=True)
+                self.saver.wait()
+                raise Interrupted(
+                    f"stopped after step {self.step_number} of {total}, saved {saved}; {way_on(self.out)}", stop.agreed
+                )
+            if at_end:
+                return
+            result = self.step()
+            progress.step(result.step, result.loss.item() if self.device.type == "cpu" else None)
+            self.seconds = time.perf_counter() - self._since
+            if self.is_log_step(result.step):
+                self._log(result, progress)
+            if _due(result.step, config.checkpoint.every) or result.step == total:
+                self.save_finite(wait=not config.checkpoint.background)
+
+    # ---- the log ----
+
+    def header(self) -> list[str]:
+        """What the command line prints before the first step: a line for each of model, optimizer, data, budget, device
+        and folder."""
+        config, train, optim = self.config, self.config.train, self.config.optim
+        trained = sum(p.numel() for p in self.parameters)
+        model = f"{config.model.label}, {short_count(self.model.num_parameters())} parameters"
+        if trained < self.model.num_parameters():
+            model += f", {short_count(trained)} of them trained"
+        lowbit = f", low-bit {config.lowbit}" if config.lowbit else ""
+        transforms = f"{optim.before} + " if optim.before else ""
+        passes = train.batch_size // self.world.data_size // self.micro_batch_size
+        split = f" in {passes} passes" if passes > 1 else ""
+        processes = f", {self.world.size} processes ({config.parallel.mode})" if self.world.size > 1 else ""
+        rate = f"lr {optim.lr:g}, {config.schedule.name}, {config.warmup_steps:,} warm-up steps"
+        lines = {
+            "model": model + lowbit,
+            "optimizer": f"{transforms}{optim.name}, {rate}",
+            "data": self.task.describe_data(),
+            "budget": f"{config.total_steps:,} steps of {train.batch_size} x {train.seq_len} tokens{split}",
+            "device": f"{self.device}, {train.dtype}{processes}",
+            "folder": str(self.out),
+        }
+        return [f"{key:<10} {line}" for key, line in lines.items()]
+
+    def _log(self, result: StepResult, progress: LineProgress) -> None:
+        """Write a training line, whose loss is the mean over the steps since the last one.
+
+        ``data_share`` is the share of the time that was spent waiting for batches, ``memory`` the peak in bytes,
+        ``mfu`` (GPU alone) the model's FLOP/s over the GPU's peak, ``steps_to_reset`` there when the optimizer resets
+        its moments.
+        """
+        window, waiting = self.window, time.perf_counter()
+        loss = window.loss.item() / window.steps  # waits for the GPU
+        if not math.isfinite(loss):
+            self.saver.wait()
+            raise diverged(self.config, result.step, f"the loss is {loss}")
+        waited = time.perf_counter() - waiting
+        self.step_seconds += waited
+        seconds = window.seconds + waited
+        self.telemetry.settle(last=False)
+        tokens_per_second = window.tokens / seconds
+        record: dict[str, Any] = {
+            "step": result.step,
+            "tokens": self.tokens,
+            "loss": loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm.item() if result.grad_norm is not None else None,
+            "tokens_per_second": tokens_per_second,
+            "data_share": window.data_seconds / seconds,
+            "memory": peak_memory(self.device),
+            "seconds": self.seconds,
+        }
+        if peak := peak_flops(self.device, self.config.train.dtype):
+            flops = tokens_per_second * self.model.flops_per_token(self.config.train.seq_len)
+            record["mfu"] = flops / (peak * self.world.size)
+        if (reset := steps_to_reset(self.optimizer)) is not None:
+            record["steps_to_reset"] = reset
+        self.telemetry.write(record)
+        progress.train(record)
+        self.window = self.new_window()
+
+    # ---- validation ----
+
+    def evaluate(self, stop: Interrupts | None = None) -> Any:
+        """The loss on the validation data, and whatever else the task measures; the model is left in training mode. A
+        signal to ``stop`` ends it between two batches, with Stopped."""
+
+        def watch(items: Iterable[T]) -> Iterator[T]:
+            for item in stop.watch(items) if stop else items:
+                self.heart.beat(self.step_number, "validation")
+                yield item
+
+        batch_size = self.config.eval.batch_size or self.micro_batch_size
+        return self.task.evaluate(
+            Evaluation(self.model, self.parallel, self.device, self.autocast, self.chunk, batch_size, watch)
+        )
+
+    def _validate(self, progress: LineProgress, stop: Interrupts) -> None:
+        if not len(self.data.val) or self.metrics.validated == self.step_number:
+            return
+        try:
+            result = self.evaluate(stop)
+        except Stopped:  # the resumed run repeats it
+            return
+        self.seconds = time.perf_counter() - self._since
+        record = {"step": self.step_number, "tokens": self.tokens, **result.fields(), "seconds": self.seconds}
+        self.telemetry.write(record)
+        progress.validation(record)
+
+    # ---- checkpoints ----
+
+    def save(self, *, keep_all: bool = False, wait: bool = True) -> Path:
+        """Write a checkpoint of the current step; returns its directory, where it will be without ``wait``.
+        EvenstepError on a full disk, earlier checkpoints intact. ``keep_all``: delete no earlier checkpoint for this
+        one, which may be worthless."""
+        self.heart.beat(self.step_number, "saving")
+        self.telemetry.settle(last=keep_all or self.step_number == self.config.total_steps)
+        tensors, rest = optimizer_tensors(self.model, self.optimizer)
+        state = self._state(rest)
+        self.saved = self.saver.save(
+            self.step_number,
+            self.tensors() | tensors,
+            lambda directory: self._write_small(state, directory),
+            None if keep_all else self.config.checkpoint.keep,
+            wait=wait,
+        )
+        return self.saved
+
+    def save_finite(self, *, wait: bool) -> Path:
+        """Save, but never lost weights: the loss is that of the weights before the update, so the weights are checked
+        too."""
+        loss = self.window.loss.item()
+        problem = None if math.isfinite(loss) else f"the loss is {loss}"
+        if problem is None and not self.weights_are_finite():
+            problem = "the norm of the weights is not finite"
+        if problem is None:
+            return self.save(wait=wait)
+        self.saver.wait()
+        raise diverged(self.config, self.step_number, problem)
+
+    def weights_are_finite(self) -> bool:
+        return math.isfinite(total_norm(self.parameters).item())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the model that a checkpoint holds."""
+        return self.task.tensors(self.model)
+
+    def _state(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """What trainer.pt holds: everything that changes and is no tensor of the model or the optimizer, whose other
+        values are given. The random state of each process is gathered from all."""
+        telemetry = self.telemetry.state()
+        own = {"rng": rng_state(), "probe": telemetry.pop("probe") if telemetry else None}
+        return {
+            "step": self.step_number,
+            "tokens": self.tokens,
+            "position": self.loader.position,
+            "skipped": [list(rows) for rows in self.skipped],
+            "seconds": self.seconds,
+            "step_seconds": self.step_seconds,
+            "window_loss": self.window.loss.cpu(),
+            "window_steps": self.window.steps,
+            "tokenizer": self.tokenizer.fingerprint,
+            "data": self.task.data_identity(),
+            "config": to_tables(self.config),
+            "optimizer": optimizer,
+            "telemetry": telemetry,
+            "processes": self.world.gather(lambda: own),
+        }
+
+    def _write_small(self, state: dict[str, Any], directory: Path) -> None:
+        """The files of a checkpoint beside shards and manifest. EvenstepError where the first trainer.pt of a process
+        could not be read again: an optimizer's state may hold objects that can be written and are refused on load."""
+        self.task.save_shape(self.model, directory)
+        self.tokenizer.save(directory)
+        write_tensors(directory / TRAINER, state)
+        if self.saver.last is not None:
+            return
+        try:
+            read_trainer(directory)
+        except EvenstepError as problem:
+            refused = re.search(r"GLOBAL (\S+)", str(problem.__cause__))
+            what = refused[1] if refused else "objects"
+            raise EvenstepError(
+                f"optim.name {self.config.optim.name}: its state holds {what}, which a checkpoint cannot give back, so "
+                "that no run could go on from it; take an optimizer whose state_dict() holds tensors and plain values "
+                "alone"
+            ) from problem
+
+    def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Load the checkpoint into this run, whose model has its shape; ``state`` is the content of its trainer.pt.
+
+        EvenstepError when the text or the tokenizer are not those of the checkpoint any more.
+        """
+        if state["tokenizer"] != self.tokenizer.fingerprint:
+            raise EvenstepError(
+                f"{checkpoint} was trained with another tokenizer than '{self.config.data.tokenizer}' is now; bring "
+                f"back the one it had, or start a new run with: {self._new_run(weights=False)}"
+            )
+        if state["data"] != self.task.data_identity():
+            raise EvenstepError(
+                f"{checkpoint} was trained on other tokens than {self.config.data.source} gives now (the text has "
+                f"changed); bring back the text, or start a new run from its weights with: {self._new_run()}"
+            )
+        fill(checkpoint, self.tensors())
+        load_optimizer(self.model, self.optimizer, checkpoint, state["optimizer"])
+        self.step_number, self.tokens = state["step"], state["tokens"]
+        self.seconds, self.step_seconds = state["seconds"], state["step_seconds"]
+        self.loader.position = state["position"]
+        self.skipped = [(start, stop) for start, stop in state["skipped"]]
+        self.window.loss.copy_(state["window_loss"])
+        self.window.steps = state["window_steps"]
+        processes = state["processes"]
+        own = processes[self.world.rank] if len(processes) == self.world.size else None
+        telemetry = state["telemetry"]
+        self.telemetry.load(telemetry and telemetry | {"probe": own["probe"] if own else None}, self.step_number)
+        if own:
+            set_rng_state(own["rng"])
+        else:  # another number of processes: a fresh seed, the same for all replicas of a parameter
+            torch.manual_seed(hash((self.config.seed, self.step_number)) % 2**63)
+
+    def _new_run(self, *, weights: bool = True) -> str:
+        return new_run(self.config.COMMAND, self.out, weights=weights)
+
+    # ---- batches whose loss or gradient is not finite: train.on_nan ----
+
+    def _pass_over_skipped(self) -> int:
+        """Move the loader past rows that were left out before a rewind or a resume; returns its position."""
+        for start, stop in sorted(self.skipped):
+            if start <= self.loader.position < stop:
+                self.loader.position = stop
+        return self.loader.position
+
+    def _is_usable(self, loss: Tensor, norm: Tensor | None, number: int, position: int) -> bool:
+        """Whether to take the step. False: another batch has to be read. EvenstepError: the run ends.
+
+        Every process sees the same loss, the mean over all of them, and so decides the same.
+        """
+        policy = self.config.train.on_nan
+        if policy == "stop" and self.device.type != "cpu":
+            return True  # reading the loss would wait for the device; `_log` checks it
+        value = loss.item()
+        gradients = norm.item() if policy != "stop" and norm is not None else 0.0
+        if math.isfinite(value) and math.isfinite(gradients):
+            return True
+        what = f"the loss is {value}" if not math.isfinite(value) else f"the norm of the gradients is {gradients}"
+        self.optimizer.zero_grad(set_to_none=True)
+        if policy == "stop":
+            self.loader.position = position
+            self.saver.wait()
+            rescue = self.step_number > 0 and self.weights_are_finite()
+            rescued = (self.saved or self.save(keep_all=True)) if rescue else None
+            raise diverged(self.config, number, what, rescued)
+        rows = (position, position + self.config.train.batch_size)
+        self.bad_batches = self.bad_batches + 1 if self.saver.last == self.bad_since else 1
+        self.bad_since = self.saver.last
+        if self.bad_batches > BAD_BATCH_LIMIT:
+            times = f"{what}, for the {self.bad_batches}th time since the last checkpoint"
+            raise diverged(self.config, number, times)
+        if policy == "skip":
+            self.skipped.append(rows)
+            self.say(f"step {number}: {what}; sequences {rows[0]} to {rows[1] - 1} are left out")
+        else:
+            self._rewind(number, what, rows)
+        return False
+
+    def _rewind(self, number: int, what: str, rows: tuple[int, int]) -> None:
+        """Go back to the newest whole checkpoint; ``rows`` of the data are left out from there on."""
+        self.saver.wait()
+        try:
+            checkpoint = Path(self.world.on_rank_0(lambda: str(newest_checkpoint(self.out, self.say))))
+        except EvenstepError:
+            raise diverged(self.config, number, f"{what}, and there is no checkpoint to go back to") from None
+        skipped = [*self.skipped, rows]
+        with self.world.raise_on_all_ranks():
+            self._restore(checkpoint, read_trainer(checkpoint))
+        self.skipped = sorted(set(skipped) | set(self.skipped))
+        self.saved = checkpoint
+        self.metrics.close()
+        self.metrics = resume_metrics(self.out / "metrics.jsonl", self.step_number, self.world)
+        self.say(
+            f"step {number}: {what}; back to {checkpoint}, sequences {rows[0]} to {rows[1] - 1} are left out from here"
+        )
+
+    # ---- the end ----
+
+    def _finish(self) -> dict[str, Any]:
+        """Write summary.json, curve.png and what the task leaves behind, print the closing lines; returns the
+        summary."""
+        facts = run_facts(
+            self.config,
+            model=self.model,
+            optimizer=self.optimizer,
+            device=self.device,
+            metrics=self.metrics,
+            say=self.say,
+            processes=self.world.size,
+            steps=self.step_number,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            step_seconds=self.step_seconds,
+            skipped=self.skipped,
+        )
+        facts |= self.task.conclusion(self.model, self.out, self.metrics)
+        # A sharded model cannot generate text by itself: the sample is that of the checkpoint just written.
+        reloaded = self.saved if self.parallel.sharded else None
+        return finish(
+            self.out,
+            facts,
+            sample=lambda: self.task.sample(self.model, reloaded),
+            curve=f"{self.config.name} on {self.config.data.source}" if self.config.log.curve else None,
+            closing=self.task.closing,
+            say=self.say,
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
+
+
+def _set_up_torch(config: BaseConfig) -> None:
+    """Process-wide settings of torch: threads and determinism."""
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
+    if torch.are_deterministic_algorithms_enabled() != config.train.deterministic:  # the call itself loads the compiler
+        torch.use_deterministic_algorithms(config.train.deterministic)
+
+
+Run = Trainer
+"""The name under which evenstep 0.1 had it."""
+
+
+def train(config: BaseConfig, directory: Path | None, *, auto: bool = False, trainer: type[Trainer] = Trainer) -> None:
+    """``evenstep pretrain`` and ``evenstep finetune``, as one process or as one of several: start the run of
+    ``config``, or continue the one in ``directory``. ``auto``: continue the one in ``config.out`` if it has a
+    checkpoint, which is also what processes do that torchrun has restarted after a failure.
+
+    EvenstepError for whatever does not fit.
+    """
+    may_restart = launched() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
+    if directory is None and config.out is None and (auto or may_restart):
+        why = "--resume auto" if auto else "torchrun --max-restarts"
+        raise EvenstepError(f"{why} needs --out DIR, where the run is found again")
+    with open_world(config) as world:
+        if directory is None and (auto or restarts() > 0):
+            out = Path(config.out or "")
+            directory = out if world.on_rank_0(lambda: bool(list_checkpoints(out / "checkpoints"))) else None
+        with prepare_display() as show:
+            if directory is None:
+                run = trainer(config, world=world, data_progress=show)
+            else:
+                run = trainer.resume(directory, config, world=world, data_progress=show)
+        for line in attempt("description of the run", run.header, run.say) or ():
+            run.say(line)
+        run.fit()

@@ -1,0 +1,162 @@
+"""One run: a PatchTST trained on a part, the epoch chosen by another, scored once on the third."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evenstep.baselines.catalog import baseline
+from evenstep.baselines.fronts import put_before
+from evenstep.errors import EvenstepError
+from lab.forecast.recipe import Cell, Model, Optimizer, Train
+from lab.forecast.series import Parts, Series, Windows, corrupted, read_csv, split
+
+EVAL_BATCH = 512
+
+
+def work(setting: dict[str, Any], directory: Path, say: Callable[[str], None], csv: str, gaps: str) -> dict[str, Any]:
+    """The results of the run that ``setting`` describes, of the series in the file ``csv``."""
+    data, options = setting["data"], setting["optimizer_options"]
+    model, training = Model(**setting["model"]), Train(**setting["train"])
+    optimizer = Optimizer(setting["optimizer"], **options)
+    where = {key: setting[key] for key in ("lr", "horizon", "severity", "share", "seed", "test")}
+    parts = split(_series(csv, tuple(data["columns"]), gaps), data["split"], model.lookback, setting["horizon"])
+    started = time.process_time()
+    found = train(Cell(optimizer, **where), parts, model, training, torch.device(setting["device"]))
+    return found | {"core_seconds": round(time.process_time() - started, 1)}
+
+
+@functools.cache
+def _series(csv: str, columns: tuple[str, ...], gaps: str) -> Series:
+    return read_csv(Path(csv), columns, gaps=gaps)
+
+
+def patchtst(model: Model, channels: int, horizon: int) -> nn.Module:
+    """Channel-independent: one set of weights, each channel forecast from itself alone."""
+    try:
+        from transformers import PatchTSTConfig, PatchTSTForPrediction
+    except ImportError:
+        raise EvenstepError("forecasting needs transformers; pip install 'evenstep[forecast]'") from None
+    config = PatchTSTConfig(
+        num_input_channels=channels,
+        context_length=model.lookback,
+        prediction_length=horizon,
+        patch_length=model.patch,
+        patch_stride=model.stride,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        d_model=model.width,
+        ffn_dim=model.ffn,
+        # The library's names for the authors' dropouts: on positions, on what a sublayer adds, within the ffn.
+        positional_dropout=model.dropout,
+        path_dropout=model.dropout,
+        ff_dropout=model.dropout,
+        # The library's defaults differ from the paper in these two.
+        pre_norm=False,
+        pooling_type=None,
+    )
+    return PatchTSTForPrediction(config)
+
+
+def train(cell: Cell, parts: Parts, model: Model, options: Train, device: torch.device) -> dict[str, Any]:
+    """Trains and gives the results of a run; a loss that is no number ends it, with scores of None.
+
+    Validation and test inputs are never corrupted. A seed fixes weights, dropout, order and noise, for all optimizers
+    alike.
+    """
+    torch.manual_seed(cell.seed)
+    order = torch.Generator().manual_seed(cell.seed + 1)
+    noise = torch.Generator(device).manual_seed(cell.seed + 2)
+    parts = Parts(*(part.to(device) for part in (parts.train, parts.val, parts.test)))
+    net = patchtst(model, parts.train.rows.shape[1], cell.horizon).to(device)
+    chosen = cell.optimizer
+    optimizer = put_before(
+        baseline(chosen.name).build(net, lr=cell.lr, weight_decay=chosen.weight_decay, **chosen.options), chosen.before
+    )
+    epochs: list[dict[str, float]] = []
+    best, weights = 0, None
+    for epoch in range(1, options.epochs + 1):
+        rate = cell.lr * options.decay ** max(0, epoch - options.decay_from)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        losses, norms = _epoch(net, optimizer, _starts(parts.train, options, order), parts.train, cell, noise)
+        row = {"lr": rate, "train": sum(losses) / len(losses)}
+        row |= {"grad_median": median(norms), "grad_max": max(norms), "val": math.nan}
+        epochs.append(row)
+        if not math.isfinite(row["train"]):
+            break
+        row["val"] = score(net, parts.val)["mse"]
+        if not best or row["val"] < epochs[best - 1]["val"]:
+            best, weights = epoch, copy.deepcopy(net.state_dict())
+        if epoch - best >= options.patience:
+            break
+    diverged = not math.isfinite(epochs[-1]["train"]) or weights is None
+    result: dict[str, Any] = {
+        "diverged": diverged,
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "windows": {name: len(getattr(parts, name)) for name in ("train", "val", "test")},
+        "best_epoch": best,
+        "val_mse": None if diverged else epochs[best - 1]["val"],
+        "epochs": {key: [_short(row[key]) for row in epochs] for key in epochs[0]},
+    }
+    if cell.test:
+        test: dict[str, float | None] = {"mse": None, "mae": None}
+        if weights is not None and not diverged:
+            net.load_state_dict(weights)
+            test |= score(net, parts.test)
+        result |= {"test_mse": test["mse"], "test_mae": test["mae"]}
+    return result
+
+
+def _starts(windows: Windows, options: Train, order: torch.Generator) -> list[Tensor]:
+    """Where the windows of an epoch begin, by batch: a new order each time, the smaller last batch included."""
+    drawn = torch.randperm(len(windows), generator=order)
+    if options.windows_per_epoch:
+        drawn = drawn[: options.windows_per_epoch]
+    return list(drawn.split(options.batch_size))
+
+
+def _epoch(
+    net: nn.Module, optimizer: Any, starts: list[Tensor], windows: Windows, cell: Cell, noise: torch.Generator
+) -> tuple[list[float], list[float]]:
+    """Loss and gradient norm (before any clipping) of each step."""
+    net.train()
+    found = []
+    for some in starts:
+        inputs, targets = windows.at(some.to(windows.rows.device))
+        if cell.severity:
+            inputs = corrupted(inputs, cell.share, cell.severity, noise)
+        loss = net(past_values=inputs, future_values=targets).loss
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = [p.grad for p in net.parameters() if p.grad is not None]
+        found.append(torch.stack([loss.detach(), nn.utils.get_total_norm(gradients)]))
+        optimizer.step()
+    losses, norms = torch.stack(found).T.tolist()
+    return losses, norms
+
+
+@torch.no_grad()
+def score(net: nn.Module, windows: Windows) -> dict[str, float]:
+    """Mean squared and mean absolute error over every window, step and channel, of standardised values."""
+    net.eval()
+    squared, absolute, count = 0.0, 0.0, 0
+    for inputs, targets in windows.batches(EVAL_BATCH):
+        errors = net(past_values=inputs).prediction_outputs - targets
+        squared += errors.square().sum(dtype=torch.float64).item()
+        absolute += errors.abs().sum(dtype=torch.float64).item()
+        count += errors.numel()
+    return {"mse": squared / count, "mae": absolute / count}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")

@@ -1,0 +1,1 @@
+"""PPO of stable-baselines3 with different optimizers: ``python -m lab.rl RECIPE.toml``."""

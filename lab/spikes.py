@@ -1,0 +1,392 @@
+"""The gradient spike study of the SPAM paper (arXiv:2501.06842, section 2) at small sizes: ``python -m lab.spikes``.
+
+Each model is trained with Adam, and |g| of a sample of coordinates of every tensor is kept for every step; so the score
+is the paper's own, |g| over its mean over all steps, a spike where it is above 50. The second part feeds a spike into a
+steady stream of gradients, with a twin that gets none, and follows how long the moments of both differ.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from evenstep.data import BatchLoader, DataSpec, prepare
+from evenstep.errors import EvenstepError, nearest
+from evenstep.models import SIZES, Llama, llama_config, load_pretrained
+from evenstep.optim import SPAM, StableSPAM
+from evenstep.telemetry.lines import short
+from evenstep.telemetry.schema import GSS_THRESHOLD
+from evenstep.train.files import replace_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BATCH, SEQ_LEN, LR, WARMUP = 8, 64, 1e-3, 20
+
+
+# ---- models: LLaMA shapes of evenstep's own, Pythia shapes built by transformers ----
+
+PYTHIA = {
+    "14m": (128, 512, 6, 4),
+    "31m": (256, 1024, 6, 8),
+    "70m": (512, 2048, 6, 8),
+    "160m": (768, 3072, 12, 12),
+    "410m": (1024, 4096, 24, 16),
+    "1b": (2048, 8192, 16, 8),
+}
+"""hidden_size, intermediate_size, num_layers, num_heads (arXiv:2304.01373, and EleutherAI's later small ones)."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+PARTS = ("embedding", "norms", "attention", "mlp", "head")
+
+
+def check_model(name: str) -> None:
+    """EvenstepError unless `build` can make it."""
+    known = [*(f"llama-{size}" for size in SIZES), *(f"pythia-{size}" for size in PYTHIA)]
+    if name not in known and not (name and Path(name).is_dir()):
+        raise EvenstepError(
+            f"--models: '{name}' is no model{nearest(name, known)}; give llama-SIZE ({', '.join(SIZES)}), pythia-SIZE "
+            f"({', '.join(PYTHIA)}) or a directory with a LLaMA in Hugging Face layout"
+        )
+
+
+def build(name: str, vocab_size: int, seq_len: int) -> tuple[nn.Module, Loss]:
+    """A model and its loss (mean over the targets) from tokens and targets, int64 ``[batch, seq_len]``."""
+    if Path(name).is_dir():
+        loaded = load_pretrained(Path(name))
+        return loaded, loaded.loss
+    family, _, size = name.partition("-")
+    if family == "llama":
+        llama = Llama(llama_config(size, vocab_size, max_seq_len=seq_len))
+        return llama, llama.loss
+    return _pythia(size, vocab_size, seq_len)
+
+
+def _pythia(size: str, vocab_size: int, seq_len: int) -> tuple[nn.Module, Loss]:
+    try:
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    except ImportError:
+        raise EvenstepError("Pythia shapes need the package transformers; pip install 'evenstep[hf]'") from None
+    hidden, intermediate, layers, heads = PYTHIA[size]
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=seq_len,
+            use_cache=False,
+        )
+    )
+
+    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
+
+    return model, loss
+
+
+def part_of(name: str) -> str:
+    """Which of `PARTS` a parameter belongs to, by its name."""
+    rules = {"lm_head": "head", "embed_out": "head", "norm": "norms", "embed": "embedding", "mlp": "mlp"}
+    return next((part for word, part in rules.items() if word in name), "attention")
+
+
+# ---- training ----
+
+
+@dataclass
+class Trained:
+    """``losses`` ``[steps]``; ``scores``: GSS per tensor, ``[steps, samples]``."""
+
+    name: str
+    losses: NDArray[np.float64]
+    scores: dict[str, NDArray[np.float32]]
+
+    def spikes(self) -> NDArray[np.float64]:
+        """Share of the sampled coordinates that spike, per step."""
+        return np.mean([(score > GSS_THRESHOLD).mean(1) for score in self.scores.values()], axis=0)
+
+    def by_part(self) -> dict[str, float]:
+        """Of the coordinates of each part and all steps, the share that is a spike."""
+        found: dict[str, list[float]] = {part: [] for part in PARTS}
+        for name, score in self.scores.items():
+            found[part_of(name)].append(float((score > GSS_THRESHOLD).mean()))
+        return {part: float(np.mean(shares)) for part, shares in found.items() if shares}
+
+    def largest(self) -> tuple[list[str], NDArray[np.float32]]:
+        """Names of the tensors, and the largest GSS of each on each step, ``[tensors, steps]``."""
+        return [short(name) for name in self.scores], np.stack([score.max(1) for score in self.scores.values()])
+
+
+def spike_scores(sizes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The paper's GSS of ``|g|`` ``[steps, coordinates]``: over the mean of all steps, 0 for a coordinate that never
+    moved."""
+    mean = sizes.mean(0, dtype=np.float64)
+    return np.divide(sizes, mean, out=np.zeros_like(sizes), where=mean > 0)
+
+
+def train(name: str, source: str, steps: int, samples: int, seed: int, say: Callable[[str], None]) -> Trained:
+    """Train one model with torch's Adam, warm-up of 20 steps, and keep its spike scores."""
+    tokenizer = Path(name) / "tokenizer.json" if Path(name).is_dir() else None
+    data = prepare(DataSpec(source=source, tokenizer=str(tokenizer) if tokenizer else "bpe"))
+    loader = BatchLoader(data.train, SEQ_LEN, BATCH, seed)
+    torch.manual_seed(seed)
+    model, loss_of = build(name, data.vocab_size, SEQ_LEN)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+    draw = torch.Generator().manual_seed(seed)
+    names = [key for key, p in model.named_parameters() if p.requires_grad]
+    params = [p for p in model.parameters() if p.requires_grad]
+    where = [torch.randint(p.numel(), (samples,), generator=draw) for p in params]
+    sizes = np.zeros((len(params), steps, samples), np.float32)
+    losses, began = np.zeros(steps), time.perf_counter()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARMUP)
+        loss = loss_of(*loader.next_batch())
+        optimizer.zero_grad()
+        loss.backward()
+        for i, (p, at) in enumerate(zip(params, where, strict=True)):
+            if p.grad is not None:
+                sizes[i, step] = torch.take(p.grad, at).abs().numpy()
+        optimizer.step()
+        losses[step] = loss.item()
+        if (step + 1) % max(1, steps // 4) == 0:
+            say(f"{name}  step {step + 1}/{steps}  loss {losses[step]:.3f}  {time.perf_counter() - began:.0f} s")
+    return Trained(name, losses, {key: spike_scores(part) for key, part in zip(names, sizes, strict=True)})
+
+
+# ---- how long a spike stays in the moments ----
+
+Maker = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, Maker] = {
+    "Adam": lambda params: torch.optim.Adam(params, lr=1e-5),
+    "SPAM": lambda params: SPAM(params, lr=1e-5),
+    "Stable-SPAM": lambda params: StableSPAM(params, lr=1e-5),
+}
+
+SPIKE_AT, FACTOR, ENTRIES, HIT, FOLLOWED = 1100, 1000.0, 1000, 10, 2500
+"""After a step that is no reset of either optimizer, and followed over the next resets of both (1500 and 2000)."""
+
+CLEAN = 0.1
+"""The moments are clean again when they differ by less than this share."""
+
+
+def contamination(seed: int = 0, spike_at: int = SPIKE_AT, followed: int = FOLLOWED) -> dict[str, dict[str, Any]]:
+    """Per optimizer, how far ``exp_avg`` and ``exp_avg_sq`` of the entries that were hit are from those of a twin that
+    was not, as a share of the twin's mean norm, ``[followed]``; and ``..._steps`` until that stays below `CLEAN`, None
+    where it does not.
+
+    Gradients are N(0, 1) noise, 1000 entries, of which 10 are multiplied by 1000 once, ``spike_at`` steps in.
+    """
+    return {name: _follow(make, seed, spike_at, followed) for name, make in OPTIMIZERS.items()}
+
+
+def _follow(make: Maker, seed: int, spike_at: int, followed: int) -> dict[str, Any]:
+    clean, hit = nn.Parameter(torch.zeros(ENTRIES)), nn.Parameter(torch.zeros(ENTRIES))
+    optimizer, draw = make([clean, hit]), torch.Generator().manual_seed(seed)
+    away: dict[str, list[float]] = {"exp_avg": [], "exp_avg_sq": []}
+    usual: dict[str, list[float]] = {"exp_avg": [], "exp_avg_sq": []}
+    for step in range(1, spike_at + followed):
+        noise = torch.randn(ENTRIES, generator=draw)
+        clean.grad, hit.grad = noise, noise.clone()
+        if step == spike_at:
+            hit.grad[:HIT] *= FACTOR
+        optimizer.step()
+        for key in away:
+            if step >= spike_at:
+                true, other = (optimizer.state[p][key][:HIT] for p in (clean, hit))
+                away[key].append(float(torch.linalg.vector_norm(other - true)))
+                usual[key].append(float(torch.linalg.vector_norm(true)))
+    found: dict[str, Any] = {}
+    for key, distances in away.items():
+        found[key] = np.array(distances) / np.mean(usual[key])
+        dirty = np.flatnonzero(found[key] > CLEAN)
+        last = int(dirty[-1]) + 1 if len(dirty) else 0
+        found[f"{key}_steps"] = None if last == followed else last
+    return found
+
+
+# ---- pictures ----
+
+COLUMNS = 100
+"""Of a picture: the largest value of each stretch of steps is shown."""
+
+COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple")
+
+
+def draw_all(out: Path, trained: list[Trained], moments: dict[str, Any]) -> list[Path]:
+    """Write how-often.png, where.png, how-large.png and moments.png; returns their paths."""
+    figures = {"how-often": _how_often(trained), "where": _where(trained), "how-large": _how_large(trained)}
+    paths = []
+    for name, figure in (figures | {"moments": _moments(moments)}).items():
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
+        paths.append(out / f"{name}.png")
+        figure.savefig(paths[-1], dpi=110)
+    return paths
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _how_often(trained: list[Trained]) -> Figure:
+    figure = _figure(9, 2.7 * len(trained))
+    for axes, one in zip(figure.subplots(len(trained), squeeze=False).flat, trained, strict=True):
+        steps = np.arange(1, len(one.losses) + 1)
+        axes.bar(steps, 100 * one.spikes(), width=1.0, color="tab:red", alpha=0.8)
+        axes.set(title=one.name, xlabel="step", ylabel=f"coordinates with GSS > {GSS_THRESHOLD:.0f} (%)")
+        beside = axes.twinx()
+        beside.plot(steps, one.losses, color="tab:blue", linewidth=1)
+        beside.set_ylabel("loss", color="tab:blue")
+    return figure
+
+
+def _where(trained: list[Trained]) -> Figure:
+    figure = _figure(10, 4.2 * len(trained))
+    grid = figure.subplots(len(trained), 2, squeeze=False, width_ratios=(1, 3))
+    from matplotlib.colors import LogNorm
+
+    for (bars, picture), one in zip(grid, trained, strict=True):
+        parts = one.by_part()
+        drawn = bars.barh(list(parts)[::-1], [100 * share for share in parts.values()][::-1], color="tab:red")
+        bars.bar_label(drawn, fmt="%.2g", padding=3, fontsize=8)
+        bars.set(title=one.name, xlabel="coordinates and steps\nthat are spikes (%)")
+        bars.margins(x=0.25)
+        rows, largest = one.largest()
+        starts = np.arange(0, largest.shape[1], -(-largest.shape[1] // COLUMNS))
+        pooled = np.maximum.reduceat(largest, starts, axis=1)
+        scale, extent = LogNorm(1, max(100.0, largest.max())), (0, largest.shape[1], len(rows) - 0.5, -0.5)
+        shown = picture.imshow(
+            np.maximum(pooled, 1), aspect="auto", norm=scale, cmap="magma_r", extent=extent, interpolation="nearest"
+        )
+        every = max(1, len(rows) // 12)
+        picture.set_yticks(
+            range(0, len(rows), every), [row.removeprefix("gpt_neox.") for row in rows[::every]], fontsize=7
+        )
+        picture.set(xlabel="step", title="largest GSS of each tensor")
+        figure.colorbar(shown, ax=picture, label="GSS")
+    return figure
+
+
+def _how_large(trained: list[Trained]) -> Figure:
+    figure = _figure(7, 3.6)
+    axes = figure.subplots()
+    steps = max(len(one.losses) for one in trained)
+    edges = np.geomspace(1, steps, 40)
+    for one, color in zip(trained, COLORS * len(trained), strict=False):
+        scores = np.concatenate([score.ravel() for score in one.scores.values()])
+        counts, _ = np.histogram(scores, edges)
+        axes.stairs(counts / len(scores), edges, color=color, label=one.name, linewidth=1.6)
+    axes.axvline(GSS_THRESHOLD, color="grey", linestyle=":", label=f"GSS {GSS_THRESHOLD:.0f}")
+    axes.set(xscale="log", yscale="log", xlabel="GSS", ylabel="share of coordinates and steps")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _moments(moments: dict[str, Any]) -> Figure:
+    figure = _figure(10, 3.6)
+    titles = {"exp_avg": "first moment", "exp_avg_sq": "second moment"}
+    for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for (name, found), color in zip(moments.items(), COLORS, strict=False):
+            axes.plot(np.maximum(found[key], 1e-3), color=color, label=name, linewidth=1.5)
+        axes.axhline(0.1, color="grey", linestyle=":")
+        axes.set(yscale="log", title=title, xlabel="steps after the spike", ylim=(7e-4, None))
+        axes.legend(frameon=False)
+    figure.axes[0].set_ylabel("difference to the twin\nwithout a spike (share)")
+    return figure
+
+
+# ---- the whole ----
+
+
+def study(
+    out: Path,
+    *,
+    models: list[str],
+    steps: int,
+    samples: int,
+    source: str,
+    seed: int,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train, follow, draw: pictures and ``study.json`` in ``out``; returns what that file holds."""
+    if steps <= GSS_THRESHOLD:
+        raise EvenstepError(f"--steps {steps}: a GSS above 50 needs more than 50 steps; give at least 100")
+    if samples < 1:
+        raise EvenstepError(f"--samples {samples}: give at least 1")
+    for name in models:
+        check_model(name)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise EvenstepError("the study draws with matplotlib; pip install 'evenstep[plots]'")
+    out.mkdir(parents=True, exist_ok=True)
+    trained = [train(name, source, steps, samples, seed, say) for name in models]
+    moments = contamination(seed)
+    numbers = {
+        "settings": {"steps": steps, "samples": samples, "source": source, "seed": seed, "lr": LR}
+        | {"batch_size": BATCH, "seq_len": SEQ_LEN, "torch": str(torch.__version__)},
+        "models": {one.name: _numbers(one) for one in trained},
+        "moments": {
+            name: {key: value for key, value in found.items() if key.endswith("_steps")}
+            for name, found in moments.items()
+        },
+    }
+    replace_text(out / "study.json", json.dumps(numbers, indent=2) + "\n")
+    for line in lines(numbers):
+        say(line)
+    for path in draw_all(out, trained, moments):
+        say(f"written {path}")
+    return numbers
+
+
+def _numbers(one: Trained) -> dict[str, Any]:
+    rows, largest = one.largest()
+    return {
+        "loss": float(one.losses[-20:].mean()),
+        "spiking_share": float(one.spikes().mean()),
+        "steps_with_spikes": float((largest.max(0) > GSS_THRESHOLD).mean()),
+        "largest_gss": float(largest.max()),
+        "largest_in": rows[int(largest.max(1).argmax())],
+        "by_part": one.by_part(),
+    }
+
+
+def lines(numbers: dict[str, Any]) -> list[str]:
+    """The numbers as text."""
+    said = []
+    for name, found in numbers["models"].items():
+        parts = ", ".join(f"{part} {share:.2%}" for part, share in found["by_part"].items())
+        said += [
+            f"{name}: {found['spiking_share']:.3%} of coordinates and steps are spikes, by part {parts};",
+            f"  on {found['steps_with_spikes']:.0%} of the steps there is one; largest {found['largest_gss']:.0f} "
+            f"in {found['largest_in']}",
+        ]
+    for name, found in numbers["moments"].items():
+        first, second = (found[f"{key}_steps"] for key in ("exp_avg", "exp_avg_sq"))
+        said.append(f"{name}: one spike stays {_steps(first)} in the first moment, {_steps(second)} in the second")
+    return said
+
+
+def _steps(count: int | None) -> str:
+    return "longer than was followed" if count is None else f"{count} steps"
+
+
+if __name__ == "__main__":
+    from evenstep.cli import main
+
+    sys.exit(main(["study", *sys.argv[1:]]))
