@@ -346,7 +346,7 @@ def test_a_report_is_not_written_through_a_link(run_folder, tmp_path, capsys):
 WORK = """
 import contextlib, io, json, sys
 from evenstep import cli
-import evenstep.train.launch
+import evenstep.train.run
 told = sys.stdout
 print("ready", file=told, flush=True)
 for line in sys.stdin:
