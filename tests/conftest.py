@@ -9,9 +9,9 @@ from lowbit_support import plain_code
 
 from evenstep.optim.fused import Choice
 
-# The same examples each time: whoever changes something else should not meet a new one. For other examples:
-# pytest --hypothesis-profile=default
-settings.register_profile("same", derandomize=True)
+# The same examples each time: whoever changes something else should not meet a new one. No deadline: the machine may be
+# busy. For other examples: pytest --hypothesis-profile=default
+settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
 
 
