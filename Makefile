@@ -31,10 +31,10 @@ test-slow: $(VENV)/.dev  ## the tests that are left out of `make test` for their
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 soak: $(VENV)/.dev  ## twenty minutes of kills and damage; `make soak ARGS='--minutes 5'`
-	PYTHONPATH=tests $(BIN)/python tests/soak.py $(ARGS)
+	$(BIN)/python tests/support/soak.py $(ARGS)
 
 fuzz: $(VENV)/.dev  ## random combinations of features against the plain path; `make fuzz ARGS='--count 100'`
-	$(BIN)/python tests/differential.py $(ARGS)
+	$(BIN)/python tests/support/differential.py $(ARGS)
 
 lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check .

@@ -286,7 +286,7 @@ def tests(context: Context) -> bool:
     """The tests that are marked ``gpu``, and the parity tests of the Triton kernels, each a row. On a CPU those of
     test_gpu.py alone, which can run there."""
     place = ROOT / "tests"
-    marked = [path for path in sorted(place.glob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
+    marked = [path for path in sorted(place.rglob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
     first = place / "test_gpu.py"
     files = [first, *sorted(place.glob("triton_parity_*.py")), *(path for path in marked if path != first)]
     if not context.cuda:

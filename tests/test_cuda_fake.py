@@ -9,7 +9,8 @@ from pathlib import Path
 import fake_cuda_driver
 import pytest
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+SUPPORT = ROOT / "tests/support"
 PARTS = {"optimizers": 80, "stabilized": 36, "baselines": 4, "monitored": 2, "lowbit": 30, "trained": 7}
 """With the least number of their cases."""
 
@@ -22,10 +23,10 @@ pytestmark = [
 def noted(every: int, *parts: str) -> dict[str, list[str]]:
     """What every n-th case noted, in a process of its own: it makes torch believe in a GPU."""
     fake_cuda_driver.build()
-    paths = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(SUPPORT), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "fake_cuda.py"), str(every), *parts]
-    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True)
+    command = [sys.executable, str(SUPPORT / "fake_cuda.py"), str(every), *parts]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

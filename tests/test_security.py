@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from fuzz_support import TARGETS
-from test_telemetry_report import get
 
 from evenstep.data import TokenData
 from evenstep.errors import EvenstepError
@@ -19,6 +18,7 @@ from evenstep.models import load_pretrained
 from evenstep.paths import is_plain_name, leaves
 from evenstep.telemetry.watch import make_server
 from evenstep.train.checkpoint import find_fault, read_manifest, read_tensors, read_trainer
+from tests.telemetry.test_report import get
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ["../secret", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "C:secret", "\ud800", "a\nb", "x" * 300]

@@ -1,0 +1,158 @@
+"""The Triton kernels: parity under the interpreter, compilation for GPUs elsewhere, what only a GPU shows."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from evenstep import SCALE, SPAM, StableSPAM
+from evenstep.kernels.cuda import TritonKernels
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+SUPPORT = ROOT / "tests/support"
+gpu = pytest.mark.gpu
+
+
+def run(*args, interpret=False):
+    # Triton reads the variable once, when it is first imported: hence processes of their own.
+    paths = [str(ROOT), str(SUPPORT), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"TRITON_INTERPRET": str(int(interpret)), "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run([sys.executable, *args], env=env, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=gpu)], ids=["interpreter", "gpu"])
+def test_kernels_do_what_the_plain_code_does(interpret):
+    done = run(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *map(str, SUPPORT.glob("triton_parity_*.py")),
+        interpret=interpret,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.mark.parametrize(
+    ("interpret", "which"),
+    [
+        (True, ["-k", "stochastic"]),
+        pytest.param(True, [], marks=pytest.mark.slow),
+        pytest.param(False, [], marks=gpu),
+    ],
+    ids=["interpreter", "interpreter, all", "gpu"],
+)
+def test_optimizers_step_by_kernels_as_by_the_plain_code(interpret, which):
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(SUPPORT / "triton_optimizers.py"), *which]
+    done = run(*command, interpret=interpret)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.mark.parametrize(
+    "how", [["90"], *(pytest.param([arch, "all"], marks=pytest.mark.slow) for arch in ("80", "89", "90", "100"))]
+)
+def test_kernels_compile_without_spilling_and_move_16_bytes_at_a_time(how):
+    done = run(str(SUPPORT / "triton_compiled.py"), *how)
+    assert done.returncode == 0, done.stderr[-6000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {"measure_chunks", "clip_chunks", "totals", "adam_chunks", "row_chunks"} <= {x["kernel"] for x in found}
+    for kernel in found:
+        assert kernel["registers"] <= 255 and kernel["stack"] <= 16, kernel
+        assert kernel["wide"] > 0 or kernel["options"].get("ALIGNED") != "True", kernel
+
+
+def test_nothing_loads_triton_before_it_is_launched():
+    code = "import sys, evenstep, evenstep.kernels.cuda as c; c.TritonKernels(); assert 'triton' not in sys.modules"
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_cannot_be_served_is_refused_with_a_reason():
+    kernels, x = TritonKernels(), torch.zeros(4, 4)
+    assert "CUDA" in kernels.refusal(x, x)
+
+
+# ---- on a GPU ----
+
+MAKERS = {
+    "stable_spam": lambda ps, **o: StableSPAM(ps, **o),
+    "spam": lambda ps, **o: SPAM(ps, clip_start=1, **o),
+    "scale": lambda ps, **o: SCALE([{"params": ps, "kind": "hidden"}], **o),
+}
+every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+def stepped(make, count=4, **options):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(64, 48 + i, device="cuda")) for i in range(count)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params, make(params, fused=True, **options)
+
+
+@gpu
+@every_optimizer
+def test_a_step_does_not_wait_for_the_device(make):
+    _, optimizer = stepped(make)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@every_optimizer
+def test_a_captured_step_replays_as_steps(make):
+    (plain, eager), (params, optimizer) = stepped(make, capturable=True), stepped(make, capturable=True)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    junk = [torch.randn(1000, device="cuda") for _ in range(100)]  # what would overwrite tables that are not kept
+    for step in range(3):
+        eager.load_state_dict(optimizer.state_dict())
+        for p, q in zip(plain, params, strict=True):
+            q.grad.copy_(torch.randn_like(q) * (step + 1))
+            p.grad.copy_(q.grad)
+            p.data.copy_(q)
+        eager.step()
+        graph.replay()
+        for p, q in zip(plain, params, strict=True):
+            torch.testing.assert_close(q, p, rtol=0, atol=0)
+    del junk
+
+
+@gpu
+@every_optimizer
+def test_launches_do_not_grow_with_the_number_of_tensors(make):
+    def launches(count):
+        _, optimizer = stepped(make, count)
+        optimizer.step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            optimizer.step()
+            torch.cuda.synchronize()
+        return sum("_chunks" in event.name or "totals" in event.name for event in profile.events())
+
+    assert 0 < launches(300) == launches(10) <= 6
+
+
+@gpu
+@pytest.mark.slow
+def test_tensors_of_more_than_2_to_the_31_entries():
+    n = 2**31 + 4096
+    g = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
+    g[-1], g[5] = 3.0, -4.0
+    found = TritonKernels().measure([g])
+    assert found.peak.item() == 4.0 and found.norm.item() == pytest.approx(5.0)
