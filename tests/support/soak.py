@@ -4,7 +4,8 @@
 
 A run of 40 steps on two processes (FSDP, Stable-SPAM, fp32, gloo) is taken up again and again, each time with another
 fault of tests/support/faults.py. When it has reached its end, its losses must be those of a run that nothing happened
-to, bit for bit, and a new one begins. Half of the rounds are a kill -9 of everything while a checkpoint is being written.
+to, bit for bit, and a new one begins. Half of the rounds are a kill -9 of everything while a checkpoint is
+being written.
 """
 
 import argparse
