@@ -45,7 +45,7 @@ setup(
     ext_modules=[
         Extension(
             f"evenstep.kernels._cpu_{name}",
-            ["evenstep/kernels/cpu.cpp", "evenstep/kernels/cpu_quant.cpp"],
+            sorted(map(str, Path("evenstep/kernels").glob("cpu*.cpp"))),
             depends=sorted(map(str, Path("evenstep/kernels").glob("*.h"))),
             extra_compile_args=[*OPTIMISE, *flags, *OPENMP],
             extra_link_args=OPENMP,

@@ -1,33 +1,15 @@
-// Fused optimizer steps for CPUs: plain C++ on raw pointers, no Python and no torch.
-//
-// An optimizer step only moves bytes, so each function here reads and writes every tensor once. What makes it fast:
-//
-// * One core reads memory about as fast as its prefetches are early. The hardware's stop at every 4 KiB page, so each loop
-//   over memory asks for what it needs AHEAD entries before. That alone is a quarter of the time of a step.
-// * A tensor is worked through in chunks of CHUNK entries that stay in the first-level cache. Arithmetic is in fp32 on
-//   fp32 chunks; other dtypes, and tensors of which only some entries are trained, are unpacked into buffers and packed
-//   again, so that there is one loop for all. fp32 tensors are worked on where they lie.
-// * The loops are vectorised by the compiler. The build compiles this file once per instruction set; Python loads one.
-//
-// Work is shared among threads by blocks of BLOCK entries. Each block has its own place for its sums, which are added up in
-// order afterwards: the result does not depend on the number of threads.
+// The fused step of Adam, SPAM and Stable-SPAM on a CPU, and facts about the build. Read cpu_threads.h, cpu_measure.h and
+// cpu_adam.h first. Other entry points: cpu_gradients.cpp (gradients outside of a step), cpu_scale.cpp, cpu_quant.cpp.
 
-#include "cpu_masked.h"
-#include "cpu_whole.h"
-#include "cpu_scale.h"
+#include "cpu_adam.h"
 
-// ---- what Python calls; vectors have k entries, one per job, and those of blocks one per block of all jobs ----
+using namespace evenstep;
 
-#if defined(_WIN32)
-#define PUBLIC __declspec(dllexport)
-#else
-#define PUBLIC __attribute__((visibility("default")))
-#endif
-
-extern "C" {
+// ---- facts about the build ----
 
 PUBLIC int64_t evenstep_block() { return BLOCK; }
 
+// Python compares this with the fields that it passes: a library of another version must not read its tables.
 PUBLIC int64_t evenstep_job_fields() { return sizeof(Job) / 8; }
 
 PUBLIC const char *evenstep_compiler() {
@@ -49,78 +31,92 @@ PUBLIC int64_t evenstep_threaded() {
 #endif
 }
 
-PUBLIC void evenstep_measure(const Job *jobs, int64_t k, int64_t threads, float *peak, float *norm, float *block_peak, double *block_squares) {
-  std::vector<Block> blocks = cut(jobs, 0, k, 0);
-  parallel(int64_t(blocks.size()), threads, [&](int64_t b) {
-    Size found = size_of_block(jobs[blocks[b].job], blocks[b]);
-    block_peak[b] = found.peak;
-    block_squares[b] = found.squares;
-  });
-  gather(jobs, 0, k, 0, block_peak, block_squares, peak, norm);
+// ---- the step ----
+
+namespace {
+
+// A block whose tensors are all in fp32 is updated in place, SPAN entries at a time.
+void adam_block(const Job &job, const Block &block, const Numbers &c, Chunk chunk, bool zero_history, Sums &sums) {
+  float *p = static_cast<float *>(job.p), *m = static_cast<float *>(job.m), *v = static_cast<float *>(job.v);
+  const float *g = static_cast<const float *>(job.g);
+  for (int64_t i = block.start; i < block.end; i += SPAN)
+    chunk(p + i, g + i, m + i, v + i, std::min(SPAN, block.end - i), c, zero_history, sums);
 }
 
-PUBLIC void evenstep_clip_norms(const Job *jobs, int64_t k, int64_t threads, const float *block_peak, const double *block_squares, const float *limit, const float *rescale, float *norm, float *count) {
-  std::vector<Block> blocks = cut(jobs, 0, k, 0);
+// The update of all blocks; numbers(i) are the factors of tensor i, sizes[b] the measurement of block b.
+template <class N>
+std::vector<Sums> adam_blocks(const Job *jobs, const std::vector<Block> &blocks, int64_t threads, const StepOptions &options, N numbers, const std::vector<Measured> &sizes) {
+  const bool capped = options.capped != 0, zero_history = options.zero_history != 0;
+  const std::vector<int64_t> before = trained_before(jobs, blocks, threads);
   std::vector<Sums> sums(blocks.size());
-  parallel(int64_t(blocks.size()), threads, [&](int64_t b) {
-    const int64_t i = blocks[b].job;
-    sums[b] = block_peak[b] > limit[i] ? clipped_block(jobs[i], blocks[b], limit[i], rescale[i]) : Sums{0, block_squares[b], 0};
+  parallel(int64_t(blocks.size()), threads, WARM, [&](int64_t b) {
+    const Job &job = jobs[blocks[b].job];
+    const Numbers c = numbers(blocks[b].job);
+    if (c.finite == 0) return;
+    const Chunk chunk = version(c, capped, sizes[b].peak);
+    if (job.mask)
+      masked_adam_block(job, blocks[b], c, chunk, zero_history, before[b], sums[b]);
+    else if (job.p_type | job.g_type | job.m_type | job.v_type)
+      unpacked_adam_block(job, blocks[b], c, chunk, zero_history, sums[b]);
+    else
+      adam_block(job, blocks[b], c, chunk, zero_history, sums[b]);
   });
-  for (int64_t i = 0, b = 0; i < k; i++) {
-    const Sums whole = sum_of(sums, b, blocks_of(jobs[i]));
-    norm[i] = float(std::sqrt(whole.clipped));
-    count[i] = float(whole.count);
-  }
+  return sums;
 }
 
-// All of Adam's step, of Stable-SPAM's, or of SPAM's. kept[n * k + i] is where number n of `Kept` of tensor i lies; stats has
-// NUM_STATS rows of k.
-PUBLIC void evenstep_step(const Job *jobs, int64_t k, int64_t threads, const How *given, float *const *kept, float *stats) {
-  const How &how = *given;
-  const bool stable = how.stable != 0;
+} // namespace
+
+// A whole step of k tensors. scalars[n * k + i] is the address of Scalar n of tensor i (the age alone without `stable`), read
+// and written; stats is fp32 [NUM_STATS, k], written. A tensor whose gradient is not finite keeps parameter and state.
+PUBLIC void evenstep_step(const Job *jobs, int64_t k, int64_t threads, const StepOptions *given, float *const *scalars, float *stats) {
+  const StepOptions &options = *given;
+  const bool stable = options.stable != 0;
   const int numbers = stable ? 5 : 1;
   in_batches(jobs, k, [&](int64_t first, int64_t last, int64_t number) {
     const std::vector<Block> blocks = cut(jobs, first, last, number);
-    std::vector<Tensor> tensors(last - first);
-    auto tensor = [&](int64_t i) -> Tensor & { return tensors[i - first]; };
+    std::vector<TensorStep> tensors(last - first);
+    auto tensor = [&](int64_t i) -> TensorStep & { return tensors[i - first]; };
     for (int64_t i = first; i < last; i++)
       for (int n = 0; n < numbers; n++)
-        tensor(i).kept[n] = *kept[n * k + i];
+        tensor(i).scalars[n] = *scalars[n * k + i];
 
-    std::vector<Size> sizes(blocks.size());
-    std::vector<High> highs(stable ? blocks.size() : 0);
+    // 1. Measure: one pass over the gradients of the batch.
+    std::vector<Measured> sizes(blocks.size());
+    std::vector<LargeEntries> large(stable ? blocks.size() : 0);
     parallel(int64_t(blocks.size()), threads, [&](int64_t b) {
-      if (stable) highs[b].low = tensor(blocks[b].job).least_limit(how);
-      sizes[b] = size_of_block(jobs[blocks[b].job], blocks[b], stable ? &highs[b] : nullptr);
+      if (stable) large[b].low = tensor(blocks[b].job).least_limit(options);
+      sizes[b] = measure_block(jobs[blocks[b].job], blocks[b], stable ? &large[b] : nullptr);
     });
     for (size_t b = 0; b < blocks.size(); b++) {
-      Tensor &t = tensor(blocks[b].job);
+      TensorStep &t = tensor(blocks[b].job);
       t.peak = std::max(t.peak, sizes[b].peak);
       t.sum += sizes[b].squares;
     }
-    for (Tensor &t : tensors) {
+    // 2. Per tensor: finite or skipped, the new age, and AdaClip's limit.
+    for (TensorStep &t : tensors) {
       t.finite = std::isfinite(t.sum);
       if (!t.finite) t.peak = INFINITY;
       t.norm = t.clipped_norm = float(std::sqrt(t.sum));
-      t[AGE] = t[AGE] * (1 - how.reset) + 1;
+      t[AGE] = t[AGE] * (1 - options.reset) + 1;
       t[COUNT] += 1;
-      if (!stable && t.finite && !std::isfinite(t.peak * t.peak)) { // no mean of squares can hold it
+      if (!stable && t.finite && !std::isfinite(t.peak * t.peak)) { // its square overflows the second moment
         t.finite = false;
         t.gain = 0;
       }
-      if (stable && t.finite) t.adaclip(how);
+      if (stable && t.finite) t.adaclip(options);
     }
+    // 3. The norm after clipping, for AdaGN. A block is read again only if more than LargeEntries::MOST may be clipped.
     if (stable) {
       std::vector<Sums> sums(blocks.size());
       parallel(int64_t(blocks.size()), threads, [&](int64_t b) {
-        const Tensor &t = tensor(blocks[b].job);
+        const TensorStep &t = tensor(blocks[b].job);
         if (!t.finite || !(sizes[b].peak > t.limit)) {
           sums[b].clipped = sizes[b].squares;
-        } else if (!highs[b].complete()) {
+        } else if (!large[b].complete()) {
           sums[b] = clipped_block(jobs[blocks[b].job], blocks[b], t.limit, t.rescale);
         } else {
-          sums[b].clipped = highs[b].rest;
-          for (float g : highs[b].above) {
+          sums[b].clipped = large[b].rest;
+          for (float g : large[b].above) {
             const bool over = std::fabs(g) > t.limit;
             const double x = over ? double(g) * t.rescale : g;
             sums[b].clipped += x * x;
@@ -129,98 +125,29 @@ PUBLIC void evenstep_step(const Job *jobs, int64_t k, int64_t threads, const How
         }
       });
       for (int64_t i = first, b = 0; i < last; i++) {
-        Tensor &t = tensor(i);
+        TensorStep &t = tensor(i);
         const Sums whole = sum_of(sums, b, blocks_of(jobs[i]));
         t.clipped_norm = float(std::sqrt(whole.clipped));
         t.clipped = whole.count;
-        if (t.finite && !std::isfinite(t.norm)) { // beyond fp32, though no entry is: nothing can be learnt from it
+        if (t.finite && !std::isfinite(t.norm)) { // the norm overflows fp32 although no entry does: AdaGN has no statistics of it
           t.finite = false;
           t.gain = 0;
         }
-        if (t.finite) t.adagn(how);
+        if (t.finite) t.adagn(options);
       }
     }
-    for (Tensor &t : tensors)
-      t.plan(how);
-    const std::vector<Sums> sums = adam_blocks(
-        jobs, blocks, threads, how.capped != 0, how.zero_history != 0, [&](int64_t i) { return tensor(i).numbers; },
-        [&](int64_t b) { return sizes[b].peak; });
+    // 4. Update parameters and moments. Threads start with the blocks that they measured last, which are still in cache.
+    for (TensorStep &t : tensors)
+      t.plan(options);
+    const std::vector<Sums> sums = adam_blocks(jobs, blocks, threads, options, [&](int64_t i) { return tensor(i).numbers; }, sizes);
+    // 5. Statistics, and the new state of tensors that were not skipped.
     for (int64_t i = first, b = 0; i < last; i++) {
-      Tensor &t = tensor(i);
-      report(jobs[i], t, how, sum_of(sums, b, blocks_of(jobs[i])), k, i, stats);
+      TensorStep &t = tensor(i);
+      report(jobs[i], t, options, sum_of(sums, b, blocks_of(jobs[i])), k, i, stats);
       if (!t.finite) continue;
-      if (how.one_counter != 0) t[COUNT] = t[AGE];
+      if (options.one_counter != 0) t[COUNT] = t[AGE];
       for (int n = 0; n < numbers; n++)
-        *kept[n * k + i] = float(t.kept[n]);
+        *scalars[n * k + i] = float(t.scalars[n]);
     }
   });
 }
-
-// All of SCALE's step on matrices: by their columns, or by their rows. stats is as in evenstep_step.
-PUBLIC void evenstep_scale(const Job *jobs, int64_t k, int64_t threads, const double *how, float *stats) {
-  const double sign = how[0], lr = how[1], decay = how[2], momentum = how[3];
-  const bool rms = how[4] != 0, columns = how[5] != 0;
-  const float floor = float(how[6]);
-  for (int64_t i = 0; i < k; i++) {
-    const Job &job = jobs[i];
-    const int64_t length = job.rows ? job.size / job.rows : 0, count = std::max<int64_t>(columns ? job.rows : length, 1);
-    const float root = rms ? float(std::sqrt(double(count))) : 1;
-    Rates c{1, float(sign), float(momentum), float(1 - momentum), float(lr), float(1 - lr * decay), root};
-    Size found;
-    float direction;
-    if (columns) {
-      std::vector<double> squares(length);
-      found = size_columns(job, threads, squares.data());
-      std::vector<float> divisors(length);
-      for (int64_t j = 0; j < length; j++)
-        divisors[j] = std::max(float(std::sqrt(squares[j])) / root, floor);
-      c.finite = std::isfinite(found.peak);
-      direction = scale_tensor(job, c, divisors.data(), floor, threads, nullptr);
-    } else {
-      direction = scale_tensor(job, c, nullptr, floor, threads, &found);
-    }
-    const bool finite = std::isfinite(found.peak);
-    const float norm = finite ? float(std::sqrt(found.squares)) : NAN;
-    stats[GRAD_MAX * k + i] = found.peak;
-    stats[GRAD_NORM * k + i] = norm;
-    stats[NORM_AFTER * k + i] = direction;
-    stats[CLIP_LIMIT * k + i] = NAN;
-    stats[CLIPPED * k + i] = 0;
-    stats[GAIN * k + i] = finite ? direction / std::max(norm, FLT_MIN) : NAN;
-    stats[UPDATE_RMS * k + i] = float(direction * lr / std::sqrt(double(std::max<int64_t>(job.size, 1))));
-    stats[SKIPPED * k + i] = !finite;
-  }
-}
-
-// p <- limited and scaled g, in p's dtype.
-PUBLIC void evenstep_transformed(const Job *jobs, int64_t k, int64_t threads, const float *table) {
-  std::vector<Block> blocks = cut(jobs, 0, k, 0);
-  parallel(int64_t(blocks.size()), threads, [&](int64_t b) {
-    const Block &block = blocks[b];
-    const Job &job = jobs[block.job];
-    const float gain = table[block.job], limit = table[k + block.job], reduced = table[2 * k + block.job];
-    float g[CHUNK], out[CHUNK];
-    for (int64_t i = block.start; i < block.end; i += CHUNK) {
-      int64_t n = std::min(CHUNK, block.end - i);
-      const float *x = g;
-      if (job.g_type == F32)
-        x = static_cast<const float *>(job.g) + i;
-      else
-        load(job.g, job.g_type, i, n, g);
-      for (int64_t start = 0; start < n; start += W) {
-        const int width = int(std::min<int64_t>(W, n - start));
-        fetch(x + start + AHEAD);
-        fetch(x + start + AHEAD + 16);
-#pragma omp simd
-        for (int j = 0; j < width; j++)
-          out[start + j] = gain == 0 ? 0 : read(x[start + j], gain, limit, reduced);
-      }
-      if (job.p_type == F32)
-        store_past_caches(out, n, static_cast<float *>(job.p) + i);
-      else
-        write_bf16(job, i, n, out, i);
-    }
-  });
-}
-
-} // extern "C"

@@ -1,4 +1,4 @@
-"""Fused steps on a CPU: cpu.cpp, compiled once per instruction set, called with the addresses of tensors.
+"""Fused steps on a CPU: cpu*.cpp, compiled once per instruction set, called with the addresses of tensors.
 
 One call updates all tensors of a group, whole-tensor statistics included. After a step has swept every cache, each
 small operation between two kernels costs ten times what it does otherwise: with them a step over 60M parameters took 4
@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from evenstep.kernels.interface import STATS, STEP_OPTIONS, Measured, StepTensors, Unavailable, is_coded, opened
 
-# ---- the builds of cpu.cpp: the best one that this processor runs is loaded on first use ----
+# ---- the builds of the C++ code: the best one that this processor runs is loaded on first use ----
 
 BUILDS = ("avx512", "avx2", "default")
 """Instruction sets, best first."""
@@ -31,7 +31,7 @@ FORCE = "EVENSTEP_CPU_KERNELS"
 """Environment variable that names a build, or ``none``."""
 
 FIELDS = 18
-"""Of cpu.cpp's struct Job."""
+"""Of ``struct Job`` in cpu_threads.h."""
 
 
 def built() -> list[str]:
@@ -133,7 +133,7 @@ def job_table(
     lost: Sequence[Tensor] = (),
     seeds: Sequence[Tensor] = (),
 ) -> np.ndarray:
-    """The table of ``struct Job`` in cpu_memory.h, a row per tensor. Empty tensors have the address 0."""
+    """The table of ``struct Job`` in cpu_threads.h, a row per tensor. Empty tensors have the address 0."""
     table = np.zeros((len(grads), FIELDS), dtype=np.int64)
     table[:, 0] = list(map(Tensor.numel, grads))
     table[:, 1] = [shape[0] if (shape := g.shape) else 1 for g in grads]

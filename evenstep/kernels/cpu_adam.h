@@ -1,59 +1,116 @@
-// Adam's step on a block, behind clipping and scaling.
+// One step of Adam, SPAM or Stable-SPAM: the numbers of a whole tensor, then the loop over entries in fp32.
+//
+// The twin of evenstep/optim/functional.py, which is the reference of the tests. Symbols are those of the papers
+// (Stable-SPAM, arXiv 2502.17055; SPAM, arXiv 2501.06842): g gradient, m and v moments, T, mu and nu statistics of one tensor.
 #pragma once
 
-#include "cpu_moments.h"
-#include "cpu_size.h"
+#include "cpu_measure.h"
 
-namespace {
+namespace evenstep {
 
-struct Numbers { // the factors of one tensor, as ADAM_ROWS in interface.py describes them
-  float finite, gain, limit, reduced, keep1, keep2, add1, add2, step_size, inverse_root2, eps, shrink, shrink_after, after, cap_factor, cap_spread;
+// ---- numbers of a whole tensor ----
+
+// The values of STEP_OPTIONS in interface.py, in that order: Python passes them as one fp64 vector.
+struct StepOptions {
+  double sign, lr, beta1, beta2, eps, decay, decay_after, warmup;
+  double reset, forget, forget_after; // 1 or 0: restart the age; clear the moments before, or after the update
+  double eps_first;                   // 1 or 0: eps enters before the bias is corrected
+  double stable, gamma1, gamma2, gamma3, one_counter;  // AdaClip and AdaGN
+  double capped, cap_factor, cap_spread, zero_history; // SPAM's clipping
 };
 
-struct Sums { double update = 0, clipped = 0; int64_t count = 0; };
+// 1 - beta^count without cancellation for beta near 1.
+static inline double bias_correction(double beta, double count) { return -std::expm1(count * std::log(beta)); }
 
-// Those of `n` blocks, in order; `b` moves on.
-Sums sum_of(const std::vector<Sums> &sums, int64_t &b, int64_t n) {
-  Sums whole;
-  for (; n > 0; n--, b++) {
-    whole.update += sums[b].update;
-    whole.clipped += sums[b].clipped;
-    whole.count += sums[b].count;
+// Scalars of a tensor's state: the age, and for Stable-SPAM T, mu, sqrt(nu) and n.
+enum Scalar { AGE, PEAK, NORM, NORM_RMS, COUNT };
+
+// The factors of one tensor in the loop over entries, as ADAM_ROWS in interface.py describes them.
+struct Numbers {
+  float finite, gain, limit, reduced, keep1, keep2, add1, add2, step_size, inverse_root2, eps, shrink, shrink_after, after;
+  float cap_factor, cap_spread;
+};
+
+struct TensorStep {
+  double scalars[5] = {0}; // a Scalar each; stored as fp32, computed in fp64
+  double sum = 0;          // of the squares of all entries
+  float peak = 0, norm = 0, clipped_norm = 0, limit = INFINITY, rescale = 1, gain = 1;
+  int64_t clipped = 0; // entries
+  bool finite = true;  // false: the step leaves the tensor and its state unchanged
+  Numbers numbers;
+
+  double &operator[](Scalar which) { return scalars[which]; }
+
+  // A lower bound of AdaClip's limit, known before the gradient is read: the limit with max |g| = 0. The last factor covers
+  // the rounding of the limit to fp32.
+  float least_limit(const StepOptions &options) const {
+    return float(options.gamma3 * scalars[PEAK] / bias_correction(options.gamma3, scalars[COUNT] + 1)) * (1 - 1e-6f);
   }
-  return whole;
-}
 
-// Squares of a block after clipping, and how many entries are clipped.
-Sums clipped_block(const Job &job, const Block &block, float limit, double rescale) {
-  Sums found;
-  float buffer[CHUNK];
-  for (int64_t i = block.start; i < block.end; i += CHUNK) {
-    int64_t n = std::min(CHUNK, block.end - i), over = 0;
-    load(job.g, job.g_type, i, n, buffer);
-    double squares = 0;
-#pragma omp simd reduction(+ : squares, over)
-    for (int64_t j = 0; j < n; j++) {
-      bool above = std::fabs(buffer[j]) > limit;
-      double x = above ? buffer[j] * rescale : double(buffer[j]);
-      squares += x * x;
-      over += above;
-    }
-    found.clipped += squares;
-    found.count += over;
+  // AdaClip (Stable-SPAM, step 2): T <- gamma3 T + (1 - gamma3) max |g|, limit = T / (1 - gamma3^n), rescale = limit / max |g|.
+  void adaclip(const StepOptions &options) {
+    scalars[PEAK] = options.gamma3 * scalars[PEAK] + (1 - options.gamma3) * peak;
+    limit = float(scalars[PEAK] / bias_correction(options.gamma3, scalars[COUNT]));
+    rescale = limit < peak ? limit / peak : 1;
   }
-  return found;
+
+  // AdaGN (step 3), r = ||g|| after clipping: mu <- gamma1 mu + (1 - gamma1) r, nu <- gamma2 nu + (1 - gamma2) r^2,
+  // gain = mu_hat / (sqrt(nu_hat) + eps) / r. The state holds sqrt(nu): nu itself overflows fp32 for norms above 1.8e19,
+  // and `hypot` updates the root without squaring.
+  void adagn(const StepOptions &options) {
+    scalars[NORM] = options.gamma1 * scalars[NORM] + (1 - options.gamma1) * clipped_norm;
+    scalars[NORM_RMS] = std::hypot(std::sqrt(options.gamma2) * scalars[NORM_RMS], std::sqrt(1 - options.gamma2) * clipped_norm);
+    const double mean = scalars[NORM] / bias_correction(options.gamma1, scalars[COUNT]);
+    const double root = scalars[NORM_RMS] / std::sqrt(bias_correction(options.gamma2, scalars[COUNT])) + options.eps;
+    gain = clipped_norm >= FLT_MIN ? float(std::min(mean / root / clipped_norm, double(FLT_MAX))) : 0;
+  }
+
+  // Factors of Adam (step 5) with bias correction by age: p <- p - lr m_hat / (sqrt(v_hat) + eps). MoRet (step 4) clears the
+  // moments through keep1 = keep2 = 0 (`forget`); official StableSPAM clears them after the update (`forget_after`).
+  void plan(const StepOptions &options) {
+    const double root_bias2 = std::sqrt(bias_correction(options.beta2, scalars[AGE])), keep = 1 - options.forget;
+    const double step = options.lr * options.warmup / bias_correction(options.beta1, scalars[AGE]);
+    Numbers &c = numbers;
+    c.finite = finite;
+    c.gain = float(gain * options.sign);
+    c.limit = limit;
+    c.reduced = float(rescale * gain * options.sign);
+    c.keep1 = float(keep * options.beta1);
+    c.keep2 = float(keep * options.beta2);
+    c.add1 = float(1 - options.beta1);
+    c.add2 = float(1 - options.beta2);
+    c.step_size = float(options.eps_first != 0 ? step * root_bias2 : step);
+    c.inverse_root2 = options.eps_first != 0 ? 1 : float(1 / root_bias2);
+    c.eps = float(options.eps);
+    c.shrink = float(1 - options.lr * options.decay);
+    c.shrink_after = float(1 - options.lr * options.decay_after);
+    c.after = float(1 - options.forget_after);
+    c.cap_factor = float(options.cap_factor);
+    c.cap_spread = float(options.cap_spread);
+  }
+};
+
+// Writes one column of `stats`, fp32 [NUM_STATS, k].
+static inline void report(const Job &job, const TensorStep &t, const StepOptions &options, const Sums &sums, int64_t k, int64_t i, float *stats) {
+  const double size = double(std::max<int64_t>(job.mask ? job.trained : job.size, 1));
+  const bool stable = options.stable != 0, capped = options.capped != 0, entries = std::isfinite(t.sum); // all are finite
+  const float after = capped ? float(std::sqrt(sums.clipped)) : !entries ? NAN : stable ? t.clipped_norm * t.gain : t.norm * t.gain;
+  stats[GRAD_MAX * k + i] = t.peak;
+  stats[GRAD_NORM * k + i] = entries ? t.norm : NAN;
+  stats[NORM_AFTER * k + i] = after;
+  stats[CLIP_LIMIT * k + i] = stable ? t.limit : NAN;
+  stats[CLIPPED * k + i] = float(double(capped ? sums.count : t.clipped) / size);
+  stats[GAIN * k + i] = t.finite ? t.gain : 0;
+  stats[UPDATE_RMS * k + i] = float(std::sqrt(sums.update / size));
+  stats[SKIPPED * k + i] = !t.finite;
 }
 
-inline float read(float g, float gain, float limit, float reduced) {
-  float x = std::fabs(g) > limit ? g * reduced : g * gain;
-  x = x > FLT_MAX ? FLT_MAX : x; // a gain may overflow; as the plain code, which also reads 0 * Inf and NaN as 0
-  x = x < -FLT_MAX ? -FLT_MAX : x;
-  return g == 0 || x != x ? 0 : x;
-}
+// ---- the loop over entries ----
 
+// Sums of the loop, one per lane. Squares after SPAM's clipping are in fp64, since entries of any size meet in one lane.
 struct Lanes {
   float update[W] = {0};
-  double squares[W] = {0}; // entries of any size, beside each other
+  double squares[W] = {0};
   int32_t count[W] = {0};
 
   void add_to(Sums &sums, bool capped) {
@@ -65,13 +122,14 @@ struct Lanes {
   }
 };
 
-// The equation, on at most W entries. CAP: SPAM's clipping by the second moment. SIMPLE: nothing is above the limit, near
-// overflow, or forgotten afterwards.
+// The equation on at most W entries; p, g, m and v do not overlap (__restrict lets the compiler vectorise).
+// CAP: SPAM's clipping |g| <= sqrt(theta v), v from before this step; without history (v = 0) nothing is clipped unless
+// `zero_history`. SIMPLE: no entry is above AdaClip's limit, near overflow, or cleared afterwards, which saves the selects.
 template <bool CAP, bool SIMPLE>
-inline __attribute__((always_inline)) void adam_turn(float *__restrict p, const float *__restrict g, float *__restrict m, float *__restrict v, int width, const Numbers &c, bool clips, bool zero_history, Lanes &lanes) {
+static inline __attribute__((always_inline)) void adam_turn(float *__restrict p, const float *__restrict g, float *__restrict m, float *__restrict v, int width, const Numbers &c, bool clips, bool zero_history, Lanes &lanes) {
 #pragma omp simd
   for (int j = 0; j < width; j++) {
-    float x = SIMPLE ? g[j] * c.gain : read(g[j], c.gain, c.limit, c.reduced), mm = m[j], vv = v[j];
+    float x = SIMPLE ? g[j] * c.gain : clipped_and_scaled(g[j], c.gain, c.limit, c.reduced), mm = m[j], vv = v[j];
     if (CAP && clips) {
       float cap = std::sqrt(vv * c.cap_factor) + c.cap_spread;
       cap = cap == 0 && !zero_history ? FLT_MAX : cap;
@@ -93,9 +151,10 @@ inline __attribute__((always_inline)) void adam_turn(float *__restrict p, const 
   }
 }
 
-// At most SPAN entries. What SPAM's clipping does not touch, which is nearly all, is spared the roots.
+// At most SPAN entries. Square roots for SPAM's clipping are computed only for turns in which g^2 > theta v somewhere; the
+// test is slightly too strict (1.0001), which costs time but changes no result.
 template <bool CAP, bool SIMPLE>
-void adam_chunk(float *__restrict p, const float *__restrict g, float *__restrict m, float *__restrict v, int64_t n, const Numbers &numbers, bool zero_history, Sums &sums) {
+static void adam_chunk(float *__restrict p, const float *__restrict g, float *__restrict m, float *__restrict v, int64_t n, const Numbers &numbers, bool zero_history, Sums &sums) {
   const Numbers c = numbers;
   Lanes lanes;
   int64_t i = 0;
@@ -106,7 +165,7 @@ void adam_chunk(float *__restrict p, const float *__restrict g, float *__restric
       fetch(m + i + j + AHEAD);
       fetch(v + i + j + AHEAD);
     }
-    float most = 0; // above 0 where anything may be clipped; a little too strict, which costs nothing but time
+    float most = 0; // above 0 where an entry may be clipped
     if (CAP) {
 #pragma omp simd reduction(max : most)
       for (int j = 0; j < W; j++) {
@@ -129,38 +188,23 @@ void adam_chunk(float *__restrict p, const float *__restrict g, float *__restric
 
 using Chunk = void (*)(float *, const float *, float *, float *, int64_t, const Numbers &, bool, Sums &);
 
-// The version for a block whose largest gradient is `peak`.
-Chunk version(const Numbers &c, bool capped, float peak) {
+// The version of the loop for a block whose largest magnitude is `peak`. 1e17 keeps squares of scaled entries in fp32.
+static inline Chunk version(const Numbers &c, bool capped, float peak) {
   const bool simple = peak <= c.limit && peak * std::fabs(c.gain) < 1e17f && c.after == 1 && c.shrink_after == 1;
   return capped ? simple ? adam_chunk<true, true> : adam_chunk<true, false>
                 : simple ? adam_chunk<false, true> : adam_chunk<false, false>;
 }
 
-struct Coders { std::shared_ptr<const Coder> m, v; };
+// ---- blocks that are not fp32 throughout: defined in cpu_unpacked.cpp ----
 
-void adam_block(const Job &job, const Block &block, const Numbers &c, Chunk chunk, bool zero_history, const Coders &coders, Sums &sums) {
-  float p[CHUNK], g[CHUNK], m[CHUNK], v[CHUNK];
-  const int64_t step = job.p_type | job.g_type | job.m_type | job.v_type ? CHUNK : SPAN;
-  for (int64_t i = block.start; i < block.end; i += step) {
-    int64_t n = std::min(step, block.end - i);
-    float *mm = open_moment(job.m, job.m_type, job.m_scale, coders.m.get(), i, n, m);
-    float *vv = open_moment(job.v, job.v_type, job.v_scale, coders.v.get(), i, n, v);
-    const float *gg = g;
-    if (job.g_type == F32)
-      gg = static_cast<const float *>(job.g) + i;
-    else
-      load(job.g, job.g_type, i, n, g);
-    float *pp = p;
-    if (job.p_type == F32)
-      pp = static_cast<float *>(job.p) + i;
-    else
-      load(job.p, job.p_type, i, n, p);
-    chunk(pp, gg, mm, vv, n, c, zero_history, sums);
-    close_moment(job.m, job.m_type, job.m_scale, coders.m.get(), i, n, mm);
-    close_moment(job.v, job.v_type, job.v_scale, coders.v.get(), i, n, vv);
-    if (job.p_type == BF16)
-      write_bf16(job, i, n, pp, i);
-  }
-}
+// A block with bf16 or 8-bit tensors.
+void unpacked_adam_block(const Job &job, const Block &block, const Numbers &c, Chunk chunk, bool zero_history, Sums &sums);
 
-} // namespace
+// A block of a tensor of which only the entries of a mask are trained (SPAM's sparse momentum). `before`: trained entries of
+// the tensor before this block, which is where the block's part of the compact moments starts.
+void masked_adam_block(const Job &job, const Block &block, const Numbers &c, Chunk chunk, bool zero_history, int64_t before, Sums &sums);
+
+// `before` of every block; empty where no tensor has a mask.
+std::vector<int64_t> trained_before(const Job *jobs, const std::vector<Block> &blocks, int64_t threads);
+
+} // namespace evenstep

@@ -30,7 +30,7 @@ STEP_OPTIONS = (
     *("capped", "cap_factor", "cap_spread", "zero_history"),  # SPAM: |g| <= sqrt(cap_factor * v) + cap_spread
 )
 """Options of `Kernels.adam_step_`, the same for all tensors of a call; an option that is not given is 0. The order is
-that of ``struct How`` in cpu_adam.h."""
+that of ``struct StepOptions`` in cpu_adam.h."""
 
 STATS = ("grad_max", "grad_norm", "norm_after", "clip_limit", "clipped", "gain", "update_rms", "skipped")
 """Per-tensor statistics that a step returns, one row per statistic."""

@@ -1,20 +1,26 @@
-// SCALE: rows or columns divided by their norms.
-#pragma once
+// The fused step of SCALE's matrices on a CPU: rows or columns of the gradient (or of its average, for the last layer) divided
+// by their norms. A tensor of more than two dimensions counts as [dimension 0, rest], row-major.
 
-#include "cpu_moments.h"
-#include "cpu_size.h"
+#include "cpu_low_precision.h"
+#include "cpu_measure.h"
+
+using namespace evenstep;
 
 namespace {
 
-struct Rates { // as SCALE_ROWS in interface.py describes them
+constexpr int64_t GROUPS = 16; // parts of the rows that are summed independently for column norms
+
+// The factors of one matrix, as SCALE_ROWS in interface.py describes them.
+struct Rates {
   float finite, gain, keep, add, rate, shrink, root;
 };
 
-// A unit of SCALE's work: so many rows that they are about a block, and can be read eight at a time.
+// A unit of work: about BLOCK entries of whole rows, a multiple of 8 rows, since rows are read eight at a time.
 int64_t rows_of_unit(int64_t length) { return std::max<int64_t>(BLOCK / length / 8 * 8, 8); }
 
-// Squared norms of rows first..last-1; returns the largest entry. Rows are read at eight places in turn, as blocks are.
-float size_rows(const Job &job, int64_t first, int64_t last, int64_t length, double *squares) {
+// Squared norms of rows first..last-1; returns the largest magnitude. Rows are read at eight places in turn, as in
+// `measure_full_block`.
+float measure_rows(const Job &job, int64_t first, int64_t last, int64_t length, double *squares) {
   constexpr int64_t STREAMS = 8;
   float top = 0, buffer[CHUNK];
   int64_t row = first;
@@ -32,12 +38,12 @@ float size_rows(const Job &job, int64_t first, int64_t last, int64_t length, dou
             const float *x = g + s * length + c;
             fetch(x + STREAMS * length);
             fetch(x + STREAMS * length + 16);
-            take(x, W, sum[s], peak);
+            accumulate(x, W, sum[s], peak);
           }
         for (int64_t s = 0; s < STREAMS; s++) {
           float rest[W] = {0};
           if (whole < end)
-            take(g + s * length + whole, int(end - whole), rest, peak);
+            accumulate(g + s * length + whole, int(end - whole), rest, peak);
           const float total = sum_of(sum[s]) + sum_of(rest);
           squares[row + s] += trusted(total, peak) ? total : squares_of(g + s * length + start, end - start);
         }
@@ -45,7 +51,7 @@ float size_rows(const Job &job, int64_t first, int64_t last, int64_t length, dou
       top = std::max(top, max_of(peak));
     }
   for (; row < last; row++) {
-    Size found;
+    Measured found;
     for (int64_t i = 0; i < length; i += CHUNK) {
       const int64_t n = std::min(CHUNK, length - i), at = row * length + i;
       const float *x = buffer;
@@ -53,7 +59,7 @@ float size_rows(const Job &job, int64_t first, int64_t last, int64_t length, dou
         x = static_cast<const float *>(job.g) + at;
       else
         load(job.g, job.g_type, at, n, buffer);
-      const Size part = size_of(x, n);
+      const Measured part = measure_entries(x, n);
       found.peak = std::max(found.peak, part.peak);
       found.squares += part.squares;
     }
@@ -72,8 +78,8 @@ struct ByRow {
   float operator()(int64_t, float x) const { return x * inverse; }
 };
 
-// p <- p * shrink - rate * x / size for n entries from `at` on, `column` being the first one's; returns the direction's
-// sum of squares.
+// p <- p (1 - lr wd) - lr x / size (SCALE, arXiv 2506.16659) for n entries from `at` on, where `column` is the column of the
+// first one; returns the sum of squares of the direction x / size.
 template <class F> double scale_chunk(const Job &job, int64_t at, int64_t column, int64_t n, const float *__restrict x, float sign, const Rates &rates, F divided) {
   const float shrink = rates.shrink, rate = rates.rate;
   float buffer[CHUNK], *__restrict p = buffer, sum[W] = {0}, rest = 0;
@@ -106,7 +112,8 @@ template <class F> double scale_chunk(const Job &job, int64_t at, int64_t column
   return double(sum_of(sum)) + rest;
 }
 
-// One row; returns the sum of squares of its direction. `squares` is that of the row where it is known.
+// One row: momentum, normalisation, update. Returns the sum of squares of its direction. `squares` is the row's where it is
+// known, `divisors` are the norms of columns where those are divided by. The row is read twice, the second time from cache.
 double step_row(const Job &job, int64_t row, int64_t length, const Rates &c, const float *divisors, const double *squares, float floor, const Coder *coder) {
   float g[CHUNK], m[CHUNK];
   const int64_t begin = row * length;
@@ -116,11 +123,11 @@ double step_row(const Job &job, int64_t row, int64_t length, const Rates &c, con
     load(job.g, job.g_type, at, n, g);
     return g;
   };
-  // The average gradient, and before that what makes it take in the new one.
+  // The momentum m <- b m + (1 - b) g, without bias correction, and reading it.
   auto average = [&](int64_t at, int64_t n) -> const float * {
     return open_moment(job.m, job.m_type, job.m_scale, coder, at, n, m);
   };
-  auto take_in = [&](int64_t at, int64_t n) {
+  auto update_average = [&](int64_t at, int64_t n) {
     const float *x = gradient(at, n), keep = c.keep, add = c.add * c.gain;
     float *to = open_moment(job.m, job.m_type, job.m_scale, coder, at, n, m);
     const float *p = static_cast<const float *>(job.p) + (job.p_type == F32 ? at : 0);
@@ -143,23 +150,24 @@ double step_row(const Job &job, int64_t row, int64_t length, const Rates &c, con
   } else if (!divisors) {
     for (int64_t i = 0; i < length; i += CHUNK) {
       const int64_t n = std::min(CHUNK, length - i), at = begin + i;
-      if (job.m) take_in(at, n);
-      known += size_of(job.m ? average(at, n) : gradient(at, n), n).squares;
+      if (job.m) update_average(at, n);
+      known += measure_entries(job.m ? average(at, n) : gradient(at, n), n).squares;
     }
   }
   const ByRow by_row{1 / std::max(float(std::sqrt(known)) / c.root, floor)};
   double sum = 0;
   for (int64_t i = 0; i < length; i += CHUNK) {
     const int64_t n = std::min(CHUNK, length - i), at = begin + i;
-    if (job.m && divisors) take_in(at, n);
+    if (job.m && divisors) update_average(at, n);
     const float *x = job.m ? average(at, n) : gradient(at, n), sign = job.m ? 1 : c.gain;
     sum += divisors ? scale_chunk(job, at, i, n, x, sign, c, ByColumns{divisors}) : scale_chunk(job, at, i, n, x, sign, c, by_row);
   }
   return sum;
 }
 
-// Squared norms of a tensor's columns; returns the largest entry, Inf where one is not finite, and the norm of all.
-Size size_columns(const Job &job, int64_t threads, double *squares) {
+// Squared norms of a matrix's columns, and largest magnitude (Inf where an entry is not finite) and norm of the whole. Rows
+// are divided into GROUPS parts with fp64 sums of their own, [GROUPS, columns], added in order: no locks, deterministic.
+Measured measure_columns(const Job &job, int64_t threads, double *squares) {
   const int64_t length = job.rows ? job.size / job.rows : 0, groups = std::min(GROUPS, job.rows);
   std::vector<double> sums(groups * length, 0.0);
   std::vector<float> peaks(groups, 0.0f);
@@ -207,7 +215,7 @@ Size size_columns(const Job &job, int64_t threads, double *squares) {
       }
     peaks[part] = max_of(peak);
   });
-  Size whole;
+  Measured whole;
   for (int64_t column = 0; column < length; column++) {
     double sum = 0;
     for (int64_t part = 0; part < groups; part++)
@@ -221,16 +229,16 @@ Size size_columns(const Job &job, int64_t threads, double *squares) {
   return whole;
 }
 
-// SCALE's step on one tensor, whose rows are measured here where `measured` asks for it, which then says what was found.
-// Returns the norm of its direction.
-float scale_tensor(const Job &job, Rates c, const float *divisors, float floor, int64_t threads, Size *measured) {
+// The step of one matrix; returns the norm of its direction. Where `measured` is given, rows are measured here and the result
+// is written there: the row norms of the gradient are needed for both.
+float scale_tensor(const Job &job, Rates c, const float *divisors, float floor, int64_t threads, Measured *measured) {
   if (job.size == 0) return 0;
   const int64_t length = job.size / job.rows, several = rows_of_unit(length), units = (job.rows + several - 1) / several;
   std::vector<double> squares(measured ? job.rows : 0);
   if (measured) {
     std::vector<float> peaks(units);
     parallel(units, threads, [&](int64_t unit) {
-      peaks[unit] = size_rows(job, unit * several, std::min((unit + 1) * several, job.rows), length, squares.data());
+      peaks[unit] = measure_rows(job, unit * several, std::min((unit + 1) * several, job.rows), length, squares.data());
     });
     for (float x : peaks)
       measured->peak = std::max(measured->peak, x);
@@ -241,7 +249,7 @@ float scale_tensor(const Job &job, Rates c, const float *divisors, float floor, 
   }
   if (c.finite == 0) return 0;
   std::shared_ptr<const Coder> coder = job.m_type == INT8 ? coder_of(job.m_map) : nullptr;
-  const bool known = measured && !job.m && !divisors; // the squares are those of what is divided
+  const bool known = measured && !job.m && !divisors; // without momentum the gradient itself is normalised
   std::vector<double> sums(units);
   parallel(units, threads, 2 * WARM, [&](int64_t unit) {
     for (int64_t row = unit * several; row < std::min((unit + 1) * several, job.rows); row++)
@@ -254,3 +262,40 @@ float scale_tensor(const Job &job, Rates c, const float *divisors, float floor, 
 }
 
 } // namespace
+
+// A whole step of k matrices. options: fp64 sign, lr, decay, momentum, rms (1 or 0), columns (1 or 0), floor of the norms.
+// stats is as in `evenstep_step`.
+PUBLIC void evenstep_scale(const Job *jobs, int64_t k, int64_t threads, const double *options, float *stats) {
+  const double sign = options[0], lr = options[1], decay = options[2], momentum = options[3];
+  const bool rms = options[4] != 0, columns = options[5] != 0;
+  const float floor = float(options[6]);
+  for (int64_t i = 0; i < k; i++) {
+    const Job &job = jobs[i];
+    const int64_t length = job.rows ? job.size / job.rows : 0, count = std::max<int64_t>(columns ? job.rows : length, 1);
+    const float root = rms ? float(std::sqrt(double(count))) : 1;
+    Rates c{1, float(sign), float(momentum), float(1 - momentum), float(lr), float(1 - lr * decay), root};
+    Measured found;
+    float direction;
+    if (columns) {
+      std::vector<double> squares(length);
+      found = measure_columns(job, threads, squares.data());
+      std::vector<float> divisors(length);
+      for (int64_t j = 0; j < length; j++)
+        divisors[j] = std::max(float(std::sqrt(squares[j])) / root, floor);
+      c.finite = std::isfinite(found.peak);
+      direction = scale_tensor(job, c, divisors.data(), floor, threads, nullptr);
+    } else {
+      direction = scale_tensor(job, c, nullptr, floor, threads, &found);
+    }
+    const bool finite = std::isfinite(found.peak);
+    const float norm = finite ? float(std::sqrt(found.squares)) : NAN;
+    stats[GRAD_MAX * k + i] = found.peak;
+    stats[GRAD_NORM * k + i] = norm;
+    stats[NORM_AFTER * k + i] = direction;
+    stats[CLIP_LIMIT * k + i] = NAN;
+    stats[CLIPPED * k + i] = 0;
+    stats[GAIN * k + i] = finite ? direction / std::max(norm, FLT_MIN) : NAN;
+    stats[UPDATE_RMS * k + i] = float(direction * lr / std::sqrt(double(std::max<int64_t>(job.size, 1))));
+    stats[SKIPPED * k + i] = !finite;
+  }
+}

@@ -1,14 +1,45 @@
-// Adam on the entries of a mask.
-#pragma once
+// Adam's step on blocks that the loop in cpu_adam.h cannot update in place: tensors are unpacked into fp32 buffers on the stack,
+// updated by the same loop, and packed again.
 
 #include "cpu_adam.h"
+#include "cpu_low_precision.h"
+
+namespace evenstep {
+
+// ---- bf16 and 8-bit tensors ----
+
+void unpacked_adam_block(const Job &job, const Block &block, const Numbers &c, Chunk chunk, bool zero_history, Sums &sums) {
+  std::shared_ptr<const Coder> m_coder, v_coder;
+  if (job.m_type == INT8) m_coder = coder_of(job.m_map);
+  if (job.v_type == INT8) v_coder = coder_of(job.v_map);
+  float p[CHUNK], g[CHUNK], m[CHUNK], v[CHUNK];
+  for (int64_t i = block.start; i < block.end; i += CHUNK) {
+    int64_t n = std::min(CHUNK, block.end - i);
+    float *mm = open_moment(job.m, job.m_type, job.m_scale, m_coder.get(), i, n, m);
+    float *vv = open_moment(job.v, job.v_type, job.v_scale, v_coder.get(), i, n, v);
+    const float *gg = g;
+    if (job.g_type == F32)
+      gg = static_cast<const float *>(job.g) + i;
+    else
+      load(job.g, job.g_type, i, n, g);
+    float *pp = p;
+    if (job.p_type == F32)
+      pp = static_cast<float *>(job.p) + i;
+    else
+      load(job.p, job.p_type, i, n, p);
+    chunk(pp, gg, mm, vv, n, c, zero_history, sums);
+    close_moment(job.m, job.m_type, job.m_scale, m_coder.get(), i, n, mm);
+    close_moment(job.v, job.v_type, job.v_scale, v_coder.get(), i, n, vv);
+    if (job.p_type == BF16)
+      write_bf16(job, i, n, pp, i);
+  }
+}
+
+// ---- masks ----
 
 namespace {
 
-// pick: the entries of two tensors whose bits are set, side by side; what they go to has room for SPARE more. Returns how
-// many. Memory is asked for both at the same time.
-// put: back again, into those entries alone. Both work on 16 entries at a time where the processor can, on 8 with tables
-// where it can move numbers across a vector, else one by one.
+// Vector stores of `pick` write whole vectors, so buffers have room for SPARE more entries.
 constexpr int64_t SPARE = 16;
 
 inline bool bit_of(const uint8_t *mask, int64_t i) { return mask[i / 8] >> (i % 8) & 1; }
@@ -16,7 +47,9 @@ inline bool bit_of(const uint8_t *mask, int64_t i) { return mask[i / 8] >> (i % 
 #if defined(__AVX512F__)
 inline __mmask16 bits_at(const uint8_t *mask, int64_t i) { uint16_t bits; std::memcpy(&bits, mask + i / 8, 2); return bits; }
 #elif defined(__AVX2__)
-struct Moves { // for every byte of a mask
+// Permutations for every byte of a mask, for processors without compress and expand instructions: `places` gathers the set
+// entries to the front, `ranks` scatters them back, `all` enables the lanes to store.
+struct Moves {
   alignas(32) int32_t places[256][8] = {}, ranks[256][8] = {}, all[256][8] = {};
   Moves() {
     for (int byte = 0; byte < 256; byte++)
@@ -32,6 +65,8 @@ const Moves moves;
 inline __m256i row(const int32_t *numbers) { return _mm256_load_si256(reinterpret_cast<const __m256i *>(numbers)); }
 #endif
 
+// Compacts the entries of two tensors whose bits are set; returns how many. Both are read at the same time so that their
+// prefetches overlap. 16 entries at a time with AVX-512, 8 with AVX2, else one by one.
 int64_t pick(const float *__restrict from, const float *__restrict other, const uint8_t *mask, int64_t n, float *__restrict to, float *__restrict other_to) {
   int64_t count = 0, i = 0;
 #if defined(__AVX512F__)
@@ -61,7 +96,8 @@ int64_t pick(const float *__restrict from, const float *__restrict other, const 
   return count;
 }
 
-// `count`: the first so many of `from` are there; bits beyond them are ignored.
+// The inverse of `pick` for one tensor: the first `count` entries of `from` return to the set places, other entries of `to`
+// stay as they are. Bits beyond `count` are ignored.
 void put(const float *from, const uint8_t *mask, int64_t n, int64_t count, float *to) {
   int64_t done = 0, i = 0;
 #if defined(__AVX512F__)
@@ -81,7 +117,7 @@ void put(const float *from, const uint8_t *mask, int64_t n, int64_t count, float
     if (bit_of(mask, i)) to[i] = from[done++];
 }
 
-// The same for 16-bit numbers, whose bits are kept.
+// The same for bf16 numbers, whose bits are copied.
 void pick_halves(const uint16_t *from, const uint8_t *mask, int64_t n, uint16_t *to) {
   for (int64_t i = 0, count = 0; i < n; i++) {
     to[count] = from[i];
@@ -94,6 +130,7 @@ void put_halves(const uint16_t *from, const uint8_t *mask, int64_t n, int64_t co
     if (bit_of(mask, i)) to[i] = from[done++];
 }
 
+// Set bits of entries start..end-1; `start` is a multiple of 8.
 int64_t bits_in(const uint8_t *mask, int64_t start, int64_t end) {
   int64_t count = 0, b = start / 8;
   for (; (b + 8) * 8 <= end; b += 8) {
@@ -110,10 +147,12 @@ int64_t bits_in(const uint8_t *mask, int64_t start, int64_t end) {
   return count;
 }
 
-// `done`: trained entries before this block, which is where its moments begin.
-void masked_adam_block(const Job &job, const Block &block, const Numbers &c, Chunk chunk, bool zero_history, int64_t done, Sums &sums) {
+} // namespace
+
+void masked_adam_block(const Job &job, const Block &block, const Numbers &c, Chunk chunk, bool zero_history, int64_t before, Sums &sums) {
   float p[SPAN + SPARE], g[SPAN + SPARE], m[SPAN], v[SPAN], all[SPAN], all_p[SPAN];
   uint16_t halves[SPAN + SPARE], lost[SPAN + SPARE];
+  int64_t done = before;
   for (int64_t i = block.start; i < block.end; i += SPAN) {
     const int64_t size = std::min(SPAN, block.end - i);
     const uint8_t *mask = job.mask + i / 8;
@@ -123,9 +162,9 @@ void masked_adam_block(const Job &job, const Block &block, const Numbers &c, Chu
       load(from, type, i, size, buffer);
       return buffer;
     };
-    const int64_t picked = pick(floats(job.g, job.g_type, all), floats(job.p, job.p_type, all_p), mask, size, g, p);
-    // A mask may have more bits than there are moments, as a tensor that was changed by hand.
-    const int64_t n = std::min(picked, std::max<int64_t>(job.trained - done, 0));
+    const int64_t in_mask = pick(floats(job.g, job.g_type, all), floats(job.p, job.p_type, all_p), mask, size, g, p);
+    // A mask that was changed by hand may have more bits than there are moments.
+    const int64_t n = std::min(in_mask, std::max<int64_t>(job.trained - done, 0));
     float *mm = open_moment(job.m, job.m_type, nullptr, nullptr, done, n, m);
     float *vv = open_moment(job.v, job.v_type, nullptr, nullptr, done, n, v);
     if (job.p_type == BF16 && job.lost)
@@ -134,7 +173,7 @@ void masked_adam_block(const Job &job, const Block &block, const Numbers &c, Chu
     if (job.p_type == F32) {
       put(p, mask, size, n, static_cast<float *>(job.p) + i);
     } else {
-      Job compact = job; // rounded together, then put back; numbered as the compact tensor is
+      Job compact = job; // rounded as a compact tensor, entry numbers of stochastic rounding included
       compact.p = halves;
       compact.lost = job.lost ? lost : nullptr;
       write_bf16(compact, 0, n, p, done);
@@ -148,42 +187,22 @@ void masked_adam_block(const Job &job, const Block &block, const Numbers &c, Chu
   }
 }
 
-// Adam's step on blocks of whole tensors; numbers(i) are those of a tensor, peak(b) the largest gradient of a block.
-template <class N, class P>
-std::vector<Sums> adam_blocks(const Job *jobs, const std::vector<Block> &blocks, int64_t threads, bool capped, bool zero_history, N numbers, P peak) {
+std::vector<int64_t> trained_before(const Job *jobs, const std::vector<Block> &blocks, int64_t threads) {
   const int64_t size = int64_t(blocks.size());
-  std::vector<Sums> sums(size);
-  std::vector<int64_t> done(size);
-  bool masked = false;
-  for (const Block &block : blocks)
-    masked = masked || jobs[block.job].mask;
-  if (masked) {
-    parallel(size, threads, [&](int64_t b) {
-      const Job &job = jobs[blocks[b].job];
-      done[b] = job.mask ? bits_in(job.mask, blocks[b].start, blocks[b].end) : 0;
-    });
-    for (int64_t b = 0, before = 0; b < size; b++) {
-      if (blocks[b].start == 0) before = 0;
-      int64_t here = done[b];
-      done[b] = before;
-      before += here;
-    }
-  }
-  parallel(size, threads, WARM, [&](int64_t b) {
+  if (std::none_of(blocks.begin(), blocks.end(), [&](const Block &block) { return jobs[block.job].mask != nullptr; })) return {};
+  std::vector<int64_t> before(size);
+  parallel(size, threads, [&](int64_t b) {
     const Job &job = jobs[blocks[b].job];
-    const Numbers c = numbers(blocks[b].job);
-    if (c.finite == 0) return;
-    const Chunk chunk = version(c, capped, peak(b));
-    if (job.mask) {
-      masked_adam_block(job, blocks[b], c, chunk, zero_history, done[b], sums[b]);
-      return;
-    }
-    Coders coders;
-    if (job.m_type == INT8) coders.m = coder_of(job.m_map);
-    if (job.v_type == INT8) coders.v = coder_of(job.v_map);
-    adam_block(job, blocks[b], c, chunk, zero_history, coders, sums[b]);
+    before[b] = job.mask ? bits_in(job.mask, blocks[b].start, blocks[b].end) : 0;
   });
-  return sums;
+  // From counts to an exclusive prefix sum that starts anew at every tensor.
+  for (int64_t b = 0, sum = 0; b < size; b++) {
+    if (blocks[b].start == 0) sum = 0;
+    const int64_t here = before[b];
+    before[b] = sum;
+    sum += here;
+  }
+  return before;
 }
 
-} // namespace
+} // namespace evenstep

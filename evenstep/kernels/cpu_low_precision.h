@@ -1,20 +1,74 @@
-// 8-bit moments: blocks of 256 codes with a scale, a code standing for one of 256 sorted values.
+// Numbers of fewer than 32 bits: bf16 parameters and moments, and torchao's 8-bit moments.
 #pragma once
 
-#include "cpu_memory.h"
+#include "cpu_threads.h"
 
-namespace {
+namespace evenstep {
 
-// torchao's map: seven decades, 10^-7 to 1, each cut evenly into cells, 1, 2, 4, ... of them with sign and 2, 4, 8, ...
-// without, whose middles are the values; also 0 and 1. A number gets the code of its cell, which is arithmetic on vectors.
-// Codes of any other map are searched for, which is slow.
+constexpr int64_t QBLOCK = 256; // entries that share the scale of an 8-bit moment
+
+// ---- bf16 parameters ----
+
+// Rounds to nearest, ties to even. The sum of 0x7fff would carry a NaN into Inf or 0, so NaN is a constant.
+static inline uint16_t to_bf16(float x) {
+  uint32_t bits = as_bits(x);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return x == x ? rounded : 0x7fc0;
+}
+
+const float BF16_MAX = from_bf16(0x7f7f);
+
+// A hash of 32 bits, as `_mixed` in optim/rounding.py: shifts are arithmetic there, so they are here.
+static inline uint32_t mixed(uint32_t signed_x) {
+  int32_t x = int32_t(signed_x);
+  x = int32_t(uint32_t(x ^ (x >> 16)) * uint32_t(-2048144789));
+  x = int32_t(uint32_t(x ^ (x >> 13)) * uint32_t(-1028477387));
+  return uint32_t(x ^ (x >> 16));
+}
+
+// Rounds n fp32 results into entries start.. of a bf16 parameter: with Kahan compensation (`lost` receives the part that was
+// rounded away), stochastically, or to nearest. `where` is the first entry's number in the hash of stochastic rounding, so
+// that the result depends on the seed and the entry alone, not on blocks and threads.
+static inline void write_bf16(const Job &job, int64_t start, int64_t n, const float *exact, int64_t where) {
+  uint16_t *p = static_cast<uint16_t *>(job.p) + start;
+  if (job.lost) {
+    uint16_t *lost = job.lost + start;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+      float x = exact[i] + from_bf16(lost[i]);
+      uint16_t near = to_bf16(x);
+      p[i] = near;
+      lost[i] = to_bf16(x - from_bf16(near));
+    }
+  } else if (job.seed) {
+    const uint32_t seed = uint32_t(*job.seed), golden = uint32_t(-1640531527);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+      uint32_t noise = mixed(uint32_t(where + i) * golden + seed) & 0xffff;
+      uint32_t bits = as_bits(exact[i]), cut = (bits + noise) & 0xffff0000;
+      bool finite = (bits & 0x7f800000) != 0x7f800000;
+      p[i] = finite ? uint16_t(cut >> 16) : to_bf16(exact[i]);
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++)
+      p[i] = to_bf16(exact[i]);
+  }
+}
+
+// ---- 8-bit moments: 256 codes per scale; a code stands for one of 256 sorted values ----
+
+// torchao's map: seven decades from 1e-7 to 1, each divided evenly into 1, 2, 4, ... cells with sign and 2, 4, 8, ... without,
+// whose middles are the values; also 0 and 1. The code of a number is computed from its decade and its place in it, which
+// vectorises. Codes of any other map are searched for, which is slow.
 struct Coder {
   float map[256];
-  bool known = true; // torchao's
-  int32_t zero;      // the code of 0; those below are of negative numbers
+  bool known = true; // the map is torchao's
+  int32_t zero;      // the code of 0; smaller codes are those of negative numbers
+  // Per decade: lower border, first value's cell edge, cells per unit, first code (from `zero`), last cell.
   float border[7], low[7], cells[7], base[7], last[7], least, most;
 #if defined(__AVX512F__)
-  // By exponent, from 2^-24 on: the border within that power of two, if any, and the decade below it. Then by decade.
+  // By exponent, from 2^-24 on: the decade border within that power of two, if any, and the decade below it. Then by decade.
   alignas(64) float edge[32], from[16], per[16];
   alignas(64) int32_t decade[32], first_code[16], last_cell[16];
 #endif
@@ -53,6 +107,7 @@ struct Coder {
   }
 
   inline int32_t code(float x) const {
+  // The code of x = moment / scale.
     const float a = std::fabs(x);
     float from = low[0], per = cells[0], first = base[0], top = last[0];
     for (int i = 1; i < 7; i++) {
@@ -71,7 +126,7 @@ struct Coder {
   }
 
 #if defined(__AVX512F__)
-  // Looks up 16 codes at a time, 32 values of the map after the other: less than half the time of a gather.
+  // Sixteen codes at a time, looked up in 32 values of the map after the other: less than half the time of a gather.
   void decode_block(const uint8_t *codes, float unit, float *to) const {
     const __m512 units = _mm512_set1_ps(unit);
     const __m512i bit5 = _mm512_set1_epi32(32), bit6 = _mm512_set1_epi32(64), bit7 = _mm512_set1_epi32(128);
@@ -85,8 +140,8 @@ struct Coder {
       _mm512_storeu_ps(to + i, _mm512_mul_ps(units, _mm512_mask_blend_ps(upper, of128(0), of128(4))));
     }
   }
-
-  // The codes of x / unit for a block, as `code` has them: its six comparisons are a look at the exponent, and the
+  // The codes of x / unit for one block of QBLOCK entries, equal to `code`: six comparisons become one look at the exponent,
+  // and the division becomes a product with the reciprocal and one Newton correction, which gives the same quotient.
   // division is a product with what it misses put right, which is the same number.
   void code_block(const float *x, float unit, uint8_t *codes) const {
     const __m512 edge0 = _mm512_load_ps(edge), edge1 = _mm512_load_ps(edge + 16), froms = _mm512_load_ps(from), pers = _mm512_load_ps(per);
@@ -113,13 +168,14 @@ struct Coder {
   }
 #endif
 
-  int32_t search(float x) const { // the nearest value, by halving
+  // The nearest value of a map that is not torchao's, by bisection.
+  int32_t search(float x) const {
     int32_t c = int32_t(std::upper_bound(map, map + 256, x) - map) - 1;
     c = c < 0 ? 0 : c;
     return c < 255 && x - map[c] >= (map[c + 1] - map[c]) * 0.5f ? c + 1 : c;
   }
 
-  // A second moment that is not 0 has no code of 0: beside a spike its next update would be m / eps.
+  // A positive second moment never gets the code of 0: after a spike its next update would be m / eps.
   int32_t lifted(int32_t c, float x) const { return c == 0 && zero == 0 && x > 0 ? 1 : c; }
 
   void decode(const uint8_t *codes, const float *scale, int64_t n, float *to) const {
@@ -136,6 +192,7 @@ struct Coder {
   }
 
   void encode(const float *x, int64_t n, uint8_t *codes, float *scale) const {
+      // The scale of a block is its largest magnitude, so codes cover [-1, 1].
     for (int64_t start = 0; start < n; start += QBLOCK) {
       float top = 0;
 #pragma omp simd reduction(max : top)
@@ -168,8 +225,9 @@ struct Coder {
   }
 };
 
-// The coder of a map, kept for the next call: a process knows two maps (with and without sign).
-std::shared_ptr<const Coder> coder_of(const float *map) {
+// The coder of a map, cached between calls: a process knows two maps (with and without sign). Thread-safe: threads that
+// build the same coder at once store equal ones.
+static inline std::shared_ptr<const Coder> coder_of(const float *map) {
   static std::shared_ptr<const Coder> known[2];
   int which = map[0] < 0;
   std::shared_ptr<const Coder> coder = std::atomic_load(&known[which]);
@@ -180,8 +238,10 @@ std::shared_ptr<const Coder> coder_of(const float *map) {
   return coder;
 }
 
-// A moment as fp32: where it lies, or unpacked into `buffer`.
-float *open_moment(void *stored, int64_t type, const float *scale, const Coder *coder, int64_t start, int64_t n, float *buffer) {
+// ---- moments in fp32 ----
+
+// n entries of a moment, from `start` on, in fp32: in place where stored so, else unpacked into `buffer`.
+static inline float *open_moment(void *stored, int64_t type, const float *scale, const Coder *coder, int64_t start, int64_t n, float *buffer) {
   if (type == F32)
     return static_cast<float *>(stored) + start;
   if (type == INT8) {
@@ -195,17 +255,18 @@ float *open_moment(void *stored, int64_t type, const float *scale, const Coder *
   return buffer;
 }
 
-void close_moment(void *stored, int64_t type, float *scale, const Coder *coder, int64_t start, int64_t n, const float *moment) {
+// Packs what `open_moment` unpacked; nothing to do for fp32, which was updated in place.
+static inline void close_moment(void *stored, int64_t type, float *scale, const Coder *coder, int64_t start, int64_t n, const float *moment) {
   if (type == INT8) {
     coder->encode(moment, n, static_cast<uint8_t *>(stored) + start, scale + start / QBLOCK);
   } else if (type == BF16) {
     uint16_t *x = static_cast<uint16_t *>(stored) + start;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-      const float y = moment[i] > BF16_MAX ? BF16_MAX : moment[i]; // larger numbers would round to Inf, and stay there
+      const float y = moment[i] > BF16_MAX ? BF16_MAX : moment[i]; // a moment of Inf would stay Inf for good
       x[i] = to_bf16(y < -BF16_MAX ? -BF16_MAX : y);
     }
   }
 }
 
-} // namespace
+} // namespace evenstep

@@ -1,0 +1,89 @@
+// Reading and transforming gradients outside of a step, for `stabilize` and the telemetry. Vectors have k entries, one per
+// tensor; those of blocks have one entry per block of all tensors, in order.
+
+#include "cpu_low_precision.h"
+#include "cpu_measure.h"
+
+using namespace evenstep;
+
+// Largest magnitude (Inf where an entry is not finite) and 2-norm of each gradient, and the same of its blocks.
+PUBLIC void evenstep_measure(const Job *jobs, int64_t k, int64_t threads, float *peak, float *norm, float *block_peak, double *block_squares) {
+  std::vector<Block> blocks = cut(jobs, 0, k, 0);
+  parallel(int64_t(blocks.size()), threads, [&](int64_t b) {
+    Measured found = measure_block(jobs[blocks[b].job], blocks[b]);
+    block_peak[b] = found.peak;
+    block_squares[b] = found.squares;
+  });
+  for (int64_t i = 0, b = 0; i < k; i++) {
+    Measured whole;
+    for (const int64_t end = b + blocks_of(jobs[i]); b < end; b++) {
+      whole.peak = std::max(whole.peak, block_peak[b]);
+      whole.squares += block_squares[b];
+    }
+    peak[i] = std::isfinite(whole.squares) ? whole.peak : INFINITY;
+    norm[i] = float(std::sqrt(whole.squares));
+  }
+}
+
+// 2-norm of each gradient after clipping, and clipped entries. A block without an entry above the limit is not read again.
+PUBLIC void evenstep_clip_norms(const Job *jobs, int64_t k, int64_t threads, const float *block_peak, const double *block_squares, const float *limit, const float *rescale, float *norm, float *count) {
+  std::vector<Block> blocks = cut(jobs, 0, k, 0);
+  std::vector<Sums> sums(blocks.size());
+  parallel(int64_t(blocks.size()), threads, [&](int64_t b) {
+    const int64_t i = blocks[b].job;
+    sums[b] = block_peak[b] > limit[i] ? clipped_block(jobs[i], blocks[b], limit[i], rescale[i]) : Sums{0, block_squares[b], 0};
+  });
+  for (int64_t i = 0, b = 0; i < k; i++) {
+    const Sums whole = sum_of(sums, b, blocks_of(jobs[i]));
+    norm[i] = float(std::sqrt(whole.clipped));
+    count[i] = float(whole.count);
+  }
+}
+
+// Copies n entries past the caches: what is overwritten need not be read first. Streaming stores need 16-byte alignment, and
+// are ordered before later stores of this thread by the fence alone.
+static inline void store_past_caches(const float *from, int64_t n, float *to) {
+#if defined(__SSE__)
+  if ((reinterpret_cast<uintptr_t>(to) & 15) == 0) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4)
+      _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
+    for (; i < n; i++)
+      to[i] = from[i];
+    _mm_sfence();
+    return;
+  }
+#endif
+  std::memcpy(to, from, n * 4);
+}
+
+// p <- clipped and scaled g in p's dtype, 0 where the gain is 0. table: fp32 [3, k], rows gain, limit and reduced gain.
+PUBLIC void evenstep_transformed(const Job *jobs, int64_t k, int64_t threads, const float *table) {
+  std::vector<Block> blocks = cut(jobs, 0, k, 0);
+  parallel(int64_t(blocks.size()), threads, [&](int64_t b) {
+    const Block &block = blocks[b];
+    const Job &job = jobs[block.job];
+    const float gain = table[block.job], limit = table[k + block.job], reduced = table[2 * k + block.job];
+    float g[CHUNK], out[CHUNK];
+    for (int64_t i = block.start; i < block.end; i += CHUNK) {
+      int64_t n = std::min(CHUNK, block.end - i);
+      const float *x = g;
+      if (job.g_type == F32)
+        x = static_cast<const float *>(job.g) + i;
+      else
+        load(job.g, job.g_type, i, n, g);
+      for (int64_t start = 0; start < n; start += W) {
+        const int width = int(std::min<int64_t>(W, n - start));
+        fetch(x + start + AHEAD);
+        fetch(x + start + AHEAD + 16);
+#pragma omp simd
+        for (int j = 0; j < width; j++)
+          out[start + j] = gain == 0 ? 0 : clipped_and_scaled(x[start + j], gain, limit, reduced);
+      }
+      if (job.p_type == F32)
+        store_past_caches(out, n, static_cast<float *>(job.p) + i);
+      else
+        write_bf16(job, i, n, out, i);
+    }
+  });
+}

@@ -1,0 +1,222 @@
+// Measuring a gradient: largest magnitude, sum of squares, and sum of squares after AdaClip.
+#pragma once
+
+#include "cpu_threads.h"
+
+namespace evenstep {
+
+// ---- lanes: W independent sums or maxima, which the compiler keeps in vector registers ----
+
+// Pairwise, in a fixed order; overwrites `lanes`.
+template <class T> static inline T sum_of(T *lanes) {
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; j++)
+      lanes[j] += lanes[j + half];
+  return lanes[0];
+}
+
+static inline float max_of(const float *lanes) {
+  float top[W];
+  std::memcpy(top, lanes, sizeof top);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; j++)
+      top[j] = top[j + half] > top[j] ? top[j + half] : top[j];
+  return top[0];
+}
+
+// ---- largest magnitude and sum of squares ----
+
+struct Measured { float peak = 0; double squares = 0; };
+
+// Squares are summed in fp32 over at most SPAN entries in W lanes (relative error 1e-7), and once more in fp64 where the
+// sum left the range of fp32. A NaN or Inf among the entries makes the sum NaN or Inf, while `peak` ignores NaN.
+static inline __attribute__((always_inline)) void accumulate(const float *__restrict g, int width, float *__restrict sum, float *__restrict peak) {
+#pragma omp simd
+  for (int j = 0; j < width; j++) {
+    float x = g[j], y = std::fabs(x);
+    sum[j] += x * x;
+    peak[j] = y > peak[j] ? y : peak[j];
+  }
+}
+
+// Whether a sum of squares in fp32 is accurate: neither overflow nor entries whose squares underflow.
+static inline bool trusted(float total, const float *peak) {
+  return (total > 1e-20f && total < 1e37f) || (total == 0 && max_of(peak) == 0);
+}
+
+static inline double squares_of(const float *g, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; i++)
+    sum += double(g[i]) * g[i];
+  return sum;
+}
+
+// Entries that AdaClip may clip, collected while measuring: those above `low`, a lower bound of this step's limit. The norm
+// after clipping follows from them and from the squares of the rest, without a second pass over the gradient.
+struct LargeEntries {
+  static constexpr size_t MOST = 512; // per block; a block with more is read again
+  float low = INFINITY;
+  double rest = 0; // sum of squares of the other entries
+  std::vector<float> above;
+
+  bool complete() const { return above.size() <= MOST; }
+
+  void sift(const float *g, int64_t n) {
+    float sum[W] = {0};
+      // `most` decides once per W entries whether any of them has to be collected, which is rare.
+    for (int64_t i = 0; i < n; i += W) {
+      const int width = int(std::min<int64_t>(W, n - i));
+      float most = 0;
+#pragma omp simd reduction(max : most)
+      for (int j = 0; j < width; j++) {
+        const float x = std::fabs(g[i + j]), y = x > low ? 0 : x;
+        sum[j] += y * y;
+        most = x > most ? x : most;
+      }
+      if (most > low)
+        for (int j = 0; j < width; j++)
+          if (std::fabs(g[i + j]) > low && complete()) above.push_back(g[i + j]);
+    }
+    const float total = sum_of(sum);
+    if (total > 1e-20f && total < 1e37f) {
+      rest += total;
+      return;
+    }
+    for (int64_t i = 0; i < n; i++)
+      rest += std::fabs(g[i]) > low ? 0 : double(g[i]) * g[i];
+  }
+};
+
+static inline void merge(const float *some, float *peak) {
+  for (int j = 0; j < W; j++)
+    peak[j] = some[j] > peak[j] ? some[j] : peak[j];
+}
+
+// n consecutive entries in fp32, at most SPAN at a time in fp32 sums. The rest of fewer than W entries has its own lanes:
+// a loop of variable width on the same arrays would force those out of registers.
+static inline Measured measure_entries(const float *__restrict g, int64_t n, LargeEntries *large = nullptr) {
+  Measured found;
+  float peak[W] = {0};
+  for (int64_t i = 0; i < n; i += SPAN) {
+    const int64_t end = std::min(i + SPAN, n);
+    float sum[W] = {0}, top[W] = {0}, rest[W] = {0}, rest_top[W] = {0};
+    int64_t c = i;
+    for (; c + W <= end; c += W)
+      accumulate(g + c, W, sum, top);
+    if (c < end)
+      accumulate(g + c, int(end - c), rest, rest_top);
+    merge(rest_top, top);
+    merge(top, peak);
+    float total = sum_of(sum) + sum_of(rest);
+    const double squares = trusted(total, top) ? total : squares_of(g + i, end - i);
+    found.squares += squares;
+    if (large && max_of(top) > large->low)
+      large->sift(g + i, end - i);
+    else if (large)
+      large->rest += squares;
+  }
+  found.peak = max_of(peak);
+  return found;
+}
+
+// A block of exactly BLOCK entries, read at STREAMS places in turn: the prefetcher restarts at every page, and a core that
+// reads at a single place waits for it. A third faster than `measure_entries`.
+static inline Measured measure_full_block(const float *__restrict g, LargeEntries *large) {
+  constexpr int64_t STREAMS = 8, PART = BLOCK / STREAMS, TURN = 256;
+  Measured found;
+  float peak[W] = {0};
+  for (int64_t i = 0; i < PART; i += TURN) {
+    float sum[W] = {0}, top[W] = {0};
+    for (int64_t c = i; c < i + TURN; c += W)
+      for (int64_t s = 0; s < STREAMS; s++) {
+        const float *x = g + s * PART + c;
+        fetch(x + BLOCK);
+        fetch(x + BLOCK + 16);
+        accumulate(x, W, sum, top);
+      }
+    merge(top, peak);
+    double squares = sum_of(sum);
+    if (!trusted(float(squares), top)) {
+      squares = 0;
+      for (int64_t s = 0; s < STREAMS; s++)
+        squares += squares_of(g + s * PART + i, TURN);
+    }
+    found.squares += squares;
+    if (large && max_of(top) > large->low)
+      for (int64_t s = 0; s < STREAMS; s++)
+        large->sift(g + s * PART + i, TURN);
+    else if (large)
+      large->rest += squares;
+  }
+  found.peak = max_of(peak);
+  return found;
+}
+
+// One block of a gradient in fp32 or bf16.
+static inline Measured measure_block(const Job &job, const Block &block, LargeEntries *large = nullptr) {
+  if (job.g_type == F32) {
+    const float *g = static_cast<const float *>(job.g) + block.start;
+    return block.end - block.start == BLOCK ? measure_full_block(g, large) : measure_entries(g, block.end - block.start, large);
+  }
+  Measured found;
+  float buffer[CHUNK];
+  for (int64_t i = block.start; i < block.end; i += CHUNK) {
+    int64_t n = std::min(CHUNK, block.end - i);
+    load(job.g, job.g_type, i, n, buffer);
+    Measured part = measure_entries(buffer, n, large);
+    found.peak = std::max(found.peak, part.peak);
+    found.squares += part.squares;
+  }
+  return found;
+}
+
+// ---- after clipping ----
+
+// Statistics of a tensor, STATS of interface.py in that order.
+enum Stat { GRAD_MAX, GRAD_NORM, NORM_AFTER, CLIP_LIMIT, CLIPPED, GAIN, UPDATE_RMS, SKIPPED, NUM_STATS };
+
+// Sums of one block or tensor: squares of the update, squares after clipping, and clipped entries.
+struct Sums { double update = 0, clipped = 0; int64_t count = 0; };
+
+// The sum of the next n blocks, in order; `b` advances by n.
+static inline Sums sum_of(const std::vector<Sums> &sums, int64_t &b, int64_t n) {
+  Sums whole;
+  for (; n > 0; n--, b++) {
+    whole.update += sums[b].update;
+    whole.clipped += sums[b].clipped;
+    whole.count += sums[b].count;
+  }
+  return whole;
+}
+
+// Squares of a block after AdaClip, in fp64: |g| > limit becomes g * rescale, with rescale = limit / max |g|.
+static inline Sums clipped_block(const Job &job, const Block &block, float limit, double rescale) {
+  Sums found;
+  float buffer[CHUNK];
+  for (int64_t i = block.start; i < block.end; i += CHUNK) {
+    int64_t n = std::min(CHUNK, block.end - i), over = 0;
+    load(job.g, job.g_type, i, n, buffer);
+    double squares = 0;
+#pragma omp simd reduction(+ : squares, over)
+    for (int64_t j = 0; j < n; j++) {
+      bool above = std::fabs(buffer[j]) > limit;
+      double x = above ? buffer[j] * rescale : double(buffer[j]);
+      squares += x * x;
+      over += above;
+    }
+    found.clipped += squares;
+    found.count += over;
+  }
+  return found;
+}
+
+// One entry as the moments receive it: clipped (`reduced` = gain * rescale above `limit`) or multiplied by `gain`. As in the
+// plain code a product that overflows becomes the largest number, and 0 * Inf and NaN become 0.
+static inline float clipped_and_scaled(float g, float gain, float limit, float reduced) {
+  float x = std::fabs(g) > limit ? g * reduced : g * gain;
+  x = x > FLT_MAX ? FLT_MAX : x;
+  x = x < -FLT_MAX ? -FLT_MAX : x;
+  return g == 0 || x != x ? 0 : x;
+}
+
+} // namespace evenstep
