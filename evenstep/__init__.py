@@ -26,6 +26,7 @@ _HOME = {
     "MomentumReset": "evenstep.optim",
     "AutoClip": "evenstep.optim",
     "AGC": "evenstep.optim",
+    "SpikeGuard": "evenstep.telemetry.guard",
     "SpikeMonitor": "evenstep.telemetry.monitor",
 }
 __all__ = [*sorted(_HOME), "__version__"]
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from evenstep.optim import ZClip as ZClip
     from evenstep.optim import scale_groups as scale_groups
     from evenstep.optim import stabilize as stabilize
+    from evenstep.telemetry.guard import SpikeGuard as SpikeGuard
     from evenstep.telemetry.monitor import SpikeMonitor as SpikeMonitor
 
 

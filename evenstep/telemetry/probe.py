@@ -145,7 +145,7 @@ class Probe:
 
     def _measure(self) -> dict[str, Tensor]:
         groups = self.optimizer.param_groups
-        dense = [[p for p in group["params"] if self._is_measurable(p)] for group in groups]
+        dense = [[p for p in group["params"] if self.is_measurable(p)] for group in groups]
         try:
             numbers = self._norms_of(dense)
         except torch.OutOfMemoryError:
@@ -179,7 +179,7 @@ class Probe:
             return False
         return True
 
-    def _is_measurable(self, p: Tensor) -> bool:
+    def is_measurable(self, p: Tensor) -> bool:
         grad = p.grad
         return grad is not None and _is_readable(grad) and id(p) not in self._odd
 
