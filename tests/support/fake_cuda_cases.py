@@ -185,6 +185,25 @@ def monitored():
     yield "StableSPAM", partial(_monitored, StableSPAM)
 
 
+def _guarded(make):
+    from evenstep import SpikeGuard
+
+    def build():
+        model = nn.ParameterList(parameters())
+        guard = SpikeGuard(model, make(model.parameters()), ladder=("lower_lr", "stop"), check_every=100)
+        loss = torch.empty((), device="cuda")
+        return lambda: guard.step(loss, rows=0)
+
+    return stepped(build)
+
+
+def guarded():
+    from evenstep import StableSPAM
+
+    yield "AdamW", partial(_guarded, lambda ps: torch.optim.AdamW(ps, fused=True))
+    yield "StableSPAM", partial(_guarded, StableSPAM)
+
+
 def _lowbit(recipe, autocast):
     from evenstep import quantize_
 
