@@ -1,7 +1,7 @@
-"""A chain of gradient transforms and its statistics: where they are stored, and when new ones are kept.
+"""A chain of gradient transforms and its statistics: their storage, and the conditions for keeping new ones.
 
-Each parameter has its own dict of statistics, as in an optimizer's state, so that they fit any checkpoint format. Those
-of the whole model are in the dict of every parameter, as one tensor per device.
+Each parameter has its own dict of statistics, as in an optimizer's state, so that they fit any checkpoint format.
+Statistics of the whole model are in the dict of every parameter, as one tensor per device.
 """
 
 from collections.abc import Iterable
@@ -18,8 +18,8 @@ from evenstep.optim.transforms import Statistics, StepInfo, Transform, shared_dt
 
 PREFIX = "stabilize."
 CLOCK = "stabilize_t"
-"""Where a saved state has the statistics, and a param group the step count. Chains within one another have names of
-their own (see `Chain.prefix` and `Chain.clock`).
+"""Prefix of the statistics in a saved state, and key of the step count in a param group. Nested chains (`stabilize` of a
+stabilised optimizer) have names of their own: see `Chain.prefix` and `Chain.clock`.
 """
 
 
@@ -35,8 +35,8 @@ class Transformed:
 
 
 class Chain:
-    """Transforms in their order, and the statistics of the parameters that were adopted. ``depth``: how many chains are
-    behind this one, between it and the optimizer.
+    """Transforms in their order, and the statistics of all adopted parameters. ``depth`` is the number of chains between
+    this one and the optimizer.
     """
 
     def __init__(self, transforms: tuple[Transform, ...], reset_interval: int, depth: int = 0):
@@ -49,17 +49,19 @@ class Chain:
         self.depth = depth
         self.prefix = PREFIX * (depth + 1)
         self.clock = f"{CLOCK}{depth + 1}" if depth else CLOCK
-        self.statistics: dict[Tensor, dict[str, Tensor]] = {}
+        self.statistics: dict[Tensor, dict[str, Tensor]] = {}  # parameter -> "transform.statistic" -> value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles of evenstep 0.1 have no depth.
         self.__dict__.update({"depth": 0, "prefix": PREFIX, "clock": CLOCK} | state)
 
     def adopt(self, p: Tensor) -> None:
+        """Start the statistics of a parameter."""
         self.statistics[p] = self.fresh(p)
 
     def fresh(self, p: Tensor) -> dict[str, Tensor]:
-        """Statistics of a new parameter, zero; the shared ones are those of the others."""
-        found = {"skipped": scalar(p)}
+        """Statistics of a new parameter: zeros, and the present values of the shared ones."""
+        found = {"skipped": scalar(p)}  # number of steps with a gradient that was not finite
         for unit in self.transforms:
             found |= {f"{unit.name}.{name}": scalar(p) for name in unit.scalars}
             for name in unit.entries:
@@ -69,6 +71,7 @@ class Chain:
         return found
 
     def _shared(self, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """The tensor of a shared statistic on ``device``. All parameters there hold this same tensor."""
         known = [state[key] for state in self.statistics.values() if key in state]
         here = next((value for value in known if value.device == device), None)
         if here is not None:
@@ -79,28 +82,32 @@ class Chain:
     # ---- one step ----
 
     def transformed(self, bucket: Bucket, t: int, loss: Tensor | None) -> Steps[Transformed]:
-        """Pass the gradients of a bucket through the chain; nothing is written yet."""
+        """Pass the gradients of a bucket through the chain. Nothing is written: `keep` does that after the step."""
         for p in bucket.params:
             self._follow(p)
         info = StepInfo(bucket.shards, t, self.reset_interval, loss)
+        # Each transform changes limits and gains beside the gradients, which are read once, by the base's step.
         grads = yield from Gradients.measure(bucket.grads, bucket.dtype, kernels=bucket.kernels)
-        new = []
+        new = []  # new statistics by transform
         for unit in self.transforms:
             grads, found = yield from unit(grads, self._read(unit, bucket), info)
             new.append(found)
         grads = yield from grads.with_norms()
-        # Every bucket issues this request: shared statistics are kept if all gradients of the model are finite.
+        # Every bucket issues this request, so that each learns of all: shared statistics are kept only if all gradients
+        # of the model are finite.
         [finite] = yield from reduced(Reduction("gather", grads.finite.to(grads.dtype)))
         return Transformed(bucket, grads, new, finite.amin() > 0)
 
     def _follow(self, p: Tensor) -> None:
-        """Move statistics to the device of their parameter."""
+        """Move statistics to the device of their parameter, which ``model.to`` may have moved."""
         for key, value in self.statistics[p].items():
             if value.device != p.device:
                 moved = torch.zeros_like(value, device=p.device) if value.is_meta else value.to(p.device)
                 self.statistics[p][key] = moved
 
     def _read(self, unit: Transform, bucket: Bucket) -> Statistics:
+        """The present statistics of a transform for the ``k`` parameters of a bucket: see `Transform.__call__`."""
+
         def stored(name: str) -> list[Tensor]:
             return [self.statistics[p][f"{unit.name}.{name}"] for p in bucket.params]
 
@@ -109,11 +116,11 @@ class Chain:
         return state | {name: stored(name)[0] for name in unit.shared}
 
     def keep(self, found: list[Transformed]) -> None:
-        """Write what a step found into the statistics: each tensor's where its gradient was finite, the shared ones
-        where all were.
+        """Write the new statistics of a step: those of a tensor if its gradient was finite, the shared ones if all
+        were.
         """
         for one in found:
-            params, finite = one.bucket.params, one.grads.finite
+            params, finite = one.bucket.params, one.grads.finite  # [k] bool, never read back
             for p, flag in zip(params, finite.unbind(), strict=True):
                 self.statistics[p]["skipped"].add_(~flag)
             for unit, new in zip(self.transforms, one.new, strict=True):
@@ -125,7 +132,7 @@ class Chain:
             self._keep_shared(found[0])
 
     def _keep_shared(self, one: Transformed) -> None:
-        """All buckets found the same; it is written to each tensor that holds it once."""
+        """Write the shared statistics, which are equal in all buckets, once to each tensor that holds them."""
         for unit, new in zip(self.transforms, one.new, strict=True):
             for name in unit.shared:
                 key = f"{unit.name}.{name}"
@@ -137,6 +144,7 @@ class Chain:
     # ---- loading ----
 
     def check_saved(self, saved: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
+        """ValueError for a saved statistic of another shape than here (another ``window``, another model)."""
         for p, entries in saved:
             known = self.statistics.get(p) or (self.fresh(p) if entries else {})
             for key, value in entries.items():
@@ -148,8 +156,8 @@ class Chain:
                     )
 
     def load(self, saved: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        """Start all statistics anew and put in what was saved. Frozen parameters have some where they were trained
-        before they were saved.
+        """Start all statistics anew and fill in the saved ones. A frozen parameter has statistics if it was trained
+        before it was saved.
         """
         self.statistics.clear()
         saved = [(p, entries) for p, entries in saved if is_trained(p) or not untouched(entries)]

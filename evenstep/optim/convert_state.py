@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from evenstep.optim.functional import opened
-from evenstep.optim.masks import pack, unpack
-from evenstep.optim.state import Group, State, is_trained, moment, place_clock, untouched
+from evenstep.optim.state import Group, State, is_trained, moment, pack, place_clock, unpack, untouched
 
 
 class Target(Protocol):
@@ -223,7 +222,7 @@ class _Reader:
         self, p: Tensor, name: str, value: Tensor, mask: Tensor | None, fresh: State, group: Group, who: str
     ) -> Tensor:
         """``value`` in the form in which the state keeps it; the very tensor where it is in that form."""
-        target = fresh[name]
+        target: Tensor = fresh[name]
         if name not in ("exp_avg", "exp_avg_sq"):
             fits = value.shape == target.shape or value.numel() == target.numel() == 1
             self._demand(fits, who, name, value, tuple(target.shape))

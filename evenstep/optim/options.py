@@ -236,11 +236,10 @@ def renamed(
         ours = aliases.get(name, name)
         if ours in result or (ours != name and ours in given):
             raise ValueError(f"{owner}: {name!r} and {ours!r} are two names of one setting; give one of them")
-        if ours not in known:
-            hint = nearest(name, [*known, *aliases])
-            if strict:
-                raise TypeError(f"{owner}: unknown argument {name!r}{hint}")
-            if difflib.get_close_matches(name, known, n=1, cutoff=0.85):
-                raise ValueError(f"{owner}: unknown option {name!r}{hint}")
+        if ours not in known and strict:
+            raise TypeError(f"{owner}: unknown argument {name!r}{nearest(name, [*known, *aliases])}")
+        # A param group may hold the user's own entries, which are kept, unless a name looks like a mistyped option.
+        if ours not in known and difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+            raise ValueError(f"{owner}: unknown option {name!r}{nearest(name, [*known, *aliases])}")
         result[ours] = value
     return result

@@ -50,7 +50,7 @@ def numbers(device: torch.device, dtype: torch.dtype) -> Numbers:
     finite."""
     sizes = [torch.Size(shape).numel() for shape in SHAPES] * (1 + STEPS)
     places = torch.arange(1, 1 + sum(sizes), dtype=torch.float64, device=device)
-    found = places.square_().mul_(0.7).sin_().to(dtype).split(sizes)
+    found = torch.split(places.square_().mul_(0.7).sin_().to(dtype), sizes)
     shaped = [x.view(shape).clone() for x, shape in zip(found, SHAPES * (1 + STEPS), strict=True)]
     several = [shaped[i : i + len(SHAPES)] for i in range(0, len(shaped), len(SHAPES))]
     several[2][1][1, 1] = 1e4
