@@ -18,8 +18,8 @@ from evenstep.optim.transforms import Statistics, StepInfo, Transform, shared_dt
 
 PREFIX = "stabilize."
 CLOCK = "stabilize_t"
-"""Prefix of the statistics in a saved state, and key of the step count in a param group. Nested chains (`stabilize` of a
-stabilised optimizer) have names of their own: see `Chain.prefix` and `Chain.clock`.
+"""Prefix of the statistics in a saved state, and key of the step count in a param group. Nested chains (`stabilize` of
+a stabilised optimizer) have names of their own: see `Chain.prefix` and `Chain.clock`.
 """
 
 
@@ -35,8 +35,8 @@ class Transformed:
 
 
 class Chain:
-    """Transforms in their order, and the statistics of all adopted parameters. ``depth`` is the number of chains between
-    this one and the optimizer.
+    """Transforms in their order, and the statistics of all adopted parameters. ``depth`` is the number of chains
+    between this one and the optimizer.
     """
 
     def __init__(self, transforms: tuple[Transform, ...], reset_interval: int, depth: int = 0):

@@ -18,7 +18,7 @@ from evenstep.optim.state import Group, State, is_trained, moment, pack, place_c
 
 
 class Target(Protocol):
-    """What is asked of the optimizer that loads the state: an `EvenOptimizer`."""
+    """The part of `EvenOptimizer` that a conversion needs. A Protocol, because optimizer.py imports this module."""
 
     ALIASES: ClassVar[dict[str, str]]
     param_groups: list[Group]
@@ -31,17 +31,16 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """An optimizer whose state can be taken over, known by the entries that it keeps per parameter."""
+    """An optimizer whose state can be converted, recognised by the entries that it keeps per parameter."""
 
     name: str
-    entries: frozenset[str]
+    entries: frozenset[str]  # that every state has
     optional: frozenset[str] = frozenset()
-    group_mark: str = ""
-    """A setting that its groups have, where the entries do not tell it from another."""
-    restarts: bool = True
-    """Whether its step count starts again when its moments do (or neither ever does)."""
+    group_mark: str = ""  # a key of its param groups, where the entries alone are ambiguous
+    restarts: bool = True  # its step count starts again when its moments do (or neither ever does)
 
 
+# The first that fits is taken, so the more specific one comes first.
 SOURCES = (
     Source(
         "the published SPAM", frozenset({"step", "exp_avg", "exp_avg_sq"}), frozenset({"mask"}), "correct_bias", False
@@ -63,12 +62,12 @@ SOURCES = (
 )
 
 NAMES = {"moment1": "exp_avg", "moment2": "exp_avg_sq", "m_max_t": "peak", "m_norm_t": "norm", "v_norm_t": "norm_rms"}
-"""Their entry -> ours. ``norm_rms`` is the root of ``v_norm_t``."""
+"""Entry of the source -> entry here. ``norm_rms`` is the root of ``v_norm_t``: the mean square overflows in fp32."""
 
 MEANINGLESS = frozenset(
     "foreach fused capturable differentiable amsgrad decoupled_weight_decay correct_bias step".split()  # noqa: SIM905
 )
-"""Settings of their groups that are none of ours."""
+"""Keys of the sources' param groups that have no counterpart here."""
 
 OURS = frozenset("exp_avg exp_avg_sq age mask peak norm norm_rms n compensation".split())  # noqa: SIM905
 TOGETHER = ({"exp_avg", "exp_avg_sq", "age", "mask"}, {"peak", "norm", "norm_rms", "n"})
@@ -76,9 +75,9 @@ TOGETHER = ({"exp_avg", "exp_avg_sq", "age", "mask"}, {"peak", "norm", "norm_rms
 
 
 def convert_state_dict(optimizer: Target, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """``given`` as a complete state dict of ``optimizer``, and what to tell the user ("" if all is as it was saved).
+    """``given`` as a complete state dict of ``optimizer``, and a warning for the user ("" if nothing was converted).
 
-    Nothing of ``given`` or ``optimizer`` is changed. A state with another number of groups or parameters is returned as
+    Neither ``given`` nor ``optimizer`` is changed. A state with another number of groups or parameters is returned as
     it is, for torch to refuse.
 
     Raises ValueError for the state of an unknown optimizer or of a model of other shapes.
@@ -88,6 +87,7 @@ def convert_state_dict(optimizer: Target, given: dict[str, Any]) -> tuple[dict[s
         return given, ""
     ids = {i for group in there for i in group["params"]}
     states = {i: entries for i, entries in given["state"].items() if i in ids}
+    # A state of evenstep has the clock "t" in its groups and needs no translation, only its missing entries.
     source = None if any("t" in group for group in there) else _source(there, states)
     reader = _Reader(source, optimizer, given)
     groups = [reader.group(ours, theirs) for ours, theirs in zip(here, there, strict=True)]
@@ -110,7 +110,7 @@ def _named(group: Group, index: int, i: Any) -> str:
 
 
 def _source(groups: list[Group], states: Mapping[Any, State]) -> Source | None:
-    """Whose state it is; None for an empty one."""
+    """The optimizer that wrote the state; None for an empty one. ValueError for an unknown optimizer."""
     found = {name for entries in states.values() for name in entries}
     if found <= {"mask"}:  # before the first step
         return None
@@ -126,20 +126,20 @@ def _source(groups: list[Group], states: Mapping[Any, State]) -> Source | None:
 
 
 class _Reader:
-    """Reads groups and states of one source, and remembers what was done."""
+    """Converts groups and states of one source, and records the conversions for the warning."""
 
     def __init__(self, source: Source | None, optimizer: Target, given: Mapping[str, Any]):
         self.source = source
         self.optimizer = optimizer
-        self.new: dict[str, int] = {}
-        """Entry -> for how many parameters it starts anew."""
-        self.offered: set[str] = set()
-        self.taken: set[str] = set()
-        self.dropped: set[str] = set()
+        self.new: dict[str, int] = {}  # entry -> number of parameters for which it starts anew
+        self.offered: set[str] = set()  # entries that the source has
+        self.taken: set[str] = set()  # entries that were kept
+        self.dropped: set[str] = set()  # settings without a counterpart
+        # The step clock counts all steps of the run, so it is the largest count that occurs anywhere.
         self.t = max(_counts(given), default=0)
 
     def group(self, ours: Group, theirs: Group) -> Group:
-        """Settings as they were saved, under our names; those that are missing as they are here."""
+        """A param group: the saved options under the names used here, and the optimizer's own for missing ones."""
         known = {name: ours[name] for name in ("kind", *self.optimizer.defaults) if name in ours}
         if "t" in theirs:
             return known | theirs
@@ -157,6 +157,7 @@ class _Reader:
         return known | saved | {"t": self.t}
 
     def state(self, p: Tensor, group: Group, fresh: State, saved: State, who: str) -> State:
+        """The state of one parameter: ``saved`` converted, and ``fresh`` where entries are missing."""
         found = self._translated(p, group, saved)
         result = dict(fresh)
         mask = self._mask(p, found.pop("mask", None), who)
@@ -165,7 +166,7 @@ class _Reader:
         for name, value in found.items():
             if name in fresh and isinstance(value, Tensor):
                 result[name] = self._fitted(p, name, value, mask, fresh, group, who)
-            elif self.source is None and name not in OURS:  # the user's own
+            elif self.source is None and name not in OURS:  # an entry that the user has added
                 result[name] = value
         missing = {name for name in fresh if isinstance(fresh[name], Tensor) and name not in found} - {"mask"}
         for together in TOGETHER:
@@ -174,7 +175,7 @@ class _Reader:
         for name in missing:
             result[name] = fresh[name]
             self.new[name] = self.new.get(name, 0) + 1
-        if "mask" in fresh and "exp_avg" in missing:
+        if "mask" in fresh and "exp_avg" in missing:  # new moments have the size of the new mask
             result["mask"] = fresh["mask"]
         self.taken |= found.keys() & fresh.keys() - missing
         self.offered |= found.keys()
@@ -183,7 +184,7 @@ class _Reader:
     # ---- one parameter ----
 
     def _translated(self, p: Tensor, group: Group, saved: State) -> State:
-        """Their entries under our names, with the counts that ours need."""
+        """The saved entries under the names used here, with the counts ``age`` and ``n`` derived from ``step``."""
         step = saved.get("step")
         found = {NAMES.get(name, name): value for name, value in saved.items() if name != "step"}
         if self.source is None:
@@ -195,13 +196,14 @@ class _Reader:
             found["norm_rms"] = found["norm_rms"].sqrt()
         if step is not None and "exp_avg" in found:
             found["age"] = torch.tensor(self._age(float(step), group), dtype=torch.float64)
+            # n counts the updates of the statistics, which no reset touches.
             if "peak" in found:  # pytorch_optimizer counts both; the published StableSPAM has one counter for all
                 whole = self.source.group_mark == "step"
                 found["n"] = torch.tensor(float(self.t if whole else step), dtype=torch.float64)
         return found
 
     def _age(self, step: float, group: Group) -> float:
-        """Updates since the moments were last reset."""
+        """Updates since the moments were last reset, from a count ``step`` that may go through resets."""
         every = group.get("reset_interval", 0)
         if self.source is None or self.source.restarts or group.get("variant") == "official":
             return step
@@ -221,13 +223,14 @@ class _Reader:
     def _fitted(
         self, p: Tensor, name: str, value: Tensor, mask: Tensor | None, fresh: State, group: Group, who: str
     ) -> Tensor:
-        """``value`` in the form in which the state keeps it; the very tensor where it is in that form."""
+        """``value`` in the shape and storage of the present state: dense or compact, fp32, bf16 or 8-bit. The tensor
+        itself is returned where nothing differs, so that loading an own state is exact."""
         target: Tensor = fresh[name]
         if name not in ("exp_avg", "exp_avg_sq"):
             fits = value.shape == target.shape or value.numel() == target.numel() == 1
             self._demand(fits, who, name, value, tuple(target.shape))
         else:
-            compact = (int(mask.sum()),) if mask is not None else None
+            compact = (int(mask.sum()),) if mask is not None else None  # shape of moments under the saved mask
             self._demand(tuple(value.shape) == (compact or tuple(p.shape)), who, name, value, compact or tuple(p.shape))
             if "mask" in fresh and mask is None:  # dense there, sparse here
                 value = opened(value, torch.float32).reshape(-1)[unpack(fresh["mask"], p.numel()).to(value.device)]
@@ -249,9 +252,10 @@ class _Reader:
                 "the state belongs to another model, and nothing was loaded"
             )
 
-    # ---- what happened ----
+    # ---- the warning ----
 
     def summary(self, states: Mapping[Any, State]) -> str:
+        """One line that lists the entries that were kept, started anew and left out; "" if nothing was converted."""
         if self.source is None and not self.new:
             return ""
         new = ", ".join(sorted(self.new))
@@ -268,7 +272,7 @@ class _Reader:
 
 
 def _counts(given: Mapping[str, Any]) -> Iterator[int]:
-    """All step counts of a foreign state: per parameter, per group, or of the whole."""
+    """All step counts in a state of any optimizer: per parameter, per group, or of the whole optimizer."""
     state = given["state"]
     for holder in (given, state):
         if isinstance(holder.get("total_step"), int):

@@ -50,6 +50,7 @@ class Choice:
         kernels = kernels_for(params[0].device.type)
         if isinstance(kernels, str):
             return None
+        # The optional "compensation" (Kahan summation) is read and written by kernels like a moment.
         kept = [state[name] for name in (*MOMENTS, "compensation") for state in states if name in state]
         if not kernels.serves_all([*params, *grads, *kept]):
             return None
@@ -104,6 +105,7 @@ def buckets(
     kernels = choose.for_all(params, grads, states) if choose else None
     if kernels is not None:
         return [Bucket(params, grads, params, states, torch.float32, UNSHARDED, kernels)]
+    # Indices into `params`, by the properties that one call needs to have in common.
     members: dict[tuple[torch.device, torch.dtype, Layout, Kernels | None], list[int]] = {}
     shards = []
     for i, (p, grad) in enumerate(pairs):

@@ -1,5 +1,6 @@
-"""Which parameter is what: SCALE treats the embedding, the hidden matrices, the last layer and the vectors
-differently.
+"""The kind of each parameter of a model: embedding, hidden matrix, last layer or vector.
+
+SCALE treats these kinds differently (`scale_groups`); other optimizers exclude embedding and last layer (`is_inner`).
 """
 
 from collections.abc import Callable, Iterable
@@ -10,7 +11,7 @@ from torch import nn
 
 KINDS = ("embedding", "hidden", "last", "vector")
 HEADS = ("lm_head", "embed_out", "head", "output", "classifier", "score")
-"""Names under which models keep their last layer."""
+"""Names of last layers in common models (transformers, GPT-NeoX, timm, torchtitan)."""
 
 
 def scale_groups(
@@ -20,22 +21,35 @@ def scale_groups(
     hidden: str | Iterable[str] = (),
     last: str | Iterable[str] = (),
 ) -> list[dict[str, Any]]:
-    """Param groups for `SCALE`: one each for ``"embedding"``, ``"hidden"``, ``"last"`` and ``"vector"`` under the key
-    ``kind``.
+    """Param groups for `SCALE`, one for each kind: ``"embedding"``, ``"hidden"``, ``"last"`` and ``"vector"``, under
+    the key ``kind``.
 
     Weights of ``nn.Embedding`` are embeddings; the weight of the last layer is found by its name (``lm_head``,
     ``embed_out``, ``head``, ``output``, ``classifier``, ``score``); weights of linear, bilinear and convolution layers
-    are hidden; tensors of fewer than two dimensions are vectors. Frozen parameters are left out. Every trainable
-    parameter lands in exactly one group, as a named parameter.
+    are hidden; tensors of fewer than two dimensions are vectors. Frozen parameters are left out. Every other parameter
+    is in exactly one group, as a pair ``(name, parameter)``.
 
     Args:
         model: the module whose parameters are grouped.
         embedding, hidden, last: names of parameters, or patterns such as ``"encoder.pos_*"``, that belong to a kind
-            whatever the rules say.
+            regardless of the rules above. Default: none.
+
+    Returns:
+        A list of dicts with ``params`` and ``kind``; kinds without parameters are left out.
 
     Raises:
-        ValueError: a parameter that no rule classifies, a pattern that matches nothing, no last layer, or one tied to
-            the embedding; the message lists the names and how to settle them.
+        ValueError: a parameter that no rule classifies, a pattern that matches nothing, no last layer, several, or one
+            that is tied to the embedding. The message lists the names and the argument that decides.
+
+    Example:
+        >>> from torch import nn
+        >>> from evenstep import SCALE, scale_groups
+        >>> model = nn.Sequential()
+        >>> model.embed, model.fc, model.head = nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10, bias=False)
+        >>> groups = scale_groups(model)
+        >>> [(group["kind"], [name for name, _ in group["params"]]) for group in groups]
+        [('embedding', ['embed.weight']), ('hidden', ['fc.weight']), ('last', ['head.weight']), ('vector', ['fc.bias'])]
+        >>> optimizer = SCALE(groups, lr=1e-3)
     """
     given = {"embedding": _patterns(embedding), "hidden": _patterns(hidden), "last": _patterns(last)}
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -47,7 +61,7 @@ def scale_groups(
                 )
 
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in KINDS}
-    unknown: list[str] = []
+    unknown: list[str] = []  # reported together, so that one run of the program shows all
     owner = _owners(model)
     for name, p in params.items():
         named = (k for k, patterns in given.items() if any(fnmatchcase(name, x) for x in patterns))
@@ -81,8 +95,9 @@ def scale_groups(
 
 
 def is_inner(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
-    """Whether a parameter of ``model``, by name, is a matrix between the embedding and the last layer: no vector, no
-    ``nn.Embedding`` (a last layer tied to one is it), nothing in a module named like a last layer."""
+    """A function of a parameter's name and the parameter: whether it is a matrix between the embedding and the last
+    layer. Vectors, weights of ``nn.Embedding`` (also of a last layer tied to one) and parameters in a module named like
+    a last layer are not."""
     owner = _owners(model)
 
     def inner(name: str, p: nn.Parameter) -> bool:
@@ -94,7 +109,7 @@ def is_inner(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
 
 
 def has_head(model: nn.Module) -> bool:
-    """Is there a last layer that `is_inner` tells: named like one, or tied to the embedding?"""
+    """Whether the model has a last layer that `is_inner` recognises: by its name, or tied to the embedding."""
     names = [path for path, _ in model.named_modules(remove_duplicate=False)]
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return any(_is_head(path) for path in names) or bool(_tied_heads(model, embeddings))
@@ -118,6 +133,7 @@ def _is_head(module_path: str) -> bool:
 
 
 def _kind(name: str, p: nn.Parameter, owner: nn.Module, *, find_last: bool) -> str | None:
+    """The kind of a parameter by the rules of `scale_groups`, None where none applies."""
     if p.dim() < 2:
         return "vector"
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
@@ -132,6 +148,7 @@ def _kind(name: str, p: nn.Parameter, owner: nn.Module, *, find_last: bool) -> s
 
 
 def _tied_heads(model: nn.Module, embeddings: set[int]) -> list[str]:
+    """Paths of linear layers whose weight is one of ``embeddings`` (ids of parameters)."""
     return [
         path
         for path, module in model.named_modules(remove_duplicate=False)

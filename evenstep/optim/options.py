@@ -19,6 +19,10 @@ from evenstep.errors import nearest
 # ---- ranges ----
 
 
+# A predicate of a value, and the words for it. Checks run at construction, for every param group, and before a step
+# whose options have changed.
+
+
 @dataclass(frozen=True)
 class Range:
     """The values that an option may have: a predicate, and how an error message describes them."""
@@ -40,13 +44,14 @@ def number(low: float, high: float = math.inf, *, below: bool = False) -> Callab
             if x.numel() != 1 or x.device.type != "cpu":
                 return bool(x.numel() == 1)  # a value on a device is not read: that would wait for the device
             x = x.item()
-        if not isinstance(x, Real) or isinstance(x, bool):
+        if not isinstance(x, Real) or isinstance(x, bool):  # bool is a Real: lr=True would pass as 1.0
             return False
         return low <= float(x) and (float(x) < high if below else float(x) <= high)
 
     return holds
 
 
+# Comparisons with NaN are False, so NaN is out of every range. Decays exclude 1, which would divide by 1 - beta = 0.
 _fraction, _at_least_0 = number(0, 1, below=True), number(0, math.inf, below=True)
 
 
@@ -66,7 +71,9 @@ COUNT = Range(_count, "a whole number >= 0")
 COUNT_OR_NEVER = Range(_count, "a whole number >= 0 (0 = never)")
 BOOL = Range(lambda x: isinstance(x, bool), "True or False")
 
+# One entry per name: to add a hyperparameter of an optimizer or a transform, add its range here.
 RANGES: dict[str, Range] = {
+    # Optimizers
     "lr": AT_LEAST_0,
     "adam_lr": Range(lambda x: x is None or _at_least_0(x), "a number >= 0, or None"),
     "betas": Range(
@@ -90,6 +97,7 @@ RANGES: dict[str, Range] = {
     "capturable": BOOL,
     "rounding": _choice("nearest", "stochastic", "kahan"),
     "state": _choice("fp32", "bf16", "int8"),
+    # Transforms
     "beta2": FRACTION,
     "alpha": FRACTION,
     "limit": ABOVE_0,
@@ -137,13 +145,12 @@ class Option:
     name: str
     default: Any
     help: str
-    source: str = ""
-    """Where the default comes from."""
-    aliases: tuple[str, ...] = ()
-    """Names of the published code, which constructors accept too."""
+    source: str = ""  # paper or published code that the default comes from
+    aliases: tuple[str, ...] = ()  # names in the published code, which constructors accept too
 
     @property
     def range(self) -> Range:
+        """The allowed values."""
         return RANGES[self.name]
 
 
@@ -160,6 +167,9 @@ COMMON = (
 )
 """Options of every optimizer."""
 
+# The order of each tuple is that of the constructor's arguments. `replace` changes what differs between optimizers.
+
+# arXiv:2502.17055. theta, total_T, update_proj_gap: names of the published class.
 STABLE_SPAM = (
     replace(LR, source="paper, section 5"),
     BETAS,
@@ -175,6 +185,7 @@ STABLE_SPAM = (
     *COMMON,
 )
 
+# arXiv:2501.06842. grad_accu_steps, warmup_epoch, DeltaT: names of the published class.
 SPAM = (
     replace(LR, source="paper: 60M"),
     BETAS,
@@ -189,6 +200,7 @@ SPAM = (
     *COMMON,
 )
 
+# arXiv:2506.16659.
 SCALE = (
     LR,
     Option("momentum", 0.9, "decay of the last layer's average gradient", "paper"),
@@ -202,12 +214,13 @@ SCALE = (
 
 
 def aliases(options: Iterable[Option]) -> dict[str, str]:
-    """Official name -> ours."""
+    """Name in the published code -> name here."""
     return {alias: option.name for option in options for alias in option.aliases}
 
 
 # ---- names that callers give ----
 
+# Trainers pass these to any optimizer.
 _INERT = {
     "foreach": "evenstep chooses its own loops and kernels; leave it out",
     "differentiable": "the step is not differentiable; leave it out",
@@ -227,19 +240,22 @@ def without_inert(given: Mapping[str, Any]) -> dict[str, Any]:
 def renamed(
     given: Mapping[str, Any], aliases: Mapping[str, str], owner: str, known: set[str], *, strict: bool = True
 ) -> dict[str, Any]:
-    """``given`` with official names replaced by ours. ``strict`` refuses unknown names (TypeError); otherwise only
-    those that look like a mistyped hyperparameter (ValueError)."""
+    """``given`` with names of the published code replaced by those of evenstep, for the class or object ``owner``.
+
+    Raises ValueError for two names of one option. Of unknown names, ``strict`` refuses all (TypeError, for the
+    constructor), otherwise only those that look like a mistyped option (ValueError, for param groups).
+    """
     import difflib  # takes 5 ms to load
 
     result: dict[str, Any] = {}
     for name, value in given.items():
-        ours = aliases.get(name, name)
-        if ours in result or (ours != name and ours in given):
-            raise ValueError(f"{owner}: {name!r} and {ours!r} are two names of one setting; give one of them")
-        if ours not in known and strict:
+        new = aliases.get(name, name)
+        if new in result or (new != name and new in given):
+            raise ValueError(f"{owner}: {name!r} and {new!r} are two names of one setting; give one of them")
+        if new not in known and strict:
             raise TypeError(f"{owner}: unknown argument {name!r}{nearest(name, [*known, *aliases])}")
         # A param group may hold the user's own entries, which are kept, unless a name looks like a mistyped option.
-        if ours not in known and difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+        if new not in known and difflib.get_close_matches(name, known, n=1, cutoff=0.85):
             raise ValueError(f"{owner}: unknown option {name!r}{nearest(name, [*known, *aliases])}")
-        result[ours] = value
+        result[new] = value
     return result

@@ -36,6 +36,7 @@ def with_tensor_clock(group: Group) -> Group:
     # On the CPU: a 0-d CPU tensor mixes with tensors of any device without a copy.
     t, lr = group["t"], group["lr"]
     return group | {
+        # fp64 counts to 2^53 exactly; fp32 would stop at 2^24 steps.
         "t": t.to(torch.float64)
         if isinstance(t, Tensor)
         else torch.tensor(float(t), dtype=torch.float64, device="cpu"),
@@ -48,16 +49,17 @@ def latest_clock(clocks: list[Any]) -> Any:
     tensor there."""
     if not any(isinstance(t, Tensor) for t in clocks):
         return max(clocks, default=0)
-    device = next(t.device for t in clocks if isinstance(t, Tensor))
+    device = next(t.device for t in clocks if isinstance(t, Tensor))  # the first capturable group's
     return torch.stack([torch.as_tensor(t, dtype=torch.int64).to(device) for t in clocks]).amax()
 
 
 def place_clock(group: Group) -> None:
     """Under ``capturable`` the clock lives on the device, where a replayed CUDA graph can advance it."""
     if group["capturable"]:
-        if group.get("density", 1) != 1:
+        if group.get("density", 1) != 1:  # a replayed graph would train with one mask for ever
             raise ValueError("capturable=True does not go with density < 1, whose masks are drawn on the host")
         device = group["params"][0].device if group["params"] else "cpu"
+        # A copy, because groups advance their clocks in place.
         group["t"] = torch.as_tensor(group["t"], dtype=torch.int64).to(device, copy=True)
     else:
         group["t"] = int(group["t"])
@@ -100,7 +102,7 @@ def restore_exactly(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         place_clock(group)
     for p, entries in _numbered(optimizer, saved):
         for name, value in entries.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor):  # cloned: the caller may go on with its state dict
                 optimizer.state[p][name] = value.detach().to(p.device).clone()
 
 
@@ -134,6 +136,7 @@ def rounding(group: Group, bucket: Bucket) -> tuple[list[Tensor | None], list[Te
     if group["rounding"] == "kahan":
         lost = [local(state["compensation"]) if "compensation" in state else None for state in bucket.states]
     elif group["rounding"] == "stochastic":
+        # One tensor of k seeds, made of step and place; unbound into 0-d views.
         seeds[:] = noise_seeds(torch.as_tensor(group["t"]), group["places"], bucket.shards[0].device)
     return lost, seeds
 
@@ -150,8 +153,10 @@ def _eight_bit_blocks() -> Any:
     try:
         from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError as error:
+        # At construction, not in the middle of a run.
         raise ImportError("state='int8' needs torchao (pip install torchao); state='bf16' does without") from error
 
+    # torchao dispatches by operator, and copy.deepcopy calls clone, which its class does not implement.
     def clone(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         x = args[0]
         return OptimState8bit(x.codes.clone(), x.scale.clone(), x.qmap.clone(), x.signed, x.dtype)
@@ -173,6 +178,7 @@ def moment(p: Tensor, stored: str = "fp32", *, signed: bool = True) -> Tensor:
         # A block may not cross the border of a shard, and all shards must have the same size.
         if shard.numel() * num_shards(p) == p.numel() >= 4096 and shard.numel() % 256 == 0:
             return shard_like(p, blocks.zeros(shard.shape, signed, 256, p.device))
+    # preserve_format: a channels_last parameter has channels_last moments, so that all are read in one order.
     dtype = torch.bfloat16 if stored == "bf16" else state_dtype(p)
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 

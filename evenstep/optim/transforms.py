@@ -148,7 +148,8 @@ class AdaClip(Transform):
         self.gamma3 = gamma3
 
     def __call__(self, grads: Gradients, state: Statistics, step: StepInfo) -> Result:
-        n = state["n"] + 1
+        # T_t = gamma3 T_{t-1} + (1 - gamma3) max|g_t|; entries above T_t / (1 - gamma3^n) are scaled down to it.
+        n = state["n"] + 1  # [k]
         if grads.limit is not None:  # clipped already, and `Gradients` has one limit: go on from the clipped entries
             grads = yield from grads.replaced([grads.read(i) for i in range(len(grads.tensors))])
         grads, peak = adaclip(grads, state["peak"], n, self.gamma3)
@@ -197,6 +198,8 @@ class AdaGN(Transform):
     def __call__(self, grads: Gradients, state: Statistics, step: StepInfo) -> Result:
         n = state["n"] + 1  # [k]
         grads = (yield from grads.with_norms()).within_range()  # all-reduce: the norms of whole tensors
+        # mu_t = gamma1 mu_{t-1} + (1 - gamma1) ||g_t||, nu_t = gamma2 nu_{t-1} + (1 - gamma2) ||g_t||^2;
+        # gain = mu_hat / (sqrt(nu_hat) + eps) / ||g_t||, [k]. sqrt(nu) is kept, see `adagn`.
         gain, ema, rms = adagn(grads.norm, state["norm"], state["norm_rms"], n, self.gamma1, self.gamma2, self.eps)
         return grads.amplified(gain), {"norm": ema, "norm_rms": rms, "n": n}
 
@@ -213,7 +216,7 @@ class GradientStabilizer(AdaGN):
         >>> optimizer = stabilize(torch.optim.AdamW([w]), GradientStabilizer())
         >>> w.grad = torch.tensor([3.0, 4.0])
         >>> optimizer.step()
-        >>> optimizer.stats["grad_norm"], optimizer.stats["norm_after"]
+        >>> optimizer.stats["grad_norm"], optimizer.stats["norm_after"].round()
         (tensor([5.]), tensor([1.]))
     """
 
@@ -265,19 +268,22 @@ class SpikeClip(Transform):
         grads = grads.squares_within(torch.finfo(grads.dtype).max)
         # On the step of a reset v starts from zero, so its entries have no history; clip_start counts from there.
         forget = step.reset_interval > 0 and step.since_reset() == 0
+        # Both are Python bools: t is a number here, since `stabilize` keeps its clock on the host.
         clips = self.threshold > 0 and min(step.t, step.since_reset()) >= self.clip_start
         flag = grads.peak.new_ones(())  # EntryClip takes 0-d tensors on the device
         clip = EntryClip(self.threshold, flag * clips, forget=flag * forget, zero_history=False)
         kept = 0.0 if forget else self.beta2
         largest = torch.finfo(grads.dtype).max
-        clipped, second = [], []
+        clipped, second = [], []  # k tensors each: transformed gradients, new v
         for i, v in enumerate(state["exp_avg_sq"]):
             before = grads.read(i)
-            g = clip(i, before, v) if self.threshold else before
+            g = clip(i, before, v) if self.threshold else before  # |g| <= sqrt(threshold v)
             if self.spikes == "zero":  # entries that the clip has changed
                 g = g.mul_(g == before)
             clipped.append(g)
+            # v <- beta2 v + (1 - beta2) g^2 with the clipped g: one spike must not raise the limit for the next.
             second.append((v * kept).addcmul_(g, g, value=1 - self.beta2).clamp_(max=largest))
+        # Each entry has its own limit, so the values themselves are replaced: one pass more than a limit or a gain.
         grads = yield from grads.replaced(clipped)
         return grads, {"exp_avg_sq": second}
 
@@ -364,6 +370,7 @@ class AGC(Transform):
             weight, size = answer.sqrt().chunk(2)
             limit = self.clipping * weight.clamp(min=self.eps)
             factor = torch.where(size > limit, limit / size, torch.ones_like(size)).to(g.dtype)
+            # [m] as [m, 1, ...], or 0-d for a vector
             g.mul_(factor.view(-1, *[1] * (g.dim() - 1)) if g.dim() > 1 else factor.view(()))
         grads = yield from grads.replaced(values)
         return grads, {}
@@ -399,6 +406,7 @@ def global_norm(grads: Gradients) -> Steps[tuple[Gradients, Tensor, Tensor]]:
         Reduction("gather", torch.where(grads.finite, grads.norm, 0.0).to(dtype)),
         Reduction("gather", grads.finite.to(dtype)),
     )
+    # ||g||^2 = sum of the squared norms. `peak_and_norm` takes them relative to the largest, against overflow.
     return grads, peak_and_norm(norms)[1], finite.amin() > 0
 
 
@@ -482,8 +490,8 @@ class ZClip(Transform):
 
     def __call__(self, grads: Gradients, state: Statistics, step: StepInfo) -> Result:
         grads, norm, _ = yield from global_norm(grads)
-        mean, var, n = state["mean"], state["var"], state["n"]
-        warm = n >= max(self.warmup_steps, 1)
+        mean, var, n = state["mean"], state["var"], state["n"]  # 0-d each
+        warm = n >= max(self.warmup_steps, 1)  # 0-d bool
         std = var.sqrt()
         z = (norm - mean) / (std + self.eps)
         outlier = warm & (z > self.threshold)
@@ -492,6 +500,7 @@ class ZClip(Transform):
         # During the warm-up: the mean and variance of the n + 1 norms so far (Welford's update).
         first_mean = mean + (norm - mean) / (n + 1)
         first_var = (n * var + (norm - mean) * (norm - first_mean)) / (n + 1)
+        # Afterwards: exponential means, which see the clipped norm and the new mean.
         later_mean = self.alpha * mean + (1 - self.alpha) * kept
         later_var = self.alpha * var + (1 - self.alpha) * (kept - later_mean).square()
         new = {
@@ -540,6 +549,7 @@ class AutoClip(Transform):
 
     def __call__(self, grads: Gradients, state: Statistics, step: StepInfo) -> Result:
         grads, norm, finite = yield from global_norm(grads)
+        # The present norm is part of its own history, so the first step is never clipped.
         history, n = appended(state["history"], state["n"], norm)
         limit = percentile(history, n.clamp(max=self.window), self.percentile)
         # A norm that is not the whole model's is not compared with those that are.
@@ -606,11 +616,13 @@ class SkipStep(Transform):
             value = torch.where(usable, value, torch.zeros_like(value))
         past = torch.arange(self.window, device=history.device) < n  # [window] bool: places that are filled
         count = past.sum()
+        # Mean and sample variance of the values before this one, as torch.std of the filled window would give.
         mean = (history * past).sum() / count.clamp(min=1)
         variance = ((history - mean).square() * past).sum() / (count - 1).clamp(min=1)
         # All in tensors: the decision stays on the device, and a skipped step costs no synchronisation.
         judged = n + 1 >= max(3, self.window // 2)
         keep = usable & ~(judged & (value - mean > self.sigma * variance.sqrt()))
+        # An outlier enters the window, so that a lasting change of level is accepted after a while.
         longer, more = appended(history, n, value)
         new = {"history": torch.where(usable, longer, history), "n": torch.where(usable, more, n)}
         return grads.kept_if(keep), new
@@ -628,7 +640,7 @@ def percentile(history: Tensor, count: Tensor, percent: float) -> Tensor:
     # Unused places sort to the end as Inf.
     used = torch.arange(len(history), device=history.device) < count
     ordered = torch.where(used, history, torch.inf).sort().values
-    place = (count - 1) * (percent / 100)
+    place = (count - 1) * (percent / 100)  # fractional index into the sorted values
     below = place.floor()
     low, high = ordered[torch.stack([below, torch.minimum(below + 1, count - 1)]).long()].unbind()
     return low + (place - below) * (high - low)
