@@ -21,14 +21,14 @@ from evenstep.optim.functional import Gradients
 
 # ---- checks ----
 
+# Names that torch's optimizers give to tensors in the shape of their parameter.
 IN_SHAPE = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "square_avg"})
-"""State entries that have the shape of their parameter wherever they are known."""
 
+# Where one of these entries exists, moments are compact (the masked entries, or a low-rank projection).
 PARTIAL = frozenset({"mask", "projector"})
-"""Where one of these entries exists, moments are compact (the masked entries, or a low-rank projection)."""
 
+# Entries that Adam and AdamW need together: with one missing they would fail in the next step.
 ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})
-"""Entries that Adam and AdamW need together: with one missing they would fail in the next step."""
 
 
 def check_base(base: Any) -> None:
@@ -189,6 +189,7 @@ class Snapshot:
 
     def __init__(self, base: Optimizer, params: list[Tensor], moments: frozenset[str]):
         self.base, self.params, self.moments = base, params, moments
+        # Lists, because a DTensor or an 8-bit tensor consists of several plain tensors.
         self.weights = [_copies(p) for p in params]
         self.states = [
             {name: _copies(value) for name, value in base.state.get(p, {}).items() if isinstance(value, Tensor)}
@@ -236,9 +237,11 @@ def _put_back(x: Tensor, saved: list[Tensor], flag: Tensor) -> None:
 # (a turn), and the copies of each turn reuse the same memory, of the size of the largest gradient. The memory is kept
 # from step to step, because the operating system is slow to hand out new pages.
 
+# Smallest size of a turn, in bytes of gradients: one step of a base costs some 0.1 ms, however small.
 MIN_TURN_BYTES = 1 << 20
-"""Smallest size of a turn, in bytes of gradients: one step of a base costs some 0.1 ms, however small."""
 
+# Optimizers that update each parameter from its own gradient and state alone, so that several steps, each on some of
+# the parameters, equal one step on all. Subclasses may differ and are not included.
 PARAMETER_BY_PARAMETER = frozenset(
     getattr(torch.optim, name)
     for name in (
@@ -246,11 +249,9 @@ PARAMETER_BY_PARAMETER = frozenset(
     )
     if hasattr(torch.optim, name)
 )
-"""Optimizers that update each parameter from its own gradient and state alone, so that several steps, each on some of
-the parameters, equal one step on all. Subclasses may differ and are not included."""
 
+# Transformed gradients, the number of a tensor among them, and its parameter.
 Work = tuple[Gradients, int, Tensor]
-"""Transformed gradients, the number of a tensor among them, and its parameter."""
 
 
 def goes_in_turns(base: Optimizer) -> bool:
@@ -263,7 +264,7 @@ class GradientSwap:
     """Puts transformed gradients into ``p.grad`` and steps a base on them."""
 
     def __init__(self) -> None:
-        self.scratch: dict[torch.device, Tensor] = {}
+        self.scratch: dict[torch.device, Tensor] = {}  # uint8, reused by every turn and every step
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return GradientSwap, ()  # copies and pickles do without the scratch memory
@@ -280,6 +281,7 @@ class GradientSwap:
         ``p.grad`` of all parameters must be None before, and is None again afterwards. Where ``bad`` (0-d bool) is True
         the gradients are NaN instead, for a base that leaves such tensors unchanged.
         """
+        # One turn holds all gradients at once, in new memory, if the base has to see them together.
         for turn in (turns := _turns(work) if goes_in_turns(base) else [list(work)] if work else []):
             outs = self._room_for(turn) if len(turns) > 1 else [torch.empty_like(_given(g, i)) for g, i, _ in turn]
             for several, targets in _by_bucket(turn, outs):
@@ -291,7 +293,7 @@ class GradientSwap:
                 p.grad = _like(p, out)
             try:
                 (step or base.step)()
-            finally:
+            finally:  # also after an error, and before the next turn: a base must see each gradient once
                 for _, _, p in turn:
                     p.grad = None
 

@@ -40,7 +40,7 @@ class Chain:
     """
 
     def __init__(self, transforms: tuple[Transform, ...], reset_interval: int, depth: int = 0):
-        names = [unit.name for unit in transforms]
+        names = [transform.name for transform in transforms]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"stabilize: {', '.join(twice)} is given more than once; each kind of transform goes once")
@@ -61,14 +61,14 @@ class Chain:
 
     def fresh(self, p: Tensor) -> dict[str, Tensor]:
         """Statistics of a new parameter: zeros, and the present values of the shared ones."""
-        found = {"skipped": scalar(p)}  # number of steps with a gradient that was not finite
-        for unit in self.transforms:
-            found |= {f"{unit.name}.{name}": scalar(p) for name in unit.scalars}
-            for name in unit.entries:
-                found[f"{unit.name}.{name}"] = torch.zeros_like(p, dtype=state_dtype(p), requires_grad=False)
-            for name, shape in unit.shared.items():
-                found[f"{unit.name}.{name}"] = self._shared(f"{unit.name}.{name}", shape, p.device)
-        return found
+        entries = {"skipped": scalar(p)}  # number of steps with a gradient that was not finite
+        for transform in self.transforms:
+            entries |= {f"{transform.name}.{name}": scalar(p) for name in transform.scalars}
+            for name in transform.entries:
+                entries[f"{transform.name}.{name}"] = torch.zeros_like(p, dtype=state_dtype(p), requires_grad=False)
+            for name, shape in transform.shared.items():
+                entries[f"{transform.name}.{name}"] = self._shared(f"{transform.name}.{name}", shape, p.device)
+        return entries
 
     def _shared(self, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """The tensor of a shared statistic on ``device``. All parameters there hold this same tensor."""
@@ -89,9 +89,10 @@ class Chain:
         # Each transform changes limits and gains beside the gradients, which are read once, by the base's step.
         grads = yield from Gradients.measure(bucket.grads, bucket.dtype, kernels=bucket.kernels)
         new = []  # new statistics by transform
-        for unit in self.transforms:
-            grads, found = yield from unit(grads, self._read(unit, bucket), info)
-            new.append(found)
+        for transform in self.transforms:
+            # Where a transform needs statistics of whole tensors, it yields requests through this generator.
+            grads, statistics = yield from transform(grads, self._read(transform, bucket), info)
+            new.append(statistics)
         grads = yield from grads.with_norms()
         # Every bucket issues this request, so that each learns of all: shared statistics are kept only if all gradients
         # of the model are finite.
@@ -105,39 +106,42 @@ class Chain:
                 moved = torch.zeros_like(value, device=p.device) if value.is_meta else value.to(p.device)
                 self.statistics[p][key] = moved
 
-    def _read(self, unit: Transform, bucket: Bucket) -> Statistics:
+    def _read(self, transform: Transform, bucket: Bucket) -> Statistics:
         """The present statistics of a transform for the ``k`` parameters of a bucket: see `Transform.__call__`."""
 
         def stored(name: str) -> list[Tensor]:
-            return [self.statistics[p][f"{unit.name}.{name}"] for p in bucket.params]
+            return [self.statistics[p][f"{transform.name}.{name}"] for p in bucket.params]
 
-        state: Statistics = {name: torch.stack(stored(name)) for name in unit.scalars}
-        state |= {name: [local(value) for value in stored(name)] for name in unit.entries}
-        return state | {name: stored(name)[0] for name in unit.shared}
+        # scalars: [k] per name; entries: k local shards; shared: one tensor, the same object for all parameters.
+        state: Statistics = {name: torch.stack(stored(name)) for name in transform.scalars}
+        state |= {name: [local(value) for value in stored(name)] for name in transform.entries}
+        return state | {name: stored(name)[0] for name in transform.shared}
 
-    def keep(self, found: list[Transformed]) -> None:
+    def keep(self, results: list[Transformed]) -> None:
         """Write the new statistics of a step: those of a tensor if its gradient was finite, the shared ones if all
         were.
         """
-        for one in found:
-            params, finite = one.bucket.params, one.grads.finite  # [k] bool, never read back
+        for result in results:
+            params, finite = result.bucket.params, result.grads.finite  # [k] bool, never read back
+            # flag is a 0-d bool on the device; statistics are written where it is True by torch.where.
             for p, flag in zip(params, finite.unbind(), strict=True):
                 self.statistics[p]["skipped"].add_(~flag)
-            for unit, new in zip(self.transforms, one.new, strict=True):
-                for name in (*unit.scalars, *unit.entries):
+            for transform, new in zip(self.transforms, result.new, strict=True):
+                for name in (*transform.scalars, *transform.entries):
                     for p, flag, value in zip(params, finite.unbind(), new[name], strict=True):
-                        old = local(self.statistics[p][f"{unit.name}.{name}"])
+                        old = local(self.statistics[p][f"{transform.name}.{name}"])
                         old.copy_(torch.where(flag, value, old))
-        if found:
-            self._keep_shared(found[0])
+        if results:
+            self._keep_shared(results[0])
 
-    def _keep_shared(self, one: Transformed) -> None:
+    def _keep_shared(self, result: Transformed) -> None:
         """Write the shared statistics, which are equal in all buckets, once to each tensor that holds them."""
-        for unit, new in zip(self.transforms, one.new, strict=True):
-            for name in unit.shared:
-                key = f"{unit.name}.{name}"
-                old = self.statistics[one.bucket.params[0]][key]
-                value = new[name] if unit.sees_skipped_steps else torch.where(one.all_finite, new[name], old)
+        for transform, new in zip(self.transforms, result.new, strict=True):
+            for name in transform.shared:
+                key = f"{transform.name}.{name}"
+                old = self.statistics[result.bucket.params[0]][key]
+                value = new[name] if transform.sees_skipped_steps else torch.where(result.all_finite, new[name], old)
+                # Parameters on several devices: one tensor per device, each found under many parameters.
                 for holder in {id(state[key]): state[key] for state in self.statistics.values()}.values():
                     holder.copy_(value)
 

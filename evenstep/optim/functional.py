@@ -609,10 +609,10 @@ def squared_norms(pieces: Iterable[Tensor], read: Callable[[Tensor], Tensor], ov
     """Squared norms in fp64 of the rows of a matrix that comes in pieces of rows (``over=1``: ``[m, 1, ...]``), or of
     its columns (``over=0``: ``[1, n, ...]``). ``read`` makes the entries of a piece."""
     # fp64 holds the squares of all fp32 numbers, and sums that are all-reduced need no common unit.
-    found = [read(piece).double().square_() for piece in pieces]
+    squared = [read(piece).double().square_() for piece in pieces]
     if over == 0:  # a column runs through all pieces
-        return torch.stack([squares.sum(0, keepdim=True) for squares in found]).sum(0)
-    return torch.cat([squares.sum(tuple(range(1, squares.dim())), keepdim=True) for squares in found])
+        return torch.stack([squares.sum(0, keepdim=True) for squares in squared]).sum(0)
+    return torch.cat([squares.sum(tuple(range(1, squares.dim())), keepdim=True) for squares in squared])
 
 
 def floored(size: Tensor, count: int, norm: str) -> Tensor:
@@ -706,8 +706,8 @@ def scale_statistics(
     grads: Gradients, sizes: Tensor, directions: Tensor, lr: Tensor | float, *, sharded: bool = False
 ) -> dict[str, Tensor]:
     """The same for SCALE's matrices, from the norms of their normalised gradients ``[k]``."""
-    found = statistics(grads, sizes, directions * lr * grads.finite, sharded=sharded)
+    stats = statistics(grads, sizes, directions * lr * grads.finite, sharded=sharded)
     # The direction replaces the gradient, so the norm after is its norm, and the gain the ratio of the two.
     after = torch.full_like(directions, torch.nan) if sharded else directions
-    gain = after / found["grad_norm"].clamp(min=torch.finfo(grads.dtype).tiny)
-    return found | {"norm_after": after, "gain": gain}
+    gain = after / stats["grad_norm"].clamp(min=torch.finfo(grads.dtype).tiny)
+    return stats | {"norm_after": after, "gain": gain}

@@ -15,8 +15,8 @@ from evenstep.kernels import Kernels, is_coded, kernels_for
 from evenstep.optim.distributed import PLAIN, UNSHARDED, Bucket, Layout, local, state_dtype
 from evenstep.optim.self_check import failing
 
+# Entries of a parameter's state that kernels write.
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Entries of a parameter's state that kernels write."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Choice:
     """
 
     fused: bool | None
-    user: type | None = None
-    """The optimizer class, which determines the kernels that are checked before they first serve."""
+    user: type | None = None  # the optimizer class, which determines the kernels that are checked before they serve
 
     def check(self, p: Tensor) -> None:
         """ValueError where ``fused=True`` and there are no kernels for the device of ``p``."""
+        # At construction, so that a missing compiler is reported before the first batch.
         kernels = kernels_for(p.device.type) if self.fused else None
         if isinstance(kernels, str):
             raise ValueError(f"fused=True: {kernels}; use fused=None or False (evenstep doctor tells more)")
@@ -65,7 +65,7 @@ class Choice:
             return None
         kernels = kernels_for(p.device.type)
         reason = kernels if isinstance(kernels, str) else self._refusal(kernels, p, grad, state, sharded)
-        if reason is None:
+        if reason is None:  # then it is no str
             return kernels  # type: ignore[return-value]
         if self.fused:
             raise RuntimeError(

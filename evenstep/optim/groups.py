@@ -52,6 +52,7 @@ def scale_groups(
         >>> optimizer = SCALE(groups, lr=1e-3)
     """
     given = {"embedding": _patterns(embedding), "hidden": _patterns(hidden), "last": _patterns(last)}
+    # named_parameters yields a shared parameter once, under its first name: a tied head appears as the embedding.
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for given_kind, patterns in given.items():
         for pattern in patterns:
@@ -64,6 +65,7 @@ def scale_groups(
     unknown: list[str] = []  # reported together, so that one run of the program shows all
     owner = _owners(model)
     for name, p in params.items():
+        # The caller's patterns come before all rules.
         named = (k for k, patterns in given.items() if any(fnmatchcase(name, x) for x in patterns))
         kind = next(named, None) or _kind(name, p, owner[name], find_last=not given["last"])
         if kind is None:
@@ -75,6 +77,7 @@ def scale_groups(
             f"scale_groups could not classify {', '.join(unknown)}; "
             "name them in embedding=, hidden= or last= (patterns are allowed)"
         )
+    # Exactly one last layer is needed: momentum there is part of the method, and a guess could be silently wrong.
     tied = _tied_heads(model, {id(p) for _, p in groups["embedding"]})
     if not groups["last"] and tied:
         raise ValueError(
@@ -102,6 +105,7 @@ def is_inner(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
 
     def inner(name: str, p: nn.Parameter) -> bool:
         path = name.split(".")[:-1]
+        # Wrappers such as modules_to_save of peft put more modules below the head.
         last = _is_head(".".join(path)) or bool({*path} & {"lm_head", "classifier", "score"})
         return p.dim() >= 2 and not isinstance(owner[name], nn.Embedding | nn.EmbeddingBag) and not last
 
@@ -110,6 +114,7 @@ def is_inner(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
 
 def has_head(model: nn.Module) -> bool:
     """Whether the model has a last layer that `is_inner` recognises: by its name, or tied to the embedding."""
+    # remove_duplicate=False: a tied module may be found under its second name alone.
     names = [path for path, _ in model.named_modules(remove_duplicate=False)]
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return any(_is_head(path) for path in names) or bool(_tied_heads(model, embeddings))

@@ -75,7 +75,7 @@ class EvenOptimizer(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "OPTIONS" in cls.__dict__:
+        if "OPTIONS" in cls.__dict__:  # a user's subclass without options of its own keeps those of its parent
             cls.ALIASES = aliases(cls.OPTIONS)
 
     def __init__(
@@ -83,6 +83,7 @@ class EvenOptimizer(Optimizer):
     ):
         # Kept on the optimizer and out of the groups: a saved state must load on a machine without kernels.
         self._choice = Choice(fused, type(self))
+        # ``given`` is the constructor's locals(), so that a hyperparameter is named in one place less.
         hyper = {option.name: given[option.name] for option in self.OPTIONS}
         defaults = renamed(without_inert(official), self.ALIASES, type(self).__name__, set(hyper))
         self.stats: dict[str, Tensor] = {}  # of the last step, a vector over all parameters for each name
@@ -117,6 +118,7 @@ class EvenOptimizer(Optimizer):
         group = self._prepare_group(renamed(param_group, self.ALIASES, "param group", set(self.defaults), strict=False))
         for name, value in (self.defaults | group).items():
             self._check(name, value)
+        # Schedules and resets of a group that is added late go on in step with the others.
         group.setdefault("t", latest_clock([other["t"] for other in self.param_groups]))
         super().add_param_group(group)
         added = self.param_groups[-1]
@@ -141,7 +143,7 @@ class EvenOptimizer(Optimizer):
     def fresh_state(self, p: Tensor, group: Group, index: int) -> State:
         """The complete state of a new parameter: `new_state`, and Kahan compensation where the group asks for it."""
         state = self.new_state(p, group, index)
-        if group["rounding"] == "kahan" and p.dtype != state_dtype(p):
+        if group["rounding"] == "kahan" and p.dtype != state_dtype(p):  # nothing is lost in fp32 parameters
             state["compensation"] = torch.zeros_like(p)
         return state
 
@@ -250,6 +252,7 @@ class EvenOptimizer(Optimizer):
         return group.get("sweep") != group["t"] or self._had_its_turn(group, p)
 
     def _advance(self) -> None:
+        # All groups together, also those without gradients: one clock for all schedules.
         for group in self.param_groups:
             group["t"] += 1
 
@@ -259,6 +262,7 @@ class EvenOptimizer(Optimizer):
         choice = Choice(False) if compiling else self._choice
         work = []
         for group, params in chosen:
+            # New masks of SPAM come before the buckets, which hold references to the state.
             self.prepare(group, [p for p in params if p.grad is not None])
             for bucket in buckets(params, self.state, choice):
                 # Seeds of stochastic rounding depend on a parameter's place, which is the same after a resume.
@@ -306,6 +310,14 @@ class EvenOptimizer(Optimizer):
         if they were given as tensors. Returns the statistics named in `STATS`, ``[len(STATS), k]``."""
         raise NotImplementedError
 
+    def adam_options(self, group: Group, **special: Any) -> dict[str, Any]:
+        """The options of a fused Adam step (`STEP_OPTIONS`): those that are the same for all optimizers, and
+        ``special`` ones in addition or instead."""
+        beta1, beta2 = group["betas"]
+        common = {"sign": -1.0 if group["maximize"] else 1.0, "lr": group["lr"], "beta1": beta1, "beta2": beta2}
+        # No re-warm-up: the factor of the step size is 1, where an option that is not given counts as 0.
+        return common | {"eps": group["eps"], "decay": group["weight_decay"], "warmup": 1.0} | special
+
     @classmethod
     def checked_steps(cls) -> dict[str, Callable[..., EvenOptimizer]]:
         """Constructors of optimizers for the self-check of the kernels, by name: ``(params, **options) -> optimizer``.
@@ -318,6 +330,7 @@ class EvenOptimizer(Optimizer):
     def step_tensors(self, group: Group, bucket: Bucket, *scalars: str, masks: Iterable[Tensor] = ()) -> StepTensors:
         """The tensors of a fused step. ``scalars`` names the scalars of the state, in the order that kernels expect."""
         lost, seeds = rounding(group, bucket)
+        # SCALE's matrices have no second moment, and most of them no first one.
         exp_avg, exp_avg_sq = (bucket.state_tensors(name) if name in bucket.states[0] else [] for name in MOMENTS)
         values = [state[name] for name in scalars for state in bucket.states]
         return StepTensors(
@@ -326,6 +339,7 @@ class EvenOptimizer(Optimizer):
 
     @_disable_dynamo
     def _end(self, work: list[Work], stats: list[dict[str, Tensor]]) -> None:
+        """Put the statistics of all buckets together as `stats`. They stay on the device until someone reads them."""
         measured = [(bucket.params, numbers) for (_, bucket), numbers in zip(work, stats, strict=True)]
         self.stats = in_param_order(self.param_groups, measured)
 
@@ -383,6 +397,7 @@ class EvenOptimizer(Optimizer):
             self._advance()
             for other in self.param_groups:
                 other["sweep"] = other["t"]
+        # In the state and not on the optimizer, so that a run can be saved and resumed within a sweep.
         self.state[p]["released_at"] = group["t"]
         return self._work([(group, [p])], False)
 
@@ -432,6 +447,7 @@ class EvenOptimizer(Optimizer):
         an unknown optimizer.
         """
         self._rebind_sharded_params()
+        # Filled by `translate` while torch loads: the state before torch has cast it, and the warning.
         final: dict[str, Any] = {}
         summaries: list[str] = []
 

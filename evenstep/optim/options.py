@@ -249,13 +249,13 @@ def renamed(
 
     result: dict[str, Any] = {}
     for name, value in given.items():
-        new = aliases.get(name, name)
-        if new in result or (new != name and new in given):
-            raise ValueError(f"{owner}: {name!r} and {new!r} are two names of one setting; give one of them")
-        if new not in known and strict:
+        canonical = aliases.get(name, name)
+        if canonical in result or (canonical != name and canonical in given):
+            raise ValueError(f"{owner}: {name!r} and {canonical!r} are two names of one setting; give one of them")
+        if canonical not in known and strict:
             raise TypeError(f"{owner}: unknown argument {name!r}{nearest(name, [*known, *aliases])}")
         # A param group may hold the user's own entries, which are kept, unless a name looks like a mistyped option.
-        if new not in known and difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+        if canonical not in known and difflib.get_close_matches(name, known, n=1, cutoff=0.85):
             raise ValueError(f"{owner}: unknown option {name!r}{nearest(name, [*known, *aliases])}")
-        result[new] = value
+        result[canonical] = value
     return result

@@ -18,7 +18,7 @@ from evenstep.optim import options
 from evenstep.optim.distributed import Bucket, Reduction, Steps
 from evenstep.optim.groups import KINDS
 from evenstep.optim.optimizer import EvenOptimizer
-from evenstep.optim.state import Group, State, largest_stored, moment, scalar
+from evenstep.optim.state import Group, State, adam_moments, largest_stored, moment, scalar
 
 
 class SCALE(EvenOptimizer):
@@ -117,12 +117,12 @@ class SCALE(EvenOptimizer):
     def new_state(self, p: Tensor, group: Group, index: int) -> State:
         kind, stored = group["kind"], group["state"]
         if kind == "vector":
-            return {"exp_avg": moment(p, stored), "exp_avg_sq": moment(p, stored, signed=False), "age": scalar(p)}
+            return adam_moments(p, stored) | {"age": scalar(p)}
         if p.dim() < 2:
             raise ValueError(
                 f"SCALE: parameter {index} of shape {tuple(p.shape)} is in a group of kind {kind!r}; make it 'vector'"
             )
-        return {"exp_avg": moment(p, stored)} if kind == "last" else {}
+        return {"exp_avg": moment(p, stored)} if kind == "last" else {}  # no state is the point of SCALE
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         sharded = bool(bucket.layout.cuts)
@@ -144,16 +144,7 @@ class SCALE(EvenOptimizer):
             by = "columns" if group["kind"] == "embedding" else "rows"  # a column is the vocabulary of one feature
             decay, momentum = group["weight_decay"], group["momentum"]
             return kernels.scale_step_(tensors, sign, lr, decay, momentum, group["norm"], by, F.FLOOR)
-        step_options = {
-            "sign": sign,
-            "lr": lr,
-            "beta1": group["betas"][0],
-            "beta2": group["betas"][1],
-            "eps": group["eps"],
-            "decay": group["weight_decay"],
-            "warmup": 1.0,
-        }
-        return kernels.adam_step_(self.step_tensors(group, bucket, "age"), step_options)
+        return kernels.adam_step_(self.step_tensors(group, bucket, "age"), self.adam_options(group))
 
     @classmethod
     def checked_steps(cls) -> dict[str, Callable[..., EvenOptimizer]]:
@@ -201,9 +192,10 @@ class SCALE(EvenOptimizer):
             keeps = torch.where(grads.finite, one * group["momentum"], one)  # [k], 1 for a tensor that is skipped
             for i, m in enumerate(averages):
                 for stored, piece in F.blocks(m, bucket.grads[i]):
-                    average = F.opened(stored, bucket.dtype)
+                    average = F.opened(stored, bucket.dtype)  # the stored tensor itself in fp32
                     average.mul_(keeps[i]).add_(readers[i](piece), alpha=1 - group["momentum"])
                     F.close(stored, average, grads.finite[i])
+            # From here on the averages take the place of the gradients.
             readers = [lambda piece: F.opened(piece, bucket.dtype)] * len(averages)
 
         # Norms of columns, which run through all pieces of rows, and norms over a sharded dimension, which need an
@@ -216,18 +208,19 @@ class SCALE(EvenOptimizer):
             ]
             # One message for the norms of whole tensors (statistics) and one for those of all rows or columns.
             across = Reduction("sum", torch.cat([x.flatten() for x in local]), over)
-            sums, totals = yield grads.squares(), across
+            sums, totals = yield grads.squares(), across  # both all-reduces in one round
             grads = grads.with_sums(sums)
-            split = totals.split([x.numel() for x in local])
+            split = torch.split(totals, [x.numel() for x in local])
             squares = [total.view_as(x) for total, x in zip(split, local, strict=True)]
         else:
             grads = yield grads.with_norms()
         weights, norms = self.weights(group, bucket, grads.finite), []
         for i, (p, source) in enumerate(zip(weights.tensors, sources, strict=True)):
-            norms_of_pieces, row, written = [], 0, 0
+            norms_of_pieces, row, written = [], 0, 0  # row and written: the first row and entry of the piece
             shape = bucket.params[i].shape  # of the whole tensor
             count = shape[0] if over == 0 else math.prod(shape[1:])  # entries that a norm is taken over
             for x, piece, *extras in F.row_blocks(p, source, *weights.extras(i)):
+                # Read a second time: a copy of all transformed gradients would cost as much memory as the model.
                 g, known = readers[i](piece), squares[i]
                 if known is None:  # the rows of this piece are complete here
                     size = F.row_norms(g, count, norm)

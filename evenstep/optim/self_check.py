@@ -49,8 +49,8 @@ def numbers(device: torch.device, dtype: torch.dtype) -> Numbers:
     # sin(0.7 n^2) has no visible pattern and needs no generator.
     sizes = [torch.Size(shape).numel() for shape in SHAPES] * (1 + STEPS)
     places = torch.arange(1, 1 + sum(sizes), dtype=torch.float64, device=device)
-    found = torch.split(places.square_().mul_(0.7).sin_().to(dtype), sizes)
-    shaped = [x.view(shape).clone() for x, shape in zip(found, SHAPES * (1 + STEPS), strict=True)]
+    flat = torch.split(places.square_().mul_(0.7).sin_().to(dtype), sizes)
+    shaped = [x.view(shape).clone() for x, shape in zip(flat, SHAPES * (1 + STEPS), strict=True)]
     several = [shaped[i : i + len(SHAPES)] for i in range(0, len(shaped), len(SHAPES))]
     several[2][1][1, 1] = 1e4
     several[2][2][1] = float("nan")
@@ -123,12 +123,12 @@ def tolerance(dtype: torch.dtype, case: str) -> float:
     return 2e-2 if dtype == torch.bfloat16 or "bf16" in case else 1e-4
 
 
-def differences(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+def differences(fused_results: list[Tensor], expected: list[Tensor]) -> list[float]:
     """The largest difference of the entries of each tensor, relative to its largest expected entry; Inf where only one
     of two entries is finite.
     """
     apart = []
-    for x, y in zip(found, expected, strict=True):
+    for x, y in zip(fused_results, expected, strict=True):
         x, y = x.double(), y.double()
         unit = y.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax().clamp_(min=1e-12)
         off = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, (x - y).abs_() / unit)
@@ -157,16 +157,18 @@ def tried(case: Case, given: Numbers) -> Outcome:
     dtype = given[0][0].dtype
     _trying += 1
     try:
-        found = case.work(given, True)
+        fused_results = case.work(given, True)
     except Exception as problem:
         said = next(iter(str(problem).splitlines()), "")
         return Outcome(case, dtype, float("inf"), f"raises {type(problem).__name__}: {said}")
     finally:
         _trying -= 1
     expected = case.work(given, False)
-    if {name: x.shape for name, x in found.items()} != {name: x.shape for name, x in expected.items()}:
+    if {name: x.shape for name, x in fused_results.items()} != {name: x.shape for name, x in expected.items()}:
         return Outcome(case, dtype, float("inf"), "gives other results than the plain code")
-    apart = dict(zip(expected, differences([found[name] for name in expected], [*expected.values()]), strict=True))
+    apart = dict(
+        zip(expected, differences([fused_results[name] for name in expected], [*expected.values()]), strict=True)
+    )
     allowed = tolerance(dtype, case.name)
     worst = max(apart, key=lambda name: apart[name])
     said = f"differs from the plain code by {apart[worst]:.2g} of the largest entry ({worst})"

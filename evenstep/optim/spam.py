@@ -14,7 +14,7 @@ from evenstep.optim import functional as F
 from evenstep.optim import options
 from evenstep.optim.distributed import Bucket, Steps, is_sharded, state_dtype
 from evenstep.optim.optimizer import EvenOptimizer
-from evenstep.optim.state import Group, State, largest_stored, moment, pack, scalar, unpack
+from evenstep.optim.state import Group, State, adam_moments, largest_stored, pack, scalar, unpack
 
 N = TypeVar("N", Tensor, float)
 T = TypeVar("T", Tensor, Tensor | None)
@@ -121,7 +121,7 @@ class SPAM(EvenOptimizer):
     _untrained: tuple[tuple[int, ...], ...] = ()  # shapes of new parameters whose masks hold no entry
 
     def _start_trained(self, groups: Iterable[Group]) -> None:
-        groups = list(groups)
+        groups = list(groups)  # read twice
         super()._start_trained(groups)
         for group in groups:
             self._check_sizes(group["params"])
@@ -152,7 +152,8 @@ class SPAM(EvenOptimizer):
     def new_state(self, p: Tensor, group: Group, index: int) -> State:
         stored = group["state"]
         if group["density"] == 1 or p.dim() < 2:
-            return {"exp_avg": moment(p, stored), "exp_avg_sq": moment(p, stored, signed=False), "age": scalar(p)}
+            return adam_moments(p, stored) | {"age": scalar(p)}
+        # A mask over the whole tensor selects a different number of entries in each shard.
         if is_sharded(p):
             raise ValueError("SPAM: density < 1 is not supported for sharded parameters; use density=1, or DDP")
         count = round(group["density"] * p.numel())
@@ -174,6 +175,7 @@ class SPAM(EvenOptimizer):
         """On a reset the sparse parameters get new masks, unless their gradients are not finite: such a step changes
         nothing, and the mask goes with the moments."""
         self._check_sizes(params)
+        # Host numbers: place_clock refuses a clock on the device together with density < 1.
         if group["density"] == 1 or not group["reset_interval"] or group["t"] % group["reset_interval"]:
             return
         for p in params:
@@ -220,10 +222,11 @@ class SPAM(EvenOptimizer):
             raise ValueError(
                 f"set_mask: expected a bool tensor of shape {tuple(p.shape)}, got {mask.dtype} of {tuple(mask.shape)}"
             )
+        # int() waits for the device, once per call: the moments get the size of the mask.
         group, _ = self.place(p)
         sparse = _sparse_moments(p, pack(mask).to(p.device), int(mask.sum()), group["state"])
         state.update(sparse, mask_set_at=group["t"])
-        if group["variant"] == "paper":
+        if group["variant"] == "paper":  # the published code never restarts its count
             state["age"].zero_()
 
     def get_mask(self, p: Tensor) -> Tensor:
@@ -245,6 +248,7 @@ class SPAM(EvenOptimizer):
         every, threshold, weight_decay = group["reset_interval"], group["threshold"], group["weight_decay"]
         # all-reduce: the largest entry of each whole tensor, which says whether it is finite and in range
         grads = yield self.gradients(group, bucket)
+        # v is a mean of squares, and an entry whose square it cannot hold would make it Inf for good.
         grads = grads.squares_within(largest_stored(bucket.state_tensors("exp_avg_sq"), bucket.dtype))
         t, sharded = group["t"], bool(bucket.layout.cuts)
         reset = F.reset_due(t, every)  # 0-d: 1 or 0
@@ -292,7 +296,7 @@ class SPAM(EvenOptimizer):
             entries = [max(state["exp_avg"].numel(), 1) for state in bucket.states]
             sizes = constant(entries, update_norm.dtype, update_norm.device)
             stats["update_rms"] = update_norm / sizes.sqrt()
-        if clip and not sharded:
+        if clip and not sharded:  # instead of the norm before clipping
             stats |= {"norm_after": clip.norms(), "clipped": clip.counts() / sizes}
         elif clip:  # only a shard was clipped here, and its count is not worth an all-reduce of its own
             stats |= {name: torch.full_like(sizes, math.nan) for name in ("norm_after", "clipped")}
@@ -301,23 +305,19 @@ class SPAM(EvenOptimizer):
     def fused_step(self, group: Group, bucket: Bucket, kernels: Kernels) -> Tensor:
         official, threshold, every = group["variant"] == "official", group["threshold"], group["reset_interval"]
         reset = F.reset_due(group["t"], every)
-        step_options = {
-            "sign": -1.0 if group["maximize"] else 1.0,
-            "lr": group["lr"],
-            "beta1": group["betas"][0],
-            "beta2": group["betas"][1],
-            "eps": group["eps"],
-            "decay": 0.0 if official else group["weight_decay"],
-            "decay_after": group["weight_decay"] if official and group["density"] == 1 else 0.0,
-            "warmup": F.rewarm_factor(group["t"], every, group["warmup_steps"]),
-            "reset": 0.0 if official else reset,  # age starts again
-            "forget": reset,  # the moments start again before the gradient enters
-            "eps_first": official,
-            "capped": threshold > 0,  # |g| <= sqrt(cap_factor v) + cap_spread
-            "cap_factor": threshold * (1 - reset),
-            "cap_spread": self._spread(group),
-            "zero_history": official,
-        }
+        step_options = self.adam_options(
+            group,
+            decay=0.0 if official else group["weight_decay"],
+            decay_after=group["weight_decay"] if official and group["density"] == 1 else 0.0,
+            warmup=F.rewarm_factor(group["t"], every, group["warmup_steps"]),
+            reset=0.0 if official else reset,  # age starts again
+            forget=reset,  # the moments start again before the gradient enters
+            eps_first=official,
+            capped=threshold > 0,  # |g| <= sqrt(cap_factor v) + cap_spread
+            cap_factor=threshold * (1 - reset),  # on a reset step v counts as 0
+            cap_spread=self._spread(group),
+            zero_history=official,
+        )
         return kernels.adam_step_(self.step_tensors(group, bucket, "age", masks=_masks(bucket)), step_options)
 
     @classmethod
@@ -370,6 +370,7 @@ def draw_mask(n: int, density: float, seed: tuple[int, ...]) -> Tensor:
             kept = int(rng.hypergeometric(left, n - start - left, size))
         else:
             kept = int(np.clip(rng.binomial(size, left / (n - start)), left - after, min(left, size)))
+        # The first `kept` entries of a random order of the chunk.
         chunk = np.zeros(size, dtype=bool)
         chunk[rng.permutation(size)[:kept]] = True
         parts.append(np.packbits(chunk, bitorder="little"))
@@ -395,8 +396,7 @@ def _trained_entries(state: State, n: int) -> Tensor | None:
 
 def _sparse_moments(p: Tensor, bits: Tensor, count: int, stored: str) -> State:
     """New compact moments for the ``count`` entries of a packed mask."""
-    compact = p.new_empty(count)
-    return {"exp_avg": moment(compact, stored), "exp_avg_sq": moment(compact, stored, signed=False), "mask": bits}
+    return adam_moments(p.new_empty(count), stored) | {"mask": bits}
 
 
 def taken(tensors: Sequence[T], where: list[Tensor | None]) -> list[T]:

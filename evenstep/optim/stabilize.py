@@ -108,8 +108,8 @@ def _statistics(grads: Gradients, bucket: Bucket) -> dict[str, Tensor]:
     return statistics(grads, bucket.sizes(), unknown, sharded=bool(bucket.layout.cuts))
 
 
+# Attributes that belong to `Stabilized` even if the base has some under these names.
 OWN = frozenset({"base", "moments", "nonfinite", "chain", "stats"})
-"""Attributes of `Stabilized` that are not its base's, whatever the base has under these names."""
 
 
 class Stabilized(Optimizer):
@@ -133,19 +133,19 @@ class Stabilized(Optimizer):
         check_base(base)
         check("stabilize", reset_interval=reset_interval, nonfinite=nonfinite)
         transforms = tuple(transforms)
-        resets = [unit for unit in transforms if isinstance(unit, MomentumReset)]
+        resets = [transform for transform in transforms if isinstance(transform, MomentumReset)]
         if resets and reset_interval:
             raise ValueError("stabilize: give reset_interval or a MomentumReset, not both")
-        if nonfinite == "zero" and any(isinstance(unit, SkipStep) for unit in transforms):
+        if nonfinite == "zero" and any(isinstance(transform, SkipStep) for transform in transforms):
             raise ValueError("stabilize: nonfinite='zero' skips nothing; with SkipStep use 'restore' or 'skip'")
         reset = resets[0] if resets else MomentumReset(reset_interval)
         self.base = base
         self.moments = MOMENTS | frozenset(moments) | frozenset(reset.moments)
         self.nonfinite = nonfinite
         self.chain = Chain(transforms, reset.every, base.chain.depth + 1 if isinstance(base, Stabilized) else 0)
-        self._choice = Choice(fused)
+        self._choice = Choice(fused)  # no optimizer class: only the kernels of measuring and writing are used
         self._swap = GradientSwap()
-        self.stats: dict[str, Tensor] = {}
+        self.stats: dict[str, Tensor] = {}  # of the last step, a vector over all parameters for each name
         # Optimizer.__init__ would make groups and state of its own; __setstate__ sets up the rest (hooks, profiling).
         self.__setstate__({})
         for group in self.param_groups:
@@ -171,6 +171,8 @@ class Stabilized(Optimizer):
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *(name for name in dir(self.base) if not name.startswith("_"))})
+
+    # Properties with setters, because torch's Optimizer assigns these attributes when it loads a state.
 
     @property
     def param_groups(self) -> list[Group]:
@@ -234,6 +236,7 @@ class Stabilized(Optimizer):
         """Start the clock and the statistics of a group that the base has."""
         check_parameters(group["params"])
         clock = self.chain.clock
+        # In the base's group, so that it is saved with it and checkpoint tools carry it along.
         group.setdefault(clock, max((other.get(clock, 0) for other in self.param_groups), default=0))
         self._known.update(group["params"])
         self._start_trained([group])
@@ -258,12 +261,12 @@ class Stabilized(Optimizer):
         The values are compared with those of the last check first. Tensors are left out: reading them would wait for
         their device. Transforms of the user's own have names and ranges that are not known here.
         """
-        units = [unit for unit in self.transforms if type(unit).__module__.startswith("evenstep.")]
-        named = [(unit, [name for name in unit.options if name in RANGES]) for unit in units]
+        builtin = [transform for transform in self.transforms if type(transform).__module__.startswith("evenstep.")]
+        named = [(transform, [name for name in transform.options if name in RANGES]) for transform in builtin]
         now = [
             comparable(group.get("lr") for group in self.param_groups),
             (self.reset_interval, self.nonfinite),
-            *(comparable(getattr(unit, name) for name in names) for unit, names in named),
+            *(comparable(getattr(transform, name) for name in names) for transform, names in named),
         ]
         if now == self._checked:
             return
@@ -271,9 +274,9 @@ class Stabilized(Optimizer):
             if isinstance(lr, int | float):
                 check(f"stabilize, param_groups[{number}]", lr=lr)
         check("stabilize", reset_interval=self.reset_interval, nonfinite=self.nonfinite)
-        for (unit, names), values in zip(named, now[2:], strict=True):
+        for (transform, names), values in zip(named, now[2:], strict=True):
             given = zip(names, values, strict=True)
-            check(type(unit).__name__, **{name: value for name, value in given if value is not TENSOR})
+            check(type(transform).__name__, **{name: value for name, value in given if value is not TENSOR})
         self._checked = now
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -282,11 +285,12 @@ class Stabilized(Optimizer):
         self._checked = []
 
     def __getstate__(self) -> dict[str, Any]:
+        # The hooks of torch's Optimizer are left out, since closures cannot be pickled.
         own = ("base", "moments", "nonfinite", "chain", "_choice", "_swap")
         return {name: self.__dict__[name] for name in own} | {"stats": {}}
 
     def __repr__(self) -> str:
-        chain = "".join(f"{unit!r}, " for unit in self.transforms)
+        chain = "".join(f"{transform!r}, " for transform in self.transforms)
         return f"stabilize({chain}reset_interval={self.reset_interval}) of {self.base!r}"
 
     # ---- one step ----
@@ -318,11 +322,12 @@ class Stabilized(Optimizer):
             (group, bucket) for group in self.param_groups for bucket in buckets(group["params"], None, self._choice)
         ]
         layouts = [bucket.layout for _, bucket in work]
+        # For SkipStep(watch="loss"); a closure may return anything.
         seen = torch.as_tensor(loss) if isinstance(loss, Tensor | float) else None
         steps = [self.chain.transformed(bucket, group[clock] + ahead, seen) for group, bucket in work]
-        found = run_batched_collectives(steps, lambda requests: all_reduce(requests, layouts))
-        if self._rehearses(found):
-            self._swapped_step(found, [])
+        results = run_batched_collectives(steps, lambda requests: all_reduce(requests, layouts))
+        if self._rehearses(results):
+            self._swapped_step(results, [])
             for p, state in self.base.state.items():
                 reset_(state, self.moments)
                 # The tool that asked for this goes by the names that it finds here when it unflattens a state.
@@ -330,12 +335,12 @@ class Stabilized(Optimizer):
             return
         # 3. Reset the moments where due, and step the base on the transformed gradients.
         due = [group for group in self.param_groups if self.reset_interval and self._reset_due(group)]
-        self._swapped_step(found, [p for group in due for p in group["params"]])
+        self._swapped_step(results, [p for group in due for p in group["params"]])
         # 4. Advance the clock and keep the new statistics, where the gradients were finite.
         for group in self.param_groups:
             group[clock] += ahead
-        self.chain.keep(found)
-        measured = [(one.bucket.params, _statistics(one.grads, one.bucket)) for one in found]
+        self.chain.keep(results)
+        measured = [(result.bucket.params, _statistics(result.grads, result.bucket)) for result in results]
         self.stats = in_param_order(self.param_groups, measured)
         if self.reset_interval:
             self._check_moments()
@@ -351,7 +356,8 @@ class Stabilized(Optimizer):
     @_disable_dynamo
     @torch.no_grad()
     def _step_parameter(self, p: Tensor) -> None:
-        whole = [type(unit).__name__ for unit in self.transforms if unit.whole_model or unit.shared]
+        # Their statistics need all gradients of a step at once, of which most are freed already.
+        whole = [type(transform).__name__ for transform in self.transforms if transform.whole_model or transform.shared]
         if whole or self.reset_interval:
             raise ValueError(
                 f"stabilize: step_parameter does not go with {', '.join(whole) or 'reset_interval'}, which needs the "
@@ -365,41 +371,43 @@ class Stabilized(Optimizer):
         refuse_sparse_gradients("stabilize", self.param_groups, [p])
         if p not in self.statistics:
             self.chain.adopt(p)
-        if base.opens_sweep(p):
+        if base.opens_sweep(p):  # the first parameter of a backward pass advances the clock of all groups
             for other in self.param_groups:
                 other[self.chain.clock] += 1
         [bucket] = buckets([p], None, self._choice)
-        [one] = run_batched_collectives(
+        [result] = run_batched_collectives(
             [self.chain.transformed(bucket, group[self.chain.clock], None)],
             lambda requests: all_reduce(requests, [bucket.layout]),
         )
         # A 0-d bool on the device. The base has no entry for a flag; it leaves a gradient of NaN alone.
-        bad = ~one.grads.finite[0] if self.nonfinite != "zero" else one.grads.finite[0] & False
+        bad = ~result.grads.finite[0] if self.nonfinite != "zero" else result.grads.finite[0] & False
         try:
             p.grad = None
-            self._swap.step(base, [(one.grads, 0, p)], lambda: base.step_parameter(p), bad)
+            self._swap.step(base, [(result.grads, 0, p)], lambda: base.step_parameter(p), bad)
         finally:
             p.grad = given
-        self.chain.keep([one])
+        self.chain.keep([result])
 
     def _reset_due(self, group: Group) -> bool:
         """Whether the step that begins now resets the moments: its number is a multiple of the interval."""
         return bool((group[self.chain.clock] + 1) % self.reset_interval == 0)
 
-    def _swapped_step(self, found: list[Transformed], resets: list[Tensor]) -> None:
+    def _swapped_step(self, results: list[Transformed], resets: list[Tensor]) -> None:
         """Step the base on the transformed gradients, after a reset of some parameters' moments."""
         # Parameter -> 0-d bool on its device: its gradient is finite and the step is not skipped.
         accepted = {
-            p: flag for one in found for p, flag in zip(one.bucket.params, one.grads.finite.unbind(), strict=True)
+            p: flag
+            for result in results
+            for p, flag in zip(result.bucket.params, result.grads.finite.unbind(), strict=True)
         }
         # The base sees `stepped`. Those of them whose flag was not read may have to be put back afterwards.
         stepped, unread = partitioned(accepted, self.nonfinite)
         snapshot = Snapshot(self.base, unread, self.moments)
-        for p in resets:
+        for p in resets:  # a tensor that is skipped keeps its moments, also on the step of a reset
             if p in stepped:
                 reset_(self.base.state.get(p, {}), self.moments)
         given = {p: p.grad for p in accepted}
-        work = [(one.grads, i, p) for one in found for i, p in enumerate(one.bucket.params) if p in stepped]
+        work = [(result.grads, i, p) for result in results for i, p in enumerate(result.bucket.params) if p in stepped]
         try:
             for p in accepted:  # a base skips parameters without a gradient
                 p.grad = None
@@ -411,14 +419,15 @@ class Stabilized(Optimizer):
             for p, grad in given.items():
                 p.grad = grad
 
-    def _rehearses(self, found: list[Transformed]) -> bool:
+    def _rehearses(self, results: list[Transformed]) -> bool:
         """Whether this is the step on zero gradients at learning rate 0 by which torch.distributed.checkpoint makes
         optimizers initialise their state; such a step must change nothing else. The values are read from the device in
         this case alone.
         """
-        if self.base.state or not found or any(float(group.get("lr", 1)) != 0 for group in self.param_groups):
+        # Cheap host checks first: almost every step ends here.
+        if self.base.state or not results or any(float(group.get("lr", 1)) != 0 for group in self.param_groups):
             return False
-        return all(not (one.grads.origin or one.grads).peak.any() for one in found)
+        return all(not (result.grads.origin or result.grads).peak.any() for result in results)
 
     def _check_moments(self) -> None:
         unknown = unknown_entries(self.base.state.values(), self.moments)
@@ -435,11 +444,13 @@ class Stabilized(Optimizer):
         """The state dict of the base, with the statistics of the transforms in its ``state`` under keys that start with
         ``"stabilize."``.
         """
+        # This object's own hooks run here; the base runs its own in its state_dict.
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._rebind_sharded_params()
         self._start_trained(self.param_groups)
         saved = self.base.state_dict()
+        # Copied one level deep: the base's dicts must not get our keys.
         state = {i: dict(kept) if isinstance(kept, dict) else kept for i, kept in saved["state"].items()}
         for i, p in self._numbered(saved):
             if p in self.statistics:
@@ -471,10 +482,11 @@ class Stabilized(Optimizer):
                 theirs[i] = rest
         if len(state_dict["param_groups"]) == len(self.param_groups):  # else the base says what is wrong
             self.chain.check_saved((p, ours.get(i, {})) for i, p in self._numbered(state_dict))
+            # Everything is checked before the base changes.
             theirs = checked_copy(self.base, self._numbered(state_dict), theirs)
         self.base.load_state_dict({**state_dict, "state": theirs})
         for group in self.param_groups:
-            group.setdefault(self.chain.clock, 0)
+            group.setdefault(self.chain.clock, 0)  # a state of the bare base has no clock of ours
         self.chain.load([(p, ours.get(i, {})) for i, p in self._numbered(state_dict)])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

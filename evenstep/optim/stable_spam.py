@@ -14,7 +14,7 @@ from evenstep.optim import functional as F
 from evenstep.optim import options
 from evenstep.optim.distributed import Bucket, Steps
 from evenstep.optim.optimizer import EvenOptimizer
-from evenstep.optim.state import Group, State, moment, scalar
+from evenstep.optim.state import Group, State, adam_moments, scalar
 
 
 class StableSPAM(EvenOptimizer):
@@ -108,9 +108,9 @@ class StableSPAM(EvenOptimizer):
         super().__init__(params, locals(), official, fused)
 
     def new_state(self, p: Tensor, group: Group, index: int) -> State:
+        # Moments are stored as the option "state" says (fp32, bf16, int8); scalars are always fp32 or fp64.
         scalars = {name: scalar(p) for name in ("peak", "norm", "norm_rms", "n", "age")}
-        stored = group["state"]  # the storage of moments: fp32, bf16 or int8. Scalars are always fp32.
-        return {"exp_avg": moment(p, stored), "exp_avg_sq": moment(p, stored, signed=False), **scalars}
+        return adam_moments(p, group["state"]) | scalars
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         official = group["variant"] == "official"
@@ -158,23 +158,18 @@ class StableSPAM(EvenOptimizer):
         # The options are explained in kernels/interface.py; the kernels repeat `update` in the same order.
         official = group["variant"] == "official"
         reset, beta1, gamma1 = self._scheduled(group)
-        step_options = {
-            "sign": -1.0 if group["maximize"] else 1.0,
-            "lr": group["lr"],
-            "beta1": beta1,
-            "beta2": group["betas"][1],
-            "eps": group["eps"],
-            "decay": group["weight_decay"],
-            "warmup": 1.0,  # only SPAM has a re-warm-up
-            "reset": reset,  # age starts again
-            "forget": 0.0 if official else reset,  # the moments start again before the gradient enters
-            "forget_after": reset if official else 0.0,
-            "stable": True,
-            "gamma1": gamma1,
-            "gamma2": group["gamma2"],
-            "gamma3": group["gamma3"],
-            "one_counter": official,
-        }
+        step_options = self.adam_options(
+            group,
+            beta1=beta1,
+            reset=reset,  # age starts again
+            forget=0.0 if official else reset,  # the moments start again before the gradient enters
+            forget_after=reset if official else 0.0,  # and after the update
+            stable=True,  # AdaClip and AdaGN
+            gamma1=gamma1,
+            gamma2=group["gamma2"],
+            gamma3=group["gamma3"],
+            one_counter=official,
+        )
         tensors = self.step_tensors(group, bucket, "age", "peak", "norm", "norm_rms", "n")
         return kernels.adam_step_(tensors, step_options)
 

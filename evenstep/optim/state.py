@@ -183,6 +183,11 @@ def moment(p: Tensor, stored: str = "fp32", *, signed: bool = True) -> Tensor:
     return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
 
+def adam_moments(p: Tensor, stored: str) -> State:
+    """The first and second moment of Adam for ``p``, zero. Codes of second moments need no sign."""
+    return {"exp_avg": moment(p, stored), "exp_avg_sq": moment(p, stored, signed=False)}
+
+
 def largest_stored(moments: Iterable[Tensor], dtype: torch.dtype) -> float:
     """The largest number of ``dtype`` that all of these moments can hold. bf16 and 8-bit blocks count as fp32, whose
     exponents bf16 and the blocks' scales have."""
@@ -215,11 +220,11 @@ def in_param_order(groups: list[Group], measured: list[tuple[list[Tensor], dict[
     ``measured`` has the parameters of each bucket with their statistics ``[k]``. Nothing waits for a device.
     """
     params = [p for group in groups for p in group["params"]]
-    found = [p for bucket, _ in measured for p in bucket]
+    measured_params = [p for bucket, _ in measured for p in bucket]
     names = list(measured[0][1]) if measured else []
     # Usually the buckets hold all parameters in order, and their vectors are concatenated.
-    complete = len(found) == len(params) and all(list(numbers) == names for _, numbers in measured)
-    if complete and all(p is q for p, q in zip(found, params, strict=True)):
+    complete = len(measured_params) == len(params) and all(list(numbers) == names for _, numbers in measured)
+    if complete and all(p is q for p, q in zip(measured_params, params, strict=True)):
         return measured[0][1] if len(measured) == 1 else _side_by_side([numbers for _, numbers in measured])
     # Otherwise each value is written to the place of its parameter.
     place = {p: i for i, p in enumerate(params)}
