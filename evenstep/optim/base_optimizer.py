@@ -35,6 +35,7 @@ def check_base(base: Any) -> None:
     """TypeError for an object that is no torch Optimizer or needs its closure, ValueError for a differentiable one."""
     if not isinstance(base, Optimizer):
         raise TypeError(f"stabilize expects a torch Optimizer, got {type(base).__name__}")
+    # LBFGS declares `closure` without a default; all others of torch have closure=None.
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
@@ -66,6 +67,7 @@ def checked_copy(base: Optimizer, numbered: list[tuple[Any, Tensor]], states: di
             continue  # nested in a way that only its library (bitsandbytes) knows
         # Checkpoint tools leave the transforms' own entries in the base's state; those are checked by their Chain.
         present = {name: x for name, x in base.state.get(p, {}).items() if not str(name).startswith(PREFIX)}
+        # Entries that the base has already, or for Adam those that its first step would not create any more.
         needed = ADAM if saved.keys() & ADAM == saved.keys() and isinstance(base, torch.optim.Adam) else present.keys()
         missing = sorted(str(name) for name in needed if name not in saved)
         if missing and saved:
@@ -83,6 +85,7 @@ def _check_shape(p: Tensor, i: Any, name: str, value: Tensor, present: Any, part
     """ValueError where a saved entry has not the shape of the present one or, if it is a known moment, of ``p``."""
     if partial or (isinstance(present, Tensor) and present.shape == value.shape):
         return
+    # Other entries (factored moments of Adafactor, scales) have shapes that only their optimizer knows.
     expected = tuple(present.shape) if isinstance(present, Tensor) else tuple(p.shape) if name in IN_SHAPE else None
     if expected is not None and tuple(value.shape) != expected and not value.numel() == p.numel() == 1:
         raise ValueError(
@@ -99,6 +102,7 @@ def _copy(value: Any) -> Any:
 
 # ---- moments ----
 
+# An entry that is missing here is found by `unknown_entries` at the first step with a reset, and named in the error.
 MOMENTS = frozenset(
     """exp_avg exp_avg_sq exp_avg_diff exp_inf max_exp_avg_sq max_exp_avg_sqs momentum_buffer momentum square_avg
     grad_avg acc_delta sum row_var col_var variance exp_avg_sq_row exp_avg_sq_col exp_grad_adanorm
@@ -166,6 +170,7 @@ def partitioned(accepted: dict[Tensor, Tensor], nonfinite: str) -> tuple[set[Ten
     ``accepted`` has a flag for each parameter with a gradient (0-d bool on its device): the gradient is finite. A
     parameter is left out of the step only where its flag may be read, which depends on ``nonfinite`` (see `stabilize`).
     """
+    # "skip" reads everywhere, "restore" where no device has to be waited for, "zero" nowhere.
     read = [p for p, flag in accepted.items() if nonfinite == "skip" or (nonfinite == "restore" and on_host(flag))]
     values = _values([accepted[p] for p in read])
     stepped = set(accepted) - {p for p, good in zip(read, values, strict=True) if not good}
@@ -213,6 +218,7 @@ def _plain(x: Tensor) -> Iterator[Tensor]:
     """The plain tensors of which ``x`` consists: the local shard of a DTensor; codes and scales of 8-bit blocks."""
     x = local(x)
     if hasattr(type(x), "__tensor_flatten__"):
+        # torch's protocol of wrapper subclasses: the names of the inner tensors.
         for part in (getattr(x, name) for name in x.__tensor_flatten__()[0]):  # type: ignore[attr-defined]
             yield from _plain(part)
     else:
@@ -226,6 +232,7 @@ def _copies(x: Tensor) -> list[Tensor]:
 def _put_back(x: Tensor, saved: list[Tensor], flag: Tensor) -> None:
     """Overwrite ``x`` by its copy where ``flag`` is False, without reading the flag."""
     for part, old in zip(_plain(x), saved, strict=False):
+        # Another device: see the class. Another shape: replaced by the step, for example a mask with its moments.
         if part.device == flag.device and part.shape == old.shape:
             torch.where(flag, part, old, out=part)
 
@@ -256,6 +263,7 @@ Work = tuple[Gradients, int, Tensor]
 
 def goes_in_turns(base: Optimizer) -> bool:
     """Whether ``base`` may be stepped on some parameters at a time with the same result. Hooks would run repeatedly."""
+    # Hooks that are registered for all optimizers (profilers) are not in these.
     hooks = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
     return type(base) in PARAMETER_BY_PARAMETER and not any(hooks)
 
@@ -300,6 +308,7 @@ class GradientSwap:
     def _room_for(self, turn: list[Work]) -> list[Tensor]:
         """A tensor for each gradient of a turn, like it in shape and dtype, in the scratch memory."""
         given = [_given(grads, i) for grads, i, _ in turn]
+        # Grows to the largest turn in the first step, then stays.
         size, device = sum(map(_room, given)), given[0].device
         if device not in self.scratch or self.scratch[device].numel() < size:
             self.scratch[device] = torch.empty(size, dtype=torch.uint8, device=device)
@@ -325,6 +334,7 @@ def _room(g: Tensor) -> int:
 def _turns(work: Sequence[Work]) -> list[list[Work]]:
     """Split ``work`` into turns: neighbours on one device whose gradients together are no larger than the largest
     gradient, or than `MIN_TURN_BYTES`."""
+    # A turn ends before a gradient that would not fit, and where the device changes.
     most = max([_room(_given(grads, i)) for grads, i, _ in work], default=0)
     turns: list[list[Work]] = []
     used, device = 0, None

@@ -40,6 +40,7 @@ class Chain:
     """
 
     def __init__(self, transforms: tuple[Transform, ...], reset_interval: int, depth: int = 0):
+        # Statistics are stored by the transform's name, which therefore occurs once.
         names = [transform.name for transform in transforms]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -72,6 +73,7 @@ class Chain:
 
     def _shared(self, key: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """The tensor of a shared statistic on ``device``. All parameters there hold this same tensor."""
+        # Same device: share the tensor. Another device: a copy, which all parameters there will share. None yet: zeros.
         known = [state[key] for state in self.statistics.values() if key in state]
         here = next((value for value in known if value.device == device), None)
         if here is not None:
@@ -85,6 +87,7 @@ class Chain:
         """Pass the gradients of a bucket through the chain. Nothing is written: `keep` does that after the step."""
         for p in bucket.params:
             self._follow(p)
+        # Every transform gets the same facts; the clock is that of the step being taken.
         info = StepInfo(bucket.shards, t, self.reset_interval, loss)
         # Each transform changes limits and gains beside the gradients, which are read once, by the base's step.
         grads = yield from Gradients.measure(bucket.grads, bucket.dtype, kernels=bucket.kernels)
@@ -103,6 +106,7 @@ class Chain:
         """Move statistics to the device of their parameter, which ``model.to`` may have moved."""
         for key, value in self.statistics[p].items():
             if value.device != p.device:
+                # A tensor on the meta device has no values to move: its statistics start at zero.
                 moved = torch.zeros_like(value, device=p.device) if value.is_meta else value.to(p.device)
                 self.statistics[p][key] = moved
 
@@ -164,6 +168,7 @@ class Chain:
         before it was saved.
         """
         self.statistics.clear()
+        # A frozen parameter that was never trained has zeros in the state, which need not be kept.
         saved = [(p, entries) for p, entries in saved if is_trained(p) or not untouched(entries)]
         for p, _ in saved:
             self.adopt(p)

@@ -82,6 +82,7 @@ def convert_state_dict(optimizer: Target, given: dict[str, Any]) -> tuple[dict[s
 
     Raises ValueError for the state of an unknown optimizer or of a model of other shapes.
     """
+    # torch numbers the parameters through all groups; `ids` are those numbers in the saved state.
     here, there = optimizer.param_groups, given["param_groups"]
     if [len(group["params"]) for group in here] != [len(group["params"]) for group in there]:
         return given, ""
@@ -96,8 +97,10 @@ def convert_state_dict(optimizer: Target, given: dict[str, Any]) -> tuple[dict[s
         place_clock(dict(group, params=ours["params"]))  # refuses what does not go together
         for index, (i, p) in enumerate(zip(group["params"], ours["params"], strict=True)):
             saved = states.get(i, {})
+            # A frozen parameter has no state. Its saved moments are kept, though, if it was trained before.
             if not is_trained(p) and untouched(saved):
                 continue
+            # The group as it will be after loading decides which entries there are (density, state, rounding).
             fresh = optimizer.fresh_state(p, group | {"params": ours["params"]}, index)
             who = f"parameter {_named(group, index, i)}"
             state[i] = reader.state(p, group, fresh, {"step": theirs.get("step")} | saved, who)
@@ -141,7 +144,7 @@ class _Reader:
     def group(self, ours: Group, theirs: Group) -> Group:
         """A param group: the saved options under the names used here, and the optimizer's own for missing ones."""
         known = {name: ours[name] for name in ("kind", *self.optimizer.defaults) if name in ours}
-        if "t" in theirs:
+        if "t" in theirs:  # a group of evenstep; options that are newer than the state are filled in
             return known | theirs
         saved = {}
         for name, value in theirs.items():
@@ -152,12 +155,14 @@ class _Reader:
                     self.dropped.add("weight decay as part of the gradient (it is decoupled here)")
                 continue
             name = self.optimizer.ALIASES.get(name, name)
-            self.optimizer._check(name, value)
+            self.optimizer._check(name, value)  # a value out of range is refused as in the constructor
             saved[name] = value
         return known | saved | {"t": self.t}
 
     def state(self, p: Tensor, group: Group, fresh: State, saved: State, who: str) -> State:
         """The state of one parameter: ``saved`` converted, and ``fresh`` where entries are missing."""
+        # 1. The entries under the names used here. 2. Those that exist in the fresh state, in its shape and storage.
+        # 3. Entries that depend on a missing one start anew with it.
         found = self._translated(p, group, saved)
         result = dict(fresh)
         mask = self._mask(p, found.pop("mask", None), who)
@@ -204,6 +209,8 @@ class _Reader:
 
     def _age(self, step: float, group: Group) -> float:
         """Updates since the moments were last reset, from a count ``step`` that may go through resets."""
+        # The published SPAM counts on through its resets, which happen on multiples of the interval. The reset step is
+        # the first update of the new moments.
         every = group.get("reset_interval", 0)
         if self.source is None or self.source.restarts or group.get("variant") == "official":
             return step
@@ -216,6 +223,7 @@ class _Reader:
         if mask.dtype == torch.bool:
             self._demand(tuple(mask.shape) == tuple(p.shape), who, "mask", mask, tuple(p.shape))
             return mask.to(p.device)
+        # Packed bits, eight entries per byte.
         packed = (math.ceil(p.numel() / 8),)
         self._demand(tuple(mask.shape) == packed, who, "mask", mask, packed)
         return unpack(mask.to(p.device), p.numel()).view(p.shape)
@@ -240,6 +248,7 @@ class _Reader:
                 value = whole
             if value.shape != target.shape:
                 target = moment(p.new_empty(value.shape), group["state"], signed=name == "exp_avg")
+        # 8-bit moments of equal size are kept as codes: decoding and encoding again may change them.
         if type(value) is type(target) and value.dtype == target.dtype:
             return value if value.shape == target.shape else value.reshape(target.shape)
         return target.clone().copy_(opened(value, torch.float64 if value.dtype == torch.float64 else torch.float32))
@@ -274,6 +283,7 @@ class _Reader:
 def _counts(given: Mapping[str, Any]) -> Iterator[int]:
     """All step counts in a state of any optimizer: per parameter, per group, or of the whole optimizer."""
     state = given["state"]
+    # pytorch_optimizer keeps the count of all steps beside the parameters, as "total_step".
     for holder in (given, state):
         if isinstance(holder.get("total_step"), int):
             yield holder["total_step"]

@@ -53,7 +53,7 @@ def shard_like(x: Tensor, shard: Tensor) -> Tensor:
     ``x`` is not sharded."""
     if not is_sharded(x):
         return shard
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor  # only where there are DTensors: it takes long to load
 
     return DTensor.from_local(shard, x.device_mesh, x.placements, run_check=False)  # type: ignore[attr-defined]
 
@@ -107,7 +107,7 @@ class Layout:
         return tuple(dim for dim, cut in self.cuts if over is None or (cut == 0) == (over == 0))
 
 
-UNSHARDED = Layout()
+UNSHARDED = Layout()  # one object for all tensors that are not sharded
 
 
 def rebind_sharded_params(groups: list[dict[str, Any]], known: set[Tensor], clock: str) -> bool:
@@ -197,6 +197,7 @@ def run_batched_collectives(
                 results[i] = result
             else:
                 requests[i] = requested
+        # Steps end after different numbers of rounds; those that have ended take no part in the next.
         running = {i: running[i] for i in requests}
         # Every step issues its requests before any result is awaited, so that they share messages.
         reduce(requests)
@@ -239,6 +240,7 @@ def all_reduce(requests: dict[int, tuple[Reduction, ...]], layouts: list[Layout]
         for request in several:
             dims = layouts[i].mesh_dims(request.over)
             if dims and request.op != "gather":
+                # One message for all requests with this key, whatever group or dtype they come from.
                 key = (layouts[i].mesh, dims, request.op, request.values.device)
                 batches.setdefault(key, []).append(request)
     for (mesh, dims, op, _), batch in batches.items():
@@ -250,6 +252,7 @@ def all_reduce(requests: dict[int, tuple[Reduction, ...]], layouts: list[Layout]
             dist.all_reduce(message, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, mesh.get_group(dim))
         results = torch.split(message, [request.values.numel() for request in batch])
         for request, result in zip(batch, results, strict=True):
+            # Rounded to the statistics' dtype on every rank alike, so that all ranks go on with equal numbers.
             request.answer = result.to(request.values.dtype)
 
 
@@ -287,11 +290,13 @@ class Bucket:
 
     def state_tensors(self, name: str) -> list[Tensor]:
         """One entry of the state of each parameter, as ``k`` local shards."""
+        # The common case, plain tensors, is decided by their types alone.
         tensors = [state[name] for state in self.states]
         return [local(x) for x in tensors] if self.layout.cuts or not PLAIN.issuperset(map(type, tensors)) else tensors
 
     def stacked(self, *names: str) -> Scalars:
         """Scalars of the state of each parameter, one vector ``[k]`` per name."""
+        # torch.stack copies: the state itself changes in `Scalars.store` alone, after all statistics are known.
         scalars = [state[name] for name in names for state in self.states]
         return Scalars(torch.stack(scalars).view(len(names), -1), scalars)
 

@@ -80,6 +80,7 @@ class Choice:
         if sharded:
             return "it is sharded, and sharded parameters take the plain code"
         moments = [local(state[name]) for name in MOMENTS if name in state]
+        # The kernels judge dtypes, devices and memory layout; compact moments are known to the optimizer alone.
         reason = kernels.refusal(p, grad, *moments)
         # Blocks of 256 codes do not match the entries that a mask selects.
         if "mask" in state and any(map(is_coded, moments)):
@@ -104,6 +105,7 @@ def buckets(
     states = [] if state is None else [state[p] for p in params]
     kernels = choose.for_all(params, grads, states) if choose else None
     if kernels is not None:
+        # Kernels take fp32 and bf16 parameters, whose statistics are fp32.
         return [Bucket(params, grads, params, states, torch.float32, UNSHARDED, kernels)]
     # Indices into `params`, by the properties that one call needs to have in common.
     members: dict[tuple[torch.device, torch.dtype, Layout, Kernels | None], list[int]] = {}

@@ -157,6 +157,7 @@ class EvenOptimizer(Optimizer):
         The values are compared with those of the last check first, since a comparison is much cheaper than the checks.
         Tensors are left out: reading them would wait for their device.
         """
+        # One tuple of comparable values per group.
         names = [name for name in self.defaults if name in RANGES]
         now = [comparable(group.get(name) for name in names) for group in self.param_groups]
         if now == self._checked:
@@ -182,6 +183,7 @@ class EvenOptimizer(Optimizer):
                     self._start(p, group, index)
 
     def _start(self, p: Tensor, group: Group, index: int) -> None:
+        """Create the state of a parameter. ValueError for one that cannot be updated."""
         check_parameter(p, index)
         self._choice.check(p)
         self.state[p] = self.fresh_state(p, group, index)
@@ -278,6 +280,7 @@ class EvenOptimizer(Optimizer):
     def _update(self, work: list[Work]) -> list[dict[str, Tensor]]:
         """The two execution tiers: one fused call for each bucket that has kernels. The plain steps of the others
         advance together, so that their collectives are batched. Returns the statistics of each bucket."""
+        # Statistics are kept by number of the bucket, since the two tiers are run one after the other.
         stats = {i: self._fused(*one) for i, one in enumerate(work) if one[1].kernels is not None}
         plain = [i for i in range(len(work)) if i not in stats]
         layouts = [work[i][1].layout for i in plain]
@@ -332,6 +335,7 @@ class EvenOptimizer(Optimizer):
         lost, seeds = rounding(group, bucket)
         # SCALE's matrices have no second moment, and most of them no first one.
         exp_avg, exp_avg_sq = (bucket.state_tensors(name) if name in bucket.states[0] else [] for name in MOMENTS)
+        # By name first: all ages, then all peaks, ... so that kernels find the scalars of a name in a row.
         values = [state[name] for name in scalars for state in bucket.states]
         return StepTensors(
             bucket.shards, bucket.grads, exp_avg, exp_avg_sq, values, list(masks), _filled(lost), _filled(seeds)
@@ -384,7 +388,7 @@ class EvenOptimizer(Optimizer):
         group, (_, index) = self.place(p)
         if any(other["capturable"] for other in self.param_groups):
             raise ValueError("step_parameter counts on the host; it does not go with capturable=True")
-        if p.grad is None:
+        if p.grad is None:  # as step() skips it
             return []
         self._check_groups()
         refuse_sparse_gradients(type(self).__name__, self.param_groups, [p])
@@ -395,6 +399,8 @@ class EvenOptimizer(Optimizer):
             self._start(p, group, index)
         if opens:
             self._advance()
+            # Marks the sweep in every group, so that step() knows that the clock has advanced already. It is saved with
+            # the groups.
             for other in self.param_groups:
                 other["sweep"] = other["t"]
         # In the state and not on the optimizer, so that a run can be saved and resumed within a sweep.
@@ -418,6 +424,7 @@ class EvenOptimizer(Optimizer):
         return self.param_groups[place[0]], place
 
     def _is_at(self, p: Tensor, place: tuple[int, int]) -> bool:
+        # Slices instead of indices: groups and parameters may have been removed.
         groups = self.param_groups[place[0] : place[0] + 1]
         return any(q is p for group in groups for q in group["params"][place[1] : place[1] + 1])
 
@@ -465,7 +472,7 @@ class EvenOptimizer(Optimizer):
         ]
         try:
             super().load_state_dict(state_dict)
-        finally:
+        finally:  # also after an error, or the next load would run them twice
             for hook in hooks:
                 hook.remove()
         if summaries[0]:

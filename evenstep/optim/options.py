@@ -138,6 +138,9 @@ def comparable(values: Iterable[Any]) -> tuple[Any, ...]:
 # ---- declarations ----
 
 
+# Read by the constructors (defaults, names), by ``evenstep pretrain --help`` and by the reference page.
+
+
 @dataclass(frozen=True)
 class Option:
     """A hyperparameter of an optimizer. Its range is that of its name in `RANGES`."""
@@ -154,6 +157,7 @@ class Option:
         return RANGES[self.name]
 
 
+# Options that several optimizers have.
 LR = Option("lr", 1e-3, "learning rate, a float or a 0-d tensor")
 BETAS = Option("betas", (0.9, 0.999), "decay of the first and second moment")
 EPS = Option("eps", 1e-8, "added to the root of the second moment", "published code")
@@ -250,6 +254,7 @@ def renamed(
     result: dict[str, Any] = {}
     for name, value in given.items():
         canonical = aliases.get(name, name)
+        # Two names of one option may disagree, and no order of precedence would be obvious.
         if canonical in result or (canonical != name and canonical in given):
             raise ValueError(f"{owner}: {name!r} and {canonical!r} are two names of one setting; give one of them")
         if canonical not in known and strict:

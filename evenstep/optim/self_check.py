@@ -52,15 +52,17 @@ def numbers(device: torch.device, dtype: torch.dtype) -> Numbers:
     flat = torch.split(places.square_().mul_(0.7).sin_().to(dtype), sizes)
     shaped = [x.view(shape).clone() for x, shape in zip(flat, SHAPES * (1 + STEPS), strict=True)]
     several = [shaped[i : i + len(SHAPES)] for i in range(0, len(shaped), len(SHAPES))]
-    several[2][1][1, 1] = 1e4
-    several[2][2][1] = float("nan")
+    several[2][1][1, 1] = 1e4  # AdaClip and SPAM's clipping have something to clip
+    several[2][2][1] = float("nan")  # the vector is skipped, and its state must not change
     return several
 
 
 def _stepped(build: Callable[..., Any], **options: Any) -> Work:
     def work(given: Numbers, fused: bool) -> dict[str, Tensor]:
+        # Clones: both runs start from the same numbers, and the optimizer writes to its parameters.
         params: list[Tensor] = [Parameter(x.clone()) for x in given[0]]
         optimizer = build(params, fused=fused, **options)
+        # Global hooks (profilers, schedulers) must not see these steps.
         step = type(optimizer).step
         step = getattr(step, "__wrapped__", step)  # without the hooks that others have registered for every optimizer
         for gradients in given[1:]:
@@ -68,6 +70,7 @@ def _stepped(build: Callable[..., Any], **options: Any) -> Work:
                 p.grad = grad
             step(optimizer)
         results = {f"parameter {i}": p.detach() for i, p in enumerate(params)}
+        # Parameters, state and statistics are compared: a wrong moment shows in the parameters only later.
         for i, p in enumerate(params):
             for name, value in optimizer.state[p].items():
                 if isinstance(value, Tensor):
@@ -83,6 +86,7 @@ def _transformed(given: Numbers, fused: bool) -> dict[str, Tensor]:
     kernels = kernels_for(tensors[0].device.type) if fused else None
     assert not isinstance(kernels, str)
     grads = F.completed(F.Gradients.measure(tensors, torch.float32, kernels=kernels))
+    # Any limit and any gain will do: this one clips in every tensor, and the gains differ.
     grads = F.completed(grads.clipped(grads.peak / 2).with_norms())
     grads = grads.amplified(grads.norm + 0.5)
     outs = [torch.empty_like(g) for g in tensors]
@@ -104,6 +108,7 @@ def cases(user: type | None = None) -> tuple[Case, ...]:
             result.append(Case(name, _stepped(build), devices=("cpu",)))
             continue
         result.append(Case(name, _stepped(build)))
+        # Rounding makes no difference for fp32 parameters.
         for rounding in ("stochastic", "kahan"):
             result.append(Case(f"{name}, rounding {rounding}", _stepped(build, rounding=rounding), coarse))
         for state in ("bf16", "int8"):
@@ -130,10 +135,12 @@ def differences(fused_results: list[Tensor], expected: list[Tensor]) -> list[flo
     apart = []
     for x, y in zip(fused_results, expected, strict=True):
         x, y = x.double(), y.double()
+        # In fp64, relative to the largest finite expected entry. Equal infinities and NaN in both places are no
+        # difference.
         unit = y.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax().clamp_(min=1e-12)
         off = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, (x - y).abs_() / unit)
         apart.append(off.nan_to_num_(nan=torch.inf).amax())
-    return torch.stack(apart).tolist()
+    return torch.stack(apart).tolist()  # one read of the device
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,7 @@ def tried(case: Case, given: Numbers) -> Outcome:
     _trying += 1
     try:
         fused_results = case.work(given, True)
-    except Exception as problem:
+    except Exception as problem:  # whatever a compiler or a driver raises must not stop the training
         said = next(iter(str(problem).splitlines()), "")
         return Outcome(case, dtype, float("inf"), f"raises {type(problem).__name__}: {said}")
     finally:
@@ -212,6 +219,7 @@ def failing(kernels: Kernels, p: Tensor, user: type | None) -> str | None:
 def _declaring_class(user: type | None) -> type | None:
     """The class that declares the ``checked_steps`` of an optimizer class, so that subclasses share its check; None for
     classes without."""
+    # A subclass may inherit the method; the check belongs to the class that wrote it.
     bases: tuple[Any, ...] = user.__mro__ if user else ()
     return next((base for base in bases if "checked_steps" in base.__dict__ and base.checked_steps()), None)
 

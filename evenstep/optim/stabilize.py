@@ -138,10 +138,12 @@ class Stabilized(Optimizer):
             raise ValueError("stabilize: give reset_interval or a MomentumReset, not both")
         if nonfinite == "zero" and any(isinstance(transform, SkipStep) for transform in transforms):
             raise ValueError("stabilize: nonfinite='zero' skips nothing; with SkipStep use 'restore' or 'skip'")
+        # The chain passes over a MomentumReset; the reset itself is a matter of this object and the base.
         reset = resets[0] if resets else MomentumReset(reset_interval)
         self.base = base
         self.moments = MOMENTS | frozenset(moments) | frozenset(reset.moments)
         self.nonfinite = nonfinite
+        # A stabilised base (transforms before transforms) has keys of its own in states and groups.
         self.chain = Chain(transforms, reset.every, base.chain.depth + 1 if isinstance(base, Stabilized) else 0)
         self._choice = Choice(fused)  # no optimizer class: only the kernels of measuring and writing are used
         self._swap = GradientSwap()
@@ -226,7 +228,7 @@ class Stabilized(Optimizer):
         self.base.add_param_group(param_group)
         try:
             self._adopt(self.param_groups[-1])
-        except ValueError:
+        except ValueError:  # both objects stay as they were before the call
             for p in self.param_groups.pop()["params"]:
                 self.base.state.pop(p, None)
                 self.statistics.pop(p, None)
@@ -236,7 +238,8 @@ class Stabilized(Optimizer):
         """Start the clock and the statistics of a group that the base has."""
         check_parameters(group["params"])
         clock = self.chain.clock
-        # In the base's group, so that it is saved with it and checkpoint tools carry it along.
+        # In the base's group, so that it is saved with it and checkpoint tools carry it along. A group that is added
+        # late starts at the clock of the others.
         group.setdefault(clock, max((other.get(clock, 0) for other in self.param_groups), default=0))
         self._known.update(group["params"])
         self._start_trained([group])
@@ -261,6 +264,7 @@ class Stabilized(Optimizer):
         The values are compared with those of the last check first. Tensors are left out: reading them would wait for
         their device. Transforms of the user's own have names and ranges that are not known here.
         """
+        # One tuple for the learning rates, one for the options of `stabilize`, one for each transform.
         builtin = [transform for transform in self.transforms if type(transform).__module__.startswith("evenstep.")]
         named = [(transform, [name for name in transform.options if name in RANGES]) for transform in builtin]
         now = [
@@ -271,7 +275,7 @@ class Stabilized(Optimizer):
         if now == self._checked:
             return
         for number, lr in enumerate(now[0]):
-            if isinstance(lr, int | float):
+            if isinstance(lr, int | float):  # None for a base without learning rates
                 check(f"stabilize, param_groups[{number}]", lr=lr)
         check("stabilize", reset_interval=self.reset_interval, nonfinite=self.nonfinite)
         for (transform, names), values in zip(named, now[2:], strict=True):
@@ -281,6 +285,7 @@ class Stabilized(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # Derived from the groups, so not part of a copy.
         self._known = {p for group in self.param_groups for p in group["params"]}
         self._checked = []
 
@@ -315,6 +320,7 @@ class Stabilized(Optimizer):
         for group in self.param_groups:
             refuse_sparse_gradients("stabilize", self.param_groups, group["params"])
         self._start_trained(self.param_groups)
+        # `opens_step` of an EvenOptimizer: whether its clock would advance too. Both clocks stay equal.
         clock, opens = self.chain.clock, getattr(self.base, "opens_step", None)
         ahead = int(opens is None or opens())  # 0 for what a sweep of step_parameter has left
         # 2. Pass the gradients through the chain. Nothing is written yet: limits and gains are kept beside them.
@@ -329,7 +335,7 @@ class Stabilized(Optimizer):
         if self._rehearses(results):
             self._swapped_step(results, [])
             for p, state in self.base.state.items():
-                reset_(state, self.moments)
+                reset_(state, self.moments)  # the step counts back to 0
                 # The tool that asked for this goes by the names that it finds here when it unflattens a state.
                 state.update(self._named_statistics(p))
             return
@@ -340,9 +346,10 @@ class Stabilized(Optimizer):
         for group in self.param_groups:
             group[clock] += ahead
         self.chain.keep(results)
+        # NaN for parameters without a gradient.
         measured = [(result.bucket.params, _statistics(result.grads, result.bucket)) for result in results]
         self.stats = in_param_order(self.param_groups, measured)
-        if self.reset_interval:
+        if self.reset_interval:  # after a step, when lazy bases have their state
             self._check_moments()
 
     @property
@@ -350,6 +357,7 @@ class Stabilized(Optimizer):
         """The base's `evenstep.optim.optimizer.EvenOptimizer.step_parameter`, if it has one, on the transformed
         gradient. ValueError together with ``reset_interval`` or transforms of the whole model (`NormClip`, ...).
         """
+        # A property, so that hasattr() tells trainers whether the base can release gradients.
         getattr(self.base, "step_parameter")  # noqa: B009  # AttributeError where the base has none
         return self._step_parameter
 
@@ -364,7 +372,7 @@ class Stabilized(Optimizer):
                 "gradients of all parameters at once; use step()"
             )
         base: Any = self.base
-        group, _ = base.place(p)
+        group, _ = base.place(p)  # ValueError for a parameter of another optimizer
         if (given := p.grad) is None:
             return
         self._check_options()
@@ -402,10 +410,12 @@ class Stabilized(Optimizer):
         }
         # The base sees `stepped`. Those of them whose flag was not read may have to be put back afterwards.
         stepped, unread = partitioned(accepted, self.nonfinite)
+        # A copy of nothing where all flags were read (on CPU, and with "skip").
         snapshot = Snapshot(self.base, unread, self.moments)
         for p in resets:  # a tensor that is skipped keeps its moments, also on the step of a reset
             if p in stepped:
                 reset_(self.base.state.get(p, {}), self.moments)
+        # The user's gradients, to be put back as the same tensor objects.
         given = {p: p.grad for p in accepted}
         work = [(result.grads, i, p) for result in results for i, p in enumerate(result.bucket.params) if p in stepped]
         try:
@@ -430,6 +440,7 @@ class Stabilized(Optimizer):
         return all(not (result.grads.origin or result.grads).peak.any() for result in results)
 
     def _check_moments(self) -> None:
+        # A silent guess would either keep spikes in moments or destroy state that is not a moment.
         unknown = unknown_entries(self.base.state.values(), self.moments)
         if unknown:
             raise ValueError(
@@ -473,7 +484,7 @@ class Stabilized(Optimizer):
         # Separate the entries of the base (theirs) from those of the chain (ours).
         prefix, theirs, ours = self.chain.prefix, dict[Any, Any](), dict[Any, dict[str, Any]]()
         for i, entries in state_dict["state"].items():
-            if not isinstance(entries, dict):  # of no parameter
+            if not isinstance(entries, dict):  # a global number of the base
                 theirs[i] = entries
                 continue
             ours[i] = {key.removeprefix(prefix): value for key, value in entries.items() if str(key).startswith(prefix)}
@@ -484,6 +495,7 @@ class Stabilized(Optimizer):
             self.chain.check_saved((p, ours.get(i, {})) for i, p in self._numbered(state_dict))
             # Everything is checked before the base changes.
             theirs = checked_copy(self.base, self._numbered(state_dict), theirs)
+        # The base's errors come before the chain's statistics change.
         self.base.load_state_dict({**state_dict, "state": theirs})
         for group in self.param_groups:
             group.setdefault(self.chain.clock, 0)  # a state of the bare base has no clock of ours

@@ -147,6 +147,7 @@ class StableSPAM(EvenOptimizer):
         # is read, piece by piece: no transformed copy of it exists.
         weights = self.weights(group, bucket, grads.finite)
         exp_avg, exp_avg_sq = bucket.state_tensors("exp_avg"), bucket.state_tensors("exp_avg_sq")
+        # One pass per tensor: read g, update m, v and p in place. update_norm [k] is for the statistics.
         update_norm = F.adam_step(weights, grads, exp_avg, exp_avg_sq, plan)
         if official:
             n = age  # one counter for both: after a reset the statistics are corrected as if they were new
@@ -181,6 +182,7 @@ class StableSPAM(EvenOptimizer):
     def _scheduled(group: Group) -> tuple[Any, Any, Any]:
         """Whether this step resets the moments (1 or 0), and beta1 and gamma1 of this step: 0-d tensors for the plain
         step, numbers for a fused one."""
+        # s(t) multiplies beta1 and gamma1; the bias corrections use the product, as 1 - (beta1 s)^age.
         t, beta1, gamma1 = group["t"], group["betas"][0], group["gamma1"]
         if group["total_steps"] is not None:
             hold = group["variant"] != "official"  # the published cosine rises again after total_steps + 1

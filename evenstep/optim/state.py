@@ -47,6 +47,7 @@ def with_tensor_clock(group: Group) -> Group:
 def latest_clock(clocks: list[Any]) -> Any:
     """The largest of the clocks of several groups, 0 for none. A clock on a device is not read: the result is then a
     tensor there."""
+    # Groups under `capturable` have tensors, others numbers; both kinds may occur together.
     if not any(isinstance(t, Tensor) for t in clocks):
         return max(clocks, default=0)
     device = next(t.device for t in clocks if isinstance(t, Tensor))  # the first capturable group's
@@ -109,6 +110,7 @@ def restore_exactly(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 def keep_dtypes(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """`restore_exactly` for optimizers of any kind, after they have loaded ``saved``: a tensor is replaced only where
     its dtype differs from the saved one, and stays on the device that the optimizer chose."""
+    # Used for optimizers of other libraries, whose groups and clocks are not known here.
     for p, entries in _numbered(optimizer, saved):
         state = optimizer.state.get(p, {})
         for name, value in entries.items():
@@ -172,6 +174,7 @@ def moment(p: Tensor, stored: str = "fp32", *, signed: bool = True) -> Tensor:
     ``signed`` for first moments. As in torchao, tensors of fewer than 4096 entries, or not a multiple of 256, stay
     fp32.
     """
+    # zeros_like of a DTensor is a DTensor, so that checkpoints know how a moment is sharded.
     if stored == "int8":
         blocks = _eight_bit_blocks()
         shard = local(p)
@@ -191,6 +194,7 @@ def adam_moments(p: Tensor, stored: str) -> State:
 def largest_stored(moments: Iterable[Tensor], dtype: torch.dtype) -> float:
     """The largest number of ``dtype`` that all of these moments can hold. bf16 and 8-bit blocks count as fp32, whose
     exponents bf16 and the blocks' scales have."""
+    # fp64 moments of fp64 parameters alone hold squares above 3.4e38.
     whole = dtype == torch.float64 and all(x.dtype == torch.float64 and not is_coded(x) for x in moments)
     return torch.finfo(torch.float64 if whole else torch.float32).max
 
@@ -256,6 +260,7 @@ def _home(several: list[dict[str, Tensor]]) -> torch.device:
 
 def _brought(vector: Tensor, like: Tensor) -> Tensor:
     """``vector`` on the device and in the dtype of ``like``, without waiting for it."""
+    # Through pinned memory: an ordinary copy from the CPU waits until the device has done its queued work.
     if vector.device.type == "cpu" != like.device.type:
         vector = uploaded(vector, like.device)
     return vector.to(like)
@@ -264,6 +269,7 @@ def _brought(vector: Tensor, like: Tensor) -> Tensor:
 def refuse_sparse_gradients(who: str, groups: list[Group], params: Iterable[Tensor]) -> None:
     """RuntimeError where one of ``params``, which belong to ``groups``, has a sparse gradient. ``who`` begins it."""
     for p in params:
+        # Only now is the place of the parameter searched: the step itself needs one attribute per parameter.
         if (grad := p.grad) is not None and grad.is_sparse:
             place, index = next(
                 (i, j) for i, group in enumerate(groups) for j, q in enumerate(group["params"]) if q is p

@@ -44,6 +44,7 @@ class StepInfo:
 
     def since_reset(self) -> int:
         """Steps since the moments were last reset (0 on the step of the reset), or since the start."""
+        # The step whose number is a multiple of the interval is the reset step itself.
         return self.t % self.reset_interval if self.reset_interval else self.t
 
 
@@ -104,6 +105,7 @@ class Transform:
 
 def shared_dtype(device: torch.device) -> torch.dtype:
     """Dtype of shared statistics: fp64, where the device has it."""
+    # Shared statistics are few, and running means of norms over many orders of magnitude need the digits.
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -144,7 +146,7 @@ class AdaClip(Transform):
     options = ("gamma3",)
 
     def __init__(self, gamma3: float = 0.999):
-        check(type(self).__name__, gamma3=gamma3)
+        check(type(self).__name__, gamma3=gamma3)  # with the name of a subclass, if it is one
         self.gamma3 = gamma3
 
     def __call__(self, grads: Gradients, state: Statistics, step: StepInfo) -> Result:
@@ -317,6 +319,7 @@ class ValueClip(Transform):
         self.limit = limit
 
     def __call__(self, grads: Gradients, state: Statistics, step: StepInfo) -> Result:
+        # A clamp changes entries one by one, which limit and gain cannot express: the values are replaced.
         clamped = [grads.read(i).clamp_(-self.limit, self.limit) for i in range(len(grads.tensors))]
         grads = yield from grads.replaced(clamped)
         return grads, {}
@@ -447,6 +450,7 @@ class NormClip(Transform):
         self.max_norm = max_norm
 
     def __call__(self, grads: Gradients, state: Statistics, step: StepInfo) -> Result:
+        # g <- g min(1, max_norm / ||g||), ||g|| over all parameters; no reduction beyond that of the single norms.
         grads, norm, _ = yield from global_norm(grads)
         return limited(grads, norm, self.max_norm), {}
 
@@ -552,7 +556,7 @@ class AutoClip(Transform):
         # The present norm is part of its own history, so the first step is never clipped.
         history, n = appended(state["history"], state["n"], norm)
         limit = percentile(history, n.clamp(max=self.window), self.percentile)
-        # A norm that is not the whole model's is not compared with those that are.
+        # Where a gradient is not finite, the norm is that of the others alone and not comparable with the history.
         return limited(grads, norm, torch.where(finite, limit, norm)), {"history": history, "n": n}
 
 
@@ -607,11 +611,11 @@ class SkipStep(Transform):
             grads, value, usable = yield from global_norm(grads)
         else:
             loss = step.loss if self.loss is None else self.loss
-            if loss is None:
+            if loss is None:  # a skipped check would be a silent fallback
                 raise ValueError(
                     "SkipStep(watch='loss') was given no loss: step with a closure, or set unit.loss before"
                 )
-            value = loss.detach().to(history)
+            value = loss.detach().to(history)  # fp64 on the device of the statistics
             usable = torch.isfinite(value)
             value = torch.where(usable, value, torch.zeros_like(value))
         past = torch.arange(self.window, device=history.device) < n  # [window] bool: places that are filled
@@ -620,6 +624,7 @@ class SkipStep(Transform):
         mean = (history * past).sum() / count.clamp(min=1)
         variance = ((history - mean).square() * past).sum() / (count - 1).clamp(min=1)
         # All in tensors: the decision stays on the device, and a skipped step costs no synchronisation.
+        # At least half a window of values, and three, so that there is a standard deviation.
         judged = n + 1 >= max(3, self.window // 2)
         keep = usable & ~(judged & (value - mean > self.sigma * variance.sqrt()))
         # An outlier enters the window, so that a lasting change of level is accepted after a while.
