@@ -42,6 +42,7 @@ def check_base(base: Any) -> None:
             f"{type(base).__name__} evaluates its closure many times a step, and transforms would not see those "
             "gradients; stabilize takes optimizers whose step() needs no closure"
         )
+    # differentiable=True would need the graph of the transformed gradients.
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError("stabilize: differentiable=True is not supported, the transforms are not differentiable")
 
@@ -164,7 +165,7 @@ def on_host(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def partitioned(accepted: dict[Tensor, Tensor], nonfinite: str) -> tuple[set[Tensor], list[Tensor]]:
+def split_by_flag(accepted: dict[Tensor, Tensor], nonfinite: str) -> tuple[set[Tensor], list[Tensor]]:
     """The parameters that the base steps, and those among them that may have to be put back afterwards.
 
     ``accepted`` has a flag for each parameter with a gradient (0-d bool on its device): the gradient is finite. A
@@ -204,14 +205,16 @@ class Snapshot:
     def restore(self, accepted: list[Tensor]) -> None:
         """Put back the parameters whose flag (0-d bool) is False, and their state."""
         for p, flag, weights, before in zip(self.params, accepted, self.weights, self.states, strict=True):
-            _put_back(p, weights, flag)
+            _restore_where_false(p, weights, flag)
             for name, value in self.base.state.get(p, {}).items():
                 if not isinstance(value, Tensor):
                     continue
                 if name in before:
-                    _put_back(value, before[name], flag)
+                    _restore_where_false(value, before[name], flag)
                 elif name in self.moments or STARTS.get(name) is not None:  # created by this step: back to the start
-                    _put_back(value, [torch.full_like(x, STARTS.get(name) or 0) for x in _plain(value)], flag)
+                    _restore_where_false(
+                        value, [torch.full_like(x, STARTS.get(name) or 0) for x in _plain(value)], flag
+                    )
 
 
 def _plain(x: Tensor) -> Iterator[Tensor]:
@@ -229,7 +232,7 @@ def _copies(x: Tensor) -> list[Tensor]:
     return [part.clone() for part in _plain(x)]
 
 
-def _put_back(x: Tensor, saved: list[Tensor], flag: Tensor) -> None:
+def _restore_where_false(x: Tensor, saved: list[Tensor], flag: Tensor) -> None:
     """Overwrite ``x`` by its copy where ``flag`` is False, without reading the flag."""
     for part, old in zip(_plain(x), saved, strict=False):
         # Another device: see the class. Another shape: replaced by the step, for example a mask with its moments.
@@ -291,25 +294,25 @@ class GradientSwap:
         """
         # One turn holds all gradients at once, in new memory, if the base has to see them together.
         for turn in (turns := _turns(work) if goes_in_turns(base) else [list(work)] if work else []):
-            outs = self._room_for(turn) if len(turns) > 1 else [torch.empty_like(_given(g, i)) for g, i, _ in turn]
+            outs = self._allocate(turn) if len(turns) > 1 else [torch.empty_like(_original(g, i)) for g, i, _ in turn]
             for several, targets in _by_bucket(turn, outs):
                 several[0][0].write([i for _, i, _ in several], targets)
             if bad is not None:
                 for out in outs:
                     out.masked_fill_(bad, math.nan)
             for (_, _, p), out in zip(turn, outs, strict=True):
-                p.grad = _like(p, out)
+                p.grad = _as_shard_of(p, out)
             try:
                 (step or base.step)()
             finally:  # also after an error, and before the next turn: a base must see each gradient once
                 for _, _, p in turn:
                     p.grad = None
 
-    def _room_for(self, turn: list[Work]) -> list[Tensor]:
+    def _allocate(self, turn: list[Work]) -> list[Tensor]:
         """A tensor for each gradient of a turn, like it in shape and dtype, in the scratch memory."""
-        given = [_given(grads, i) for grads, i, _ in turn]
+        given = [_original(grads, i) for grads, i, _ in turn]
         # Grows to the largest turn in the first step, then stays.
-        size, device = sum(map(_room, given)), given[0].device
+        size, device = sum(map(_aligned_bytes, given)), given[0].device
         if device not in self.scratch or self.scratch[device].numel() < size:
             self.scratch[device] = torch.empty(size, dtype=torch.uint8, device=device)
         outs, start = [], 0
@@ -317,16 +320,16 @@ class GradientSwap:
             room = self.scratch[device][start : start + g.numel() * g.element_size()]
             # Other memory formats, such as channels_last, are kept, in memory of their own.
             outs.append(room.view(g.dtype).view(g.shape) if g.is_contiguous() else torch.empty_like(g))
-            start += _room(g)
+            start += _aligned_bytes(g)
         return outs
 
 
-def _given(grads: Gradients, i: int) -> Tensor:
+def _original(grads: Gradients, i: int) -> Tensor:
     """The local gradient before all transforms, whose shape, dtype and device the transformed copy has."""
     return (grads.origin or grads).tensors[i]
 
 
-def _room(g: Tensor) -> int:
+def _aligned_bytes(g: Tensor) -> int:
     """Bytes of a tensor, rounded up to whole cache lines of 64, which keeps every copy aligned."""
     return -(-g.numel() * g.element_size() // 64) * 64
 
@@ -335,16 +338,16 @@ def _turns(work: Sequence[Work]) -> list[list[Work]]:
     """Split ``work`` into turns: neighbours on one device whose gradients together are no larger than the largest
     gradient, or than `MIN_TURN_BYTES`."""
     # A turn ends before a gradient that would not fit, and where the device changes.
-    most = max([_room(_given(grads, i)) for grads, i, _ in work], default=0)
+    most = max([_aligned_bytes(_original(grads, i)) for grads, i, _ in work], default=0)
     turns: list[list[Work]] = []
-    used, device = 0, None
+    used, device = 0, None  # bytes and device of the present turn
     for grads, i, p in work:
-        g = _given(grads, i)
-        if not turns or g.device != device or used + _room(g) > max(most, MIN_TURN_BYTES):
+        g = _original(grads, i)
+        if not turns or g.device != device or used + _aligned_bytes(g) > max(most, MIN_TURN_BYTES):
             turns.append([])
             used, device = 0, g.device
         turns[-1].append((grads, i, p))
-        used += _room(g)
+        used += _aligned_bytes(g)
     return turns
 
 
@@ -355,7 +358,7 @@ def _by_bucket(turn: list[Work], outs: list[Tensor]) -> Iterator[tuple[list[Work
         yield [item for item, _ in several], [out for _, out in several]
 
 
-def _like(p: Tensor, part: Tensor) -> Tensor:
+def _as_shard_of(p: Tensor, part: Tensor) -> Tensor:
     """``part`` as the local shard of a DTensor with the layout of ``p``; ``part`` itself where ``p`` is not sharded."""
     if not is_sharded(p):
         return part

@@ -16,11 +16,10 @@ from evenstep.optim.functional import Gradients
 from evenstep.optim.state import is_trained, scalar, untouched
 from evenstep.optim.transforms import Statistics, StepInfo, Transform, shared_dtype
 
+# Prefix of the statistics in a saved state, and key of the step count in a param group. Nested chains (`stabilize` of a
+# stabilised optimizer) have names of their own: see `Chain.prefix` and `Chain.clock`.
 PREFIX = "stabilize."
 CLOCK = "stabilize_t"
-"""Prefix of the statistics in a saved state, and key of the step count in a param group. Nested chains (`stabilize` of
-a stabilised optimizer) have names of their own: see `Chain.prefix` and `Chain.clock`.
-"""
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,9 @@ class Transformed:
     gradients are finite (0-d bool)."""
 
     bucket: Bucket
-    grads: Gradients
-    new: list[Statistics]
-    all_finite: Tensor
+    grads: Gradients  # transformed; the raw tensors are shared with p.grad
+    new: list[Statistics]  # by transform
+    all_finite: Tensor  # 0-d bool, equal in all buckets
 
 
 class Chain:

@@ -61,17 +61,18 @@ SOURCES = (
     Source("the published SCALE", frozenset({"moment1"}), frozenset({"moment2", "step"})),
 )
 
+# Entry of the source -> entry here. `norm_rms` is the root of `v_norm_t`: the mean square overflows in fp32.
 NAMES = {"moment1": "exp_avg", "moment2": "exp_avg_sq", "m_max_t": "peak", "m_norm_t": "norm", "v_norm_t": "norm_rms"}
-"""Entry of the source -> entry here. ``norm_rms`` is the root of ``v_norm_t``: the mean square overflows in fp32."""
 
+# Keys of the sources' param groups that have no counterpart here.
 MEANINGLESS = frozenset(
     "foreach fused capturable differentiable amsgrad decoupled_weight_decay correct_bias step".split()  # noqa: SIM905
 )
-"""Keys of the sources' param groups that have no counterpart here."""
 
+# All entries of evenstep's optimizers. Others in a state of evenstep are the user's, and are kept.
 OURS = frozenset("exp_avg exp_avg_sq age mask peak norm norm_rms n compensation".split())  # noqa: SIM905
+# Entries that start anew together when one of them is missing: a mean without its count has no meaning.
 TOGETHER = ({"exp_avg", "exp_avg_sq", "age", "mask"}, {"peak", "norm", "norm_rms", "n"})
-"""Entries that start anew together when one of them is missing: a mean without its count is worth nothing."""
 
 
 def convert_state_dict(optimizer: Target, given: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -28,8 +28,8 @@ R = TypeVar("R")
 
 # ---- shards ----
 
+# Types that are never sharded. They are compared first, because a step asks about every tensor.
 PLAIN = frozenset({Tensor, Parameter})
-"""Types that are never sharded. They are compared first, because a step asks about every tensor."""
 
 
 def is_sharded(x: Any) -> bool:
@@ -162,9 +162,9 @@ class Reduction:
     answer: Tensor | None = None
 
 
+# A step that returns an R. It yields tuples of `Reduction`, for which it receives a list of results, or other steps,
+# for which it receives their result.
 Steps = Generator[Any, Any, R]
-"""A step that returns an ``R``. It yields tuples of `Reduction`, for which it receives a list of results, or other
-steps, for which it receives what they return."""
 
 
 def reduced(*requests: Reduction) -> Steps[list[Tensor]]:

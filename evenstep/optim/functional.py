@@ -104,10 +104,9 @@ def _cos(x: T) -> T:
 # once per operation; the same chain over pieces that fit in the second-level cache streams it once in all, and its
 # temporaries stay small.
 
+# Entries per piece: 256 KiB in fp32, so that the buffers of an Adam update share a 2 MiB cache (best of 2^13 to 2^17 as
+# measured).
 BLOCK = 1 << 16
-"""Entries per piece: 256 KiB in fp32, so that the buffers of an Adam update share a 2 MiB cache (best of 2^13 to 2^17
-as measured).
-"""
 
 
 def splittable(*tensors: Tensor) -> bool:
@@ -588,8 +587,7 @@ def adam_step(
 
 # ---- SCALE: each row or column of a matrix is divided by its norm ----
 
-FLOOR = 1e-8
-"""Smallest norm that is divided by (official code)."""
+FLOOR = 1e-8  # smallest norm that is divided by (official code)
 
 
 def row_norms(g: Tensor, count: int, norm: str) -> Tensor:
@@ -640,8 +638,8 @@ class Weights:
     def write(self, i: int, p: Tensor, exact: Tensor, extras: list[Tensor], start: int) -> None:
         """Round ``exact`` into ``p``, a piece of tensor ``i`` that begins at its entry ``start``."""
         seed = self.seeds[i]
-        # A tensor that is skipped has `exact` equal to `p`, which rounds to itself; only the compensation of Kahan
-        # summation has to be told.
+        # A tensor that is skipped has `exact` equal to `p`, which rounds to itself; only the
+        # compensation of Kahan summation depends on `finite`.
         if p.dtype == exact.dtype:
             p.copy_(exact)
         elif extras:

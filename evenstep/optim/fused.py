@@ -73,6 +73,7 @@ class Choice:
             )
         return None
 
+    # A string instead of an exception: refusals are common, and only fused=True turns one into an error.
     def _refusal(
         self, kernels: Kernels, p: Tensor, grad: Tensor, state: Mapping[str, Any], sharded: bool
     ) -> str | None:

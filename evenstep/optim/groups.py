@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 KINDS = ("embedding", "hidden", "last", "vector")
+# Names of last layers in common models (transformers, GPT-NeoX, timm, torchtitan).
 HEADS = ("lm_head", "embed_out", "head", "output", "classifier", "score")
-"""Names of last layers in common models (transformers, GPT-NeoX, timm, torchtitan)."""
 
 
 def scale_groups(
@@ -63,7 +63,7 @@ def scale_groups(
 
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in KINDS}
     unknown: list[str] = []  # reported together, so that one run of the program shows all
-    owner = _owners(model)
+    owner = _owners(model)  # parameter name -> the module that holds it, whose type tells the kind
     for name, p in params.items():
         # The caller's patterns come before all rules.
         named = (k for k, patterns in given.items() if any(fnmatchcase(name, x) for x in patterns))
@@ -94,6 +94,7 @@ def scale_groups(
             f"scale_groups found no last layer in {type(model).__name__} (no trainable one is named "
             f"{', '.join(HEADS)}); name its weight, for example last='decoder.out.weight'"
         )
+    # torch accepts pairs (name, parameter); states then carry the names.
     return [{"params": members, "kind": kind} for kind, members in groups.items() if members]
 
 
@@ -139,6 +140,7 @@ def _is_head(module_path: str) -> bool:
 
 def _kind(name: str, p: nn.Parameter, owner: nn.Module, *, find_last: bool) -> str | None:
     """The kind of a parameter by the rules of `scale_groups`, None where none applies."""
+    # The order of the rules matters: a head's bias is a vector, an embedding named "head" an embedding.
     if p.dim() < 2:
         return "vector"
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag):

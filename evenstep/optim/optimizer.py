@@ -56,8 +56,7 @@ from evenstep.optim.state import (
     with_tensor_clock,
 )
 
-Work = tuple[Group, Bucket]
-"""The arguments of one call of `EvenOptimizer.update`."""
+Work = tuple[Group, Bucket]  # the arguments of one call of `EvenOptimizer.update`
 
 
 class EvenOptimizer(Optimizer):
@@ -68,10 +67,8 @@ class EvenOptimizer(Optimizer):
     ``official`` holds the arguments under the published code's names. For ``fused`` see `StableSPAM`.
     """
 
-    OPTIONS: ClassVar[tuple[Option, ...]] = ()
-    """The hyperparameters, declared in options.py."""
-    ALIASES: ClassVar[dict[str, str]] = {}
-    """Name in the published code -> name here. Derived from ``OPTIONS``."""
+    OPTIONS: ClassVar[tuple[Option, ...]] = ()  # the hyperparameters, declared in options.py
+    ALIASES: ClassVar[dict[str, str]] = {}  # name in the published code -> name here, derived from OPTIONS
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -407,6 +404,7 @@ class EvenOptimizer(Optimizer):
         self.state[p]["released_at"] = group["t"]
         return self._work([(group, [p])], False)
 
+    # "released_at" is kept under the parameter and compared with the group's clock, both of which are saved.
     def _had_its_turn(self, group: Group, p: Tensor) -> bool:
         """Whether ``p`` was updated in the present sweep."""
         return p in self.state and bool(self.state[p].get("released_at") == group["t"])

@@ -40,7 +40,7 @@ def number(low: float, high: float = math.inf, *, below: bool = False) -> Callab
     """A predicate: ``low <= x <= high``, or ``x < high`` with ``below``. Accepts tensors of one entry."""
 
     def holds(x: Any) -> bool:
-        if is_tensor(x):
+        if is_tensor(x):  # lr may be a 0-d tensor, which a compiled or captured step can change
             if x.numel() != 1 or x.device.type != "cpu":
                 return bool(x.numel() == 1)  # a value on a device is not read: that would wait for the device
             x = x.item()
@@ -60,6 +60,7 @@ def _count(x: Any) -> bool:
 
 
 def _choice(*names: str) -> Range:
+    # "'a', 'b' or 'c'"
     quoted = [repr(name) for name in names]
     return Range(lambda x: x in names, " or ".join([", ".join(quoted[:-1]), quoted[-1]]))
 
@@ -124,8 +125,7 @@ def check(owner: str, /, **options: Any) -> None:
             raise ValueError(f"{where}{name}={value!r} is not {allowed.text}")
 
 
-TENSOR = object()
-"""Stands for a tensor in `comparable`."""
+TENSOR = object()  # stands for a tensor in `comparable`
 
 
 def comparable(values: Iterable[Any]) -> tuple[Any, ...]:
@@ -163,13 +163,13 @@ BETAS = Option("betas", (0.9, 0.999), "decay of the first and second moment")
 EPS = Option("eps", 1e-8, "added to the root of the second moment", "published code")
 WEIGHT_DECAY = Option("weight_decay", 0.0, "decoupled weight decay, multiplied by lr")
 VARIANT = Option("variant", "paper", "'official' follows the published code step by step")
+# Options of every optimizer. None of them is in the papers.
 COMMON = (
     Option("maximize", False, "ascend instead of descend"),
     Option("capturable", False, "keep the clock on the device, for CUDA graphs"),
     Option("rounding", "nearest", "how results enter 16-bit parameters: nearest, stochastic or kahan"),
     Option("state", "fp32", "how moments are stored: fp32, bf16 or int8 (blocks of 256, needs torchao)"),
 )
-"""Options of every optimizer."""
 
 # The order of each tuple is that of the constructor's arguments. `replace` changes what differs between optimizers.
 
@@ -249,7 +249,7 @@ def renamed(
     Raises ValueError for two names of one option. Of unknown names, ``strict`` refuses all (TypeError, for the
     constructor), otherwise only those that look like a mistyped option (ValueError, for param groups).
     """
-    import difflib  # takes 5 ms to load
+    import difflib  # takes 5 ms to load, and the command line reads this module for its help
 
     result: dict[str, Any] = {}
     for name, value in given.items():

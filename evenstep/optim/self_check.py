@@ -27,10 +27,10 @@ from evenstep.optim import functional as F
 STEPS = 3
 SHAPES = (33, 7), (16, 256), (17,)  # an odd matrix, one that 8-bit blocks and vector registers divide, a vector
 
+# Lists of tensors of `SHAPES`: the parameters, then the gradients of each step.
 Numbers = list[list[Tensor]]
-"""Lists of tensors of `SHAPES`: the parameters, then the gradients of each step."""
+# A small computation with kernels (True) or without; returns its results by name.
 Work = Callable[[Numbers, bool], dict[str, Tensor]]
-"""A small computation with kernels (True) or without; returns its results by name."""
 
 
 @dataclass(frozen=True)

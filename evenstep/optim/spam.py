@@ -281,12 +281,12 @@ class SPAM(EvenOptimizer):
         weights = self.weights(group, bucket, grads.finite)
         where = [_trained_entries(state, p.numel()) for p, state in zip(bucket.params, bucket.states, strict=True)]
         lost = weights.lost
-        weights.tensors, weights.lost = taken(bucket.shards, where), taken(lost, where)
-        trained = grads.of(taken(bucket.grads, where))
+        weights.tensors, weights.lost = gather_entries(bucket.shards, where), gather_entries(lost, where)
+        trained = grads.of(gather_entries(bucket.grads, where))
         exp_avg, exp_avg_sq = bucket.state_tensors("exp_avg"), bucket.state_tensors("exp_avg_sq")
         update_norm = F.adam_step(weights, trained, exp_avg, exp_avg_sq, plan, clip)
-        put_back(bucket.shards, weights.tensors, where)
-        put_back(lost, weights.lost, where)
+        scatter_entries_(bucket.shards, weights.tensors, where)
+        scatter_entries_(lost, weights.lost, where)
 
         scalars.store(grads.finite, age)
         grads = yield grads.with_norms()  # all-reduce: the norm, for the statistics
@@ -348,8 +348,8 @@ class SPAM(EvenOptimizer):
 
 # ---- sparse momentum: masks and the entries that they select ----
 
+# Entries drawn at a time, so that drawing a mask needs a few megabytes for a tensor of any size.
 CHUNK = 1 << 20
-"""Entries drawn at a time, so that drawing a mask needs a few megabytes, whatever the size of the tensor."""
 
 
 def draw_mask(n: int, density: float, seed: tuple[int, ...]) -> Tensor:
@@ -399,15 +399,15 @@ def _sparse_moments(p: Tensor, bits: Tensor, count: int, stored: str) -> State:
     return adam_moments(p.new_empty(count), stored) | {"mask": bits}
 
 
-def taken(tensors: Sequence[T], where: list[Tensor | None]) -> list[T]:
+def gather_entries(tensors: Sequence[T], where: list[Tensor | None]) -> list[T]:
     """The entries at the flat indices ``where`` of each tensor, 1-D; the tensor itself where that is None."""
     return [
         x if x is None or entries is None else torch.take(x, entries) for x, entries in zip(tensors, where, strict=True)
     ]
 
 
-def put_back(tensors: Sequence[T], values: Sequence[T], where: list[Tensor | None]) -> None:
-    """Write the entries that `taken` returned back into the tensors."""
+def scatter_entries_(tensors: Sequence[T], values: Sequence[T], where: list[Tensor | None]) -> None:
+    """Write the entries that `gather_entries` returned back into the tensors."""
     for x, compact, entries in zip(tensors, values, where, strict=True):
         if x is not None and compact is not None and entries is not None:
             flat = x.reshape(-1).index_copy_(0, entries, compact)  # put_ has no deterministic form

@@ -29,8 +29,8 @@ from evenstep.optim.base_optimizer import (
     check_base,
     check_parameters,
     checked_copy,
-    partitioned,
     reset_,
+    split_by_flag,
     unknown_entries,
 )
 from evenstep.optim.chain import Chain, Transformed
@@ -104,7 +104,7 @@ def stabilize(
 
 def _statistics(grads: Gradients, bucket: Bucket) -> dict[str, Tensor]:
     """The part of `Stabilized.stats` of one bucket. The base computes the update, so its norm is unknown: NaN."""
-    unknown = torch.full_like(grads.peak, torch.nan)
+    unknown = torch.full_like(grads.peak, torch.nan)  # [k]
     return statistics(grads, bucket.sizes(), unknown, sharded=bool(bucket.layout.cuts))
 
 
@@ -409,7 +409,7 @@ class Stabilized(Optimizer):
             for p, flag in zip(result.bucket.params, result.grads.finite.unbind(), strict=True)
         }
         # The base sees `stepped`. Those of them whose flag was not read may have to be put back afterwards.
-        stepped, unread = partitioned(accepted, self.nonfinite)
+        stepped, unread = split_by_flag(accepted, self.nonfinite)
         # A copy of nothing where all flags were read (on CPU, and with "skip").
         snapshot = Snapshot(self.base, unread, self.moments)
         for p in resets:  # a tensor that is skipped keeps its moments, also on the step of a reset

@@ -19,10 +19,8 @@ from evenstep.optim.distributed import Bucket, local, num_shards, refuse_flat_sh
 from evenstep.optim.functional import opened
 from evenstep.optim.rounding import noise_seeds
 
-Group = dict[str, Any]
-"""A param group: ``params``, the options by name, and the step clock ``t``."""
-State = dict[str, Any]
-"""The state of one parameter, by name."""
+Group = dict[str, Any]  # a param group: "params", the options by name, and the step clock "t"
+State = dict[str, Any]  # the state of one parameter, by name
 
 # ---- clocks ----
 

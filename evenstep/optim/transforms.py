@@ -23,24 +23,19 @@ from evenstep.optim.distributed import Reduction, Steps, reduced
 from evenstep.optim.functional import EntryClip, Gradients, adaclip, adagn, peak_and_norm
 from evenstep.optim.options import check
 
+# Statistics by name: for `scalars` a vector [k], for `entries` a list of k tensors (local shards), for `shared` one
+# tensor.
 Statistics = dict[str, Any]
-"""Statistics by name: for ``scalars`` a vector ``[k]``, for ``entries`` a list of ``k`` tensors (local shards), for
-``shared`` one tensor.
-"""
 
 
 @dataclass(frozen=True, slots=True)
 class StepInfo:
     """The facts of a step that a transform may use besides the gradients."""
 
-    params: list[Tensor]
-    """The ``k`` parameters (local shards)."""
-    t: int = 1
-    """Number of this step, from 1."""
-    reset_interval: int = 0
-    """Steps between resets of the base's moments; 0 for never."""
-    loss: Tensor | None = None
-    """The value that the closure returned, if one was given."""
+    params: list[Tensor]  # the k parameters (local shards)
+    t: int = 1  # number of this step, from 1
+    reset_interval: int = 0  # steps between resets of the base's moments; 0 for never
+    loss: Tensor | None = None  # the value that the closure returned, if one was given
 
     def since_reset(self) -> int:
         """Steps since the moments were last reset (0 on the step of the reset), or since the start."""
@@ -109,6 +104,7 @@ def shared_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+# The type of every transform's call: a generator of requests that returns the gradients and the new statistics.
 Result = Steps[tuple[Gradients, Statistics]]
 
 
@@ -264,6 +260,7 @@ class SpikeClip(Transform):
 
     def __init__(self, threshold: float = 5000.0, beta2: float = 0.999, clip_start: int = 20, spikes: str = "clip"):
         check(type(self).__name__, threshold=threshold, beta2=beta2, clip_start=clip_start, spikes=spikes)
+        # Read again at every step, so that they may be changed during training; `Stabilized` checks them anew.
         self.threshold, self.beta2, self.clip_start, self.spikes = threshold, beta2, clip_start, spikes
 
     def __call__(self, grads: Gradients, state: Statistics, step: StepInfo) -> Result:
@@ -394,8 +391,8 @@ def _unit_squares(x: Tensor) -> Tensor:
 # range of its statistics (fp32; 1e150 for fp64), is left out of the global norm and of the step; such a step leaves the
 # statistics unchanged.
 
+# Largest norm that counts as finite: fp64 cannot hold the squares of larger ones, which fp64 parameters may have.
 SQUARABLE = 1e150
-"""Largest norm that counts as finite: fp64 cannot hold the squares of larger ones, which fp64 parameters may have."""
 
 
 def global_norm(grads: Gradients) -> Steps[tuple[Gradients, Tensor, Tensor]]:
@@ -552,7 +549,7 @@ class AutoClip(Transform):
         return {"history": (self.window,), "n": ()}
 
     def __call__(self, grads: Gradients, state: Statistics, step: StepInfo) -> Result:
-        grads, norm, finite = yield from global_norm(grads)
+        grads, norm, finite = yield from global_norm(grads)  # 0-d fp64 and bool
         # The present norm is part of its own history, so the first step is never clipped.
         history, n = appended(state["history"], state["n"], norm)
         limit = percentile(history, n.clamp(max=self.window), self.percentile)
@@ -598,6 +595,7 @@ class SkipStep(Transform):
     def __init__(self, window: int = 128, sigma: float = 6.0, watch: str = "norm"):
         check(type(self).__name__, window=window, sigma=sigma, watch=watch)
         self.window, self.sigma, self.watch = window, sigma, watch
+        # Two names, because a chain may hold one of each and keeps statistics by name.
         self.name = "skip_step" if watch == "norm" else "skip_step_loss"
         self.loss: Tensor | None = None
 
@@ -618,6 +616,7 @@ class SkipStep(Transform):
             value = loss.detach().to(history)  # fp64 on the device of the statistics
             usable = torch.isfinite(value)
             value = torch.where(usable, value, torch.zeros_like(value))
+        # The ring buffer fills from place 0 on; after `window` values all places count.
         past = torch.arange(self.window, device=history.device) < n  # [window] bool: places that are filled
         count = past.sum()
         # Mean and sample variance of the values before this one, as torch.std of the filled window would give.
@@ -629,6 +628,7 @@ class SkipStep(Transform):
         keep = usable & ~(judged & (value - mean > self.sigma * variance.sqrt()))
         # An outlier enters the window, so that a lasting change of level is accepted after a while.
         longer, more = appended(history, n, value)
+        # A step with a NaN has no value: the window stays as it is.
         new = {"history": torch.where(usable, longer, history), "n": torch.where(usable, more, n)}
         return grads.kept_if(keep), new
 
