@@ -6,6 +6,7 @@ Names are loaded on first use, so that options.py can be read without torch.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# Module -> the public names in it.
 _MODULES = {
     "groups": ("scale_groups",),
     "scale": ("SCALE",),
@@ -43,7 +44,7 @@ if TYPE_CHECKING:  # type checkers and editors do not follow __getattr__
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(importlib.import_module(f"evenstep.optim.{_HOME[name]}"), name)
-        globals()[name] = value
+        globals()[name] = value  # __getattr__ is asked once per name; `stabilize` replaces the module of that name
         return value
     raise AttributeError(f"module 'evenstep.optim' has no attribute {name!r}")
 

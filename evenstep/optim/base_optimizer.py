@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from evenstep.optim.chain import PREFIX
-from evenstep.optim.distributed import is_sharded, local, refuse_flat_shard
+from evenstep.optim.distributed import is_sharded, local, refuse_flat_shard, shard_like
 from evenstep.optim.functional import Gradients
 
 # ---- checks ----
@@ -301,7 +301,7 @@ class GradientSwap:
                 for out in outs:
                     out.masked_fill_(bad, math.nan)
             for (_, _, p), out in zip(turn, outs, strict=True):
-                p.grad = _as_shard_of(p, out)
+                p.grad = shard_like(p, out, p.shape, p.stride())
             try:
                 (step or base.step)()
             finally:  # also after an error, and before the next turn: a base must see each gradient once
@@ -356,19 +356,3 @@ def _by_bucket(turn: list[Work], outs: list[Tensor]) -> Iterator[tuple[list[Work
     for _, pairs in itertools.groupby(zip(turn, outs, strict=True), key=lambda pair: id(pair[0][0])):
         several = list(pairs)
         yield [item for item, _ in several], [out for _, out in several]
-
-
-def _as_shard_of(p: Tensor, part: Tensor) -> Tensor:
-    """``part`` as the local shard of a DTensor with the layout of ``p``; ``part`` itself where ``p`` is not sharded."""
-    if not is_sharded(p):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        part,
-        p.device_mesh,  # type: ignore[attr-defined]
-        p.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=p.shape,
-        stride=p.stride(),
-    )

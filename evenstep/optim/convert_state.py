@@ -115,16 +115,16 @@ def _named(group: Group, index: int, i: Any) -> str:
 
 def _source(groups: list[Group], states: Mapping[Any, State]) -> Source | None:
     """The optimizer that wrote the state; None for an empty one. ValueError for an unknown optimizer."""
-    found = {name for entries in states.values() for name in entries}
-    if found <= {"mask"}:  # before the first step
+    names = {name for entries in states.values() for name in entries}
+    if names <= {"mask"}:  # before the first step
         return None
     for source in SOURCES:
-        fits = source.entries <= found <= source.entries | source.optional
+        fits = source.entries <= names <= source.entries | source.optional
         if fits and (not source.group_mark or any(source.group_mark in group for group in groups)):
             return source
     known = "; ".join(f"{source.name}: {', '.join(sorted(source.entries))}" for source in SOURCES[1:])
     raise ValueError(
-        f"load_state_dict: a state with the entries {', '.join(sorted(map(str, found)))} belongs to no optimizer that "
+        f"load_state_dict: a state with the entries {', '.join(sorted(map(str, names)))} belongs to no optimizer that "
         f"can be taken over ({known}); nothing was loaded"
     )
 
@@ -164,17 +164,17 @@ class _Reader:
         """The state of one parameter: ``saved`` converted, and ``fresh`` where entries are missing."""
         # 1. The entries under the names used here. 2. Those that exist in the fresh state, in its shape and storage.
         # 3. Entries that depend on a missing one start anew with it.
-        found = self._translated(p, group, saved)
+        converted = self._translated(p, group, saved)
         result = dict(fresh)
-        mask = self._mask(p, found.pop("mask", None), who)
+        mask = self._mask(p, converted.pop("mask", None), who)
         if "mask" in fresh and mask is not None:
             result["mask"] = pack(mask).to(p.device)
-        for name, value in found.items():
+        for name, value in converted.items():
             if name in fresh and isinstance(value, Tensor):
                 result[name] = self._fitted(p, name, value, mask, fresh, group, who)
             elif self.source is None and name not in OURS:  # an entry that the user has added
                 result[name] = value
-        missing = {name for name in fresh if isinstance(fresh[name], Tensor) and name not in found} - {"mask"}
+        missing = {name for name in fresh if isinstance(fresh[name], Tensor) and name not in converted} - {"mask"}
         for together in TOGETHER:
             if missing & together:
                 missing |= together & fresh.keys() - {"mask"}
@@ -183,8 +183,8 @@ class _Reader:
             self.new[name] = self.new.get(name, 0) + 1
         if "mask" in fresh and "exp_avg" in missing:  # new moments have the size of the new mask
             result["mask"] = fresh["mask"]
-        self.taken |= found.keys() & fresh.keys() - missing
-        self.offered |= found.keys()
+        self.taken |= converted.keys() & fresh.keys() - missing
+        self.offered |= converted.keys()
         return result
 
     # ---- one parameter ----
@@ -192,21 +192,21 @@ class _Reader:
     def _translated(self, p: Tensor, group: Group, saved: State) -> State:
         """The saved entries under the names used here, with the counts ``age`` and ``n`` derived from ``step``."""
         step = saved.get("step")
-        found = {NAMES.get(name, name): value for name, value in saved.items() if name != "step"}
+        converted = {NAMES.get(name, name): value for name, value in saved.items() if name != "step"}
         if self.source is None:
-            return found
+            return converted
         for name in ("peak", "norm", "norm_rms"):
-            if name in found:
-                found[name] = torch.as_tensor(found[name])
-        if "norm_rms" in found:
-            found["norm_rms"] = found["norm_rms"].sqrt()
-        if step is not None and "exp_avg" in found:
-            found["age"] = torch.tensor(self._age(float(step), group), dtype=torch.float64)
+            if name in converted:
+                converted[name] = torch.as_tensor(converted[name])
+        if "norm_rms" in converted:
+            converted["norm_rms"] = converted["norm_rms"].sqrt()
+        if step is not None and "exp_avg" in converted:
+            converted["age"] = torch.tensor(self._age(float(step), group), dtype=torch.float64)
             # n counts the updates of the statistics, which no reset touches.
-            if "peak" in found:  # pytorch_optimizer counts both; the published StableSPAM has one counter for all
+            if "peak" in converted:  # pytorch_optimizer counts both; the published StableSPAM has one counter for all
                 whole = self.source.group_mark == "step"
-                found["n"] = torch.tensor(float(self.t if whole else step), dtype=torch.float64)
-        return found
+                converted["n"] = torch.tensor(float(self.t if whole else step), dtype=torch.float64)
+        return converted
 
     def _age(self, step: float, group: Group) -> float:
         """Updates since the moments were last reset, from a count ``step`` that may go through resets."""

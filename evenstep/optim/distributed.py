@@ -48,14 +48,19 @@ def num_shards(x: Tensor) -> int:
     return math.prod(x.device_mesh.size(dim) for dim, _ in Layout.of(x).cuts) if is_sharded(x) else 1  # type: ignore[attr-defined]
 
 
-def shard_like(x: Tensor, shard: Tensor) -> Tensor:
-    """``shard`` as the local shard of a DTensor with the placements of ``x``, evenly sharded; ``shard`` itself when
-    ``x`` is not sharded."""
+def shard_like(
+    x: Tensor, shard: Tensor, shape: torch.Size | None = None, stride: tuple[int, ...] | None = None
+) -> Tensor:
+    """``shard`` as the local shard of a DTensor with the placements of ``x``; ``shard`` itself where ``x`` is whole.
+
+    ``shape`` and ``stride`` are those of the whole tensor; without them it is taken to be sharded evenly.
+    """
     if not is_sharded(x):
         return shard
     from torch.distributed.tensor import DTensor  # only where there are DTensors: it takes long to load
 
-    return DTensor.from_local(shard, x.device_mesh, x.placements, run_check=False)  # type: ignore[attr-defined]
+    mesh, placements = x.device_mesh, x.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def refuse_flat_shard(p: Tensor) -> None:

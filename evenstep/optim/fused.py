@@ -110,7 +110,7 @@ def buckets(
         return [Bucket(params, grads, params, states, torch.float32, UNSHARDED, kernels)]
     # Indices into `params`, by the properties that one call needs to have in common.
     members: dict[tuple[torch.device, torch.dtype, Layout, Kernels | None], list[int]] = {}
-    shards = []
+    shards = []  # of all parameters, in the order of `params`
     for i, (p, grad) in enumerate(pairs):
         layout = UNSHARDED
         # A DTensor is replaced by its local shard here, once; all later code works on plain tensors.

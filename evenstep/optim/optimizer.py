@@ -113,6 +113,7 @@ class EvenOptimizer(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group is a dict with 'params' and options, got {type(param_group).__name__}")
         group = self._prepare_group(renamed(param_group, self.ALIASES, "param group", set(self.defaults), strict=False))
+        # With the defaults, so that the constructor's arguments are checked by the first group.
         for name, value in (self.defaults | group).items():
             self._check(name, value)
         # Schedules and resets of a group that is added late go on in step with the others.
@@ -266,6 +267,7 @@ class EvenOptimizer(Optimizer):
             for bucket in buckets(params, self.state, choice):
                 # Seeds of stochastic rounding depend on a parameter's place, which is the same after a resume.
                 places = [self.place(p)[1] for p in bucket.params] if group["rounding"] == "stochastic" else []
+                # "given": t and lr as they are in the group, for the fused step; with_tensor_clock converts them.
                 given = {"places": places, "given": (group["t"], group["lr"])}
                 work.append((with_tensor_clock(group) | given, bucket))
         return work
@@ -424,6 +426,7 @@ class EvenOptimizer(Optimizer):
     def _is_at(self, p: Tensor, place: tuple[int, int]) -> bool:
         # Slices instead of indices: groups and parameters may have been removed.
         groups = self.param_groups[place[0] : place[0] + 1]
+        # ``is``: == on tensors compares their entries.
         return any(q is p for group in groups for q in group["params"][place[1] : place[1] + 1])
 
     def gradients(self, group: Group, bucket: Bucket) -> Steps[Gradients]:

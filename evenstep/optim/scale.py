@@ -183,6 +183,7 @@ class SCALE(EvenOptimizer):
         # 2. Take the norms ||g|| over dimension ``over``: rows [m, 1], columns [1, n].
         # 3. Read g again in groups of rows, divide by the norms and update p.
         over = 0 if group["kind"] == "embedding" else 1  # the dimension that norms are taken over
+        # k matrices of any shapes; the readers make transformed pieces of each (maximize changes the sign).
         decay, norm = group["weight_decay"], group["norm"]
         one = torch.ones_like(grads.peak)  # [k]
         rates = torch.where(grads.finite, one * group["lr"], 0 * one)  # [k], 0 for a tensor that is skipped

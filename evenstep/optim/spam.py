@@ -279,6 +279,7 @@ class SPAM(EvenOptimizer):
         # Sparse momentum: moments of sparse parameters are 1-D, with the trained entries alone. Those entries of the
         # parameter, of the gradient and of the compensation are taken out, updated as dense tensors, and put back.
         weights = self.weights(group, bucket, grads.finite)
+        # [trained entries] of int64 for each sparse parameter, None for a dense one
         where = [_trained_entries(state, p.numel()) for p, state in zip(bucket.params, bucket.states, strict=True)]
         lost = weights.lost
         weights.tensors, weights.lost = gather_entries(bucket.shards, where), gather_entries(lost, where)

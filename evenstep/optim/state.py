@@ -120,6 +120,7 @@ def keep_dtypes(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 def _numbered(optimizer: Optimizer, saved: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
     """Pairs of a parameter and its entries in ``saved``."""
     # A saved state numbers the parameters through all groups.
+    # strict: torch has compared the numbers of groups and parameters before.
     ids = [i for group in saved["param_groups"] for i in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     return [(p, saved["state"].get(i, {})) for i, p in zip(ids, params, strict=True)]

@@ -275,7 +275,7 @@ class SpikeClip(Transform):
         largest = torch.finfo(grads.dtype).max
         clipped, second = [], []  # k tensors each: transformed gradients, new v
         for i, v in enumerate(state["exp_avg_sq"]):
-            before = grads.read(i)
+            before = grads.read(i)  # a copy, in the dtype of the statistics
             g = clip(i, before, v) if self.threshold else before  # |g| <= sqrt(threshold v)
             if self.spikes == "zero":  # entries that the clip has changed
                 g = g.mul_(g == before)
@@ -487,6 +487,7 @@ class ZClip(Transform):
 
     def __init__(self, alpha: float = 0.97, threshold: float = 2.5, warmup_steps: int = 25, eps: float = 1e-6):
         check(type(self).__name__, alpha=alpha, threshold=threshold, warmup_steps=warmup_steps, eps=eps)
+        # alpha is the decay (weight of the past), as in the paper.
         self.alpha, self.threshold, self.warmup_steps, self.eps = alpha, threshold, warmup_steps, eps
 
     def __call__(self, grads: Gradients, state: Statistics, step: StepInfo) -> Result:
@@ -546,7 +547,7 @@ class AutoClip(Transform):
 
     @property
     def shared(self) -> dict[str, tuple[int, ...]]:
-        return {"history": (self.window,), "n": ()}
+        return {"history": (self.window,), "n": ()}  # name -> shape; n counts all steps, beyond the window too
 
     def __call__(self, grads: Gradients, state: Statistics, step: StepInfo) -> Result:
         grads, norm, finite = yield from global_norm(grads)  # 0-d fp64 and bool
@@ -625,6 +626,7 @@ class SkipStep(Transform):
         # All in tensors: the decision stays on the device, and a skipped step costs no synchronisation.
         # At least half a window of values, and three, so that there is a standard deviation.
         judged = n + 1 >= max(3, self.window // 2)
+        # value > mean + sigma std, for values that are judged; NaN and Inf are skipped at any time.
         keep = usable & ~(judged & (value - mean > self.sigma * variance.sqrt()))
         # An outlier enters the window, so that a lasting change of level is accepted after a while.
         longer, more = appended(history, n, value)
