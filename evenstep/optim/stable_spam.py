@@ -149,8 +149,8 @@ class StableSPAM(EvenOptimizer):
         exp_avg, exp_avg_sq = bucket.state_tensors("exp_avg"), bucket.state_tensors("exp_avg_sq")
         # One pass per tensor: read g, update m, v and p in place. update_norm [k] is for the statistics.
         update_norm = F.adam_step(weights, grads, exp_avg, exp_avg_sq, plan)
-        # The published code has one counter for statistics and moments: after a reset the statistics are corrected as if
-        # they were new, which inflates AdaClip's limit.
+        # The published code has one counter for statistics and moments: after a reset the statistics are corrected as
+        # if they were new, which inflates AdaClip's limit.
         if official:
             n = age
         # Where a gradient is not finite, the old statistics stay.
