@@ -26,7 +26,6 @@ from evenstep.optim.distributed import (
     Reduction,
     Steps,
     all_reduce,
-    buckets,
     is_sharded,
     local,
     num_shards,
@@ -34,7 +33,7 @@ from evenstep.optim.distributed import (
     state_dtype,
 )
 from evenstep.optim.functional import Gradients
-from evenstep.optim.fused import Choice
+from evenstep.optim.fused import Choice, buckets
 from evenstep.optim.state import in_param_order
 from evenstep.telemetry.schema import GSS_THRESHOLD
 
