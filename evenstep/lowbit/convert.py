@@ -15,8 +15,15 @@ from torch.nn.parameter import is_lazy
 
 from evenstep.errors import EvenstepError
 from evenstep.lowbit.backends import Kernel, choose
-from evenstep.lowbit.fast_paths import close_fast_paths, open_fast_paths
-from evenstep.lowbit.linear import LowBitLinear, describe_layer, make_low, make_plain, obstacle
+from evenstep.lowbit.linear import (
+    LowBitLinear,
+    close_fast_paths,
+    describe_layer,
+    make_low,
+    make_plain,
+    obstacle,
+    open_fast_paths,
+)
 from evenstep.lowbit.recipes import Recipe, get_recipe
 
 M = TypeVar("M", bound=nn.Module)

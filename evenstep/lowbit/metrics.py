@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from evenstep.lowbit import blocks
 from evenstep.lowbit.fake_quant import as_rows, check, in_blocks, noise_like, split, spread
-from evenstep.lowbit.formats import Format
+from evenstep.lowbit.formats import Format, dequantize_blocks, quantize_blocks, restore_outliers, tensor_scale
 from evenstep.lowbit.linear import LowBitLinear
 
 Metrics = dict[str, dict[str, Tensor]]
@@ -29,7 +28,7 @@ def quantization_error(x: Tensor, format: Format | str, generator: torch.Generat
     """
     fmt = check(x, format)
     rows = as_rows(x.detach().movedim(fmt.axis, -1) if x.dim() else x.detach(), fmt)
-    total = blocks.tensor_scale(rows, fmt)
+    total = tensor_scale(rows, fmt)
     sums = torch.zeros(4, dtype=torch.float64, device=x.device)
     pieces = (piece for strip in split(rows, -2, fmt.block_rows) for piece in split(strip, -1, fmt.group))
     for piece in pieces if x.numel() else ():
@@ -46,16 +45,16 @@ def quantization_error(x: Tensor, format: Format | str, generator: torch.Generat
 def _sums(piece: Tensor, fmt: Format, total: Tensor | None, generator: torch.Generator | None) -> Tensor:
     """Of one piece: entries beyond the grid, nonzero ones that vanish, nonzero ones, squared error; fp64 [4]."""
     x, dims = in_blocks(piece, fmt)
-    coded = blocks.encode(x, fmt, dims, spread(total), noise_like(x, fmt, generator))
+    coded = quantize_blocks(x, fmt, dims, spread(total), noise_like(x, fmt, generator))
     if coded.zero is None:
         at_end = coded.values.abs() == fmt.spec.top
     else:
         code = coded.values + coded.zero
         at_end = (code == 0) | (code == 2**fmt.spec.bits - 1)
-    out = blocks.decode(coded, fmt, spread(total))
+    out = dequantize_blocks(coded, fmt, spread(total))
     # Half a step is rounding where the grid is asymmetric; a symmetric scale is short of its peak by rounding.
     slack = out.abs() * 1e-4 if coded.zero is None else coded.scale * 0.5001
-    out = blocks.keep_outliers(out, x, coded)
+    out = restore_outliers(out, x, coded)
     lost = (x - out).abs()
     short = x.abs() - out.abs() if coded.zero is None else lost  # rounding up to the top loses nothing
     marks = (at_end & (short > slack), (x != 0) & (out == 0), x != 0)
