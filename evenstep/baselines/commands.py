@@ -7,8 +7,8 @@ import inspect
 from typing import Any
 
 from evenstep.baselines.catalog import BASELINES, Baseline, baseline, check_options
-from evenstep.baselines.fronts import FRONTS
 from evenstep.baselines.rules import describe
+from evenstep.baselines.transforms import TRANSFORMS
 from evenstep.console import print_table
 
 DESCRIPTION = """\
@@ -31,7 +31,7 @@ def add_optimizers(commands: Any, debug: argparse.ArgumentParser) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     if args.name is None:
-        print_table("", *overview(), f"in front of any (optim.before): {', '.join(FRONTS)}")
+        print_table("", *overview(), f"in front of any (optim.before): {', '.join(TRANSFORMS)}")
         return
     chosen = baseline(args.name)
     check_options(args.name, {})

@@ -80,7 +80,7 @@ def save_quantized(model: nn.Module, directory: str | Path, config: dict[str, An
         >>> torch.equal(fresh(x), model(x))
         True
     """
-    model = _without_ddp(model)
+    model = _without_ddp(model)  # DDP would put "module." before every name
     state, extra = _split_extra(model)
     shared = _shared_names(state)
     places = _low_layers(model)
@@ -99,16 +99,18 @@ def save_quantized(model: nn.Module, directory: str | Path, config: dict[str, An
             "and those of a model loaded from packed ones, are not packed)"
         )
     layout = _layout(list(packable.values()))
+    # Each memory once, under its first name; "shared" in config.json has the other names.
     stored = {name: t for name, t in state.items() if shared[name] == name}
     described: dict[str, Any] = {}
     for layer, names in places.items():
-        name, others = names[0], names[1:]
+        name, others = names[0], names[1:]  # the parts are stored under the first name of the layer
         facts: dict[str, Any] = {"recipe": dataclasses.asdict(layer.recipe), "also": others}
         if name in packable:
             weight = stored.pop(_key(name, "weight"))
             assert layer.recipe.weight is not None
             q = quantize(weight, layer.recipe.weight)
             parts = {_key(name, key): t for key, t in (_to_parts(q, layout) if layout else _own_parts(q)).items()}
+            # A buffer of the model may be called weight_scale, and would be overwritten.
             if clash := parts.keys() & stored.keys():
                 raise EvenstepError(
                     f"the model's own {min(clash)} has the name of a part of a packed weight: rename it"
@@ -120,6 +122,7 @@ def save_quantized(model: nn.Module, directory: str | Path, config: dict[str, An
                 # value goes into config.json, as a hexadecimal float.
                 facts["tensor_scale"] = float(q.tensor_scale).hex()
         described[name] = facts
+    # Without an architecture in config.json transformers cannot load the directory.
     if config is None:
         own: Any = getattr(model, "config", None)
         config = own.to_dict() if hasattr(own, "to_dict") else {}
@@ -165,13 +168,15 @@ def load_quantized_(model: M, directory: str | Path) -> M:
     recipes: dict[str, Recipe] = {}
     for name, facts in layers.items():
         recipe = _recipe(facts["recipe"])
-        if "shape" in facts:  # packed
+        if "shape" in facts:  # packed: decode it once, to an ordinary weight whose values are on the grid
             prefix = _key(name, "")
             parts = {key: tensors.pop(prefix + key) for key in _STORED if prefix + key in tensors}
             tensors[f"{prefix}weight"] = dequantize(_quantized(parts, recipe, facts, saved["layout"] is not None))
+            # Quantising again could move a value by the last bit for the formats that are not idempotent (nvfp4).
             recipe = dataclasses.replace(recipe, weight=None)
         recipes |= dict.fromkeys([name, *facts.get("also", [])], recipe)
     tensors |= {name: tensors[first] for name, first in saved.get("shared", {}).items()}
+    # weights_only=True: a file from somewhere else must not run code.
     for name in saved.get("extra", []):
         tensors[name] = torch.load(io.BytesIO(tensors[name].numpy().tobytes()), weights_only=True)
     _fill(target, tensors, recipes, directory)
@@ -181,12 +186,14 @@ def load_quantized_(model: M, directory: str | Path) -> M:
 
 def _fill(model: nn.Module, tensors: dict[str, Any], recipes: dict[str, Recipe], directory: Path) -> None:
     unfit = f"the model in {directory} does not fit this {type(model).__name__}"
+    # Find every layer before the first tensor changes.
     modules = {_plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     for name in recipes:
         if name not in modules:
             raise EvenstepError(f"{unfit}: it has no layer {name}")
         if reason := obstacle(modules[name], nn.Linear):
             raise EvenstepError(f"{unfit}: {name or 'the model itself'} {reason}")
+    # Names in the file are those of the bare model; load_state_dict needs those of this one.
     places = {_plain_name(name): name for name in model.state_dict()}
     for name, own in model.state_dict(keep_vars=True).items():
         given = tensors.get(_plain_name(name))
@@ -238,6 +245,7 @@ def _split_extra(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]
             extra[name] = _bytes(name, value)
             continue
         kind = type(value)
+        # DTensor and FSDP's tensors have full_tensor; subclasses of torchao and similar libraries come from elsewhere.
         plain = kind.__module__.partition(".")[0] == "torch" and not hasattr(value, "full_tensor")
         if not plain or value.layout != torch.strided or value.device.type == "meta":
             where = f"of type {kind.__name__}, layout {value.layout} and on {value.device}"
@@ -262,6 +270,7 @@ def _bytes(name: str, value: Any) -> Tensor:
 
 def _shared_names(tensors: dict[str, Tensor]) -> dict[str, str]:
     """For each name, the first name of the same view of the same memory."""
+    # Empty tensors have no memory that could be shared: their pointer is 0 for all of them.
     first: dict[tuple[Any, ...], str] = {}
     return {
         name: first.setdefault((*_memory(t), t.dtype, t.shape, t.stride(), t.is_conj(), t.is_neg()), name)
@@ -325,6 +334,7 @@ def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) 
 
 def _layout(layers: list[LowBitLinear]) -> _Layout | None:
     formats = {layer.recipe.weight for layer in layers}
+    # config.json can describe one group of layers; a shorter last group of a row has no place in the layout.
     fmt = formats.pop()
     if fmt is None or formats or (fmt.group and any(layer.in_features % fmt.group for layer in layers)):
         return None
@@ -334,7 +344,7 @@ def _layout(layers: list[LowBitLinear]) -> _Layout | None:
 def _own_parts(q: Quantized) -> dict[str, Tensor]:
     """The stored tensors of a weight outside of the compressed-tensors layout, by their name after the layer's."""
     stored = {_PARTS[name]: t for name, t in q.pack().tensors().items()}
-    if q.format.scale == "e8m0":
+    if q.format.scale == "e8m0":  # compressed-tensors stores the bit pattern as uint8, and so do these parts
         stored["weight_scale"] = q.scale.view(torch.uint8)
     return stored
 
@@ -354,7 +364,7 @@ def _quantized(parts: dict[str, Tensor], recipe: Recipe, facts: dict[str, Any], 
 
 
 def _recipe(fields: dict[str, Any]) -> Recipe:
-    """The inverse of ``dataclasses.asdict``."""
+    """The inverse of ``dataclasses.asdict`` for a `Recipe`, whose fields are nested dataclasses."""
 
     def fmt(given: Any) -> Any:
         return Format(**given) if isinstance(given, dict) else given
@@ -376,6 +386,7 @@ def _quantization_config(model: nn.Module, layout: _Layout, packed: dict[str, Lo
         token = {"strategy": "token"} if known.arguments["strategy"] == "channel" else {}
         inputs = {**known.arguments, **token, "dynamic": True}
 
+    # vLLM and transformers read the weights of the layers under "ignore" as they are.
     kept = [
         _plain_name(name)
         for name, module in model.named_modules()
@@ -472,13 +483,13 @@ def _layout_of(fmt: Format) -> _Layout | None:
 def _to_parts(q: Quantized, layout: _Layout) -> dict[str, Tensor]:
     """The stored tensors of a weight in a layout, by their name after the layer's."""
     fmt, bits, scale = q.format, q.format.spec.bits, q.scale
-    if fmt.block_rows > 1:
+    if fmt.block_rows > 1:  # [R / block_rows, G] -> [R, G]; through uint8, since repeat_interleave has no float8
         scale = scale.view(torch.uint8).repeat_interleave(fmt.block_rows, 0)[: len(q.codes)].view(scale.dtype)
     if fmt.scale == "e8m0":
         scale = scale.view(torch.uint8)
     if layout.dtype is not None:
         return {"weight": q.codes.view(layout.dtype), "weight_scale": scale}
-    if layout.name != _PACKED_INTEGERS:
+    if layout.name != _PACKED_INTEGERS:  # two E2M1 codes in a byte, as `pack_bits` writes them
         parts = {"weight_packed": q.pack().codes, "weight_scale": scale}
         if q.tensor_scale is not None:
             parts["weight_global_scale"] = 1.0 / q.tensor_scale.reshape(1)
@@ -501,6 +512,7 @@ def _from_parts(parts: dict[str, Tensor], fmt: Format, layout: _Layout, shape: t
         return {"codes": codes, "scale": scale.view(torch.uint8)[:: fmt.block_rows].view(scale.dtype)}
     if fmt.symmetric:
         return {"codes": codes ^ _sign(bits), "scale": scale}
+    # Zero points [words, G] were packed along the rows: transpose, and read the words as bytes.
     packed = parts["weight_zero_point"].t().flatten().view(torch.uint8).view(scale.shape[1], -1)
     return {"codes": codes, "scale": scale, "zero": unpack_bits(packed, bits, shape[0]).t()}
 

@@ -102,7 +102,7 @@ def apply(
     """
     dtype = dtype or x.dtype
     if not x.numel():
-        return x.detach().clone().to(dtype)
+        return x.detach().clone().to(dtype)  # a new tensor here too, so that the result never aliases x
     with torch.no_grad():
         if fmt.axis not in (-1, x.dim() - 1) and x.dim():
             return _along_rows(x.movedim(fmt.axis, -1), fmt, generator, dtype, after).movedim(-1, fmt.axis)
@@ -140,6 +140,7 @@ def plain(x: Tensor, fmt: Format, generator: torch.Generator | None, dtype: torc
 
 def _fake_rows(rows: Tensor, fmt: Format, total: Tensor | None, generator: torch.Generator | None) -> Tensor:
     """``rows`` [R, C] in fp32, quantised and dequantised; ``total`` 0-d or [R, 1]."""
+    # With one-dimensional blocks there is one strip, and usually one piece: nothing is concatenated then.
     strips = []
     for strip in split(rows, -2, fmt.block_rows):
         parts = [_fake_piece(piece, fmt, total, generator) for piece in split(strip, -1, fmt.group)]
@@ -156,6 +157,7 @@ def _fake_piece(piece: Tensor, fmt: Format, total: Tensor | None, generator: tor
 
 def as_rows(x: Tensor, fmt: Format) -> Tensor:
     """``x`` in fp32 as the matrix [R, C] whose rows are divided into groups."""
+    # fp32 tensors are not copied: the arithmetic never writes to its input.
     return x.float().reshape(as_rows_shape(x.shape, fmt))
 
 
@@ -198,6 +200,7 @@ def in_blocks(piece: Tensor, fmt: Format) -> tuple[Tensor, tuple[int, ...]]:
     [R, C] becomes [R, C / group, group] with dimensions (-1,), or, with two-dimensional blocks,
     [R / block_rows, block_rows, C / group, group] with dimensions (-3, -1). A piece narrower than a group is one block.
     """
+    # Views: `piece` may be a slice of a row, whose strides unflatten keeps.
     x = torch.unflatten(piece, -1, (-1, min(fmt.group or piece.shape[-1], piece.shape[-1])))
     if fmt.block_rows == 1:
         return x, (-1,)
@@ -228,6 +231,7 @@ def kernel_serves(x: Tensor, fmt: Format, dtype: torch.dtype) -> bool:
 
 
 def _supported(x: Tensor, fmt: Format, dtype: torch.dtype) -> bool:
+    # The dtype of the result is that of x, or the bf16 of autocast. E3M0 (mantissa 0) has a rounding of its own.
     return (
         x.device.type == "cpu"
         and type(x) in _PLAIN_TYPES
@@ -294,6 +298,7 @@ def kernel_fake_quantize(x: Tensor, width: int, fmt: Format, dtype: torch.dtype,
 
     The operator depends on ``after``, so that a compiler cannot call it before that tensor exists.
     """
+    # Integers only, because an operator's schema has no place for a Format.
     grid = fmt.spec
     plan = [  # the order of cpu_quant.FIELDS
         fmt.group,

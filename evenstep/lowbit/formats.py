@@ -109,7 +109,8 @@ class Grid:
     def encode(self, v: Tensor, negative: Tensor) -> Tensor:
         """Codes (uint8) of ``v``, which is on the grid; ``negative`` (bool) is the sign, so that -0 has a code."""
         if self.twos_complement:
-            return (v.to(torch.int16) & (2**self.bits - 1)).to(torch.uint8)
+            masked: Tensor = v.to(torch.int16) & (2**self.bits - 1)
+            return masked.to(torch.uint8)
         # A sign-magnitude code is the rank of |v| among the non-negative values, plus 2 ** (bits - 1) if negative.
         half = 2 ** (self.bits - 1)
         upper = self.values(v.device)[:half]

@@ -156,11 +156,13 @@ def _encode_piece(
     x, dims = in_blocks(piece, fmt)  # [R, G, group]
     coded = quantize_blocks(x, fmt, dims, spread(total), noise_like(x, fmt, generator))
     parts: dict[str, Tensor] = {}
+    # The sign comes from x, since the rounding may have lost that of a zero.
     if coded.zero is None:
         codes = fmt.spec.encode(coded.values, x.signbit())
     else:
         codes = (coded.values + coded.zero).to(torch.uint8)
         parts["zero"] = _flat(coded.zero, dims).to(torch.uint8)
+    # As many positions and values for every group, so that both are rectangular [R, G, k].
     if coded.limit is not None and coded.bits is not None:
         count = min(fmt.outliers, x.shape[-1])
         found = coded.bits.topk(count, -1)
@@ -215,6 +217,8 @@ def _decode_piece(piece: Tensor, q: Quantized, at: tuple[slice, slice], rows_at:
     fmt = q.format
     codes, dims = in_blocks(piece, fmt)
 
+    # [rows, G] -> the part of this piece, with 1 in the place of the dimensions that share a scale: [R, G, 1], or
+    # [R / block_rows, 1, G, 1].
     def shaped(t: Tensor) -> Tensor:
         t = t[at].unsqueeze(-1)
         return t if dims == (-1,) else t.unsqueeze(1)
