@@ -61,7 +61,8 @@ class Kernel:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """x W^T + bias for x [..., in] and weight [out, in], in ``dtype``."""
-        rows = x.reshape(-1, x.shape[-1])
+        # The weight is quantised in each call, as in the emulation: it changes with every step.
+        rows = x.reshape(-1, x.shape[-1])  # [N, in]
         out = self.product(quantize(rows, self.input), quantize(weight, self.weight)).to(dtype)
         out = out.view(*x.shape[:-1], weight.shape[0])
         return out if bias is None else out + bias
@@ -74,7 +75,7 @@ def int8_product(x: Quantized, w: Quantized) -> Tensor:
     codes = x.codes.view(torch.int8)
     padded = torch.nn.functional.pad(codes, (0, 0, 0, max(0, 17 - len(codes))))
     sums = torch._int_mm(padded, w.codes.view(torch.int8).t())[: len(codes)]
-    return sums * x.scale * w.scale.t()
+    return sums * x.scale * w.scale.t()  # [N, out] * [N, 1] * [1, out], in fp32
 
 
 def fp8_product(x: Quantized, w: Quantized) -> Tensor:
@@ -86,6 +87,7 @@ def fp8_product(x: Quantized, w: Quantized) -> Tensor:
 
 def mxfp8_product(x: Quantized, w: Quantized) -> Tensor:
     """The product of E4M3 codes with an E8M0 scale per block of 32."""
+    # x.scale [N, in / 32] and w.scale [out, in / 32] are torch.float8_e8m0fnu, one for each block of 32 along `in`.
     kind = torch.nn.functional.ScalingType.BlockWise1x32
     return _blockwise(x.codes.view(torch.float8_e4m3fn), w.codes.view(torch.float8_e4m3fn), x.scale, w.scale, kind)
 
@@ -102,6 +104,8 @@ def nvfp4_product(x: Quantized, w: Quantized) -> Tensor:
 
 
 def _blockwise(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, kind: torch.nn.functional.ScalingType) -> Tensor:
+    # cuBLAS reads the scales in its own order (`tiled`); the product needs the second operand column-major, which b.t()
+    # is without a copy.
     swizzle = torch.nn.functional.SwizzleType.SWIZZLE_32_4_4
     return torch.nn.functional.scaled_mm(
         a,
@@ -146,6 +150,6 @@ def choose(recipe: Recipe, layer: nn.Linear, backend: str) -> Kernel | None:
         raise EvenstepError(
             f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}"
         )
-    if backend == "emulate":
+    if backend == "emulate":  # on every device, for comparisons of runs on different hardware
         return None
     return next((kernel for kernel in KERNELS if kernel.fits(recipe, layer)), None)

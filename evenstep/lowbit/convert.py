@@ -47,6 +47,9 @@ _WRAPPED = re.compile(
 )
 
 
+# ---- which layers ----
+
+
 class _Rules:
     """The default filter: every ``nn.Linear`` except heads and routers. In a LLaMA: q, k, v, o, gate, up and down."""
 
@@ -56,6 +59,7 @@ class _Rules:
         for module in model.modules():
             if callable(get := getattr(module, "get_output_embeddings", None)) and isinstance(head := get(), nn.Module):
                 self.heads |= {id(part) for part in head.modules()}
+        # By identity: a head that is tied to an embedding has the same Parameter object as its weight.
         self.embeddings = {
             id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)
         }
@@ -70,6 +74,7 @@ class _Rules:
         # The exact type: a subclass may compute something else than x W^T + b.
         if type(module) is not nn.Linear:
             return f"a {type(module).__name__}"
+        # "layers.0.gate._orig_mod" is a router too. Wrappers can be nested: remove one suffix at a time.
         while match := _WRAPPED.search(name):
             name = name[: match.start()]
         leaf = name.rpartition(".")[2]
@@ -79,6 +84,9 @@ class _Rules:
             return "head"
         embedding = self.embeddings.get(id(_weight(module)))
         return f"tied to {embedding}" if embedding is not None else None
+
+
+# ---- quantize_ and dequantize_ ----
 
 
 def quantize_(model: M, recipe: Recipe | str, filter_fn: Filter | None = None, *, backend: str = "auto") -> M:
@@ -114,6 +122,27 @@ def quantize_(model: M, recipe: Recipe | str, filter_fn: Filter | None = None, *
         Linear(in_features=64, out_features=64, bias=True)
     """
     chosen = get_recipe(recipe)
+    # Every check comes before the first change, so that a refused model is unchanged.
+    layers = _chosen_layers(model, chosen, filter_fn)
+    _refuse_replaced(layers)
+    _refuse_foreign(layers)
+    _refuse_tied(model, layers)
+    kernels: list[Kernel | None] = [choose(chosen, module, backend) for _, module in layers]
+    if not chosen.causal:
+        warnings.warn(
+            f"recipe {chosen.name}: groups of the inputs span tokens, so a token can see later ones wherever a width "
+            "is not a multiple of the group; the losses of a model trained with it are too low",
+            stacklevel=2,
+        )
+    # The kernel depends on the shape and the device of each layer, so that layers of one model may differ.
+    for (_, module), kernel in zip(layers, kernels, strict=True):
+        make_low(module, chosen, kernel)
+    close_fast_paths(model)
+    return model
+
+
+def _chosen_layers(model: nn.Module, recipe: Recipe, filter_fn: Filter | None) -> list[tuple[str, nn.Linear]]:
+    """Name and module of each layer that `quantize_` changes; EvenstepError where there is none or one is low-bit."""
     # All names of each linear layer: a layer that is used at several places of the model has several.
     found: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -124,11 +153,10 @@ def quantize_(model: M, recipe: Recipe | str, filter_fn: Filter | None = None, *
     def chosen_at(module: nn.Module, names: list[str]) -> bool:
         if filter_fn:
             return any(filter_fn(module, name) for name in names)
-        # A layer that is used at several places is chosen if no name of it speaks against it. Low-bit layers are chosen
-        # so that a second quantize_ is refused below instead of being skipped silently.
+        # A layer with several names is chosen if the rules accept all of them. Low-bit layers are accepted here, so
+        # that a second quantize_ raises below instead of doing nothing.
         return isinstance(module, LowBitLinear) or all(rules(module, name) for name in names)
 
-    # First find the layers and refuse what cannot work; the model changes only after the last check.
     accepted = [(names[0], module) for module, names in found.items() if chosen_at(module, names)]
     already = [name for name, module in accepted if isinstance(module, LowBitLinear)]
     if already:
@@ -148,24 +176,11 @@ def quantize_(model: M, recipe: Recipe | str, filter_fn: Filter | None = None, *
             f"{'filter_fn accepts' if filter_fn else 'the name rules accept'} none{more}"
         )
     # keep_last counts blocks among the chosen layers, so that a filter that takes half of a model keeps its share.
-    last = _last_blocks([name for name, _ in matched], chosen.keep_last)
+    last = _last_blocks([name for name, _ in matched], recipe.keep_last)
     matched = [(name, module) for name, module in matched if name not in last]
     if not matched:
-        raise EvenstepError(f"recipe {chosen.name} keeps all blocks of {type(model).__name__} in high precision")
-    _refuse_replaced(matched)
-    _refuse_foreign(matched)
-    _refuse_tied(model, matched)
-    kernels: list[Kernel | None] = [choose(chosen, module, backend) for _, module in matched]
-    if not chosen.causal:
-        warnings.warn(
-            f"recipe {chosen.name}: groups of the inputs span tokens, so a token can see later ones wherever a width "
-            "is not a multiple of the group; the losses of a model trained with it are too low",
-            stacklevel=2,
-        )
-    for (_, module), kernel in zip(matched, kernels, strict=True):
-        make_low(module, chosen, kernel)
-    close_fast_paths(model)
-    return model
+        raise EvenstepError(f"recipe {recipe.name} keeps all blocks of {type(model).__name__} in high precision")
+    return matched
 
 
 def dequantize_(model: M) -> M:
@@ -177,12 +192,16 @@ def dequantize_(model: M) -> M:
         EvenstepError: the ``forward`` or the class of a layer was replaced after ``quantize_`` (accelerate's hooks,
             parametrizations, ``fully_shard`` of the layer itself). The model is then unchanged.
     """
+    # isinstance and not the exact type: a parametrized low-bit layer is a subclass, and has to be refused.
     low = [(name, module) for name, module in model.named_modules() if isinstance(module, LowBitLinear)]
     _refuse_replaced(low)
     for _, module in low:
         make_plain(module)
     open_fast_paths(model)
     return model
+
+
+# ---- the report ----
 
 
 @dataclass(frozen=True)
@@ -227,6 +246,7 @@ class LowBitReport:
         """Names of the hardware kernels in use."""
         return sorted({layer.kernel for layer in self.layers if layer.kernel})
 
+    # Weighted by the number of entries: a large layer counts more than a small one.
     @property
     def bits_per_weight(self) -> float:
         """The mean over all low-bit weights."""
@@ -260,18 +280,24 @@ def lowbit_report(model: nn.Module) -> LowBitReport:
     for name, module in model.named_modules():
         if isinstance(module, LowBitLinear):
             fmt = module.recipe.weight
+            # A recipe may leave weights in high precision: then their dtype counts.
             bits = fmt.bits_per_value(module.in_features) if fmt else 8.0 * module.weight.element_size()
             kernel, what = module.active_kernel.name if module.active_kernel else None, describe_layer(module)
             what += f"; {kernel}" if kernel else ""
             rows.append(LayerReport(_shown(name), tuple(module.weight.shape), True, what, bits, kernel))
         elif isinstance(module, nn.Linear | nn.Embedding):
+            # The rules give a reason where they keep a layer; elsewhere filter_fn or keep_last did.
             what, weight = rules.reason(module, name) or "not chosen", _weight(module)
             shape, size = (tuple(weight.shape), weight.element_size()) if weight is not None else ((), 0)
             rows.append(LayerReport(_shown(name), shape, False, what, 8.0 * size))
+    # Then everything else with matrices, so that no large tensor in high precision goes unnoticed.
     for name, module, parameter in _matrices(model):
         kind = rules.reason(module, name) or "not chosen"
         rows.append(LayerReport(name, tuple(parameter.shape), False, kind, 8.0 * parameter.element_size()))
     return LowBitReport(tuple(rows))
+
+
+# ---- helpers, and the checks before a change ----
 
 
 def _shown(name: str) -> str:
@@ -311,6 +337,7 @@ def _last_blocks(names: list[str], share: float) -> set[str]:
 
 
 def _refuse_replaced(layers: Sequence[tuple[str, nn.Linear]]) -> None:
+    # A forward on the instance takes precedence over the class, so that a new class would have no effect.
     for name, module in layers:
         kind = LowBitLinear if isinstance(module, LowBitLinear) else nn.Linear
         if reason := obstacle(module, kind):
@@ -342,6 +369,7 @@ def _refuse_foreign(matched: list[tuple[str, nn.Linear]]) -> None:
                 f"{_shown(name)} has no weight outside of the forward pass: quantize_ the model before it is wrapped, "
                 "or leave the layer out with filter_fn"
             )
+        # torch's own subclasses (Parameter, DTensor) are accepted.
         kind = type(weight)
         if kind.__module__.partition(".")[0] != "torch" or not weight.is_floating_point():
             raise EvenstepError(

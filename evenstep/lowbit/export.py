@@ -37,7 +37,7 @@ from evenstep.lowbit.recipes import Backward, Recipe
 
 M = TypeVar("M", bound=nn.Module)
 
-KEY = "evenstep_lowbit"
+KEY = "evenstep_lowbit"  # in config.json, and in the metadata of the safetensors file
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 # Attributes of `Quantized` -> names of the stored parts, after the name of the layer.
 _PARTS = {
@@ -108,6 +108,7 @@ def save_quantized(model: nn.Module, directory: str | Path, config: dict[str, An
         if name in packable:
             weight = stored.pop(_key(name, "weight"))
             assert layer.recipe.weight is not None
+            # The same codes as in the forward pass, so that the loaded model computes the same outputs.
             q = quantize(weight, layer.recipe.weight)
             parts = {_key(name, key): t for key, t in (_to_parts(q, layout) if layout else _own_parts(q)).items()}
             # A buffer of the model may be called weight_scale, and would be overwritten.
@@ -286,12 +287,14 @@ def _memory(t: Tensor) -> tuple[Any, ...]:
 
 def _weight_names(layer: str, shared: dict[str, str]) -> set[str]:
     """All names under which the state contains the weight of a layer; none where the weight is computed from others."""
+    # weight_norm and parametrizations remove the parameter "weight" from the state and compute it.
     first = shared.get(_key(layer, "weight"))
     return {name for name, other in shared.items() if other == first} if first is not None else set()
 
 
 def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors, each in memory of its own, as safetensors requires; views of a shared buffer are copied."""
+    # safetensors refuses tensors that share memory; conjugated and negated views are lazy bits that a file cannot hold.
     uses = Counter(t.untyped_storage().data_ptr() for t in tensors.values())
     return {
         name: t.clone(memory_format=torch.contiguous_format)
@@ -310,6 +313,7 @@ def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) 
     # A process can still die between the two renames, which leaves files of different saves. The metadata of the
     # weights therefore contains a digest of their description in config.json, which loading compares.
     library = _safetensors()
+    # Before the first file is touched: a config that JSON cannot represent must not leave half a model.
     try:
         text = json.dumps(config, indent=2) + "\n"
     except (TypeError, ValueError) as problem:
@@ -322,14 +326,14 @@ def _write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) 
         library.save_file(tensors, beside[_WEIGHTS], metadata={"format": "pt", KEY: _digest(config[KEY])})
         beside[_CONFIG].write_text(text, encoding="utf-8")
         for name, path in beside.items():
-            os.replace(path, directory / name)
+            os.replace(path, directory / name)  # atomic on the same file system
     except (OSError, RuntimeError, ValueError, KeyError, _safetensors_error()) as problem:
         line = " ".join(str(problem).split())
         raise EvenstepError(f"could not save to {directory} ({type(problem).__name__}: {line})") from problem
     finally:
         for path in beside.values():
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)  # what a failed save left under a temporary name
 
 
 def _layout(layers: list[LowBitLinear]) -> _Layout | None:
@@ -343,6 +347,7 @@ def _layout(layers: list[LowBitLinear]) -> _Layout | None:
 
 def _own_parts(q: Quantized) -> dict[str, Tensor]:
     """The stored tensors of a weight outside of the compressed-tensors layout, by their name after the layer's."""
+    # Packed codes have their width in config.json ("shape"), since a byte may contain unused bits.
     stored = {_PARTS[name]: t for name, t in q.pack().tensors().items()}
     if q.format.scale == "e8m0":  # compressed-tensors stores the bit pattern as uint8, and so do these parts
         stored["weight_scale"] = q.scale.view(torch.uint8)
@@ -358,6 +363,7 @@ def _quantized(parts: dict[str, Tensor], recipe: Recipe, facts: dict[str, Any], 
         if "tensor_scale" in facts:
             named["tensor_scale"] = torch.tensor(float.fromhex(facts["tensor_scale"]))
     else:
+        # Names are those of _PARTS; E8M0 and E4M3 scales are read through the bits of their own dtype.
         named = {attribute: parts[key] for attribute, key in _PARTS.items() if key in parts}
         named["scale"] = named["scale"].view(SCALE_DTYPES[fmt.scale])
     return Quantized(fmt, shape, getattr(torch, facts["dtype"]), packed=layout is None, **named)

@@ -65,6 +65,7 @@ def fake_quantize(x: Tensor, format: Format | str, generator: torch.Generator | 
     return apply(x, fmt, generator)
 
 
+# The straight-through estimator: the true derivative of rounding is zero almost everywhere.
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, fmt: Format, generator: torch.Generator | None) -> Tensor:
@@ -104,6 +105,7 @@ def apply(
     if not x.numel():
         return x.detach().clone().to(dtype)  # a new tensor here too, so that the result never aliases x
     with torch.no_grad():
+        # Rows run along the last dimension from here on; another axis is moved there and back (views).
         if fmt.axis not in (-1, x.dim() - 1) and x.dim():
             return _along_rows(x.movedim(fmt.axis, -1), fmt, generator, dtype, after).movedim(-1, fmt.axis)
         return _along_rows(x, fmt, generator, dtype, after)
@@ -126,13 +128,15 @@ def plain(x: Tensor, fmt: Format, generator: torch.Generator | None, dtype: torc
     # The tensor scale needs the peak of the whole tensor, so it is computed before the rows are divided.
     total = tensor_scale(rows, fmt)
     step = max(1, CACHE_ENTRIES // rows.shape[-1]) if fmt.block_rows == 1 else len(rows)
-    # A compiler fuses the operations, and a GPU prefers few large kernels: there the tensor stays whole.
+    # A compiler fuses the operations, and a GPU prefers few large kernels: there the tensor stays whole. So it
+    # does with two-dimensional blocks, whose rows share a scale.
     if torch.compiler.is_compiling() or not x.is_cpu or len(rows) < 2 * step:
         out = _fake_rows(rows, fmt, total, generator)
     else:
         out = torch.empty_like(rows)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
+            # A scale per row [R, 1] is divided with the rows; one of the tensor (0-d) serves all parts.
             share = total[part] if total is not None and total.dim() else total
             out[part] = _fake_rows(rows[part], fmt, share, generator)
     return as_dtype(out, x.dtype).view(x.shape).to(dtype)
@@ -182,11 +186,13 @@ def noise_like(x: Tensor, fmt: Format, generator: torch.Generator | None) -> Ten
     """Uniform fp32 numbers in [0, 1) of the shape of ``x`` for stochastic rounding; None for rounding to nearest."""
     if fmt.rounding == "nearest":
         return None
+    # One number per entry, in the order of the entries: the same seed gives the same result on the same device.
     return torch.rand(x.shape, dtype=torch.float32, device=x.device, generator=generator)
 
 
 def split(x: Tensor, dim: int, size: int) -> Iterator[Tensor]:
     """Views of ``x``: the part along ``dim`` that whole groups of ``size`` fill, and the remainder; 0 is all of it."""
+    # Two pieces at most, so that every piece can be viewed as blocks of equal size.
     whole = x.shape[dim] // size * size if size else x.shape[dim]
     if whole:
         yield x.narrow(dim, 0, whole)
@@ -284,12 +290,13 @@ def kernel_differences(names: Iterable[str] = tuple(FORMATS)) -> dict[str, tuple
             continue
         width = as_rows_shape(x.shape, fmt)[1]
         try:
+            # Any exception counts as a problem of the kernel: the plain code can serve instead.
             ours = kernel_fake_quantize(x, width, fmt, x.dtype, None)
             apart = (ours - plain(x, fmt, None, x.dtype)).abs().amax().item()
             problem = f"differs from the plain code by {apart:.2g}" if apart else None
         except Exception as error:
             apart, problem = float("inf"), f"raises {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        found[name] = apart, problem
+        found[name] = apart, problem  # a NaN difference is truthy, and is a problem
     return found
 
 

@@ -43,12 +43,14 @@ def quantization_error(x: Tensor, format: Format | str, generator: torch.Generat
     """
     fmt = check(x, format)
     rows = as_rows(x.detach().movedim(fmt.axis, -1) if x.dim() else x.detach(), fmt)
+    # The same pieces as in `fake_quantize`, whose intermediate values tell what saturated.
     total = tensor_scale(rows, fmt)
     # Counts and squares in fp64: fp32 counts exactly to 2 ** 24 entries only.
     sums = torch.zeros(4, dtype=torch.float64, device=x.device)
     pieces = (piece for strip in split(rows, -2, fmt.block_rows) for piece in split(strip, -1, fmt.group))
     for piece in pieces if x.numel() else ():
         sums += _sums(piece, fmt, total, generator)
+    # Nothing here reads a value on the host, so that measuring does not stall a GPU.
     beyond, vanished, nonzero, error = sums.float()
     energy = rows.double().square().sum().float()
     return {
@@ -64,7 +66,7 @@ def _sums(piece: Tensor, fmt: Format, total: Tensor | None, generator: torch.Gen
     coded = quantize_blocks(x, fmt, dims, spread(total), noise_like(x, fmt, generator))
     # An entry is beyond the grid if it is at an end and lost more than rounding explains.
     if coded.zero is None:
-        at_end = coded.values.abs() == fmt.spec.top
+        at_end = coded.values.abs() == fmt.spec.top  # compared before dequantising, which overwrites the values
     else:
         code = coded.values + coded.zero
         at_end = (code == 0) | (code == 2**fmt.spec.bits - 1)
@@ -114,7 +116,7 @@ def observe_inputs(model: nn.Module) -> Iterator[Metrics]:
 
     def observer(name: str, fmt: Format) -> Any:
         def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found[name] = quantization_error(args[0], fmt)
+            found[name] = quantization_error(args[0], fmt)  # args[0] is x [..., in]
 
         return observe
 
@@ -139,7 +141,7 @@ def observe_gradients(model: nn.Module, generator: torch.Generator | None = None
 
     def observer(name: str, fmt: Format, transposed: bool) -> Any:
         def observe(module: nn.Module, grads: tuple[Tensor, ...]) -> None:
-            g = grads[0].reshape(-1, grads[0].shape[-1])
+            g = grads[0].reshape(-1, grads[0].shape[-1])  # [..., out] -> [N, out]
             found[name] = quantization_error(g.t() if transposed else g, fmt, generator)
 
         return observe
@@ -148,6 +150,7 @@ def observe_gradients(model: nn.Module, generator: torch.Generator | None = None
     for name, module in model.named_modules():
         if not isinstance(module, LowBitLinear):
             continue
+        # A recipe that quantises gradients for both products is measured for the first one alone.
         # Groups run along the dimension that the product sums over: the outputs in dx = g W (g [N, out] as it is), the
         # tokens in dW = g^T x (transposed).
         if fmt := module.recipe.input_grad.grad:

@@ -26,6 +26,7 @@ SCALE_DTYPES = {
 }
 
 
+# Frozen, and every tensor of it is new: a Quantized never aliases the tensor that it was made from.
 @dataclass(frozen=True)
 class Quantized:
     """A tensor in a low-bit format, as R rows of C entries along the format's axis, with G groups in each row.
@@ -86,6 +87,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     rows, width = codes.shape
+    # Whole bytes: eight codes of any width fill a whole number of them.
     codes = torch.nn.functional.pad(codes, (0, -width % 8))
     if bits == 4:
         packed = codes[:, ::2] | codes[:, 1::2] << 4  # the first code in the low half of the byte
@@ -101,6 +103,7 @@ def unpack_bits(packed: Tensor, bits: int, width: int) -> Tensor:
     """The inverse of ``pack_bits`` for rows of ``width`` codes."""
     if bits == 8:
         return packed
+    # The low half of each byte first, then the high half: [R, bytes] -> [R, bytes, 2] -> [R, 2 * bytes].
     if bits == 4:
         return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)[:, :width]
     place = torch.arange(8, dtype=torch.uint8, device=packed.device)
@@ -135,6 +138,7 @@ def quantize(x: Tensor, format: Format | str, generator: torch.Generator | None 
     if not x.numel():
         raise EvenstepError(f"a tensor of shape {list(x.shape)} holds nothing to quantise")
     with torch.no_grad():
+        # The format's axis last, then rows [R, C] in fp32.
         along = x.movedim(fmt.axis, -1) if x.dim() else x
         rows = as_rows(along, fmt)
         total = tensor_scale(rows, fmt)
@@ -168,11 +172,13 @@ def _encode_piece(
         found = coded.bits.topk(count, -1)
         # k positions are stored for every group. An entry that ties with the limit is quantised like the others, so its
         # dequantised value is stored: putting it back then changes nothing.
+        # Hazard: dequantize_blocks overwrites the values, so that the codes have to be computed before.
         plain = dequantize_blocks(coded, fmt, spread(total)).gather(-1, found.indices)
         kept = torch.where(found.values > coded.limit, x.gather(-1, found.indices), plain)
         missing = fmt.outliers - count  # a group smaller than k repeats its last one
         kept, where = (torch.cat((t, t[..., -1:].expand(*t.shape[:-1], missing)), -1) for t in (kept, found.indices))
         parts["kept"] = kept
+        # int16 is enough for positions in a group of at most 2 ** 15 entries; a whole row (group 0) may be longer.
         parts["positions"] = where.to(torch.int16 if fmt.group <= 2**15 and fmt.group else torch.int32)
     scale = _flat(coded.scale, dims)
     if fmt.scale == "e8m0":  # the biased exponent is the bit pattern; a cast would convert its value instead
@@ -202,6 +208,8 @@ def dequantize(q: Quantized) -> Tensor:
             height, lines = strip.shape[0], -(-strip.shape[0] // fmt.block_rows)
             parts, column = [], 0
             for piece in split(strip, -1, fmt.group):
+                # The scales of this piece are [line : line + lines, column : column + groups]; outliers have a row of
+                # positions per row of entries.
                 groups = in_blocks(piece, fmt)[0].shape[-2]
                 at = (slice(line, line + lines), slice(column, column + groups))
                 rows_at = (slice(row, row + height), at[1])
@@ -225,6 +233,7 @@ def _decode_piece(piece: Tensor, q: Quantized, at: tuple[slice, slice], rows_at:
 
     # As `Blocks` has it: E8M0 as a biased exponent in int32, every other scale in fp32.
     scale = shaped(q.scale.view(torch.uint8)).to(torch.int32) if fmt.scale == "e8m0" else shaped(q.scale).float()
+    # A table lookup by code, [2 ** bits] -> [R, G, group]; asymmetric codes are the values themselves.
     grid = fmt.spec.values(piece.device)
     values = grid[codes.long()] if q.zero is None else codes.float() - shaped(q.zero).float()
     out = dequantize_blocks(Blocks(values, scale), fmt, spread(q.tensor_scale))

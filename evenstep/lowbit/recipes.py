@@ -72,6 +72,7 @@ class Recipe:
         (4.25, True)
     """
 
+    # A str is accepted on construction and replaced by its Format, so that readers of a recipe see Formats alone.
     weight: Format | None = None
     input: Format | None = None
     input_grad: Backward = Backward()
@@ -85,6 +86,7 @@ class Recipe:
             value = getattr(self, field)
             if isinstance(value, str):
                 object.__setattr__(self, field, get_format(value))
+        # At 1 no layer would be low-bit.
         if not 0 <= self.keep_last < 1:
             raise EvenstepError(f"Recipe.keep_last is {self.keep_last}: it must be at least 0 and below 1")
         for field in ("weight", "input"):
@@ -95,6 +97,7 @@ class Recipe:
         if self.input is not None and self.input.block_rows > 1:
             raise EvenstepError("Recipe.input: two-dimensional blocks would mix tokens; they are for weights")
 
+    # What a later token can change: the groups of the input, where they span rows. Weights are the same for all tokens.
     @property
     def causal(self) -> bool:
         """Whether the output of a token depends on no other token, as with every recipe but the official ones."""
@@ -106,6 +109,7 @@ def _alike(name: str, fmt: Format, source: str) -> Recipe:
 
 
 def _int(bits: int) -> Recipe:
+    # As in the paper's code, weights are asymmetric and inputs symmetric with their two largest entries kept.
     weight, input = Format(f"int{bits}", group=256, symmetric=False), Format(f"int{bits}", group=256, outliers=2)
     return Recipe(weight=weight, input=input, name=f"int{bits}", source=_CAUSAL)
 
@@ -117,6 +121,7 @@ def _int_official(bits: int, source: str) -> Recipe:
 
 _CODE = "official code of arXiv:2502.17055"
 _CAUSAL = "arXiv:2502.17055, with groups that end with their token"
+# The gradient's format of nvfp4-train: rounding to nearest would bias the small entries of a block towards zero.
 _STOCHASTIC = dataclasses.replace(FORMATS["nvfp4-row"], rounding="stochastic")
 
 _ALL = (
@@ -177,6 +182,7 @@ def get_recipe(given: Recipe | str) -> Recipe:
 
 def table() -> str:
     """The recipes as a table in Markdown, for docs/lowbit.md."""
+    # Bits in the limit of long rows; tests compare docs/lowbit.md with this table.
     lines = ["| recipe | weights | inputs | bits per weight | bits per input | causal | source |"]
     lines.append("|---|---|---|---|---|---|---|")
     for recipe in RECIPES.values():
