@@ -145,7 +145,8 @@ class APOLLO(Optimizer):
         turn = (group["t"] - 1) // group["update_proj_gap"]
         generator = torch.Generator(device=g.device).manual_seed(hash((group["seed"], turn, index)) % 2**63)
         drawn = torch.randn(rank, g.shape[0], generator=generator, dtype=torch.float32, device=g.device)
-        return drawn.div_(rank**0.5).to(g.dtype)
+        projection: Tensor = drawn.div_(rank**0.5).to(g.dtype)
+        return projection
 
 
 def _norm(x: Tensor, dim: int | None) -> Tensor:
