@@ -28,10 +28,12 @@ _HOME = {
     "AGC": "evenstep.optim",
     "SpikeGuard": "evenstep.telemetry.guard",
     "SpikeMonitor": "evenstep.telemetry.monitor",
+    "register_optimizer": "evenstep.baselines.catalog",
 }
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
+    from evenstep.baselines.catalog import register_optimizer as register_optimizer
     from evenstep.lowbit import quantize_ as quantize_
     from evenstep.optim import AGC as AGC
     from evenstep.optim import SCALE as SCALE

@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -127,7 +127,7 @@ def option(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
-    choices: tuple[str, ...] | None = None,
+    choices: Collection[str] | None = None,
     form: str | None = None,
     count: bool = False,
     joined: bool = False,
@@ -238,7 +238,7 @@ class OptimConfig(Section):
     SECTION = "optim"
     name: str = option(
         "stable_spam", "the optimizer, or package.module:Class (evenstep optimizers tells of each)",
-        choices=tuple(BASELINES), form=r"[\w.]+:\w+",
+        choices=BASELINES.keys(), form=r"[\w.]+:\w+",
     )  # fmt: skip
     before: str = option("", "gradient transforms in front of it, as 'adaclip + adagn(gamma1=0.7)'")
     lr: float = option(1e-3, "the highest rate", above=0, high=1e38)
