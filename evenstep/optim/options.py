@@ -25,6 +25,8 @@ class Range:
 
     holds: Callable[[Any], bool]
     text: str
+    choices: tuple[str, ...] = ()
+    """The allowed names, where the option has a few."""
 
 
 def is_tensor(x: Any) -> bool:
@@ -56,7 +58,7 @@ def _count(x: Any) -> bool:
 
 def _choice(*names: str) -> Range:
     quoted = [repr(name) for name in names]
-    return Range(lambda x: x in names, " or ".join([", ".join(quoted[:-1]), quoted[-1]]))
+    return Range(lambda x: x in names, " or ".join([", ".join(quoted[:-1]), quoted[-1]]), names)
 
 
 FRACTION = Range(_fraction, "a number in [0, 1)")
