@@ -132,7 +132,7 @@ class FineTuning(Task):
 
     # ---- a step ----
 
-    def shares(self, targets: Tensor, micro_batch_size: int) -> list[float]:
+    def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
         """By the number of learned targets: a token of an answer has the same weight in whichever row it stands."""
         counted = self.loader.counted
         sums = [sum(counted[i : i + micro_batch_size]) for i in range(0, len(counted), micro_batch_size)]

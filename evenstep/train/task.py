@@ -86,7 +86,7 @@ class Task(ABC):
     # ---- a step ----
 
     @abstractmethod
-    def shares(self, targets: Tensor, micro_batch_size: int) -> list[float]:
+    def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
         """The weight of each micro batch's mean loss in that of the step."""
 
     @abstractmethod
@@ -221,7 +221,7 @@ class Pretraining(Task):
             f"{self.config.data.source}: {short_count(len(train))} tokens, {held}, vocabulary {self.data.vocab_size:,}"
         )
 
-    def shares(self, targets: Tensor, micro_batch_size: int) -> list[float]:
+    def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
         return [y.numel() / targets.numel() for y in targets.split(micro_batch_size)]
 
     def loss(self, model_loss: Callable[..., Tensor], inputs: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
