@@ -24,7 +24,7 @@ from evenstep.train.distributed import World
 from evenstep.train.evaluate import EvalResult, Evaluation, evaluate, sample_text
 from evenstep.train.hardware import memory_limit, total_memory
 from evenstep.train.log import Metrics, short_count
-from evenstep.train.plan import LOGIT_BYTES, chunk_rows, least_memory
+from evenstep.train.memory import LOGIT_BYTES, chunk_rows, least_memory
 from evenstep.train.saving import model_tensors
 from evenstep.train.summary import closing_lines
 from evenstep.train.weights import find_source, load_model, with_lowbit
