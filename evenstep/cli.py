@@ -27,7 +27,7 @@ from evenstep.train import commands as train_commands
 from evenstep.train.checkpoint import reason_of
 from evenstep.train.commands import print_config
 from evenstep.train.config import Config, SampleConfig, checked, options
-from evenstep.train.config_io import add_flags, chosen, declared
+from evenstep.train.flags import add_flags, chosen, declared
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
 

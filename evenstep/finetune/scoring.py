@@ -24,6 +24,7 @@ from evenstep.finetune.data import Document, TuningData, batches
 from evenstep.finetune.examples import Example
 from evenstep.finetune.models import Note, find_source, open_to_write, read_note
 from evenstep.finetune.text import Encoder, HubText, Text, load_text
+from evenstep.kernels import uploaded
 from evenstep.models import Llama, generate
 from evenstep.train import evaluate as pretrained
 from evenstep.train.checkpoint import MANIFEST
@@ -173,7 +174,9 @@ class Scorer:
                 lengths.append({"bytes": len(option.encode()), "tokens": len(ids), "none": 1}[config.eval.normalise])
         values: list[float] = []
         for inputs, targets in batches(rows, self.batch_size):
-            values += log_likelihoods(self.model, inputs.to(self.device), targets.to(self.device)).tolist()
+            values += log_likelihoods(
+                self.model, uploaded(inputs, self.device), uploaded(targets, self.device)
+            ).tolist()
         per_example: list[list[float]] = [[] for _ in examples]
         for owner, value, length in zip(owners, values, lengths, strict=True):
             per_example[owner].append(value / length)
@@ -187,7 +190,7 @@ class Scorer:
         documents = (self.data.classified(example, cut=True) for example in examples)
         rows = [(document,) for document in documents if document is not None]
         for inputs, targets in batches(rows, self.batch_size):
-            inputs = inputs.to(self.device)
+            inputs = uploaded(inputs, self.device)
             right += int((self.model(inputs[:, 0], inputs[:, 1]).argmax(-1).cpu() == targets).sum())
         return right
 

@@ -31,6 +31,7 @@ from evenstep.finetune.models import (
 )
 from evenstep.finetune.scoring import Scorer, TuneResult, kind_of
 from evenstep.finetune.text import load_text
+from evenstep.kernels import uploaded
 from evenstep.models import Llama
 from evenstep.train.evaluate import Evaluation
 from evenstep.train.log import Metrics, clock, short_count
@@ -132,7 +133,7 @@ class FineTuning(Task):
 
     # ---- a step ----
 
-    def shares(self, targets: Tensor, micro_batch_size: int) -> list[float]:
+    def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
         """By the number of learned targets: a token of an answer has the same weight in whichever row it stands."""
         counted = self.loader.counted
         sums = [sum(counted[i : i + micro_batch_size]) for i in range(0, len(counted), micro_batch_size)]
@@ -176,7 +177,7 @@ class FineTuning(Task):
         total, tokens, device = 0.0, 0, evaluation.device
         for rows in self._passes(self.data.val, evaluation):
             for inputs, targets in batches(rows, evaluation.batch_size):
-                x, y = inputs.to(device), targets.to(device)
+                x, y = uploaded(inputs, device), uploaded(targets, device)
                 loss = evaluation.model.loss(x[:, 0], y, positions=x[:, 1], reduction="sum", chunk=evaluation.chunk)
                 total += loss.item()
                 tokens += int((targets != -100).sum())

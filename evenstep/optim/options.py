@@ -29,6 +29,8 @@ class Range:
 
     holds: Callable[[Any], bool]
     text: str
+    choices: tuple[str, ...] = ()
+    """The allowed names, where the option has a few."""
 
 
 def is_tensor(x: Any) -> bool:
@@ -62,7 +64,7 @@ def _count(x: Any) -> bool:
 def _choice(*names: str) -> Range:
     # "'a', 'b' or 'c'"
     quoted = [repr(name) for name in names]
-    return Range(lambda x: x in names, " or ".join([", ".join(quoted[:-1]), quoted[-1]]))
+    return Range(lambda x: x in names, " or ".join([", ".join(quoted[:-1]), quoted[-1]]), names)
 
 
 FRACTION = Range(_fraction, "a number in [0, 1)")

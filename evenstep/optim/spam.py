@@ -167,6 +167,8 @@ class SPAM(EvenOptimizer):
             self._untrained = (*self._untrained, tuple(p.shape))
 
     def _draw_mask(self, group: Group, p: Tensor) -> Tensor:
+        if p.is_meta:  # a dry run asks for the size alone
+            return torch.empty(-(-p.numel() // 8), dtype=torch.uint8, device=p.device)
         # The seed is the place of the parameter and the step: equal on all ranks, and the same again after a resume.
         drawn = draw_mask(p.numel(), group["density"], (*self.place(p)[1], int(group["t"])))
         return uploaded(drawn, p.device)

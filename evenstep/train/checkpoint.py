@@ -235,7 +235,7 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Path:
             f"{run}: none of its {len(candidates)} checkpoints is whole; start again with another --out"
         )
     if (run / "config.toml").is_file():
-        raise EvenstepError(f"{run} holds no checkpoint yet; {way_on(run)}")
+        raise EvenstepError(f"{run} holds no checkpoint yet; {how_to_continue(run)}")
     raise EvenstepError(
         f"{run}: no checkpoint there; give the directory of a run that has saved one (evenstep runs lists runs)"
     )
@@ -322,11 +322,11 @@ def could_not_save(directory: Path, step: int, problem: BaseException) -> Evenst
     room = "make room and " if of_the_disk(problem) else ""
     return EvenstepError(
         f"could not save the checkpoint of step {step} in {directory}: {reason_of(problem)}; {intact}{room}"
-        f"{way_on(directory.parent)}"
+        f"{how_to_continue(directory.parent)}"
     )
 
 
-def way_on(run: Path) -> str:
+def how_to_continue(run: Path) -> str:
     """How to go on with a run that stopped: from its checkpoints, or from the start where it has none."""
     try:
         tuned = "\n[tune]\n" in (run / "config.toml").read_text(encoding="utf-8")

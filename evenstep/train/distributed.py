@@ -302,8 +302,8 @@ def open_world(config: BaseConfig) -> Iterator[World]:
 
 # ---- the model over several processes ----
 
-_COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-_ROWS = ("self_attn.o_proj", "mlp.down_proj")
+COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+ROWS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def check_cut(shape: LlamaConfig, tensor: int) -> None:
@@ -397,8 +397,8 @@ class Parallel:
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
         self._grid = self._mesh()
-        plan: dict[str, Any] = {name: ColwiseParallel() for name in _COLUMNS} | {
-            name: RowwiseParallel() for name in _ROWS
+        plan: dict[str, Any] = {name: ColwiseParallel() for name in COLUMNS} | {
+            name: RowwiseParallel() for name in ROWS
         }
         for block in model.model.layers:
             parallelize_module(block, self._grid["tensor"], plan)

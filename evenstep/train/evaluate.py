@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evenstep.data import Tokenizer, load_tokenizer
 from evenstep.errors import EvenstepError
+from evenstep.kernels import uploaded
 from evenstep.models import Llama, generate
 from evenstep.train.checkpoint import MANIFEST, newest_checkpoint, read_trainer
 from evenstep.train.config import SampleConfig
@@ -86,7 +87,7 @@ def evaluate(
     try:
         with without_gradients, autocast:
             for inputs, targets, ours in shares(batches, world):
-                part = model.loss(inputs.to(device), targets.to(device), reduction="sum", chunk=chunk)
+                part = model.loss(uploaded(inputs, device), uploaded(targets, device), reduction="sum", chunk=chunk)
                 if ours:
                     total += part.double()
                     tokens += targets.numel()

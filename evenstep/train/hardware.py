@@ -39,6 +39,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def set_up_torch(threads: int, deterministic: bool) -> None:
+    """Settings of torch for the whole process. ``threads``: 0 leaves their number to torch."""
+    if threads:
+        torch.set_num_threads(threads)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call itself loads the compiler
+        torch.use_deterministic_algorithms(deterministic)
+
+
 def peak_flops(device: torch.device, dtype: str) -> float | None:
     """The GPU's peak for the run's dtype in FLOP/s, or None on a CPU and on GPUs that are not in the table."""
     if device.type != "cuda":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.schema import read_records, to_line
-from evenstep.train.checkpoint import reason_of, way_on
+from evenstep.train.checkpoint import how_to_continue, reason_of
 from evenstep.train.files import replace_text
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Metrics:
             self._file.flush()
         except OSError as problem:
             raise EvenstepError(
-                f"could not write {self.path}: {problem.strerror}; make room and {way_on(self.path.parent)}"
+                f"could not write {self.path}: {problem.strerror}; make room and {how_to_continue(self.path.parent)}"
             ) from problem
         self._remember(record)
 

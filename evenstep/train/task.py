@@ -24,7 +24,7 @@ from evenstep.train.distributed import World
 from evenstep.train.evaluate import EvalResult, Evaluation, evaluate, sample_text
 from evenstep.train.hardware import memory_limit, total_memory
 from evenstep.train.log import Metrics, short_count
-from evenstep.train.plan import LOGIT_BYTES, chunk_rows, least_memory
+from evenstep.train.memory import LOGIT_BYTES, chunk_rows, least_memory
 from evenstep.train.saving import model_tensors
 from evenstep.train.summary import closing_lines
 from evenstep.train.weights import find_source, load_model, with_lowbit
@@ -86,7 +86,7 @@ class Task(ABC):
     # ---- a step ----
 
     @abstractmethod
-    def shares(self, targets: Tensor, micro_batch_size: int) -> list[float]:
+    def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
         """The weight of each micro batch's mean loss in that of the step."""
 
     @abstractmethod
@@ -221,7 +221,7 @@ class Pretraining(Task):
             f"{self.config.data.source}: {short_count(len(train))} tokens, {held}, vocabulary {self.data.vocab_size:,}"
         )
 
-    def shares(self, targets: Tensor, micro_batch_size: int) -> list[float]:
+    def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
         return [y.numel() / targets.numel() for y in targets.split(micro_batch_size)]
 
     def loss(self, model_loss: Callable[..., Tensor], inputs: Tensor, targets: Tensor, chunk: int | None) -> Tensor:

@@ -14,7 +14,7 @@ from evenstep.errors import EvenstepError
 from evenstep.lowbit import lowbit_report, quantize_
 from evenstep.models import Llama, load_pretrained, save_pretrained
 from evenstep.models.hf import require_safetensors
-from evenstep.train.checkpoint import MANIFEST, find_fault, load_model_state, newest_checkpoint, way_on
+from evenstep.train.checkpoint import MANIFEST, find_fault, how_to_continue, load_model_state, newest_checkpoint
 from evenstep.train.config_io import read_toml
 from evenstep.train.files import check_creatable
 
@@ -37,7 +37,7 @@ def find_source(path: Path, say: Callable[[str], None], option: str = "model.ini
     if not (path / "config.toml").is_file() or "tune" not in read_toml(path / "config.toml"):
         return newest_checkpoint(path, say)
     if not (path / PRODUCT / "config.json").is_file():
-        raise EvenstepError(f"{path} is a fine-tuning run that has not ended; {way_on(path)}")
+        raise EvenstepError(f"{path} is a fine-tuning run that has not ended; {how_to_continue(path)}")
     return path / PRODUCT
 
 
