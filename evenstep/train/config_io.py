@@ -39,7 +39,7 @@ _RECIPES = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
 """Where evenstep's own recipes are: in the package when it is installed, beside it in a clone."""
 
 _BUDGETS = ("train.steps", "train.tokens", "train.epochs")
-"""Names for one budget: the last one said wins over another said earlier."""
+"""Names of one budget. A later option overrides an earlier one."""
 
 
 def load_config(

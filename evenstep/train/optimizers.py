@@ -1,8 +1,8 @@
 """The optimizer of a run, built from ``[optim]``, and its learning rate over time.
 
-The optimizers themselves are listed in `evenstep.baselines.catalog`. Hyperparameters are checked against the
-constructor, so the options of an optimizer are declared once, in its own signature. The learning rate is a function of
-the step alone, so a resumed run needs no state for it.
+`evenstep.baselines.catalog` lists the optimizers. Hyperparameters are checked against the signature of the constructor,
+so a new optimizer needs no list of options here. The learning rate is a function of the step alone, so a resumed run
+needs no state for it.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def finish(
         replace_text(out / "summary.json", json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
         return clean
 
-    # The result is on the disk before anything that is only for show, none of which can fail the run.
+    # The result is written before the sample and the curve, which cannot fail the run.
     clean = write()
     if summary.get("sample", "") is None:
         summary["sample"] = attempt("sample", sample, say)
@@ -134,7 +134,7 @@ def finish(
 
 
 def attempt(what: str, make: Callable[[], T], say: Callable[[str], None]) -> T | None:
-    """The result of ``make``; None, and a line that says why, where it raises anything."""
+    """The result of ``make``. If it raises any exception, print a line with the reason and return None."""
     try:
         return make()
     except Exception as problem:
@@ -143,7 +143,7 @@ def attempt(what: str, make: Callable[[], T], say: Callable[[str], None]) -> T |
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Exponential mean over about a twentieth of the values, corrected for its start; a few values stay as they are."""
+    """Exponential mean over about a twentieth of the values, with bias correction. Up to 20 values stay unchanged."""
     weight = 1 - min(1.0, 20 / max(1, len(values)))
     result, mean, mass = [], 0.0, 0.0
     for value in values:
