@@ -137,7 +137,8 @@ class APOLLO(Optimizer):
         allowed = torch.where(state["norm"] > 0, torch.minimum(norm, GROWTH * state["norm"]), norm)
         state["norm"].copy_(allowed)
         change *= (allowed / norm.clamp_min(1e-30)).to(change.dtype)
-        return change if wide else change.T
+        scaled: Tensor = change if wide else change.T
+        return scaled
 
     def _projection(self, g: Tensor, rank: int, group: dict[str, Any], index: int) -> Tensor:
         """The projection P [r, m] with entries of variance 1 / r, the same for ``update_proj_gap`` steps."""
