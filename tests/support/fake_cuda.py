@@ -56,8 +56,9 @@ def pretend() -> None:
     }.items():
         setattr(torch.cuda, name, lambda *a, _value=value, **k: _value)
     import evenstep.kernels.cuda as kernels
+    from evenstep.kernels import interface
 
-    kernels.PLAIN |= {FakeTensor}  # they have no data, and what stands in for the launches needs none
+    interface.PLAIN.add(FakeTensor)  # they have no data, and what stands in for the launches needs none
     kernels.launches = lambda: Launches
 
 
