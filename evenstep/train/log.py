@@ -300,7 +300,7 @@ class LiveProgress(LineProgress):
         self._update(record["step"], record["loss"])
 
     def parameters(self, names: list[str], record: dict[str, Any]) -> None:
-        from evenstep.telemetry.live import worst_table
+        from evenstep.telemetry.lines import worst_table
 
         self._bar.summary = worst_table(names, record, width=self._console.width)
 
