@@ -1,7 +1,7 @@
-// A tensor through a low-bit format and back, on CPUs: the twin of evenstep/lowbit/blocks.py, to the bit.
+// A tensor through a low-bit format and back, on CPUs: the twin of evenstep/lowbit/formats.py, to the bit.
 //
 // Rows are worked through in segments of whole groups that stay in the first-level cache: the peaks of all groups of a
-// segment, then all their scales, then the entries. Every operation on a number is the one that blocks.py does, in the
+// segment, then all their scales, then the entries. Every operation on a number is the one that formats.py does, in the
 // same order and in fp32, so that nothing differs. (Where the compiler may join a product and a sum, the product is exact.)
 //
 // The (k+1)-th largest magnitude of a group is found in one pass: each lane of a vector keeps its k+1 largest in order, and
