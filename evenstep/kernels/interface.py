@@ -150,7 +150,7 @@ SCALE_ROWS = (
 
 # ---- tensors ----
 
-PLAIN = {Tensor, Parameter}
+PLAIN = frozenset({Tensor, Parameter})
 """Types of tensors that hold their entries themselves. A subclass may keep its numbers elsewhere, or have none."""
 
 

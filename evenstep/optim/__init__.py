@@ -56,8 +56,8 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Python sets a submodule as an attribute of its package once it is imported. `stabilize` is the name of a submodule
-    and of the function in it; the attribute is always the function."""
+    """Python sets a submodule as an attribute of its package once it is imported. `stabilize` is the name of a
+    submodule and of the function in it; the attribute is always the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name == "stabilize" and isinstance(value, ModuleType)):
