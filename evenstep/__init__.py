@@ -13,7 +13,7 @@ _HOME = {
     "StableSPAM": "evenstep.optim",
     "SCALE": "evenstep.optim",
     "scale_groups": "evenstep.optim",
-    "stabilize": "evenstep.optim.stabilize",  # evenstep.optim.stabilize is the module where that was imported first
+    "stabilize": "evenstep.optim",
     "quantize_": "evenstep.lowbit",
     "AdaClip": "evenstep.optim",
     "AdaGN": "evenstep.optim",

@@ -92,7 +92,7 @@ def put_before(optimizer: Optimizer, text: str) -> Optimizer:
     units = transforms(text)
     if not units:
         return optimizer
-    from evenstep.optim.stabilize import stabilize
+    from evenstep.optim import stabilize
 
     try:
         return stabilize(optimizer, *units)

@@ -4,6 +4,8 @@ Names are loaded on first use, so that options.py can be read without torch.
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 # Module -> the public names in it.
@@ -44,10 +46,21 @@ if TYPE_CHECKING:  # type checkers and editors do not follow __getattr__
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(importlib.import_module(f"evenstep.optim.{_HOME[name]}"), name)
-        globals()[name] = value  # __getattr__ is asked once per name; `stabilize` replaces the module of that name
+        globals()[name] = value  # __getattr__ is asked once per name
         return value
     raise AttributeError(f"module 'evenstep.optim' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
+
+
+class _Package(ModuleType):
+    # The import system binds each submodule in its package. For stabilize.py that would hide the function of the same
+    # name, so the binding is left out; ``from evenstep.optim.stabilize import ...`` works without it.
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name == "stabilize" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
