@@ -51,7 +51,7 @@ inline void store_past_caches(const float *from, int64_t n, float *to) {
 
 // ---- writing bf16 parameters ----
 
-inline uint32_t mixed(uint32_t signed_x) { // as `_mixed` in optim/functional.py: shifts keep the sign
+inline uint32_t mixed(uint32_t signed_x) { // as `_mixed` in optim/rounding.py: shifts keep the sign
   int32_t x = int32_t(signed_x);
   x = int32_t(uint32_t(x ^ (x >> 16)) * uint32_t(-2048144789));
   x = int32_t(uint32_t(x ^ (x >> 13)) * uint32_t(-1028477387));
