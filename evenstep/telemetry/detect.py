@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evenstep.telemetry.schema import USELESS_ERROR, Record, Vector, total_norm
+from evenstep.telemetry.records import Vector, total_norm
+from evenstep.telemetry.schema import USELESS_ERROR, Record
 
 RATIO_WINDOW = 100
 """Steps over which the mean of the largest entry is taken."""

@@ -29,7 +29,8 @@ from evenstep.telemetry.detect import Detector, Event, lowbit_events
 from evenstep.telemetry.lines import event_line
 from evenstep.telemetry.options import Rows, checked_loss, checked_options, checked_rows, checked_step
 from evenstep.telemetry.probe import Probe
-from evenstep.telemetry.schema import COLUMNS, LOWBIT_KEYS, VERSION, Record, Records, lowbit_record
+from evenstep.telemetry.records import Records, lowbit_record
+from evenstep.telemetry.schema import COLUMNS, LOWBIT_KEYS, VERSION, Record
 from evenstep.telemetry.sinks import Sink, as_sinks, guarded
 from evenstep.telemetry.subject import bare, parameter_names, plain_name, plain_names, watched
 from evenstep.telemetry.trouble import Troubles

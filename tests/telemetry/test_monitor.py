@@ -20,7 +20,8 @@ from evenstep.errors import EvenstepError
 from evenstep.telemetry.detect import Detector, Rolling
 from evenstep.telemetry.lines import event_line, short
 from evenstep.telemetry.probe import COLUMNS, Probe
-from evenstep.telemetry.schema import digits, read_records
+from evenstep.telemetry.records import digits
+from evenstep.telemetry.schema import read_records
 from evenstep.telemetry.sinks import JsonlSink
 from evenstep.train.config_io import to_tables
 from evenstep.train.log import read_metrics
