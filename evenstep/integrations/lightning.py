@@ -19,7 +19,8 @@ from evenstep.errors import EvenstepError, nearest
 from evenstep.integrations.log import go_on, harmless, lent_sinks, open_log, write_line
 from evenstep.telemetry.monitor import SpikeMonitor
 from evenstep.telemetry.options import checked_options, checked_path
-from evenstep.telemetry.sinks import Record, Sink, scalars
+from evenstep.telemetry.schema import Record
+from evenstep.telemetry.sinks import Sink, scalars
 from evenstep.telemetry.subject import bare
 
 

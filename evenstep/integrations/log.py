@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from evenstep.telemetry.schema import read_records, to_line
-from evenstep.telemetry.sinks import Guarded, JsonlSink, Record, Sink, as_sinks
+from evenstep.telemetry.schema import Record, read_records, to_line
+from evenstep.telemetry.sinks import Guarded, JsonlSink, Sink, as_sinks
 from evenstep.telemetry.trouble import Troubles
 from evenstep.train.files import replace_text
 from evenstep.train.log import up_to

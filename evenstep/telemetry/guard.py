@@ -455,7 +455,9 @@ def _checked_ladder(ladder: Sequence[str]) -> tuple[str, ...]:
     return tuple(ladder)
 
 
-def _check(name: str, value: float, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf):
+def _check(
+    name: str, value: float, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> None:
     right = isinstance(value, (int, float)) and least <= value and above < value < below
     if not right:
         bounds = [f"at least {least:g}"] * math.isfinite(least) + [f"above {above:g}"] * math.isfinite(above)
