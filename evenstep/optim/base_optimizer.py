@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from evenstep.optim.chain import PREFIX
-from evenstep.optim.distributed import is_sharded, local, refuse_flat_shard, shard_like
+from evenstep.optim.distributed import is_sharded, local, plain_parts, refuse_flat_shard, shard_like
 from evenstep.optim.functional import Gradients
 
 # ---- checks ----
@@ -213,28 +213,17 @@ class Snapshot:
                     _restore_where_false(value, before[name], flag)
                 elif name in self.moments or STARTS.get(name) is not None:  # created by this step: back to the start
                     _restore_where_false(
-                        value, [torch.full_like(x, STARTS.get(name) or 0) for x in _plain(value)], flag
+                        value, [torch.full_like(x, STARTS.get(name) or 0) for x in plain_parts(value)], flag
                     )
 
 
-def _plain(x: Tensor) -> Iterator[Tensor]:
-    """The plain tensors of which ``x`` consists: the local shard of a DTensor; codes and scales of 8-bit blocks."""
-    x = local(x)
-    if hasattr(type(x), "__tensor_flatten__"):
-        # torch's protocol of wrapper subclasses: the names of the inner tensors.
-        for part in (getattr(x, name) for name in x.__tensor_flatten__()[0]):  # type: ignore[attr-defined]
-            yield from _plain(part)
-    else:
-        yield x.detach()
-
-
 def _copies(x: Tensor) -> list[Tensor]:
-    return [part.clone() for part in _plain(x)]
+    return [part.clone() for part in plain_parts(x)]
 
 
 def _restore_where_false(x: Tensor, saved: list[Tensor], flag: Tensor) -> None:
     """Overwrite ``x`` by its copy where ``flag`` is False, without reading the flag."""
-    for part, old in zip(_plain(x), saved, strict=False):
+    for part, old in zip(plain_parts(x), saved, strict=False):
         # Another device: see the class. Another shape: replaced by the step, for example a mask with its moments.
         if part.device == flag.device and part.shape == old.shape:
             torch.where(flag, part, old, out=part)

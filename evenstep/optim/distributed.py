@@ -14,32 +14,40 @@ works on plain local tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from evenstep.kernels.interface import Kernels, constant
+from evenstep.kernels.interface import PLAIN, Kernels, constant
 
 R = TypeVar("R")
 
 # ---- shards ----
 
-# Types that are never sharded. They are compared first, because a step asks about every tensor.
-PLAIN = frozenset({Tensor, Parameter})
-
 
 def is_sharded(x: Any) -> bool:
     """Whether ``x`` is a DTensor, tested without importing torch.distributed, which takes long to load."""
+    # The plain types are compared first, because a step asks about every tensor.
     return type(x) not in PLAIN and hasattr(x, "device_mesh") and hasattr(x, "to_local")
 
 
 def local(x: Tensor) -> Tensor:
     """The local shard of ``x``, sharing its memory; ``x`` itself when it is not sharded."""
     return x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
+
+
+def plain_parts(x: Tensor) -> Iterator[Tensor]:
+    """The plain tensors of which ``x`` consists: the local shard of a DTensor; codes and scales of 8-bit blocks."""
+    x = local(x)
+    if hasattr(type(x), "__tensor_flatten__"):
+        # torch's protocol of wrapper subclasses: the names of the inner tensors.
+        for part in (getattr(x, name) for name in x.__tensor_flatten__()[0]):  # type: ignore[attr-defined]
+            yield from plain_parts(part)
+    else:
+        yield x.detach()
 
 
 def num_shards(x: Tensor) -> int:

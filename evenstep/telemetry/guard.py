@@ -32,7 +32,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evenstep.kernels.interface import uploaded
 from evenstep.telemetry.probe import Probe
 from evenstep.telemetry.snapshot import Snapshot
 
@@ -151,7 +150,7 @@ class SpikeGuard:
             raise ValueError(f"SpikeGuard: min_history={min_history} exceeds window={window}; give at most the window")
         self.model, self.optimizer = model, optimizer
         self.data, self.schedulers = tuple(data), tuple(schedulers)
-        self.sigma, self.norm_ratio, self.loss_rise, self.floor = sigma, norm_ratio, loss_rise, floor
+        self.sigma, self.floor = sigma, floor
         self.skips, self.patience, self.budget = skips, patience, budget
         self.lr_factor, self.lr_steps = lr_factor, lr_steps
         self.snapshot_every, self.check_every = snapshot_every, 1 if "skip" in self.ladder else check_every
@@ -163,10 +162,11 @@ class SpikeGuard:
         self.excluded: set[Hashable] = set()
         self._probe = Probe(optimizer, samples=0)
         self._probe.reports = False  # measure the gradients before the step, whatever the optimizer tells after it
-        self._baseline = _Baseline(2 + len(self._probe.params), window, min_history)
+        k = len(self._probe.params)
+        self._rises = np.array([loss_rise, math.log(norm_ratio), *[math.log(3.0 * norm_ratio)] * k])
+        self._baseline = _Baseline(2 + k, window, min_history)
         self._waiting: list[tuple[int, Hashable, Tensor]] = []  # steps not judged yet: step, rows, numbers [2 + k]
         self._snapshots: deque[tuple[Snapshot, dict[str, Any]]] = deque(maxlen=snapshots)
-        self._mask: tuple[list[bool], Tensor] | None = None
         self._rung = 0
         self._uses = 0  # of the action at this rung, since it was reached
         self._calm = 0  # steps since the last bad one
@@ -208,12 +208,7 @@ class SpikeGuard:
         return True
 
     def wanted(self, rows: Hashable) -> bool:
-        """False for rows of a bad step that a rewind leaves out. Ask before training on rows that come again::
-
-        for rows, batch in loader:
-            if not guard.wanted(rows):
-                continue
-        """
+        """False for rows of a bad step that a rewind leaves out. Ask before training on rows that may come again."""
         return rows is None or rows not in self.excluded
 
     def flush(self) -> None:
@@ -228,22 +223,20 @@ class SpikeGuard:
         """``[2 + k]`` in fp32 on the device: loss, norm of all gradients, norm of each; Inf for what is not finite."""
         self._probe.follow()
         self._probe.before(weights=False)
-        missing = torch.zeros(len(self._probe.params), device=self._probe.device)
-        norms = self._probe.measured.get("grad_norm", missing).to(missing).nan_to_num(nan=math.inf)
-        # What has no gradient, or none that can be read (a quantised one), counts as zero.
-        norms = torch.where(self._measured(norms.device), norms, 0.0)
+        found = self._probe.measured
+        if found:
+            norms = found["grad_norm"].masked_fill(found["grad_max"].isinf(), math.inf)
+            # What has no gradient, or none that can be read (a quantised one), is NaN and counts as zero.
+            norms = norms.to(self._probe.device, torch.float32).nan_to_num(nan=0.0, posinf=math.inf)
+        else:
+            norms = torch.zeros(len(self._probe.params), device=self._probe.device)
         value = loss.detach().to(norms).reshape(1) if isinstance(loss, Tensor) else norms.new_tensor([float(loss)])
-        numbers = torch.cat([value.nan_to_num(nan=math.inf), torch.linalg.vector_norm(norms).reshape(1), norms])
+        numbers = torch.cat(
+            [value.nan_to_num(nan=math.inf, posinf=math.inf), torch.linalg.vector_norm(norms).reshape(1), norms]
+        )
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
             dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.process_group)
         return numbers
-
-    def _measured(self, device: torch.device) -> Tensor:
-        """Which gradients were measured, ``[k]`` bool. Kept on the device while it stays the same."""
-        which = [self._probe.is_measurable(p) for p in self._probe.params]
-        if self._mask is None or self._mask[0] != which or self._mask[1].device != device:
-            self._mask = which, uploaded(torch.tensor(which), device)
-        return self._mask[1]
 
     # ---- verdicts ----
 
@@ -262,7 +255,7 @@ class SpikeGuard:
                 if self._calm >= self.patience:
                     self._rung, self._uses, self._bad = 0, 0, []
                 continue
-            action = self._act(step, rows, reason)
+            action = self._act(step, rows, reason, finite=bool(np.isfinite(numbers).all()))
             if action in ("rewind", "stop"):
                 return False
             # Earlier steps of this round were taken: only the current one can still be left out.
@@ -280,10 +273,9 @@ class SpikeGuard:
         # Norms are compared by their logarithms: they change by factors while a training settles.
         values = np.append(loss, np.log(np.maximum(numbers[1:], max(self.floor, 1e-30))))
         median, spread, known = self._baseline.usual()
-        ratios = np.full(len(values) - 2, 3.0 * self.norm_ratio)
-        rise = np.concatenate([[self.loss_rise], np.log([self.norm_ratio, *ratios])])
-        least = LEAST_SPREAD * np.concatenate([[abs(median[0])], np.ones(len(values) - 1)])
-        limit = median + np.maximum(self.sigma * TO_DEVIATION * np.maximum(spread, least), rise)
+        least = np.full(len(values), LEAST_SPREAD)
+        least[0] *= abs(median[0])
+        limit = median + np.maximum(self.sigma * TO_DEVIATION * np.maximum(spread, least), self._rises)
         above = (values > limit) & known
         above[1:] &= numbers[1:] > self.floor
         above[2:] &= numbers[2:] > TENSOR_FLOOR * math.exp(median[1])
@@ -304,13 +296,13 @@ class SpikeGuard:
 
     # ---- actions ----
 
-    def _act(self, step: int, rows: Hashable, reason: str) -> str | None:
+    def _act(self, step: int, rows: Hashable, reason: str, *, finite: bool) -> str | None:
         """Act on a bad step, and return the action; None where its gradients are to be applied all the same."""
         self._calm = 0
         self._bad.append((step, rows))
         action = self._next_action()
         if action is None:
-            if "not finite" not in reason:
+            if finite:
                 return None
             action = "skip"
         event: Event = {"step": step, "action": action, "reason": reason, "rows": rows}
@@ -341,17 +333,14 @@ class SpikeGuard:
         return self.skips if action == "skip" else 1
 
     def _rewind(self) -> int:
-        """Go back to the newest snapshot that is older than the first bad step; the step of the snapshot."""
-        first = self._bad[0][0]
-        while len(self._snapshots) > 1 and self._snapshots[-1][0].step > first:
-            self._snapshots.pop()
+        """Go back to the newest snapshot, and return its step. It is older than the first bad step: none is taken while
+        the ladder remembers a bad one."""
         self.excluded |= {rows for _, rows in self._bad if rows is not None}
         self._bad = []
         snapshot, baseline = self._snapshots[-1]
         snapshot.restore()
         self._baseline.load(baseline)
         self.num_steps = snapshot.step
-        self._waiting = []
         return snapshot.step
 
     def _take_snapshot(self) -> None:

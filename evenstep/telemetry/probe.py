@@ -158,7 +158,7 @@ class Probe:
     def _measure(self) -> dict[str, Tensor]:
         """``grad_max`` and ``grad_norm`` of each parameter that the optimizer holds, for the whole tensors."""
         groups = self.optimizer.param_groups
-        dense = [[p for p in group["params"] if self.is_measurable(p)] for group in groups]
+        dense = [[p for p in group["params"] if self._is_measurable(p)] for group in groups]
         try:
             numbers = self._norms_of(dense)
         except torch.OutOfMemoryError:
@@ -193,7 +193,7 @@ class Probe:
             return False
         return True
 
-    def is_measurable(self, p: Tensor) -> bool:
+    def _is_measurable(self, p: Tensor) -> bool:
         grad = p.grad
         return grad is not None and _is_readable(grad) and id(p) not in self._odd
 

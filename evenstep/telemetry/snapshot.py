@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from evenstep.optim.distributed import local
+from evenstep.optim.distributed import plain_parts
+from evenstep.optim.stabilize import Stabilized
 
 
 class Snapshot:
@@ -44,10 +44,9 @@ class Snapshot:
         self.is_complete = False
         self._optimizer = optimizer
         self._tensors = [_Saved(x) for x in (*model.parameters(), *model.buffers())]
-        self._state = _saved(dict(optimizer.state))
-        self._statistics = [(owner, _saved(dict(owner))) for owner in _statistics(optimizer)]
+        self._states = [_saved(state) for state in _states(optimizer)]
         self._dicts = [(one, _saved(one.state_dict())) for one in data]
-        self._random = _random_state()
+        self._random = rng_state()
         self._copied = {
             device: torch.cuda.current_stream(device).record_event()
             for device in {part.device for saved in self._tensors for part in saved.parts if part.is_cuda}
@@ -68,14 +67,13 @@ class Snapshot:
             event.synchronize()
         for saved in self._tensors:
             saved.put_back()
-        _replace(self._optimizer.state, _restored(self._state))
         for group, kept in zip(self._optimizer.param_groups, self._groups, strict=True):
             _replace(group, {"params": group["params"], **_restored(kept)})
-        for owner, kept in self._statistics:
-            _replace(owner, _restored(kept))
+        for state, kept in zip(_states(self._optimizer), self._states, strict=True):
+            _replace(state, _restored(kept))
         for one, kept in self._dicts:
             one.load_state_dict(copy.deepcopy(_restored(kept)))
-        _set_random_state(self._random)
+        set_rng_state(self._random)
 
 
 class _Saved:
@@ -83,23 +81,14 @@ class _Saved:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.parts = _parts(tensor)
+        self.parts = [*plain_parts(tensor)]
         self.copies = [_host_copy(part) for part in self.parts]
 
     def put_back(self) -> Tensor:
         # A module may have replaced the storage of a parameter (p.data = ...): the parts are looked up again.
-        self.parts = _parts(self.tensor)
-        for part, kept in zip(self.parts, self.copies, strict=True):
+        for part, kept in zip(plain_parts(self.tensor), self.copies, strict=True):
             part.copy_(kept, non_blocking=True)
         return self.tensor
-
-
-def _parts(tensor: Tensor) -> list[Tensor]:
-    x: Any = local(tensor.detach())
-    if not is_traceable_wrapper_subclass(x):
-        return [x]
-    names, _ = x.__tensor_flatten__()
-    return [part for name in names for part in _parts(getattr(x, name))]
 
 
 def _host_copy(x: Tensor) -> Tensor:
@@ -137,29 +126,38 @@ def _replace(target: dict[Any, Any], content: Mapping[Any, Any]) -> None:
     target.update(content)
 
 
-def _statistics(optimizer: Any) -> list[dict[Any, Any]]:
-    """The statistics of the transforms in front of an optimizer, which `stabilize` keeps beside its state."""
-    found = []
-    while isinstance(optimizer, Optimizer):
-        statistics = vars(optimizer).get("chain")
-        if statistics is not None:
-            found.append(statistics.statistics)
-        optimizer = vars(optimizer).get("base")
-    return found
+def _states(optimizer: Any) -> Iterator[dict[Any, Any]]:
+    """The dicts in which an optimizer keeps its state: its own, or those of the optimizers that it consists of, and the
+    statistics that `stabilize` keeps beside the state of the optimizer behind it."""
+    if isinstance(optimizer, Stabilized):
+        yield optimizer.statistics
+        yield from _states(optimizer.base)
+    elif isinstance(getattr(optimizer, "optimizers", None), list | tuple):  # its own `state` is put together anew
+        for one in optimizer.optimizers:
+            yield from _states(one)
+    else:
+        yield optimizer.state
 
 
-def _random_state() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
+def rng_state() -> dict[str, Any]:
+    """Every random state of the process, in types that ``torch.load(weights_only=True)`` reads."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state = {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, cached],
     }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])

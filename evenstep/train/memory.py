@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from evenstep.baselines.catalog import baseline
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, LlamaConfig
-from evenstep.optim.distributed import local
+from evenstep.optim.distributed import plain_parts
 from evenstep.train.config import Config
 from evenstep.train.distributed import COLUMNS, ROWS, Parallel, World, check_world
 from evenstep.train.optimizers import build_optimizer
@@ -166,7 +165,7 @@ def dry_run(config: Config, shape: LlamaConfig, grid: Grid, *, blocks: int = 1) 
         parameters = state = 0
         for name, p in model.named_parameters():
             times = shape.num_layers // blocks if name.startswith(BLOCK) else 1
-            parameters += times * local(p).nbytes
+            parameters += times * _bytes(p)
             state += times * sum(_bytes(x) for x in optimizer.state.get(p, {}).values() if isinstance(x, Tensor))
         return Held(parameters, state)
 
@@ -184,9 +183,7 @@ def meta_model(config: Config, shape: LlamaConfig, grid: Grid, world: World) -> 
 
 def _bytes(value: Tensor) -> int:
     """Bytes of this process's part of a tensor of the state; of 8-bit moments, those of codes and scales."""
-    part: Any = local(value)
-    names = part.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(part) else []
-    return sum(getattr(part, name).nbytes for name in names) if names else part.nbytes
+    return sum(part.nbytes for part in plain_parts(value))
 
 
 @contextmanager

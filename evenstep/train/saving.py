@@ -12,7 +12,6 @@ every process alike.
 from __future__ import annotations
 
 import importlib
-import random
 import shutil
 from collections.abc import Callable
 from concurrent import futures
@@ -20,7 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -363,30 +361,3 @@ def _alike(copy: Tensor, x: Tensor) -> bool:
     """Whether a copy of ``x`` fits in the place of an earlier one."""
     same = copy.dtype == x.dtype and copy.shape == x.shape and type(copy) is type(x)
     return same and (not is_sharded(x) or (copy.placements, copy.device_mesh) == (x.placements, x.device_mesh))  # type: ignore[attr-defined]
-
-
-# ---- random states ----
-
-
-def rng_state() -> dict[str, Any]:
-    """Every random state of the process, in types that ``torch.load(weights_only=True)`` reads."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, cached],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -32,6 +32,7 @@ from evenstep.data import prepare_display
 from evenstep.errors import EvenstepError
 from evenstep.kernels import uploaded
 from evenstep.telemetry.clocks import steps_to_reset
+from evenstep.telemetry.snapshot import rng_state, set_rng_state
 from evenstep.train.checkpoint import (
     TRAINER,
     diverged,
@@ -59,7 +60,7 @@ from evenstep.train.log import (
     resume_metrics,
 )
 from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer, lr_factor, rising_rate
-from evenstep.train.saving import Saver, load_optimizer, optimizer_tensors, rng_state, set_rng_state
+from evenstep.train.saving import Saver, load_optimizer, optimizer_tensors
 from evenstep.train.summary import attempt, finish, header, run_facts
 from evenstep.train.task import Pretraining, Task
 from evenstep.train.telemetry import RunTelemetry

@@ -10,6 +10,7 @@ from process_support import run_processes
 from torch import nn
 
 from evenstep import SCALE, SPAM, AdaClip, AdaGN, SpikeGuard, StableSPAM, scale_groups, stabilize
+from evenstep.baselines.chained import ChainedOptimizer
 
 OPTIMIZERS = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
@@ -106,6 +107,39 @@ def test_a_bad_step_is_skipped_and_named(harm):
     assert ("usually" in reason) if harm == "scale" else ("not finite" in reason)
     training.run(30)
     assert len(training.guard.events) == 1 and training.taken == [*range(40), *range(41, 71)]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_infinity_is_not_a_large_number(what):
+    """Without a history only what is not finite is bad."""
+    model = nn.Linear(4, 1)
+    guard = SpikeGuard(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for p in model.parameters():
+        p.grad = torch.full_like(p, math.inf if what == "gradient" else 1.0)
+    assert not guard.step(math.inf if what == "loss" else 1.0)
+    assert "not finite" in guard.events[0]["reason"]
+
+
+class Counting(torch.optim.Optimizer):
+    """Keeps a number that is no tensor, and moves the parameters by it."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 1e-4})
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["steps"] = self.state[p].get("steps", 0) + 1
+            p.sub_(p.grad.sign(), alpha=1e-4 / self.state[p]["steps"])
+
+
+def test_a_rewind_restores_every_optimizer_of_a_chain(monkeypatch):
+    def chained(model):
+        first, *others = model.parameters()
+        return ChainedOptimizer(Counting([first]), torch.optim.AdamW(others, lr=1e-3))
+
+    monkeypatch.setitem(OPTIMIZERS, "chained", chained)
+    test_a_rewind_leaves_nothing_of_the_bad_rows("chained", "nan", 1)
 
 
 def test_a_spike_of_one_gradient_is_named_after_its_parameter():
