@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from evenstep.kernels import Kernels, is_coded, kernels_for
-from evenstep.optim.distributed import PLAIN, UNSHARDED, Bucket, Layout, local, state_dtype
+from evenstep.kernels.interface import PLAIN
+from evenstep.optim.distributed import UNSHARDED, Bucket, Layout, local, state_dtype
 from evenstep.optim.self_check import failing
 
 # Entries of a parameter's state that kernels write.

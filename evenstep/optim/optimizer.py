@@ -28,10 +28,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from evenstep.kernels.interface import STATS, Kernels, StepTensors
+from evenstep.kernels.interface import PLAIN, STATS, Kernels, StepTensors
 from evenstep.optim.convert_state import convert_state_dict
 from evenstep.optim.distributed import (
-    PLAIN,
     Bucket,
     Steps,
     all_reduce,
