@@ -41,7 +41,7 @@ from evenstep.kernels import kernels_for
 from evenstep.lowbit.linear import LowBitLinear
 from evenstep.models import Llama, llama_config
 from evenstep.train.hardware import commit, describe_hardware, peak_flops, peak_memory, total_memory
-from evenstep.train.plan import LOGIT_BYTES
+from evenstep.train.memory import LOGIT_BYTES
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZERS = (REFERENCE, "stable_spam", "spam", "scale", "spam_density_25", "stabilize_adamw")

@@ -26,11 +26,14 @@ _HOME = {
     "MomentumReset": "evenstep.optim",
     "AutoClip": "evenstep.optim",
     "AGC": "evenstep.optim",
+    "SpikeGuard": "evenstep.telemetry.guard",
     "SpikeMonitor": "evenstep.telemetry.monitor",
+    "register_optimizer": "evenstep.baselines.catalog",
 }
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
+    from evenstep.baselines.catalog import register_optimizer as register_optimizer
     from evenstep.lowbit import quantize_ as quantize_
     from evenstep.optim import AGC as AGC
     from evenstep.optim import SCALE as SCALE
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from evenstep.optim import ZClip as ZClip
     from evenstep.optim import scale_groups as scale_groups
     from evenstep.optim import stabilize as stabilize
+    from evenstep.telemetry.guard import SpikeGuard as SpikeGuard
     from evenstep.telemetry.monitor import SpikeMonitor as SpikeMonitor
 
 

@@ -27,7 +27,7 @@ from evenstep.train import commands as train_commands
 from evenstep.train.checkpoint import reason_of
 from evenstep.train.commands import print_config
 from evenstep.train.config import Config, SampleConfig, checked, options
-from evenstep.train.config_io import add_flags, chosen, declared
+from evenstep.train.flags import add_flags, chosen, declared
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
 
@@ -191,7 +191,7 @@ def split_options(argv: Sequence[str], known: set[str]) -> tuple[list[str], list
     """Take ``--section.key value`` pairs that are not ``known`` as flags (an official name of a hyperparameter, and
     mistakes) out of the arguments.
 
-    argparse would leave the value of an unknown flag lying about, to be taken for the recipe.
+    argparse would leave the value of an unknown flag among the arguments, and take it for the recipe.
     """
     rest, extra = [], []
     words = iter(argv)
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise problem
         message, status = explain(problem)
         rank = os.environ.get("RANK", "")
-        if status == 1 or not rank.isdigit() or int(rank) == getattr(problem, "teller", 0):
+        if status == 1 or not rank.isdigit() or int(rank) == getattr(problem, "rank", 0):
             _complain(message)  # of several processes one tells what all of them see
         return status
     return 0

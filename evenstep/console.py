@@ -1,5 +1,5 @@
-"""What the program says on a terminal: tables, aligned or rich's when it is a terminal and rich is installed, and
-commands that can be pasted."""
+"""Output for a terminal: tables, drawn by rich where it is installed and stdout is a terminal, and commands that can
+be pasted into a shell."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def program() -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` with its control characters, newline and tab apart, as escapes: a model may write what a terminal
-    obeys."""
+    """``text`` with control characters escaped, except newline and tab: a model may generate terminal commands."""
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode() for c in text
     )

@@ -1,4 +1,4 @@
-"""File names that a file of someone else's gives: they may name files of its own directory and nothing else."""
+"""Checks of file names from untrusted files, which may name files of their own directory only."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def is_plain_name(name: Any) -> bool:
 
 
 def leaves(directory: Path, name: str) -> bool:
-    """Does the file ``name`` of ``directory`` lie elsewhere, through a symbolic link?"""
+    """Whether the file ``name`` of ``directory`` leads out of it through a symbolic link."""
     return os.path.dirname(os.path.realpath(directory / name)) != os.path.realpath(directory)
 
 
 def read_own(directory: Path, name: str) -> bytes:
-    """The file ``name`` of a directory that may come from elsewhere. OSError when there is none, when it is a link out
-    of the directory, and for what is no regular file: a pipe would block."""
+    """Read the file ``name`` of an untrusted directory. OSError when there is none, when it is a link out of the
+    directory, and when it is not a regular file: a pipe would block."""
     check_own_file(directory, name)
     return (directory / name).read_bytes()
 

@@ -1,4 +1,4 @@
-"""TOML as it is found in files."""
+"""Reading TOML in the encodings that editors write."""
 
 from __future__ import annotations
 

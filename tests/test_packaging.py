@@ -36,6 +36,14 @@ def test_optimizers_telemetry_and_low_bits_work_where_torch_and_numpy_are_all_th
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
+@pytest.mark.parametrize("first", ["evenstep.optim.stabilize", "evenstep.optim.transforms", "evenstep"])
+def test_stabilize_is_the_function_whatever_was_imported_first(first):
+    code = f"import {first}; from evenstep.optim import stabilize as a; from evenstep import stabilize as b"
+    code += "; print(a is b, callable(a))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
 def test_every_paper_is_cited():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     cited = " ".join(reference["url"] for reference in citation["references"])

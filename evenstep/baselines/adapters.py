@@ -1,10 +1,15 @@
 """LoRA and ReLoRA as optimizers of the dense weights.
 
-A layer with an adapter computes ``x (W + s B A)^T``. Its gradients follow from the dense one, ``G = dL/d(W + s B A)``:
-``dL/dA = s B^T G`` and ``dL/dB = s G A^T``. So training adapters is a rule that turns G into an update of rank r, and
-needs no change of the model: this optimizer keeps A and B beside each hidden matrix, steps them by AdamW and writes
-the change of ``s B A`` into the matrix. Checkpoints, low-bit layers and evaluation see an ordinary model. The numbers
-are peft's, which a test compares; what is not had is peft's saving in gradients, since G is dense.
+A layer with an adapter computes ``x (W + s B A)^T``, with W [out, in], B [out, r], A [r, in] and s = alpha / r. The
+gradients of A and B follow from the dense gradient ``G = dL/d(W + s B A)``:
+
+    dL/dA = s B^T G        dL/dB = s G A^T
+
+Training adapters is therefore a rule that turns G into an update of rank r, and needs no change of the model. This
+optimizer stores A and B beside each hidden matrix, updates them by AdamW, and adds the change of ``s B A`` to the
+matrix. Checkpoints, low-bit layers and evaluation see an ordinary model.
+
+The results equal peft's, which a test compares. peft's saving in gradient memory is lost, because G is dense.
 """
 
 from __future__ import annotations
@@ -22,18 +27,30 @@ from evenstep.optim.state import keep_dtypes
 
 
 class LoRA(Optimizer):
-    """Low-rank adapters on the matrices of groups with ``rank`` > 0, AdamW on those with rank 0 (arXiv:2106.09685).
+    """Low-rank adapters on the matrices of groups with ``rank`` > 0, AdamW on groups of rank 0 (arXiv:2106.09685).
 
-    Each such matrix stays what it was when this was built, plus ``alpha / rank * B A``.
+    A matrix with an adapter is its value at construction plus ``alpha / rank * B A``.
 
     Args:
-        params: groups with ``rank``; matrices alone where it is above 0.
-        lr, betas, eps, weight_decay: AdamW's, of the adapters' entries and of the rest. Defaults 1e-3, (0.9, 0.999),
-            1e-8, 0.
-        rank: of groups that do not say theirs; 0 for none.
-        alpha: default 32 (GaLore's comparison, arXiv:2403.03507).
+        params: parameters or groups; a group with ``rank`` > 0 holds matrices only.
+        lr: learning rate of the adapters and of the other parameters, default 1e-3.
+        betas: AdamW's, default (0.9, 0.999).
+        eps: AdamW's, default 1e-8.
+        weight_decay: AdamW's, of the entries of adapters and of the other parameters; default 0.
+        rank: for groups without their own; default 0, no adapter.
+        alpha: the scale of the adapters, default 32 (the comparison in GaLore, arXiv:2403.03507).
 
-    Raises ValueError for a tensor with an adapter that is no matrix.
+    Raises:
+        ValueError: a tensor in a group with ``rank`` > 0 that is not a matrix.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(8, 8))
+        >>> optimizer = LoRA([{"params": [weight], "rank": 2}], lr=0.1)
+        >>> for _ in range(3):
+        ...     weight.grad = torch.randn(8, 8)
+        ...     optimizer.step()
+        >>> int(torch.linalg.matrix_rank(weight.detach()))
+        2
     """
 
     def __init__(
@@ -59,6 +76,8 @@ class LoRA(Optimizer):
         if p.ndim != 2:
             raise ValueError(f"LoRA: an adapter of rank {group['rank']} needs a matrix, got a tensor of {p.ndim}-D")
         rank = min(group["rank"], *p.shape)
+        # B starts at zero, so that the first forward pass sees the matrix as it is; A is random, or no gradient would
+        # reach B.
         state = self.state[p]
         state["a"], state["b"] = p.new_empty(rank, p.shape[1]), p.new_zeros(p.shape[0], rank)
         _draw(state["a"])
@@ -84,11 +103,12 @@ class LoRA(Optimizer):
                 self._adamw(group, [(p, p.grad, self.state[p], "") for p in params])
                 continue
             self._restart(group, params)
+            # The gradients of A [r, in] and B [out, r] need the old values of both: collect before any is updated.
             before, work = [], []
             for p in params:
                 state = self.state[p]
                 a, b, scale = state["a"], state["b"], group["alpha"] / state["a"].shape[0]
-                before.append(b @ a)
+                before.append(b @ a)  # [out, in]
                 work += [(a, scale * (b.T @ p.grad), state, "a_"), (b, scale * (p.grad @ a.T), state, "b_")]
             self._adamw(group, work)
             for p, old in zip(params, before, strict=True):
@@ -97,15 +117,15 @@ class LoRA(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but step counts stay exact under weights of fewer bits."""
+        """As in torch, except that step counts keep fp32 where the weights have 16 bits."""
         super().load_state_dict(state_dict)
         keep_dtypes(self, state_dict)
 
     def _restart(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """What a subclass does before a step."""
+        """Called before the step of a group with adapters, for subclasses."""
 
     def _rate(self, group: dict[str, Any]) -> float:
-        return group["lr"]
+        return float(group["lr"])
 
     def _adamw(self, group: dict[str, Any], work: list[tuple[Tensor, Any, dict[str, Any], str]]) -> None:
         if not work:
@@ -130,15 +150,20 @@ class LoRA(Optimizer):
 
 
 class ReLoRA(LoRA):
-    """LoRA that starts again and again (arXiv:2307.05695): what the adapters have learnt stays in the matrix, new ones
-    are drawn, and of their moments only the largest entries are kept, so that the sum of updates is of high rank.
+    """LoRA with restarts (arXiv:2307.05695), whose updates add up to a change of high rank.
 
-    Args beside LoRA's:
-        reset_interval: steps between two starts, default 5000 (paper); 0 for never.
-        pruned: share of the moments' entries, smallest first, that become zero at a start; default 0.99 (paper).
-        warmup_steps: after a start the rate of the adapters rises linearly over so many steps; default 100 (paper).
+    At a restart the matrix keeps what the adapters have learnt, new adapters are drawn, and only the largest entries of
+    the moments are kept.
 
-    The paper's full-rank warm-up is not part of it; start from a model that had one with ``model.init``.
+    Args:
+        params: as for `LoRA`, and so are ``lr``, ``betas``, ``eps``, ``weight_decay``, ``rank`` and ``alpha``.
+        reset_interval: steps between two restarts, default 5000 (paper); 0 for never.
+        pruned: share of the entries of the moments, smallest first, that become zero at a restart; default 0.99
+            (paper).
+        warmup_steps: number of steps after a restart over which the learning rate of the adapters rises linearly;
+            default 100 (paper).
+
+    The full-rank warm-up of the paper is not included; start from a model that had one with ``model.init``.
     """
 
     def __init__(
@@ -167,25 +192,27 @@ class ReLoRA(LoRA):
         for p in params:
             state = self.state[p]
             _draw(state["a"])
-            state["b"].zero_()
+            state["b"].zero_()  # B A is zero again, and the matrix keeps its value
             for name in ("a_", "b_"):
                 _prune(state[f"{name}exp_avg"], state[f"{name}exp_avg_sq"], group["pruned"])
 
     def _rate(self, group: dict[str, Any]) -> float:
-        since, t = group["reset_interval"], group["t"]
-        if not group["rank"] or not since or t < since:
-            return group["lr"]
-        return group["lr"] * min(1.0, (t % since + 1) / max(1, group["warmup_steps"]))
+        every, t = group["reset_interval"], group["t"]
+        rate = float(group["lr"])
+        if not group["rank"] or not every or t < every:  # no warm-up before the first restart: the run has its own
+            return rate
+        return float(rate * min(1.0, (t % every + 1) / max(1, group["warmup_steps"])))
 
 
 def _draw(a: Tensor) -> None:
-    """As nn.Linear and peft draw it: uniform, variance 1 / (3 inputs)."""
+    """Draw A as nn.Linear and peft do: uniform, with variance 1 / (3 in)."""
     torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5))
 
 
 def _prune(first: Tensor, second: Tensor, share: float) -> None:
-    """Zero the moments of the ``share`` of entries whose first moment is smallest. Both go together, unlike in the
-    official code: a first moment that has lost its second would be divided by nearly nothing."""
+    """Set both moments to zero for the ``share`` of entries whose first moment is smallest."""
+    # The official code prunes the two moments separately. A first moment without its second one would be divided by
+    # almost zero in the next step.
     count = round(share * first.numel())
     if count:
         kept = first.abs() > first.abs().flatten().kthvalue(count).values

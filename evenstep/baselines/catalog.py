@@ -1,10 +1,11 @@
-"""The optimizers by name: where each class lives, which package brings it, and how a model becomes its groups.
+"""The optimizers by name: where each class is, which package has it, and which rule turns a model into its groups.
 
-One table serves training (``optim.name``), the comparisons and the step benchmark. A name with a colon,
-``package.module:Class``, is any torch Optimizer that takes parameters first. Hyperparameters are those of the
-constructor itself, and where a library reads some from the param groups, those are listed here (`Baseline.own`).
+Training (``optim.name``), the comparisons and the step benchmark use the same table, `BASELINES`. A name with a colon,
+``package.module:Class``, is any torch Optimizer whose first argument is the parameters; `register_optimizer` gives such
+a class a name. The hyperparameters of an optimizer are the arguments of its constructor; those that a library reads
+from the param groups instead are listed here (`Baseline.own`).
 
-Importing this needs no torch and none of the packages.
+The import of this module needs neither torch nor any of the packages.
 """
 
 from __future__ import annotations
@@ -23,23 +24,29 @@ from evenstep.errors import EvenstepError, nearest
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+# Arguments that are set here, and arguments that choose an implementation: neither is a hyperparameter.
 _SET_BY_US = {
     *("self", "params", "model", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable"),
     *("maximize", "args", "num_embeds", "num_heads", "num_query_groups", "model_sharding"),
 }
-"""Arguments that are set here, or that choose an implementation and not a hyperparameter."""
-
 
 _PEERS = ("bitsandbytes", "pytorch_optimizer", "torch-optimi", "torchao")
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """``home`` is ``module:class``, ``package`` the name to install it by, ``extra`` the extra that has it.
+    """An optimizer of the table.
 
-    ``fixed`` are constructor arguments that the user does not choose, ``chosen`` defaults of ours where the paper's
-    setting is not the library's, ``own`` options that are no constructor arguments, with their defaults.
-    ``pickled`` is a class of its state that a checkpoint has to name as harmless to be read again.
+    Attributes:
+        home: ``module:class``.
+        package: the name by which pip installs it.
+        paper: where it was published.
+        rule: turns a model into its groups.
+        fixed: constructor arguments that the user does not choose.
+        chosen: defaults that differ from the library's, because the paper's setting does.
+        own: options that are not constructor arguments, with their defaults; the rule reads them.
+        pickled: a class in its state that torch.load has to be told is safe, ``module:class``.
+        note: shown in the list.
     """
 
     home: str
@@ -54,6 +61,7 @@ class Baseline:
 
     @property
     def extra(self) -> str | None:
+        """The optional dependency of evenstep that installs the package."""
         return "peers" if self.package in _PEERS else None
 
     def version(self) -> str | None:
@@ -73,8 +81,9 @@ class Baseline:
             if self.pickled:
                 import torch
 
-                torch.serialization.add_safe_globals([_fetched(self.pickled)])
-            return _fetched(self.home)
+                torch.serialization.add_safe_globals([_imported(self.pickled)])
+            cls: Callable[..., Optimizer] = _imported(self.home)
+            return cls
         except ModuleNotFoundError as problem:
             how = f"'evenstep[{self.extra}]'" if self.extra else self.package
             raise EvenstepError(
@@ -86,8 +95,7 @@ class Baseline:
             raise EvenstepError(f"{self.home} cannot be loaded: {first}; give package.module:Class") from None
 
     def hyperparameters(self) -> dict[str, Any]:
-        """What ``optim.KEY`` may be beside lr and weight_decay, with defaults (``inspect.Parameter.empty`` where there
-        is none)."""
+        """The keys of ``optim`` beside lr and weight_decay, with defaults (``inspect.Parameter.empty`` for none)."""
         parameters = inspect.signature(self.load()).parameters
         found = {
             key: parameter.default
@@ -101,24 +109,24 @@ class Baseline:
     def build(
         self, model: Any, *, lr: float, weight_decay: float = 0.0, decay: str = "all", **options: Any
     ) -> Optimizer:
-        """The optimizer over ``model``'s trainable parameters; ``options`` are taken as they come."""
+        """The optimizer over the trainable parameters of ``model``; ``options`` are passed on without a check."""
         own = {**self.own, **{key: value for key, value in options.items() if key in self.own}}
         given = {key: value for key, value in options.items() if key not in self.own}
         fixed = dict(self.fixed)
-        if next(model.parameters()).device.type == "meta":  # where plans are checked; fused kernels are refused there
+        if next(model.parameters()).device.type == "meta":  # `evenstep plan` builds it there; fused kernels refuse it
             fixed.pop("fused", None)
         values = {**self.chosen, **fixed, **given}
         return self.rule(self.load(), Request(model, lr, weight_decay, decay, values, own))
 
 
 def allow_known_state() -> None:
-    """Let checkpoints be read whose optimizer state holds objects of the installed libraries' own."""
+    """Allow torch.load to read the classes that the installed libraries put into their optimizer state."""
     for one in BASELINES.values():
         if one.pickled and one.version():
             one.load()
 
 
-def _fetched(home: str) -> Any:
+def _imported(home: str) -> Any:
     module, _, name = home.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -171,11 +179,42 @@ BASELINES: dict[str, Baseline] = {
     "optimi_adamw": Baseline("optimi:AdamW", "torch-optimi", "arXiv:1711.05101", rule=rules.optimi),
     "optimi_stableadamw": Baseline("optimi:StableAdamW", "torch-optimi", "arXiv:2304.13013", rule=rules.optimi),
 }  # fmt: skip
-"""Name -> optimizer. The names are stable: ``optim.name`` takes them."""
+"""Name -> optimizer. The names are stable: ``optim.name`` takes them, and run folders contain them."""
+
+
+def register_optimizer(name: str, cls: type[Optimizer], rule: Rule = rules.every) -> None:
+    """Give an optimizer class a name for ``optim.name``, in this process.
+
+    The class has to be at the top level of a module. Its constructor takes the parameters first, then ``lr``,
+    ``weight_decay`` and its hyperparameters, which become the keys of ``optim``.
+
+    Args:
+        name: the new name.
+        cls: a subclass of ``torch.optim.Optimizer``.
+        rule: turns a model into the groups; default: every parameter alike, with the decay rule of the run.
+
+    Raises:
+        EvenstepError: the name is taken or contains a colon, or the class is not at the top level of its module.
+
+    Example:
+        >>> import torch
+        >>> register_optimizer("nadam", torch.optim.NAdam)
+        >>> baseline("nadam").home
+        'torch.optim.nadam:NAdam'
+        >>> del BASELINES["nadam"]
+    """
+    home = f"{cls.__module__}:{cls.__qualname__}"
+    if (name in BASELINES and BASELINES[name].home != home) or ":" in name:
+        raise EvenstepError(f"the optimizer name '{name}' is taken or contains a colon: choose another")
+    # Run folders and other processes find the class by its path, so the path has to lead back to it.
+    entry = Baseline(home, cls.__module__.partition(".")[0], rule=rule)
+    if "." in cls.__qualname__ or entry.load() is not cls:
+        raise EvenstepError(f"{home} is not at the top level of its module: move it there to register it")
+    BASELINES[name] = entry
 
 
 def baseline(name: str) -> Baseline:
-    """The optimizer of that name, or of a dotted path. EvenstepError for a name that is neither."""
+    """The optimizer of this name, or of a path ``package.module:Class``. EvenstepError for any other text."""
     if name in BASELINES:
         return BASELINES[name]
     if ":" in name:
@@ -187,21 +226,23 @@ def baseline(name: str) -> Baseline:
 
 
 def names_of_options(name: str) -> list[str]:
-    """What ``optim.KEY`` may be for the optimizer, official names of hyperparameters included. EvenstepError as for
+    """The keys of ``optim`` for the optimizer, with the official names of hyperparameters. EvenstepError as for
     `Baseline.load`."""
     chosen = baseline(name)
     return ["lr", "weight_decay", *chosen.hyperparameters(), *getattr(chosen.load(), "ALIASES", {})]
 
 
 def check_options(name: str, options: Any) -> None:
-    """EvenstepError for an option that the optimizer does not have, or a path to what is no optimizer; imports its
-    package, builds nothing."""
+    """EvenstepError for an option that the optimizer does not have, or for a path that leads to no optimizer.
+
+    Imports the package of the optimizer and builds nothing.
+    """
     cls = baseline(name).load()
     if name not in BASELINES:
         from torch.optim import Optimizer
 
         if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
-            raise EvenstepError(f"optim.name: {name} is no torch Optimizer; give package.module:Class of one")
+            raise EvenstepError(f"optim.name: {name} is not a torch Optimizer; give package.module:Class of one")
     known = names_of_options(name)
     allowed = [key for key in known if key not in getattr(cls, "ALIASES", {})]
     for key in options:

@@ -1,4 +1,4 @@
-"""``evenstep optimizers [NAME]``: what there is, and what one of them does with which parameter of a model."""
+"""``evenstep optimizers [NAME]``: the list of optimizers, and how one of them treats the parameters of a model."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import inspect
 from typing import Any
 
 from evenstep.baselines.catalog import BASELINES, Baseline, baseline, check_options
-from evenstep.baselines.fronts import FRONTS
 from evenstep.baselines.rules import describe
+from evenstep.baselines.transforms import TRANSFORMS
 from evenstep.console import print_table
 
 DESCRIPTION = """\
-List the optimizers that optim.name takes. With NAME (or package.module:Class): its paper, hyperparameters, and what it
-does with which parameters of a small LLaMA, down to the bytes of its state.
+List the optimizers that optim.name accepts. With NAME (or package.module:Class): its paper, its hyperparameters, and
+how it treats each kind of parameter of a small LLaMA, with the bytes of its state.
 """
 
 
@@ -21,17 +21,17 @@ def add_optimizers(commands: Any, debug: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "optimizers",
         parents=[debug],
-        help="what each optimizer is, and which parameters it treats how",
+        help="list the optimizers, and how each treats the parameters of a model",
         description=DESCRIPTION,
         allow_abbrev=False,
     )
-    parser.add_argument("name", metavar="NAME", nargs="?", help="one of them, in detail")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="show this one in detail")
     parser.set_defaults(run_command=_show)
 
 
 def _show(args: argparse.Namespace) -> None:
     if args.name is None:
-        print_table("", *overview(), f"in front of any (optim.before): {', '.join(FRONTS)}")
+        print_table("", *overview(), f"in front of any (optim.before): {', '.join(TRANSFORMS)}")
         return
     chosen = baseline(args.name)
     check_options(args.name, {})
@@ -70,8 +70,7 @@ def _value(value: Any) -> str:
 
 
 def treatment(entry: Baseline) -> tuple[list[str], list[list[str]]]:
-    """One row for each kind of parameter of a tiny LLaMA: in which group it is, and what is kept for it, from one step
-    on random gradients."""
+    """One row for each kind of parameter of a tiny LLaMA: its group and its state after a step on random gradients."""
     import torch
 
     from evenstep.baselines.state_size import state_bytes

@@ -1,5 +1,7 @@
-"""How a model's parameters become an optimizer's groups: which matrices are projected or orthogonalised, which layers
-get Adam. One function each; its docstring's first line is what ``evenstep optimizers`` shows.
+"""How the parameters of a model become the groups of an optimizer: one function for each kind of optimizer.
+
+A rule decides, for example, which matrices are projected or orthogonalised and which layers get Adam. The first
+paragraph of its docstring is what ``evenstep optimizers`` shows.
 
 Torch is imported where it is needed, so that the list of names costs nothing.
 """
@@ -18,16 +20,22 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 Groups = list[dict[str, Any]]
-RANK_SHARE = 4
-"""rank = width / 4, as the low-rank papers have it for LLaMA-60M to 1B."""
-DENSITY_OF = ("all", "hidden")
-"""Which matrices SPAM's density is for."""
+RANK_SHARE = 4  # rank = width / 4, the setting of the low-rank papers (GaLore and later) for LLaMA-60M to 1B
+DENSITY_OF = ("all", "hidden")  # the matrices to which SPAM's density applies
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be built. ``decay``: "matrices" gives parameters of fewer than two dimensions weight_decay 0, "all"
-    none. ``values`` are constructor arguments, ``own`` the options that the rule itself reads."""
+    """An optimizer to be built.
+
+    Attributes:
+        model: its trainable parameters are optimized.
+        lr: the learning rate.
+        weight_decay: the weight decay.
+        decay: "matrices" sets weight_decay to 0 for parameters of fewer than two dimensions; "all" does not.
+        values: constructor arguments.
+        own: options that the rule reads itself.
+    """
 
     model: nn.Module
     lr: float
@@ -36,12 +44,14 @@ class Request:
     values: dict[str, Any]
     own: dict[str, Any]
 
-    def made(self, cls: Callable[..., Optimizer], groups: Groups, **more: Any) -> Optimizer:
+    def build(self, cls: Callable[..., Optimizer], groups: Groups, **more: Any) -> Optimizer:
+        """The optimizer over ``groups``, without empty ones; ``more`` are further constructor arguments."""
         values = {**self.values, **more}
         groups = [group for group in groups if group["params"]]
         return cls(self.decayed(groups), **{"lr": self.lr, "weight_decay": self.weight_decay, **values})
 
     def decayed(self, groups: Groups) -> Groups:
+        """``groups`` divided into those with weight decay and those without, as ``decay`` says."""
         if not self.weight_decay or self.decay != "matrices":
             return groups
         return [part for group in groups for part in split_by_decay(group)]
@@ -52,36 +62,36 @@ Rule = Callable[[Callable[..., "Optimizer"], Request], "Optimizer"]
 
 def every(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     """every parameter alike"""
-    return request.made(cls, [{"params": [(n, p) for n, p in request.model.named_parameters() if p.requires_grad]}])
+    return request.build(cls, [{"params": [(n, p) for n, p in request.model.named_parameters() if p.requires_grad]}])
 
 
 def sparse(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     """every parameter alike; with density_of hidden, the embedding, the last layer and vectors are dense"""
     wanted = request.own["density_of"]
     if wanted not in DENSITY_OF:
-        raise EvenstepError(f"optim.density_of {wanted}: give all (matrices), or hidden (ones alone)")
+        raise EvenstepError(f"optim.density_of {wanted}: give all (all matrices) or hidden (hidden matrices alone)")
     if wanted == "all" or request.values.get("density", 1.0) == 1:
         return every(cls, request)
     hidden, rest = split(request.model)
-    return request.made(cls, [{"params": hidden}, {"params": rest, "density": 1.0}])
+    return request.build(cls, [{"params": hidden}, {"params": rest, "density": 1.0}])
 
 
 def roles(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     """hidden matrices and the embedding: normalised columns; the last layer: with momentum; vectors: Adam"""
     from evenstep.optim import scale_groups
 
-    return request.made(cls, scale_groups(request.model))
+    return request.build(cls, scale_groups(request.model))
 
 
 def projected(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     """hidden matrices: moments of a projection to rank r; embedding, last layer, vectors: Adam
 
-    The libraries read ``rank`` from the param group: a group without it is plain Adam, silently.
+    The libraries read ``rank`` from the param group, and step a group without it by plain Adam, without a warning.
     """
     hidden, rest = hidden_and_rest(request.model)
     own = dict(request.own)
     own["rank"] = own["rank"] or default_rank(p for _, p in hidden)
-    return request.made(cls, [{"params": hidden, **own}, {"params": rest}])
+    return request.build(cls, [{"params": hidden, **own}, {"params": rest}])
 
 
 def ranked(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
@@ -91,29 +101,33 @@ def ranked(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     hidden, rest = hidden_and_rest(request.model)
     values = dict(request.values)
     rank = values.pop("rank", None) or default_rank(p for _, p in hidden)
-    made = dataclasses.replace(request, values=values)
-    return made.made(cls, [{"params": hidden, "rank": rank}, {"params": rest, "rank": 0}])
+    return dataclasses.replace(request, values=values).build(
+        cls, [{"params": hidden, "rank": rank}, {"params": rest, "rank": 0}]
+    )
 
 
 def muon(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     """hidden matrices: orthogonalised momentum; embedding, last layer, vectors: AdamW with rate adam_lr"""
     from torch.optim import AdamW
 
-    from evenstep.baselines.together import Together
+    from evenstep.baselines.chained import ChainedOptimizer
 
     hidden, rest = hidden_and_rest(request.model)
     own = request.own
+    # AdamW has its own learning rate; None: the same as Muon's, whose updates are scaled to match AdamW's.
     adam = Request(request.model, own["adam_lr"] or request.lr, request.weight_decay, request.decay, {}, {})
-    orthogonal = request.made(cls, [{"params": hidden}])
+    orthogonal = request.build(cls, [{"params": hidden}])
     if not rest:
         return orthogonal
-    return Together(orthogonal, adam.made(AdamW, [{"params": rest}], betas=tuple(own["adam_betas"]), fused=True))
+    adamw = adam.build(AdamW, [{"params": rest}], betas=tuple(own["adam_betas"]), fused=True)
+    return ChainedOptimizer(orthogonal, adamw)
 
 
 def blocks(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     """one second moment for each head of query and key, one for every other hidden matrix or vector (later versions
     of the paper: for each output); embedding and last layer: Adam
     """
+    # The library needs the number of heads to find the rows of a head in the query and key matrices.
     config: Any = getattr(request.model, "config", None)
     heads = {"num_embeds": config.hidden_size, "num_heads": config.num_heads} if config else {}
     return cls(request.model, lr=request.lr, weight_decay=request.weight_decay, **heads, **request.values)
@@ -121,18 +135,19 @@ def blocks(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
 
 def optimi(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     """every parameter alike"""
-    # Its own choice is Triton wherever that is installed, on a CPU too, where it fails.
+    # By default optimi uses Triton wherever it is installed, also for parameters on a CPU, where it fails.
     triton = None if next(request.model.parameters()).is_cuda else False
-    return request.made(cls, [{"params": [p for p in request.model.parameters() if p.requires_grad]}], triton=triton)
+    return request.build(cls, [{"params": [p for p in request.model.parameters() if p.requires_grad]}], triton=triton)
 
 
 def describe(rule: Rule) -> str:
+    """The first paragraph of the docstring of a rule."""
     return " ".join((rule.__doc__ or "").split("\n\n")[0].split())
 
 
 def hidden_and_rest(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """`split`, for optimizers that are for hidden matrices alone. EvenstepError when there is none, or when the last
-    layer is not known by its name, so that it would pass for one."""
+    """`split` for optimizers of hidden matrices. EvenstepError when the model has none, or when no name tells which
+    layer is the last one, which would then be taken for a hidden one."""
     from evenstep.optim.groups import HEADS, has_head
 
     hidden, rest = split(model)
@@ -140,7 +155,7 @@ def hidden_and_rest(model: nn.Module) -> tuple[list[Any], list[Any]]:
         raise EvenstepError("this model has no hidden matrix, the only kind this optimizer is for")
     if not has_head(model):
         raise EvenstepError(
-            f"found no last layer in {type(model).__name__}: none is named {', '.join(HEADS)}; name it so"
+            f"found no last layer in {type(model).__name__}: none is named {', '.join(HEADS)}; give it such a name"
         )
     return hidden, rest
 
@@ -155,11 +170,13 @@ def split(model: nn.Module) -> tuple[list[Any], list[Any]]:
 
 
 def default_rank(matrices: Any) -> int:
-    return max(1, min(min(p.shape) for p in matrices) // RANK_SHARE)
+    """A quarter of the smallest width of the matrices, at least 1."""
+    smallest: int = min(min(p.shape) for p in matrices)
+    return max(1, smallest // RANK_SHARE)
 
 
 def split_by_decay(group: dict[str, Any]) -> Groups:
-    """The group's matrices with its decay, then its vectors without."""
+    """The matrices of a group with its weight decay, then its vectors without."""
     rest = {key: value for key, value in group.items() if key != "params"}
     matrices = [item for item in group["params"] if _tensor(item).ndim >= 2]
     vectors = [item for item in group["params"] if _tensor(item).ndim < 2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evenstep.errors import EvenstepError
 from evenstep.kernels import cpu_quant, kernels_for
-from evenstep.lowbit import fused
+from evenstep.lowbit import fake_quant
 from evenstep.optim import SCALE, SPAM, StableSPAM, self_check
 
 
@@ -22,7 +22,7 @@ def print_checks() -> None:
             dtype = str(outcome.dtype).removeprefix("torch.")
             failed += _line(f"{outcome.case.name}, {dtype}", outcome.apart, outcome.problem)
         if device.type == "cpu" and cpu_quant.ready():
-            for name, (apart, problem) in fused.differences().items():
+            for name, (apart, problem) in fake_quant.kernel_differences().items():
                 failed += _line(f"low-bit format {name}", apart, problem)
     if failed:
         raise EvenstepError(

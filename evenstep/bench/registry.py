@@ -70,10 +70,10 @@ class Entry:
         """The optimizer over ``model``'s parameters. Unavailable when it is not installed or does not fit the model."""
         if self.version() is None:
             raise Unavailable(f"not installed (pip install {self.package})")
-        from evenstep.baselines.fronts import put_before
+        from evenstep.baselines.transforms import add_transforms
 
         try:
-            return put_before(self.baseline.build(model, lr=LR, **self.options), self.before)
+            return add_transforms(self.baseline.build(model, lr=LR, **self.options), self.before)
         except EvenstepError as problem:
             raise Unavailable(str(problem)) from problem
 

@@ -1,7 +1,7 @@
-"""Text to batches: sources of documents, tokenizers, token shards, and the order in which training reads them.
+"""From text to batches: sources of documents, tokenizers, token shards, and the order in which training reads them.
 
-Importing this needs torch and numpy only; tokenizers, pyarrow, sentencepiece, datasets and rich are imported by what
-uses them.
+README.md in this folder is the map. The import needs torch and NumPy only; tokenizers, pyarrow, sentencepiece, datasets
+and rich are imported by the functions that use them.
 """
 
 from evenstep.data.loader import BatchLoader, eval_batches

@@ -1,8 +1,9 @@
-"""A cache of directories that a kill, a full disk or a second process cannot spoil.
+"""A cache of directories that stays consistent when a process is killed, the disk is full, or two processes build the
+same entry.
 
-An entry is built under another name beside its place and renamed into it when whole. A rename of a directory either
-happens or does not, and never replaces a directory that holds files: of two processes that build the same entry one
-wins, and the other uses what is there.
+An entry is built under a temporary name in the same folder and renamed when it is complete. The rename of a directory
+is atomic and never replaces a directory that holds files: of two processes that build the same entry one succeeds, and
+the other uses the result.
 """
 
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from evenstep.errors import EvenstepError
 
 _PARTIAL = ".partial-"
-_FORGOTTEN = 24 * 3600.0  # seconds after which a partial entry must be the rest of a killed process
+_FORGOTTEN = 24 * 3600.0  # seconds after which a partial entry is taken to be that of a killed process
 
 
 def cache_root(cache_dir: str | Path | None) -> Path:
@@ -29,7 +30,7 @@ def cache_root(cache_dir: str | Path | None) -> Path:
 
 
 def check_writable(entry: Path) -> None:
-    """EvenstepError when ``entry`` could not be built; for what has to be worked out before it is."""
+    """Raise EvenstepError if ``entry`` could not be built. Called before an expensive computation of its content."""
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=entry.parent).cleanup()
@@ -46,20 +47,23 @@ def _not_writable(entry: Path, error: OSError) -> EvenstepError:
 
 @contextmanager
 def building(entry: Path) -> Iterator[Path]:
-    """An empty directory to build ``entry`` in; becomes ``entry`` when the block ends well, else disappears."""
+    """An empty directory in which to build ``entry``. It becomes ``entry`` at the end of the block, or is removed if
+    the block raises."""
     partial = None
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         _sweep(entry.parent)
         partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=entry.parent))
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
-        for path in [*partial.iterdir(), partial]:  # on the disk before it has its name: power may fail, too
+        partial.chmod(0o755)  # mkdtemp makes it private, but users may share a cache
+        # The content must be on the disk before the name is: after a power failure a name without content would be a
+        # damaged entry.
+        for path in [*partial.iterdir(), partial]:
             _sync(path)
         try:
             partial.rename(entry)
         except OSError:
-            if not entry.is_dir():  # else another process was first
+            if not entry.is_dir():  # otherwise another process was first
                 raise
         _sync(entry.parent)
     except OSError as error:
@@ -70,7 +74,7 @@ def building(entry: Path) -> Iterator[Path]:
 
 
 def discard(entry: Path) -> None:
-    """Take a damaged entry away, in one rename, so that nobody finds half of it."""
+    """Remove a damaged entry, with one rename first, so that no other process finds a part of it."""
     try:
         with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=entry.parent, ignore_cleanup_errors=True) as gone:
             entry.rename(Path(gone, "old"))
@@ -83,6 +87,7 @@ def discard(entry: Path) -> None:
 
 
 def _sweep(parent: Path) -> None:
+    """Remove partial entries of killed processes."""
     for old in parent.glob(f"{_PARTIAL}*"):
         try:
             age = time.time() - max(path.stat().st_mtime for path in [old, *old.iterdir()])

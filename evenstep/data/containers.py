@@ -1,6 +1,6 @@
-"""Files as streams of bytes: plain, compressed, or the members of a zip archive.
+"""Files as streams of bytes: plain files, compressed files, and the members of a zip archive.
 
-Nothing is unpacked to the disk but Parquet, which has to be read from its end.
+Nothing is unpacked to the disk except Parquet, whose reader starts at the end of the file.
 """
 
 import gzip
@@ -20,11 +20,11 @@ from evenstep.errors import EvenstepError
 
 ARCHIVE = ".zip"
 _BUFFER = 1 << 16
-_ZSTD_STEP = 1 << 10  # compressed bytes a call: a block of 4 bytes may hold 128 KiB, so 32 MiB of output at most
+_ZSTD_STEP = 1 << 10  # compressed bytes for each call: 4 bytes may expand to 128 KiB, so at most 32 MiB of output
 
 BOMB_BYTES, BOMB_RATIO = 100_000_000, 250
-"""A compressed file that has grown beyond both, in bytes and in its size, is taken for a decompression bomb: text
-shrinks to a third or a tenth, logs to a hundredth."""
+"""A compressed file whose content exceeds both limits, in bytes and as a multiple of its size, is treated as a
+decompression bomb: text compresses to a third or a tenth, logs to a hundredth."""
 
 _MAGIC = (
     (0, b"\x1f\x8b\x08", "gzip", ".gz"), (0, b"BZh", "bzip2", ".bz2"), (0, b"\xfd7zXZ\x00", "xz", ".xz"),
@@ -42,8 +42,15 @@ _BOMS = (
 
 @dataclass(frozen=True)
 class Part:
-    """A file, or a member of an archive: its name for messages, the suffix that decides how it is read, its bytes,
-    how far into the file on the disk reading has come, and that file where its bytes are these bytes."""
+    """A file, or a member of an archive.
+
+    Attributes:
+        name: its path, for messages.
+        suffix: the suffix that decides how it is read.
+        stream: its bytes, decompressed.
+        position: returns the number of bytes of the file on the disk that have been read.
+        file: the file on the disk, if its bytes are those of ``stream``.
+    """
 
     name: str
     suffix: str
@@ -53,7 +60,7 @@ class Part:
 
     @cached_property
     def encoding(self) -> str:
-        """By the byte order mark; BadInput for what is no text."""
+        """The encoding that the byte order mark names, else UTF-8. BadInput for content that is not text."""
         head = self.stream.peek(512)[:512]
         for mark, encoding in _BOMS:
             if head.startswith(mark):
@@ -61,9 +68,7 @@ class Part:
         for offset, magic, kind, suffix in _MAGIC:
             if head[offset:].startswith(magic) and (magic != b"BZh" or head[4:10] == b"1AY&SY"):
                 do = f"give it the suffix {suffix}" if suffix else "take the text out of it"
-                raise BadInput(
-                    NOT_TEXT, self.name, f"{self.name} is {kind} by its content, not text; {do}"
-                )  # fmt: skip
+                raise BadInput(NOT_TEXT, self.name, f"{self.name} is {kind} by its content, not text; {do}")
         if head.count(0) * 20 > len(head):
             raise not_text(self.name, head.count(0) / len(head))
         return "utf-8-sig"
@@ -72,7 +77,7 @@ class Part:
         return io.TextIOWrapper(self.stream, encoding=self.encoding, errors=errors, newline=newline)
 
     def seekable(self) -> Path | BinaryIO:
-        """The bytes for a reader that jumps about."""
+        """The bytes for a reader that seeks: the file on the disk, or a temporary copy."""
         if self.file is not None:
             return self.file
         copy: Any = tempfile.TemporaryFile()  # noqa: SIM115  # the reader closes it
@@ -86,7 +91,7 @@ NOT_TEXT, DAMAGED = "files that are not text", "files that are damaged or cannot
 
 
 def not_text(name: str, zeros: float) -> BadInput:
-    """``zeros``: the share of zeros among its characters."""
+    """The error for content that is not text; ``zeros`` is the share of null characters in it."""
     what = "UTF-16 without a byte order mark, or binary data" if zeros > 0.1 else "binary data"
     return BadInput(
         NOT_TEXT, name, f"{name} looks like {what}, not UTF-8 text; convert it (iconv -f utf-16le -t utf-8)"
@@ -94,6 +99,7 @@ def not_text(name: str, zeros: float) -> BadInput:
 
 
 def not_readable(name: object, error: BaseException) -> BadInput:
+    """The error for a file that raised ``error`` when it was opened or read."""
     why = getattr(error, "strerror", None)
     do = "check the file" if why else "it is damaged or cut short: get it again"
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -101,8 +107,11 @@ def not_readable(name: object, error: BaseException) -> BadInput:
 
 
 def suffixes(name: str | os.PathLike[str]) -> tuple[str, list[str]]:
-    """The suffix that decides how a file is read, and those of the compression around it, the outermost first:
-    ``.jsonl`` and ``[".gz"]`` for ``A.JSONL.GZ``."""
+    """The suffix that decides how a file is read, and the suffixes of its compression, the outermost first.
+
+    >>> suffixes("A.JSONL.GZ")
+    ('.jsonl', ['.gz'])
+    """
     path, around = PurePosixPath(os.fspath(name)), []
     while (suffix := path.suffix.lower()) in COMPRESSION:
         around.append(suffix)
@@ -111,8 +120,10 @@ def suffixes(name: str | os.PathLike[str]) -> tuple[str, list[str]]:
 
 
 def parts(path: Path, readable: Callable[[str], bool], left_out: LeftOut) -> Iterator[Part]:
-    """The parts of a file: itself, or the members of an archive whose names are ``readable``. Each is read before the
-    next is asked for. BadInput or OSError for a file that cannot be opened."""
+    """The parts of a file: the file itself, or the members of an archive whose names are ``readable``.
+
+    A part must be read before the next one is requested. BadInput or OSError for a file that cannot be opened.
+    """
     if path.stat().st_size == 0:
         left_out.add("empty files", path)
         return
@@ -128,7 +139,7 @@ def parts(path: Path, readable: Callable[[str], bool], left_out: LeftOut) -> Ite
 def _members(path: Path, raw: BinaryIO, readable: Callable[[str], bool], left_out: LeftOut) -> Iterator[Part]:
     try:
         archive = zipfile.ZipFile(raw)
-    except Exception as error:  # BadZipFile, and what its parser meets in a damaged directory
+    except Exception as error:  # BadZipFile, and others that a damaged directory causes in the parser
         raise not_readable(path, error) from error
     members = archive.infolist()
     size = sum(info.file_size for info in members)
@@ -144,7 +155,7 @@ def _members(path: Path, raw: BinaryIO, readable: Callable[[str], bool], left_ou
         suffix, around = suffixes(info.filename)
         try:
             member = archive.open(info)
-        except Exception as error:  # a damaged header, a compression that zipfile does not know
+        except Exception as error:  # a damaged header, or a compression that zipfile does not support
             left_out.bad(not_readable(name, error))
             continue
         with member:
@@ -152,7 +163,7 @@ def _members(path: Path, raw: BinaryIO, readable: Callable[[str], bool], left_ou
 
 
 def _is_wanted(info: zipfile.ZipInfo, name: str, readable: Callable[[str], bool], left_out: LeftOut) -> bool:
-    """Unsafe names are wanted: they are refused and not passed over."""
+    """Whether a member is to be read. Members with unsafe names are: `_refusal` makes an error of them."""
     pieces = [piece for piece in info.filename.split("/") if piece not in (".", "..")]
     if any(piece.startswith(".") or piece == "__MACOSX" for piece in pieces):
         left_out.add("hidden files and folders", name)
@@ -168,7 +179,7 @@ def _is_wanted(info: zipfile.ZipInfo, name: str, readable: Callable[[str], bool]
 
 
 def _refusal(info: zipfile.ZipInfo, name: str) -> BadInput | None:
-    """Why a member of an archive is not read."""
+    """The error for a member of an archive that is not read, None for all others."""
     pieces = info.filename.replace("\\", "/").split("/")
     if ".." in pieces or not pieces[0] or ":" in pieces[0]:
         found = "has a name that leads out of the archive; do not trust the archive, or repack it"
@@ -190,7 +201,11 @@ def _bomb(name: str, size: int) -> BadInput:
 def _decompressed(
     raw: Any, around: list[str], name: str, position: Callable[[], int], again: bool = False
 ) -> io.BufferedReader:
-    """``again``: ``raw`` is decompressed already, so that its errors are those of a damaged file, too."""
+    """``raw`` without the compression of the suffixes ``around``.
+
+    ``again`` says that ``raw`` comes from a decompressor itself (a member of an archive), whose errors must be
+    converted too.
+    """
     if not around and not again:
         return raw
     stream = raw
@@ -200,7 +215,7 @@ def _decompressed(
 
 
 class _Decompressed(io.RawIOBase):
-    """Reads from a decompressor; its errors, of a dozen types, become BadInput, and so does output without end."""
+    """Reads from a decompressor. Its errors, of a dozen types, become BadInput, and so does output without bound."""
 
     def __init__(self, stream: Any, name: str, consumed: Callable[[], int]):
         self._stream, self._name, self._consumed, self._size = stream, name, consumed, 0
@@ -211,7 +226,7 @@ class _Decompressed(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             data = self._stream.read(len(buffer))
-        except Exception as error:  # each library has its own, and some of them only exist when it is installed
+        except Exception as error:  # each library raises errors of its own
             raise not_readable(self._name, error) from error
         self._size += len(data)
         if self._size > BOMB_BYTES and self._size > BOMB_RATIO * max(self._consumed(), 1):
@@ -227,7 +242,7 @@ def _gzip(stream: Any, name: str) -> Any:
 def _bz2(stream: Any, name: str) -> Any:
     try:
         import bz2
-    except ImportError as error:  # of a Python that was built without it
+    except ImportError as error:  # Python was built without it
         raise _missing(name, "the bz2 module, which this Python lacks; unpack the file") from error
     return bz2.BZ2File(stream)
 
@@ -253,7 +268,7 @@ def _missing(name: str, what: str) -> EvenstepError:
 
 
 class _Zstd:
-    """The frames of a zstd file. The package's own reader takes a file that was cut short for a whole one."""
+    """Reads the frames of a zstd file. The package's own reader does not detect a truncated file."""
 
     def __init__(self, stream: Any, decompressor: Any):
         self._stream, self._decompressor = stream, decompressor

@@ -1,8 +1,8 @@
-"""Readers of files: text in sections, and rows of JSON lines, JSON, CSV and Parquet.
+"""Readers of files: plain text in sections, and rows of JSON lines, JSON, CSV and Parquet.
 
-A reader yields ``(document, bytes_read)``: the text of one document, and how far into the file (in bytes) reading has
-come, which drives the progress bar and nothing else. All of them read as a stream: none holds more than one document,
-or one batch of rows, in memory.
+A reader yields ``(document, bytes_read)``: the text of one document, and the number of bytes of the file that have been
+read, which only drives the progress bar. All readers are streams: none holds more than one document, or one batch of
+rows, in memory.
 """
 
 import csv
@@ -20,22 +20,25 @@ from evenstep.data.left_out import BadInput, LeftOut, printable
 from evenstep.errors import EvenstepError
 
 SECTION_CHARS = 16_384
-"""Longest document taken from a plain text file. Text files carry no document boundaries: a book or a log of any size
-is cut into sections of at most this many characters (about 4k tokens, many times a training window), so memory stays
-bounded and the split into training and validation works even for a corpus of a single file."""
+"""Longest document of a plain text file. Text files have no document boundaries: a book or a log of any size is cut
+into sections of at most this many characters (about 4k tokens, many times a training window). Memory is then bounded,
+and a corpus of a single file can be split into training and validation."""
 
 LONGEST = 1 << 27
-"""Longest line, value or field in bytes or characters: a file without line ends must not fill the memory."""
+"""Longest line, value or field, in bytes or characters: a file without line ends must not fill the memory."""
 
 Document = tuple[str, int]
 T = TypeVar("T")
 
 
 def cut(text: str, limit: int) -> Iterator[str]:
-    """Cut ``text`` into pieces of at most ``limit`` characters; joined, they are ``text`` again.
+    """Cut ``text`` into pieces of at most ``limit`` characters, whose concatenation is ``text``.
 
-    A cut falls, where the second half of the piece has one, after a blank line, else after a line, else before a space
-    (byte-level tokenizers glue a space to the word that follows), else anywhere.
+    A piece ends in its second half: after a blank line, or else after a line, or else before a space (byte-level
+    tokenizers join a space to the word after it), or else anywhere.
+
+    >>> list(cut("one two three", 8))
+    ['one two', ' three']
     """
     start = 0
     while len(text) - start > limit:
@@ -51,8 +54,8 @@ def cut(text: str, limit: int) -> Iterator[str]:
 
 
 def read_text(part: Part, left_out: LeftOut) -> Iterator[Document]:
-    """A text file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark (any line ends, read as ``\n``), in
-    sections."""
+    """The sections of a text file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. All line ends are read as
+    ``\n``."""
     text = part.text()
     rest = ""
     while chunk := text.read(SECTION_CHARS):
@@ -66,7 +69,7 @@ def read_text(part: Part, left_out: LeftOut) -> Iterator[Document]:
 
 
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")
-"""Characters that text does not hold; terminals' logs hold escapes, and old listings form feeds."""
+"""Control characters that text does not contain. The escapes of terminal logs and form feeds are not among them."""
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -74,8 +77,8 @@ _CONTROLS = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 @dataclass(frozen=True)
 class Row:
-    """One JSON object, or one row of a table. ``number``: its line, or its place in a JSON list (``in_list``) or in a
-    Parquet file."""
+    """One JSON object, or one row of a table. ``number`` is its line, or its index, counted from 1, in a JSON list
+    (``in_list``) or in a Parquet file."""
 
     name: str
     number: int
@@ -112,8 +115,8 @@ def _not_json(where: str, number: int, what: str, error: Exception, do: str) -> 
 
 
 def read_jsonl(part: Part, fields: tuple[str, ...], left_out: LeftOut) -> Iterator[Row]:
-    """One JSON object a line; blank lines are skipped. A file that begins with a list, or with a bracket alone on its
-    line, is read as `read_json` does."""
+    """One JSON object on each line; blank lines are skipped. A file that begins with a list, or with a brace alone on
+    its line, is read by `read_json`."""
     start = part.stream.peek(_PEEK)[:_PEEK].removeprefix(b"\xef\xbb\xbf").lstrip()
     if part.encoding != "utf-8-sig" or start.startswith(b"[") or _OPEN.match(start):
         yield from read_json(part, fields, left_out)
@@ -127,7 +130,7 @@ def read_jsonl(part: Part, fields: tuple[str, ...], left_out: LeftOut) -> Iterat
         if not line.strip():
             continue
         try:
-            # Halves of surrogate pairs are let through: JSON may spell them, too.
+            # Halves of surrogate pairs are accepted, since JSON can contain them as escapes too.
             text = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").decode("utf-8", "surrogatepass")
             value = json.loads(text)
         except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError; nested too deeply
@@ -140,27 +143,30 @@ def read_jsonl(part: Part, fields: tuple[str, ...], left_out: LeftOut) -> Iterat
 _PEEK = 4096
 _OPEN = re.compile(rb"\{[ \t]*\r?\n")
 _BLANK = re.compile(r"[ \t\r\n]*")
-_LONGEST_WORD = 16  # characters at the end of what is read that may be the beginning of true, null, \u0041, -Infinity
+_LONGEST_WORD = 16  # characters at the end of the buffer that may be a part of true, null, \u0041 or -Infinity
 
 
 def read_json(part: Part, fields: tuple[str, ...], left_out: LeftOut) -> Iterator[Row]:
-    """JSON objects one after the other, however many lines each takes, or a list of them; one value in memory at a
+    """JSON objects one after the other, of any number of lines, or a list of them; one value is in memory at a
     time."""
     text = part.text(errors="surrogatepass")
     decode = json.JSONDecoder().raw_decode
-    buffer, at, lines, counted = "", 0, 1, 0  # lines: the line of buffer[counted]
-    item, separated = -1, True  # item: the last one's number in a list, -1 outside of one
+    # ``at`` is the position in ``buffer``, ``lines`` the number of the line of ``buffer[counted]``. ``item`` is the
+    # number of the last item of the list, -1 outside a list; ``separated`` says that a comma has been read after it.
+    buffer, at, lines, counted = "", 0, 1, 0
+    item, separated = -1, True
 
     def more() -> bool:
         nonlocal buffer, at, lines, counted
         lines += buffer.count("\n", counted, at)
         buffer, at, counted = buffer[at:], 0, 0
-        chunk = text.read(max(SECTION_CHARS, len(buffer)))  # twice as much each time: a long value is parsed anew
+        # The buffer doubles each time: a long value is parsed from its beginning again, in linear time altogether.
+        chunk = text.read(max(SECTION_CHARS, len(buffer)))
         buffer += chunk
         return bool(chunk)
 
     while True:
-        at = _BLANK.match(buffer, at).end()  # type: ignore[union-attr]  # it matches everywhere
+        at = _BLANK.match(buffer, at).end()  # type: ignore[union-attr]  # the pattern matches everywhere
         if at == len(buffer):
             if more():
                 continue
@@ -193,7 +199,7 @@ def read_json(part: Part, fields: tuple[str, ...], left_out: LeftOut) -> Iterato
                 if more():
                     continue
             problem = _not_json(where, number, "JSON", error, "mend the file")
-            if item >= 0:  # where the next item begins, nobody knows
+            if item >= 0:  # the beginning of the next item is unknown
                 raise problem from error
             left_out.bad(problem)
             while (end := buffer.find("\n", at)) < 0:
@@ -203,7 +209,7 @@ def read_json(part: Part, fields: tuple[str, ...], left_out: LeftOut) -> Iterato
             at = end
             continue
         if end == len(buffer) and not isinstance(value, dict | list | str) and more():
-            continue  # the rest of a number
+            continue  # a number may continue in the next chunk
         at = end
         if item >= 0:
             item, separated = number, False
@@ -218,8 +224,8 @@ def _too_long(where: str, what: str) -> BadInput:
 
 
 def read_csv(part: Part, fields: tuple[str, ...], left_out: LeftOut) -> Iterator[Row]:
-    """A table whose first line names the columns, separated by commas (``.tsv``: tabs), or by whatever separates the
-    columns of that line so that one of ``fields`` is among them."""
+    """A table whose first line names the columns. They are separated by commas (tabs in ``.tsv``), unless one of
+    ``fields`` is a column only with another separator."""
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
     text = part.text(newline="")
     first = text.readline(LONGEST)
@@ -262,14 +268,14 @@ def _cells(line: str, mark: str) -> list[str]:
 
 
 def read_parquet(part: Part, fields: tuple[str, ...], left_out: LeftOut) -> Iterator[Row]:
-    """A Parquet file, the columns ``fields`` alone."""
+    """The rows of a Parquet file, with only the columns ``fields``, or all columns without ``fields``."""
     try:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise EvenstepError(f"reading {printable(part.name)} needs pyarrow; pip install 'evenstep[train]'") from error
     try:
-        # A buffer and no pre-buffering: column chunks are read as a stream instead of whole.
+        # With a buffer and without pre-buffering column chunks are streamed instead of loaded whole.
         with parquet.ParquetFile(part.seekable(), buffer_size=1 << 20, pre_buffer=False) as file:
             names = file.schema_arrow.names
             columns = [name for name in dict.fromkeys(fields or names) if name in names]
@@ -293,14 +299,19 @@ def read_parquet(part: Part, fields: tuple[str, ...], left_out: LeftOut) -> Iter
 
 
 def fields_of(text_field: str) -> tuple[str, ...]:
-    """``"text,content"`` as the names to look for, in this order; a name with a comma in it is found, too."""
+    """The names of an option ``text_field``, in their order; the first is the whole option, in case it is the name of
+    a field with a comma.
+
+    >>> fields_of("text,content")
+    ('text,content', 'text', 'content')
+    """
     names = [name.strip() for name in text_field.split(",")]
     return tuple(dict.fromkeys([text_field, *(name for name in names if name)]))
 
 
 def text_of(row: dict[str, Any], fields: tuple[str, ...], where: str) -> str:
-    """The first of ``fields`` that ``row`` has; "" where all it has are null. BadInput where it has none, or no
-    text."""
+    """The text of the first of ``fields`` that ``row`` has; "" if all that it has are null. BadInput if it has none of
+    them, or one that is not text."""
     there = [name for name in fields if name in row]
     if not there:
         raise no_such_field(fields, list(row), where)
@@ -336,8 +347,9 @@ ROWS: dict[str, RowReader] = {
     ".parquet": read_parquet,
 }
 KINDS = (*ROWS, *_TEXT)
-"""Suffixes that a directory or an archive is searched for, in any case, with or without a suffix of compression; a
-directory for archives, too. A file or glob given by name may have any other suffix and is then read as text."""
+"""Suffixes, in upper or lower case, of the files that are read from a directory or an archive, with or without a suffix
+of compression. A directory is also searched for archives. A file that is named by a path or a glob may have any other
+suffix and is then read as text."""
 
 
 def is_known(name: str | os.PathLike[str]) -> bool:
@@ -345,7 +357,7 @@ def is_known(name: str | os.PathLike[str]) -> bool:
 
 
 def _guarded(items: Iterator[T], name: str, left_out: LeftOut) -> Iterator[T]:
-    """``items``, ended by what is wrong with the file they come from."""
+    """``items`` up to the first error of the file from which they come, which ``left_out`` raises or counts."""
     try:
         yield from items
     except BadInput as error:
@@ -367,7 +379,20 @@ def _any(name: str) -> bool:
 def read_documents(
     path: Path, fields: tuple[str, ...], left_out: LeftOut, readable: Callable[[str], bool] = _any
 ) -> Iterator[Document]:
-    """The documents of a file. Those before the place where it is damaged are kept when ``left_out`` skips."""
+    """The documents of a file.
+
+    Args:
+        path: the file, of any kind that this module reads.
+        fields: names of the field that holds the text of a row, see `fields_of`.
+        left_out: decides what happens to bad input. If it skips, the documents before a damaged place are kept.
+        readable: whether a member of an archive is to be read, by its name.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.jsonl"
+    >>> _ = path.write_text('{"text": "one"}\\n{"text": "two"}\\n')
+    >>> [text for text, _ in read_documents(path, ("text",), LeftOut())]
+    ['one', 'two']
+    """
     for part in _guarded(parts(path, lambda name: is_known(name) and readable(name), left_out), str(path), left_out):
         reader = ROWS.get(part.suffix)
         if reader is None:
@@ -383,6 +408,6 @@ def read_documents(
 
 
 def read_rows(path: Path, left_out: LeftOut) -> Iterator[Row]:
-    """The rows of a file of any kind but text; suffixes that are not known are read as JSON lines."""
+    """The rows of a file of any kind except plain text. A file with an unknown suffix is read as JSON lines."""
     for part in _guarded(parts(path, lambda name: suffixes(name)[0] in ROWS, left_out), str(path), left_out):
         yield from _guarded(ROWS.get(part.suffix, read_jsonl)(part, (), left_out), part.name, left_out)

@@ -1,11 +1,11 @@
-"""From a source of documents to token shards, once.
+"""From a source of documents to token shards, which are cached.
 
-    documents -> train or val, by a hash of the text -> tokens, a batch of text at a time -> shards -> renamed in place
+    documents -> train or val, by a hash of the text -> tokens, one batch of text at a time -> shards -> the cache
 
-The hash leaves small corpora without validation, or without training text; `prepare` then begins again with a split
-made of what it has met (`split.Draws`), and remembers it.
+In a small corpus the hash may leave no text for validation, or none for training. `prepare` then starts again with a
+split derived from the sizes of the documents (`split.Draws`), and stores that split in the cache.
 
-Nothing here holds more than one document and one batch of text, whatever the corpus measures.
+Memory holds one document and one batch of text, for a corpus of any size.
 """
 
 import hashlib
@@ -28,33 +28,34 @@ from evenstep.errors import EvenstepError
 
 BPE = "bpe"
 DEFAULT_VOCAB = 4096
-SAMPLE_BYTES = 16_000_000  # text the BPE is trained on, at most; the trainer takes about ten times that in memory
-PIECE_CHARS = 1 << 17  # longest text handed to the tokenizer at once
-SHORT_CHARS = 1 << 20  # a training text below this may be too short for its vocabulary
-LEAST_TOKENS = 2100  # that a short text is cut into: a batch of the default options takes 8 x 256 + 1
-BATCH_CHARS = 1 << 20  # text tokenised together; a token costs the tokenizer about 100 bytes, so some 40 MB
+SAMPLE_BYTES = 16_000_000  # most text on which the BPE is trained; the trainer needs about ten times that in memory
+PIECE_CHARS = 1 << 17  # longest text that the tokenizer gets at once
+SHORT_CHARS = 1 << 20  # a shorter training text may be too short for its vocabulary
+LEAST_TOKENS = 2100  # least number of tokens of a short text: a batch of the default options takes 8 x 256 + 1
+BATCH_CHARS = 1 << 20  # characters tokenised together; the tokenizer needs about 100 bytes for a token, so 40 MB
 
 ProgressCallback = Callable[[PrepareProgress], None]
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What to train on.
+    """A corpus, its tokenizer and its split. Checked when it is made: EvenstepError for a value out of range.
 
-    source: ``stdlib``, ``kjv``, ``text:GLOB``, ``hf:NAME[:CONFIG]`` or ``shards:DIR``.
-    tokenizer: ``bpe`` trains a byte-level BPE on the training documents; else a tokenizer.json, a SentencePiece .model
-    or their directory.
-    vocab_size: tokens of the BPE (None: 4096), fewer where the text is too short for so many; with a given tokenizer or
-    shards, the most it may have (None: any).
-    val_fraction: share of documents held out, 0 <= val_fraction < 1; 0 holds none out. The default suits corpora
-    of megabytes; gigabytes need less.
-    text_field: the field (JSON, CSV, Parquet, hf) that holds a document's text, or several names separated by commas:
-    the first that a row has.
-    max_tokens: stop after the document that brings the training split to so many tokens; None reads the source to its
-    end.
-    cache_dir: None means $EVENSTEP_CACHE, else $XDG_CACHE_HOME/evenstep, else ~/.cache/evenstep.
-    exclude: globs, separated by commas, of files and archive members that ``text`` leaves out.
-    on_bad: what to do about files and rows that cannot be used: "stop", or "skip" and count them.
+    Args:
+        source: ``stdlib``, ``kjv``, ``text:GLOB``, ``hf:NAME[:CONFIG]`` or ``shards:DIR``.
+        tokenizer: ``bpe`` trains a byte-level BPE on the training documents; otherwise the path of a tokenizer.json, a
+            SentencePiece .model, or a directory that holds one.
+        vocab_size: number of tokens of the BPE (None: 4096), fewer if the text is too short for so many. For a given
+            tokenizer or shards, the largest number that is accepted (None: any).
+        val_fraction: share of the text held out for validation, 0 <= val_fraction < 1. The default suits corpora of
+            megabytes; gigabytes need less.
+        text_field: the field (of JSON, CSV, Parquet, hf) that holds the text of a document, or several names separated
+            by commas, of which the first that a row has counts.
+        max_tokens: stop after the document with which the training split reaches this number of tokens. None reads the
+            whole source.
+        cache_dir: folder of the cache. None: $EVENSTEP_CACHE, or $XDG_CACHE_HOME/evenstep, or ~/.cache/evenstep.
+        exclude: globs, separated by commas, of files and archive members that ``text`` leaves out.
+        on_bad: "stop" at files and rows that cannot be used, or "skip" and count them.
     """
 
     source: str
@@ -92,12 +93,24 @@ class DataSpec:
 
 
 def prepare(spec: DataSpec, progress: ProgressCallback | None = None) -> TokenData:
-    """The token shards of ``spec``: from the cache, else tokenised now. A damaged or stale cache entry is built anew.
+    """The token shards of a corpus, from the cache if it holds them. A damaged or stale entry is built again.
 
-    ``progress`` is called after every batch of documents, and, also when the cache answers, with a ``note`` for each
-    thing that the user should know: a smaller vocabulary, a split of its own kind, input left out. With several
-    processes call it on one first: a second one at the same time is harmless but does the work twice. EvenstepError,
-    one line, for every bad input.
+    Args:
+        spec: the corpus.
+        progress: called after every batch of documents and, also if the cache holds the shards, with a ``note`` for
+            each fact that the user should know: a smaller vocabulary, a split by size, input that was left out.
+
+    Raises:
+        EvenstepError: for every bad input, with a message of one line.
+
+    With several processes, call it on one of them first: concurrent calls are safe, but each does the whole work.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "a.txt").write_text("To be, or not to be, that is the question. " * 200)
+    >>> data = prepare(DataSpec(f"text:{folder}", vocab_size=260, cache_dir=folder / "cache"))
+    >>> data.vocab_size, len(data.train) > len(data.val) > 0
+    (260, True)
     """
     prefix, rest = split_source(spec.source)
     if prefix == PREPARED:
@@ -121,7 +134,7 @@ def prepare(spec: DataSpec, progress: ProgressCallback | None = None) -> TokenDa
 
 
 class _PoorSplit(Exception):
-    """The hash leaves one side without its share; ``better`` does not."""
+    """The split by hash leaves one side without its share; ``better`` does not."""
 
     def __init__(self, better: Split):
         super().__init__("a poor split")
@@ -137,8 +150,8 @@ def _poor(draws: Draws, spec: DataSpec, split: Split) -> Exception:
 
 
 def _options(spec: DataSpec) -> dict[str, Any]:
-    """What decides the documents. Options that 0.1.0 lacked have a part in it where they are given, so that its entries
-    are found."""
+    """The options on which the documents depend. Options that 0.1.0 did not have appear only if they are set, so that
+    cache entries of 0.1.0 are found."""
     options = {"text_field": spec.text_field, "val_fraction": spec.val_fraction, "max_tokens": spec.max_tokens}
     return options | _later(spec)
 
@@ -149,7 +162,7 @@ def _later(spec: DataSpec) -> dict[str, Any]:
 
 
 def _of(split: Split, spec: DataSpec) -> dict[str, Any]:
-    """The part of a split in a cache entry's name: none for that of the hash."""
+    """The split as a part of a cache key; empty for the split by hash."""
     return {} if split == Split(spec.val_fraction) else {"split": [split.below, split.tail]}
 
 
@@ -221,7 +234,7 @@ def _given(path: str, vocab_size: int | None) -> Tokenizer:
 
 
 def _key(corpus: Corpus, options: dict[str, object]) -> str:
-    """Name of a cache entry: readable, and different for whatever would change its content."""
+    """Name of a cache entry: readable, and with a hash of everything on which its content depends."""
     files = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in corpus.files]
     facts = json.dumps([shards.VERSION, corpus.name, files, options], sort_keys=True)
     name = "".join(c if c.isalnum() else "-" for c in corpus.name)[-40:].strip("-")
@@ -233,8 +246,8 @@ def _key(corpus: Corpus, options: dict[str, object]) -> str:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Part of a document, short enough for the tokenizer; the last one of a document, or of its side of the split,
-    carries the length in bytes."""
+    """A part of a document that is short enough for the tokenizer. ``ends`` is the size of the document (of its part
+    on this side of the split) in bytes in its last piece, None in the others."""
 
     text: str
     split: str
@@ -243,13 +256,13 @@ class _Piece:
 
 
 def _documents(corpus: Corpus, left_out: LeftOut) -> Iterator[tuple[str, bytes, int]]:
-    """(text, its UTF-8 bytes, source bytes read), blank documents left out."""
+    """(text, its UTF-8 bytes, source bytes read) of every document that is not blank."""
     for text, position in corpus.read(left_out):
         if not text or text.isspace():
             continue
         try:
             content = text.encode("utf-8")
-        except UnicodeEncodeError:  # JSON can spell halves of surrogate pairs: join the pairs, replace the orphans
+        except UnicodeEncodeError:  # JSON can contain halves of surrogate pairs: join pairs, replace single halves
             text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
             content = text.encode("utf-8")
         yield text, content, position
@@ -290,7 +303,7 @@ def _bpe(corpus: Corpus, spec: DataSpec, split: Split, root: Path, tell: Progres
         except EvenstepError:
             discard(entry)
     check_writable(entry)
-    # Trained outside the cache's error handling: what goes wrong there is the corpus's fault, not the disk's.
+    # Training is outside the block `building`, which reports an OSError as a failure to write the cache.
     tokenizer = _trained(_sample(corpus, spec, split, whole, tell), spec.vocab_size)
     with building(entry) as directory:
         tokenizer.save(directory)
@@ -298,10 +311,10 @@ def _bpe(corpus: Corpus, spec: DataSpec, split: Split, root: Path, tell: Progres
 
 
 def _trained(sample: Iterator[str], vocab_size: int | None) -> Tokenizer:
-    """A BPE of ``vocab_size`` tokens, or of as many as suit a text that is too short for them.
+    """A BPE of ``vocab_size`` tokens, or of fewer if the text is too short.
 
-    Trained to the end, the BPE of a short text has a token for each of its words, and few of them are seen twice. So
-    there it only joins what occurs twice, and, where that leaves less than a batch of tokens, fewer of those.
+    Trained without a limit, the BPE of a short text has one token for each word, few of which occur twice. For a short
+    text only pairs that occur twice become tokens, and fewer of them where the text would be less than a batch long.
     """
     wanted = vocab_size or DEFAULT_VOCAB
     short: list[str] = []
@@ -331,8 +344,8 @@ def _trained(sample: Iterator[str], vocab_size: int | None) -> Tokenizer:
 
 
 def _sample(corpus: Corpus, spec: DataSpec, split: Split, whole: bool, tell: ProgressCallback) -> Iterator[str]:
-    """Training documents for the BPE, ``SAMPLE_BYTES`` at most: an even sample of a source of known size that is read
-    whole, else its first ones (reading the whole of C4 to choose 16 MB of it would take days)."""
+    """Training documents for the BPE, at most ``SAMPLE_BYTES``. From a source of known size that is read ``whole`` they
+    are an even sample; from others they are the first ones, since reading all of C4 for 16 MB would take days."""
     keep = min(1.0, SAMPLE_BYTES / max(corpus.total_bytes or 1, 1)) if whole else 1.0
     draws, left_out = Draws(), _left_out(spec)
     taken = used = 0
@@ -355,7 +368,7 @@ def _sample(corpus: Corpus, spec: DataSpec, split: Split, whole: bool, tell: Pro
         raise _no_text(corpus, left_out)
     if draws.held_out == draws.bytes:
         raise _poor(draws, spec, split)
-    if not used:  # a few long documents, and none was drawn
+    if not used:  # the corpus has only a few long documents, none of which is in the sample
         yield from _sample(corpus, spec, split, False, tell)
         return
     tell(PrepareProgress("tokenizer", used, taken, 0, 1.0))
@@ -365,7 +378,7 @@ def _sample(corpus: Corpus, spec: DataSpec, split: Split, whole: bool, tell: Pro
 
 
 def _batches(corpus: Corpus, split: Split, left_out: LeftOut) -> Iterator[tuple[list[_Piece], int]]:
-    """Pieces by the batch, with the source bytes read."""
+    """Batches of pieces, with the number of source bytes read."""
     batch: list[_Piece] = []
     chars = position = 0
     for text, content, position in _documents(corpus, left_out):
@@ -393,6 +406,7 @@ def _write(
     tell: ProgressCallback,
     left_out: LeftOut,
 ) -> dict[str, dict]:
+    """Write the shards of both splits into ``directory``; returns their parts of the manifest."""
     dtype = token_dtype(tokenizer.vocab_size)
     writers = {name: ShardWriter(directory, name, dtype, shards.SHARD_TOKENS) for name in shards.SPLITS}
     train, val = writers["train"], writers["val"]

@@ -1,4 +1,4 @@
-"""Progress of preparing a corpus, for callbacks, and a ready display of it."""
+"""Progress of `prepare`: the argument of its callback, and a display of it."""
 
 import sys
 import time
@@ -13,9 +13,14 @@ _EVERY = 5.0  # seconds between two plain lines
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """Where preparing stands: ``stage`` is "tokenizer" or "tokens"; documents, UTF-8 bytes and tokens done in this
-    stage; ``fraction`` of the stage that is done, 0 to 1, None where the size of the source is unknown; ``note``: what
-    the user should know about the result."""
+    """The state of `prepare`.
+
+    Args:
+        stage: "tokenizer" (training the BPE) or "tokens".
+        documents, bytes, tokens: processed in this stage; bytes of UTF-8.
+        fraction: share of the stage that is done, 0 to 1; None if the size of the source is unknown.
+        note: a fact about the result that the user should know, or "".
+    """
 
     stage: str
     documents: int
@@ -34,9 +39,14 @@ class PrepareProgress:
 
 @contextmanager
 def prepare_display(out: TextIO | None = None) -> Iterator[Callable[[PrepareProgress], None]]:
-    """``with prepare_display() as show: prepare(spec, show)``: a live bar in a terminal (needs rich), else a line every
-    five seconds and one at the end of each stage. Writes to ``out``, stderr by default, and nothing but notes when the
-    cache answers."""
+    """A display of `prepare`: ``with prepare_display() as show: prepare(spec, show)``.
+
+    In a terminal it is a live bar (needs rich); otherwise a line every five seconds, and one at the end of each stage.
+    When the result comes from the cache, only notes are written.
+
+    Args:
+        out: destination, stderr by default.
+    """
     out = out or sys.stderr
     with ExitStack() as stack:
         show = _bars(out, stack) if out.isatty() else None

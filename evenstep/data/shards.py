@@ -1,12 +1,12 @@
 """Token shards: a prepared corpus as a directory of flat files.
 
-    manifest.json        what is in the directory, with counts; written last, so a directory that has one is whole
+    manifest.json        the files of the directory, with counts; written last, so its presence means completeness
     train-00000.bin ...  token ids, one after the other, little-endian uint16 (up to 65536 ids) or uint32; no header
     val-00000.bin ...
-    tokenizer.json ...   the tokenizer that made them
+    tokenizer.json ...   the tokenizer that produced them
 
-Every document is followed by one end-of-text token; documents run across the ends of shards. The files are
-memory-mapped: opening costs nothing, and only the pages that a batch touches are read.
+One end-of-text token follows every document; a document may continue in the next shard. The files are memory-mapped:
+opening them is free, and only the pages that a batch needs are read.
 """
 
 import hashlib
@@ -30,21 +30,25 @@ SHARD_TOKENS = 100_000_000
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 for vocabularies of up to 65536 ids, else uint32; little-endian on every machine."""
+    """The dtype of token ids: uint16 for up to 65536 ids, else uint32; little-endian on every machine.
+
+    >>> token_dtype(4096)
+    dtype('uint16')
+    """
     return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
 
 
 class TokenStream:
-    """The tokens of one split, as if its shards were one array.
+    """The tokens of one split, as one array over all its shards.
 
-    ``len()`` is the number of tokens, ``num_bytes`` the UTF-8 bytes of the documents' text, ``num_documents`` how many
-    there are.
+    ``len()`` is the number of tokens, ``num_documents`` that of documents, ``num_bytes`` the size of their text in
+    UTF-8.
     """
 
     def __init__(
         self, files: list[Path], dtype: np.dtype, num_bytes: int = 0, num_documents: int = 0, name: str = "tokens"
     ):
-        # Seen as plain arrays, which slice faster than the memmap class.
+        # Plain arrays slice faster than np.memmap.
         self._shards = [np.memmap(file, dtype=dtype, mode="r").view(np.ndarray) for file in files]
         self._ends = list(accumulate(len(shard) for shard in self._shards))
         self.dtype, self.num_bytes, self.num_documents, self.name = dtype, num_bytes, num_documents, name
@@ -69,11 +73,16 @@ class TokenStream:
 
 
 class TokenData:
-    """A directory of token shards, checked when opened: manifest and version, the size of every shard, the tokenizer's
-    files.
+    """A directory of token shards. Opening it checks the manifest, the size of every shard and the tokenizer's files.
 
-    ``train`` and ``val`` are its ``TokenStream``s (``val`` is empty where nothing was held out), ``manifest`` its
-    manifest as a dict.
+    Attributes:
+        train, val: the splits, as ``TokenStream``s; ``val`` is empty if nothing was held out.
+        manifest: the manifest, as a dict.
+        vocab_size: the largest token id + 1.
+        tokenizer: the tokenizer that produced the shards.
+
+    Raises:
+        EvenstepError: the directory is not a complete and unchanged set of shards.
     """
 
     def __init__(self, path: str | Path):
@@ -142,7 +151,7 @@ def _checked_manifest(directory: Path) -> dict[str, Any]:
 
 
 class ShardWriter:
-    """Writes one split's tokens into files of at most ``shard_tokens`` tokens each."""
+    """Writes the tokens of one split into files of at most ``shard_tokens`` tokens each."""
 
     def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS):
         self._directory, self._split, self._dtype, self._shard_tokens = directory, split, dtype, shard_tokens
@@ -175,7 +184,7 @@ class ShardWriter:
             file.close()
 
     def close(self) -> dict[str, Any]:
-        """Returns this split's part of the manifest."""
+        """Close the last file; returns the split's part of the manifest."""
         self._close_file()
         return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "shards": self._shards}
 
@@ -189,7 +198,7 @@ def write_manifest(
     splits: dict[str, dict[str, Any]],
     **facts: Any,
 ) -> None:
-    """Save the tokenizer and, last of all, the manifest, with ``facts`` that nothing depends on."""
+    """Save the tokenizer and, as the last file, the manifest. ``facts`` are further keys of the manifest."""
     files = tokenizer.save(directory)
     manifest = {
         "format": FORMAT,

@@ -1,9 +1,9 @@
-"""Text to tokens and back.
+"""Conversion of text to tokens and back.
 
-Two kinds of tokenizer sit behind one class: a ``tokenizer.json`` (our own byte-level BPE, or any of Hugging Face's)
-and a SentencePiece ``.model``. Both encode documents as *plain text*: a document that happens to contain the characters
-of the end-of-text token gets those characters, never the token. Otherwise a web page that quotes "<|endoftext|>" would
-end a document in its middle.
+Two kinds of tokenizer have one interface: a ``tokenizer.json`` (the byte-level BPE that `train_bpe` trains, or any of
+Hugging Face's) and a SentencePiece ``.model``. Both encode documents as *plain text*: the characters of the end-of-text
+token within a document are encoded as characters and never as the token. Otherwise a web page that quotes
+"<|endoftext|>" would become two documents.
 """
 
 import hashlib
@@ -17,13 +17,19 @@ from typing import Any
 from evenstep.errors import EvenstepError
 
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST_VOCABULARY = 257  # every byte and the end of text
+SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
 _USUAL_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 
 
 class Tokenizer(ABC):
-    """``vocab_size`` (largest id + 1), ``eos_id``, ``eos_token`` (its text) and ``fingerprint`` (a hash of all that
-    decides the ids)."""
+    """The interface of a tokenizer.
+
+    Attributes:
+        vocab_size: the largest id + 1.
+        eos_id: id of the end-of-text token.
+        eos_token: its text.
+        fingerprint: a hash of everything on which the ids depend.
+    """
 
     vocab_size: int
     eos_id: int
@@ -39,20 +45,20 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, directory: str | Path) -> list[str]:
-        """Write what ``load_tokenizer(directory)`` needs; returns the names of the files."""
+        """Write the files that ``load_tokenizer(directory)`` reads; returns their names."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, no special tokens added."""
+        """The token ids of ``text``, without special tokens."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """``encode`` of many texts at once, on all cores."""
+        """The token ids of many texts, computed on all cores."""
         rows = self._encode_batch(texts)
         return [self._spelt_out(text) if self.eos_id in row else row for text, row in zip(texts, rows, strict=True)]
 
     def _spelt_out(self, text: str) -> list[int]:
-        # Some models find the special token's own text in their vocabulary (Unigram does). Cut through the middle of
-        # each mention.
+        # Some models (such as Unigram) find the text of the special token in their vocabulary. Each occurrence is cut
+        # in its middle, so that it is encoded as two pieces of plain text.
         half = len(self.eos_token) // 2
         parts = text.split(self.eos_token)
         heads = ["", *([self.eos_token[half:]] * (len(parts) - 1))]
@@ -62,17 +68,17 @@ class Tokenizer(ABC):
 
 
 class JsonTokenizer(Tokenizer):
-    """A ``tokenizer.json`` of the ``tokenizers`` library; the bytes of the file are kept as they are, so its
-    fingerprint never changes."""
+    """A ``tokenizer.json`` of the ``tokenizers`` library. `save` writes the bytes of the file unchanged, so that its
+    fingerprint stays the same."""
 
     FILE = "tokenizer.json"
 
     def __init__(self, content: bytes, eos_token: str | None = None, where: str = "tokenizer.json"):
-        """``eos_token`` None looks for one of the usual names among the added tokens."""
+        """``eos_token``: text of the end-of-text token. None: an added token with one of the usual names."""
         tokenizers = _tokenizers()
         with _native(f"{where} is not a readable tokenizer.json"):
             self._model = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        # A file may ask for truncation, padding or <bos>; packed training data wants none of them.
+        # A file may configure truncation, padding and <bos>, none of which belong into packed training data.
         self._model.no_truncation()
         self._model.no_padding()
         self._model.encode_special_tokens = True  # text that looks like a special token is text
@@ -154,11 +160,19 @@ _IN_A_DIRECTORY = ("tokenizer.json", "tokenizer.model", "spiece.model")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a ``tokenizer.json``, a SentencePiece ``.model``, or a directory that holds one.
+    """Load a ``tokenizer.json``, a SentencePiece ``.model``, or the one that a directory holds.
 
-    The end-of-text token is the ``eos_token`` of a ``tokenizer_config.json`` beside it, else an added token of a usual
-    name, or SentencePiece's own ``eos_id``. EvenstepError for a missing or unreadable file and for a tokenizer without
-    an end-of-text token.
+    The end-of-text token is the ``eos_token`` of a ``tokenizer_config.json`` in the same directory or, without it, an
+    added token with a usual name; for SentencePiece it is the model's ``eos_id``.
+
+    Raises:
+        EvenstepError: the file is missing or unreadable, or the tokenizer has no end-of-text token.
+
+    >>> import tempfile
+    >>> directory = tempfile.mkdtemp()
+    >>> _ = train_bpe(iter(["to be or not to be"]), 260).save(directory)
+    >>> load_tokenizer(directory).vocab_size
+    260
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -179,10 +193,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, *, exact: bool = True, min_frequency: int = 0) -> Tokenizer:
-    """A byte-level BPE of ``vocab_size`` tokens learned from ``texts``; the same texts give the same tokenizer.
+    """Train a byte-level BPE. The same texts result in the same tokenizer.
 
-    EvenstepError below 257 tokens (256 bytes and the end of text), and when the texts are too few for so many unless
-    ``exact`` is False. ``min_frequency``: how often a pair must occur to become a token.
+    Args:
+        texts: the training text.
+        vocab_size: number of tokens, at least 257 (256 bytes and the end of text).
+        exact: whether a text that is too short for ``vocab_size`` tokens is an error. False: the tokenizer has fewer.
+        min_frequency: number of times that a pair must occur to become a token.
+
+    Raises:
+        EvenstepError: ``vocab_size`` is too small, or too large for ``texts``.
+
+    >>> tokenizer = train_bpe(iter(["to be or not to be"]), 260)
+    >>> tokenizer.decode(tokenizer.encode("to be"))
+    'to be'
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise EvenstepError(
@@ -211,7 +235,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, *, exact: bool = True, min_
 
 @contextmanager
 def _native(what: str) -> Iterator[None]:
-    """Errors of libraries in Rust and C++ as EvenstepError: bare Exceptions, and panics, which are no Exceptions."""
+    """Convert errors of native libraries into EvenstepError. A panic of Rust is a BaseException and no Exception."""
     try:
         yield
     except (EvenstepError, KeyboardInterrupt, SystemExit, GeneratorExit):

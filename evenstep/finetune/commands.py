@@ -10,7 +10,8 @@ from typing import Any
 from evenstep.errors import EvenstepError
 from evenstep.finetune.config import SPARSE, FineTuneConfig
 from evenstep.train.commands import print_config
-from evenstep.train.config_io import add_flags, chosen, shipped
+from evenstep.train.config_io import shipped
+from evenstep.train.flags import add_flags, chosen
 
 FINETUNE = """\
 Fine-tune MODEL on examples, one JSON object a line: instructions, prompts with responses, chats, choices, or texts with

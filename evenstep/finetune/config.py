@@ -33,7 +33,7 @@ whole for the embedding, the last layer and vectors, as its authors' code has it
 class TuneDataConfig(Section):
     TITLE = "the examples"
     SECTION = "data"
-    file: str = option("", "a .jsonl file, or a .json list, of examples")
+    file: str = option("", "a file of examples: .jsonl, .json, .csv, .tsv, .parquet, also compressed or in an archive")
     format: str = option(
         "auto", "how an example is written; auto: by the fields of the first", choices=("auto", *FORMATS)
     )

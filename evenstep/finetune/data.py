@@ -1,4 +1,4 @@
-"""From examples to batches: which examples are used, their tokens, the rows they share, and the loader of the rows.
+"""From examples to batches: the selection of examples, their tokens, the packing into rows, and the loader of rows.
 
 A document of n tokens gives n - 1 inputs, each with the token that follows it as its target where that is learned,
 -100 elsewhere. Several documents may share a row; `positions` count from 0 in each, which keeps them apart (see
@@ -31,7 +31,8 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Document:
-    """``inputs`` int32 [n], ``targets`` int32 [n], or [] with the class of a text."""
+    """The tokens of one example: ``inputs`` int32 [n], ``targets`` int32 [n]; of a text to classify, ``targets`` is 0-d
+    and holds its class."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -45,7 +46,7 @@ class Document:
 
     @property
     def counted(self) -> int:
-        """Targets that count."""
+        """Number of targets that are learned."""
         return int((self.targets != IGNORED).sum()) if self.targets.ndim else 1
 
 
@@ -53,8 +54,8 @@ Row = tuple[Document, ...]
 
 
 def pack(documents: Sequence[Document], length: int) -> list[Row]:
-    """The documents, each no longer than ``length``, in rows of at most that many tokens: the longest first, each into
-    the fullest row that has room. The same documents give the same rows."""
+    """Pack documents, each no longer than ``length``, into rows of at most that many tokens. The longest come first,
+    each into the fullest row that has room. Deterministic."""
     open_rows: list[list[list[Document]]] = [[] for _ in range(length + 1)]  # by the room that is left
     rows: list[list[Document]] = []
     for document in sorted(documents, key=len, reverse=True):
@@ -92,13 +93,13 @@ def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 
 
 def batches(rows: Sequence[Row], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All rows in their order; the last batch may be smaller."""
+    """Batches of all rows in their order. The last batch may be smaller."""
     for first in range(0, len(rows), size):
         yield collate(rows[first : first + size])
 
 
 class RowLoader(BatchLoader):
-    """Endless batches of rows, shuffled anew each epoch as `BatchLoader` does it, and as cheap to seek."""
+    """Endless batches of rows, reshuffled in each epoch as in `BatchLoader`, with the same O(1) seek."""
 
     def __init__(self, rows: Sequence[Row], batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         if len(rows) < batch_size:
@@ -175,7 +176,7 @@ class TuningData:
         return [row for one in self.sets for row in one.rows]
 
     def pack(self) -> None:
-        """Put the documents of training into as few rows as hold them."""
+        """Pack the documents of training into few rows."""
         self.train = pack(self.train_documents, self.config.train.seq_len)
 
     def _documents(self, examples: list[Example], name: str, cut: bool) -> tuple[list[Example], list[Document]]:
@@ -235,7 +236,7 @@ class TuningData:
         return Document(np.array(ids, np.int32), np.array(self.labels.index(str(example.label)), np.int32))
 
     def identity(self) -> str:
-        """A hash of every document: another for other examples, another template or another way to pack."""
+        """A hash of every document. It differs for other examples, another template or another packing."""
         digest = hashlib.sha256(repr(self.labels).encode())
         for row in self.train:
             for document in row:
@@ -267,7 +268,7 @@ class TuningData:
 
 
 def labels_of(examples: Sequence[Example], classes: Sequence[str]) -> list[str]:
-    """The classes in the order of the model's outputs: numbers by size, other names by the alphabet."""
+    """The classes in the order of the model's outputs: numbers by size, other names alphabetically."""
     found = {example.label for example in examples if example.label is not None}
     if found and found <= {*classes}:
         return list(classes)
@@ -303,7 +304,7 @@ def open_examples(config: FineTuneConfig, bad: Bad | None = None) -> tuple[list[
 
 
 def summary_of(data: TuningData) -> dict[str, Any]:
-    """What summary.json says of the examples."""
+    """The entries of summary.json about the examples."""
     file = data.config.data.file
     return {
         "examples": len(data.train_documents),

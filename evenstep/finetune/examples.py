@@ -1,5 +1,5 @@
-"""Files of examples: rows of whatever file pretraining reads but text, in one of a few formats. What is wrong is told
-with its line."""
+"""Files of examples: rows of any tabular file that pretraining reads, in one of a few formats. Errors name the file
+and the line."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Models to fine-tune: which one a path stands for, how it is opened by evenstep or by transformers, whole or with
-adapters, and what a fine-tuned model's folder says of itself (evenstep.json).
+"""Models to fine-tune: how a path is resolved, how evenstep or transformers opens the model, with or without adapters,
+and evenstep.json, the description in the folder of a fine-tuned model.
 
 Models of transformers are wrapped so that they have the interface of `evenstep.models.Llama` that a run needs,
 ``loss(tokens, targets, positions=...)``. Their parameters have ``net.`` before their names.
@@ -82,7 +82,7 @@ def read_note(folder: Path) -> Note | None:
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Around transformers' reading and writing of models, without its bars and warnings."""
+    """Context in which transformers reads and writes models without progress bars and warnings."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -116,7 +116,7 @@ class HubModel(nn.Module):
         return sum(p.numel() for p in self.parameters()) - without
 
     def flops_per_token(self, seq_len: int) -> int:
-        """6 a parameter that multiplies; attention's own part is not counted."""
+        """6 FLOP for each parameter of a matrix product; the products of attention are not counted."""
         return 6 * self.num_parameters(embeddings=False)
 
 

@@ -1,4 +1,4 @@
-"""What a fine-tuned model answers, and how well it does its task.
+"""The answers of a fine-tuned model, and the scores of its task.
 
 * ``exact``: the greedy answer is the expected one, up to whitespace. Where the example names its choices (``Answer
   format: true/false``), the first of them in the answer counts, as in LLM-Adapters' evaluation.
@@ -24,6 +24,7 @@ from evenstep.finetune.data import Document, TuningData, batches
 from evenstep.finetune.examples import Example
 from evenstep.finetune.models import Note, find_source, open_to_write, read_note
 from evenstep.finetune.text import Encoder, HubText, Text, load_text
+from evenstep.kernels import uploaded
 from evenstep.models import Llama, generate
 from evenstep.train import evaluate as pretrained
 from evenstep.train.checkpoint import MANIFEST
@@ -121,7 +122,7 @@ class TuneResult:
     scores: dict[str, float] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
-        """As metrics.jsonl has it; ``score`` is the mean over the files."""
+        """The entries of the record in metrics.jsonl; ``score`` is the mean over the files."""
         found: dict[str, Any] = {"val_loss": self.loss, "perplexity": perplexity(self.loss), "val_tokens": self.tokens}
         if self.scores:
             mean = sum(self.scores.values()) / len(self.scores)
@@ -130,7 +131,8 @@ class TuneResult:
 
 
 def kind_of(asked: str, examples: Sequence[Example]) -> str:
-    """The score that ``auto`` stands for. EvenstepError for one that the examples do not allow."""
+    """The score ``asked`` for, or the one that ``auto`` stands for. EvenstepError for one that the examples do not
+    allow."""
     classes, options = examples[0].label is not None, all(example.options for example in examples)
     found = "accuracy" if classes else "choice" if options and not examples[0].names else "exact"
     if asked in ("auto", "none", found):
@@ -151,7 +153,7 @@ class Scorer:
     batch_size: int
 
     def correct(self, kind: str, examples: Sequence[Example]) -> int:
-        """How many of ``examples`` the model gets right."""
+        """The number of ``examples`` that the model gets right."""
         return {"exact": self._exact, "choice": self._choice, "accuracy": self._accuracy}[kind](examples)
 
     def _exact(self, examples: Sequence[Example]) -> int:
@@ -173,7 +175,9 @@ class Scorer:
                 lengths.append({"bytes": len(option.encode()), "tokens": len(ids), "none": 1}[config.eval.normalise])
         values: list[float] = []
         for inputs, targets in batches(rows, self.batch_size):
-            values += log_likelihoods(self.model, inputs.to(self.device), targets.to(self.device)).tolist()
+            values += log_likelihoods(
+                self.model, uploaded(inputs, self.device), uploaded(targets, self.device)
+            ).tolist()
         per_example: list[list[float]] = [[] for _ in examples]
         for owner, value, length in zip(owners, values, lengths, strict=True):
             per_example[owner].append(value / length)
@@ -187,13 +191,13 @@ class Scorer:
         documents = (self.data.classified(example, cut=True) for example in examples)
         rows = [(document,) for document in documents if document is not None]
         for inputs, targets in batches(rows, self.batch_size):
-            inputs = inputs.to(self.device)
+            inputs = uploaded(inputs, self.device)
             right += int((self.model(inputs[:, 0], inputs[:, 1]).argmax(-1).cpu() == targets).sum())
         return right
 
 
 def answers(model: Any, data: TuningData, examples: Sequence[Example]) -> list[str]:
-    """What the model writes after the prompt of each example, always the likeliest token."""
+    """The text that the model generates after the prompt of each example, greedily."""
     prompts = [data.encoder.prompt(example) for example in examples]
     written = write(model, data.tokenizer, prompts, data.config.eval.max_new_tokens)
     return [data.tokenizer.decode(ids) for ids in written]
@@ -208,7 +212,8 @@ def is_right(answer: str, example: Example) -> bool:
 
 
 def log_likelihoods(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Of the targets that count, summed over each row: fp32 [B]."""
+    """Log-likelihoods of the learned targets, summed over each row, fp32 [B]. ``inputs`` int64 [B, 2, T], ``targets``
+    int64 [B, T]."""
     logits = model(inputs[:, 0], inputs[:, 1])
     counts = targets != -100
     each = logits[counts].float().log_softmax(-1).gather(-1, targets[counts][:, None])[:, 0]

@@ -31,6 +31,7 @@ from evenstep.finetune.models import (
 )
 from evenstep.finetune.scoring import Scorer, TuneResult, kind_of
 from evenstep.finetune.text import load_text
+from evenstep.kernels import uploaded
 from evenstep.models import Llama
 from evenstep.train.evaluate import Evaluation
 from evenstep.train.log import Metrics, clock, short_count
@@ -56,8 +57,8 @@ class FineTuning(Task):
     # ---- before the first step ----
 
     def resolve(self, config: Any, checkpoint: Path | None = None) -> FineTuneConfig:
-        """With the library and the kind of the model, and a budget in steps; opens the examples and the model, which
-        decides whether examples are packed."""
+        """The configuration with the library and the kind of the model, and with a budget in steps. Opens the examples,
+        and the model, which decides whether examples are packed."""
         path, library = Path(config.model.path), config.model.library
         self.source = self.world.on_rank_0(lambda: find_source(path, library, self.say))
         folder = self.source.folder
@@ -132,8 +133,9 @@ class FineTuning(Task):
 
     # ---- a step ----
 
-    def shares(self, targets: Tensor, micro_batch_size: int) -> list[float]:
-        """By the number of learned targets: a token of an answer has the same weight in whichever row it stands."""
+    def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
+        """Proportional to the number of learned targets, so that every token of an answer has the same weight, whatever
+        its row."""
         counted = self.loader.counted
         sums = [sum(counted[i : i + micro_batch_size]) for i in range(0, len(counted), micro_batch_size)]
         return [count * self.world.data_size / self.loader.total for count in sums]
@@ -166,8 +168,8 @@ class FineTuning(Task):
         return TuneResult(total / tokens if tokens else math.nan, tokens, kinds, scores)
 
     def _passes(self, items: Sequence[T], evaluation: Evaluation) -> Iterator[Sequence[T]]:
-        """This process's share of ``items``, a batch at a time. All processes have the same number of passes, because
-        they agree in each whether to stop: the last may be empty on some."""
+        """This process's share of ``items``, one batch at a time. All processes have the same number of passes, because
+        they agree in each pass whether to stop; the last one may be empty on some of them."""
         size, world = evaluation.batch_size, self.world
         for start in evaluation.watch(range(0, len(items), size * world.data_size)):
             yield items[start + world.data_rank : start + size * world.data_size : world.data_size]
@@ -176,7 +178,7 @@ class FineTuning(Task):
         total, tokens, device = 0.0, 0, evaluation.device
         for rows in self._passes(self.data.val, evaluation):
             for inputs, targets in batches(rows, evaluation.batch_size):
-                x, y = inputs.to(device), targets.to(device)
+                x, y = uploaded(inputs, device), uploaded(targets, device)
                 loss = evaluation.model.loss(x[:, 0], y, positions=x[:, 1], reduction="sum", chunk=evaluation.chunk)
                 total += loss.item()
                 tokens += int((targets != -100).sum())
@@ -184,7 +186,7 @@ class FineTuning(Task):
         return sums[0], round(sums[1])
 
     def _score(self, examples: Sequence[Example], kind: str, evaluation: Evaluation) -> tuple[int, int]:
-        """How many examples are right, and of how many."""
+        """The number of examples that are right, and the number of examples."""
         scorer = Scorer(evaluation.model, self.data, evaluation.device, evaluation.batch_size)
         chosen = examples[: self.config.eval.max_rows or None]
         right = sum(scorer.correct(kind, batch) for batch in self._passes(chosen, evaluation) if batch)
@@ -211,8 +213,8 @@ class FineTuning(Task):
         return self.data.identity()
 
     def conclusion(self, model: Any, out: Path, metrics: Metrics) -> dict[str, Any]:
-        """Writes ``model/`` in Hugging Face layout, adapters merged, and of adapters ``adapter/`` as peft writes it.
-        Merging changes the model, whose run is over. EvenstepError on a full disk."""
+        """Write ``model/`` in Hugging Face layout with adapters merged, and the adapters as ``adapter/`` in the format
+        of peft. Merging changes the model, which is not trained any more. EvenstepError on a full disk."""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)  # before adapters are merged
         adapted = getattr(model, "adapted", None)
         if adapted is not None:
@@ -256,7 +258,7 @@ class FineTuning(Task):
 
 
 def _replace_folder(place: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder: it is the old one or the new one, never half of one."""
+    """Fill a folder atomically: a reader finds the old content or the new content."""
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -1,4 +1,4 @@
-"""Examples as tokens: the tokenizer of either library behind one face, the templates, and what of it is learned.
+"""Examples as tokens: one interface for the tokenizers of both libraries, the templates, and which tokens are learned.
 
 The plain templates, used where a tokenizer has none of its own (for chats) and for every instruction:
 
@@ -35,11 +35,11 @@ from evenstep.errors import EvenstepError
 from evenstep.finetune.examples import Example
 
 Part = tuple[str, bool]
-"""A text, and whether it is learned."""
+"""A text, and whether its tokens are learned."""
 
 
 class Text(ABC):
-    """A tokenizer. ``start`` is what a document begins with, ``ends`` are the tokens that end an answer."""
+    """A tokenizer. ``start`` holds the first tokens of a document, ``ends`` the tokens that end an answer."""
 
     start: list[int]
     ends: set[int]

@@ -1,5 +1,5 @@
-"""Telemetry inside of the trainers that people use: ``evenstep.integrations.transformers``,
-``evenstep.integrations.lightning`` and ``evenstep.integrations.stable_baselines3``, each with a ``SpikeCallback``.
-Importing this package loads none of them;
-docs/integrations.md has the examples.
+"""Spike telemetry in other trainers: ``evenstep.integrations.transformers``, ``evenstep.integrations.lightning`` and
+``evenstep.integrations.stable_baselines3``, each with a ``SpikeCallback``.
+
+Importing this package loads none of them; docs/integrations.md has examples.
 """

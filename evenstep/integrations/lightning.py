@@ -19,12 +19,13 @@ from evenstep.errors import EvenstepError, nearest
 from evenstep.integrations.log import go_on, harmless, lent_sinks, open_log, write_line
 from evenstep.telemetry.monitor import SpikeMonitor
 from evenstep.telemetry.options import checked_options, checked_path
-from evenstep.telemetry.sinks import Record, Sink, scalars
+from evenstep.telemetry.schema import Record
+from evenstep.telemetry.sinks import Sink, scalars
 from evenstep.telemetry.subject import bare
 
 
 class LoggerSink:
-    """The single numbers of the records, by ``telemetry/name``, in the loggers of a Lightning trainer."""
+    """Passes the single numbers of records to the loggers of a Lightning trainer, under ``telemetry/name``."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self.trainer = trainer
@@ -37,29 +38,32 @@ class LoggerSink:
             logger.log_metrics(values, step=record["step"])
 
     def close(self) -> None:
-        """The trainer closes its loggers."""
+        """Do nothing: the trainer closes its loggers."""
 
 
 class SpikeCallback(pl.Callback):
     """Watches an optimizer of a Lightning module with a `SpikeMonitor`: ``Trainer(callbacks=[SpikeCallback()])``.
 
     Writes metrics.jsonl for ``evenstep report``, and the single numbers to the trainer's loggers. Its state is in
-    Lightning's checkpoints, so that baselines go on after a resume. Events know the loss of their step, over all
-    accumulated batches. Gradients are seen as the optimizer gets them: after Lightning's own clipping.
+    Lightning's checkpoints, so that its baselines continue after a resume. The loss of an event is the mean over all
+    accumulated batches. Gradients are measured as the optimizer gets them, after Lightning's clipping.
 
     Args:
-        path: the file; default ``metrics.jsonl`` in the trainer's ``log_dir`` (or its ``default_root_dir``). A run that
-            starts at step 0 replaces it; one that resumes goes on with it.
-        optimizer: which one, where the module has several.
+        path: the file. Default: ``metrics.jsonl`` in the trainer's ``log_dir`` (or its ``default_root_dir``). A run
+            that starts at step 0 replaces it, a resumed run continues it.
+        optimizer: index of the optimizer, for modules with several. Default 0.
         loggers: whether the trainer's loggers get the numbers too. Default True.
-        validation: name of the metric that becomes ``val_loss``. Default ``"val_loss"``.
-        sinks: further places for the records, as `SpikeMonitor` takes them. They stay open from one ``fit`` to the
-            next, and are closed when the callback goes or the program ends.
-        **options: those of `SpikeMonitor`: ``every``, ``say``, ``samples``, ``ratio``, ``sigma``, ``window``,
+        validation: name of the metric that is written as ``val_loss``. Default ``"val_loss"``.
+        sinks: further destinations of the records, as in `SpikeMonitor`. They stay open from one ``fit`` to the
+            next, and are closed when the callback is deleted or the program ends.
+        **options: options of `SpikeMonitor`: ``every``, ``say``, ``samples``, ``ratio``, ``sigma``, ``window``,
             ``parameters_every``, ``lowbit``.
 
-    ``monitor`` is the `SpikeMonitor` while training runs, None before. EvenstepError, when training starts, for an
-    ``optimizer`` that the module does not have.
+    Attributes:
+        monitor: the `SpikeMonitor` of the newest training, None before.
+
+    Raises:
+        EvenstepError: when training starts, if the module does not have that ``optimizer``.
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class SpikeCallback(pl.Callback):
         self.path, self.which = checked_path("SpikeCallback", path), optimizer
         self.loggers, self.validation = loggers, validation
         checked_options("SpikeCallback", options)
-        self.options = options  # alone on its line: LightningCLI reads here which names ``options`` may hold
+        self.options = options  # LightningCLI parses this line for the names in ``options``: keep it as it is
         self.extra = lent_sinks(self, sinks)
         self.monitor: SpikeMonitor | None = None
         self._saved: dict[str, Any] | None = None
@@ -95,7 +99,8 @@ class SpikeCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         saved = checkpoint.get("callbacks", {})
-        self._saved = saved.get(self.state_key) or saved.get(type(self).__qualname__)  # the latter: of evenstep 0.1
+        # The second key is that of evenstep 0.1.
+        self._saved = saved.get(self.state_key) or saved.get(type(self).__qualname__)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not 0 <= self.which < len(trainer.optimizers):
@@ -121,7 +126,7 @@ class SpikeCallback(pl.Callback):
         self.monitor.step = step
 
     def _step(self, trainer: pl.Trainer) -> int:
-        """Steps that the optimizer has made: with several the trainer counts those of all together."""
+        """Number of steps that the optimizer has made. ``trainer.global_step`` is the sum over all optimizers."""
         if len(trainer.optimizers) == 1:
             return trainer.global_step
         if self._saved is not None:
@@ -139,7 +144,7 @@ class SpikeCallback(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        losses, self._losses = self._losses, []  # of the optimizer that steps now, whichever it is
+        losses, self._losses = self._losses, []  # they belong to the optimizer that steps now, watched or not
         if self.monitor and losses and bare(optimizer) is self.monitor.optimizer:
             self.monitor.observe(torch.stack(losses).sum())
 

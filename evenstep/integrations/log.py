@@ -1,5 +1,5 @@
-"""What callbacks of trainers that are not ours share: metrics.jsonl, opened anew, or cut where a resumed run goes on;
-sinks that outlive a training; and methods that end none."""
+"""The common part of the callbacks: metrics.jsonl, started anew or truncated to the step of a resume; sinks that
+outlive a training; and methods that never end one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from evenstep.telemetry.schema import read_records, to_line
-from evenstep.telemetry.sinks import Guarded, JsonlSink, Record, Sink, as_sinks
+from evenstep.telemetry.schema import Record, read_records, to_line
+from evenstep.telemetry.sinks import Guarded, JsonlSink, Sink, as_sinks
 from evenstep.telemetry.trouble import Troubles
 from evenstep.train.files import replace_text
 from evenstep.train.log import up_to
@@ -19,11 +19,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _troubles = Troubles("SpikeCallback")
 _open: dict[Path, int] = {}
-"""Logs that are open, and the training that each belongs to."""
+"""Open logs -> the id of the training that writes to each."""
 
 
 def harmless(method: F) -> F:
-    """A method of a callback that never raises: the first failure warns, and the training goes on."""
+    """Decorator of a callback's method, which then never raises: the first exception becomes a warning."""
 
     @functools.wraps(method)
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -37,7 +37,7 @@ def harmless(method: F) -> F:
 
 
 class Log(JsonlSink):
-    """metrics.jsonl of one training."""
+    """The metrics.jsonl of one training."""
 
     def close(self) -> None:
         _open.pop(self.path, None)
@@ -45,9 +45,14 @@ class Log(JsonlSink):
 
 
 def open_log(path: Path, step: int, training: object = None) -> Log:
-    """A sink that appends to ``path``, which a run that starts at ``step`` owns: at step 0 an older file goes; later
-    its lines up to that step stay. Where another callback of the same ``training`` writes to it, the file is ``path``
-    with a number in its name.
+    """A sink that appends to a run's metrics.jsonl.
+
+    Args:
+        path: the file. Missing folders are created.
+        step: the step at which the run starts. At step 0 an older file is emptied; later, the records up to ``step``
+            are kept and the others removed.
+        training: identifies the training. If another callback of the same training writes to ``path``, the name of the
+            file gets a number.
     """
     path = path.absolute()
     given, count = path, 1
@@ -64,8 +69,8 @@ def open_log(path: Path, step: int, training: object = None) -> Log:
 
 
 def lent_sinks(callback: object, sinks: Any) -> list[Sink]:
-    """``sinks`` as `SpikeMonitor` takes them, for a callback that may serve several trainings: they stay open between
-    these, and are closed when the callback goes or the program ends."""
+    """The argument ``sinks`` of a callback, which may serve several trainings: the sinks stay open between them, and
+    are closed when ``callback`` is deleted or the program ends."""
     lent = [Guarded(sink, lent=True) for sink in as_sinks("SpikeCallback", sinks)]
     weakref.finalize(callback, _end, lent)
     return [*lent]
@@ -77,7 +82,7 @@ def _end(sinks: list[Guarded]) -> None:
 
 
 def go_on(monitor: Any, saved: Mapping[str, Any]) -> None:
-    """Load ``saved`` into ``monitor``; a warning where it does not fit, as after a change of the model."""
+    """Load a saved state into ``monitor``. A state that does not fit, as after a change of the model, is a warning."""
     try:
         monitor.load_state_dict(saved)
     except Exception as problem:
@@ -85,7 +90,14 @@ def go_on(monitor: Any, saved: Mapping[str, Any]) -> None:
 
 
 def write_line(sinks: Iterable[Sink], step: int, values: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """A line of training or validation: of ``values`` those that ``names`` gives a name of ours, if there are any."""
+    """Write a record of training or validation, with those of ``values`` that are numbers.
+
+    Args:
+        sinks: where the record goes.
+        step: its step.
+        values: metrics of the trainer.
+        names: the trainer's name of a metric -> its key in metrics.jsonl.
+    """
     found = {ours: number for theirs, ours in names.items() if (number := _number(values.get(theirs))) is not None}
     if found:
         for sink in sinks:
@@ -100,7 +112,7 @@ def _number(value: Any) -> float | None:
 
 
 class Tally:
-    """A sink that counts: spikes since `take` was last called, and the newest spike rate."""
+    """A sink that counts the spikes since the last call of `take`, and keeps the newest spike rate."""
 
     def __init__(self) -> None:
         self.spikes, self.spike_rate = 0, 0.0
@@ -111,9 +123,10 @@ class Tally:
             self.spike_rate = record["spike_rate"]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the sink holds no resource."""
 
     def take(self) -> dict[str, float]:
+        """``spikes`` and ``spike_rate``; the count starts again."""
         found = {"spikes": float(self.spikes), "spike_rate": float(self.spike_rate)}
         self.spikes = 0
         return found

@@ -20,22 +20,25 @@ from evenstep.telemetry.sinks import Sink
 class SpikeCallback(BaseCallback):
     """Watches an optimizer of an agent with a `SpikeMonitor`: ``agent.learn(10_000, callback=SpikeCallback("out"))``.
 
-    Writes metrics.jsonl for ``evenstep report``, and ``telemetry/spikes`` (since the last time) and
-    ``telemetry/spike_rate`` to the agent's logger. A step is one of the optimizer, not one in the environment.
-    Gradients are seen as the optimizer gets them: after the agent's own clipping (``max_grad_norm``).
+    Writes metrics.jsonl for ``evenstep report``, and logs ``telemetry/spikes`` (since the last log) and
+    ``telemetry/spike_rate`` to the agent's logger. A step is a step of the optimizer, not of the environment.
+    Gradients are measured as the optimizer gets them, after the agent's clipping (``max_grad_norm``).
 
     Args:
-        directory: where metrics.jsonl goes. An agent whose optimizer has made no step replaces an older file; one that
-            goes on, also after ``PPO.load``, goes on with it.
-        optimizer: its place in the agent. Default ``"policy.optimizer"``, where PPO, A2C and DQN have it; SAC, TD3 and
-            DDPG have ``"actor.optimizer"`` and ``"critic.optimizer"``.
-        sinks: further places for the records, as `SpikeMonitor` takes them. They stay open from one ``learn`` to the
-            next, and are closed when the callback goes or the program ends.
-        **options: those of `SpikeMonitor`: ``every``, ``say``, ``samples``, ``ratio``, ``sigma``, ``window``,
+        directory: folder of metrics.jsonl. An agent whose optimizer has made no step replaces an older file; an agent
+            that continues its training, also after ``PPO.load``, continues the file.
+        optimizer: attribute of the agent that holds the optimizer. Default ``"policy.optimizer"``, as in PPO, A2C and
+            DQN; SAC, TD3 and DDPG have ``"actor.optimizer"`` and ``"critic.optimizer"``.
+        sinks: further destinations of the records, as in `SpikeMonitor`. They stay open from one ``learn`` to the
+            next, and are closed when the callback is deleted or the program ends.
+        **options: options of `SpikeMonitor`: ``every``, ``say``, ``samples``, ``ratio``, ``sigma``, ``window``,
             ``parameters_every``.
 
-    ``monitor`` is the `SpikeMonitor` of the newest training, None before. EvenstepError, when training starts, for an
-    ``optimizer`` that the agent does not have.
+    Attributes:
+        monitor: the `SpikeMonitor` of the newest training, None before.
+
+    Raises:
+        EvenstepError: when training starts, if the agent does not have that ``optimizer``.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class SpikeCallback(BaseCallback):
         self.extra = lent_sinks(self, sinks)
         self.monitor: SpikeMonitor | None = None
         self._tally = Tally()
-        self._told = 0
+        self._logged = 0
 
     def _on_training_start(self) -> None:
         try:
@@ -68,32 +71,32 @@ class SpikeCallback(BaseCallback):
             ) from None
         step, before = steps_done(optimizer), self.monitor
         if before is not None:
-            before.close()  # of a training that was interrupted
+            before.close()  # still open if the training before was interrupted
         sinks: list[Sink] = [open_log(self.directory / "metrics.jsonl", step, self.locals), self._tally, *self.extra]
         self.monitor = SpikeMonitor(self.model.policy, optimizer, sinks=sinks, **self.options)
         if before is not None and before.step == step and before.names == self.monitor.names:
-            go_on(self.monitor, before.state_dict())  # learn() called again
-        self.monitor.step = self._told = step
+            go_on(self.monitor, before.state_dict())  # a further call of learn()
+        self.monitor.step = self._logged = step
 
     def _on_step(self) -> bool:
         return True
 
     @harmless
     def _on_rollout_start(self) -> None:
-        self._tell()
+        self._log()
 
     @harmless
     def _on_training_end(self) -> None:
-        self._tell()
+        self._log()
         if self.monitor:
             self.monitor.close()
 
-    def _tell(self) -> None:
-        """The loss of the newest update, which the agent's logger still holds, and what was seen meanwhile."""
-        if self.monitor is None or self.monitor.step == self._told:
+    def _log(self) -> None:
+        """Write the loss of the newest update, which the agent's logger still holds, and log the tally."""
+        if self.monitor is None or self.monitor.step == self._logged:
             return
-        self._told = self.monitor.step
+        self._logged = self.monitor.step
         self.monitor.drain()
-        write_line(self.monitor.sinks, self._told, self.logger.name_to_value, {"train/loss": "loss"})
+        write_line(self.monitor.sinks, self._logged, self.logger.name_to_value, {"train/loss": "loss"})
         for name, value in self._tally.take().items():
             self.logger.record(f"telemetry/{name}", value)

@@ -1,4 +1,4 @@
-"""Spike telemetry in transformers' Trainer, and in what is built on it (TRL, axolotl, LLaMA-Factory)."""
+"""Spike telemetry in the Trainer of transformers, and in programs built on it (TRL, axolotl, LLaMA-Factory)."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from evenstep.telemetry.options import checked_options, checked_path
 from evenstep.telemetry.sinks import Sink
 
 STATE = "spike_monitor.pt"
-"""In each checkpoint of the Trainer, so that baselines go on after a resume."""
+"""File of the monitor's state in each checkpoint of the Trainer."""
 
 TRAINING = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
 VALIDATION = {"eval_loss": "val_loss"}
-"""The Trainer's names of what is in lines of ours."""
+"""The Trainer's name of a metric -> its key in metrics.jsonl."""
 
 
 class SpikeCallback(TrainerCallback):
     """Watches the Trainer's optimizer with a `SpikeMonitor`: ``Trainer(..., callbacks=[SpikeCallback()])``.
 
-    Writes metrics.jsonl, with the Trainer's own losses and evaluations in it, for ``evenstep report OUTPUT_DIR``. Adds
-    ``spikes`` (since the last log) and ``spike_rate`` to the Trainer's log history. Events know the loss of their step
-    where the model returns one (with labels, no loss function of the Trainer's own).
+    Writes metrics.jsonl, which includes the Trainer's losses and evaluations, for ``evenstep report OUTPUT_DIR``, and
+    adds ``spikes`` (since the last log) and ``spike_rate`` to the Trainer's log history. Events have the loss of their
+    step if the model returns one (with labels, and without a loss function of the Trainer). The monitor's state is in
+    the Trainer's checkpoints, so that its baselines continue after a resume.
 
     Args:
-        path: the file; default ``metrics.jsonl`` in the Trainer's ``output_dir``. A run that starts at step 0 replaces
-            it; one that resumes goes on with it.
-        sinks: further places for the records, as `SpikeMonitor` takes them. They stay open from one ``train`` to the
-            next, and are closed when the callback goes or the program ends.
-        **options: those of `SpikeMonitor`: ``every``, ``say``, ``samples``, ``ratio``, ``sigma``, ``window``,
+        path: the file. Default: ``metrics.jsonl`` in the Trainer's ``output_dir``. A run that starts at step 0 replaces
+            it, a resumed run continues it.
+        sinks: further destinations of the records, as in `SpikeMonitor`. They stay open from one ``train`` to the
+            next, and are closed when the callback is deleted or the program ends.
+        **options: options of `SpikeMonitor`: ``every``, ``say``, ``samples``, ``ratio``, ``sigma``, ``window``,
             ``parameters_every``, ``lowbit``.
 
-    ``monitor`` is the `SpikeMonitor` while training runs, None before.
+    Attributes:
+        monitor: the `SpikeMonitor` of the newest training, None before.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class SpikeCallback(TrainerCallback):
 
     @property
     def _state(self) -> str:
-        """Several callbacks keep their states apart by the names of their files."""
+        """Name of the state's file, which differs between the callbacks of one training."""
         return STATE if self.path is None else f"spike_monitor-{Path(self.path).stem}.pt"
 
     @harmless
@@ -95,7 +97,7 @@ class SpikeCallback(TrainerCallback):
         loss = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
         if model.training and isinstance(loss, Tensor) and loss.numel() == 1:
             self._losses.append(loss.detach().reshape(()))
-            # Given the number of items of the whole step, models return their share of its loss instead of a mean.
+            # A model that gets the number of items of the whole step returns its share of the loss instead of a mean.
             self._summed = kwargs.get("num_items_in_batch") is not None
 
     @harmless
@@ -104,7 +106,7 @@ class SpikeCallback(TrainerCallback):
     ) -> None:
         losses, self._losses = self._losses, []
         if self.monitor and losses:
-            together = torch.stack([loss.to(losses[0]) for loss in losses])  # a model may lie on several devices
+            together = torch.stack([loss.to(losses[0]) for loss in losses])  # models may span several devices
             self.monitor.observe(together.sum() if self._summed else together.mean(), step=state.global_step + 1)
 
     @harmless

@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from evenstep.kernels.interface import STATS, STEP_OPTIONS, Measured, StepTensors, Unavailable, is_coded, opened
+from evenstep.kernels.interface import PLAIN, STATS, STEP_OPTIONS, Measured, StepTensors, Unavailable, is_coded, opened
 
 # ---- the builds of the C++ code: the best one that this processor runs is loaded on first use ----
 
@@ -235,7 +234,6 @@ def _mark_written(*lists: Sequence[Tensor]) -> None:
 
 # ---- the set of kernels ----
 
-_PLAIN = frozenset({Tensor, Parameter})
 _SERVED = frozenset({torch.float32, torch.bfloat16})
 
 
@@ -248,7 +246,7 @@ class CpuKernels:
 
     def serves_all(self, tensors: list[Tensor]) -> bool:
         return (
-            _PLAIN.issuperset(map(type, tensors))
+            PLAIN.issuperset(map(type, tensors))
             and _SERVED.issuperset([x.dtype for x in tensors])
             and all(x.is_cpu for x in tensors)
             and all(map(Tensor.is_contiguous, tensors))
@@ -256,7 +254,7 @@ class CpuKernels:
 
     def refusal(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
         for x in (p, g, *states):  # asked for every tensor of every step: the common case first
-            if type(x) not in _PLAIN or x.dtype not in _SERVED or not x.is_contiguous() or not x.is_cpu:
+            if type(x) not in PLAIN or x.dtype not in _SERVED or not x.is_contiguous() or not x.is_cpu:
                 return self._reason(p, g, *states)
         return None
 
@@ -265,7 +263,7 @@ class CpuKernels:
             if not x.is_cpu:
                 return f"its {what} is on {x.device}"
         for what, x in (("parameter", p), ("gradient", g)):
-            if type(x) not in _PLAIN:
+            if type(x) not in PLAIN:
                 return f"its {what} is a {type(x).__name__}"
             if x.dtype not in _SERVED:
                 return f"its {what} is {x.dtype}; fp32 and bf16 are served"

@@ -1,5 +1,5 @@
 """cpu_quant.cpp as a torch operator: a tensor through a low-bit format and back in one pass, to the bit what
-``evenstep/lowbit/blocks.py`` computes. ``torch.ops.evenstep.cpu_fake_quantize`` exists once ``ready()`` said yes.
+``evenstep/lowbit/formats.py`` computes. ``torch.ops.evenstep.cpu_fake_quantize`` exists once ``ready()`` said yes.
 """
 
 import ctypes

@@ -32,14 +32,13 @@ from evenstep.kernels.interface import (
     Unavailable,
     constant,
     is_coded,
+    is_plain,
     table,
 )
 
 CODED = 256
 """Entries per scale of torchao's 8-bit blocks."""
 FLOATS = (torch.float32, torch.bfloat16)
-PLAIN = frozenset({Tensor, torch.nn.Parameter})
-"""Types of what a kernel can be given; a subclass may keep its numbers elsewhere."""
 
 
 @functools.cache
@@ -115,7 +114,7 @@ class TritonKernels:
             if is_coded(x):
                 if x.codes.numel() != x.scale.numel() * CODED:  # type: ignore[attr-defined]
                     return f"8-bit states come in blocks of {CODED}"
-            elif x.dtype not in FLOATS or type(x) not in PLAIN:
+            elif x.dtype not in FLOATS or not is_plain(x):
                 return f"its {what} is {type(x).__name__} of {_short(x.dtype)}"
             if not (x.codes if is_coded(x) else x).is_contiguous():  # type: ignore[attr-defined]
                 return f"its {what} is not contiguous"

@@ -150,12 +150,18 @@ SCALE_ROWS = (
 
 # ---- tensors ----
 
-_PLAIN = frozenset({Tensor, Parameter})
+PLAIN = frozenset({Tensor, Parameter})
+"""Types of tensors that hold their entries themselves. A subclass may keep its numbers elsewhere, or have none."""
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a kernel can read the entries of ``x`` at its address."""
+    return type(x) in PLAIN
 
 
 def is_coded(x: Tensor) -> bool:
     """Whether ``x`` is torchao's tensor of 8-bit blocks."""
-    return type(x) not in _PLAIN and hasattr(x, "codes")
+    return type(x) not in PLAIN and hasattr(x, "codes")
 
 
 def opened(moments: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

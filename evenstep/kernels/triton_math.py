@@ -120,7 +120,7 @@ def nearest_code(x, map, SIGNED: tl.constexpr):
 
 @triton.jit
 def mixed(x):
-    """`_mixed` of evenstep/optim/functional.py."""
+    """`_mixed` of evenstep/optim/rounding.py."""
     x = (x ^ (x >> 16)) * -2048144789
     x = (x ^ (x >> 13)) * -1028477387
     return x ^ (x >> 16)
@@ -128,7 +128,7 @@ def mixed(x):
 
 @triton.jit
 def write(p, lost, exact, offsets, inside, seed, P: tl.constexpr, KAHAN: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Round ``exact`` into the parameter (as evenstep/optim/functional.py); ``offsets`` number its entries."""
+    """Round ``exact`` into the parameter (as evenstep/optim/rounding.py); ``offsets`` number its entries."""
     if KAHAN:
         exact += read(lost, offsets, inside)
         kept = exact.to(P)

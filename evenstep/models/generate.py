@@ -1,9 +1,9 @@
-"""Text generation: keys and values of past tokens are kept, so that a new token costs one token's work.
+"""Text generation with a cache of keys and values, so that a new token costs the forward pass of one token.
 
-Rotary positions count from the start of the context, so a full cache cannot slide token by token without being
-recomputed. When the context reaches ``max_seq_len`` tokens it starts again from its last half, in one pass: the cost
-stays linear in the number of tokens, and every token is predicted from at least ``max_seq_len // 2`` others once the
-text is that long.
+Rotary positions count from the start of the context, so that a full cache cannot slide by one token without being
+recomputed. When the context reaches ``max_seq_len`` tokens, generation starts again from its last half in one pass: the
+cost stays linear in the number of tokens, and every token is predicted from at least ``max_seq_len // 2`` others once
+the text is that long.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from evenstep.models.llama import Llama
 
 
 class _LayerCache:
-    """One block's keys and values, [1, heads, max_seq_len, head] with the first ``length`` filled."""
+    """Keys and values of one block, each [1, heads, max_seq_len, head], of which the first ``length`` are filled."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -27,7 +27,7 @@ class _LayerCache:
         self.kv: tuple[Tensor, Tensor] | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.kv is None:  # shape, dtype (autocast!) and device are those of the first keys
+        if self.kv is None:  # allocated like the first keys, whose dtype depends on autocast
             shape = (*k.shape[:2], self.size, k.shape[3])
             self.kv = k.new_empty(shape), v.new_empty(shape)
         start, self.length = self.length, self.length + k.shape[2]
@@ -48,16 +48,31 @@ def generate(
     stop: int | None = None,
     vocab_size: int | None = None,
 ) -> list[int]:
-    """Continue ``tokens``; returns the new tokens alone, at most ``max_new_tokens`` of them.
+    """Continue a list of tokens.
 
-    ``temperature`` 0 takes the likeliest token every time; otherwise logits are divided by it and a token is drawn from
-    the ``top_k`` likeliest (None: from all) with ``generator``, a CPU generator (None: torch's global one). ``stop`` is
-    a token that ends the text and is not returned. A prompt longer than ``max_seq_len`` is cut to its last
-    ``max_seq_len`` tokens. ``vocab_size``: entries of the tokenizer, where the model's vocabulary is padded to more: no
-    other is chosen. The defaults 0.8 and 50 are ours, usual for small models.
+    Args:
+        model: the model, on any device.
+        tokens: the prompt; of a longer one, the last ``max_seq_len`` tokens are used.
+        max_new_tokens: the largest number of new tokens.
+        temperature: 0 always chooses the most probable token; otherwise logits are divided by it. Default 0.8, usual
+            for small models.
+        top_k: a token is drawn from this many most probable ones, default 50; None: from all.
+        generator: a CPU generator; None: torch's global one.
+        stop: a token that ends the text; it is not returned.
+        vocab_size: entries of the tokenizer, where the model's vocabulary is padded to more; no other is chosen.
 
-    Raises ``EvenstepError`` for an empty prompt, a token outside the vocabulary, a negative temperature or count, a
-    ``top_k`` below 1.
+    Returns:
+        The new tokens, without the prompt.
+
+    Raises:
+        EvenstepError: an empty prompt, a token outside the vocabulary, a negative temperature or count, or a ``top_k``
+            below 1.
+
+    Example:
+        >>> from evenstep.models import llama_config
+        >>> model = Llama(llama_config("tiny", vocab_size=64, num_layers=1))
+        >>> len(generate(model, [1, 2, 3], max_new_tokens=5))
+        5
     """
     rows, limit = model.config.vocab_size, model.config.max_seq_len
     if not tokens:
@@ -90,7 +105,7 @@ def generate(
                 break
             new.append(token)
             context.append(token)
-            pending = [token]
+            pending = [token]  # the next pass computes this token alone, from the cached keys and values
             if len(context) > limit:
                 context = context[-max(1, limit // 2) :]
                 pending, caches = context, []
@@ -107,7 +122,6 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: to
 
 
 def _without_compiling() -> contextlib.AbstractContextManager[object]:
-    """Run a compiled model uncompiled: the cache changes its length on every call, and each length would compile
-    anew."""
-    # Importing the compiler takes seconds; where nobody has, there is nothing compiled.
+    """Run a compiled model in eager mode: the length of the cache changes with every call, and each would compile."""
+    # The import of the compiler takes seconds. Where no code has imported it, nothing is compiled.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()

@@ -1,8 +1,8 @@
-"""Weights in and out of the Hugging Face layout: ``model.safetensors`` and ``config.json`` of a ``LlamaForCausalLM``.
+"""Models in the Hugging Face layout: ``model.safetensors`` and ``config.json`` of a ``LlamaForCausalLM``.
 
 Post-LN and Mix-LN models have no Hugging Face equivalent. They are saved with ``model_type`` "evenstep_llama", the keys
-``evenstep_norm`` and ``evenstep_norm_alpha``, and the weights in ``evenstep.safetensors``: with the usual file name
-``LlamaForCausalLM.from_pretrained`` would load them as a Pre-LN model after a mere warning, and compute something else.
+``evenstep_norm`` and ``evenstep_norm_alpha``, and the weights in ``evenstep.safetensors``. With the usual file name,
+``LlamaForCausalLM.from_pretrained`` would only warn, load them as a Pre-LN model and compute something else.
 """
 
 from __future__ import annotations
@@ -49,12 +49,29 @@ def require_safetensors() -> Any:
 
 
 def save_pretrained(model: Llama, directory: str | Path) -> None:
-    """Write ``model`` into ``directory`` (made if missing), weights first and ``config.json`` last, replacing a model
-    that is there.
+    """Write a model into a directory, in the layout of Hugging Face.
 
-    Tensors keep their dtype. A Pre-LN model opens in ``transformers`` as it is; see the head of this file for the
-    others. Writes are plain: a caller that must survive a kill writes into a new directory and renames it. Raises
-    ``EvenstepError`` without safetensors, ``OSError`` for a full disk.
+    A Pre-LN model can be loaded by ``transformers``; see the head of this file for the others. Tensors keep their
+    dtype. The weights are written first and ``config.json`` last, without protection against a killed process: a caller
+    that needs it writes into a new directory and renames that.
+
+    Args:
+        model: the model.
+        directory: created if missing; a model that is there is replaced.
+
+    Raises:
+        EvenstepError: safetensors is not installed.
+        OSError: the disk is full or refuses.
+
+    Example:
+        >>> import tempfile
+        >>> from evenstep.models import llama_config
+        >>> model = Llama(llama_config("tiny", vocab_size=64, num_layers=1))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     save_pretrained(model, directory)
+        ...     copy = load_pretrained(directory)
+        >>> torch.equal(copy.lm_head.weight, model.lm_head.weight)
+        True
     """
     directory = Path(directory)
     save_file = require_safetensors().save_file
@@ -68,7 +85,7 @@ def save_pretrained(model: Llama, directory: str | Path) -> None:
 
 
 def save_config(model: Llama, directory: str | Path) -> None:
-    """Write ``config.json``, the shape of ``model``, alone."""
+    """Write only ``config.json``, which describes the shape of ``model``."""
     (Path(directory) / _CONFIG).write_text(json.dumps(_to_hf(model), indent=2) + "\n", encoding="utf-8")
 
 
@@ -86,25 +103,30 @@ def _to_hf(model: Llama) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "bos_token_id": None,  # transformers would otherwise assume 1 and 2
+        "bos_token_id": None,  # without these keys transformers assumes 1 and 2
         "eos_token_id": None,
         "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
     }
 
 
 def read_config(directory: str | Path) -> LlamaConfig:
-    """The shape of the model in ``directory``, its weights unread; EvenstepError as for :func:`load_pretrained`."""
+    """The shape of the model in ``directory``, without reading its weights; EvenstepError as `load_pretrained`."""
     directory = Path(directory)
     return _from_hf(_read_json(directory / _CONFIG), directory)
 
 
 def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = None) -> Llama:
-    """The model saved in ``directory`` by :func:`save_pretrained` or by ``transformers``, on the CPU, in the dtype it
-    was saved in. ``weights``, by parameter name, take the place of the files: then ``config.json`` alone is read.
+    """Load a model that `save_pretrained` or ``transformers`` saved, on the CPU, in the saved dtype.
 
-    Weights may be in one file or in shards with an index; a tied head becomes a copy of the token table. Grouped-query
-    attention, biases, scaled rotary positions, other activations and other architectures are refused. Raises
-    ``EvenstepError`` for all of these and for missing, unreadable or mismatched files.
+    The weights may be in one file or in shards with an index. A tied head becomes a copy of the token table.
+
+    Args:
+        directory: contains ``config.json`` and the weights.
+        weights: tensors by parameter name, used instead of the files; then only ``config.json`` is read.
+
+    Raises:
+        EvenstepError: missing, unreadable or mismatched files, or a model with grouped-query attention, biases, scaled
+            rotary positions, another activation or another architecture.
     """
     directory = Path(directory)
     hf = _read_json(directory / _CONFIG)
@@ -113,7 +135,8 @@ def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = N
         weights = _read_weights(directory, _WEIGHTS if config.norm == "pre" else _OWN_WEIGHTS)
     if hf.get("tie_word_embeddings") and "model.embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    if config.num_layers > len(weights):  # building millions of them would take forever
+    # A config.json may claim millions of layers, which would take very long to build.
+    if config.num_layers > len(weights):
         raise EvenstepError(
             f"the weights in {directory} do not fit its config.json: {len(weights)} tensors for {config.num_layers} "
             "layers"
@@ -121,7 +144,7 @@ def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = N
     with torch.device("meta"):
         model = Llama(config)
     wanted = model.state_dict()
-    # Old exports carry the rotary frequencies, which follow from the configuration.
+    # Old exports contain the rotary frequencies, which follow from the configuration.
     weights = {name: tensor for name, tensor in weights.items() if not name.endswith("rotary_emb.inv_freq")}
     problems = [f"{name} is missing" for name in wanted if name not in weights]
     problems += [f"{name} is not part of the model" for name in weights if name not in wanted]
@@ -138,7 +161,7 @@ def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = N
 
 
 def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
-    """The configuration that ``config.json`` describes, or one line saying what about it we do not have."""
+    """The configuration that ``config.json`` describes; EvenstepError for a part that this LLaMA does not have."""
     if hf.get("model_type") not in ("llama", "evenstep_llama"):
         raise EvenstepError(
             f"{directory} holds a model of type {_short(hf.get('model_type'))}: only 'llama' can be loaded"
@@ -154,7 +177,7 @@ def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
             raise EvenstepError(f"{directory / _CONFIG}: {name} is {_short(value)}; it must be a positive whole number")
     heads = hf["num_attention_heads"]
-    # transformers 5 keeps all rotary settings in rope_parameters, earlier ones rope_theta and rope_scaling.
+    # transformers 5 has all rotary settings in rope_parameters; earlier versions have rope_theta and rope_scaling.
     old, new = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
     if not isinstance(old, dict) or not isinstance(new, dict):
         raise EvenstepError(f"{directory / _CONFIG}: rope_scaling and rope_parameters must be objects")
@@ -199,7 +222,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _indexed(index: Path) -> list[str]:
-    """The files that an index lists, which must lie beside it."""
+    """The files that an index lists. They have to be in its directory: an index may come from anywhere."""
     places = _read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(map(is_plain_name, places.values())):
         raise EvenstepError(f"{index} has no weight_map of files in its own directory; do not trust it")

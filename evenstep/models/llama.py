@@ -2,12 +2,12 @@
 
 The parameter names and the rotary convention (the two halves of a head are the two coordinates) are those of Hugging
 Face's ``LlamaForCausalLM``, so weights go back and forth unchanged. Every matrix is its own ``nn.Linear`` without a
-bias and every block sits in ``model.model.layers``: what wants to swap layers, compile or shard block by block does so
-from outside; nothing here knows of it.
+bias and every block is in ``model.model.layers``, so that other code can exchange layers, compile or shard block by
+block from outside.
 
-Where the normalisation stands is one option (``norm``): ``pre`` is x + f(N(x)), ``post`` is N(x + f(x)), and ``mix``
-(Mix-LN, arXiv:2412.13795) makes the first floor(norm_alpha * num_layers) blocks post and the rest pre. The final norm
-is always there.
+The option ``norm`` is the place of the normalisation: ``pre`` is x + f(N(x)), ``post`` is N(x + f(x)), and ``mix``
+(Mix-LN, arXiv:2412.13795) makes the first floor(norm_alpha * num_layers) blocks post and the others pre. All three have
+a final norm.
 
 Initialisation: every matrix, both vocabulary tables included, is normal with standard deviation 0.02, without scaling
 by depth, and every norm weight is one. That is ``initializer_range`` of Hugging Face's LLaMA and of the configurations
@@ -34,11 +34,24 @@ NORMS = ("pre", "post", "mix")
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a model; checked on construction, ``EvenstepError`` where something does not fit.
+    """The shape of a model.
 
-    ``max_seq_len`` (default 256, the papers' length) is the context the model is meant for: generation keeps to it,
-    ``forward`` takes any length. ``norm_eps`` 1e-6, ``rope_theta`` 10000 and ``init_std`` 0.02 are LLaMA's;
-    ``norm_alpha`` 0.25 is Mix-LN's and used by ``mix`` alone.
+    Args:
+        vocab_size: rows of the token table and of the head.
+        hidden_size: width of the residual stream, a multiple of twice ``num_heads``.
+        intermediate_size: width of the MLP.
+        num_layers: number of blocks.
+        num_heads: number of attention heads.
+        max_seq_len: length of the context in tokens, default 256 (the papers'). Generation keeps to it; ``forward``
+            accepts any length.
+        norm_eps: added to the mean square in RMSNorm, default 1e-6 (LLaMA's).
+        rope_theta: base of the rotary angles, default 10000 (LLaMA's).
+        norm: ``pre`` (default), ``post`` or ``mix``.
+        norm_alpha: share of Post-LN blocks with ``mix``, default 0.25 (Mix-LN's).
+        init_std: standard deviation of the initial weights, default 0.02 (LLaMA's).
+
+    Raises:
+        EvenstepError: a value out of range, or values that do not fit together.
     """
 
     vocab_size: int
@@ -76,21 +89,21 @@ class LlamaConfig:
 
     @property
     def num_post_norm(self) -> int:
-        """How many of the first blocks are Post-LN."""
-        # The small amount is for products such as 0.29 * 100 = 28.999999999999996, which mean 29.
+        """The number of Post-LN blocks, which are the first ones."""
+        # 1e-9 corrects products such as 0.29 * 100 = 28.999999999999996, which mean 29.
         return {"pre": 0, "post": self.num_layers, "mix": math.floor(self.norm_alpha * self.num_layers + 1e-9)}[
             self.norm
         ]
 
 
 class LayerCache(Protocol):
-    """What attention asks of a cache of past keys and values: ``append`` returns all of them, the new ones last."""
+    """A cache of past keys and values: ``append`` adds the new ones [B, heads, T, head] and returns all of them."""
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension; statistics in fp32, the result in x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; statistics in fp32, the result in x's dtype."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -102,8 +115,10 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions; x [B, T, hidden] -> [B, T, hidden]. ``mask`` bool
-    [B, 1, T, T] takes the place of the causal one."""
+    """Causal multi-head attention with rotary positions, x [B, T, hidden] -> [B, T, hidden].
+
+    ``mask``, bool [B, 1, T, T], replaces the causal mask.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -115,19 +130,21 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
+        # [B, T, hidden] -> [B, T, heads, head] for the rotation -> [B, heads, T, head] for attention.
         heads = (*x.shape[:2], -1, self.head_size)
         q = rotate(self.q_proj(x).view(heads), cos, sin).transpose(1, 2)
         k = rotate(self.k_proj(x).view(heads), cos, sin).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        # A cache is filled by one causal pass and then extended one token at a time: a lone query sees every key.
+        # A cache is filled by one causal pass and then extended one token at a time. A single query sees every key:
+        # is_causal would align it with the first key instead of the last one.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x)), x [B, T, hidden]."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -140,7 +157,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each with a residual; the norm before each, or after the sum (``post_norm``)."""
+    """Attention, then the MLP, each with a residual; the norm is before each, or after the sum (``post_norm``)."""
 
     def __init__(self, config: LlamaConfig, post_norm: bool) -> None:
         super().__init__()
@@ -161,7 +178,7 @@ class Block(nn.Module):
 
 
 class LlamaBody(nn.Module):
-    """Everything below the head: tokens [B, T] -> hidden states [B, T, hidden], the final norm applied."""
+    """The model without its head: tokens [B, T] -> hidden states [B, T, hidden] after the final norm."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -178,6 +195,7 @@ class LlamaBody(nn.Module):
         caches: list[LayerCache] | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
+        # `positions` [B, T] is for packed rows of several documents; `start` is the number of tokens in the caches.
         x = self.embed_tokens(tokens)
         mask = None if positions is None else document_mask(positions)
         if positions is None:
@@ -193,12 +211,12 @@ class LlamaBody(nn.Module):
         return self.norm(x)
 
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary angles at ``positions`` [..., T], fp32 [..., T, 1, head]; half of sin is negated,
-        as ``rotate`` wants it.
+        """cos and sin of the rotary angles at ``positions`` [..., T], fp32 [..., T, 1, head].
 
-        Made anew on each pass: it costs microseconds, and a buffer would be lost on the meta device and rounded by
-        ``model.bfloat16()``.
+        The first half of sin is negated, as ``rotate`` expects.
         """
+        # Angle of coordinate pair i at position t: t * theta ** (-2i / head). Computed in each pass, in microseconds,
+        # because a buffer would be lost on the meta device and rounded by model.bfloat16().
         width = self.config.hidden_size // self.config.num_heads
         powers = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
         angles = (positions.float()[..., None] * (1.0 / self.config.rope_theta**powers))[..., None, :]
@@ -207,12 +225,18 @@ class LlamaBody(nn.Module):
 
 
 class Llama(nn.Module):
-    """The language model; parameters are drawn from torch's global random generator on construction.
+    """The language model. Construction draws the parameters from torch's global random generator.
 
-    ``activation_checkpointing`` (default False) keeps only each block's input in the forward pass and recomputes the
-    rest in the backward pass: a third more arithmetic for a fraction of the activation memory, and the same gradients
-    to the last bit. To compile, use ``model.model.compile()`` or ``block.compile()`` for each block of
-    ``model.model.layers``: both leave the parameter names alone.
+    To compile it, use ``model.model.compile()``, or ``block.compile()`` for each block of ``model.model.layers``: both
+    keep the parameter names.
+
+    Example:
+        >>> model = Llama(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2))
+        >>> tokens = torch.randint(64, (3, 8))
+        >>> model(tokens).shape
+        torch.Size([3, 8, 64])
+        >>> model.loss(tokens[:, :-1], tokens[:, 1:]).shape
+        torch.Size([])
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -220,12 +244,12 @@ class Llama(nn.Module):
         self.config = config
         self.model = LlamaBody(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if not self.lm_head.weight.is_meta:  # nothing to draw there, and drawing on meta loads torch's compiler
+        if not self.lm_head.weight.is_meta:  # there is nothing to draw, and drawing on meta imports torch's compiler
             self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw every parameter anew from torch's global generator, as after ``to_empty()`` on a model built on meta."""
+        """Draw every parameter again from torch's global generator, as after ``to_empty()`` of a model on meta."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(0.0, self.config.init_std)
@@ -234,6 +258,11 @@ class Llama(nn.Module):
 
     @property
     def activation_checkpointing(self) -> bool:
+        """Whether the forward pass keeps only the input of each block and the backward pass recomputes the rest.
+
+        Default False. A third more arithmetic for a fraction of the activation memory, and the same gradients to the
+        last bit.
+        """
         return self.model.activation_checkpointing
 
     @activation_checkpointing.setter
@@ -243,8 +272,8 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Next-token logits [B, T, vocab] in the parameters' dtype (or autocast's) for int64 ``tokens`` [B, T].
 
-        ``positions`` int64 [B, T] (None: one document a row): of rows that hold several documents, counted from 0 in
-        each, -1 for padding. No document sees another.
+        ``positions``, int64 [B, T], is for rows that contain several documents: it counts from 0 in each document, and
+        is -1 for padding. No document sees another. None: one document per row.
         """
         return self.lm_head(self.model(tokens, positions=positions))
 
@@ -252,20 +281,23 @@ class Llama(nn.Module):
         self, tokens: Tensor, targets: Tensor, *, reduction: str = "mean", chunk: int | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Cross entropy in nats, a 0-d fp32 tensor, of int64 ``targets`` [B, T] given ``tokens`` [B, T] and, in packed
-        rows, ``positions`` as `forward` takes them; then the head sees the tokens alone whose target counts.
+        """Cross entropy in nats, a 0-d fp32 tensor; the logits are cast to fp32 first.
 
-        ``targets`` are already shifted: ``targets[b, t]`` is what follows ``tokens[b, :t + 1]``; -100 is left out.
-        ``reduction`` is "mean" over the targets that count, or their "sum". The logits are brought to fp32 first,
-        whatever the dtype of the parameters.
+        Args:
+            tokens: int64 [B, T].
+            targets: int64 [B, T], shifted already: ``targets[b, t]`` is the token after ``tokens[b, :t + 1]``. -100
+                does not count.
+            reduction: the "mean" (default) or the "sum" over the targets that count.
+            chunk: number of rows (token positions) of logits in memory at once; None (default): all B * T. Value and
+                gradients are the same up to rounding. A row of logits of 32000 words takes 125 KiB, and several copies
+                of it exist. On a CPU in fp32, chunks of a few hundred rows stay in the cache and are faster too (8 x
+                256 tokens of the 9m model: 1.4 times the speed of a whole step); chunks of a few rows are slow. A
+                chunked loss allows one ``backward()`` and no second derivatives, since it may compute its gradients in
+                the forward pass.
+            positions: for packed rows, as in `forward`. The head then computes only the rows whose target counts.
 
-        ``chunk`` is how many rows (token positions) of logits exist at once; None: all B * T. The value and the
-        gradients are the same up to rounding. Whole logits of 32000 words cost 125 KiB a row, several times over. On a
-        CPU in fp32 chunks of a few hundred rows stay in cache and are also faster (8 x 256 tokens of the 9m model: 1.4
-        times the speed of a whole step), chunks of a few rows are slow. A chunked loss may have made its gradients in
-        the forward pass: it allows one ``backward()`` and no second derivatives.
-
-        Raises ``EvenstepError`` for another ``reduction`` or a ``chunk`` below 1.
+        Raises:
+            EvenstepError: another ``reduction``, or a ``chunk`` below 1.
         """
         if reduction not in ("mean", "sum"):
             raise EvenstepError(f"reduction is {reduction!r}: choose 'mean' or 'sum'")
@@ -280,16 +312,17 @@ class Llama(nn.Module):
         return chunked_cross_entropy(hidden, self.lm_head, targets, reduction, chunk)
 
     def num_parameters(self, embeddings: bool = True) -> int:
-        """How many parameters; without ``embeddings``, the token table and the head are left out."""
+        """The number of parameters; with ``embeddings=False``, without the token table and the head."""
         vocabulary = 0 if embeddings else self.model.embed_tokens.weight.numel() + self.lm_head.weight.numel()
         return sum(p.numel() for p in self.parameters()) - vocabulary
 
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of a forward and backward pass per token, as in PaLM (arXiv:2204.02311).
 
-        6 N + 12 * layers * hidden * seq_len: N are the parameters that multiply (all linear layers with the head; not
-        the token table, not the norms), two operations each and the backward pass twice the forward; the attention term
-        does not discount the causal mask. Recomputation by activation checkpointing is not counted.
+        6 N + 12 * layers * hidden * seq_len. N is the number of parameters in matrix products: all linear layers and
+        the head, but not the token table and the norms. Each takes two operations, and the backward pass is twice the
+        forward pass. The attention term does not discount the causal mask. Recomputation by activation checkpointing
+        does not count.
         """
         c = self.config
         matrices = (

@@ -1,9 +1,9 @@
-"""The pieces of the model that plain PyTorch runs slowly, each with a faster form that computes the same.
+"""Operations of the model that plain PyTorch runs slowly, each with a faster form that computes the same.
 
-Eager mode on a CPU spends more time in the chains of small operations that autograd records for a norm or a rotation
-than their arithmetic needs: each intermediate is written, saved and read again. A backward pass written out takes a
-norm from 4.4 to 1.4 ms and a rotation from 2.1 to 1.4 ms at 8 x 256 x 128 on one core, and saves nothing but its
-inputs. Under ``torch.compile`` and on a GPU the plain formula goes to the compiler or to PyTorch's own fused kernel.
+In eager mode on a CPU, autograd records a chain of small operations for a norm or a rotation, and writes, saves and
+reads every intermediate result, which takes longer than the arithmetic. An explicit backward pass takes a norm from 4.4
+to 1.4 ms and a rotation from 2.1 to 1.4 ms at 8 x 256 x 128 on one core, and saves only its inputs. Under torch.compile
+and on a GPU the plain formula is left to the compiler or to PyTorch's own fused kernel.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         # y = x s w with s = (mean(x^2) + eps)^-1/2, so dx = s w g - x s^3 mean(x w g) and dw = sum over rows of g x s.
-        # Both sums over g x are matrix-vector products, far faster on a CPU than a product and a reduction.
+        # Both sums over g x [N, D] are matrix-vector products, which a CPU runs far faster than a product and a
+        # reduction.
         x, weight, scale = ctx.saved_tensors
         size = x.shape[-1]
         gx = (grad * x).view(-1, size)
@@ -50,10 +51,11 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x [B, T, heads, D] turned by the angle of each position, in fp32, returned in x's dtype.
+    """Rotary positions (arXiv:2104.09864): x [B, T, heads, D] rotated by the angle of each position, in x's dtype.
 
-    Coordinates i and i + D/2 of a head are one plane (Hugging Face's convention). ``cos`` and ``sin`` are fp32 [T, 1,
-    D], with the first half of ``sin`` negated, which makes the rotation x * cos + (x with its halves swapped) * sin.
+    Coordinates i and i + D/2 of a head form a plane (Hugging Face's convention). ``cos`` and ``sin`` are fp32
+    [T, 1, D], and the first half of ``sin`` is negated, so that the rotation is x * cos + (x with its halves swapped) *
+    sin. The arithmetic is fp32.
     """
     return _Rotate.apply(x, cos, sin) if _eager_cpu(x) else _rotate(x, cos, sin)
 
@@ -71,33 +73,43 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors  # the transpose of a rotation turns the other way
+        cos, sin = ctx.saved_tensors  # the transpose of a rotation is the rotation by the opposite angle
         return _rotate(grad, cos, -sin), None, None
 
 
 def document_mask(positions: Tensor) -> Tensor:
-    """Who may look at whom in packed rows: bool [B, 1, T, T] of int64 ``positions`` [B, T], which count from 0 in each
-    document; -1 is padding. A token sees itself and what is before it in its own document; padding sees itself alone.
+    """The attention mask of packed rows, bool [B, 1, T, T]: True where a query (third dimension) sees a key (fourth).
+
+    ``positions``, int64 [B, T], count from 0 in each document and are -1 for padding. A token sees itself and the
+    tokens before it in its document; a padding token sees itself alone.
+
+    Example:
+        >>> document_mask(torch.tensor([[0, 1, 0]]))[0, 0].int()
+        tensor([[1, 0, 0],
+                [1, 1, 0],
+                [0, 0, 1]], dtype=torch.int32)
     """
+    # A position of 0 or -1 starts a new document, so that the running count numbers the documents of a row.
     documents = (positions <= 0).cumsum(1)[:, None]
     ones = torch.ones(positions.shape[1], positions.shape[1], dtype=torch.bool, device=positions.device)
     return (documents[..., :, None] == documents[..., None, :]) & ones.tril()
 
 
 def chunked_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, reduction: str, rows: int) -> Tensor:
-    """Cross entropy of ``head(hidden)``, ``rows`` rows of logits at once; hidden [N, D], targets int64 [N] -> 0-d fp32.
+    """Cross entropy of ``head(hidden)``, 0-d fp32, with ``rows`` rows of logits in memory at once.
 
-    In fp32 a plain ``nn.Linear`` goes to ``torch.nn.functional.linear_cross_entropy`` (PyTorch 2.13), which makes the
-    gradients in the forward pass. In 16 bits that function also rounds the loss to 16 bits (4.6757 reads 4.6562), so
-    there, and in older PyTorch, the chunks are recomputed in the backward pass instead: one more product with the head,
-    whose gradient is summed over the chunks in its own dtype (bf16 error 0.3 % whole, 0.5 % in 16 chunks, 0.9 % in 64).
+    ``hidden`` is [N, D], ``targets`` int64 [N]. In fp32 with a plain ``nn.Linear`` this is
+    ``torch.nn.functional.linear_cross_entropy`` (PyTorch 2.13), which computes the gradients in the forward pass. In 16
+    bits that function rounds the loss to 16 bits too (4.6757 becomes 4.6562). There, and in older versions of PyTorch,
+    the chunks are recomputed in the backward pass, at the cost of one more product with the head. The gradient of the
+    head is then summed over the chunks in its own dtype (error in bf16: 0.3 % whole, 0.5 % in 16 chunks, 0.9 % in 64).
     """
     fp32 = hidden.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
     if fp32 and type(head) is nn.Linear and hasattr(nn, "LinearCrossEntropyOptions"):
         options = nn.LinearCrossEntropyOptions(
             batch_chunk_size=rows,
-            acc_policy="compact",  # in fp32 all policies compute the same, and this one has no second weight gradient
-            allow_retain_graph=torch.compiler.is_compiling(),  # torch would set it there anyway, with a warning
+            acc_policy="compact",  # in fp32 all policies compute the same, and this one needs no second weight gradient
+            allow_retain_graph=torch.compiler.is_compiling(),  # under torch.compile it is forced, with a warning
         )
         return F.linear_cross_entropy(hidden, head.weight, targets, reduction=reduction, options=options)
     return _checkpointed_cross_entropy(hidden, head, targets, reduction, rows)

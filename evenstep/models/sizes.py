@@ -1,8 +1,7 @@
-"""The named sizes: one table, the shapes of the papers this package follows, and ``tiny`` for a laptop.
+"""The named sizes of models: the shapes of the papers that evenstep follows, and ``tiny`` for a laptop.
 
-The names say roughly how many parameters a size has with a vocabulary of 32000 and an untied head (100m: 32100).
-``tiny`` is ours: 1.4 million parameters with a vocabulary of 2048, small enough to learn something in three minutes on
-one CPU core.
+A name is roughly the number of parameters with a vocabulary of 32000 and an untied head (100m: 32100). ``tiny`` is
+evenstep's own: 1.4 million parameters with a vocabulary of 2048, which learn something in three minutes on one core.
 """
 
 from __future__ import annotations
@@ -34,10 +33,19 @@ SIZES: dict[str, dict[str, int]] = {name: dict(zip(_FIELDS, shape, strict=True))
 
 
 def llama_config(size: str, vocab_size: int, **changes: Any) -> LlamaConfig:
-    """The configuration of a named size, with any field of :class:`LlamaConfig` changed by keyword.
+    """The configuration of a named size.
 
-    Raises ``EvenstepError`` for a size or a field that does not exist (naming the nearest) and for values that do not
-    fit together.
+    Args:
+        size: a name in ``SIZES``.
+        vocab_size: rows of the token table and of the head.
+        changes: other fields of :class:`LlamaConfig`, by keyword.
+
+    Raises:
+        EvenstepError: a size or a field that does not exist, with the nearest name, or values that do not fit together.
+
+    Example:
+        >>> llama_config("60m", vocab_size=32000, num_layers=4).num_layers
+        4
     """
     if size not in SIZES:
         raise EvenstepError(

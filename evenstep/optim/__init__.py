@@ -4,48 +4,26 @@ Names are loaded on first use, so that options.py can be read without torch.
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-_HOME = {
-    "AGC": "transforms",
-    "AdaClip": "transforms",
-    "AdaGN": "transforms",
-    "AutoClip": "transforms",
-    "GradientStabilizer": "transforms",
-    "MomentumReset": "transforms",
-    "NormClip": "transforms",
-    "SCALE": "scale",
-    "SPAM": "spam",
-    "SkipStep": "transforms",
-    "SpikeClip": "transforms",
-    "Stabilized": "stabilize",
-    "StableSPAM": "stable_spam",
-    "ValueClip": "transforms",
-    "ZClip": "transforms",
-    "scale_groups": "groups",
-    "stabilize": "stabilize",
+# Module -> the public names in it.
+_MODULES = {
+    "groups": ("scale_groups",),
+    "scale": ("SCALE",),
+    "spam": ("SPAM",),
+    "stabilize": ("Stabilized", "stabilize"),
+    "stable_spam": ("StableSPAM",),
+    "transforms": (
+        *("AGC", "AdaClip", "AdaGN", "AutoClip", "GradientStabilizer", "MomentumReset"),
+        *("NormClip", "SkipStep", "SpikeClip", "ValueClip", "ZClip"),
+    ),
 }
-__all__ = [
-    "AGC",
-    "SCALE",
-    "SPAM",
-    "AdaClip",
-    "AdaGN",
-    "AutoClip",
-    "GradientStabilizer",
-    "MomentumReset",
-    "NormClip",
-    "SkipStep",
-    "SpikeClip",
-    "Stabilized",
-    "StableSPAM",
-    "ValueClip",
-    "ZClip",
-    "scale_groups",
-    "stabilize",
-]
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = [*_HOME]
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # type checkers and editors do not follow __getattr__
     from evenstep.optim.groups import scale_groups as scale_groups
     from evenstep.optim.scale import SCALE as SCALE
     from evenstep.optim.spam import SPAM as SPAM
@@ -68,10 +46,22 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(importlib.import_module(f"evenstep.optim.{_HOME[name]}"), name)
-        globals()[name] = value
+        globals()[name] = value  # __getattr__ is asked once per name
         return value
     raise AttributeError(f"module 'evenstep.optim' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
+
+
+class _Package(ModuleType):
+    """Python sets a submodule as an attribute of its package once it is imported. `stabilize` is the name of a
+    submodule and of the function in it; the attribute is always the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name == "stabilize" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

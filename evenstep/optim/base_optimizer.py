@@ -1,8 +1,8 @@
-"""The optimizer behind `stabilize`, seen from outside.
+"""Operations of `stabilize` on the optimizer behind it, of which it knows only the interface of torch.optim.
 
-What is asked of it and of a state that it is to load; which entries of its state are moments and how they are reset;
-how a step on some of its parameters is undone without reading from a device; and how it is stepped on transformed
-gradients.
+The checks of the optimizer and of a state that it loads; the entries of its state that are moments, and their reset
+(`reset_`); undoing its step on some parameters without reading from a device (`Snapshot`); and stepping it on
+transformed gradients (`GradientSwap`).
 """
 
 import inspect
@@ -16,37 +16,39 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from evenstep.optim.chain import PREFIX
-from evenstep.optim.distributed import is_sharded, local, refuse_flat_shard
+from evenstep.optim.distributed import is_sharded, local, plain_parts, refuse_flat_shard, shard_like
 from evenstep.optim.functional import Gradients
 
 # ---- checks ----
 
+# Names that torch's optimizers give to tensors in the shape of their parameter.
 IN_SHAPE = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_inf", "square_avg"})
-"""State entries that have the shape of their parameter wherever they are known."""
 
+# Where one of these entries exists, moments are compact (the masked entries, or a low-rank projection).
 PARTIAL = frozenset({"mask", "projector"})
-"""Where one of these entries exists, moments are compact: the masked entries, or a projection to fewer."""
 
+# Entries that Adam and AdamW need together: with one missing they would fail in the next step.
 ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})
-"""Entries that Adam and AdamW need together."""
 
 
 def check_base(base: Any) -> None:
-    """Raises TypeError for what is no torch Optimizer or needs its closure, ValueError for a differentiable one."""
+    """TypeError for an object that is no torch Optimizer or needs its closure, ValueError for a differentiable one."""
     if not isinstance(base, Optimizer):
         raise TypeError(f"stabilize expects a torch Optimizer, got {type(base).__name__}")
+    # LBFGS declares `closure` without a default; all others of torch have closure=None.
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
             f"{type(base).__name__} evaluates its closure many times a step, and transforms would not see those "
             "gradients; stabilize takes optimizers whose step() needs no closure"
         )
+    # differentiable=True would need the graph of the transformed gradients.
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError("stabilize: differentiable=True is not supported, the transforms are not differentiable")
 
 
 def check_parameters(params: Iterable[Tensor]) -> None:
-    """ValueError for parameters that transforms cannot take: complex ones, and flat shards."""
+    """ValueError for parameters that transforms cannot treat: complex ones, and flat shards."""
     for index, p in enumerate(params):
         refuse_flat_shard(p)
         if p.is_complex() and p.requires_grad:
@@ -54,18 +56,19 @@ def check_parameters(params: Iterable[Tensor]) -> None:
 
 
 def checked_copy(base: Optimizer, numbered: list[tuple[Any, Tensor]], states: dict[Any, Any]) -> dict[Any, Any]:
-    """A copy of ``states`` for ``base`` to load; torch would go on with the very tensors it is given.
+    """A copy of ``states`` for ``base`` to load: torch keeps and changes the very tensors that it is given.
 
-    Raises ValueError where an entry lacks or does not fit its parameter, which torch finds in the middle of a later
-    step or never.
+    ``numbered`` pairs each number in ``states`` with its parameter. Raises ValueError where an entry is missing or does
+    not fit its parameter, which torch notices in the middle of a later step or never.
     """
     copied = dict(states)
     for i, p in numbered:
         saved = states.get(i)
         if not isinstance(saved, dict) or any(isinstance(value, dict) for value in saved.values()):
-            continue  # nested by its library (bitsandbytes), which alone knows what belongs there
+            continue  # nested in a way that only its library (bitsandbytes) knows
         # Checkpoint tools leave the transforms' own entries in the base's state; those are checked by their Chain.
         present = {name: x for name, x in base.state.get(p, {}).items() if not str(name).startswith(PREFIX)}
+        # Entries that the base has already, or for Adam those that its first step would not create any more.
         needed = ADAM if saved.keys() & ADAM == saved.keys() and isinstance(base, torch.optim.Adam) else present.keys()
         missing = sorted(str(name) for name in needed if name not in saved)
         if missing and saved:
@@ -80,8 +83,10 @@ def checked_copy(base: Optimizer, numbered: list[tuple[Any, Tensor]], states: di
 
 
 def _check_shape(p: Tensor, i: Any, name: str, value: Tensor, present: Any, partial: bool) -> None:
+    """ValueError where a saved entry has not the shape of the present one or, if it is a known moment, of ``p``."""
     if partial or (isinstance(present, Tensor) and present.shape == value.shape):
         return
+    # Other entries (factored moments of Adafactor, scales) have shapes that only their optimizer knows.
     expected = tuple(present.shape) if isinstance(present, Tensor) else tuple(p.shape) if name in IN_SHAPE else None
     if expected is not None and tuple(value.shape) != expected and not value.numel() == p.numel() == 1:
         raise ValueError(
@@ -91,12 +96,14 @@ def _check_shape(p: Tensor, i: Any, name: str, value: Tensor, present: Any, part
 
 
 def _copy(value: Any) -> Any:
+    # Quantised tensors of torchao cannot be cloned; they are loaded as they are.
     quantised = type(value) is not Tensor and hasattr(value, "dequantize") and not is_sharded(value)
     return value.detach().clone() if isinstance(value, Tensor) and not quantised else value
 
 
 # ---- moments ----
 
+# An entry that is missing here is found by `unknown_entries` at the first step with a reset, and named in the error.
 MOMENTS = frozenset(
     """exp_avg exp_avg_sq exp_avg_diff exp_inf max_exp_avg_sq max_exp_avg_sqs momentum_buffer momentum square_avg
     grad_avg acc_delta sum row_var col_var variance exp_avg_sq_row exp_avg_sq_col exp_grad_adanorm
@@ -108,32 +115,37 @@ and bitsandbytes name them: a reset fills them with zeros.
 """
 
 STARTS = {"step": 0, "mu_product": 1, "eta": None, "mu": None, "qmap1": None, "qmap2": None}
-"""Entries that are no moments, with what they start from (None: they stay as they are). ``mu_product`` is NAdam's
-product of momenta, ``eta`` and ``mu`` are ASGD's rates, ``qmap`` are bitsandbytes' tables.
+"""Entries that are no moments, with their initial values (None: a reset leaves them). ``mu_product`` is NAdam's product
+of momenta, ``eta`` and ``mu`` are ASGD's rates, ``qmap`` are bitsandbytes' tables.
 """
 
 
 def reset_(state: dict[str, Any], moments: frozenset[str]) -> None:
-    """Moments and step count as after construction: a count that went on would repeat the bias correction's mistake."""
+    """Set moments and step counts to their initial values, in place.
+
+    The counts belong to the moments: with a count that went on, the bias correction of small new moments would be that
+    of old ones.
+    """
     for name, value in state.items():
         start = 0 if name in moments else STARTS.get(name)
         if start is None:
             continue
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor):  # a count that the base keeps as a Python number
             state[name] = start
         elif hasattr(local(value), "dequantize") and type(local(value)) is not Tensor:
+            # 8-bit codes: the code of 0 is not the number 0, so zeros are encoded by the tensor itself.
             local(value).copy_(torch.zeros(local(value).shape, device=value.device))
         else:
             value.fill_(start)
 
 
 def unknown_entries(states: Iterable[Any], moments: frozenset[str]) -> list[str]:
-    """Names of floating-point entries of which it is not known whether they are moments."""
+    """Names of floating-point entries that may or may not be moments, so that a reset could do harm either way."""
     return sorted(
         {
             name
             for state in states
-            if isinstance(state, dict)  # some bases keep numbers of no parameter there
+            if isinstance(state, dict)  # some bases keep global numbers in their state
             for name, value in state.items()
             if name not in moments
             and not str(name).startswith("stabilize.")
@@ -145,15 +157,21 @@ def unknown_entries(states: Iterable[Any], moments: frozenset[str]) -> list[str]
     )
 
 
+# ---- tensors whose gradient is not finite ----
+
+
 def on_host(x: Tensor) -> bool:
     """Whether a value can be read without waiting for a device."""
     return x.device.type == "cpu"
 
 
-def partitioned(accepted: dict[Tensor, Tensor], nonfinite: str) -> tuple[set[Tensor], list[Tensor]]:
-    """Parameters that the base is to step, and those among them that may have to be put back afterwards, by whether
-    their flags (0-d bool: the gradient is good) may be read.
+def split_by_flag(accepted: dict[Tensor, Tensor], nonfinite: str) -> tuple[set[Tensor], list[Tensor]]:
+    """The parameters that the base steps, and those among them that may have to be put back afterwards.
+
+    ``accepted`` has a flag for each parameter with a gradient (0-d bool on its device): the gradient is finite. A
+    parameter is left out of the step only where its flag may be read, which depends on ``nonfinite`` (see `stabilize`).
     """
+    # "skip" reads everywhere, "restore" where no device has to be waited for, "zero" nowhere.
     read = [p for p, flag in accepted.items() if nonfinite == "skip" or (nonfinite == "restore" and on_host(flag))]
     values = _values([accepted[p] for p in read])
     stepped = set(accepted) - {p for p, good in zip(read, values, strict=True) if not good}
@@ -161,22 +179,23 @@ def partitioned(accepted: dict[Tensor, Tensor], nonfinite: str) -> tuple[set[Ten
 
 
 def _values(flags: list[Tensor]) -> list[bool]:
-    """The values of 0-d tensors: one read of the device (one each, where there are several devices)."""
+    """The values of 0-d tensors. One read of the device for all, or one each where there are several devices."""
     if len({flag.device for flag in flags}) == 1:
         return torch.stack(flags).tolist()
     return [bool(flag) for flag in flags]
 
 
 class Snapshot:
-    """Parameters and their state before a step, to be put back on the device where a step should not have been.
+    """A copy of parameters and their state before a step, which undoes the step for some of them.
 
-    It holds a copy of each tensor until then. Counts that are Python numbers, or live on another device than the
-    parameter (torch's step counts on the CPU, for parameters on a GPU), cannot be put back without asking the device
-    and go on.
+    The choice is made on the device, by ``torch.where`` with the flags. Counts that are Python numbers, or live on
+    another device than the parameter (torch's step counts on the CPU, for parameters on a GPU), cannot be put back
+    without reading from the device: they keep the value after the step.
     """
 
     def __init__(self, base: Optimizer, params: list[Tensor], moments: frozenset[str]):
         self.base, self.params, self.moments = base, params, moments
+        # Lists, because a DTensor or an 8-bit tensor consists of several plain tensors.
         self.weights = [_copies(p) for p in params]
         self.states = [
             {name: _copies(value) for name, value in base.state.get(p, {}).items() if isinstance(value, Tensor)}
@@ -184,48 +203,44 @@ class Snapshot:
         ]
 
     def restore(self, accepted: list[Tensor]) -> None:
-        """Put back what belongs to the parameters whose flag (0-d bool) is False."""
+        """Put back the parameters whose flag (0-d bool) is False, and their state."""
         for p, flag, weights, before in zip(self.params, accepted, self.weights, self.states, strict=True):
-            _put_back(p, weights, flag)
+            _restore_where_false(p, weights, flag)
             for name, value in self.base.state.get(p, {}).items():
                 if not isinstance(value, Tensor):
                     continue
                 if name in before:
-                    _put_back(value, before[name], flag)
-                elif name in self.moments or STARTS.get(name) is not None:  # made by this step
-                    _put_back(value, [torch.full_like(x, STARTS.get(name) or 0) for x in _plain(value)], flag)
-
-
-def _plain(x: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that ``x`` is made of: the part of a DTensor that is here, codes and scales of 8-bit blocks."""
-    x = local(x)
-    if hasattr(type(x), "__tensor_flatten__"):
-        for part in (getattr(x, name) for name in x.__tensor_flatten__()[0]):  # type: ignore[attr-defined]
-            yield from _plain(part)
-    else:
-        yield x.detach()
+                    _restore_where_false(value, before[name], flag)
+                elif name in self.moments or STARTS.get(name) is not None:  # created by this step: back to the start
+                    _restore_where_false(
+                        value, [torch.full_like(x, STARTS.get(name) or 0) for x in plain_parts(value)], flag
+                    )
 
 
 def _copies(x: Tensor) -> list[Tensor]:
-    return [part.clone() for part in _plain(x)]
+    return [part.clone() for part in plain_parts(x)]
 
 
-def _put_back(x: Tensor, saved: list[Tensor], flag: Tensor) -> None:
-    for part, old in zip(_plain(x), saved, strict=False):
+def _restore_where_false(x: Tensor, saved: list[Tensor], flag: Tensor) -> None:
+    """Overwrite ``x`` by its copy where ``flag`` is False, without reading the flag."""
+    for part, old in zip(plain_parts(x), saved, strict=False):
+        # Another device: see the class. Another shape: replaced by the step, for example a mask with its moments.
         if part.device == flag.device and part.shape == old.shape:
             torch.where(flag, part, old, out=part)
 
 
 # ---- transformed gradients ----
 #
-# Torch's optimizers read ``p.grad``. A second copy of all gradients would be a quarter of what training holds, so where
-# the base allows it, it is stepped on some parameters at a time, and the copies of each turn use the memory of those
-# before: as much as the largest gradient takes. It is kept from step to step, since memory that is new to a process
-# takes long to get.
+# Torch's optimizers read ``p.grad``. A second copy of all gradients would add a quarter to the memory of training
+# (parameters, gradients, two moments). Where the base allows it, it is therefore stepped on some parameters at a time
+# (a turn), and the copies of each turn reuse the same memory, of the size of the largest gradient. The memory is kept
+# from step to step, because the operating system is slow to hand out new pages.
 
+# Smallest size of a turn, in bytes of gradients: one step of a base costs some 0.1 ms, however small.
 MIN_TURN_BYTES = 1 << 20
-"""Bytes of the gradients of a turn at least: a step of a base costs some 0.1 ms however small."""
 
+# Optimizers that update each parameter from its own gradient and state alone, so that several steps, each on some of
+# the parameters, equal one step on all. Subclasses may differ and are not included.
 PARAMETER_BY_PARAMETER = frozenset(
     getattr(torch.optim, name)
     for name in (
@@ -233,15 +248,14 @@ PARAMETER_BY_PARAMETER = frozenset(
     )
     if hasattr(torch.optim, name)
 )
-"""Optimizers that update each parameter from its own gradient and state alone, so that several steps on some parameters
-each are one step on all. Subclasses may do otherwise."""
 
+# Transformed gradients, the number of a tensor among them, and its parameter.
 Work = tuple[Gradients, int, Tensor]
-"""Gradients, the number of a tensor among them, and its parameter."""
 
 
 def goes_in_turns(base: Optimizer) -> bool:
-    """Whether ``base`` may be stepped on some parameters at a time without anyone noticing."""
+    """Whether ``base`` may be stepped on some parameters at a time with the same result. Hooks would run repeatedly."""
+    # Hooks that are registered for all optimizers (profilers) are not in these.
     hooks = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
     return type(base) in PARAMETER_BY_PARAMETER and not any(hooks)
 
@@ -250,10 +264,10 @@ class GradientSwap:
     """Puts transformed gradients into ``p.grad`` and steps a base on them."""
 
     def __init__(self) -> None:
-        self.scratch: dict[torch.device, Tensor] = {}
+        self.scratch: dict[torch.device, Tensor] = {}  # uint8, reused by every turn and every step
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return GradientSwap, ()  # the scratch memory is nobody's state
+        return GradientSwap, ()  # copies and pickles do without the scratch memory
 
     def step(
         self,
@@ -262,80 +276,72 @@ class GradientSwap:
         step: Callable[[], Any] | None = None,
         bad: Tensor | None = None,
     ) -> None:
-        """Step ``base`` on ``work`` (by ``step``, if given). All gradients must be None, and are again afterwards. With
-        ``bad`` (0-d bool) True they are NaN, for a base that leaves such tensors alone.
+        """Step ``base`` (by calling ``step``, if given) on the transformed gradients ``work``.
+
+        ``p.grad`` of all parameters must be None before, and is None again afterwards. Where ``bad`` (0-d bool) is True
+        the gradients are NaN instead, for a base that leaves such tensors unchanged.
         """
+        # One turn holds all gradients at once, in new memory, if the base has to see them together.
         for turn in (turns := _turns(work) if goes_in_turns(base) else [list(work)] if work else []):
-            outs = self._room_for(turn) if len(turns) > 1 else [torch.empty_like(_given(g, i)) for g, i, _ in turn]
+            outs = self._allocate(turn) if len(turns) > 1 else [torch.empty_like(_original(g, i)) for g, i, _ in turn]
             for several, targets in _by_bucket(turn, outs):
                 several[0][0].write([i for _, i, _ in several], targets)
             if bad is not None:
                 for out in outs:
                     out.masked_fill_(bad, math.nan)
             for (_, _, p), out in zip(turn, outs, strict=True):
-                p.grad = _like(p, out)
+                p.grad = shard_like(p, out, p.shape, p.stride())
             try:
                 (step or base.step)()
-            finally:
+            finally:  # also after an error, and before the next turn: a base must see each gradient once
                 for _, _, p in turn:
                     p.grad = None
 
-    def _room_for(self, turn: list[Work]) -> list[Tensor]:
-        given = [_given(grads, i) for grads, i, _ in turn]
-        size, device = sum(map(_room, given)), given[0].device
+    def _allocate(self, turn: list[Work]) -> list[Tensor]:
+        """A tensor for each gradient of a turn, like it in shape and dtype, in the scratch memory."""
+        given = [_original(grads, i) for grads, i, _ in turn]
+        # Grows to the largest turn in the first step, then stays.
+        size, device = sum(map(_aligned_bytes, given)), given[0].device
         if device not in self.scratch or self.scratch[device].numel() < size:
             self.scratch[device] = torch.empty(size, dtype=torch.uint8, device=device)
         outs, start = [], 0
         for g in given:
             room = self.scratch[device][start : start + g.numel() * g.element_size()]
+            # Other memory formats, such as channels_last, are kept, in memory of their own.
             outs.append(room.view(g.dtype).view(g.shape) if g.is_contiguous() else torch.empty_like(g))
-            start += _room(g)
+            start += _aligned_bytes(g)
         return outs
 
 
-def _given(grads: Gradients, i: int) -> Tensor:
-    """What is here of a gradient as it came, which says what its stand-in has to look like."""
+def _original(grads: Gradients, i: int) -> Tensor:
+    """The local gradient before all transforms, whose shape, dtype and device the transformed copy has."""
     return (grads.origin or grads).tensors[i]
 
 
-def _room(g: Tensor) -> int:
-    """Bytes of a tensor, in whole cache lines."""
+def _aligned_bytes(g: Tensor) -> int:
+    """Bytes of a tensor, rounded up to whole cache lines of 64, which keeps every copy aligned."""
     return -(-g.numel() * g.element_size() // 64) * 64
 
 
 def _turns(work: Sequence[Work]) -> list[list[Work]]:
-    """Runs of parameters on one device whose gradients take no more room than the largest of all does."""
-    most = max([_room(_given(grads, i)) for grads, i, _ in work], default=0)
+    """Split ``work`` into turns: neighbours on one device whose gradients together are no larger than the largest
+    gradient, or than `MIN_TURN_BYTES`."""
+    # A turn ends before a gradient that would not fit, and where the device changes.
+    most = max([_aligned_bytes(_original(grads, i)) for grads, i, _ in work], default=0)
     turns: list[list[Work]] = []
-    used, device = 0, None
+    used, device = 0, None  # bytes and device of the present turn
     for grads, i, p in work:
-        g = _given(grads, i)
-        if not turns or g.device != device or used + _room(g) > max(most, MIN_TURN_BYTES):
+        g = _original(grads, i)
+        if not turns or g.device != device or used + _aligned_bytes(g) > max(most, MIN_TURN_BYTES):
             turns.append([])
             used, device = 0, g.device
         turns[-1].append((grads, i, p))
-        used += _room(g)
+        used += _aligned_bytes(g)
     return turns
 
 
 def _by_bucket(turn: list[Work], outs: list[Tensor]) -> Iterator[tuple[list[Work], list[Tensor]]]:
-    """What belongs to the same gradients, one after the other."""
+    """The items of a turn and their outputs, grouped by the `Gradients` object that writes them in one call."""
     for _, pairs in itertools.groupby(zip(turn, outs, strict=True), key=lambda pair: id(pair[0][0])):
         several = list(pairs)
         yield [item for item, _ in several], [out for _, out in several]
-
-
-def _like(p: Tensor, part: Tensor) -> Tensor:
-    """``part`` as what is here of a tensor that is laid out as ``p`` is."""
-    if not is_sharded(p):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        part,
-        p.device_mesh,  # type: ignore[attr-defined]
-        p.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=p.shape,
-        stride=p.stride(),
-    )

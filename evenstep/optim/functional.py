@@ -11,12 +11,12 @@ in the shapes of the parameters.
 * `EntryClip`: g^2 > theta v becomes sign(g) sqrt(theta v) (SPAM, arXiv:2501.06842, section 4).
 * `AdamPlan`, `adam_step`: Adam with decoupled weight decay, and the moment resets of both papers.
 * `row_norms`, `squared_norms`, `floored`: g / ||g|| by row or column (SCALE, arXiv:2506.16659).
-* `reset_due`, `rewarm_factor`, `cosine_factor`, `bias_correction`: what depends on the step count.
+* `reset_due`, `rewarm_factor`, `cosine_factor`, `bias_correction`: functions of the step count.
 
 Three rules make the functions exact everywhere. Gradients are read and never written. No value is read back from a
-device, so nothing branches on a tensor: a gradient that is not finite leaves its tensor unchanged by arithmetic (decay
-1, step 0). A number of a whole tensor that may be sharded comes from a generator that yields `Reduction` requests; see
-`evenstep.optim.distributed`.
+device, so no code branches on a tensor: a gradient that is not finite leaves its tensor unchanged by arithmetic (decay
+1, step 0). A statistic of a whole tensor that may be sharded comes from a generator that yields `Reduction` requests;
+see `evenstep.optim.distributed`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,16 @@ from torch.nn import Parameter
 
 from evenstep.kernels.interface import Kernels, Measured, constant, is_coded, table
 from evenstep.optim.distributed import Reduction, Steps, run_batched_collectives
+from evenstep.optim.rounding import stochastically_rounded, write_kahan
 
 T = TypeVar("T", Tensor, float)
 R = TypeVar("R")
 
 
 def completed(step: Steps[R]) -> R:
-    """Run a step on parameters that are not sharded to its end; each request is its own answer."""
+    """Run the generator of a step to its end and return its result, for parameters that are not sharded: the answer to
+    each `Reduction` is its own values.
+    """
     return run_batched_collectives([step], lambda requests: None)[0]
 
 
@@ -53,6 +56,7 @@ def reset_due(t: T, every: int) -> T:
 
     Stable-SPAM's MoRet and SPAM's momentum reset: the moments start from zero on such a step.
     """
+    # "+ 0 * t" turns the boolean into the type, dtype and device of t.
     return 0 * t if every == 0 else (t % every == 0) + 0 * t
 
 
@@ -60,6 +64,7 @@ def bias_correction(beta: float | Tensor, count: Tensor) -> Tensor:
     """``1 - beta**count`` without the cancellation that fp32 suffers for a beta near one (0.99999 at count 1 would be
     off by 0.6 %).
     """
+    # 1 - beta^n = -expm1(n log beta). beta = 0 has the logarithm -Inf, which gives 1, as it should for n >= 1.
     log_beta = torch.log(beta) if isinstance(beta, Tensor) else (math.log(beta) if beta > 0 else -math.inf)
     return -torch.expm1(count * log_beta)
 
@@ -68,6 +73,7 @@ def cosine_factor(t: T, total_steps: int, eta_min: float, *, hold: bool) -> T:
     """Stable-SPAM's optional factor on beta1 and gamma1: from 1 down to ``eta_min`` over ``total_steps``, then held
     (or, with ``hold=False``, rising again).
     """
+    # s(t) = eta_min + (1 - eta_min) (1 + cos(pi t / (T + 1))) / 2. The published code does not hold it at T + 1.
     if hold:
         t = t.clamp(max=total_steps + 1) if isinstance(t, Tensor) else min(t, total_steps + 1)
     return eta_min + (1 - eta_min) * (1 + _cos(math.pi * t / (total_steps + 1))) / 2
@@ -79,7 +85,8 @@ def rewarm_factor(t: T, every: int, warmup_steps: int) -> T:
     """
     if every == 0:
         return 0 * t + 1
-    since = t % every
+    since = t % every  # k, steps since the reset: 0 on the reset step itself
+    # w(k) = 1 - 0.99 (1 + cos(pi k / (N + 1))) / 2 for k < N, else 1. There is no warm-up before the first reset.
     rising = 1 - 0.99 * (1 + _cos(math.pi * since / (warmup_steps + 1))) / 2
     warming = (t >= every) & (since < warmup_steps)
     if isinstance(t, Tensor):
@@ -97,29 +104,29 @@ def _cos(x: T) -> T:
 # once per operation; the same chain over pieces that fit in the second-level cache streams it once in all, and its
 # temporaries stay small.
 
+# Entries per piece: 256 KiB in fp32, so that the buffers of an Adam update share a 2 MiB cache (best of 2^13 to 2^17 as
+# measured).
 BLOCK = 1 << 16
-"""Entries per piece: 256 KiB in fp32, so that the buffers of an Adam update share a 2 MiB cache (best of 2^13 to 2^17
-as measured).
-"""
 
 
 def splittable(*tensors: Tensor) -> bool:
-    """Whether taking these tensors apart is possible and helps."""
+    """Whether splitting these tensors into pieces is possible and faster."""
     first = tensors[0]
     return (
-        first.device.type == "cpu"
+        first.device.type == "cpu"  # a GPU wants few large launches instead
         and first.numel() > BLOCK
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_compiling()  # a compiler fuses the chain itself
+        # Pieces are views, which tensors of 8-bit codes and transposed memory do not have.
         and all(type(t) in (Tensor, Parameter) and t.is_contiguous() for t in tensors)
     )
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield matching pieces (views) of tensors of one size; the tensors themselves where splitting cannot help or is
+    """Yield matching flat pieces (views) of tensors of one size; the tensors themselves where splitting is slower or
     not possible.
     """
     if splittable(*tensors):
-        yield from zip(*(t.view(-1).split(BLOCK) for t in tensors), strict=True)
+        yield from zip(*(torch.split(t.view(-1), BLOCK) for t in tensors), strict=True)
     else:
         yield tensors
 
@@ -128,35 +135,34 @@ def row_blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Matching groups of rows of tensors of one shape, small enough to stay in cache where splitting is possible."""
     if splittable(*matrices):
         rows = max(BLOCK // max(matrices[0][0].numel(), 1), 1)
-        yield from zip(*(x.split(rows) for x in matrices), strict=True)
+        yield from zip(*(torch.split(x, rows) for x in matrices), strict=True)
     else:
         yield matrices
 
 
-# ---- gradients: what is known of them, and how they are read ----
+# ---- gradients: their statistics, and how a transformed gradient is read ----
 
 
 @dataclass(frozen=True, slots=True)
 class Norms:
     """2-norms ``[k]`` of whole tensors and how many of their entries were clipped."""
 
-    raw: Tensor
-    """Before any transform."""
-    clipped: Tensor
-    """After clipping, before any gain."""
-    count: Tensor
+    raw: Tensor  # before any transform
+    clipped: Tensor  # after clipping, before any gain
+    count: Tensor  # number of clipped entries
 
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """``k`` gradient tensors (or the local shards of them) on one device, with what a step knows of each.
+    """``k`` gradient tensors (or their local shards) on one device, with the statistics that a step has of each.
 
     A transform such as AdaClip needs a few numbers per tensor (its largest entry, its norm) and results in a few more
     (a limit, a gain). They are kept beside the raw tensors and applied when a piece is read, so that no transformed
     copy of a whole gradient exists and ``p.grad`` stays as it is. Entry ``g`` is read as
     ``sign * gain * (g if |g| <= limit else g * limit / peak)``.
 
-    Numbers are vectors ``[k]`` in ``dtype``, the dtype of the statistics, and speak of whole tensors.
+    Statistics are vectors ``[k]`` in ``dtype`` and describe whole tensors, also where the tensors are shards. An
+    instance is never changed: each transform returns a new one that shares the tensors.
 
     >>> grads = completed(Gradients.measure([torch.tensor([3.0, 4.0])], torch.float32))
     >>> grads.peak
@@ -167,26 +173,17 @@ class Gradients:
 
     tensors: list[Tensor]
     dtype: torch.dtype
-    peak: Tensor
-    """Largest absolute entry; 0 for an empty tensor, Inf when any entry is not finite."""
-    local_norm: Tensor
-    """2-norm of the local shard, before any transform."""
-    finite: Tensor
-    """Boolean: every entry is finite. The other tensors are read as zeros."""
-    gain: Tensor
-    """Every entry is multiplied by it, after clipping; 0 where not finite."""
-    limit: Tensor | None = None
-    """Entries of the raw tensor above it (absolute value) are multiplied by ``limit / peak``."""
-    sign: float = 1.0
-    """-1 to ascend."""
-    norms: Norms | None = None
-    """What `with_norms` found."""
-    origin: Gradients | None = None
-    """The gradients before `replaced` put other tensors in their place."""
+    peak: Tensor  # [k] largest absolute entry; 0 for an empty tensor, Inf when any entry is not finite
+    local_norm: Tensor  # [k] 2-norm of the local shard, before any transform
+    finite: Tensor  # [k] bool: every entry is finite; the other tensors are read as zeros
+    gain: Tensor  # [k] every entry is multiplied by it, after clipping; 0 where not finite
+    limit: Tensor | None = None  # [k] raw entries above it (absolute value) are multiplied by limit / peak
+    sign: float = 1.0  # -1 to ascend
+    norms: Norms | None = None  # the result of `with_norms`; None before
+    origin: Gradients | None = None  # the gradients before `replaced` put other tensors in their place
+    # The kernels that read the tensors, for `stabilize` and fused steps; None for the plain code.
     kernels: Kernels | None = None
-    """What reads the tensors, for `stabilize` and fused steps; None for the plain code."""
-    measured: Measured | None = None
-    """What the kernels measured."""
+    measured: Measured | None = None  # statistics of blocks that the kernels measured, for their second pass
 
     @classmethod
     def measure(
@@ -204,27 +201,28 @@ class Gradients:
             measured = measured or kernels.measure(tensors)
             bound, norm = measured.peak, measured.norm
         else:
-            peaks, norms = [], []
+            peaks, norms = [], []  # k entries, 0-d each
             for g in tensors:
+                # On a CPU a bf16 gradient is converted piece by piece, without a full copy in fp32.
                 blockwise = [peak_and_norm(piece.to(dtype)) for (piece,) in blocks(g)]
                 peaks.append(torch.stack([peak for peak, _ in blockwise]).amax())
                 norms.append(peak_and_norm(torch.stack([norm for _, norm in blockwise]))[1])
             # An all-reduce by maximum may lose a NaN, but not an infinity.
             bound = torch.nan_to_num(torch.stack(peaks), nan=torch.inf, posinf=torch.inf)
             norm = torch.stack(norms)
-        [peak] = yield (Reduction("max", bound),)
-        finite = torch.isfinite(peak)
+        [peak] = yield (Reduction("max", bound),)  # [k], of whole tensors
+        finite = torch.isfinite(peak)  # bool [k], equal on all ranks: one bad shard skips the whole tensor
         gain = finite.to(dtype)
         return cls(tensors, dtype, peak, norm, finite, gain, sign=sign, kernels=kernels, measured=measured)
 
     def numbers(self) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """Gain, limit and reduced gain ``[k]``: an entry is multiplied by the reduced gain where it is above the limit,
         else by the gain."""
-        gain = self.gain * self.sign
+        gain = self.gain * self.sign  # [k]
         return (gain, torch.inf, gain) if self.limit is None else (gain, self.limit, self._rescale * gain)
 
     def of(self, tensors: list[Tensor]) -> Gradients:
-        """The same numbers for other tensors, such as the trained entries of each."""
+        """The same statistics for other tensors, such as the entries that a mask selects from each."""
         return replace(self, tensors=tensors)
 
     @property
@@ -244,6 +242,7 @@ class Gradients:
         """
         if self.limit is not None:
             raise ValueError("these gradients are clipped already; a step clips once")
+        # Stored for raw entries: gain |g| <= limit is |g| <= limit / gain. A gain of 0 leaves nothing to clip.
         return replace(self, limit=torch.where(self.gain > 0, limit / self.gain, torch.inf), norms=None)
 
     def amplified(self, gain: Tensor) -> Gradients:
@@ -251,13 +250,15 @@ class Gradients:
         return replace(self, gain=torch.where(self.finite, self.gain * gain, 0.0))
 
     def kept_if(self, keep: Tensor) -> Gradients:
-        """Let tensors where ``keep`` (bool ``[k]`` or 0-d) is False count as not finite: they are read as zeros."""
+        """Treat tensors where ``keep`` (bool ``[k]`` or 0-d) is False as not finite: they are read as zeros, and the
+        step leaves their parameters and state as they were.
+        """
         finite = self.finite & keep
         return replace(self, finite=finite, gain=torch.where(finite, self.gain, 0.0))
 
     def replaced(self, tensors: list[Tensor]) -> Steps[Gradients]:
-        """Other values in place of these, for a transform that limits and gains cannot express. Costs one pass, and one
-        more all-reduce where sharded.
+        """Use other values in place of these, for a transform that limits and gains cannot express. The cost is one
+        pass over the values and, where sharded, one more all-reduce.
         """
         new = yield from Gradients.measure(tensors, self.dtype, kernels=self.kernels)
         finite = self.finite & new.finite
@@ -270,7 +271,8 @@ class Gradients:
     def reader(self, i: int) -> Callable[[Tensor], Tensor]:
         """A function from a piece of tensor ``i`` to its transformed entries: a new tensor in ``dtype``."""
         gain, dtype = self.gain[i] * self.sign, self.dtype
-        # Where a tensor is not finite the gain is 0, and 0 * Inf is NaN: nan_to_num makes zeros of what is left.
+        # Where a tensor is not finite the gain is 0, and 0 * Inf is NaN, which nan_to_num replaces by 0: zeros leave
+        # the moments as they were, a NaN would stay in them.
         if self.limit is None:
             return lambda piece: torch.nan_to_num_(piece.to(dtype) * gain, nan=0.0)
         limit = self.limit[i]
@@ -281,7 +283,7 @@ class Gradients:
         """Write the transformed tensors of these indices into ``outs``, in their dtype."""
         sources = [self.tensors[i] for i in indices]
         if self.kernels is not None and all(out.is_contiguous() for out in outs):
-            numbers = table(self.peak, *self.numbers())  # [3, k]
+            numbers = table(self.peak, *self.numbers())  # [3, k]: gain, limit, reduced gain
             if len(indices) < len(self.tensors):
                 numbers = numbers.index_select(1, constant(list(indices), torch.int64, numbers.device))
             self.kernels.transform(outs, sources, numbers)
@@ -292,40 +294,45 @@ class Gradients:
                 target.copy_(read(piece))
 
     def with_norms(self) -> Steps[Gradients]:
-        """Take the norms of whole tensors, unless they are known. One pass if clipped, none if not."""
+        """Compute the norms of whole tensors, unless they are known. This takes one pass over the gradients if they are
+        clipped, and none if not: `measure` has taken the norms of the shards.
+        """
         if self.norms is not None:
             return self
         if self.origin is None or self.origin.norms is not None:
             [sums] = yield (self.squares(),)
             return self.with_sums(sums)
+        # The norms before `replaced` are requested in the same message, for the statistics of the step.
         sums, before = yield self.squares(), self.origin.squares()
         return replace(self.with_sums(sums), origin=self.origin.with_sums(before))
 
     def within_range(self) -> Gradients:
-        """Let tensors whose norm is beyond the range of ``dtype``, though no entry is, count as not finite: for steps
-        that compute with norms. Needs `with_norms` first.
+        """Treat tensors whose norm is beyond the range of ``dtype``, though no entry is, as not finite: for steps that
+        compute with norms. Needs `with_norms` first.
         """
         assert self.norms is not None
         return self.kept_if(self.norms.raw <= torch.finfo(self.dtype).max)
 
     def squares_within(self, most: float) -> Gradients:
-        """Let tensors with an entry whose square is above ``most`` count as not finite: for steps that keep a mean of
-        squares, which such an entry would make infinite for good.
+        """Treat tensors with an entry whose square is above ``most`` as not finite: for steps that keep a running mean
+        of squares, which such an entry would make infinite for good.
         """
         return self.kept_if((self._largest_left * self.gain).square() <= most)
 
     def squares(self) -> Reduction:
-        """The request whose answer `with_sums` takes: squared norms before and after clipping, and clipped entries, of
-        each shard. Squares are in units of the largest entry, so that they neither overflow nor vanish.
+        """The request whose answer `with_sums` takes, ``[3 k]``: squared norms before clipping and after it, and the
+        number of clipped entries, of each shard.
         """
         local, count = self._clipped_locally()
+        # Squares are in units of the largest entry of the whole tensor, so that they neither overflow nor vanish in the
+        # sum over shards: ||g||^2 = peak^2 * sum over shards of (||g_shard|| / peak)^2.
         tiny = torch.finfo(self.dtype).tiny
         raw, clipped = self.local_norm / self.peak.clamp(min=tiny), local / self._largest_left.clamp(min=tiny)
         return Reduction("sum", torch.cat([raw.square(), clipped.square(), count]))
 
     def with_sums(self, sums: Tensor) -> Gradients:
         """Set the norms from the answer to `squares`."""
-        raw, clipped, count = sums.view(3, -1).unbind()
+        raw, clipped, count = sums.view(3, -1).unbind()  # [k] each
         return replace(self, norms=Norms(raw.sqrt() * self.peak, clipped.sqrt() * self._largest_left, count))
 
     @property
@@ -339,10 +346,10 @@ class Gradients:
             return self.local_norm, torch.zeros_like(self.local_norm)
         if self.kernels is not None and self.measured is not None:
             return self.kernels.clip_norms(self.tensors, self.measured, self.limit, self._rescale)
+        # Entries are read in units of the largest one after clipping, so that their squares stay in range.
         unit = self._largest_left  # [k]
-        inverse = 1 / unit.clamp(min=torch.finfo(self.dtype).tiny)
-        norms, counts = [], []
-        # Entries are read in units of the largest one that is left, so that their squares stay in range.
+        inverse = 1 / unit.clamp(min=torch.finfo(self.dtype).tiny)  # [k]
+        norms, counts = [], []  # k entries, 0-d each
         for tensor, limit, gain, reduced in zip(
             self.tensors, self.limit.unbind(), inverse.unbind(), (self._rescale * inverse).unbind(), strict=True
         ):
@@ -356,25 +363,29 @@ class Gradients:
 
     @property
     def _rescale(self) -> Tensor:
+        """Factor of the entries above the limit, ``[k]``: limit / peak, so that the largest lands on the limit."""
         assert self.limit is not None
         return torch.where(self.limit < self.peak, self.limit / self.peak, torch.ones_like(self.peak))
 
 
 def _scale(g: Tensor, limit: Tensor, gain: Tensor, reduced: Tensor) -> tuple[Tensor, Tensor]:
-    """``g`` times ``reduced`` where it is above the limit, else times ``gain``; and 1 or 0 for above or not."""
+    """``g`` times ``reduced`` where its absolute value is above ``limit``, else times ``gain``; and the mask of the
+    former, 1 or 0 in the dtype of ``g``."""
     # The mask is in floats because torch's boolean masks and ``where`` are not vectorised on CPU.
     over = g.abs().gt_(limit)
+    # ((1 - over) gain + over reduced) g
     return torch.rsub(over, 1.0).mul_(gain).addcmul_(over, reduced).mul_(g), over
 
 
 def peak_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest absolute entry and 2-norm, the squares taken in units of the former: 1e20 does not overflow, 1e-30 does
-    not vanish.
+    """Largest absolute entry and 2-norm of ``x``, 0-d each. The squares are taken in units of the largest entry, so
+    that 1e20 does not overflow and 1e-30 does not vanish in fp32.
     """
     if x.numel() == 0:
         return x.new_zeros(()), x.new_zeros(())
-    low, high = torch.aminmax(x)
+    low, high = torch.aminmax(x)  # one pass and no temporary, unlike x.abs().max(); NaN propagates
     peak = torch.maximum(-low, high)
+    # Clamped so that a tensor of zeros, or with an Inf, is not divided by 0 or Inf.
     unit = peak.clamp(min=torch.finfo(x.dtype).tiny, max=torch.finfo(x.dtype).max)
     return peak, torch.linalg.vector_norm(x / unit) * unit
 
@@ -388,7 +399,9 @@ def adaclip(grads: Gradients, peak_ema: Tensor, n: Tensor, gamma3: float) -> tup
     ``peak_ema`` is T_{t-1} and ``n`` the number of updates, this one included; both ``[k]``. Returns the clipped
     gradients and T_t.
     """
-    # T_t = gamma3 T_{t-1} + (1 - gamma3) max|g_t|; the limit is T_t / (1 - gamma3^n).
+    # T_t = gamma3 T_{t-1} + (1 - gamma3) max|g_t|, so that this gradient raises its own limit a little.
+    # Limit: That_t = T_t / (1 - gamma3^n). Entries above it become g_i / max|g_t| * That_t. n counts the updates of
+    # this tensor and goes on after a moment reset, which does not touch T.
     peak_ema = gamma3 * peak_ema + (1 - gamma3) * grads.largest
     return grads.clipped(peak_ema / bias_correction(gamma3, n)), peak_ema
 
@@ -402,11 +415,14 @@ def adagn(
     running mean of the squared norm, and the number of updates. Returns the gain, m and ``norm_rms``. The gain is 0 for
     a gradient that is zero, or whose norm is below the smallest normal number, which no gain could bring back.
     """
-    # The root of v is kept because v itself overflows where the norm does not. hypot does the same for the sum.
-    norm_ema = gamma1 * norm_ema + (1 - gamma1) * norm
+    # Paper: mu_t = gamma1 mu_{t-1} + (1 - gamma1) ||g_t||,   nu_t = gamma2 nu_{t-1} + (1 - gamma2) ||g_t||^2,
+    #        g_t <- g_t / ||g_t|| * mu_hat / (sqrt(nu_hat) + eps),   both corrected by 1 - gamma^n.
+    # sqrt(nu) is kept, because nu itself overflows where the norm does not, and hypot takes the root of the sum of
+    # squares without forming them.
+    norm_ema = gamma1 * norm_ema + (1 - gamma1) * norm  # [k]
     norm_rms = torch.hypot(math.sqrt(gamma2) * norm_rms, math.sqrt(1 - gamma2) * norm)
     span = torch.finfo(norm.dtype)
-    # Rounding may take the largest norms out of range, and Inf / Inf would be no gain.
+    # Hazard: rounding may take the largest norms out of range, and Inf / Inf would be NaN.
     mean = (norm_ema / bias_correction(gamma1, n)).clamp(max=span.max)
     root = (norm_rms / bias_correction(gamma2, n).sqrt() + eps).clamp(max=span.max)
     gain = (mean / root / norm).clamp(max=span.max)
@@ -426,16 +442,17 @@ class EntryClip:
     """
 
     def __init__(self, threshold: float, active: Tensor, *, forget: Tensor, zero_history: bool):
+        # Paper: g^2 > theta v. The cap on |g| is sqrt(theta v) + spread; on a reset step v counts as 0.
         self.factor = threshold * (1 - forget)
         self.spread = torch.where(active > 0, 0.0, torch.inf)
         self.zero_history = zero_history
-        # Tensor -> 2-norm after clipping and number of clipped entries of each of its pieces.
+        # Number of a tensor -> for each of its pieces the 2-norm after clipping and the number of clipped entries.
         self.pieces: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, i: int, g: Tensor, v: Tensor) -> Tensor:
         """Clip a piece ``g`` of tensor ``i``, with ``v`` its second moment before this step."""
         cap = torch.mul(v, self.factor).sqrt_().add_(self.spread)  # spread is Inf on a step without clipping
-        if not self.zero_history:  # no cap where v is 0
+        if not self.zero_history:  # no cap where v is 0: the published code freezes such entries, since v stays 0
             cap.add_(cap.clone().eq_(0), alpha=torch.finfo(v.dtype).max)
         clipped = torch.clamp(g, -cap, cap)
         self.pieces.setdefault(i, []).append((torch.linalg.vector_norm(clipped), torch.ne(clipped, g).sum()))
@@ -464,24 +481,16 @@ class AdamPlan:
     step is 0, and its gradient is read as 0.
     """
 
-    keep1: Tensor
-    """[k] what the first moment is multiplied by: beta1, 0 on a reset, 1 when skipped."""
-    keep2: Tensor
-    """[k] likewise for the second moment."""
-    add1: Tensor
-    """0-d: 1 - beta1."""
-    add2: float
-    step_size: Tensor
-    """[k] lr (times any warm-up) over the first bias correction; 0 when skipped."""
-    root_bias2: Tensor
-    """[k] square root of the second bias correction."""
-    shrink: Tensor | None
-    """[k] decoupled weight decay: what the parameter is multiplied by before the update; None for no decay."""
+    keep1: Tensor  # [k] factor of the first moment: beta1, 0 on a reset, 1 when skipped
+    keep2: Tensor  # [k] factor of the second moment, likewise
+    add1: Tensor  # 0-d: 1 - beta1; a tensor because the cosine schedule makes beta1 one
+    add2: float  # 1 - beta2
+    step_size: Tensor  # [k] lr (times any warm-up) over the first bias correction; 0 when skipped
+    root_bias2: Tensor  # [k] square root of the second bias correction, sqrt(1 - beta2^age)
+    shrink: Tensor | None  # [k] weight decay: factor of the parameter before the update, 1 - lr wd; None for 1
     eps: float
-    after: Tensor | None = None
-    """[k] what the moments are multiplied by once the step is taken; None for 1."""
-    shrink_after: Tensor | None = None
-    """[k] likewise for the parameter."""
+    after: Tensor | None = None  # [k] factor of both moments after the update (published resets); None for 1
+    shrink_after: Tensor | None = None  # [k] factor of the parameter after the update; None for 1
 
     @classmethod
     def of(
@@ -508,10 +517,12 @@ class AdamPlan:
         """
         beta1, beta2 = betas
         one = torch.ones_like(age)  # [k]
-        keep = one * (1 - forget)
+        keep = one * (1 - forget)  # [k]: 0 on a reset, so that the old moments do not enter
+        # lr m_hat / (sqrt(v_hat) + eps) with m_hat = m / (1 - beta1^age), v_hat = v / (1 - beta2^age): the first
+        # correction goes into the step size, the root of the second divides sqrt(v).
         step_size = lr * warmup / bias_correction(beta1, age)
         root_bias2 = bias_correction(beta2, age).sqrt()
-        if eps_before_correction:
+        if eps_before_correction:  # lr sqrt(1 - beta2^age) / (1 - beta1^age) * m / (sqrt(v) + eps)
             step_size, root_bias2 = step_size * root_bias2, one
         return cls(
             keep1=torch.where(finite, keep * beta1, one),
@@ -540,17 +551,19 @@ def adam_step(
     """
     # The second moment is capped at the largest finite number, so that rounding cannot make it infinite for good.
     largest = torch.finfo(grads.dtype).max
-    norms = []
+    norms = []  # k entries, 0-d each
     for i, tensors in enumerate(zip(weights.tensors, grads.tensors, exp_avg, exp_avg_sq, strict=True)):
         read, norms_of_pieces, start = grads.reader(i), [], 0
         keep1, keep2, step_size, root_bias2 = plan.keep1[i], plan.keep2[i], plan.step_size[i], plan.root_bias2[i]
+        # All buffers of a piece stay in cache from the read of the gradient to the write of the parameter.
         for p, piece, stored_m, stored_v, *extras in blocks(*tensors, *weights.extras(i)):
             # m and v are the stored tensors themselves, updated in place, unless those are of another dtype.
             g, m, v = read(piece), opened(stored_m, grads.dtype), opened(stored_v, grads.dtype)
             if clip is not None:
                 g = clip(i, g, v)  # judged by v before this gradient enters it
             m.mul_(keep1).addcmul_(g, plan.add1)  # m <- beta1 m + (1 - beta1) g
-            v.mul_(keep2).addcmul_(g, g, value=plan.add2).clamp_(max=largest)
+            v.mul_(keep2).addcmul_(g, g, value=plan.add2).clamp_(max=largest)  # v <- beta2 v + (1 - beta2) g^2
+            # step_size * m / (sqrt(v) / sqrt(1 - beta2^age) + eps)
             update = torch.div(m, v.sqrt().div_(root_bias2).add_(plan.eps)).mul_(step_size)
             if plan.after is not None:  # a reset in the order of the published code
                 m.mul_(plan.after[i])
@@ -560,7 +573,7 @@ def adam_step(
             norms_of_pieces.append(torch.linalg.vector_norm(update))
             # The parameter is updated in the dtype of the statistics and rounded once, by `Weights.write`.
             exact = p if p.dtype == grads.dtype else p.to(grads.dtype)
-            if plan.shrink is not None:
+            if plan.shrink is not None:  # p <- p (1 - lr wd), decoupled from the moments
                 exact.mul_(plan.shrink[i])
             exact.sub_(update)
             if plan.shrink_after is not None:
@@ -574,12 +587,11 @@ def adam_step(
 
 # ---- SCALE: each row or column of a matrix is divided by its norm ----
 
-FLOOR = 1e-8
-"""Smallest norm that is divided by (official code)."""
+FLOOR = 1e-8  # smallest norm that is divided by (official code)
 
 
 def row_norms(g: Tensor, count: int, norm: str) -> Tensor:
-    """The norm of each row, all dimensions but the first taken together, in a shape that divides ``g``.
+    """The norm of each row of ``g`` ``[m, ...]``, over all dimensions but the first: ``[m, 1, ...]``.
 
     ``"rms"`` is the root mean square over ``count`` entries (the official code; published learning rates belong to it),
     ``"l2"`` the paper's text.
@@ -592,15 +604,18 @@ def row_norms(g: Tensor, count: int, norm: str) -> Tensor:
 
 
 def squared_norms(pieces: Iterable[Tensor], read: Callable[[Tensor], Tensor], over: int) -> Tensor:
-    """Squared norms in fp64 of the rows (``over=1``) or, over the rows of all pieces, of the columns (``over=0``)."""
-    found = [read(piece).double().square_() for piece in pieces]
-    if over == 0:
-        return torch.stack([squares.sum(0, keepdim=True) for squares in found]).sum(0)
-    return torch.cat([squares.sum(tuple(range(1, squares.dim())), keepdim=True) for squares in found])
+    """Squared norms in fp64 of the rows of a matrix that comes in pieces of rows (``over=1``: ``[m, 1, ...]``), or of
+    its columns (``over=0``: ``[1, n, ...]``). ``read`` makes the entries of a piece."""
+    # fp64 holds the squares of all fp32 numbers, and sums that are all-reduced need no common unit.
+    squared = [read(piece).double().square_() for piece in pieces]
+    if over == 0:  # a column runs through all pieces
+        return torch.stack([squares.sum(0, keepdim=True) for squares in squared]).sum(0)
+    return torch.cat([squares.sum(tuple(range(1, squares.dim())), keepdim=True) for squares in squared])
 
 
 def floored(size: Tensor, count: int, norm: str) -> Tensor:
-    """A 2-norm over ``count`` entries as the norm of that name, at least `FLOOR`."""
+    """The 2-norm ``size`` over ``count`` entries, converted to the norm of that name and at least `FLOOR`."""
+    # RMS = ||x|| / sqrt(count)
     return (size / math.sqrt(max(count, 1)) if norm == "rms" else size).clamp(min=FLOOR)
 
 
@@ -609,15 +624,12 @@ def floored(size: Tensor, count: int, norm: str) -> Tensor:
 
 @dataclass(slots=True)
 class Weights:
-    """The parameters of a step (local shards) and how results are written into them."""
+    """The ``k`` parameters of a step (local shards) and how results are rounded into them."""
 
     tensors: list[Tensor]
-    finite: Tensor
-    """bool ``[k]``: parameters with False stay as they are."""
-    lost: list[Tensor | None]
-    """Kahan compensation, where rounding is ``"kahan"``."""
-    seeds: list[Tensor | None]
-    """0-d int32, where rounding is ``"stochastic"``."""
+    finite: Tensor  # [k] bool: parameters with False stay as they are
+    lost: list[Tensor | None]  # Kahan compensation, where rounding is "kahan"
+    seeds: list[Tensor | None]  # 0-d int32, where rounding is "stochastic"
 
     def extras(self, i: int) -> list[Tensor]:
         lost = self.lost[i]
@@ -626,6 +638,8 @@ class Weights:
     def write(self, i: int, p: Tensor, exact: Tensor, extras: list[Tensor], start: int) -> None:
         """Round ``exact`` into ``p``, a piece of tensor ``i`` that begins at its entry ``start``."""
         seed = self.seeds[i]
+        # A tensor that is skipped has `exact` equal to `p`, which rounds to itself; only the
+        # compensation of Kahan summation depends on `finite`.
         if p.dtype == exact.dtype:
             p.copy_(exact)
         elif extras:
@@ -637,12 +651,15 @@ class Weights:
 
 
 def opened(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """A stored moment in ``dtype`` for arithmetic: itself where it is stored so, else a decoded copy."""
+    """A stored moment in ``dtype`` for arithmetic: the stored tensor itself if it has that dtype, else a decoded copy.
+
+    Arithmetic in place therefore changes an fp32 moment at once, and any other only through `close`.
+    """
     return stored.dequantize().to(dtype) if is_coded(stored) else stored.to(dtype)
 
 
 def close(stored: Tensor, moment: Tensor, accepted: Tensor) -> None:
-    """Store the result of arithmetic on what `opened` returned, if ``accepted`` (0-d bool)."""
+    """Store ``moment``, the tensor that `opened` returned and arithmetic has changed, if ``accepted`` (0-d bool)."""
     if is_coded(stored):
         # Decoding and encoding again may give other codes (a block's largest entry is coded exactly only if it is
         # positive), so a moment that has to stay needs its old ones.
@@ -660,61 +677,12 @@ def close(stored: Tensor, moment: Tensor, accepted: Tensor) -> None:
         stored.copy_(moment.clamp(-most, most))
 
 
-# A bf16 parameter of 1.0 has a neighbour at 0.996: updates below half of that gap vanish when rounded to nearest.
-# Stochastic rounding takes the upper or lower neighbour with probabilities that make the mean right (as torchao's
-# optimizers do); Kahan summation keeps what rounding lost in a second 16-bit tensor and adds it to the next update (as
-# optimi does).
-
-_GOLDEN, _MIX1, _MIX2 = -1640531527, -2048144789, -1028477387  # odd 32-bit constants of the usual mixers
-
-
-def write_kahan(p: Tensor, exact: Tensor, lost: Tensor, accepted: Tensor) -> None:
-    """Round ``exact`` (fp32) plus what was ``lost`` into ``p``, and keep what is lost now. With ``accepted`` (0-d, 1 or
-    0) 0 nothing changes, provided that ``exact`` is ``p``.
-    """
-    exact = torch.addcmul(exact, lost.to(exact.dtype), accepted)
-    p.copy_(exact)
-    lost.copy_((exact - p.to(exact.dtype)).addcmul_(lost.to(exact.dtype), 1 - accepted))
-
-
-def noise_seeds(t: Tensor, places: list[tuple[int, int]], device: torch.device | None = None) -> list[Tensor]:
-    """A 0-d int32 seed for each tensor on ``device`` (default: that of ``t``), from the step ``t`` (0-d) and the place
-    of the tensor (numbers of its group and in the group).
-
-    Seeds are the same after a resume and on all replicas, and no random state is touched.
-    """
-    step = _mixed(t.to(torch.int32) * _GOLDEN)
-    tensor = constant([(place * 1_000_003 + index) % 2**31 for place, index in places], torch.int32, device or t.device)
-    return list((tensor ^ step).unbind())
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """32 bits, changed in place, of which each depends on all (Murmur's finaliser)."""
-    x.bitwise_xor_(x >> 16).mul_(_MIX1)
-    x.bitwise_xor_(x >> 13).mul_(_MIX2)
-    return x.bitwise_xor_(x >> 16)
-
-
-def stochastically_rounded(x: Tensor, dtype: torch.dtype, seed: Tensor, start: int = 0) -> Tensor:
-    """fp32 ``x`` as ``dtype`` (bf16 or fp16), up or down at random, unbiased. Inf and NaN stay as they are.
-
-    Random bits are added below the last bit that stays, then all below are cut off. They are a hash of ``seed`` and the
-    number of the entry (``start`` is that of the first), thrice as fast as a generator on CPUs. Values below fp16's
-    smallest normal number (6e-5) have fewer bits there and are rounded to nearest.
-    """
-    below = 16 if dtype == torch.bfloat16 else 13
-    number = torch.arange(start, start + x.numel(), dtype=torch.int32, device=x.device)
-    noise = _mixed(number.mul_(_GOLDEN).add_(seed)).bitwise_and_((1 << below) - 1).view(x.shape)
-    rounded = noise.add_(x.contiguous().view(torch.int32)).bitwise_and_(-(1 << below)).view(torch.float32)
-    return torch.where(torch.isfinite(x), rounded, x).to(dtype)
-
-
 # ---- what a step reports ----
 
 
 def statistics(grads: Gradients, sizes: Tensor, update_norm: Tensor, *, sharded: bool = False) -> dict[str, Tensor]:
     """``optimizer.stats`` of ``k`` parameters of ``sizes`` entries (all ``[k]``); norms are those of whole tensors."""
-    first = grads.origin or grads
+    first = grads.origin or grads  # before any transform that put new tensors in place of the gradients
     assert first.norms is not None
     unknown = torch.full_like(grads.peak, math.nan)
     limited = grads if first.limit is None else first
@@ -736,7 +704,8 @@ def scale_statistics(
     grads: Gradients, sizes: Tensor, directions: Tensor, lr: Tensor | float, *, sharded: bool = False
 ) -> dict[str, Tensor]:
     """The same for SCALE's matrices, from the norms of their normalised gradients ``[k]``."""
-    found = statistics(grads, sizes, directions * lr * grads.finite, sharded=sharded)
+    stats = statistics(grads, sizes, directions * lr * grads.finite, sharded=sharded)
+    # The direction replaces the gradient, so the norm after is its norm, and the gain the ratio of the two.
     after = torch.full_like(directions, torch.nan) if sharded else directions
-    gain = after / found["grad_norm"].clamp(min=torch.finfo(grads.dtype).tiny)
-    return found | {"norm_after": after, "gain": gain}
+    gain = after / stats["grad_norm"].clamp(min=torch.finfo(grads.dtype).tiny)
+    return stats | {"norm_after": after, "gain": gain}

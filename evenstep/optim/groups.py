@@ -1,5 +1,6 @@
-"""Which parameter is what: SCALE treats the embedding, the hidden matrices, the last layer and the vectors
-differently.
+"""The kind of each parameter of a model: embedding, hidden matrix, last layer or vector.
+
+SCALE treats these kinds differently (`scale_groups`); other optimizers exclude embedding and last layer (`is_inner`).
 """
 
 from collections.abc import Callable, Iterable
@@ -9,8 +10,8 @@ from typing import Any
 from torch import nn
 
 KINDS = ("embedding", "hidden", "last", "vector")
+# Names of last layers in common models (transformers, GPT-NeoX, timm, torchtitan).
 HEADS = ("lm_head", "embed_out", "head", "output", "classifier", "score")
-"""Names under which models keep their last layer."""
 
 
 def scale_groups(
@@ -20,24 +21,38 @@ def scale_groups(
     hidden: str | Iterable[str] = (),
     last: str | Iterable[str] = (),
 ) -> list[dict[str, Any]]:
-    """Param groups for `SCALE`: one each for ``"embedding"``, ``"hidden"``, ``"last"`` and ``"vector"`` under the key
-    ``kind``.
+    """Param groups for `SCALE`, one for each kind: ``"embedding"``, ``"hidden"``, ``"last"`` and ``"vector"``, under
+    the key ``kind``.
 
     Weights of ``nn.Embedding`` are embeddings; the weight of the last layer is found by its name (``lm_head``,
     ``embed_out``, ``head``, ``output``, ``classifier``, ``score``); weights of linear, bilinear and convolution layers
-    are hidden; tensors of fewer than two dimensions are vectors. Frozen parameters are left out. Every trainable
-    parameter lands in exactly one group, as a named parameter.
+    are hidden; tensors of fewer than two dimensions are vectors. Frozen parameters are left out. Every other parameter
+    is in exactly one group, as a pair ``(name, parameter)``.
 
     Args:
         model: the module whose parameters are grouped.
         embedding, hidden, last: names of parameters, or patterns such as ``"encoder.pos_*"``, that belong to a kind
-            whatever the rules say.
+            regardless of the rules above. Default: none.
+
+    Returns:
+        A list of dicts with ``params`` and ``kind``; kinds without parameters are left out.
 
     Raises:
-        ValueError: a parameter that no rule classifies, a pattern that matches nothing, no last layer, or one tied to
-            the embedding; the message lists the names and how to settle them.
+        ValueError: a parameter that no rule classifies, a pattern that matches nothing, no last layer, several, or one
+            that is tied to the embedding. The message lists the names and the argument that decides.
+
+    Example:
+        >>> from torch import nn
+        >>> from evenstep import SCALE, scale_groups
+        >>> model = nn.Sequential()
+        >>> model.embed, model.fc, model.head = nn.Embedding(10, 4), nn.Linear(4, 4), nn.Linear(4, 10, bias=False)
+        >>> groups = scale_groups(model)
+        >>> [(group["kind"], [name for name, _ in group["params"]]) for group in groups]
+        [('embedding', ['embed.weight']), ('hidden', ['fc.weight']), ('last', ['head.weight']), ('vector', ['fc.bias'])]
+        >>> optimizer = SCALE(groups, lr=1e-3)
     """
     given = {"embedding": _patterns(embedding), "hidden": _patterns(hidden), "last": _patterns(last)}
+    # named_parameters yields a shared parameter once, under its first name: a tied head appears as the embedding.
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for given_kind, patterns in given.items():
         for pattern in patterns:
@@ -47,9 +62,10 @@ def scale_groups(
                 )
 
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in KINDS}
-    unknown: list[str] = []
-    owner = _owners(model)
+    unknown: list[str] = []  # reported together, so that one run of the program shows all
+    owner = _owners(model)  # parameter name -> the module that holds it, whose type tells the kind
     for name, p in params.items():
+        # The caller's patterns come before all rules.
         named = (k for k, patterns in given.items() if any(fnmatchcase(name, x) for x in patterns))
         kind = next(named, None) or _kind(name, p, owner[name], find_last=not given["last"])
         if kind is None:
@@ -61,6 +77,7 @@ def scale_groups(
             f"scale_groups could not classify {', '.join(unknown)}; "
             "name them in embedding=, hidden= or last= (patterns are allowed)"
         )
+    # Exactly one last layer is needed: momentum there is part of the method, and a guess could be silently wrong.
     tied = _tied_heads(model, {id(p) for _, p in groups["embedding"]})
     if not groups["last"] and tied:
         raise ValueError(
@@ -77,16 +94,19 @@ def scale_groups(
             f"scale_groups found no last layer in {type(model).__name__} (no trainable one is named "
             f"{', '.join(HEADS)}); name its weight, for example last='decoder.out.weight'"
         )
+    # torch accepts pairs (name, parameter); states then carry the names.
     return [{"params": members, "kind": kind} for kind, members in groups.items() if members]
 
 
 def is_inner(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
-    """Whether a parameter of ``model``, by name, is a matrix between the embedding and the last layer: no vector, no
-    ``nn.Embedding`` (a last layer tied to one is it), nothing in a module named like a last layer."""
+    """A function of a parameter's name and the parameter: whether it is a matrix between the embedding and the last
+    layer. Vectors, weights of ``nn.Embedding`` (also of a last layer tied to one) and parameters in a module named like
+    a last layer are not."""
     owner = _owners(model)
 
     def inner(name: str, p: nn.Parameter) -> bool:
         path = name.split(".")[:-1]
+        # Wrappers such as modules_to_save of peft put more modules below the head.
         last = _is_head(".".join(path)) or bool({*path} & {"lm_head", "classifier", "score"})
         return p.dim() >= 2 and not isinstance(owner[name], nn.Embedding | nn.EmbeddingBag) and not last
 
@@ -94,7 +114,8 @@ def is_inner(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
 
 
 def has_head(model: nn.Module) -> bool:
-    """Is there a last layer that `is_inner` tells: named like one, or tied to the embedding?"""
+    """Whether the model has a last layer that `is_inner` recognises: by its name, or tied to the embedding."""
+    # remove_duplicate=False: a tied module may be found under its second name alone.
     names = [path for path, _ in model.named_modules(remove_duplicate=False)]
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return any(_is_head(path) for path in names) or bool(_tied_heads(model, embeddings))
@@ -118,6 +139,8 @@ def _is_head(module_path: str) -> bool:
 
 
 def _kind(name: str, p: nn.Parameter, owner: nn.Module, *, find_last: bool) -> str | None:
+    """The kind of a parameter by the rules of `scale_groups`, None where none applies."""
+    # The order of the rules matters: a head's bias is a vector, an embedding named "head" an embedding.
     if p.dim() < 2:
         return "vector"
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
@@ -132,6 +155,7 @@ def _kind(name: str, p: nn.Parameter, owner: nn.Module, *, find_last: bool) -> s
 
 
 def _tied_heads(model: nn.Module, embeddings: set[int]) -> list[str]:
+    """Paths of linear layers whose weight is one of ``embeddings`` (ids of parameters)."""
     return [
         path
         for path, module in model.named_modules(remove_duplicate=False)

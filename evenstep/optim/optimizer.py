@@ -1,4 +1,8 @@
-"""What all optimizers of evenstep share: groups, clocks, state, and exact resume.
+"""The base class of evenstep's optimizers: groups, clocks, state, the step, exact saving and loading.
+
+One call of `EvenOptimizer.step` runs ``_begin`` (checks, new state, the clock, the list of buckets) on the host, then
+``_update`` (one fused call or one plain step per bucket), then ``_end`` (statistics). A subclass adds its state and the
+two forms of its update; see stable_spam.py for an example.
 
 The rules that keep a run exact, wherever it is stopped and resumed:
 
@@ -9,8 +13,8 @@ The rules that keep a run exact, wherever it is stopped and resumed:
   loaded state to the parameter's dtype, which would round it under bf16 parameters, so the exact values are put back
   afterwards. A frozen parameter (``requires_grad=False``) has no state; it is created at the start of the first step
   after it was unfrozen, as for a parameter that is added then.
-* ``step()`` reads ``p.grad`` and never writes to it, asks no device for a value, and decides nothing by a tensor's
-  value: a gradient with a NaN or Inf leaves its parameter and state as they were by arithmetic, not by a branch.
+* ``step()`` reads ``p.grad`` and never writes to it, reads no value back from a device, and never branches on a
+  tensor: a gradient with a NaN or Inf leaves its parameter and state as they were by arithmetic.
 """
 
 from __future__ import annotations
@@ -21,22 +25,21 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from evenstep.kernels.interface import STATS, Kernels, StepTensors
+from evenstep.kernels.interface import PLAIN, STATS, Kernels, StepTensors
 from evenstep.optim.convert_state import convert_state_dict
 from evenstep.optim.distributed import (
-    PLAIN,
     Bucket,
     Steps,
     all_reduce,
-    buckets,
     rebind_sharded_params,
     run_batched_collectives,
     state_dtype,
 )
 from evenstep.optim.functional import Gradients, Weights
-from evenstep.optim.fused import MOMENTS, Choice
+from evenstep.optim.fused import MOMENTS, Choice, buckets
 from evenstep.optim.options import RANGES, TENSOR, Option, aliases, check, comparable, renamed, without_inert
 from evenstep.optim.state import (
     Group,
@@ -52,42 +55,43 @@ from evenstep.optim.state import (
     with_tensor_clock,
 )
 
-Work = tuple[Group, Bucket]
-"""The arguments of one call of `EvenOptimizer.update`."""
+Work = tuple[Group, Bucket]  # the arguments of one call of `EvenOptimizer.update`
 
 
 class EvenOptimizer(Optimizer):
-    """Base class. A subclass declares its options, its state (`new_state`), the plain step of a group (`update`) and
-    the same step fused (`fused_step`).
+    """Base class of the optimizers. A subclass declares its options (``OPTIONS``), its state (`new_state`), the plain
+    step of a bucket (`update`) and the same step by kernels (`fused_step`).
 
-    ``given`` are the constructor's arguments by name, of which the declared options become defaults of the groups;
-    ``official`` are those under official names. For ``fused`` see `StableSPAM`.
+    ``given`` holds the constructor's arguments by name, of which the declared options become defaults of the groups;
+    ``official`` holds the arguments under the published code's names. For ``fused`` see `StableSPAM`.
     """
 
-    OPTIONS: ClassVar[tuple[Option, ...]] = ()
-    ALIASES: ClassVar[dict[str, str]] = {}
-    """Official name -> ours."""
+    OPTIONS: ClassVar[tuple[Option, ...]] = ()  # the hyperparameters, declared in options.py
+    ALIASES: ClassVar[dict[str, str]] = {}  # name in the published code -> name here, derived from OPTIONS
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "OPTIONS" in cls.__dict__:
+        if "OPTIONS" in cls.__dict__:  # a user's subclass without options of its own keeps those of its parent
             cls.ALIASES = aliases(cls.OPTIONS)
 
     def __init__(
         self, params: Iterable[Any], given: Mapping[str, Any], official: Mapping[str, Any], fused: bool | None
     ):
+        # Kept on the optimizer and out of the groups: a saved state must load on a machine without kernels.
         self._choice = Choice(fused, type(self))
+        # ``given`` is the constructor's locals(), so that a hyperparameter is named in one place less.
         hyper = {option.name: given[option.name] for option in self.OPTIONS}
         defaults = renamed(without_inert(official), self.ALIASES, type(self).__name__, set(hyper))
-        self.stats: dict[str, Tensor] = {}
-        self._places: dict[Tensor, tuple[int, int]] = {}
-        self._known: set[Tensor] = set()
-        self._checked: list[tuple[Any, ...]] = []
+        self.stats: dict[str, Tensor] = {}  # of the last step, a vector over all parameters for each name
+        self._places: dict[Tensor, tuple[int, int]] = {}  # numbers of a parameter's group, and in the group
+        self._known: set[Tensor] = set()  # to notice parameters that were replaced by their shards
+        self._checked: list[tuple[Any, ...]] = []  # option values that have passed the check of their range
         super().__init__(params, hyper | defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("stats", {})  # not part of a copy or a saved state
+        # copy and pickle pass groups, state and the choice of kernels (`__getstate__`); older pickles lack the last.
+        self.__dict__.setdefault("stats", {})
         self.__dict__.setdefault("_choice", Choice(None, type(self)))
         self._places = {}
         self._known = {p for group in self.param_groups for p in group["params"]}
@@ -99,15 +103,19 @@ class EvenOptimizer(Optimizer):
     # ---- groups and state ----
 
     def add_param_group(self, param_group: Group) -> None:
-        """As torch's. Official names are translated, every hyperparameter is checked, and the state is created at once.
+        """As in torch. Names of the published code are translated, every hyperparameter is checked, and the state is
+        created at once.
 
-        A group added late starts at the clock of the others. ValueError for a value out of range or a mistyped name.
+        A group that is added late starts at the clock of the others. Raises ValueError for a value out of range or a
+        mistyped name, TypeError for a group that is no dict.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group is a dict with 'params' and options, got {type(param_group).__name__}")
         group = self._prepare_group(renamed(param_group, self.ALIASES, "param group", set(self.defaults), strict=False))
+        # With the defaults, so that the constructor's arguments are checked by the first group.
         for name, value in (self.defaults | group).items():
             self._check(name, value)
+        # Schedules and resets of a group that is added late go on in step with the others.
         group.setdefault("t", latest_clock([other["t"] for other in self.param_groups]))
         super().add_param_group(group)
         added = self.param_groups[-1]
@@ -115,13 +123,14 @@ class EvenOptimizer(Optimizer):
         try:
             place_clock(added)
             self._start_trained([added])
-        except Exception:
+        except Exception:  # the optimizer stays as it was before the call
             for p in self.param_groups.pop()["params"]:
                 self.state.pop(p, None)
             raise
         self._known.update(added["params"])
 
     def _prepare_group(self, group: Group) -> Group:
+        """A hook for subclasses: ``group`` as given to `add_param_group`, before it is checked."""
         return group
 
     def _check(self, name: str, value: Any) -> None:
@@ -131,7 +140,7 @@ class EvenOptimizer(Optimizer):
     def fresh_state(self, p: Tensor, group: Group, index: int) -> State:
         """The complete state of a new parameter: `new_state`, and Kahan compensation where the group asks for it."""
         state = self.new_state(p, group, index)
-        if group["rounding"] == "kahan" and p.dtype != state_dtype(p):
+        if group["rounding"] == "kahan" and p.dtype != state_dtype(p):  # nothing is lost in fp32 parameters
             state["compensation"] = torch.zeros_like(p)
         return state
 
@@ -140,9 +149,12 @@ class EvenOptimizer(Optimizer):
         raise NotImplementedError
 
     def _check_groups(self) -> None:
-        """ValueError for a hyperparameter that was set out of its range after construction. Groups are checked again
-        only where a value has changed; tensors are not, since reading them would wait for their device.
+        """ValueError for a hyperparameter that was set out of its range after construction, by a scheduler or by hand.
+
+        The values are compared with those of the last check first, since a comparison is much cheaper than the checks.
+        Tensors are left out: reading them would wait for their device.
         """
+        # One tuple of comparable values per group.
         names = [name for name in self.defaults if name in RANGES]
         now = [comparable(group.get(name) for name in names) for group in self.param_groups]
         if now == self._checked:
@@ -154,6 +166,7 @@ class EvenOptimizer(Optimizer):
         self._checked = now
 
     def _rebind_sharded_params(self) -> None:
+        """Start the state anew where accelerate has put shards into the groups in place of whole parameters."""
         if rebind_sharded_params(self.param_groups, self._known, "t"):
             self.state.clear()
             self._places = {}
@@ -167,6 +180,7 @@ class EvenOptimizer(Optimizer):
                     self._start(p, group, index)
 
     def _start(self, p: Tensor, group: Group, index: int) -> None:
+        """Create the state of a parameter. ValueError for one that cannot be updated."""
         check_parameter(p, index)
         self._choice.check(p)
         self.state[p] = self.fresh_state(p, group, index)
@@ -182,6 +196,7 @@ class EvenOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Under torch.compile, `_update` with the plain code is the compiled graph; `_begin` and `_end` run outside.
         if torch.compiler.is_compiling() and not self._compiles():
             self._step_outside_of_graphs()
             return loss
@@ -189,40 +204,42 @@ class EvenOptimizer(Optimizer):
         self._end(work, self._update(work))
         return loss
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _compiles(self) -> bool:
-        """Whether a compiled step is right. Compilers lose what is written into the parts of tensor subclasses (shards,
-        8-bit blocks); steps on these run outside of the graph.
+        """Whether a compiled step gives the right result. Compilers lose writes into the inner tensors of tensor
+        subclasses (shards, 8-bit blocks); steps on these run outside of the graph.
         """
-        given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        kept = [x for state in self.state.values() for x in state.values() if isinstance(x, Tensor)]
-        return PLAIN.issuperset(map(type, (*given, *(p.grad for p in given), *kept)))
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        states = [x for state in self.state.values() for x in state.values() if isinstance(x, Tensor)]
+        return PLAIN.issuperset(map(type, (*params, *(p.grad for p in params), *states)))
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _step_outside_of_graphs(self) -> None:
         work = self._begin(False)
         self._end(work, self._update(work))
 
-    # What is done on the host stays out of a compiled step (the decorator is torch's own, which unlike
-    # torch.compiler.disable does not load the compiler when this module is imported).
+    # Host work stays out of a compiled step. The decorator is torch's internal one, which unlike torch.compiler.disable
+    # does not load the compiler when this module is imported.
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _begin(self, compiling: bool) -> list[Work]:
+        """The host's part before a step. All errors are raised here, before any parameter or state changes."""
         self._check_groups()
         self._rebind_sharded_params()
         for group in self.param_groups:
             refuse_sparse_gradients(type(self).__name__, self.param_groups, group["params"])
+        # State of newly unfrozen parameters comes before the clock advances, as for parameters that are added now.
         self._start_trained(self.param_groups)
         if self.opens_step():
             self._advance()
         for group in self.param_groups:
-            if "sweep" in group:
+            if "sweep" in group:  # gradient release: this call closes the sweep of `step_parameter`
                 group["sweep"] = 0
         return self._work(((group, group["params"]) for group in self.param_groups), compiling)
 
     def opens_step(self) -> bool:
-        """Whether `step` would advance the clock. After a sweep of `step_parameter` it updates what is left at the
-        same ``t``.
+        """Whether `step` would advance the clock. After a sweep of `step_parameter` it updates the remaining parameters
+        at the same ``t``.
         """
         return not any("sweep" in group and group["sweep"] == group["t"] for group in self.param_groups) or any(
             self._had_its_turn(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None
@@ -234,30 +251,38 @@ class EvenOptimizer(Optimizer):
         return group.get("sweep") != group["t"] or self._had_its_turn(group, p)
 
     def _advance(self) -> None:
+        # All groups together, also those without gradients: one clock for all schedules.
         for group in self.param_groups:
             group["t"] += 1
 
     def _work(self, chosen: Iterable[tuple[Group, list[Tensor]]], compiling: bool) -> list[Work]:
+        """The buckets of a step with their options, for the given parameters of each group."""
         # Kernels get addresses of tensors, where a compiler works on copies: a compiled step takes the plain code.
         choice = Choice(False) if compiling else self._choice
         work = []
         for group, params in chosen:
+            # New masks of SPAM come before the buckets, which hold references to the state.
             self.prepare(group, [p for p in params if p.grad is not None])
             for bucket in buckets(params, self.state, choice):
+                # Seeds of stochastic rounding depend on a parameter's place, which is the same after a resume.
                 places = [self.place(p)[1] for p in bucket.params] if group["rounding"] == "stochastic" else []
+                # "given": t and lr as they are in the group, for the fused step; with_tensor_clock converts them.
                 given = {"places": places, "given": (group["t"], group["lr"])}
                 work.append((with_tensor_clock(group) | given, bucket))
         return work
 
     def prepare(self, group: Group, params: list[Tensor]) -> None:
-        """Host work before a step on ``params``, which have gradients; it may replace their state."""
+        """A hook for subclasses: host work before a step on ``params``, which have gradients. It may replace their
+        state, as SPAM does with the moments of a new mask."""
 
     def _update(self, work: list[Work]) -> list[dict[str, Tensor]]:
-        """The two execution tiers: one fused call per bucket that has kernels; the others take the plain code, all
-        together, so that their collectives are batched."""
+        """The two execution tiers: one fused call for each bucket that has kernels. The plain steps of the others
+        advance together, so that their collectives are batched. Returns the statistics of each bucket."""
+        # Statistics are kept by number of the bucket, since the two tiers are run one after the other.
         stats = {i: self._fused(*one) for i, one in enumerate(work) if one[1].kernels is not None}
         plain = [i for i in range(len(work)) if i not in stats]
         layouts = [work[i][1].layout for i in plain]
+        # Generators: nothing has run before run_batched_collectives advances them.
         steps = [self.update(*work[i]) for i in plain]
         results = run_batched_collectives(steps, lambda requests: all_reduce(requests, layouts))
         stats |= dict(zip(plain, results, strict=True))
@@ -265,7 +290,8 @@ class EvenOptimizer(Optimizer):
 
     def _fused(self, group: Group, bucket: Bucket) -> dict[str, Tensor]:
         assert bucket.kernels is not None
-        # Numbers where numbers were given; a clock or a learning rate on a device stays there.
+        # Kernels take numbers as arguments without a copy to the device, where numbers were given. A clock or a
+        # learning rate that is on a device (CUDA graphs) stays there.
         t, lr = group["given"]
         now = group if group["capturable"] else group | {"t": t}
         if not isinstance(lr, Tensor):
@@ -273,32 +299,49 @@ class EvenOptimizer(Optimizer):
         return dict(zip(STATS, self.fused_step(now, bucket, bucket.kernels).unbind(), strict=True))
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
-        """The plain step: update the parameters of ``bucket`` and return their statistics, vectors ``[k]``. ``t`` and
-        ``lr`` of ``group`` are 0-d tensors."""
+        """The plain step: update the parameters of ``bucket`` in place and return their statistics, vectors ``[k]``.
+
+        ``group`` is a copy with ``t`` and ``lr`` as 0-d tensors. A statistic of whole tensors is requested by
+        ``yield`` (see `evenstep.optim.distributed`).
+        """
         raise NotImplementedError
 
     def fused_step(self, group: Group, bucket: Bucket, kernels: Kernels) -> Tensor:
-        """`update` in one call of ``kernels``. ``t`` and ``lr`` of ``group`` are numbers, or tensors if they were given
-        as such. Returns `STATS`, ``[len(STATS), k]``."""
+        """The same step as `update`, in one call of ``kernels``. ``t`` and ``lr`` of ``group`` are numbers, or tensors
+        if they were given as tensors. Returns the statistics named in `STATS`, ``[len(STATS), k]``."""
         raise NotImplementedError
+
+    def adam_options(self, group: Group, **special: Any) -> dict[str, Any]:
+        """The options of a fused Adam step (`STEP_OPTIONS`): those that are the same for all optimizers, and
+        ``special`` ones in addition or instead."""
+        beta1, beta2 = group["betas"]
+        common = {"sign": -1.0 if group["maximize"] else 1.0, "lr": group["lr"], "beta1": beta1, "beta2": beta2}
+        # No re-warm-up: the factor of the step size is 1, where an option that is not given counts as 0.
+        return common | {"eps": group["eps"], "decay": group["weight_decay"], "warmup": 1.0} | special
 
     @classmethod
     def checked_steps(cls) -> dict[str, Callable[..., EvenOptimizer]]:
-        """By name, functions ``(params, **options) -> optimizer`` with options that lead through all of `fused_step`:
-        the self-check of the kernels steps three small tensors (two matrices and a vector) with each."""
+        """Constructors of optimizers for the self-check of the kernels, by name: ``(params, **options) -> optimizer``.
+
+        The self-check steps three small tensors (two matrices and a vector) with each; the options should lead through
+        every branch of `fused_step`.
+        """
         return {}
 
     def step_tensors(self, group: Group, bucket: Bucket, *scalars: str, masks: Iterable[Tensor] = ()) -> StepTensors:
-        """The tensors of a fused step; ``scalars`` names those of the state."""
+        """The tensors of a fused step. ``scalars`` names the scalars of the state, in the order that kernels expect."""
         lost, seeds = rounding(group, bucket)
+        # SCALE's matrices have no second moment, and most of them no first one.
         exp_avg, exp_avg_sq = (bucket.state_tensors(name) if name in bucket.states[0] else [] for name in MOMENTS)
+        # By name first: all ages, then all peaks, ... so that kernels find the scalars of a name in a row.
         values = [state[name] for name in scalars for state in bucket.states]
         return StepTensors(
             bucket.shards, bucket.grads, exp_avg, exp_avg_sq, values, list(masks), _filled(lost), _filled(seeds)
         )
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _end(self, work: list[Work], stats: list[dict[str, Tensor]]) -> None:
+        """Put the statistics of all buckets together as `stats`. They stay on the device until someone reads them."""
         measured = [(bucket.params, numbers) for (_, bucket), numbers in zip(work, stats, strict=True)]
         self.stats = in_param_order(self.param_groups, measured)
 
@@ -307,20 +350,34 @@ class EvenOptimizer(Optimizer):
         """Update one parameter from its gradient, for gradient release: the gradient of each parameter is used and
         freed while the backward pass goes on.
 
-        ``p.register_post_accumulate_grad_hook(release)`` with ``def release(p): optimizer.step_parameter(p); p.grad =
-        None``. The result is that of ``step()`` bit for bit, since nothing here is taken over several tensors.
+        The result is that of ``step()`` bit for bit, since no statistic is taken over several tensors. The calls of one
+        backward pass are a sweep, with one value of the clock.
 
-        Call ``step()`` after the backward pass as ever: it updates what has a gradient still and closes the sweep.
-        Without that call, the next sweep begins (and the clock advances) when a parameter comes that had its turn
-        already. `stats` stays as it is. Sharded parameters cost messages of their own, and every rank must release them
-        in the same order.
+        Call ``step()`` after the backward pass as usual: it updates the parameters that still have a gradient and
+        closes the sweep. Without that call, the next sweep begins (and the clock advances) with the first parameter
+        that comes a second time. `stats` does not change. Sharded parameters cost messages of their own, and every rank
+        must release them in the same order.
 
         Raises:
-            ValueError: ``p`` is not in this optimizer, or a group is capturable. RuntimeError: a sparse gradient.
+            ValueError: ``p`` is not in this optimizer, or a group is capturable.
+            RuntimeError: a sparse gradient.
+
+        Example:
+            >>> import torch
+            >>> from evenstep import StableSPAM
+            >>> layer = torch.nn.Linear(3, 2)
+            >>> optimizer = StableSPAM(layer.parameters())
+            >>> def release(p):
+            ...     optimizer.step_parameter(p)
+            ...     p.grad = None
+            >>> hooks = [p.register_post_accumulate_grad_hook(release) for p in layer.parameters()]
+            >>> layer(torch.ones(3)).sum().backward()
+            >>> layer.weight.grad is None, optimizer.param_groups[0]["t"]
+            (True, 1)
         """
         self._step_parameter(p)
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _step_parameter(self, p: Tensor) -> None:
         if work := self._begin_parameter(p):
             self._update(work)
@@ -329,7 +386,7 @@ class EvenOptimizer(Optimizer):
         group, (_, index) = self.place(p)
         if any(other["capturable"] for other in self.param_groups):
             raise ValueError("step_parameter counts on the host; it does not go with capturable=True")
-        if p.grad is None:
+        if p.grad is None:  # as step() skips it
             return []
         self._check_groups()
         refuse_sparse_gradients(type(self).__name__, self.param_groups, [p])
@@ -340,16 +397,23 @@ class EvenOptimizer(Optimizer):
             self._start(p, group, index)
         if opens:
             self._advance()
+            # Marks the sweep in every group, so that step() knows that the clock has advanced already. It is saved with
+            # the groups.
             for other in self.param_groups:
                 other["sweep"] = other["t"]
+        # In the state and not on the optimizer, so that a run can be saved and resumed within a sweep.
         self.state[p]["released_at"] = group["t"]
         return self._work([(group, [p])], False)
 
+    # "released_at" is kept under the parameter and compared with the group's clock, both of which are saved.
     def _had_its_turn(self, group: Group, p: Tensor) -> bool:
+        """Whether ``p`` was updated in the present sweep."""
         return p in self.state and bool(self.state[p].get("released_at") == group["t"])
 
     def place(self, p: Tensor) -> tuple[Group, tuple[int, int]]:
-        """The group of a parameter, and the numbers of both."""
+        """The group of a parameter, and the numbers of the group and of the parameter in it. ValueError for one that is
+        not in this optimizer."""
+        # The cached place is verified, since trainers replace and reorder the lists of groups by hand.
         if p not in self._places or not self._is_at(p, self._places[p]):  # new, or moved by hand
             groups = enumerate(self.param_groups)
             self._places = {q: (i, j) for i, group in groups for j, q in enumerate(group["params"])}
@@ -359,12 +423,15 @@ class EvenOptimizer(Optimizer):
         return self.param_groups[place[0]], place
 
     def _is_at(self, p: Tensor, place: tuple[int, int]) -> bool:
+        # Slices instead of indices: groups and parameters may have been removed.
         groups = self.param_groups[place[0] : place[0] + 1]
+        # ``is``: == on tensors compares their entries.
         return any(q is p for group in groups for q in group["params"][place[1] : place[1] + 1])
 
     def gradients(self, group: Group, bucket: Bucket) -> Steps[Gradients]:
-        """The gradients of ``bucket``, measured."""
-        return (yield Gradients.measure(bucket.grads, bucket.dtype, -1.0 if group["maximize"] else 1.0))
+        """The gradients of ``bucket`` with their largest entries. One all-reduce where they are sharded."""
+        grads: Gradients = yield Gradients.measure(bucket.grads, bucket.dtype, -1.0 if group["maximize"] else 1.0)
+        return grads
 
     def weights(self, group: Group, bucket: Bucket, finite: Tensor) -> Weights:
         """The parameters of ``bucket``, to be written where ``finite`` ``[k]``."""
@@ -373,20 +440,21 @@ class EvenOptimizer(Optimizer):
     # ---- saving and loading ----
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's."""
+        """As in torch. Parameters that were unfrozen since the last step are included, with fresh state."""
         self._rebind_sharded_params()
         self._start_trained(self.param_groups)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but state keeps its own dtype bit for bit whatever the dtype of the parameters.
+        """As in torch, but state keeps its own dtype bit for bit, whatever the dtype of the parameters.
 
         The state of torch's Adam and AdamW, of the published classes and of pytorch_optimizer's is converted: moments
-        and step counts go on, what is missing starts anew, and a UserWarning says which (see
+        and step counts are kept, missing entries start anew, and a UserWarning lists both (see
         `evenstep.optim.convert_state`). Raises ValueError, before anything changes, for a state of other shapes or of
         an unknown optimizer.
         """
         self._rebind_sharded_params()
+        # Filled by `translate` while torch loads: the state before torch has cast it, and the warning.
         final: dict[str, Any] = {}
         summaries: list[str] = []
 
@@ -396,13 +464,15 @@ class EvenOptimizer(Optimizer):
             summaries.append(summary)
             return converted
 
+        # As hooks, so that `translate` sees the state after the user's pre-hooks, and exact values are in place before
+        # the user's post-hooks. torch casts the state to the dtype of the parameters in between.
         hooks = [
             self.register_load_state_dict_pre_hook(translate),
             self.register_load_state_dict_post_hook(lambda _: restore_exactly(self, final), prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
-        finally:
+        finally:  # also after an error, or the next load would run them twice
             for hook in hooks:
                 hook.remove()
         if summaries[0]:
@@ -410,6 +480,6 @@ class EvenOptimizer(Optimizer):
 
 
 def _filled(tensors: list[Tensor | None]) -> list[Tensor]:
-    """For kernels, which take lists of tensors: no list where there is none, empty tensors for those that miss."""
+    """For kernels, which take lists of tensors: an empty list where all are None, else empty tensors for None."""
     given = [x for x in tensors if x is not None]
     return [given[0].new_empty(0) if x is None else x for x in tensors] if given else []

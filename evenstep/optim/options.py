@@ -19,12 +19,18 @@ from evenstep.errors import nearest
 # ---- ranges ----
 
 
+# A predicate of a value, and the words for it. Checks run at construction, for every param group, and before a step
+# whose options have changed.
+
+
 @dataclass(frozen=True)
 class Range:
     """The values that an option may have: a predicate, and how an error message describes them."""
 
     holds: Callable[[Any], bool]
     text: str
+    choices: tuple[str, ...] = ()
+    """The allowed names, where the option has a few."""
 
 
 def is_tensor(x: Any) -> bool:
@@ -36,17 +42,18 @@ def number(low: float, high: float = math.inf, *, below: bool = False) -> Callab
     """A predicate: ``low <= x <= high``, or ``x < high`` with ``below``. Accepts tensors of one entry."""
 
     def holds(x: Any) -> bool:
-        if is_tensor(x):
+        if is_tensor(x):  # lr may be a 0-d tensor, which a compiled or captured step can change
             if x.numel() != 1 or x.device.type != "cpu":
                 return bool(x.numel() == 1)  # a value on a device is not read: that would wait for the device
             x = x.item()
-        if not isinstance(x, Real) or isinstance(x, bool):
+        if not isinstance(x, Real) or isinstance(x, bool):  # bool is a Real: lr=True would pass as 1.0
             return False
         return low <= float(x) and (float(x) < high if below else float(x) <= high)
 
     return holds
 
 
+# Comparisons with NaN are False, so NaN is out of every range. Decays exclude 1, which would divide by 1 - beta = 0.
 _fraction, _at_least_0 = number(0, 1, below=True), number(0, math.inf, below=True)
 
 
@@ -55,8 +62,9 @@ def _count(x: Any) -> bool:
 
 
 def _choice(*names: str) -> Range:
+    # "'a', 'b' or 'c'"
     quoted = [repr(name) for name in names]
-    return Range(lambda x: x in names, " or ".join([", ".join(quoted[:-1]), quoted[-1]]))
+    return Range(lambda x: x in names, " or ".join([", ".join(quoted[:-1]), quoted[-1]]), names)
 
 
 FRACTION = Range(_fraction, "a number in [0, 1)")
@@ -66,7 +74,9 @@ COUNT = Range(_count, "a whole number >= 0")
 COUNT_OR_NEVER = Range(_count, "a whole number >= 0 (0 = never)")
 BOOL = Range(lambda x: isinstance(x, bool), "True or False")
 
+# One entry per name: to add a hyperparameter of an optimizer or a transform, add its range here.
 RANGES: dict[str, Range] = {
+    # Optimizers
     "lr": AT_LEAST_0,
     "adam_lr": Range(lambda x: x is None or _at_least_0(x), "a number >= 0, or None"),
     "betas": Range(
@@ -90,6 +100,7 @@ RANGES: dict[str, Range] = {
     "capturable": BOOL,
     "rounding": _choice("nearest", "stochastic", "kahan"),
     "state": _choice("fp32", "bf16", "int8"),
+    # Transforms
     "beta2": FRACTION,
     "alpha": FRACTION,
     "limit": ABOVE_0,
@@ -116,8 +127,7 @@ def check(owner: str, /, **options: Any) -> None:
             raise ValueError(f"{where}{name}={value!r} is not {allowed.text}")
 
 
-TENSOR = object()
-"""Stands for a tensor in `comparable`."""
+TENSOR = object()  # stands for a tensor in `comparable`
 
 
 def comparable(values: Iterable[Any]) -> tuple[Any, ...]:
@@ -130,6 +140,9 @@ def comparable(values: Iterable[Any]) -> tuple[Any, ...]:
 # ---- declarations ----
 
 
+# Read by the constructors (defaults, names), by ``evenstep pretrain --help`` and by the reference page.
+
+
 @dataclass(frozen=True)
 class Option:
     """A hyperparameter of an optimizer. Its range is that of its name in `RANGES`."""
@@ -137,29 +150,32 @@ class Option:
     name: str
     default: Any
     help: str
-    source: str = ""
-    """Where the default comes from."""
-    aliases: tuple[str, ...] = ()
-    """Names of the published code, which constructors accept too."""
+    source: str = ""  # paper or published code that the default comes from
+    aliases: tuple[str, ...] = ()  # names in the published code, which constructors accept too
 
     @property
     def range(self) -> Range:
+        """The allowed values."""
         return RANGES[self.name]
 
 
+# Options that several optimizers have.
 LR = Option("lr", 1e-3, "learning rate, a float or a 0-d tensor")
 BETAS = Option("betas", (0.9, 0.999), "decay of the first and second moment")
 EPS = Option("eps", 1e-8, "added to the root of the second moment", "published code")
 WEIGHT_DECAY = Option("weight_decay", 0.0, "decoupled weight decay, multiplied by lr")
 VARIANT = Option("variant", "paper", "'official' follows the published code step by step")
+# Options of every optimizer. None of them is in the papers.
 COMMON = (
     Option("maximize", False, "ascend instead of descend"),
     Option("capturable", False, "keep the clock on the device, for CUDA graphs"),
     Option("rounding", "nearest", "how results enter 16-bit parameters: nearest, stochastic or kahan"),
     Option("state", "fp32", "how moments are stored: fp32, bf16 or int8 (blocks of 256, needs torchao)"),
 )
-"""Options of every optimizer."""
 
+# The order of each tuple is that of the constructor's arguments. `replace` changes what differs between optimizers.
+
+# arXiv:2502.17055. theta, total_T, update_proj_gap: names of the published class.
 STABLE_SPAM = (
     replace(LR, source="paper, section 5"),
     BETAS,
@@ -175,6 +191,7 @@ STABLE_SPAM = (
     *COMMON,
 )
 
+# arXiv:2501.06842. grad_accu_steps, warmup_epoch, DeltaT: names of the published class.
 SPAM = (
     replace(LR, source="paper: 60M"),
     BETAS,
@@ -189,6 +206,7 @@ SPAM = (
     *COMMON,
 )
 
+# arXiv:2506.16659.
 SCALE = (
     LR,
     Option("momentum", 0.9, "decay of the last layer's average gradient", "paper"),
@@ -202,12 +220,13 @@ SCALE = (
 
 
 def aliases(options: Iterable[Option]) -> dict[str, str]:
-    """Official name -> ours."""
+    """Name in the published code -> name here."""
     return {alias: option.name for option in options for alias in option.aliases}
 
 
 # ---- names that callers give ----
 
+# Trainers pass these to any optimizer.
 _INERT = {
     "foreach": "evenstep chooses its own loops and kernels; leave it out",
     "differentiable": "the step is not differentiable; leave it out",
@@ -227,20 +246,23 @@ def without_inert(given: Mapping[str, Any]) -> dict[str, Any]:
 def renamed(
     given: Mapping[str, Any], aliases: Mapping[str, str], owner: str, known: set[str], *, strict: bool = True
 ) -> dict[str, Any]:
-    """``given`` with official names replaced by ours. ``strict`` refuses unknown names (TypeError); otherwise only
-    those that look like a mistyped hyperparameter (ValueError)."""
-    import difflib  # takes 5 ms to load
+    """``given`` with names of the published code replaced by those of evenstep, for the class or object ``owner``.
+
+    Raises ValueError for two names of one option. Of unknown names, ``strict`` refuses all (TypeError, for the
+    constructor), otherwise only those that look like a mistyped option (ValueError, for param groups).
+    """
+    import difflib  # takes 5 ms to load, and the command line reads this module for its help
 
     result: dict[str, Any] = {}
     for name, value in given.items():
-        ours = aliases.get(name, name)
-        if ours in result or (ours != name and ours in given):
-            raise ValueError(f"{owner}: {name!r} and {ours!r} are two names of one setting; give one of them")
-        if ours not in known:
-            hint = nearest(name, [*known, *aliases])
-            if strict:
-                raise TypeError(f"{owner}: unknown argument {name!r}{hint}")
-            if difflib.get_close_matches(name, known, n=1, cutoff=0.85):
-                raise ValueError(f"{owner}: unknown option {name!r}{hint}")
-        result[ours] = value
+        canonical = aliases.get(name, name)
+        # Two names of one option may disagree, and no order of precedence would be obvious.
+        if canonical in result or (canonical != name and canonical in given):
+            raise ValueError(f"{owner}: {name!r} and {canonical!r} are two names of one setting; give one of them")
+        if canonical not in known and strict:
+            raise TypeError(f"{owner}: unknown argument {name!r}{nearest(name, [*known, *aliases])}")
+        # A param group may hold the user's own entries, which are kept, unless a name looks like a mistyped option.
+        if canonical not in known and difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+            raise ValueError(f"{owner}: unknown option {name!r}{nearest(name, [*known, *aliases])}")
+        result[canonical] = value
     return result

@@ -2,9 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,27 +13,29 @@ from evenstep.kernels.interface import Kernels, constant, uploaded
 from evenstep.optim import functional as F
 from evenstep.optim import options
 from evenstep.optim.distributed import Bucket, Steps, is_sharded, state_dtype
-from evenstep.optim.masks import draw_mask, pack, put_back, taken, unpack
 from evenstep.optim.optimizer import EvenOptimizer
-from evenstep.optim.state import Group, State, largest_stored, moment, scalar
+from evenstep.optim.state import Group, State, adam_moments, largest_stored, pack, scalar, unpack
 
 N = TypeVar("N", Tensor, float)
+T = TypeVar("T", Tensor, Tensor | None)
 
 
 class SPAM(EvenOptimizer):
-    """Adam that clips entries far above their own history, resets its moments now and then, and warms up again after
+    """Adam that clips entries far above their own history, resets its moments periodically, and warms up again after
     each reset.
 
-    Per entry: where ``g**2 > threshold * v`` (``v``: the second moment before this step, without bias correction),
-    ``g`` becomes ``sign(g) * sqrt(threshold * v)``. An entry with ``v == 0`` has no history and is not a spike. No
-    clipping happens while ``t`` or the number of steps since the last reset is below ``clip_start``.
+    Spike-aware clipping, per entry: where ``g**2 > threshold * v`` (``v`` is the second moment before this step,
+    without bias correction), ``g`` becomes ``sign(g) * sqrt(threshold * v)``. An entry with ``v == 0`` has no history
+    and is not a spike. Nothing is clipped while ``t`` or the number of steps since the last reset is below
+    ``clip_start``.
 
-    With ``density`` d < 1 only a random fraction d of each matrix (2 or more dimensions) has moments and is updated,
-    until the next reset draws another: state memory is d of the dense one, plus one bit per entry for the mask.
+    Sparse momentum: with ``density`` d < 1 only a random fraction d of each matrix (2 or more dimensions) has moments
+    and is updated, until the next reset draws another fraction. State memory is d of the dense one, plus one bit per
+    entry for the mask.
 
     Args:
-        params: parameters, named parameters ``(name, tensor)`` or param groups, as in torch. Every option below may
-            differ per group.
+        params: floating-point parameters of any shape, named parameters ``(name, tensor)`` or param groups, as in
+            torch. Every option below may differ per group.
         lr: learning rate, a float or a 0-d tensor. Default 1e-3 (paper: 60M).
         betas: decay of the moments. Default (0.9, 0.999).
         eps: added to the root of the second moment. Default 1e-6 (official code).
@@ -57,16 +60,31 @@ class SPAM(EvenOptimizer):
             compiled by ``torch.compile``, take the plain code.
         **official: the official names above.
 
-    State per parameter, fp32 (fp64 for fp64 parameters): ``exp_avg``, ``exp_avg_sq``, the scalar ``age`` (updates since
-    the last reset; with ``variant="official"`` since the start) and, where sparse, ``mask`` (uint8, one bit per entry,
-    in the order of a flattened tensor).
+    State per parameter, fp32 (fp64 for fp64 parameters): ``exp_avg`` and ``exp_avg_sq`` in the shape of the parameter
+    (1-D with the masked entries where sparse), the 0-d ``age`` (updates since the last reset; with
+    ``variant="official"`` since the start) and, where sparse, ``mask`` (uint8 ``[ceil(n / 8)]``, one bit per entry, in
+    the order of the flattened parameter).
 
-    A tensor whose gradient holds a NaN or Inf, or an entry whose square is beyond the range of its moments (1.8e19 in
-    fp32), is skipped on the device, and `stats` says so. Gradients are never modified.
+    A tensor whose gradient holds a NaN or Inf, or an entry whose square is beyond the range of its moments (above
+    1.8e19 in fp32), is skipped on the device and counted in ``stats["skipped"]``. Gradients are never modified.
 
     Raises:
-        ValueError: an option is out of range. TypeError: an unknown argument. RuntimeError: a sparse gradient (in
-            ``step``).
+        ValueError: an option is out of range, or a parameter is complex, an integer or a flat shard.
+        TypeError: an unknown argument.
+        RuntimeError: a sparse gradient (in ``step``).
+
+    Example:
+        >>> import torch
+        >>> from evenstep import SPAM
+        >>> w = torch.nn.Parameter(torch.zeros(4))
+        >>> optimizer = SPAM([w], lr=0.1, threshold=4.0, clip_start=1, betas=(0.9, 0.75))
+        >>> for g in ([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 100.0]):
+        ...     w.grad = torch.tensor(g)
+        ...     optimizer.step()  # the limit is sqrt(4 v) = 1 with v = 0.25
+        >>> optimizer.stats["clipped"]
+        tensor([0.2500])
+        >>> w.data
+        tensor([-0.2000, -0.2000, -0.2000, -0.2000])
     """
 
     OPTIONS = options.SPAM
@@ -99,12 +117,11 @@ class SPAM(EvenOptimizer):
 
     # ---- masks ----
 
-    _constructed = True
-    _untrained: tuple[tuple[int, ...], ...] = ()
-    """Shapes of new parameters whose masks hold no entry."""
+    _constructed = True  # False while the constructor adds groups: it warns once for all of them
+    _untrained: tuple[tuple[int, ...], ...] = ()  # shapes of new parameters whose masks hold no entry
 
     def _start_trained(self, groups: Iterable[Group]) -> None:
-        groups = list(groups)
+        groups = list(groups)  # read twice
         super()._start_trained(groups)
         for group in groups:
             self._check_sizes(group["params"])
@@ -112,6 +129,7 @@ class SPAM(EvenOptimizer):
             self._warn_untrained()
 
     def _warn_untrained(self) -> None:
+        """One warning for all new parameters of which no entry is trained."""
         shapes, self._untrained = self._untrained, ()
         if shapes:
             named = ", ".join(map(str, shapes[:8])) + (f" and {len(shapes) - 8} more" if len(shapes) > 8 else "")
@@ -134,11 +152,13 @@ class SPAM(EvenOptimizer):
     def new_state(self, p: Tensor, group: Group, index: int) -> State:
         stored = group["state"]
         if group["density"] == 1 or p.dim() < 2:
-            return {"exp_avg": moment(p, stored), "exp_avg_sq": moment(p, stored, signed=False), "age": scalar(p)}
+            return adam_moments(p, stored) | {"age": scalar(p)}
+        # A mask over the whole tensor selects a different number of entries in each shard.
         if is_sharded(p):
             raise ValueError("SPAM: density < 1 is not supported for sharded parameters; use density=1, or DDP")
         count = round(group["density"] * p.numel())
         sparse = _sparse_moments(p, self._draw_mask(group, p), count, stored)
+        # mask_set_at: the step after which `set_mask` was called, -1 for a mask that was drawn.
         return {"age": scalar(p), "mask_set_at": -1} | sparse
 
     def _start(self, p: Tensor, group: Group, index: int) -> None:
@@ -147,13 +167,17 @@ class SPAM(EvenOptimizer):
             self._untrained = (*self._untrained, tuple(p.shape))
 
     def _draw_mask(self, group: Group, p: Tensor) -> Tensor:
-        # The seed says whose mask this is and when it is drawn: equal on all ranks, and the same again after a resume.
+        if p.is_meta:  # a dry run asks for the size alone
+            return torch.empty(-(-p.numel() // 8), dtype=torch.uint8, device=p.device)
+        # The seed is the place of the parameter and the step: equal on all ranks, and the same again after a resume.
         drawn = draw_mask(p.numel(), group["density"], (*self.place(p)[1], int(group["t"])))
         return uploaded(drawn, p.device)
 
     def prepare(self, group: Group, params: list[Tensor]) -> None:
-        """On a reset the sparse parameters get new masks, where their gradients count as finite."""
+        """On a reset the sparse parameters get new masks, unless their gradients are not finite: such a step changes
+        nothing, and the mask goes with the moments."""
         self._check_sizes(params)
+        # Host numbers: place_clock refuses a clock on the device together with density < 1.
         if group["density"] == 1 or not group["reset_interval"] or group["t"] % group["reset_interval"]:
             return
         for p in params:
@@ -162,8 +186,9 @@ class SPAM(EvenOptimizer):
                 continue
             bits, count = self._draw_mask(group, p), round(group["density"] * p.numel())
             squares = p.grad.to(state_dtype(p)).square()  # type: ignore[union-attr]
+            # 0-d bool on the device, never read here: the same condition as `squares_within` in `update`.
             accepted = (squares <= largest_stored([state["exp_avg_sq"]], state_dtype(p))).all()
-            if state["exp_avg"].numel() == count:
+            if state["exp_avg"].numel() == count:  # the moments keep their size, and `update` clears them
                 state["mask"].copy_(torch.where(accepted, bits, state["mask"]))
             elif accepted:  # a mask of another size was given by hand: the one place that must ask the device
                 state.update(_sparse_moments(p, bits, count, group["state"]))
@@ -172,10 +197,22 @@ class SPAM(EvenOptimizer):
         """Train the entries of ``p`` where ``mask`` (bool, the shape of ``p``) is True, with new moments, until a later
         reset draws another.
 
-        A mask given just before a step whose number is a multiple of ``reset_interval`` is the one in force from that
-        step on.
+        A mask given just before a step whose number is a multiple of ``reset_interval`` is kept at that step.
 
-        Raises ValueError for a mask of another shape or dtype, or a parameter that is dense.
+        Raises:
+            ValueError: a mask of another shape or dtype, or a parameter that is dense, frozen or not in this optimizer.
+
+        Example:
+            >>> import torch
+            >>> from evenstep import SPAM
+            >>> w = torch.nn.Parameter(torch.zeros(2, 2))
+            >>> optimizer = SPAM([w], lr=0.1, density=0.5)
+            >>> optimizer.set_mask(w, torch.tensor([[True, False], [False, True]]))
+            >>> w.grad = torch.ones(2, 2)
+            >>> optimizer.step()
+            >>> w.data
+            tensor([[-0.1000,  0.0000],
+                    [ 0.0000, -0.1000]])
         """
         state = self.state.get(p, {})
         if "mask" not in state:
@@ -187,17 +224,18 @@ class SPAM(EvenOptimizer):
             raise ValueError(
                 f"set_mask: expected a bool tensor of shape {tuple(p.shape)}, got {mask.dtype} of {tuple(mask.shape)}"
             )
+        # int() waits for the device, once per call: the moments get the size of the mask.
         group, _ = self.place(p)
         sparse = _sparse_moments(p, pack(mask).to(p.device), int(mask.sum()), group["state"])
         state.update(sparse, mask_set_at=group["t"])
-        if group["variant"] == "paper":
+        if group["variant"] == "paper":  # the published code never restarts its count
             state["age"].zero_()
 
     def get_mask(self, p: Tensor) -> Tensor:
-        """The entries of ``p`` that are trained at present: a bool tensor in its shape, without a True where ``p`` is
-        frozen.
+        """The entries of ``p`` that are trained at present, a bool tensor in its shape: all False for a frozen one.
+        ValueError for a parameter that is not in this optimizer.
         """
-        self.place(p)
+        self.place(p)  # raises the error
         if p not in self.state:
             return torch.zeros_like(p, dtype=torch.bool)
         state = self.state[p]
@@ -210,13 +248,21 @@ class SPAM(EvenOptimizer):
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         official = group["variant"] == "official"
         every, threshold, weight_decay = group["reset_interval"], group["threshold"], group["weight_decay"]
+        # all-reduce: the largest entry of each whole tensor, which says whether it is finite and in range
         grads = yield self.gradients(group, bucket)
+        # v is a mean of squares, and an entry whose square it cannot hold would make it Inf for good.
         grads = grads.squares_within(largest_stored(bucket.state_tensors("exp_avg_sq"), bucket.dtype))
         t, sharded = group["t"], bool(bucket.layout.cuts)
-        reset = F.reset_due(t, every)
+        reset = F.reset_due(t, every)  # 0-d: 1 or 0
         scalars = bucket.stacked("age")
         [age] = scalars.values  # [k]
+        # The published code corrects the bias by the number of all steps, also after a reset, where m and v are small:
+        # with it the update overshoots up to 1.85 times.
         age = age + 1 if official else age * (1 - reset) + 1
+
+        # Adam: p <- p (1 - lr wd) - lr w(k) m_hat / (sqrt(v_hat) + eps), w(k) the re-warm-up k steps after a reset.
+        # Weight decay is not multiplied by w. The published code decays after the update, dense groups alone, and adds
+        # eps to sqrt(v) before the bias is corrected.
         plan = F.AdamPlan.of(
             grads.finite,
             age,
@@ -229,28 +275,31 @@ class SPAM(EvenOptimizer):
             eps_before_correction=official,
             weight_decay_after=weight_decay if official and group["density"] == 1 else 0.0,
         )
+        # Spike-aware clipping: g^2 > theta v becomes sign(g) sqrt(theta v), with v from before this step.
         clip = F.EntryClip(threshold, self._clips(group, t), forget=reset, zero_history=official) if threshold else None
 
-        # Moments of sparse parameters are compact. The trained entries are taken out, updated and put back.
+        # Sparse momentum: moments of sparse parameters are 1-D, with the trained entries alone. Those entries of the
+        # parameter, of the gradient and of the compensation are taken out, updated as dense tensors, and put back.
         weights = self.weights(group, bucket, grads.finite)
+        # [trained entries] of int64 for each sparse parameter, None for a dense one
         where = [_trained_entries(state, p.numel()) for p, state in zip(bucket.params, bucket.states, strict=True)]
         lost = weights.lost
-        weights.tensors, weights.lost = taken(bucket.shards, where), taken(lost, where)
-        trained = grads.of(taken(bucket.grads, where))
+        weights.tensors, weights.lost = gather_entries(bucket.shards, where), gather_entries(lost, where)
+        trained = grads.of(gather_entries(bucket.grads, where))
         exp_avg, exp_avg_sq = bucket.state_tensors("exp_avg"), bucket.state_tensors("exp_avg_sq")
         update_norm = F.adam_step(weights, trained, exp_avg, exp_avg_sq, plan, clip)
-        put_back(bucket.shards, weights.tensors, where)
-        put_back(lost, weights.lost, where)
+        scatter_entries_(bucket.shards, weights.tensors, where)
+        scatter_entries_(lost, weights.lost, where)
 
         scalars.store(grads.finite, age)
-        grads = yield grads.with_norms()
+        grads = yield grads.with_norms()  # all-reduce: the norm, for the statistics
         stats = F.statistics(grads, bucket.sizes(), update_norm, sharded=sharded)
         sizes = bucket.sizes()
-        if any("mask" in state for state in bucket.states):
+        if any("mask" in state for state in bucket.states):  # relative to the trained entries
             entries = [max(state["exp_avg"].numel(), 1) for state in bucket.states]
             sizes = constant(entries, update_norm.dtype, update_norm.device)
             stats["update_rms"] = update_norm / sizes.sqrt()
-        if clip and not sharded:
+        if clip and not sharded:  # instead of the norm before clipping
             stats |= {"norm_after": clip.norms(), "clipped": clip.counts() / sizes}
         elif clip:  # only a shard was clipped here, and its count is not worth an all-reduce of its own
             stats |= {name: torch.full_like(sizes, math.nan) for name in ("norm_after", "clipped")}
@@ -259,23 +308,19 @@ class SPAM(EvenOptimizer):
     def fused_step(self, group: Group, bucket: Bucket, kernels: Kernels) -> Tensor:
         official, threshold, every = group["variant"] == "official", group["threshold"], group["reset_interval"]
         reset = F.reset_due(group["t"], every)
-        step_options = {
-            "sign": -1.0 if group["maximize"] else 1.0,
-            "lr": group["lr"],
-            "beta1": group["betas"][0],
-            "beta2": group["betas"][1],
-            "eps": group["eps"],
-            "decay": 0.0 if official else group["weight_decay"],
-            "decay_after": group["weight_decay"] if official and group["density"] == 1 else 0.0,
-            "warmup": F.rewarm_factor(group["t"], every, group["warmup_steps"]),
-            "reset": 0.0 if official else reset,
-            "forget": reset,
-            "eps_first": official,
-            "capped": threshold > 0,
-            "cap_factor": threshold * (1 - reset),
-            "cap_spread": self._spread(group),
-            "zero_history": official,
-        }
+        step_options = self.adam_options(
+            group,
+            decay=0.0 if official else group["weight_decay"],
+            decay_after=group["weight_decay"] if official and group["density"] == 1 else 0.0,
+            warmup=F.rewarm_factor(group["t"], every, group["warmup_steps"]),
+            reset=0.0 if official else reset,  # age starts again
+            forget=reset,  # the moments start again before the gradient enters
+            eps_first=official,
+            capped=threshold > 0,  # |g| <= sqrt(cap_factor v) + cap_spread
+            cap_factor=threshold * (1 - reset),  # on a reset step v counts as 0
+            cap_spread=self._spread(group),
+            zero_history=official,
+        )
         return kernels.adam_step_(self.step_tensors(group, bucket, "age", masks=_masks(bucket)), step_options)
 
     @classmethod
@@ -289,21 +334,55 @@ class SPAM(EvenOptimizer):
         return {"SPAM": build, "SPAM, density 0.5": sparse}
 
     def _spread(self, group: Group) -> Any:
-        """What is added to the limits: 0, or Inf on a step without clipping."""
+        """The term that is added to all limits: 0, or Inf on a step without clipping. As `EntryClip.spread`."""
         clips = self._clips(group, group["t"])
         return torch.where(clips > 0, 0.0, math.inf) if isinstance(clips, Tensor) else 0.0 if clips else math.inf
 
     @staticmethod
     def _clips(group: Group, t: N) -> N:
-        """Whether entries are clipped on this step: 1 or 0."""
-        started = t >= group["clip_start"]
+        """Whether entries are clipped on this step: 1 or 0. Right after the start or a reset, v is too young to judge
+        an entry by."""
+        started: Any = t >= group["clip_start"]
         if group["reset_interval"]:
             started = started & (t % group["reset_interval"] >= group["clip_start"])
-        return started + 0 * t
+        clips: N = started + 0 * t  # a number for a number, a 0-d tensor for a tensor
+        return clips
+
+
+# ---- sparse momentum: masks and the entries that they select ----
+
+# Entries drawn at a time, so that drawing a mask needs a few megabytes for a tensor of any size.
+CHUNK = 1 << 20
+
+
+def draw_mask(n: int, density: float, seed: tuple[int, ...]) -> Tensor:
+    """``round(density * n)`` of ``n`` entries, all subsets equally likely, as packed bits (uint8 CPU tensor of ``ceil(n
+    / 8)``).
+
+    Equal seeds give equal masks on every machine and rank; no global random state is read or changed.
+    """
+    # The number of entries in each chunk is drawn first, then the entries within the chunk. With the hypergeometric
+    # distribution of the former, all subsets of the whole tensor are equally likely.
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+    left, parts = round(density * n), []  # entries still to be drawn, packed chunks
+    for start in range(0, n, CHUNK):
+        size = min(CHUNK, n - start)
+        after = n - start - size
+        # NumPy's hypergeometric takes populations below 1e9; beyond that the draw is a binomial to within 1e-9.
+        if n - start < 10**9:
+            kept = int(rng.hypergeometric(left, n - start - left, size))
+        else:
+            kept = int(np.clip(rng.binomial(size, left / (n - start)), left - after, min(left, size)))
+        # The first `kept` entries of a random order of the chunk.
+        chunk = np.zeros(size, dtype=bool)
+        chunk[rng.permutation(size)[:kept]] = True
+        parts.append(np.packbits(chunk, bitorder="little"))
+        left -= kept
+    return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint8))
 
 
 def _masks(bucket: Bucket) -> list[Tensor]:
-    """Packed bits of each tensor, none for a dense one; no list where all are dense."""
+    """For kernels: the packed mask of each tensor, empty for a dense one; an empty list where all are dense."""
     if not any("mask" in state for state in bucket.states):
         return []
     nothing = torch.empty(0, dtype=torch.uint8, device=bucket.shards[0].device)
@@ -311,13 +390,29 @@ def _masks(bucket: Bucket) -> list[Tensor]:
 
 
 def _trained_entries(state: State, n: int) -> Tensor | None:
-    """Flat indices of the entries of a tensor of ``n`` that are trained, None for all."""
+    """Flat indices of the trained entries of a tensor of ``n`` entries, None for all."""
     if "mask" not in state:
         return None
+    # The number of entries is known from the moments; torch.nonzero would wait for the device to learn it.
     return torch.nonzero_static(unpack(state["mask"], n), size=state["exp_avg"].numel()).view(-1)
 
 
 def _sparse_moments(p: Tensor, bits: Tensor, count: int, stored: str) -> State:
     """New compact moments for the ``count`` entries of a packed mask."""
-    compact = p.new_empty(count)
-    return {"exp_avg": moment(compact, stored), "exp_avg_sq": moment(compact, stored, signed=False), "mask": bits}
+    return adam_moments(p.new_empty(count), stored) | {"mask": bits}
+
+
+def gather_entries(tensors: Sequence[T], where: list[Tensor | None]) -> list[T]:
+    """The entries at the flat indices ``where`` of each tensor, 1-D; the tensor itself where that is None."""
+    return [
+        x if x is None or entries is None else torch.take(x, entries) for x, entries in zip(tensors, where, strict=True)
+    ]
+
+
+def scatter_entries_(tensors: Sequence[T], values: Sequence[T], where: list[Tensor | None]) -> None:
+    """Write the entries that `gather_entries` returned back into the tensors."""
+    for x, compact, entries in zip(tensors, values, where, strict=True):
+        if x is not None and compact is not None and entries is not None:
+            flat = x.reshape(-1).index_copy_(0, entries, compact)  # put_ has no deterministic form
+            if not x.is_contiguous():  # reshape has made a copy
+                x.copy_(flat.view(x.shape))

@@ -1,4 +1,7 @@
-"""Stable-SPAM: Adam on spike-clipped, norm-stabilised gradients, with periodic momentum resets (arXiv:2502.17055)."""
+"""Stable-SPAM: Adam on spike-clipped, norm-stabilised gradients, with periodic moment resets (arXiv:2502.17055).
+
+The equations are in functional.py; `StableSPAM.update` is the step, in the order of the paper's section 4.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,23 +14,24 @@ from evenstep.optim import functional as F
 from evenstep.optim import options
 from evenstep.optim.distributed import Bucket, Steps
 from evenstep.optim.optimizer import EvenOptimizer
-from evenstep.optim.state import Group, State, moment, scalar
+from evenstep.optim.state import Group, State, adam_moments, scalar
 
 
 class StableSPAM(EvenOptimizer):
-    """Adam whose gradients are clipped by AdaClip and rescaled by AdaGN, and whose moments are reset now and then
+    """Adam whose gradients are clipped by AdaClip and rescaled by AdaGN, and whose moments are reset periodically
     (MoRet).
 
-    Per tensor and step: decoupled weight decay; entries above a running mean of the tensor's largest entry are scaled
-    down to it (AdaClip); the tensor gets the norm that its own norm's history suggests (AdaGN); every
-    ``reset_interval`` steps Adam's moments start anew; Adam. The statistics of AdaClip and AdaGN are never reset.
+    For each tensor a step does, in this order: decoupled weight decay; AdaClip, which scales entries above a running
+    mean of the tensor's largest entry down to that mean; AdaGN, which gives the tensor the norm that the history of its
+    norm suggests; every ``reset_interval`` steps MoRet, which sets Adam's moments to zero; Adam. The statistics of
+    AdaClip and AdaGN are never reset.
 
     Args:
-        params: parameters, named parameters ``(name, tensor)`` or param groups, as in torch. Every option below may
-            differ per group.
+        params: floating-point parameters of any shape, named parameters ``(name, tensor)`` or param groups, as in
+            torch. Every option below may differ per group.
         lr: learning rate, a float or a 0-d tensor. Default 1e-3 (paper, section 5).
         betas: decay of Adam's moments. Default (0.9, 0.999).
-        eps: added to the root of the second moment, and to AdaGN's. Default 1e-8 (official code).
+        eps: added to the root of Adam's second moment and of AdaGN's mean square. Default 1e-8 (official code).
         weight_decay: decoupled weight decay, multiplied by ``lr``. Default 0.
         gamma1, gamma2: AdaGN's decay of the norm's mean and mean square. Default 0.7 and 0.9, the paper's values for
             4-bit training; it uses 0.85 and 0.99999 for BF16.
@@ -50,16 +54,31 @@ class StableSPAM(EvenOptimizer):
             compiled by ``torch.compile``, take the plain code.
         **official: the official names above.
 
-    State per parameter, fp32 (fp64 for fp64 parameters): ``exp_avg``, ``exp_avg_sq`` and the scalars ``peak`` (mean of
-    the largest entry), ``norm``, ``norm_rms`` (mean and root mean square of the norm), ``n`` (updates), ``age``
-    (updates since the last reset).
+    State per parameter, fp32 (fp64 for fp64 parameters): ``exp_avg`` and ``exp_avg_sq`` in the shape of the parameter,
+    and the 0-d ``peak`` (running mean of the largest entry), ``norm`` and ``norm_rms`` (running mean and root mean
+    square of the norm), ``n`` (updates), ``age`` (updates since the last reset).
 
-    A tensor whose gradient holds a NaN or Inf, or has a norm beyond the range of fp32, is skipped on the device, and
-    `stats` says so. Gradients are never modified.
+    A tensor whose gradient holds a NaN or Inf, or has a norm beyond the range of fp32, is skipped on the device and
+    counted in ``stats["skipped"]``. Gradients are never modified.
 
     Raises:
-        ValueError: an option is out of range. TypeError: an unknown argument. RuntimeError: a sparse gradient (in
-            ``step``).
+        ValueError: an option is out of range, or a parameter is complex, an integer or a flat shard.
+        TypeError: an unknown argument.
+        RuntimeError: a sparse gradient (in ``step``).
+
+    Example:
+        >>> import torch
+        >>> from evenstep import StableSPAM
+        >>> w = torch.nn.Parameter(torch.zeros(2, 3))
+        >>> optimizer = StableSPAM([w], lr=0.1)
+        >>> for spike in (1.0, 1000.0):
+        ...     w.grad = torch.ones(2, 3)
+        ...     w.grad[0, 0] = spike
+        ...     optimizer.step()
+        >>> optimizer.stats["grad_max"], optimizer.stats["clip_limit"].round()
+        (tensor([1000.]), tensor([501.]))
+        >>> optimizer.param_groups[0]["t"]
+        2
     """
 
     OPTIONS = options.STABLE_SPAM
@@ -89,25 +108,31 @@ class StableSPAM(EvenOptimizer):
         super().__init__(params, locals(), official, fused)
 
     def new_state(self, p: Tensor, group: Group, index: int) -> State:
+        # Moments are stored as the option "state" says (fp32, bf16, int8); scalars are always fp32 or fp64.
         scalars = {name: scalar(p) for name in ("peak", "norm", "norm_rms", "n", "age")}
-        stored = group["state"]
-        return {"exp_avg": moment(p, stored), "exp_avg_sq": moment(p, stored, signed=False), **scalars}
+        return adam_moments(p, group["state"]) | scalars
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         official = group["variant"] == "official"
-        reset, beta1, gamma1 = self._scheduled(group)
+        reset, beta1, gamma1 = self._scheduled(group)  # 0-d each
 
+        # k parameters at a time. T, mu and sqrt(nu) of the paper are peak, norm and norm_rms.
         scalars = bucket.stacked("peak", "norm", "norm_rms", "n", "age")
         peak, norm, norm_rms, n, age = scalars.values  # [k] each
+        # n corrects the bias of T, mu, nu, which a reset does not touch; age that of Adam's moments.
         n, age = n + 1, age * (1 - reset) + 1
-        grads = yield self.gradients(group, bucket)  # all-reduce: the largest entry of each tensor
+
+        # AdaClip: T <- gamma3 T + (1 - gamma3) max|g|; entries above T / (1 - gamma3^n) are scaled down to it.
+        grads = yield self.gradients(group, bucket)  # all-reduce: the largest entry of each whole tensor
         grads, peak = F.adaclip(grads, peak, n, group["gamma3"])
+
+        # AdaGN: g <- g / ||g|| * mu_hat / (sqrt(nu_hat) + eps), with ||g|| after AdaClip.
         grads = (yield grads.with_norms()).within_range()  # all-reduce: the norm after clipping
         gain, norm, norm_rms = F.adagn(grads.norm, norm, norm_rms, n, gamma1, group["gamma2"], group["eps"])
         grads = grads.amplified(gain)
 
-        # MoRet: the moments are cleared before the gradient enters. The published code clears them after the update
-        # instead: the old moments take this step, with the bias correction of age 1.
+        # MoRet: on a reset step m = v = 0 before this gradient enters. The published code clears them after the update
+        # instead: the old moments, this gradient included, take this step with the bias correction of age 1.
         plan = F.AdamPlan.of(
             grads.finite,
             age,
@@ -118,34 +143,36 @@ class StableSPAM(EvenOptimizer):
             weight_decay=group["weight_decay"],
             forget_after=reset if official else None,
         )
+        # Adam: p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps). The limit and the gain are applied as the gradient
+        # is read, piece by piece: no transformed copy of it exists.
         weights = self.weights(group, bucket, grads.finite)
         exp_avg, exp_avg_sq = bucket.state_tensors("exp_avg"), bucket.state_tensors("exp_avg_sq")
+        # One pass per tensor: read g, update m, v and p in place. update_norm [k] is for the statistics.
         update_norm = F.adam_step(weights, grads, exp_avg, exp_avg_sq, plan)
+        # The published code has one counter for statistics and moments: after a reset the statistics are corrected as
+        # if they were new, which inflates AdaClip's limit.
         if official:
-            n = age  # one counter for both: after a reset the statistics are corrected as if they were new
+            n = age
+        # Where a gradient is not finite, the old statistics stay.
         scalars.store(grads.finite, peak, norm, norm_rms, n, age)
         return F.statistics(grads, bucket.sizes(), update_norm, sharded=bool(bucket.layout.cuts))
 
     def fused_step(self, group: Group, bucket: Bucket, kernels: Kernels) -> Tensor:
+        # The options are explained in kernels/interface.py; the kernels repeat `update` in the same order.
         official = group["variant"] == "official"
         reset, beta1, gamma1 = self._scheduled(group)
-        step_options = {
-            "sign": -1.0 if group["maximize"] else 1.0,
-            "lr": group["lr"],
-            "beta1": beta1,
-            "beta2": group["betas"][1],
-            "eps": group["eps"],
-            "decay": group["weight_decay"],
-            "warmup": 1.0,
-            "reset": reset,
-            "forget": 0.0 if official else reset,
-            "forget_after": reset if official else 0.0,
-            "stable": True,
-            "gamma1": gamma1,
-            "gamma2": group["gamma2"],
-            "gamma3": group["gamma3"],
-            "one_counter": official,
-        }
+        step_options = self.adam_options(
+            group,
+            beta1=beta1,
+            reset=reset,  # age starts again
+            forget=0.0 if official else reset,  # the moments start again before the gradient enters
+            forget_after=reset if official else 0.0,  # and after the update
+            stable=True,  # AdaClip and AdaGN
+            gamma1=gamma1,
+            gamma2=group["gamma2"],
+            gamma3=group["gamma3"],
+            one_counter=official,
+        )
         tensors = self.step_tensors(group, bucket, "age", "peak", "norm", "norm_rms", "n")
         return kernels.adam_step_(tensors, step_options)
 
@@ -155,10 +182,12 @@ class StableSPAM(EvenOptimizer):
 
     @staticmethod
     def _scheduled(group: Group) -> tuple[Any, Any, Any]:
-        """Whether this step resets the moments (1 or 0), beta1 and gamma1 of this step."""
+        """Whether this step resets the moments (1 or 0), and beta1 and gamma1 of this step: 0-d tensors for the plain
+        step, numbers for a fused one."""
+        # s(t) multiplies beta1 and gamma1; the bias corrections use the product, as 1 - (beta1 s)^age.
         t, beta1, gamma1 = group["t"], group["betas"][0], group["gamma1"]
         if group["total_steps"] is not None:
-            hold = group["variant"] != "official"
+            hold = group["variant"] != "official"  # the published cosine rises again after total_steps + 1
             factor = F.cosine_factor(t, group["total_steps"], group["eta_min"], hold=hold)
             beta1, gamma1 = beta1 * factor, gamma1 * factor
         return F.reset_due(t, group["reset_interval"]), beta1, gamma1

@@ -1,7 +1,7 @@
-"""What the optimizer saw, step by step: which tensor spiked, by how much, what was clipped, reset or skipped, and what
-it did to the loss.
+"""Telemetry of a training, step by step: which tensor spiked, by how much, what the optimizer clipped, reset or
+skipped, and what that did to the loss.
 
-`SpikeMonitor` measures and finds events, `sinks` carry the records out, `report` makes a page of them, `study` repeats
-the spike study of the SPAM paper. docs/telemetry.md documents the records and their keys. Importing this package loads
-nothing: ``from evenstep import SpikeMonitor``.
+``from evenstep import SpikeMonitor`` measures steps and finds events; `sinks` carry the records to files and other
+programs; `page` and `watch` show them. README.md in this folder is the map, docs/telemetry.md documents the records.
+Importing this package loads nothing.
 """

@@ -1,4 +1,7 @@
-"""The commands ``report``, ``watch``, ``rows`` and ``study``: their flags, and what they call."""
+"""The commands ``report``, ``watch``, ``rows`` and ``study``: their options, and the functions that they call.
+
+Every command imports what it needs when it runs, so that ``evenstep --help`` loads neither torch nor NumPy.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 REPORT = """\
-Make one HTML file that shows RUN, or several runs side by side: losses, spikes, gradient norms, what was clipped and
-reset, and which data rows caused it. The file needs no network; open it in any browser.
+Write one HTML file that shows RUN, or several runs side by side: losses, spikes, gradient norms, clipping, moment
+resets, and the data rows of each event. The file needs no network; open it in any browser.
 """
 
 REPORT_EXAMPLES = """\
 examples:
   evenstep report runs/NAME                                    writes runs/NAME/report.html
   evenstep report runs/a runs/b --out compare.html             two runs side by side
-  evenstep report runs/NAME --fail-on 'spike_rate>0.02'        status 1 when the condition holds, for CI
+  evenstep report runs/NAME --fail-on 'spike_rate>0.02'        status 1 if the condition holds, for CI
 """
 
 ROWS = """\
-Print the text of data rows of RUN, as events name them: "data rows 264-272" are rows 264 to 271. The text is read from
-the run's prepared tokens, which are prepared again where the cache has been emptied.
+Print the text of data rows of RUN. Rows are given as events name them: "data rows 264-272" are rows 264 to 271. The
+text is decoded from the run's tokens, which are prepared again if they are no longer in the cache.
 """
 
 STUDY = """\
@@ -31,7 +34,7 @@ Adam, SPAM and Stable-SPAM. Writes pictures and numbers.
 
 
 def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
-    """Add the commands to the action that holds those of the program."""
+    """Add the commands to ``commands``, the program's ``add_subparsers()``."""
     shared = {"parents": [debug], "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     report = commands.add_parser(
         "report", help="make a page of a run's telemetry", description=REPORT, epilog=REPORT_EXAMPLES, **shared
@@ -43,7 +46,7 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
         metavar="CONDITION",
         action="append",
         default=[],
-        help="status 1 when it holds for a run, such as 'spike_rate>0.02'; may be repeated",
+        help="exit with status 1 if it holds for a run, such as 'spike_rate>0.02'; may be repeated",
     )
     report.set_defaults(run_command=_report)
 
@@ -54,7 +57,7 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
         **shared,
     )
     watch.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="directory of a run")
-    watch.add_argument("--port", type=int, default=8642, help="0: any free one (default: %(default)s)")
+    watch.add_argument("--port", type=int, default=8642, help="0 for any free port (default: %(default)s)")
     watch.set_defaults(run_command=_watch)
 
     rows = commands.add_parser("rows", help="print the text of a run's data rows", description=ROWS, **shared)
@@ -69,9 +72,9 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     study.add_argument(
         "--models", metavar="NAMES", default="llama-9m,pythia-14m", help="comma-separated (default: %(default)s)"
     )
-    study.add_argument("--steps", type=int, default=400, help="of each model (default: %(default)s)")
-    study.add_argument("--samples", type=int, default=256, help="coordinates of each tensor (default: %(default)s)")
-    study.add_argument("--source", default="stdlib", help="text, as --data.source of pretrain (default: %(default)s)")
+    study.add_argument("--steps", type=int, default=400, help="training steps of each model (default: %(default)s)")
+    study.add_argument("--samples", type=int, default=256, help="sampled entries of each tensor (default: %(default)s)")
+    study.add_argument("--source", default="stdlib", help="as --data.source of pretrain (default: %(default)s)")
     study.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     study.set_defaults(run_command=_study)
 

@@ -1,24 +1,25 @@
-"""Finds events in the numbers of each step, on the host.
+"""Events, found on the host in the numbers of each step. Needs NumPy and no torch.
 
-Two rules, and neither is the paper's GSS, which is measured per coordinate (probe.py):
+There are two rules, and neither is the paper's GSS, which is measured per coordinate (probe.py):
 
-* A tensor **spikes** when the largest entry of its gradient is more than ``ratio`` times the mean of that largest entry
-  over its last 100 steps, and suddenly: more than twice that of the step before, so that neither the growth of a young
-  model's gradients nor the later steps of a long spike count. The largest entry, because one wild entry among millions
-  hardly moves a norm; a factor, because norms fall a hundredfold while a training settles and a standard deviation over
-  that is of no use. A mean below a floor counts as the floor, so that rounding noise has no spikes: a millionth of the
-  mean norm of all gradients (`FLOOR`), and the optimizer's ``eps``, below which Adam's updates fade, unless the
-  optimizer brings gradients to a norm of its own before (``gain``).
-* The **spike rate** is the share of the last ``window`` steps on which the norm of the gradient or the loss was more
-  than ``sigma`` standard deviations above its mean over the ``window`` steps before (OLMo 2's spike score: 7 and 1000).
-  A loss that does so is a loss spike, until it is back within two deviations of the mean it had.
+* A tensor **spikes** when the largest entry of its gradient exceeds ``ratio`` times the mean of that entry over the
+  last 100 steps, and more than twice the entry of the step before. The second condition excludes the growing gradients
+  of a young model and the later steps of a long spike. The rule uses the largest entry, because one outlier among
+  millions of entries hardly changes a norm. It uses a factor, because gradients shrink a hundredfold while a training
+  settles, so that a standard deviation over that time says nothing. A mean below a floor counts as the floor, so that
+  rounding noise does not spike. The floor is the larger of a millionth of the mean norm of all gradients (`FLOOR`) and
+  the optimizer's ``eps``, below which the updates of Adam fade. ``eps`` does not apply where the optimizer rescales
+  gradients to a norm of its own first (``gain``).
+* The **spike rate** is the share of the last ``window`` steps on which the norm of the gradient, or the loss, was more
+  than ``sigma`` standard deviations above its mean over the ``window`` steps before (the spike score of OLMo 2, with
+  7 and 1000). A loss that does so is a loss spike, which lasts until the loss is within two deviations of the old mean.
 
-A gradient that is **not finite** is an event of its step where it is the first one, and, where the optimizer skips such
-tensors, up to `PATIENCE` steps in a row. Later ones tell nothing of their batches: once weights are not finite, all
-gradients are. `weighed` then tells once since when, with the rows of the first.
+A gradient that is **not finite** is an event of its step if it is the first one and, where the optimizer skips such
+tensors, for up to `PATIENCE` steps in a row. Later ones do not identify a bad batch: once weights are not finite, all
+gradients are not. In that case `Detector.weighed` reports once since which step, with the data rows of that step.
 
-What is above its limit enters the means at the limit, so that one spike does not hide the next. Nothing is judged
-before 20 values are there.
+Values above a limit enter the means at the limit, so that one spike does not hide the next. No value is judged before
+20 values are known.
 """
 
 from __future__ import annotations
@@ -30,24 +31,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evenstep.telemetry.series import Rolling, Vector
+from evenstep.telemetry.records import Vector, total_norm
+from evenstep.telemetry.schema import USELESS_ERROR, Record
 
 RATIO_WINDOW = 100
+"""Steps over which the mean of the largest entry is taken."""
+
 SUDDEN = 2.0
+"""A spike is at least this many times as large as the largest entry of the step before."""
+
 ENOUGH = 20
+"""Values that must be known before a limit applies."""
+
 SHOWN = 5
-"""Tensors named in one event."""
+"""Number of tensors that one event names."""
 
 FLOOR = 1e-6
-"""Of the mean norm of all gradients. Rounding in fp32 is of this size: a gradient that is zero on paper, such as that
-of the bias of attention's keys, is noise of about a ten-millionth of the others.
-"""
+"""Floor of the mean, relative to the mean norm of all gradients. It is the size of rounding errors in fp32: a gradient
+that is zero in exact arithmetic, such as that of the bias of attention keys, is noise of about 1e-7 of the others."""
 
 PATIENCE = 3
-"""Steps in a row whose skipped gradients are told of one by one."""
+"""Steps in a row whose skipped gradients are reported one by one."""
 
 NARROW = 0.01
-"""A standard deviation is at least this share of its mean: a loss that stands still has no spikes of 1e-6."""
+"""Least standard deviation, relative to the mean: a constant loss must not spike at a change of 1e-6."""
 
 OPEN = (
     "waiting",
@@ -61,15 +68,79 @@ OPEN = (
     "persisting",
     "weights_bad",
 )
-"""Attributes of a `Detector` that are saved as JSON."""
+"""Attributes of a `Detector` that saved states hold as JSON, under these names."""
 
 Event = dict[str, Any]
 
 
-class Detector:
-    """Takes one step after the other; returns the events that are complete.
+class Rolling:
+    """Means and standard deviations of ``k`` series over their last ``size`` values. A NaN is a missing value and does
+    not count.
 
-    An event with ``loss_after`` is held back for one step, until that loss is known.
+    >>> losses = Rolling(k=1, size=2)
+    >>> for loss in (9.0, 1.0, 3.0):
+    ...     losses.push(np.array([loss]))
+    >>> losses.mean(), losses.deviation()
+    (array([2.]), array([1.]))
+    """
+
+    def __init__(self, k: int, size: int) -> None:
+        self.values = np.full((size, k), np.nan)  # a ring buffer; ``at`` is the row of the oldest values
+        self.at = 0
+        self._recompute_sums()
+
+    def _recompute_sums(self) -> None:
+        self.count = np.isfinite(self.values).sum(0).astype(float)
+        self.sum, self.squares = np.nansum(self.values, 0), np.nansum(self.values**2, 0)
+
+    def push(self, values: Vector) -> None:
+        """Replace the oldest value of each series by the newest, ``[k]``."""
+        oldest = self.values[self.at]
+        for vector, sign in ((oldest, -1.0), (values, 1.0)):
+            is_known = np.isfinite(vector)
+            known = np.where(is_known, vector, 0.0)
+            self.count += sign * is_known
+            self.sum += sign * known
+            self.squares += sign * known * known
+        self.values[self.at] = values
+        self.at = (self.at + 1) % len(self.values)
+        if self.at == 0:  # running sums accumulate rounding errors; start them anew once per round of the buffer
+            self._recompute_sums()
+
+    def mean(self) -> Vector:
+        """Means ``[k]``, NaN for a series without values."""
+        mean: Vector = np.divide(self.sum, self.count, out=np.full_like(self.sum, np.nan), where=self.count > 0)
+        return mean
+
+    def deviation(self) -> Vector:
+        """Standard deviations ``[k]``, NaN for a series without values."""
+        mean = self.mean()
+        squares = np.divide(self.squares, self.count, out=np.full_like(self.sum, np.nan), where=self.count > 0)
+        deviation: Vector = np.sqrt(np.maximum(squares - mean * mean, 0.0))  # rounding can make the argument negative
+        return deviation
+
+    def state(self) -> dict[str, Any]:
+        # The sums are saved too: computed anew, they would differ in their last bits from those of an unbroken run.
+        return {"values": self.values.copy(), "at": self.at, "sums": np.stack([self.count, self.sum, self.squares])}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned; the state of another window size is ignored."""
+        if state["values"].shape != self.values.shape:
+            return
+        self.values[:] = state["values"]
+        self.at = int(state["at"])
+        self.count, self.sum, self.squares = np.array(state["sums"])
+
+
+class Detector:
+    """Judges the steps of a run in order, and returns the events that are complete.
+
+    A spike is held back for one step, until its ``loss_after`` is known.
+
+    Args:
+        names: names of the ``k`` parameters.
+        ratio, sigma, window: limits of the two rules above.
+        eps: the optimizer's ``eps``, one number or one for each parameter ``[k]``.
     """
 
     def __init__(
@@ -84,32 +155,38 @@ class Detector:
         k = len(names)
         self.names, self.ratio, self.sigma, self.eps = names, ratio, sigma, eps
         self.peaks = Rolling(k, RATIO_WINDOW)
-        self.levels = Rolling(k + 2, window)  # the norm of each tensor, of all together, and the loss
-        self.flags = Rolling(k + 1, window)  # was it above: each tensor; norm or loss of the run
-        self.waiting: Event | None = None
-        self.loss_spike: Event | None = None
+        self.levels = Rolling(k + 2, window)  # gradient norm of each tensor, of all together, and the loss
+        self.flags = Rolling(k + 1, window)  # 1 where above the limit: each tensor's norm; norm or loss of the run
+        self.waiting: Event | None = None  # a spike whose ``loss_after`` is not known yet
+        self.loss_spike: Event | None = None  # the loss spike that has not recovered yet
         self.last_loss = math.nan
-        self.previous = np.full(k, np.nan)
+        self.previous = np.full(k, np.nan)  # largest entries of the last step on which they were finite
         self.blame: Event | None = None  # step and rows of the first gradient that was not finite
-        self.bad_count = 0  # of such steps since
-        self.bad_steps = 0  # in a row, up to now
-        self.unsure = False  # there was one since weights were looked at
+        self.bad_count = 0  # number of such steps since ``blame``
+        self.bad_steps = 0  # number of such steps in a row, up to the newest
+        self.unsure = False  # such a step has occurred since the weights were last checked
         self.patience = PATIENCE
-        self.persisting = False  # it was told that gradients stay so
-        self.weights_bad = False
+        self.persisting = False  # ``stays_nonfinite`` has been reported for the current row of such steps
+        self.weights_bad = False  # ``weights_nonfinite`` has been reported
 
     # ---- one step ----
 
     def feed(self, step: int, row: dict[str, Vector], loss: float, rows: tuple[int, int] | None) -> list[Event]:
-        """``row``: a vector ``[k]`` per column of `probe.COLUMNS`; ``ratio`` is added to it. ``loss`` NaN: not known.
-        ``rows``: the data rows of the step, first and one past the last.
+        """Judge one step, and return the events that are now complete.
+
+        Args:
+            step: its number.
+            row: a vector ``[k]`` for each of `schema.COLUMNS`. The column ``ratio`` is added to it.
+            loss: its loss, NaN when unknown.
+            rows: its data rows, the first and one past the last, or None.
         """
         done = self._complete(loss)
         where = {"step": step} | ({"rows": list(rows)} if rows else {})
-        level = self.levels.mean()[-1]
+        level = self.levels.mean()[-1]  # the mean loss before this step enters it
         row["ratio"] = self._ratios(row["grad_max"], self._floor(row))
-        above = self._above(np.append(row["grad_norm"], [total(row["grad_norm"]), loss]))
+        above = self._above(np.append(row["grad_norm"], [total_norm(row["grad_norm"]), loss]))
         peaks = np.where(np.isfinite(row["grad_max"]), row["grad_max"], np.nan)
+        # "not (peaks <= ...)" instead of ">": without a previous entry (NaN) a spike counts as sudden.
         spiking = np.flatnonzero((row["ratio"] > self.ratio) & ~(peaks <= SUDDEN * self.previous))
         self.previous = np.where(np.isnan(peaks), self.previous, peaks)
         if len(spiking):
@@ -120,27 +197,31 @@ class Detector:
         return done
 
     def _floor(self, row: dict[str, Vector]) -> Vector:
+        """The least value ``[k]`` that the mean of the largest entry counts as."""
         scale = self.levels.mean()[-2]
         eps = np.where(np.isfinite(row["gain"]), 0.0, self.eps)
         return np.fmax(eps, 0.0 if math.isnan(scale) else FLOOR * scale)
 
     def _ratios(self, peaks: Vector, floor: Vector) -> Vector:
+        """Largest entries ``[k]`` over their means, NaN where a mean is unknown; then the entries enter the means."""
         mean = np.where(self.peaks.count >= ENOUGH, self.peaks.mean(), np.nan)
         mean = np.where(mean > 0, np.maximum(mean, floor), mean)
         finite = np.where(np.isfinite(peaks), peaks, np.nan)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = np.where(mean > 0, finite / mean, np.nan)
-        # A mean of zero is no limit: a tensor that has only begun to get gradients would stay at zero for ever.
+        # A mean of zero sets no limit: a tensor whose gradients have only just begun would stay at zero for ever.
         self.peaks.push(np.fmin(finite, np.where(mean > 0, self.ratio * mean, np.nan)))
         return ratios
 
     def _above(self, values: Vector) -> NDArray[np.bool_]:
+        """Which of the values ``[k + 2]`` of `levels` are above their limit; then the values enter the means."""
         mean, deviation = self.levels.mean(), self.levels.deviation()
         limit = mean + self.sigma * np.maximum(deviation, NARROW * np.abs(mean))
-        limit[(self.levels.count < ENOUGH) | (limit == 0)] = np.nan  # nothing but zeros so far is no limit
+        limit[(self.levels.count < ENOUGH) | (limit == 0)] = np.nan  # a series of zeros sets no limit either
         values = np.where(np.isfinite(values), values, np.nan)
         above = np.asarray(values > limit)
         self.levels.push(np.fmin(values, limit))
+        # The flag of the run is set by its norm or its loss, and unknown only where both are.
         flags = np.append(above[:-2], above[-2:].any()).astype(float)
         self.flags.push(np.where(np.isfinite(np.append(values[:-2], np.fmax(values[-2], values[-1]))), flags, np.nan))
         return above
@@ -159,18 +240,19 @@ class Detector:
         }
 
     def _largest(self, row: dict[str, Vector]) -> Event:
-        """Where a loss spike shows in the gradients: the tensors that are most above their mean, at least one."""
+        """``tensors`` of a loss spike: those whose gradients exceed their mean most, at least one if any is known."""
         ratios = np.nan_to_num(row["ratio"], nan=0.0)
         order = [i for i in np.argsort(-ratios)[:SHOWN] if ratios[i] > 0]
         shown = [i for i in order if ratios[i] > SUDDEN] or order[:1]
         return {"tensors": [self._tensor(row, i, "ratio", "grad_max") for i in shown]} if shown else {}
 
     def _complete(self, loss: float) -> list[Event]:
-        """The event that waited for this loss, which is None at the end of the run."""
+        """The spike that waited for this loss, the loss of the step after it."""
         event, self.waiting = self.waiting, None
         return [] if event is None else [event | {"loss_after": loss}]
 
     def _lost(self, where: Event, row: dict[str, Vector]) -> list[Event]:
+        """The events of gradients that are not finite, which the optimizer skipped or applied."""
         skipped = row["skipped"] > 0
         broken = np.isposinf(row["grad_max"]) & ~skipped
         if not (skipped | broken).any():
@@ -178,6 +260,7 @@ class Detector:
                 self.bad_steps, self.persisting = 0, False
             return []
         if self.bad_steps == 0:
+            # A gradient that was applied has spoiled the weights, so the steps after it have no cause of their own.
             self.patience = 1 if broken.any() else PATIENCE
         self.bad_steps += 1
         if self.blame is None:
@@ -197,8 +280,11 @@ class Detector:
         return {"tensors": [{"name": self.names[i]} for i in np.flatnonzero(mask)[:SHOWN]]}
 
     def weighed(self, step: int, rms: Vector, peaks: Vector) -> list[Event]:
-        """What follows from a look at the weights after ``step``, which is due when `unsure`: vectors ``[k]`` of
-        `Probe.weigh`. The event that tells of them comes once, with the second gradient that is not finite."""
+        """Judge the weights after ``step``, which is due when ``unsure`` is set.
+
+        ``rms`` and ``peaks`` are the vectors ``[k]`` of `probe.Probe.weigh`. The event ``weights_nonfinite`` is
+        reported once, with the second gradient that is not finite: the first one has an event of its own.
+        """
         broken = ~np.isfinite(peaks)
         self.unsure = False
         event = {"kind": "event", "step": step, **(self.blame or {"since": step})}
@@ -217,6 +303,7 @@ class Detector:
         return []
 
     def _loss_events(self, where: Event, row: dict[str, Vector], loss: float, level: float, above: bool) -> list[Event]:
+        """``loss_spike`` at its first step, ``recovered`` at the first step back near ``level``, the mean loss."""
         if self.loss_spike is None:
             if not above:
                 return []
@@ -227,7 +314,7 @@ class Detector:
         spike = self.loss_spike
         if math.isfinite(loss):
             spike["peak"] = max(spike["peak"], loss)
-        if not loss <= spike["back"]:
+        if not loss <= spike["back"]:  # also while the loss is NaN
             return []
         self.loss_spike = None
         steps = where["step"] - spike["since"]
@@ -235,23 +322,23 @@ class Detector:
         return [{"kind": "event", "event": "recovered", "step": where["step"], **facts}]
 
     def end(self) -> list[Event]:
-        """What still waits for a loss that will not come."""
+        """At the end of a run: the spike of the last step, whose ``loss_after`` stays unknown."""
         return self._complete(math.nan)
 
-    # ---- what is asked ----
-
     def spike_rates(self) -> Vector:
-        """Share of recent steps above ``sigma``: each tensor, then the run, ``[k + 1]``; NaN where nothing was
-        measured.
-        """
+        """Spike rates ``[k + 1]`` of each tensor and, last, of the run; NaN where nothing was measured."""
         return self.flags.mean()
 
+    # ---- saving and loading ----
+
     def state(self) -> dict[str, Any]:
+        """All that later events depend on, as text and arrays."""
         open_events = {name: getattr(self, name) for name in OPEN}
         series = {name: getattr(self, name).state() for name in ("peaks", "levels", "flags")}
         return {"open": json.dumps(open_events), "previous": self.previous.copy(), **series}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
         for name, value in json.loads(state["open"]).items():
             if name in OPEN:
                 setattr(self, name, value)
@@ -260,7 +347,17 @@ class Detector:
             getattr(self, name).load(state[name])
 
 
-def total(norms: Vector) -> float:
-    """The norm of all tensors together, those that are not finite left out; NaN when nothing was measured."""
-    known = norms[np.isfinite(norms)]
-    return math.sqrt(float(np.square(known).sum())) if len(known) else math.nan
+def lowbit_events(record: Record, useless: set[str]) -> tuple[list[Event], set[str]]:
+    """The event of layers whose quantised gradients have just become useless, and the set of all such layers.
+
+    Args:
+        record: a ``lowbit`` record.
+        useless: the layers that were useless at the record before, which are not reported again.
+    """
+    errors = {name: layer.get("gradient_error") for name, layer in record["layers"].items()}
+    now = {name for name, error in errors.items() if error is not None and error > USELESS_ERROR}
+    new = sorted(now - useless, key=lambda name: -(errors[name] or 0.0))
+    if not new:
+        return [], now
+    tensors = [{"name": name, "gradient_error": errors[name]} for name in new[:SHOWN]]
+    return [{"kind": "event", "event": "useless", "step": record["step"], "count": len(new), "tensors": tensors}], now

@@ -1,4 +1,5 @@
-"""The few numbers that say how a run went: for the page's head, for comparing runs, and for conditions in CI."""
+"""How a run went, in a few numbers and sentences: for the head of the report, for the comparison of runs, and for
+conditions in continuous integration (``evenstep report --fail-on``)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import numpy as np
 
 from evenstep.errors import EvenstepError, nearest
 from evenstep.telemetry.lines import short
-from evenstep.telemetry.runlog import Record, RunLog, is_number
+from evenstep.telemetry.runlog import RunLog, is_number
+from evenstep.telemetry.schema import Record
 
 FACTS: dict[str, str] = {
     "steps": "steps done",
@@ -31,11 +33,11 @@ FACTS: dict[str, str] = {
     "clipped": "largest share of a tensor's entries clipped in one record",
     "gradient_error": "largest relative quantisation error of a layer's gradients",
 }
-"""Name -> meaning, for the page and for ``--fail-on``."""
+"""Name of a fact -> its meaning, as the page and the help of ``--fail-on`` show it."""
 
 
 def facts(run: RunLog) -> dict[str, float]:
-    """What is known of `FACTS`; a number that the run does not have is left out."""
+    """The `FACTS` of a run. A fact that the run has no number for is left out."""
     found: dict[str, float] = {"steps": run.steps}
     for name in ("loss", "val_loss", "tokens_per_second"):
         values = run.series(name)[1]
@@ -46,7 +48,8 @@ def facts(run: RunLog) -> dict[str, float]:
         found |= {"spike_rate": max(rates)} if rates else {}
         kinds = [event["event"] for event in run.events]
         found |= {name: kinds.count(kind) for name, kind in _COUNTED.items()}
-        # One event tells of many such steps in a row, which windows count; those of older logs do not.
+        # Windows count the steps whose gradients were not finite, also those without an event of their own. The
+        # windows of older logs have no such count; there the events are counted.
         counted = sum(w["nonfinite"] for w in run.windows if is_number(w.get("nonfinite")))
         found["skipped"] = max(counted, found["skipped"] + kinds.count("nonfinite"))
         found["weights_nonfinite"] = float("weights_nonfinite" in kinds)
@@ -63,8 +66,11 @@ def facts(run: RunLog) -> dict[str, float]:
 
 
 def verdict(run: RunLog) -> tuple[str, list[str]]:
-    """How the run went, in words: ``"good"``, ``"spikes"`` or ``"bad"`` (``""`` where nothing is known), and sentences,
-    the worst first."""
+    """How the run went, in words.
+
+    Returns:
+        A level, ``"good"``, ``"spikes"``, ``"bad"`` or, without telemetry, ``""``; and sentences, the worst first.
+    """
     found, bad, said = facts(run), [], []
     for event in run.events:
         since, rows = event.get("since"), event.get("rows")
@@ -129,16 +135,20 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 
 
 class ConditionMet(Exception):
-    """A run did what it must not; the program ends with status 1."""
+    """A condition of ``--fail-on`` holds for a run; the program ends with status 1."""
 
     exit_status = 1
 
 
 def parse_condition(text: str) -> tuple[str, str, float]:
-    """``"spike_rate>0.02"`` -> ("spike_rate", ">", 0.02). EvenstepError for anything else."""
+    """The name, the comparison and the number of a condition. EvenstepError for anything else.
+
+    >>> parse_condition("spike_rate>0.02")
+    ('spike_rate', '>', 0.02)
+    """
     match = re.fullmatch(r"\s*(\w+)\s*(>=|<=|==|>|<)\s*(\S+)\s*", text)
     try:
-        if not match or math.isnan(float(match[3])):  # a NaN never holds, which would look like success
+        if not match or math.isnan(float(match[3])):  # a comparison with NaN never holds: the check would always pass
             raise ValueError(text)
         name, sign, number = match[1], match[2], float(match[3])
     except ValueError:
@@ -149,8 +159,8 @@ def parse_condition(text: str) -> tuple[str, str, float]:
 
 
 def check_conditions(conditions: list[tuple[str, str, float]], runs: list[RunLog]) -> None:
-    """Raises `ConditionMet` naming each condition that holds for a run, and EvenstepError for one whose number the run
-    does not have: silence would look like success."""
+    """Raise `ConditionMet`, which names each condition that holds for a run; EvenstepError if a run does not have the
+    number of a condition, because a check that cannot be made must not pass."""
     met = []
     for run in runs:
         found = facts(run)

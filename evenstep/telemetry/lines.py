@@ -1,19 +1,43 @@
-"""Events as lines of text. Needs no torch."""
+"""Telemetry in a terminal: an event as a line of text, and the table of the largest spikes below a run's progress bar.
+
+Needs no torch; the table needs rich, which is imported when a table is made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Event = dict[str, Any]
 
+TABLE_COLUMNS = {
+    "ratio": ("spike", "x{:.1f}"),
+    "gss": ("GSS", "{:.0f}"),
+    "grad_norm": ("gradient", "{:.2e}"),
+    "norm_after": ("after", "{:.2e}"),
+    "clipped": ("clipped", "{:.2%}"),
+    "spike_rate": ("spike rate", "{:.2%}"),
+}
+"""Columns of the table: key of the ``parameters`` record -> heading and format."""
+
+NAME_WIDTH = 20
+"""Least width of the column of names, in characters."""
+
 
 def short(name: str) -> str:
-    """A parameter's name as people say it: ``model.layers.3.mlp.down_proj.weight`` -> ``layers.3.mlp.down_proj``, but
-    ``3.weight`` stays: a number alone says nothing.
+    """A parameter's name without the parts that carry no information. A bare number keeps its suffix.
+
+    >>> short("model.layers.3.mlp.down_proj.weight"), short("3.weight")
+    ('layers.3.mlp.down_proj', '3.weight')
     """
     brief = name.removeprefix("model.").removesuffix(".weight")
     return name if brief.rpartition(".")[2].isdigit() else brief
+
+
+# ---- events ----
 
 
 def _tensors(event: Event) -> str:
@@ -60,12 +84,54 @@ LINES: dict[str, Callable[[Event], str]] = {
     "reset": lambda event: "moments reset",
     "useless": lambda event: f"gradient below sqrt(3) times its quantisation noise in {_tensors(event)}",
 }
-"""What is said of each kind of event."""
+"""Kind of an event -> the text of its line, after the step."""
 
 
 def event_line(event: Event) -> str:
-    """One line: ``step 812 spike x143 in layers.3.mlp.down_proj, 0.012 % clipped, loss 3.41 -> 3.44, data rows
-    51968-52000``."""
+    """An event as one line of text.
+
+    >>> event_line({"step": 9, "event": "loss_spike", "loss_before": 3.4, "loss_after": 8.1, "rows": [64, 72]})
+    'step 9 loss spike, loss 3.4 -> 8.1, data rows 64-72'
+    """
     text = f"step {event['step']} {LINES[event['event']](event)}"
     rows, label = event.get("rows"), "first bad rows" if "since" in event else "data rows"
     return f"{text}, {label} {rows[0]}-{rows[1]}" if rows else text
+
+
+# ---- the live table ----
+
+
+def worst_table(names: list[str], record: dict[str, Any], count: int = 4, width: int | None = None) -> Table:
+    """The parameters with the largest spikes in a ``parameters`` record, as a rich table.
+
+    Args:
+        names: names of the parameters, in the order of the record's vectors.
+        record: the record. Parameters are ordered by ``ratio``, or by ``grad_norm`` before the first ratio is known.
+        count: number of parameters.
+        width: width of the terminal in characters. Columns that do not fit are left out from the right, so that no
+            number is cut. None keeps all columns.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    by = record.get("ratio") or record.get("grad_norm") or [0.0] * len(names)
+    worst = sorted(range(len(names)), key=lambda i: -(by[i] or 0.0))[:count]
+    known = {key: head for key, head in TABLE_COLUMNS.items() if key in record}
+    cells = {
+        key: ["-" if (value := record[key][i]) is None else form.format(value) for i in worst]
+        for key, (_, form) in known.items()
+    }
+    room = width - NAME_WIDTH if width is not None else None
+    for key in list(cells):
+        needed = 1 + max(map(len, (known[key][0], *cells[key])))
+        if room is not None and (room := room - needed) < 0:
+            cells = dict(list(cells.items())[: list(cells).index(key)])
+            break
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(f"steps {record['first']}-{record['step']}", no_wrap=True, overflow="ellipsis")
+    for key in cells:
+        table.add_column(known[key][0], justify="right", no_wrap=True)
+    for place, i in enumerate(worst):
+        # Text instead of str: brackets in a parameter's name must not be read as markup.
+        table.add_row(Text(short(names[i])), *(column[place] for column in cells.values()))
+    return table

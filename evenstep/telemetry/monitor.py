@@ -1,15 +1,16 @@
-"""SpikeMonitor: sees every step of an optimizer, and says something when something happened.
+"""SpikeMonitor: measures every step of an optimizer, finds events such as gradient spikes, and writes records.
 
-During a step nothing is asked of the device: a row of numbers is written into a buffer there. When the buffer is full,
-or at `drain`, it comes over in one transfer; the host then finds the events and hands records to the sinks. The
-measurement changes nothing: no gradient, weight or random number of the run is touched. And it ends nothing: what goes
-wrong in here is told of once and counted, and the step goes on.
+A step writes one row of numbers into a buffer on the device (probe.py) and never waits for the device. When the buffer
+is full, or at `SpikeMonitor.drain`, the buffer comes to the host in one transfer; the host then finds the events
+(detect.py), makes records (schema.py) and passes them to the sinks (sinks.py).
+
+Two rules hold everywhere in this file. The monitor changes nothing: no gradient, weight or random number of the run.
+And it never ends a training: a failure within ``optimizer.step()`` is caught, counted, and reported once as a warning.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,76 +19,92 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable would import Dynamo, which takes seconds
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from evenstep.errors import EvenstepError
-from evenstep.optim.distributed import is_sharded
 from evenstep.telemetry.clocks import resets
-from evenstep.telemetry.detect import Detector, Event
+from evenstep.telemetry.detect import Detector, Event, lowbit_events
 from evenstep.telemetry.lines import event_line
-from evenstep.telemetry.options import checked_options
-from evenstep.telemetry.probe import COLUMNS, Probe
-from evenstep.telemetry.records import LOWBIT_KEYS, Records, lowbit_events, lowbit_record, start_record
+from evenstep.telemetry.options import Rows, checked_loss, checked_options, checked_rows, checked_step
+from evenstep.telemetry.probe import Probe
+from evenstep.telemetry.records import Records, lowbit_record
+from evenstep.telemetry.schema import COLUMNS, LOWBIT_KEYS, VERSION, Record
 from evenstep.telemetry.sinks import Sink, as_sinks, guarded
-from evenstep.telemetry.subject import bare, parameter_names, plain_names, watched
+from evenstep.telemetry.subject import bare, parameter_names, plain_name, plain_names, watched
 from evenstep.telemetry.trouble import Troubles
 
 T = TypeVar("T")
 
 WEIGHTS_EVERY = 250
-"""Steps between two looks at all weights, which move slowly."""
+"""Steps between two measurements of all weights, which change slowly and take two passes to measure."""
 
 LINES = 3
-"""Events told at one drain; the others are counted."""
+"""Events printed at one transfer; a last line counts the others."""
 
 MOST = 2**30
-"""Numbers that one buffer may hold: 8 GB in fp64."""
+"""Largest number of entries of one buffer: 8 GiB in fp64."""
 
 LowBit = Callable[[], Mapping[str, Mapping[str, "float | Tensor"]]]
-"""Gives, per quantised layer, ``saturation`` and ``underflow`` (shares of entries), ``error`` and ``gradient_error``
-(relative: 2-norm of the noise over that of the values), or some of these, as numbers or 0-d tensors.
-"""
-
-Rows = int | tuple[int, int] | range | slice
+"""Returns the state of quantised layers: layer -> key -> a number or a 0-d tensor. The keys are ``saturation`` and
+``underflow`` (shares of entries), ``error`` and ``gradient_error`` (2-norm of the quantisation noise over that of the
+values), or some of these."""
 
 
 class SpikeMonitor:
-    """Watches ``optimizer``, any torch optimizer, from its construction until `close`; a context manager.
+    """Watches the steps of an optimizer, from construction until `close`. A context manager.
 
-    ``monitor = SpikeMonitor(model, optimizer, sinks=["metrics.jsonl"])``, then train as ever. Call
-    ``monitor.observe(loss)`` before ``optimizer.step()`` and events know the loss as well. One row is made per
-    ``optimizer.step()``, however many backward passes came before. Where the step gets a closure that runs the backward
-    pass (as Lightning does), gradients are looked at after its first call, and its value is the loss of the step unless
-    `observe` told another. Accelerate's wrapper of an optimizer is looked through. Compiled steps are measured between
-    their graphs (not with ``fullgraph=True``). Under DDP and FSDP2 every rank makes a monitor; numbers are those of
-    whole tensors, and rank 0 alone writes and speaks.
+    Construct the monitor, then train as before; it works through hooks of the optimizer. `observe`, called before
+    ``optimizer.step()``, adds the loss to the events. Each ``optimizer.step()`` is one step, however many backward
+    passes it follows. The first one has the number 1 unless `observe` passes another.
 
-    The first step is number 1, unless `observe` gives another; ``for step, batch in enumerate(batches)`` counts from 0
-    where it is given as ``observe(loss, step=step)``.
-
-    Bad arguments fail in the call that gives them. Nothing fails within ``optimizer.step()``: a step that cannot be
-    measured is counted in ``lost``, with one warning for each reason. Parameters that are quantised or no numbers
-    (int8, bool, fp8, subclasses of Tensor whose entries cannot be read) are passed over.
+    * A step that gets a closure (as under Lightning) is measured after the first call of the closure, whose value is
+      the loss of the step unless `observe` was called.
+    * accelerate's wrapper of an optimizer is looked through. Compiled steps are measured between their graphs, which
+      excludes ``fullgraph=True``. A CUDA graph runs no hooks when it is replayed: its steps are not measured.
+    * Under DDP and FSDP2 every rank constructs a monitor. Numbers are those of whole tensors; rank 0 alone writes and
+      prints.
+    * Parameters whose entries cannot be read (int8, bool, fp8, some subclasses of Tensor) are skipped.
 
     Args:
-        model: gives the parameters their names (without the parts of wrappers such as DDP, FSDP, torch.compile or
+        model: provides the names of the parameters, without the parts that wrappers add (DDP, FSDP, torch.compile,
             activation checkpointing).
-        optimizer: read through its ``stats`` where it is of evenstep; otherwise gradients are measured, one pass a
-            step.
-        every: steps between two transfers from the device, and so between lines of the log. Default 10.
-        sinks: where records go: paths of files that get a line of JSON each, or see `evenstep.telemetry.sinks`. A sink
-            that fails is dropped with one warning.
-        say: gets a line of text for each event. Default ``print``; None for silence.
-        samples: coordinates of each tensor whose GSS is followed, 0 for none. Default 64.
-        ratio: an event when the largest entry of a tensor's gradient exceeds this many times its recent mean; above 1.
-            Default 10.
-        sigma, window: of the spike rate. Default 7 and 1000 (OLMo 2).
+        optimizer: any torch optimizer. Statistics come from its ``stats`` if it is of evenstep; otherwise the monitor
+            measures gradients, with one pass over them in each step.
+        every: steps between two transfers from the device, and so between records. Default 10.
+        sinks: destinations of the records: paths of files, which get one line of JSON for each record, or sinks (see
+            `evenstep.telemetry.sinks`). A sink that fails is dropped, with one warning.
+        say: called with one line of text for each event. Default ``print``; None prints nothing.
+        samples: number of coordinates of each tensor whose GSS is computed, 0 for none. Default 64.
+        ratio: a tensor spikes when the largest entry of its gradient exceeds this multiple of the entry's recent mean;
+            above 1. Default 10.
+        sigma, window: standard deviations and steps of the spike rate. Default 7 and 1000 (OLMo 2, arXiv:2501.00656).
         parameters_every: least number of steps between two records with the numbers of every parameter. Default 10.
-        lowbit: gives the state of quantised layers, asked at every drain; see `LowBit`.
+        lowbit: returns the state of quantised layers, called at every transfer; see `LowBit`.
+
+    Attributes:
+        step: number of the newest step.
+        lost: number of steps that could not be measured. Each reason is reported in one warning.
 
     Raises:
-        ValueError: a number out of range, or an optimizer without parameters. TypeError: ``optimizer`` is no torch
-            Optimizer, ``model`` no Module, or an argument of another type than it must be.
+        ValueError: a number is out of range, or the optimizer has no parameters.
+        TypeError: ``optimizer`` is no torch Optimizer, ``model`` no Module, or another argument has a wrong type.
+
+    >>> model = nn.Linear(2, 1)
+    >>> _ = nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    >>> with SpikeMonitor(model, optimizer) as monitor:  # sinks="metrics.jsonl" writes a file for evenstep report
+    ...     for step in range(1, 31):
+    ...         x = torch.full((4, 2), 50.0 if step == 25 else 1.0)  # batch 25 is an outlier
+    ...         loss = (model(x) - 1.0).abs().mean()
+    ...         optimizer.zero_grad()
+    ...         loss.backward()
+    ...         monitor.observe(loss, rows=(4 * step, 4 * step + 4))
+    ...         optimizer.step()
+    step 25 loss spike, loss 0.655 -> 23.24, largest gradient in weight (x50.0), data rows 100-104
+    step 25 spike x50 in weight, loss 0.31 -> 1.29, data rows 100-104
+    step 26 the loss has recovered, 1 steps after its spike at 25
     """
 
     def __init__(
@@ -124,9 +141,7 @@ class SpikeMonitor:
                 )
         self.optimizer, self.say, self.lowbit = optimizer, say, lowbit
         self.show: Callable[[list[str], dict[str, Any]], None] | None = None
-        self.step = 0  # the newest one seen
-        self.lost = 0
-        """Steps that could not be measured."""
+        self.step = self.lost = 0
         self.speaks = not (torch.distributed.is_available() and torch.distributed.is_initialized()) or (
             torch.distributed.get_rank() == 0
         )
@@ -136,13 +151,16 @@ class SpikeMonitor:
         limits = {"ratio": options["ratio"], "sigma": options["sigma"], "window": window}
         self.detector = Detector(self.names, **limits, eps=_eps(optimizer))
         self.records = Records(len(self.names), options["parameters_every"])
+        # The buffer on the device, filled row by row: numbers of each step [every, columns, k]; losses and those
+        # learning rates that are on the device [2, every].
         self.rows = torch.full((every, len(COLUMNS), len(self.names)), math.nan, device=self.probe.device)
-        self.losses = torch.full((2, every), math.nan, device=self.probe.device)  # and rates that are on the device
-        self.seen: list[dict[str, Any]] = []  # what the host knows of the rows in the buffer
-        self.told: dict[str, Any] = {}
-        self.stepping = self.looked = False
-        self.weighed: int | None = None
-        self.useless: set[str] = set()
+        self.losses = torch.full((2, every), math.nan, device=self.probe.device)
+        self.seen: list[dict[str, Any]] = []  # facts of the rows in the buffer that the host knows: step, rows, lr
+        self.observed: dict[str, Any] = {}  # what `observe` was told of the next step
+        self.stepping = False  # between the two hooks of a step
+        self.looked = False  # whether the gradients of this step have been measured
+        self.weighed: int | None = None  # step of the newest measurement of all weights
+        self.useless: set[str] = set()  # layers whose quantised gradients are useless
         self.sinks = [guarded(sink) for sink in as_sinks("SpikeMonitor", sinks)] if self.speaks else []
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -151,27 +169,35 @@ class SpikeMonitor:
 
     # ---- at every step ----
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def observe(self, loss: Tensor | float | None = None, *, rows: Rows | None = None, step: int | None = None) -> None:
-        """Facts of the step that comes, before ``optimizer.step()``; of several calls the last counts. Its loss (one
-        number; detached), the data rows behind it (the first, and one past the last; also a range, or the number of a
-        single row), its number (default: one more than the last). ValueError or TypeError for what is none of these."""
-        told = {"loss": _one_number(loss), "rows": _first_and_past(rows), "step": _step_number(step)}
-        if step is not None and self.seen and told["step"] != self.step + 1:
-            self.drain()  # records date their values by the first step: numbers must not jump within one
-        self.told = told
+        """Describe the next step, before ``optimizer.step()``. Of several calls the last one counts.
+
+        Args:
+            loss: its loss, one number. A tensor is detached and stays on its device.
+            rows: its data rows: (first, one past the last), a range, or the number of a single row.
+            step: its number. Default: one more than the last. A loop that counts its steps from 0 passes them here.
+
+        Raises:
+            ValueError, TypeError: an argument is none of these.
+        """
+        observed = {"loss": checked_loss(loss), "rows": checked_rows(rows), "step": checked_step(step)}
+        if step is not None and self.seen and observed["step"] != self.step + 1:
+            self.drain()  # a record holds its first step and a list of values: numbers must not jump within it
+        self.observed = observed
 
     def _try(self, what: str, act: Callable[[], T], instead: T) -> T:
-        """What ``act`` gives; where it fails, one warning and ``instead``."""
+        """The result of ``act``. If it raises: one warning that the monitor could not do ``what``, and ``instead``."""
         try:
             return act()
         except Exception as problem:
             self.troubles.failed(what, problem)
             return instead
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        """The hook before a step: ``args`` are the step's, the optimizer first."""
+        """The hook before a step. ``args`` and ``kwargs`` are those of ``step``, the optimizer first; the hook returns
+        them changed where it wraps a closure."""
         self.looked = False
         self.stepping = not self._captured()
         if not self.stepping:
@@ -185,22 +211,26 @@ class SpikeMonitor:
         return None
 
     def _captured(self) -> bool:
-        """Whether a CUDA graph is being captured: nothing may be asked of the device meanwhile."""
+        """Whether a CUDA graph is being captured, which allows no synchronisation and would record the monitor's own
+        kernels."""
         return self.probe.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _evaluated(self, loss: Any) -> None:
+        """After the first call of a closure, which returned ``loss``: gradients exist now."""
         self._look()
-        if self.told.get("loss") is None:
-            with suppress(TypeError, ValueError):  # a closure may return what it likes
-                self.told["loss"] = _one_number(loss)
+        if self.observed.get("loss") is None:
+            with suppress(TypeError, ValueError):  # a closure may return anything
+                self.observed["loss"] = checked_loss(loss)
 
     def _look(self) -> None:
+        """Measure the gradients, before the optimizer uses them."""
+
         def look() -> bool:
             with torch.no_grad():
                 if self.probe.follow():
                     self.rows, self.losses = self.rows.to(self.probe.device), self.losses.to(self.probe.device)
-                self.probe.before(weights=not self.seen)
+                self.probe.before(weights=not self.seen)  # updates are sampled on the first step of each buffer
             return True
 
         self.looked = self._try("measure a step", look, False)
@@ -211,18 +241,21 @@ class SpikeMonitor:
                 "watched; make a new monitor to watch them",
             )
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _after(self, *_: Any) -> None:
-        if not self.stepping:  # captured; or of a class whose step calls that of its base: both run the hooks
+        """The hook after a step: write its row into the buffer."""
+        # Not stepping: the step was captured, or this is the outer of two hooks. A class whose ``step`` calls that of
+        # its base class runs both hooks twice for one step.
+        if not self.stepping:
             return
         self.stepping = False
-        told, self.told = self.told, {}
-        step = told.get("step")
+        observed, self.observed = self.observed, {}
+        step = observed.get("step")
         self.step = self.step + 1 if step is None else step
-        fact = {"step": self.step, "rows": told.get("rows"), "lr": None}
+        fact = {"step": self.step, "rows": observed.get("rows"), "lr": None}
 
         def read() -> bool:
-            i, loss = len(self.seen), told.get("loss")
+            i, loss = len(self.seen), observed.get("loss")
             with torch.no_grad():
                 if not i:
                     self.rows.fill_(math.nan)
@@ -246,7 +279,8 @@ class SpikeMonitor:
         self.records.lost += steps
 
     def _rate(self, i: int) -> float | None:
-        """The largest learning rate; where it is on the device, it goes into the buffer."""
+        """The largest learning rate of the groups that keep it on the host. One that is a tensor on the device goes
+        into row ``i`` of the buffer instead: reading it here would synchronise."""
         rates = [group["lr"] for group in self.optimizer.param_groups if group.get("lr") is not None]
         away = [rate for rate in rates if isinstance(rate, Tensor) and rate.device.type != "cpu"]
         if away:
@@ -254,19 +288,22 @@ class SpikeMonitor:
         here = [float(rate) for rate in rates if not isinstance(rate, Tensor) or rate.device.type == "cpu"]
         return max(here, default=None)
 
-    # ---- at log steps ----
+    # ---- at a transfer to the host ----
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def drain(self) -> list[Event]:
-        """Bring the buffer over, find events, write records; returns the events. One transfer from the device, a second
-        one when gradients have begun not to be finite; a message between ranks if parameters are sharded."""
+        """Transfer the buffer to the host, find events and write records; returns the events.
+
+        This waits for the device: one transfer, and a second one when gradients have just become not finite. If
+        parameters are sharded it also communicates, so every rank must call it at the same step.
+        """
         if not self.seen:
             return []
         try:
             with torch.no_grad():
                 return self._drain()
         except Exception as problem:
-            self.troubles.failed("bring its numbers over", problem)
+            self.troubles.failed("transfer its numbers to the host", problem)
             self._lose(sum("lost" not in fact for fact in self.seen))
             return []
         finally:
@@ -274,6 +311,7 @@ class SpikeMonitor:
 
     def _drain(self) -> list[Event]:
         n = len(self.seen)
+        # 1. Everything that comes from the device, concatenated into one tensor: one synchronisation.
         weigh = self.weighed is None or self.step - self.weighed >= WEIGHTS_EVERY
         nothing: list[tuple[str, str, Tensor]] = []
         values = self._try("ask lowbit for its numbers", self._lowbit_values, nothing) if self.lowbit else nothing
@@ -281,32 +319,37 @@ class SpikeMonitor:
         parts += [self.probe.weigh().flatten()] if weigh else []
         parts += [value for _, _, value in values]
         numbers = torch.cat(parts).cpu().numpy().astype("float64")
+        # 2. The same parts as NumPy arrays: rows [n, columns, k], losses and rates [n], weights [2, k], low-bit values.
         rows = numbers[: self.rows[:n].numel()].reshape(n, len(COLUMNS), -1)
         rest = numbers[rows.size :]
         losses, rates, rest = rest[:n], rest[n : 2 * n], rest[2 * n :]
         weights = None
         if weigh:
             weights, rest = rest[: 2 * len(self.names)].reshape(2, -1), rest[2 * len(self.names) :]
+        # 3. Events, and one row of each record, step by step.
         events: list[Event] = []
         steps = [fact["step"] for fact in self.seen]
         reset_steps = self._try("read when moments are reset", lambda: resets(self.optimizer, steps), set[int]())
         for fact, row, loss, rate in zip(self.seen, rows, losses, rates, strict=True):
             columns = dict(zip(COLUMNS, row, strict=True))
+            # fmax ignores NaN: the larger of the rates on the host and on the device, if there are both.
             fact["lr"] = float(np.fmax(math.nan if fact["lr"] is None else fact["lr"], rate))
             events += self.detector.feed(fact["step"], columns, float(loss), fact["rows"])
             if fact["step"] in reset_steps:
                 events.append({"kind": "event", "event": "reset", "step": fact["step"]})
             self.records.add(fact, columns, float(loss))
-        if weights is None and self.detector.unsure:
+        if weights is None and self.detector.unsure:  # a gradient was not finite: are the weights still?
             weights = self.probe.weigh().cpu().numpy().astype("float64")
         if weights is not None:
             self.weighed, self.records.weight_rms = self.step, weights[0]
             events += self.detector.weighed(self.step, *np.where(self.probe.trained(), weights, 0.0))
+        # 4. The records that are due.
         written = [self.records.window(self.detector.spike_rates()[-1])]
         if self.records.due():
             written += self.records.parameters(self.detector.spike_rates()[:-1])
         if values:
-            record = lowbit_record(self.step, [(*place[:2], x) for place, x in zip(values, rest, strict=True)])
+            named = [(plain_name(layer), key, x) for (layer, key, _), x in zip(values, rest, strict=True)]
+            record = lowbit_record(self.step, named)
             found, self.useless = lowbit_events(record, self.useless)
             written.append(record)
             events += found
@@ -314,7 +357,7 @@ class SpikeMonitor:
         return events
 
     def _lowbit_values(self) -> list[tuple[str, str, Tensor]]:
-        """Layer, key and number of all that `lowbit` gives."""
+        """(layer, key, number) of all that ``lowbit`` returns, numbers as tensors ``[1]`` on the probe's device."""
         assert self.lowbit is not None
         values = []
         for layer, found in self.lowbit().items():
@@ -328,11 +371,12 @@ class SpikeMonitor:
                     )
         return values
 
-    def _publish(self, written: list[dict[str, Any]], events: list[Event]) -> None:
+    def _publish(self, written: list[Record], events: list[Event]) -> None:
+        """Pass records and events to the sinks, to ``show`` and to ``say``."""
         if not self.records.started:
             self.records.started = True
             before = max(0, written[0]["first"] - 1) if written else 0
-            written.insert(0, start_record(self.names, self.optimizer, self.probe.params, self.detector, before))
+            written.insert(0, self._start_record(before))
         for record in [*written, *events]:
             for sink in self.sinks:
                 sink.write(record)
@@ -346,14 +390,28 @@ class SpikeMonitor:
             if len(told) > LINES:
                 self._speak(self.say, f"and {len(told) - LINES} more events up to step {self.step}")
 
+    def _start_record(self, step: int) -> Record:
+        """The record before all others: the names to which the vectors of later records belong, and the rules."""
+        rules = {"ratio": self.detector.ratio, "sigma": self.detector.sigma, "window": len(self.detector.flags.values)}
+        return {
+            "kind": "start",
+            "step": step,
+            "version": VERSION,
+            "optimizer": type(self.optimizer).__name__,
+            "names": self.names,
+            "shapes": [[] if is_lazy(p) else list(p.shape) for p in self.probe.params],
+            "rules": rules,
+        }
+
     def _speak(self, how: Callable[..., None], *what: Any) -> None:
         self._try("print an event", lambda: how(*what), None)
 
     def close(self, *, flush: bool = True) -> None:
-        """Write what is left, close the sinks and let go of the optimizer. Nothing happens the second time.
+        """Write what is left, close the sinks and remove the hooks. A second call has no effect.
 
-        ``flush=False`` leaves what has not been drained, for when one of several processes fails: numbers of sharded
-        tensors would wait for the others.
+        Args:
+            flush: False discards the buffer. Needed where one of several processes fails: the numbers of sharded
+                tensors would wait for the other processes.
         """
         for handle in self._handles:
             handle.remove()
@@ -365,7 +423,7 @@ class SpikeMonitor:
             sink.close()
 
     def flush(self) -> None:
-        """Write everything seen so far, also events that wait for the loss of the next step."""
+        """Write everything up to now, including the spike that waits for the loss of the next step."""
         self.drain()
 
         def rest() -> None:
@@ -386,7 +444,8 @@ class SpikeMonitor:
     # ---- saving and loading ----
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later records depend on, in types that ``torch.load(weights_only=True)`` reads; drains first."""
+        """Everything that later records depend on, in types that ``torch.load(weights_only=True)`` reads. Calls
+        `drain` first."""
         self.drain()
         return {
             "step": self.step,
@@ -399,8 +458,11 @@ class SpikeMonitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave; ``probe`` may be None, where its samples are not those of this process. ValueError
-        when it is of a model with other parameters or of another window."""
+        """Restore what `state_dict` returned, so that baselines continue after a resume.
+
+        ``state["probe"]`` may be None, where the sampled coordinates are not those of this process. Raises ValueError
+        for the state of a model with other parameters.
+        """
         if plain_names(state["names"]) != plain_names(self.names):
             raise EvenstepError("SpikeMonitor: the saved state is of a model with other parameters")
         self.step, self.weighed, self.useless = state["step"], state["weighed"], set(state["useless"])
@@ -411,81 +473,20 @@ class SpikeMonitor:
 
 
 def _eps(optimizer: Optimizer) -> Any:
-    """``eps`` of each parameter, 0 where its group has none that is a number."""
+    """``eps`` of each parameter ``[k]``; 0 where its group has no positive number of this name."""
     given = [(group.get("eps"), len(group["params"])) for group in optimizer.param_groups]
     return np.concatenate([np.full(n, eps if isinstance(eps, int | float) and eps > 0 else 0.0) for eps, n in given])
 
 
-def _one_number(loss: Any) -> Tensor | float | None:
-    if loss is None or isinstance(loss, float):
-        return loss
-    if isinstance(loss, Tensor):
-        loss = loss.detach()
-        if is_sharded(loss):
-            loss = loss.full_tensor()
-        if loss.numel() != 1:
-            raise EvenstepError(f"SpikeMonitor.observe: loss must be one number, got the shape {list(loss.shape)}")
-        if loss.is_complex():
-            raise TypeError("SpikeMonitor.observe: loss must be a real number, got a complex one")
-        return loss.reshape(())
-    shape = getattr(loss, "shape", ())
-    if getattr(loss, "size", 1) != 1:
-        raise EvenstepError(f"SpikeMonitor.observe: loss must be one number, got the shape {list(shape)}")
-    try:
-        if isinstance(loss, str | bytes):
-            raise TypeError
-        return float(loss.item() if shape else loss)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"SpikeMonitor.observe: loss must be one number, got {type(loss).__name__}; give loss.item() or None"
-        ) from None
-
-
-def _whole(value: Any, what: str) -> int:
-    try:
-        if isinstance(value, bool | np.bool_):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"SpikeMonitor.observe: {what} must be whole numbers, got {value!r:.80}") from None
-    if number < 0:
-        raise EvenstepError(f"SpikeMonitor.observe: {what} must be at least 0, got {number}")
-    return number
-
-
-def _step_number(step: Any) -> int | None:
-    return None if step is None else _whole(step, "step numbers")
-
-
-def _first_and_past(rows: Any) -> tuple[int, int] | None:
-    """The first row and one past the last."""
-    if rows is None:
-        return None
-    if isinstance(rows, range | slice):
-        if rows.step not in (None, 1):
-            raise EvenstepError(f"SpikeMonitor.observe: rows={rows!r} leaves rows out; give (first, one past the last)")
-        rows = (0 if rows.start is None else rows.start, rows.stop)
-    if not hasattr(rows, "__len__") or getattr(rows, "shape", None) in ((), torch.Size([])):
-        first = _whole(rows, "rows")
-        return first, first + 1
-    if isinstance(rows, str | bytes | Mapping | set) or len(rows) != 2:
-        raise TypeError(
-            f"SpikeMonitor.observe: rows={rows!r:.80} must be (first, one past the last), or a row's number"
-        )
-    first, past = (_whole(row, "rows") for row in rows)
-    if past <= first:
-        raise EvenstepError(f"SpikeMonitor.observe: rows={rows!r} holds no row; give (first, one past the last)")
-    return first, past
-
-
 def _saved(state: Any) -> Any:
-    """Arrays as tensors, which a checkpoint can hold."""
+    """``state`` with tensors in place of arrays, which ``weights_only=True`` does not load."""
     if isinstance(state, dict):
         return {key: _saved(value) for key, value in state.items()}
     return torch.from_numpy(state) if hasattr(state, "__array__") and not isinstance(state, Tensor) else state
 
 
 def _loaded(state: Any) -> Any:
+    """The inverse of `_saved`."""
     if isinstance(state, dict):
         return {key: _loaded(value) for key, value in state.items()}
     return state.numpy() if isinstance(state, Tensor) else state

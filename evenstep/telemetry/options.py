@@ -1,5 +1,8 @@
-"""The options of `SpikeMonitor`, checked in the call that gives them: also by callbacks, which make the monitor only
-when training starts. Needs no torch."""
+"""Checks of the arguments of `SpikeMonitor` and of the callbacks in evenstep.integrations.
+
+A bad argument fails in the call that passes it. The callbacks check the options of `SpikeMonitor` with the same
+functions, because they construct the monitor only when training starts.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,20 @@ from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from evenstep.errors import EvenstepError, nearest
+from evenstep.optim.distributed import is_sharded
 
 Check = Callable[[Any], Any]
+
+Rows = int | tuple[int, int] | range | slice
+"""Data rows of a step: the number of a single row, (first, one past the last), or a range or slice of step 1."""
+
+
+# ---- options of the constructor ----
 
 
 def _whole(low: int) -> Check:
@@ -60,25 +74,37 @@ CHECKS: dict[str, Check] = {
     "say": _callable_or_none("a function of one line of text, such as print"),
     "lowbit": _callable_or_none("a function that returns {layer: {key: number}}"),
 }
+"""Name of an option of `SpikeMonitor` -> the function that checks and converts its value."""
 
 
 def checked_options(owner: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` with numbers as int and float. TypeError for an unknown name or a value of the wrong type,
-    EvenstepError (a ValueError) for one out of range; ``owner`` is who was called."""
-    found = {}
+    """``given``, with its numbers converted to int and float.
+
+    Args:
+        owner: name of the class that was called, with which error messages begin.
+        given: options of `SpikeMonitor` by name.
+
+    Raises:
+        TypeError: an unknown name, or a value of the wrong type.
+        EvenstepError: (a ValueError) a number out of range.
+
+    >>> checked_options("SpikeMonitor", {"ratio": 5})
+    {'ratio': 5.0}
+    """
+    checked = {}
     for name, value in given.items():
         if name not in CHECKS:
             known = ", ".join(CHECKS)
             raise TypeError(f"{owner}: unknown argument '{name}'{nearest(name, list(CHECKS))}; there are {known}")
         try:
-            found[name] = CHECKS[name](value)
+            checked[name] = CHECKS[name](value)
         except (TypeError, ValueError) as problem:
             raise type(problem)(f"{owner}: {name}={value!r:.80} {problem}") from None
-    return found
+    return checked
 
 
 def checked_path(owner: str, path: Any) -> Any:
-    """``path``, a str or os.PathLike that names a file, or None."""
+    """``path`` if it is the path of a file (str or os.PathLike) or None; else TypeError or EvenstepError."""
     if path is None:
         return None
     if not isinstance(path, str) and not hasattr(path, "__fspath__"):
@@ -86,3 +112,71 @@ def checked_path(owner: str, path: Any) -> Any:
     if not str(path):
         raise EvenstepError(f"{owner}: path='' names no file; leave it out for the default")
     return path
+
+
+# ---- arguments of observe ----
+
+
+def checked_loss(loss: Any) -> Tensor | float | None:
+    """``loss`` as a detached 0-d tensor, which stays on its device, or as a float."""
+    if loss is None or isinstance(loss, float):
+        return loss
+    if isinstance(loss, Tensor):
+        loss = loss.detach()
+        if is_sharded(loss):
+            loss = loss.full_tensor()
+        if loss.numel() != 1:
+            raise EvenstepError(f"SpikeMonitor.observe: loss must be one number, got the shape {list(loss.shape)}")
+        if loss.is_complex():
+            raise TypeError("SpikeMonitor.observe: loss must be a real number, got a complex one")
+        number: Tensor = loss.reshape(())
+        return number
+    shape = getattr(loss, "shape", ())
+    if getattr(loss, "size", 1) != 1:
+        raise EvenstepError(f"SpikeMonitor.observe: loss must be one number, got the shape {list(shape)}")
+    try:
+        if isinstance(loss, str | bytes):
+            raise TypeError
+        return float(loss.item() if shape else loss)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"SpikeMonitor.observe: loss must be one number, got {type(loss).__name__}; give loss.item() or None"
+        ) from None
+
+
+def checked_step(step: Any) -> int | None:
+    """``step`` as an int of at least 0, or None."""
+    return None if step is None else _natural(step, "step numbers")
+
+
+def checked_rows(rows: Any) -> tuple[int, int] | None:
+    """``rows``, see `Rows`, as (first, one past the last), or None."""
+    if rows is None:
+        return None
+    if isinstance(rows, range | slice):
+        if rows.step not in (None, 1):
+            raise EvenstepError(f"SpikeMonitor.observe: rows={rows!r} leaves rows out; give (first, one past the last)")
+        rows = (0 if rows.start is None else rows.start, rows.stop)
+    if not hasattr(rows, "__len__") or getattr(rows, "shape", None) in ((), torch.Size([])):
+        first = _natural(rows, "rows")
+        return first, first + 1
+    if isinstance(rows, str | bytes | Mapping | set) or len(rows) != 2:
+        raise TypeError(
+            f"SpikeMonitor.observe: rows={rows!r:.80} must be (first, one past the last), or a row's number"
+        )
+    first, past = (_natural(row, "rows") for row in rows)
+    if past <= first:
+        raise EvenstepError(f"SpikeMonitor.observe: rows={rows!r} holds no row; give (first, one past the last)")
+    return first, past
+
+
+def _natural(value: Any, what: str) -> int:
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"SpikeMonitor.observe: {what} must be whole numbers, got {value!r:.80}") from None
+    if number < 0:
+        raise EvenstepError(f"SpikeMonitor.observe: {what} must be at least 0, got {number}")
+    return number

@@ -1,12 +1,15 @@
-"""Reads one optimizer step into one small row on the device, asking the device for nothing.
+"""Reads one optimizer step into one row of numbers on the device, without any host synchronisation.
 
-What evenstep's optimizers and `stabilize` found out anyway is taken from ``optimizer.stats``. For any other optimizer
-norm and largest entry of each gradient are measured just before its step, which is after gradients were accumulated,
-averaged over ranks and unscaled, so that nothing is measured twice and nothing half done.
+Statistics that evenstep's optimizers and `stabilize` compute anyway are taken from ``optimizer.stats``. For any other
+optimizer the norm and the largest entry of each gradient are measured just before its step: after gradients have been
+accumulated, averaged over ranks and unscaled. Each gradient is therefore measured once, and as the optimizer sees it.
 
-The paper's GSS is a score of single coordinates, |g| over its mean over time, and needs a mean per coordinate. It is
-kept for a fixed random sample of coordinates of each tensor. The paper's mean runs over all steps of a run; while a run
-goes on, it can only run over those so far (the study computes the paper's).
+The GSS of the SPAM paper is a score of single coordinates, |g| over its mean over time, and needs one mean for each
+coordinate. It is computed for a fixed random sample of coordinates of each tensor. The paper's mean is over all steps
+of a run; during a run only the steps so far are known (``evenstep study`` computes the paper's score).
+
+Shapes: ``k`` is the number of watched parameters; a vector ``[k]`` is in the order of the optimizer's groups when the
+probe was made. Nothing here calls ``.item()``, ``.cpu()`` or a bool of a device tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +29,6 @@ from evenstep.optim.distributed import (
     Reduction,
     Steps,
     all_reduce,
-    buckets,
     is_sharded,
     local,
     num_shards,
@@ -34,26 +36,33 @@ from evenstep.optim.distributed import (
     state_dtype,
 )
 from evenstep.optim.functional import Gradients
-from evenstep.optim.fused import Choice
+from evenstep.optim.fused import Choice, buckets
 from evenstep.optim.state import in_param_order
-from evenstep.telemetry.schema import GSS_THRESHOLD
-
-STATS = ("grad_max", "grad_norm", "norm_after", "clip_limit", "clipped", "gain", "update_rms", "skipped")
-"""What `stats` of an optimizer may have; the rest of a row is measured here."""
-
-COLUMNS = (*STATS, "gss", "gss_share")
-
+from evenstep.telemetry.schema import COLUMNS, GSS_THRESHOLD, STATS
 
 READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What is measured; parameters of other kinds (quantised ones, masks) are passed over, and have NaN in every row."""
+"""Dtypes that are measured. Parameters of other dtypes (quantised ones, masks) are skipped: their numbers are NaN."""
 
 
 class Probe:
-    """``samples``: coordinates of each tensor whose GSS is followed, 0 for none.
+    """Measures the steps of ``optimizer``: call `before` and `after` around each step.
 
-    The sampled coordinates are drawn from a generator of their own: the random state of the process stays as it is.
-    Parameters may move to another device, change their size or dtype, be exchanged for shards, or leave the optimizer;
-    those that join it later are not watched (`strangers`).
+    Parameters may move to another device, change their size or dtype, be replaced by shards, or leave the optimizer.
+    Parameters that join the optimizer later are not watched; ``strangers`` is their number.
+
+    Args:
+        optimizer: any torch optimizer.
+        samples: number of coordinates of each tensor whose GSS is computed, 0 for none. They are drawn from a generator
+            of their own, so the random state of the process does not change.
+
+    >>> p = torch.nn.Parameter(torch.tensor([0.0, 0.0]))
+    >>> optimizer = torch.optim.SGD([p], lr=0.1)
+    >>> probe = Probe(optimizer, samples=0)
+    >>> p.grad = torch.tensor([3.0, 4.0])
+    >>> probe.before(weights=False); optimizer.step()
+    >>> row = probe.after()  # [columns, k]
+    >>> row[COLUMNS.index("grad_norm")], row[COLUMNS.index("grad_max")]
+    (tensor([5.]), tensor([4.]))
     """
 
     def __init__(self, optimizer: Optimizer, samples: int) -> None:
@@ -61,15 +70,19 @@ class Probe:
         self.params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         self.device = self._device()
         self.reports = _is_ours(optimizer) and isinstance(getattr(optimizer, "stats", None), dict)
+        # What `before` measured, for the row that `after` makes.
         self.measured: dict[str, Tensor] = {}
         self.gss: dict[str, Tensor] = {}
-        self.seen: dict[str, Tensor] | None = None
+        self.weights: Tensor | None = None  # sampled weights before the step, [k, samples]
+        self.seen: dict[str, Tensor] | None = None  # the ``stats`` of the last step, so that old ones are not reused
         self.unread: set[int] = set()
-        """Places of parameters whose entries cannot be read, such as those of quantised subclasses of Tensor."""
+        """Indices of parameters whose entries cannot be read, such as quantised subclasses of Tensor."""
         self.strangers = 0
         self._odd: set[int] = set()  # ids of parameters whose gradient cannot be measured
-        self._order: list[Tensor] = self.params  # what the optimizer held at the last step
-        self._places: Tensor | None = None  # where ours stand in it, -1 for those that are gone; None: as they do here
+        self._order: list[Tensor] = self.params  # the optimizer's parameters at the last step
+        # Index of each watched parameter in ``_order``, -1 if it has left the optimizer; None: the identity.
+        self._places: Tensor | None = None
+        # GSS: sampled indices of each (local) tensor, sums of |g| over time [k, samples], and numbers of steps [k].
         draw = torch.Generator().manual_seed(0)
         self.sizes = [entries(p) for p in self.params]
         self.where = [torch.randint(max(n, 1), (samples if n else 0,), generator=draw) for n in self.sizes]
@@ -77,17 +90,16 @@ class Probe:
         shape = (len(self.params), samples)
         self.sums = torch.zeros(shape, dtype=torch.float32, device=self.device)
         self.counts = torch.zeros(len(self.params), dtype=torch.float32, device=self.device)
-        self.weights: Tensor | None = None
 
     def _device(self) -> torch.device:
-        """That of the first parameter which is trained."""
+        """The device of the first parameter that is trained. Rows are on this device."""
         first = next((p for p in self.params if p.requires_grad and _is_readable(p)), self.params[0])
         return torch.device("cpu") if first.is_meta else first.device
 
     # ---- around a step ----
 
     def follow(self) -> bool:
-        """Take note of what has become of the parameters since the last step; True where ``device`` is another now."""
+        """Notice parameters that were replaced, removed or moved since the last step; True if ``device`` changed."""
         current = [p for group in self.optimizer.param_groups for p in group["params"]]
         if len(current) != len(self._order) or any(p is not q for p, q in zip(current, self._order, strict=True)):
             self._reorder(current)
@@ -102,7 +114,7 @@ class Probe:
     def _reorder(self, current: list[Tensor]) -> None:
         known = {id(p): i for i, p in enumerate(current)}
         ours = {id(p) for p in self.params}
-        if len(current) == len(self.params):  # exchanged in their places, as accelerate does it for FSDP2
+        if len(current) == len(self.params):  # replaced one for one, as accelerate does for FSDP2
             self.params = [
                 p if id(p) in known or id(q) in ours else q for p, q in zip(self.params, current, strict=True)
             ]
@@ -114,14 +126,14 @@ class Probe:
         self.strangers = len(current) - sum(place >= 0 for place in places)
 
     def _ours(self, vector: Tensor) -> Tensor:
-        """``vector``, one number for each parameter that the optimizer holds now, in our order."""
+        """``vector``, one number for each parameter that the optimizer holds now, as a vector ``[k]``."""
         if self._places is None:
             return vector
         places = self._places = self._places.to(vector.device)
         return torch.where(places < 0, math.nan, vector[places.clamp(min=0)])
 
     def before(self, *, weights: bool) -> None:
-        """Look at the gradients; ``weights``: also at the sampled weights, to see how far they move."""
+        """Measure the gradients. ``weights``: also keep the sampled weights, to measure the update in `after`."""
         self.gss, self.measured, self.weights = {}, {}, None
         if self.sums.shape[1]:
             self.gss = self._spike_scores()
@@ -130,10 +142,10 @@ class Probe:
             self.measured = self._measure()
 
     def after(self) -> Tensor:
-        """The row of the step, ``[columns, k]`` in fp32; NaN for what is not known."""
+        """The row of the step, ``[columns, k]`` in fp32, with NaN for unknown numbers."""
         found = {name: self._ours(vector) for name, vector in self.measured.items()} | self.gss
         stats = self.optimizer.stats if self.reports else self.seen  # type: ignore[attr-defined]
-        if stats is not self.seen:
+        if stats is not self.seen:  # an optimizer that did not step keeps the dict of its last step
             self.seen, k = stats, len(self._order)
             fits = {name: vector for name, vector in (stats or {}).items() if name in STATS and vector.shape == (k,)}
             found |= {name: self._ours(vector) for name, vector in fits.items()}
@@ -144,21 +156,23 @@ class Probe:
         return torch.stack([found.get(name, unknown).to(self.device, torch.float32) for name in COLUMNS])
 
     def _measure(self) -> dict[str, Tensor]:
+        """``grad_max`` and ``grad_norm`` of each parameter that the optimizer holds, for the whole tensors."""
         groups = self.optimizer.param_groups
         dense = [[p for p in group["params"] if self._is_measurable(p)] for group in groups]
         try:
             numbers = self._norms_of(dense)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # a kind of tensor that the arithmetic does not know: the others are measured without it
-            if any(map(is_sharded, self.params)):  # ranks must ask each other the same
+        except Exception:  # a tensor subclass without this arithmetic: measure the others without it
+            if any(map(is_sharded, self.params)):  # every rank must take part in the same collectives
                 raise
             odd = {id(p) for params in dense for p in params if not self._can_measure(p)}
             if not odd:
                 raise
             self._odd |= odd
             numbers = self._norms_of([[p for p in params if id(p) not in odd] for params in dense])
-        scale = getattr(self.optimizer, "grad_scale", None)  # a GradScaler leaves the unscaling to fused optimizers
+        # For fused optimizers a GradScaler does not unscale gradients but passes them its scale.
+        scale = getattr(self.optimizer, "grad_scale", None)
         return numbers if scale is None else {name: vector / scale for name, vector in numbers.items()}
 
     def _norms_of(self, dense: list[list[Tensor]]) -> dict[str, Tensor]:
@@ -186,12 +200,13 @@ class Probe:
     # ---- samples ----
 
     def _sampled(self, tensors: Iterable[Tensor | None]) -> Tensor:
-        """The sampled entries ``[k, samples]`` in fp32, NaN for a tensor that is not there."""
+        """The sampled entries ``[k, samples]`` in fp32, NaN for a missing tensor."""
         absent = torch.full((self.sums.shape[1],), math.nan, device=self.device)
         taken = [self._taken(i, x) for i, x in enumerate(tensors)]
         return torch.stack([absent if x is None else x.to(absent) for x in taken])
 
     def _taken(self, i: int, x: Tensor | None) -> Tensor | None:
+        """The sampled entries ``[samples]`` of ``x``, parameter ``i`` or its gradient; None if they cannot be read."""
         if x is None or i in self.unread or not _is_readable(x):
             return None
         try:
@@ -208,7 +223,7 @@ class Probe:
             return None
 
     def _redraw(self, i: int, size: int) -> None:
-        """Parameter ``i`` has ``size`` entries now: other coordinates are followed, from here on."""
+        """Sample other coordinates of parameter ``i``, which has ``size`` entries now, and forget their means."""
         draw = torch.Generator().manual_seed(i)
         self.sizes[i], samples = size, self.sums.shape[1]
         self.where[i] = torch.randint(max(size, 1), (samples if size else 0,), generator=draw)
@@ -216,27 +231,33 @@ class Probe:
         self.counts[i] = 0.0
 
     def _spike_scores(self) -> dict[str, Tensor]:
-        size = self._sampled(p.grad for p in self.params).abs_()
-        there = torch.isfinite(size).all(dim=1)
-        size = torch.where(there[:, None], size, 0.0)
-        self.counts += there
+        """GSS of the sampled coordinates: the largest of each tensor, and the share above the threshold, both [k]."""
+        size = self._sampled(p.grad for p in self.params).abs_()  # |g|, [k, samples]
+        # A tensor with a sample that is not finite (or without a gradient, NaN) has no score and leaves its means as
+        # they are. A mask instead of an if: a branch on a device value would synchronise.
+        known = torch.isfinite(size).all(dim=1)
+        size = torch.where(known[:, None], size, 0.0)
+        self.counts += known
         self.sums += size
+        # GSS(g_i) = |g_i| / (1/T sum_t |g_t,i|) (SPAM, Definition 2.1), with the current step in the sum. The clamp
+        # keeps a coordinate that was always zero at the score 0.
         scores = size * self.counts[:, None] / self.sums.clamp(min=torch.finfo(torch.float32).tiny)
         found = {"gss": scores.amax(1), "gss_share": (scores > GSS_THRESHOLD).to(torch.float32).mean(1)}
-        return {name: torch.where(there, vector, math.nan) for name, vector in found.items()}
+        return {name: torch.where(known, vector, math.nan) for name, vector in found.items()}
 
     def _update_rms(self, before: Tensor, known: Tensor | None) -> Tensor:
-        """Root mean square of the update of the sampled entries, where the optimizer does not give that of all."""
+        """RMS of the update of the sampled entries ``[k]``; that of all entries where the optimizer provides it."""
         moved = (self._sampled(self.params) - before).square().mean(1).sqrt()
         if known is None:
             return moved
         return torch.where(torch.isnan(known), moved, known.to(moved))
 
-    # ---- now and then ----
+    # ---- at a transfer to the host ----
 
     def weigh(self) -> Tensor:
-        """Of each whole parameter the root mean square, and its largest entry, Inf where one is not finite; ``[2, k]``
-        in fp32. Two passes over the weights. NaN for those that are passed over."""
+        """RMS and largest absolute entry of each whole parameter, ``[2, k]`` in fp32. The largest entry is Inf if any
+        entry is not finite; parameters that are skipped have NaN and Inf. Costs two passes over the weights and, if
+        parameters are sharded, an all-reduce."""
         layouts = [Layout.of(p) for p in self.params]
         found = [self._norm_and_peak(i, p) for i, p in enumerate(self.params)]
         asked: dict[int, tuple[Reduction, ...]] = {
@@ -250,6 +271,7 @@ class Probe:
         return torch.stack([(sums / sizes).sqrt(), peaks])
 
     def _norm_and_peak(self, i: int, p: Tensor) -> tuple[Tensor, Tensor]:
+        """2-norm and largest absolute entry of the local part of parameter ``i``, as 0-d tensors."""
         unknown = self.counts.new_full((), math.nan)
         if i in self.unread or not (_is_readable(p) or p.is_complex()):
             return unknown, unknown
@@ -265,11 +287,12 @@ class Probe:
             return unknown, unknown
 
     def trained(self) -> list[bool]:
-        """Whether a parameter is trained, and its entries can be read."""
+        """Whether each parameter is trained and its entries can be read."""
         return [p.requires_grad and _is_readable(p) and i not in self.unread for i, p in enumerate(self.params)]
 
     def agree(self, rows: Tensor) -> Tensor:
-        """Rows ``[n, columns, k]`` with the scores of sharded tensors taken over all their parts."""
+        """``rows`` ``[n, columns, k]`` with the GSS of sharded tensors taken over all shards, in place. Once per
+        transfer instead of once per step, so that steps need no communication."""
         layouts = [Layout.of(p) for p in self.params]
         cut = [i for i, layout in enumerate(layouts) if layout.cuts]
         gss, share = rows[:, COLUMNS.index("gss")], rows[:, COLUMNS.index("gss_share")]
@@ -285,16 +308,18 @@ class Probe:
         return rows
 
     def state(self) -> dict[str, Any]:
+        """The means of the GSS, which belong to the samples of this rank."""
         return {"sums": self.sums.clone(), "counts": self.counts.clone()}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned; the state of another number of samples is ignored."""
         for name in ("sums", "counts"):
-            if state[name].shape == getattr(self, name).shape:  # another sample size starts anew
+            if state[name].shape == getattr(self, name).shape:
                 getattr(self, name).copy_(state[name])
 
 
 def _is_ours(optimizer: Optimizer) -> bool:
-    """Others may have ``stats`` of their own."""
+    """Whether the optimizer is of evenstep: other optimizers may have ``stats`` of another meaning."""
     return any(cls.__module__.partition(".")[0] == "evenstep" for cls in type(optimizer).__mro__)
 
 
@@ -303,14 +328,14 @@ def _is_readable(x: Tensor) -> bool:
 
 
 def entries(p: Tensor, *, whole: bool = False) -> int:
-    """Of a parameter, or of what is here of it; 0 where there are none yet, as in a lazy module."""
+    """Number of entries of the local part of a parameter, or of the ``whole`` one; 0 before a lazy module is built."""
     if is_lazy(p):
         return 0
     return (p if whole else local(p)).numel()
 
 
 def _norms(bucket: Bucket) -> Steps[dict[str, Tensor]]:
-    """Largest entry and norm of each gradient; Inf for a largest entry that is none."""
+    """Largest absolute entry (Inf if any entry is not finite) and 2-norm of each gradient of a bucket."""
     grads = yield Gradients.measure(bucket.grads, bucket.dtype, kernels=bucket.kernels)
     grads = yield grads.with_norms()
     return {"grad_max": grads.peak, "grad_norm": grads.norms.raw}

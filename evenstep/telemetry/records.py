@@ -1,4 +1,4 @@
-"""From the rows of single steps to the records of metrics.jsonl."""
+"""The rows of single steps become the records of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -6,30 +6,53 @@ import math
 from typing import Any
 
 import numpy as np
-from torch.nn.parameter import is_lazy
+from numpy.typing import NDArray
 
-from evenstep.telemetry.detect import Detector, Event, total
-from evenstep.telemetry.probe import COLUMNS
-from evenstep.telemetry.schema import USELESS_ERROR, VERSION
-from evenstep.telemetry.series import Vector, digits
-from evenstep.telemetry.subject import plain_name
+from evenstep.telemetry.schema import COLUMNS, LARGEST, Record
 
-Record = dict[str, Any]
+Vector = NDArray[np.float64]
+"""One number for each of the ``k`` watched parameters; NaN where the number is unknown."""
 
-LARGEST = ("ratio", "grad_max", "gss")
-"""Of these a record of several steps holds the largest; of ``skipped`` the sum, of the others the mean."""
 
-LOWBIT_KEYS = ("saturation", "underflow", "error", "gradient_error")
+def digits(values: Any) -> list[float | None]:
+    """``values`` (array-like) rounded to four significant digits; None for numbers that are not finite.
+
+    >>> digits([0.123456, 98765.4, float("inf")])
+    [0.1235, 98770.0, None]
+    """
+    x = np.asarray(values, dtype=np.float64)
+    known = np.isfinite(x)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        places = np.clip(3 - np.floor(np.log10(np.abs(np.where(known & (x != 0), x, 1.0)))), -300, 300)
+    # 10.0 ** n is exact for 0 <= n <= 22 and 10.0 ** -n never is: a product and a quotient of exact powers give the
+    # double nearest to the decimal number, which prints with few digits.
+    up, down = 10.0 ** np.maximum(places, 0), 10.0 ** np.maximum(-places, 0)
+    rounded = np.round(np.where(known, x, 0.0) * up / down) / up * down
+    return [value if is_known else None for value, is_known in zip(rounded.tolist(), known.tolist(), strict=True)]
+
+
+def total_norm(norms: Vector) -> float:
+    """The norm of all tensors together, from the norms of each. Norms that are not finite are left out; NaN when none
+    is left."""
+    known = norms[np.isfinite(norms)]
+    return math.sqrt(float(np.square(known).sum())) if len(known) else math.nan
 
 
 class Records:
-    """Gathers rows until a record is due; ``k`` parameters, ``every`` steps at least between two of their records."""
+    """Accumulates the rows of single steps until a record is due.
+
+    Args:
+        k: number of parameters.
+        every: least number of steps between two ``parameters`` records.
+    """
 
     def __init__(self, k: int, every: int) -> None:
         self.every = every
-        self.started = False
-        self.lost = 0  # steps that could not be measured, since the last line that told of some
+        self.started = False  # whether the ``start`` record has been written
+        self.lost = 0  # unmeasured steps that no record has reported yet
         self.weight_rms: Vector = np.full(k, np.nan)
+        # Two independent accumulators: a window record describes each step of one transfer from the device, a
+        # parameters record summarises many transfers.
         self.steps: list[tuple[dict[str, Any], float, float, float, bool]] = []
         self.pending: list[int] = []
         self._largest: dict[str, Vector] = {}
@@ -37,19 +60,20 @@ class Records:
         self._count: dict[str, Vector] = {}
 
     def add(self, fact: dict[str, Any], row: dict[str, Vector], loss: float) -> None:
+        """Add one step: ``fact`` as in `monitor.SpikeMonitor.seen`, ``row`` one vector ``[k]`` for each column."""
         bad = bool((np.isposinf(row["grad_max"]) | (row["skipped"] > 0)).any())
-        self.steps.append((fact, loss, total(row["grad_norm"]), total(row["norm_after"]), bad))
+        self.steps.append((fact, loss, total_norm(row["grad_norm"]), total_norm(row["norm_after"]), bad))
         self.pending.append(fact["step"])
         for name, values in row.items():
-            there = np.isfinite(values)
+            known = np.isfinite(values)
             if name in LARGEST:
-                self._largest[name] = np.fmax(self._largest.get(name, np.nan), np.where(there, values, np.nan))
+                self._largest[name] = np.fmax(self._largest.get(name, np.nan), np.where(known, values, np.nan))
             else:
-                self._sum[name] = self._sum.get(name, 0.0) + np.where(there, values, 0.0)
-                self._count[name] = self._count.get(name, 0.0) + there
+                self._sum[name] = self._sum.get(name, 0.0) + np.where(known, values, 0.0)
+                self._count[name] = self._count.get(name, 0.0) + known
 
     def window(self, spike_rate: float) -> Record:
-        """The numbers of each step since the last such record: loss and norm of all gradients."""
+        """The ``window`` record: loss and total gradient norms of each step since the last such record."""
         facts, losses, norms, after, bad = zip(*self.steps, strict=True)
         rates = [fact["lr"] for fact in facts]
         record: Record = {"kind": "window", "step": facts[-1]["step"], "first": facts[0]["step"]}
@@ -65,8 +89,8 @@ class Records:
         return len(self.pending) >= self.every
 
     def parameters(self, spike_rates: Vector) -> list[Record]:
-        """The numbers of each parameter over the steps since the last such record; columns that nobody knows are left
-        out, and the record where none is left."""
+        """The ``parameters`` record: the numbers of each parameter over the steps since the last such record. Columns
+        without a known number are left out; the list is empty where no column is left."""
         record: Record = {"kind": "parameters", "step": self.pending[-1], "first": self.pending[0]}
         columns = dict(self._largest)
         for name, values in self._sum.items():
@@ -80,47 +104,25 @@ class Records:
         return [record | known] if known else []
 
     def state(self) -> dict[str, Any]:
-        gathered = {"largest": self._largest, "sum": self._sum, "count": self._count}
+        """What later ``parameters`` records depend on, as numbers, lists and arrays."""
+        accumulated = {"largest": self._largest, "sum": self._sum, "count": self._count}
         return {
             "started": self.started,
             "pending": list(self.pending),
             "weight_rms": self.weight_rms.copy(),
-            **{name: {key: values.copy() for key, values in vectors.items()} for name, vectors in gathered.items()},
+            **{name: {key: values.copy() for key, values in vectors.items()} for name, vectors in accumulated.items()},
         }
 
     def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
         self.started, self.pending = bool(state["started"]), list(state["pending"])
         self.weight_rms = np.array(state["weight_rms"])
         self._largest, self._sum, self._count = (dict(state[name]) for name in ("largest", "sum", "count"))
 
 
-def start_record(names: list[str], optimizer: Any, params: list[Any], detector: Detector, step: int) -> Record:
-    """The line before all others: the names that the vectors of later lines belong to, and the rules of the events."""
-    return {
-        "kind": "start",
-        "step": step,
-        "version": VERSION,
-        "optimizer": type(optimizer).__name__,
-        "names": names,
-        "shapes": [[] if is_lazy(p) else list(p.shape) for p in params],
-        "rules": {"ratio": detector.ratio, "sigma": detector.sigma, "window": len(detector.flags.values)},
-    }
-
-
 def lowbit_record(step: int, values: list[tuple[str, str, float]]) -> Record:
-    """``values``: (layer, key, number), the keys being of `LOWBIT_KEYS`."""
+    """The ``lowbit`` record of ``values``: (layer, key, number), with the keys of `LOWBIT_KEYS`."""
     layers: dict[str, dict[str, float | None]] = {}
     for layer, key, value in values:
-        layers.setdefault(plain_name(layer), {})[key] = digits([value])[0]
+        layers.setdefault(layer, {})[key] = digits([value])[0]
     return {"kind": "lowbit", "step": step, "layers": layers}
-
-
-def lowbit_events(record: Record, useless: set[str]) -> tuple[list[Event], set[str]]:
-    """An event for the layers whose gradients have just become useless at their precision, and the set of all such."""
-    errors = {name: layer.get("gradient_error") for name, layer in record["layers"].items()}
-    now = {name for name, error in errors.items() if error is not None and error > USELESS_ERROR}
-    new = sorted(now - useless, key=lambda name: -(errors[name] or 0.0))
-    if not new:
-        return [], now
-    tensors = [{"name": name, "gradient_error": errors[name]} for name in new[:5]]
-    return [{"kind": "event", "event": "useless", "step": record["step"], "count": len(new), "tensors": tensors}], now

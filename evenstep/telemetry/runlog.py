@@ -1,7 +1,7 @@
-"""Reads what a run has left behind, and keeps what is good of it. Needs no torch.
+"""Reads the files of a run: metrics.jsonl, config.toml and summary.json. Needs no torch.
 
-metrics.jsonl may be half written, come from another version, or hold anything at all: what does not fit is left out,
-and counted in ``notes``, which the page shows.
+metrics.jsonl may be half written, come from another version, or hold anything at all. Lines that do not fit the schema
+are left out and counted in ``RunLog.notes``, which the report shows.
 """
 
 from __future__ import annotations
@@ -18,20 +18,24 @@ from numpy.typing import NDArray
 
 from evenstep.errors import EvenstepError
 from evenstep.paths import check_own_file, read_own
-from evenstep.telemetry.schema import VERSION, is_step, iter_records
+from evenstep.telemetry.schema import VERSION, Record, is_step, iter_records
 from evenstep.toml import parse_toml
 
-Record = dict[str, Any]
 Series = tuple[list[float], list[float]]
-"""Steps and values."""
+"""Steps, and a value for each of them."""
 
 STEP_LISTS = ("losses", "norms", "norms_after", "lrs")
+"""Keys of a ``window`` record that hold one value for each of its steps."""
 
 
 @dataclass
 class RunLog:
-    """``parameters``: steps ``[n]`` (the first and last of each record) and, per column, values ``[n, k]``, NaN where
-    missing."""
+    """What is known of a run.
+
+    ``train`` and ``validation`` are the records of the log, ``windows``, ``events`` and ``lowbit`` those of telemetry,
+    all in the order of their steps. The ``parameters`` records are kept as arrays: ``first`` and ``last`` are the steps
+    ``[n]`` of each record, and ``columns`` maps a name to its values ``[n, k]``, NaN where they are missing.
+    """
 
     name: str
     path: Path
@@ -52,17 +56,18 @@ class RunLog:
 
     @property
     def steps(self) -> int:
+        """Number of the last step."""
         records = [*self.train[-1:], *self.validation[-1:], *self.windows[-1:]]
         return max((record["step"] for record in records), default=0)
 
     def series(self, key: str) -> Series:
-        """A number of the training or validation lines over the steps."""
+        """A number of the training or validation records over the steps."""
         records = self.validation if key in ("val_loss", "perplexity", "bits_per_byte") else self.train
         points = [(r["step"], r[key]) for r in records if is_number(r.get(key))]
         return [p[0] for p in points], [p[1] for p in points]
 
     def per_step(self, key: str) -> Series:
-        """A number of every single step, see `STEP_LISTS`."""
+        """A number of each single step; ``key`` is one of `STEP_LISTS`."""
         steps: list[float] = []
         values: list[float] = []
         for window in self.windows:
@@ -73,7 +78,8 @@ class RunLog:
         return steps, values
 
     def rates(self) -> Series:
-        """Learning rates: of the log lines, else of every step where they moved, else of the windows' ends."""
+        """Learning rates: those of the training records or, without these, those of the ``window`` records, which list
+        them where they change and otherwise hold the last one."""
         found = self.series("lr")
         if found[0]:
             return found
@@ -86,18 +92,27 @@ class RunLog:
         return [*points], [*points.values()]
 
     def losses(self) -> Series:
-        """Of every step where telemetry wrote it, else of the log lines."""
+        """The loss of every step, or that of the training records where there is no telemetry."""
         found = self.per_step("losses")
         return found if found[0] else self.series("loss")
 
 
 def is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite number small enough for fp64 arithmetic."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and value == value
 
 
 def load_run(path: Path) -> RunLog:
-    """The run in a directory, or that of a single .jsonl file. EvenstepError when there is none; for everything else
-    that is wrong, a note."""
+    """The run in a directory, or the run of a single .jsonl file.
+
+    EvenstepError if ``path`` is no run. Every other problem is described in the ``notes`` of the result.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
+    >>> _ = path.write_text('{"step": 10, "loss": 2.5}\\n{"step": 20, "loss": 2.0}\\n')
+    >>> load_run(path).series("loss")
+    ([10, 20], [2.5, 2.0])
+    """
     metrics = path / "metrics.jsonl" if path.is_dir() else path
     directory = metrics.parent
     if not path.exists() or (path.is_dir() and not metrics.exists() and not (path / "config.toml").exists()):
@@ -120,6 +135,9 @@ def load_run(path: Path) -> RunLog:
     return run
 
 
+# ---- files ----
+
+
 def _read_facts(run: RunLog, directory: Path) -> None:
     readers: dict[str, tuple[str, Callable[[bytes], Any]]] = {
         "config.toml": ("config", parse_toml),
@@ -131,7 +149,7 @@ def _read_facts(run: RunLog, directory: Path) -> None:
             if not isinstance(found, dict):
                 raise ValueError("it is no table")
             setattr(run, where, found)
-        except FileNotFoundError:  # of a training loop of one's own, or not yet
+        except FileNotFoundError:  # the run of another trainer, or one that has only just started
             pass
         except (OSError, ValueError, RecursionError) as problem:
             run.notes.append(f"{name} cannot be read: {problem}")
@@ -153,7 +171,7 @@ def _read_metrics(run: RunLog, path: Path) -> None:
             misfits += not readers[kind](run, record, parameters)
         else:
             unknown.add(str(kind))
-    if total == unreadable > 0 and path == run.path:  # a file that was named, and is something else
+    if total == unreadable > 0 and path == run.path:  # the user named a file of another kind
         raise EvenstepError(f"{path} is no metrics.jsonl: none of its lines is a record; give the directory of a run")
     _stack(run, parameters)
     if unreadable:
@@ -175,12 +193,16 @@ def _are(n: int) -> str:
     return "were" if n > 1 else "was"
 
 
+# ---- records: each reader returns whether the record fits the schema ----
+
+
 def _start(run: RunLog, record: Record, parameters: list[Record]) -> bool:
     names = record.get("names")
     if not isinstance(names, list):
         return False
+    # A run that was resumed from a checkpoint repeats steps in the same file: the repeated steps replace the old ones.
     kept = (run.train, run.validation, run.windows, run.events, run.lowbit, parameters)
-    if any(line["step"] > record["step"] for lines in kept for line in lines):  # trained again, into the same file
+    if any(line["step"] > record["step"] for lines in kept for line in lines):
         for lines in kept:
             lines[:] = [line for line in lines if line["step"] <= record["step"]]
         run.notes.append(
@@ -232,7 +254,11 @@ def _lowbit(run: RunLog, record: Record, _: list[Record]) -> bool:
     return True
 
 
+# ---- arrays ----
+
+
 def _stack(run: RunLog, parameters: list[Record]) -> None:
+    """Set the arrays of ``run`` from its ``parameters`` records, with the derived column ``update_ratio``."""
     run.first = np.array([record["first"] for record in parameters], np.int64)
     run.last = np.array([record["step"] for record in parameters], np.int64)
     names = dict.fromkeys(name for record in parameters for name, values in record.items() if isinstance(values, list))
@@ -246,8 +272,12 @@ def _stack(run: RunLog, parameters: list[Record]) -> None:
 
 
 def between_looks(values: NDArray[np.float32], steps: NDArray[np.int64]) -> NDArray[np.float32]:
-    """``values`` ``[n, k]`` that repeat the last known ones, made to run straight from one look to the next: as they
-    stand, they jump where nothing has jumped."""
+    """``values`` ``[n, k]``, interpolated linearly between the steps at which they were measured.
+
+    Weights are measured every 250 steps, and the records in between repeat the last values. A ratio to values that are
+    constant and then jump would jump as well, where nothing happened.
+    """
+    # A record in which no value changed repeats the one before; all others are measurements ("looks").
     same = (values[1:] == values[:-1]) | (np.isnan(values[1:]) & np.isnan(values[:-1]))
     looks = np.append([0], 1 + np.flatnonzero(~same.all(axis=1))) if len(values) else np.zeros(0, np.int64)
     if len(looks) < 2:
@@ -261,7 +291,8 @@ def between_looks(values: NDArray[np.float32], steps: NDArray[np.int64]) -> NDAr
 
 
 def matrix(rows: list[Any], k: int) -> NDArray[np.float32]:
-    """Lists of ``k`` numbers as an array ``[n, k]``; what is no number is NaN, a row that is no list all NaN."""
+    """Lists of ``k`` numbers as an array ``[n, k]``. Entries that are no numbers become NaN, as does every entry of a
+    row that is no list."""
     result = np.full((len(rows), k), np.nan, np.float32)
     for i, row in enumerate(rows):
         if not isinstance(row, list):

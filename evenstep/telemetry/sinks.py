@@ -1,8 +1,8 @@
-"""Where records go. A sink takes records one by one, as dicts with the keys of docs/telemetry.md, and is closed at the
-end.
+"""Destinations of records. A sink receives one record at a time, a dict with the keys of docs/telemetry.md, and is
+closed at the end.
 
-metrics.jsonl is the file that all tools of evenstep read; the others show the same numbers in the programs people have
-open anyway. A sink that fails is told of once and left alone from then on: no training stops for it.
+metrics.jsonl is the file that all tools of evenstep read; the other sinks show the same numbers in TensorBoard,
+Weights & Biases and trackio. A sink that fails is dropped with one warning, and training continues.
 """
 
 from __future__ import annotations
@@ -17,23 +17,49 @@ from typing import Any, Protocol, cast
 
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.lines import event_line
-from evenstep.telemetry.schema import to_line
+from evenstep.telemetry.schema import Record, to_line
 from evenstep.telemetry.trouble import reason, warn
-
-Record = dict[str, Any]
 
 
 class Sink(Protocol):
-    """Anything that has these two."""
+    """The interface of a sink. Any object with these two methods is one.
 
-    def write(self, record: Record) -> None: ...
+    >>> from evenstep import SpikeMonitor
+    >>> import torch
+    >>> class Last:
+    ...     def write(self, record):
+    ...         self.record = record
+    ...     def close(self):
+    ...         print(self.record["kind"])
+    >>> model = torch.nn.Linear(2, 1)
+    >>> with SpikeMonitor(model, torch.optim.SGD(model.parameters(), lr=0.1), sinks=Last()) as monitor:
+    ...     monitor.optimizer.step()
+    parameters
+    """
 
-    def close(self) -> None: ...
+    def write(self, record: Record) -> None:
+        """Receive a record. Called on one thread, in the order of the steps."""
+
+    def close(self) -> None:
+        """Release what the sink holds."""
 
 
 class JsonlSink:
-    """Appends each record to a file as one line of JSON, at once. ``path``: its directory must exist. A record that
-    comes after `close`, as where two monitors share a sink, opens the file again."""
+    """Appends each record to a file as one line of JSON, and flushes it.
+
+    Args:
+        path: the file, in a directory that exists. OSError where it cannot be opened.
+
+    A record that arrives after `close`, as where two monitors share a sink, opens the file again.
+
+    >>> import tempfile
+    >>> from evenstep.telemetry.schema import read_records
+    >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
+    >>> sink = JsonlSink(path)
+    >>> sink.write({"step": 1, "loss": 2.5}); sink.close()
+    >>> read_records(path)
+    [{'step': 1, 'loss': 2.5}]
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).absolute()
@@ -50,7 +76,7 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """Scalars and events for TensorBoard, in ``directory``. Needs the package tensorboard."""
+    """Writes scalars and events for TensorBoard into ``directory``. Needs the package tensorboard."""
 
     def __init__(self, directory: Path | str) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -71,22 +97,28 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Weights & Biases, as a run of its own beside any that the program has. ``mode``: "offline" writes to
-    ``directory``/wandb, to be sent later with ``wandb sync``; "online" sends at once. ``config`` is kept with the run.
+    """Logs to Weights & Biases, as a run of its own beside the program's run. Needs the package wandb.
 
-    After `close`, wandb's service process writes the last block of an offline file; the program's exit waits for it.
+    Args:
+        directory: where wandb keeps its files.
+        name: name of the run.
+        mode: "offline" writes to ``directory``/wandb, for a later ``wandb sync``; "online" sends at once.
+        config: stored with the run.
+
+    After `close`, wandb's service process writes the last block of an offline file; the exit of the program waits for
+    it.
     """
 
     def __init__(self, directory: Path | str, name: str, *, mode: str = "offline", config: Any = None) -> None:
         import wandb
 
-        self._run = wandb.init(
+        self._run: Any = wandb.init(
             project="evenstep",
             name=name,
             dir=str(directory),
             mode=mode,  # type: ignore[arg-type]
             config=config,
-            reinit="create_new",  # the default hands out the program's own run, which `close` would finish
+            reinit="create_new",  # the default returns the program's own run, which `close` would finish
             settings=wandb.Settings(silent=True),
         )
 
@@ -94,7 +126,7 @@ class WandbSink:
         values = scalars(record)
         if record.get("kind") == "event":
             values[f"events/{record['event']}"] = record["step"]
-        if values:  # the step as a value: wandb drops what comes for a step before the newest
+        if values:  # the step is logged as a value: wandb drops values logged for an earlier step than the newest
             self._run.log(values | {"step": record["step"]})
 
     def close(self) -> None:
@@ -102,13 +134,14 @@ class WandbSink:
 
 
 class TrackioSink:
-    """trackio's local database (``TRACKIO_DIR``), as a run of its own; ``trackio show`` displays it."""
+    """Logs to trackio's local database (``TRACKIO_DIR``), as a run of its own; ``trackio show`` displays it. Needs the
+    package trackio."""
 
     def __init__(self, name: str, *, config: Any = None) -> None:
         import trackio
 
-        # `init` finishes the run of the current context: in an empty one it finds none.
-        self._run = Context().run(
+        # `init` finishes the run of the current context; an empty context has none.
+        self._run: Any = Context().run(
             lambda: trackio.init(project="evenstep", name=name, config=config, embed=False, resume="allow")
         )
 
@@ -122,7 +155,11 @@ class TrackioSink:
 
 
 def scalars(record: Record) -> dict[str, Any]:
-    """The single numbers of a record, by ``group/name``; of a column of all parameters its largest."""
+    """The single numbers of a record, under ``group/name``. A vector of all parameters is replaced by its maximum.
+
+    >>> scalars({"step": 3, "loss": 2.5})
+    {'train/loss': 2.5}
+    """
     kind = record.get("kind")
     if kind == "parameters":
         columns = {name: values for name, values in record.items() if isinstance(values, list)}
@@ -149,10 +186,11 @@ def _number(value: Any) -> bool:
 
 
 class Guarded:
-    """A sink that never raises: the first failure warns, later records are dropped and counted as ``lost``.
+    """A sink that never raises. The first failure is a warning; later records are dropped and counted in ``lost``.
 
-    ``lent``: the sink outlives this use of it. `close` then only calls its ``flush``, where it has one, and it can be
-    written to again.
+    Args:
+        sink: the sink that does the work.
+        lent: the sink is used again later. `close` then only calls its ``flush``, if it has one; `end` closes it.
     """
 
     def __init__(self, sink: Sink, *, lent: bool = False) -> None:
@@ -163,7 +201,7 @@ class Guarded:
     def _try(self, act: Callable[[], None], what: str) -> None:
         try:
             act()
-        except Exception as problem:  # whatever a network client, a disk or a database may raise
+        except Exception as problem:  # network clients, disks and databases raise exceptions of any class
             name, self.sink = type(self.sink).__name__, None
             warn(f"{name} could not {what} ({reason(problem)}); training goes on without it")
 
@@ -185,18 +223,21 @@ class Guarded:
             self.sink = None
 
     def end(self) -> None:
-        """Close a lent sink for good."""
+        """Close the sink, even if it is lent."""
         self.lent = False
         self.close()
 
 
 def guarded(sink: Sink) -> Guarded:
+    """``sink`` as a `Guarded` one."""
     return sink if isinstance(sink, Guarded) else Guarded(sink)
 
 
 def as_sinks(owner: str, given: Any) -> list[Sink]:
-    """``given`` as a list of sinks: one or several of sinks and paths, a path being a `JsonlSink`. TypeError for what
-    is neither; ``owner`` is who was called. Files are opened when all of it is known to be usable."""
+    """The sinks that an argument ``sinks`` stands for: one sink or path, or several. A path becomes a `JsonlSink`.
+
+    TypeError, which begins with ``owner``, for anything else. Files are opened only if all of ``given`` is usable.
+    """
     if given is None:
         return []
     alone = _is_sink(given) or _is_path(given) or isinstance(given, Mapping) or not isinstance(given, Iterable)
@@ -215,14 +256,14 @@ def _is_path(value: Any) -> bool:
 
 
 def _is_sink(value: Any) -> bool:
-    """Files have both methods, but take text."""
+    """Whether ``value`` has the methods of a sink. An open file has them too, but its ``write`` takes text."""
     methods = all(callable(getattr(value, name, None)) for name in ("write", "close"))
     return methods and not isinstance(value, type | io.IOBase)
 
 
 def opened(build: Callable[[], Sink], extra: str) -> Guarded | None:
-    """The sink that ``build`` makes; None, with a warning, where it cannot be made (no network, no disk). EvenstepError
-    when its package is not installed."""
+    """The sink that ``build`` constructs, guarded; None, with a warning, if that fails (no network, no space). An
+    EvenstepError that names ``extra``, what pip installs, if its package is missing."""
     try:
         return Guarded(build())
     except ModuleNotFoundError as problem:

@@ -1,4 +1,7 @@
-"""The page of a run, live: served on this machine alone, built anew when the run has written something."""
+"""The report of a run while it trains, served by HTTP on this machine only.
+
+The page polls ``/data.json``; the server reads the files of the run again only after they have changed.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from evenstep.errors import EvenstepError
-from evenstep.telemetry.page import page
-from evenstep.telemetry.payload import payload
+from evenstep.telemetry.page import page, payload
 from evenstep.telemetry.runlog import load_run
 
 HOSTS = ("localhost", "127.0.0.1")
 
 
 class Pages:
-    """The page and its data, kept until a file of a run changes."""
+    """The data of the page, cached until a file of a run changes. Used by several threads."""
 
     def __init__(self, runs: Sequence[Path]) -> None:
         self.runs = [Path(run) for run in runs]
         self._version = ""
         self._data: dict[str, Any] = {}
         self._lock = threading.Lock()
-        self.data()  # a path that is no run is told of before anything is served
+        self.data()  # raises EvenstepError for a path that is no run, before anything is served
 
     def data(self) -> tuple[str, dict[str, Any]]:
-        """A version and the payload."""
+        """An ETag, and the payload."""
         with self._lock:
             version = self._stamp()
             if version != self._version:
@@ -49,10 +51,10 @@ class Handler(BaseHTTPRequestHandler):
 
     pages: Pages
     timeout = 10.0
-    """Seconds that a connection may be silent, so that open ones do not pile up."""
+    """Seconds after which a silent connection is closed, so that idle ones do not accumulate."""
 
     def do_GET(self) -> None:
-        # A name that another site lets point at this machine must not read the run.
+        # DNS rebinding: a page of another site, whose host name resolves to 127.0.0.1, must not read the run.
         if self.headers.get("Host", "").rpartition(":")[0] not in HOSTS:
             return self._answer(403, "text/plain", b"only from this machine\n")
         try:
@@ -78,19 +80,21 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Says nothing about requests."""
+        """Log no requests."""
 
 
 class Server(ThreadingHTTPServer):
+    """An HTTP server that ignores broken connections."""
+
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away in the middle of an answer is no error."""
+        """Report an error, unless the browser closed the connection."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
 def make_server(runs: Sequence[Path], port: int = 0) -> ThreadingHTTPServer:
-    """A server of the page on 127.0.0.1, not started; ``port`` 0 takes any free one. EvenstepError when a run is none
-    or the port is taken."""
+    """A server of the page on 127.0.0.1, not started yet. ``port`` 0 is any free port. EvenstepError if a path is no
+    run or the port cannot be used."""
     handler = type("RunHandler", (Handler,), {"pages": Pages(runs)})
     try:
         return Server((HOSTS[1], port), handler)
@@ -99,7 +103,7 @@ def make_server(runs: Sequence[Path], port: int = 0) -> ThreadingHTTPServer:
 
 
 def watch(runs: Sequence[Path], port: int) -> None:
-    """Serve until Ctrl-C."""
+    """Serve the page of ``runs`` until Ctrl-C."""
     with make_server(runs, port) as server:
         print(f"http://localhost:{server.server_port}/  (Ctrl-C ends it)", flush=True)
         try:

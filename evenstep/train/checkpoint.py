@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 def reason_of(problem: BaseException) -> str:
-    """The system's own words where an error of the disk is behind the problem, else the problem's first line."""
+    """The message of the operating system if a disk error caused the problem, else the first line of the problem."""
     rank, problem = _first_failure(problem)
     disk = of_the_disk(problem)
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
@@ -59,8 +59,8 @@ def reason_of(problem: BaseException) -> str:
 
 
 def _first_failure(problem: BaseException) -> tuple[int, BaseException]:
-    """Of torch.distributed.checkpoint's exception, which holds rank -> (exception, stack): the process, where one alone
-    failed, and its exception. 0 and the problem itself for any other."""
+    """The rank and the exception of the process that failed, for torch.distributed.checkpoint's exception, which holds
+    rank -> (exception, stack). The rank is 0 where several failed; for any other exception, 0 and the exception."""
     failures = getattr(problem, "failures", None)
     if not isinstance(failures, dict) or not failures:
         return 0, problem
@@ -69,6 +69,7 @@ def _first_failure(problem: BaseException) -> tuple[int, BaseException]:
 
 
 def of_the_disk(problem: BaseException) -> OSError | None:
+    """The error of the operating system in the chain of causes of ``problem``, or None."""
     seen: BaseException | None = _first_failure(problem)[1]
     while seen is not None:
         if isinstance(seen, OSError) and seen.strerror:
@@ -92,8 +93,8 @@ def read_manifest(checkpoint: Path | str) -> dict[str, Any]:
     """The manifest of a checkpoint's directory: ``format``, ``step``, ``world_size`` and ``files``, which gives
     ``bytes`` and ``sha256`` by name.
 
-    Names are those of files in the directory itself: one with a path in it is refused. The files are not looked at,
-    see `find_fault`. EvenstepError when there is no manifest, or none of this layout.
+    A name that contains a path is refused. The files themselves are not read, see `find_fault`. EvenstepError when
+    there is no manifest, or one of another layout.
     """
     path = Path(checkpoint) / MANIFEST
     try:
@@ -126,8 +127,8 @@ def load_model_state(checkpoint: Path | str) -> dict[str, Tensor]:
     """The weights of a checkpoint's directory, whole and on the CPU, by parameter name (``lm_head.weight``), in the
     dtype they were saved in. One process reads them, however many wrote them; nothing else of the checkpoint is read.
 
-    The checksums are not looked at: `newest_checkpoint` and `find_fault` do. EvenstepError for a directory that is no
-    checkpoint, or whose shards cannot be read or do not cover a tensor.
+    The checksums are not verified, which `newest_checkpoint` and `find_fault` do. EvenstepError for a directory that is
+    not a checkpoint, or whose shards cannot be read or do not cover a tensor.
     """
     read_manifest(checkpoint)
     return read_whole(Path(checkpoint), "model.")
@@ -137,7 +138,7 @@ def load_model_state(checkpoint: Path | str) -> dict[str, Tensor]:
 
 
 def quiet_dcp() -> None:
-    """torch.distributed.checkpoint warns at each use by a single process, which is what is meant."""
+    """Silence the warning of torch.distributed.checkpoint about its use by a single process, which is intended here."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
@@ -153,8 +154,8 @@ def reader(directory: Path) -> Any:
 
 
 def shard_metadata(directory: Path) -> dict[str, Any]:
-    """Shape and dtype of every tensor in the shards. EvenstepError when one cannot be read, or its parts do not cover
-    it."""
+    """Shape and dtype of every tensor in the shards. EvenstepError when a shard cannot be read, or the parts of a
+    tensor do not cover it."""
     try:
         found = reader(directory).read_metadata().state_dict_metadata
     except Exception as problem:  # safetensors raises a type of its own
@@ -167,8 +168,8 @@ def shard_metadata(directory: Path) -> dict[str, Any]:
 
 
 def fill(directory: Path, tensors: dict[str, Tensor], *, single: bool = False) -> None:
-    """Read the shards into ``tensors``, in place; DTensors get their own parts. ``single``: this process reads alone,
-    whatever others do. EvenstepError for what is missing or of another shape."""
+    """Read the shards into ``tensors``, in place; a DTensor gets its local part. ``single``: this process reads alone,
+    without the others. EvenstepError for a tensor that is missing or has another shape."""
     import torch.distributed.checkpoint as dcp
 
     known = shard_metadata(directory)
@@ -192,7 +193,7 @@ def _distributed() -> bool:
 
 
 def read_whole(directory: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose key starts with ``prefix``, by the rest of it, whole and on the CPU."""
+    """The tensors whose key starts with ``prefix``, by the remainder of the key, whole and on the CPU."""
     import torch
 
     wanted = {name: facts for name, facts in shard_metadata(directory).items() if name.startswith(prefix)}
@@ -203,11 +204,11 @@ def read_whole(directory: Path, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-# ---- which checkpoint, and is it whole ----
+# ---- finding and verifying a checkpoint ----
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints by name, the newest first; not yet verified."""
+    """The checkpoints of a directory, the newest first, not verified."""
     if not directory.is_dir():
         return []
     found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -235,14 +236,14 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Path:
             f"{run}: none of its {len(candidates)} checkpoints is whole; start again with another --out"
         )
     if (run / "config.toml").is_file():
-        raise EvenstepError(f"{run} holds no checkpoint yet; {way_on(run)}")
+        raise EvenstepError(f"{run} holds no checkpoint yet; {how_to_continue(run)}")
     raise EvenstepError(
         f"{run}: no checkpoint there; give the directory of a run that has saved one (evenstep runs lists runs)"
     )
 
 
 def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words, or None. Reads every byte of it."""
+    """A short description of the fault of a checkpoint, or None. Reads every byte of it."""
     try:
         files = read_manifest(path)["files"]
         if TRAINER not in files or not any(name.endswith(SHARD) for name in files):
@@ -259,7 +260,7 @@ def find_fault(path: Path) -> str | None:
 
 
 def file_fault(checkpoint: Path, name: str, facts: dict[str, Any]) -> str | None:
-    """What is wrong with one file of a checkpoint whose manifest says ``facts`` of it, or None."""
+    """The fault of one file of a checkpoint, or None. ``facts`` is its entry in the manifest."""
     file = checkpoint / name
     try:
         if file.is_symlink() or not file.is_file():
@@ -277,8 +278,8 @@ def file_fault(checkpoint: Path, name: str, facts: dict[str, Any]) -> str | None
 
 
 def begin(directory: Path, step: int) -> Path:
-    """A fresh directory to write the checkpoint of ``step`` into, beside its place in ``directory``. What a killed
-    process left half written is deleted."""
+    """Create the directory into which the checkpoint of ``step`` is written, beside its final place in ``directory``.
+    Deletes partial checkpoints of processes that were killed."""
     directory.mkdir(parents=True, exist_ok=True)
     for path in directory.iterdir():
         if _PARTIAL.fullmatch(path.name):
@@ -289,15 +290,15 @@ def begin(directory: Path, step: int) -> Path:
 
 
 def facts_of(file: Path) -> dict[str, Any]:
-    """What the manifest says of a file, which is forced to the disk first."""
+    """The entry of a file in the manifest. The file is forced to the disk first."""
     with open(file, "rb+") as opened:
         os.fsync(opened.fileno())
     return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 
 def commit(partial: Path, step: int, world_size: int, files: dict[str, dict[str, Any]], keep: int | None) -> Path:
-    """Make ``partial`` the checkpoint of ``step``, with ``files`` in its manifest, and delete all but the ``keep``
-    newest (None: none)."""
+    """Turn ``partial`` into the checkpoint of ``step`` with ``files`` in its manifest, by one rename. Then delete all
+    but the ``keep`` newest checkpoints (None: keep all)."""
     directory = partial.parent
     final = directory / f"step-{step:06d}"
     manifest = {"format": FORMAT, "step": step, "world_size": world_size, "files": dict(sorted(files.items()))}
@@ -317,17 +318,17 @@ def commit(partial: Path, step: int, world_size: int, files: dict[str, dict[str,
 
 
 def could_not_save(directory: Path, step: int, problem: BaseException) -> EvenstepError:
-    """The one line for whatever went wrong; torch and safetensors wrap the disk's errors in types of their own."""
+    """The error of a failed save, in one line; torch and safetensors wrap disk errors in types of their own."""
     intact = "earlier checkpoints are intact, " if list_checkpoints(directory) else ""
     room = "make room and " if of_the_disk(problem) else ""
     return EvenstepError(
         f"could not save the checkpoint of step {step} in {directory}: {reason_of(problem)}; {intact}{room}"
-        f"{way_on(directory.parent)}"
+        f"{how_to_continue(directory.parent)}"
     )
 
 
-def way_on(run: Path) -> str:
-    """How to go on with a run that stopped: from its checkpoints, or from the start where it has none."""
+def how_to_continue(run: Path) -> str:
+    """The command that continues a run that has stopped, or that starts it again where it has no checkpoint."""
     try:
         tuned = "\n[tune]\n" in (run / "config.toml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -366,8 +367,8 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 def read_trainer(checkpoint: Path) -> dict[str, Any]:
-    """The content of a checkpoint's trainer.pt. EvenstepError when it cannot be read, or lacks what a run goes on
-    from."""
+    """The content of a checkpoint's trainer.pt. EvenstepError when it cannot be read, or lacks an entry that a resume
+    needs."""
     trainer = read_tensors(checkpoint / TRAINER)
     whole = isinstance(trainer, dict) and all(isinstance(trainer.get(key), kind) for key, kind in _KINDS.items())
     if not whole:
@@ -389,15 +390,15 @@ def _sync_directory(path: Path) -> None:
             os.close(handle)
 
 
-# ---- what to do when training diverges ----
+# ---- the error of a run that diverges ----
 
 
 def diverged(config: BaseConfig, step: int, what: str, rescued: Path | None = None) -> EvenstepError:
     """The error of a run that met a NaN or an infinity at ``step``; ``rescued`` is the checkpoint of the weights
     before it.
 
-    Those weights lose nothing when the fault was a passing one, but an update may have ruined them already while they
-    are still finite. So the advice for a new run starts from the checkpoint before, or from scratch.
+    After a transient fault the rescued weights are as good as before. But an update may have ruined them although they
+    are still finite, so the advice for a new run starts from the checkpoint before, or from scratch.
     """
     out = Path(config.out or "")
     kept = [path for path in list_checkpoints(out / "checkpoints") if path != rescued]

@@ -12,13 +12,14 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from evenstep.baselines.catalog import BASELINES
 from evenstep.baselines.rules import DENSITY_OF
 from evenstep.errors import EvenstepError, nearest
+from evenstep.optim.options import RANGES, SCALE, SPAM, STABLE_SPAM, Option
 
 # ---- values: types, ranges, choices, counts ----
 
@@ -127,7 +128,7 @@ def option(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
-    choices: tuple[str, ...] | None = None,
+    choices: Collection[str] | None = None,
     form: str | None = None,
     count: bool = False,
     joined: bool = False,
@@ -238,7 +239,7 @@ class OptimConfig(Section):
     SECTION = "optim"
     name: str = option(
         "stable_spam", "the optimizer, or package.module:Class (evenstep optimizers tells of each)",
-        choices=tuple(BASELINES), form=r"[\w.]+:\w+",
+        choices=BASELINES.keys(), form=r"[\w.]+:\w+",
     )  # fmt: skip
     before: str = option("", "gradient transforms in front of it, as 'adaclip + adagn(gamma1=0.7)'")
     lr: float = option(1e-3, "the highest rate", above=0, high=1e38)
@@ -527,41 +528,55 @@ def options(kind: type[BaseConfig] = Config) -> dict[str, tuple[dataclasses.Fiel
 
 # ---- hyperparameters of the optimizers used most ----
 
-HYPERPARAMETERS: dict[str, dict[str, Any]] = {
-    "stable_spam": {
-        "betas": (0.9, 0.999), "eps": 1e-8, "gamma1": 0.7, "gamma2": 0.9, "gamma3": 0.999, "total_steps": None,
-        "eta_min": 0.5, "reset_interval": 1000, "variant": "paper", "rounding": "nearest", "state": "fp32",
-    },
-    "spam": {
-        "betas": (0.9, 0.999), "eps": 1e-6, "threshold": 5000.0, "reset_interval": 500, "warmup_steps": 150,
-        "clip_start": 20, "density": 1.0, "variant": "paper", "rounding": "nearest", "state": "fp32",
-        "density_of": "all",
-    },
-    "scale": {
-        "momentum": 0.9, "adam_lr": None, "betas": (0.9, 0.999), "eps": 1e-8, "norm": "rms", "rounding": "nearest",
-        "state": "fp32",
-    },
-    "adamw": {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False},
-    "adam": {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, "decoupled_weight_decay": False},
-    "sgd": {"momentum": 0.9, "dampening": 0, "nesterov": False},
-}  # fmt: skip
+_ADAM = (
+    Option("betas", (0.9, 0.999), "decay of the first and second moment"),
+    Option("eps", 1e-8, "added to the root of the second moment"),
+    Option("amsgrad", False, "divide by the largest second moment so far"),
+)
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "variant": ("paper", "official"),
-    "norm": ("rms", "l2"),
-    "density_of": DENSITY_OF,
-    "rounding": ("nearest", "stochastic", "kahan"),
-    "state": ("fp32", "bf16", "int8"),
-    "amsgrad": ("true", "false"),
-    "decoupled_weight_decay": ("true", "false"),
-    "nesterov": ("true", "false"),
+_DECLARED: dict[str, tuple[Option, ...]] = {
+    "stable_spam": STABLE_SPAM,
+    "spam": (*SPAM, Option("density_of", "all", "parameters that density applies to: all, or the hidden matrices")),
+    "scale": SCALE,
+    "adamw": _ADAM,
+    "adam": (*_ADAM, Option("decoupled_weight_decay", False, "decay as AdamW does")),
+    "sgd": (
+        Option("momentum", 0.9, "decay of the sum of gradients"),
+        Option("dampening", 0, "share of a gradient that the sum leaves out"),
+        Option("nesterov", False, "Nesterov's momentum"),
+    ),
 }
 
+_NOT_OFFERED = ("lr", "weight_decay", "maximize", "capturable")
+"""``lr`` and ``weight_decay`` are options of [optim] itself; the other two have no use in a run."""
 
-def owners() -> dict[str, dict[str, Any]]:
-    """Hyperparameter -> optimizer -> default, in the order of the table."""
-    found: dict[str, dict[str, Any]] = {}
-    for optimizer, values in HYPERPARAMETERS.items():
-        for name, default in values.items():
-            found.setdefault(name, {})[optimizer] = default
+HYPERPARAMETERS: dict[str, dict[str, Option]] = {
+    name: {one.name: one for one in declared if one.name not in _NOT_OFFERED} for name, declared in _DECLARED.items()
+}
+"""Optimizer -> hyperparameter -> its declaration. Those of evenstep's own optimizers are declared in
+`evenstep.optim.options` alone, those of torch's here, for the help of the command line. Any other hyperparameter of a
+constructor is accepted too."""
+
+
+def owners() -> dict[str, dict[str, Option]]:
+    """Hyperparameter -> optimizer -> its declaration, in the order of the table."""
+    found: dict[str, dict[str, Option]] = {}
+    for optimizer, declared in HYPERPARAMETERS.items():
+        for name, one in declared.items():
+            found.setdefault(name, {})[optimizer] = one
     return found
+
+
+def _names(option: Option) -> tuple[str, ...]:
+    """The values that the shell completes, none where there are too many."""
+    if isinstance(option.default, bool):
+        return ("true", "false")
+    if option.name == "density_of":
+        return tuple(DENSITY_OF)
+    return RANGES[option.name].choices if option.name in RANGES else ()
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    name: names for name, of in owners().items() if (names := _names(next(iter(of.values()))))
+}
+"""Hyperparameter -> the values it may have, of those that have a few."""

@@ -1,13 +1,11 @@
-"""Configurations from and to TOML, as flags of the command line, and as a page of the documentation.
+"""Configurations from and to TOML, and the rules of what a resume may change.
 
 A recipe is a TOML file with the sections of `evenstep.train.config`; the command line overrides it. The resolved
 configuration is written into the directory of the run, and reading that file gives the same configuration again.
-``python -m evenstep.train.config_io > docs/configuration.md`` writes the reference of all options.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -23,14 +21,11 @@ from evenstep.errors import EvenstepError, nearest
 from evenstep.paths import unused
 from evenstep.toml import parse_toml
 from evenstep.train.config import (
-    HYPERPARAMETERS,
     BaseConfig,
     Config,
     OptimConfig,
     kinds,
-    limits,
     options,
-    owners,
     parse_count,
     sections,
 )
@@ -44,7 +39,7 @@ _RECIPES = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
 """Where evenstep's own recipes are: in the package when it is installed, beside it in a clone."""
 
 _BUDGETS = ("train.steps", "train.tokens", "train.epochs")
-"""Names for one budget: the last one said wins over another said earlier."""
+"""Names of one budget. A later option overrides an earlier one."""
 
 
 def load_config(
@@ -230,7 +225,8 @@ def to_tables(config: BaseConfig) -> Tables:
     """The configuration as nested tables of TOML's types; options that are None are left out, which reads back as
     None."""
     tables: Tables = {}
-    for key in ("name", "out", "seed", "lowbit"):
+    top = [f.name for f in dataclasses.fields(config) if f.metadata]
+    for key in ("name", "out", *(name for name in top if name not in ("name", "out"))):
         if getattr(config, key) is not None:
             tables[key] = getattr(config, key)
     for section, cls in sections(type(config)).items():
@@ -325,79 +321,6 @@ def check_changes(directory: Path, config: BaseConfig, old: BaseConfig) -> None:
         )
 
 
-# ---- the command line ----
-
-
-def add_flags(parser: argparse.ArgumentParser, kind: type[BaseConfig]) -> None:
-    """Every option of ``kind``, the hyperparameters of the optimizers, and what every such command has."""
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    parser.add_argument(
-        "--resume", metavar="RUN", nargs="?", const="",
-        help="go on with the run in this directory (none: --out; auto: --out where it was saved, else start)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--compile", dest="train.compile", action="store_const", const="true", help="short for --train.compile true"
-    )
-    groups = {name: parser.add_argument_group(f"[{name}] {cls.TITLE}") for name, cls in sections(kind).items()}
-    groups[""] = parser.add_argument_group(kind.TITLE)
-    for key, (field, hint) in options(kind).items():
-        text = field.metadata["help"] + limits(field.metadata)
-        if field.default is not None and field.default != "":
-            text += f" (default: {shown(field.default)})"
-        names = [one.__name__ for one in kinds(hint) if one is not type(None)]
-        optional: Any = {"nargs": "?", "const": "true"} if bool in kinds(hint) else {}
-        if field.metadata["joined"]:
-            optional = {"action": Joined}
-        groups[key.rpartition(".")[0]].add_argument(
-            f"--{key}", dest=key, metavar=names[0].upper(), help=text.replace("%", "%%"), **optional
-        )
-    own = parser.add_argument_group("[optim] hyperparameters, with the default of each optimizer that has it")
-    for name, defaults in owners().items():
-        text = ", ".join(f"{optimizer} {shown(default)}" for optimizer, default in defaults.items())
-        own.add_argument(f"--optim.{name}", dest=f"optim.{name}", metavar="VALUE", help=text)
-
-
-class Joined(argparse.Action):
-    """Of an option that is given several times: the texts, joined by commas."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        before = getattr(namespace, self.dest, None)
-        setattr(namespace, self.dest, values if before is None else f"{before},{values}")
-
-
-def declared(kind: type[BaseConfig] = Config) -> set[str]:
-    """Names of the flags ``--section.key``: every option of ``kind``, and the optimizers' hyperparameters."""
-    return {*options(kind), *(f"optim.{name}" for name in owners())}
-
-
-def chosen(
-    args: argparse.Namespace, kind: type[BaseConfig], recipe: Path | None, short: Mapping[str, str] | None = None
-) -> tuple[Any, Path | None]:
-    """The configuration that the flags ask for, and the run to go on with. ``short``: options that other arguments
-    stand for, which the flags override. The run's own configuration is in the recipe's place where none is given.
-
-    EvenstepError for what does not fit.
-    """
-    given = [(key, value) for key, value in vars(args).items() if key in declared(kind) and value is not None]
-    overrides = [*(short or {}).items(), *given, *args.extra]
-    directory = None
-    if args.resume is not None and args.resume != "auto":
-        wanted = dict(given).get("out")
-        out = args.resume or wanted
-        if out is None:
-            raise EvenstepError("--resume: which run? give its directory, --resume RUN (evenstep runs lists runs)")
-        directory, saved = Path(out), Path(out, "config.toml")
-        if wanted is not None and Path(wanted).resolve() != directory.resolve():
-            raise EvenstepError(
-                f"--resume {out} goes on in that folder, --out {wanted} is another; leave --out out, or start a new "
-                f"run from the weights with: {new_run(kind.COMMAND, directory, out=wanted)}"
-            )
-        if recipe is None and saved.is_file():
-            tables = without_foreign_options(read_toml(saved), overrides, saved)
-            return build(override(tables, overrides, kind), kind), directory
-    return load_config(recipe, overrides, kind), directory
-
-
 def new_run(command: str, run: Path, words: Sequence[str] = (), out: str | None = None, *, weights: bool = True) -> str:
     """The command line of a new run as ``run`` with other options, from its ``weights`` where they fit. ``out``: None
     for a folder that does not exist yet, beside that of the run."""
@@ -413,54 +336,3 @@ def shown(value: Any) -> str:
     if isinstance(value, list):
         return shown(tuple(value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-# ---- the reference page ----
-
-_INTRO = """\
-# Configuration
-
-A recipe is a TOML file with the sections below; `evenstep pretrain RECIPE.toml --section.key value` replaces what
-the recipe says, and `--print-config` shows the result. `config.toml` in a run's directory is the resolved
-configuration. An unknown key is an error. Counts may be written as `20K`, `100M`, `1.5B` (in a recipe as a text). On
-the command line `none` clears an option that may be none.
-
-The last column says what `--resume` allows. **free**: may change. **rounding**: may change, and the last bits of the
-losses change with it. **fixed**: a resumed run keeps it; a change is refused by name. A larger `train.steps` or
-`train.tokens` trains on, and one below the steps done is refused; under a cosine or wsd schedule another budget gives
-other learning rates from that step on.
-"""
-
-
-def configuration_page() -> str:
-    """docs/configuration.md."""
-    lines = [_INTRO]
-    known = options()
-    for section in ("", *sections()):
-        title = f"## [{section}] {sections()[section].TITLE}" if section else f"## {Config.TITLE} (top level)"
-        lines += [title, "", "| option | type | default | meaning | resume |", "|---|---|---|---|---|"]
-        for key, (field, hint) in known.items():
-            if key.rpartition(".")[0] != section:
-                continue
-            meta = field.metadata
-            kind = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds(hint))
-            default = _as_default(field.default).replace("'", '"')
-            text = (meta["help"] + limits(meta)).replace("|", "\\|")
-            lines.append(f"| `{key}` | {kind} | `{default}` | {text} | {meta['resume']} |")
-        lines.append("")
-    lines += ["## Hyperparameters of the optimizers", "", "Each is an option `optim.NAME`; fixed on resume.", ""]
-    lines += ["| `optim.name` | hyperparameters and their defaults |", "|---|---|"]
-    for name, values in HYPERPARAMETERS.items():
-        defaults = ", ".join(f"`{key} = {_as_default(value)}`" for key, value in values.items())
-        lines.append(f"| `{name}` | {defaults} |")
-    return "\n".join(lines) + "\n"
-
-
-def _as_default(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return repr(list(value) if isinstance(value, tuple) else value)
-
-
-if __name__ == "__main__":
-    print(configuration_page(), end="")

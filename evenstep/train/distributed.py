@@ -1,30 +1,31 @@
-"""Several processes that train one model: who they are, how the model is sharded, and who is missing when one hangs.
+"""Training one model in several processes: the processes, how the model is sharded, and which process has hung.
 
-`World` is started by ``torchrun``, which sets RANK, WORLD_SIZE and so on; without it a program is alone. Beside the
-process group for tensors (NCCL on GPUs, gloo on CPUs) there are two of gloo: ``control``, in which the training loops
-agree on small things, and ``saving``, for the threads that write checkpoints and may communicate at the same time.
+`World` describes the processes that ``torchrun`` has started, which sets RANK, WORLD_SIZE and so on; without torchrun
+there is one process. Beside the process group for tensors (NCCL on GPUs, gloo on CPUs) there are two gloo groups:
+``control``, in which the training loops exchange small values, and ``saving``, for the threads that write checkpoints
+and may communicate at the same time.
 
 `Parallel` applies torch's DDP, FSDP2 and DTensor tensor parallelism from outside. Every process builds the whole model
 on its CPU from the same seed, so a run starts from the same weights as on a single process; that takes the model's size
-in host memory per process. Then each block is compiled and sharded by itself, and what is left (token embedding, final
-norm, head) with the root.
+in host memory per process. Then each block is compiled and sharded by itself, and the other parameters (token
+embedding, final norm, head) are sharded with the root.
 
 * ``ddp``: a replica in every process, gradients averaged.
 * ``fsdp``: parameters, gradients and optimizer state sharded over all processes; the weights of a block are gathered
   before its forward and its backward pass.
 * ``hsdp``: fsdp within a group, gradients averaged between groups (``parallel.replicate`` of them).
 * ``tp+fsdp``: the matrices of attention and MLP are sharded over ``parallel.tensor`` processes (columns, then rows: two
-  all-reduces per block and pass), and over the others as in fsdp. Embedding, norms and head take no part in tensor
-  parallelism: embedding and head are sharded over all processes as by fsdp, and every process computes their products.
+  all-reduces per block and pass), and over the remaining dimension as in fsdp. Embedding, norms and head are not
+  tensor-parallel: fsdp shards embedding and head over all processes, and every process computes their products.
 
 Gradients are reduced in fp32 whatever the dtype of the parameters. With gradient accumulation they are reduced once per
-step; until then fsdp keeps them whole in every process, which is the price of fewer messages.
+step. Until then fsdp keeps them whole in every process: more memory for fewer messages.
 
-`Heartbeat` finds out who is missing when a collective hangs. A process that waits in a collective is stuck in C++, and
-torch's own timeouts end it without naming the one it waits for. So a thread in every process publishes its progress in
-torchrun's store, and compares with the others when its own process has stood still for ``parallel.timeout`` seconds:
-the one furthest behind, or whose thread is silent too, is named, and the process exits, so that torchrun may restart
-all of them.
+`Heartbeat` names the missing process when a collective hangs. A process that waits in a collective is blocked in C++,
+and torch's own timeouts end it without naming the process that it waits for. Therefore a thread in every process
+publishes its progress in torchrun's store. When its own process has made no progress for ``parallel.timeout`` seconds,
+the thread compares all processes, names the one that is furthest behind or whose thread is silent too, and exits, so
+that torchrun can restart all of them.
 """
 
 from __future__ import annotations
@@ -59,17 +60,24 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class SharedError(EvenstepError):
-    """An error that all processes raise; ``teller`` is the one that is to print it."""
+    """An error that all processes raise. ``rank`` is the process that prints it."""
 
-    def __init__(self, message: str, teller: int) -> None:
+    def __init__(self, message: str, rank: int) -> None:
         super().__init__(message)
-        self.teller = teller
+        self.rank = rank
 
 
 @dataclass(frozen=True)
 class World:
-    """``data_rank`` of ``data_size``: which part of each batch this process reads; processes that share matrix products
-    read the same."""
+    """The processes that train together, and the place of this one among them. ``World(device)`` is one process alone.
+
+    Of each batch, this process reads part ``data_rank`` of ``data_size``. Processes that share matrix products
+    (``tensor`` of them) read the same part.
+
+    >>> world = World(torch.device("cpu"), rank=5, size=8, tensor=2)
+    >>> world.data_rank, world.data_size
+    (2, 4)
+    """
 
     device: torch.device
     rank: int = 0
@@ -77,11 +85,11 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     control: Any = None
-    """The gloo group of the training loops; None when alone."""
+    """The gloo group of the training loops; None for one process."""
     saving: Any = None
     """The gloo group of the threads that write checkpoints."""
     tensor: int = 1
-    """Processes that share each matrix product."""
+    """Number of processes that share each matrix product."""
 
     @property
     def data_rank(self) -> int:
@@ -95,11 +103,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    # ---- what is agreed on ----
+    # ---- agreement between processes ----
 
     def gather(self, work: Callable[[], T], group: Any = None) -> list[T]:
-        """What ``work`` gives on every process, on all of them. SharedError, on all, when it raised EvenstepError on
-        one."""
+        """The results of ``work`` on all processes, by rank, on every process. SharedError on every process when
+        ``work`` raised EvenstepError on one of them."""
         if self.control is None:
             return [work()]
         result: Any = None
@@ -117,7 +125,8 @@ class World:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """All leave the block, or all raise SharedError."""
+        """Either all processes leave the block normally, or all raise SharedError (one process alone: its own
+        error)."""
         problem: EvenstepError | None = None
         try:
             yield
@@ -134,12 +143,12 @@ class World:
             self.gather(outcome)
 
     def on_rank_0(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives on process 0, on all of them."""
+        """Run ``work`` on process 0, and return its result on every process."""
         return self.gather(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
     def rank_0_first(self, work: Callable[[], T]) -> T:
-        """``work`` on process 0 first, then on the first of each machine, then on the others: whoever comes later finds
-        what was prepared. It may take days. SharedError when it raises EvenstepError."""
+        """Run ``work`` on process 0 first, then on the first process of each machine, then on the others, so that later
+        processes find the prepared files. It may take days. SharedError when it raises EvenstepError."""
         if self.control is None:
             return work()
         result: list[T] = []
@@ -161,13 +170,13 @@ class World:
         return result[0]
 
     def _wait_for(self, ranks: range, turn: int) -> None:
-        """Until ``ranks`` have come here. In the store, where waiting has no timeout of a few minutes."""
+        """Wait until ``ranks`` have come here. The store has no timeout of a few minutes, which collectives have."""
         store: Any = dist.distributed_c10d._get_default_store()
         store.set(f"evenstep/turn/{turn}/{self.rank}", "done")
         store.wait([f"evenstep/turn/{turn}/{rank}" for rank in ranks], timedelta(days=30))
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the parts of the data, in place; as it is when there is one."""
+        """Sum ``tensor`` over the parts of the data, in place; unchanged when there is one part."""
         if self.control is not None and self.data_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.SUM)
             if self.tensor > 1:
@@ -176,12 +185,12 @@ class World:
 
 
 def launched() -> bool:
-    """Was this program started by torchrun, or by something that sets the same environment?"""
+    """Whether torchrun, or a launcher that sets the same environment, has started this program."""
     return "RANK" in os.environ or "WORLD_SIZE" in os.environ
 
 
 def restarts() -> int:
-    """How often torchrun has restarted the processes after a failure."""
+    """How many times torchrun has restarted the processes after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0)
 
 
@@ -205,8 +214,8 @@ def _environment(config: BaseConfig) -> dict[str, int]:
 
 
 def check_world(config: BaseConfig, size: int, local_size: int) -> int:
-    """How many processes share each matrix product. EvenstepError when the configuration does not fit so many
-    processes."""
+    """The number of processes that share each matrix product. EvenstepError when the configuration does not fit
+    ``size`` processes."""
     parallel, train = config.parallel, config.train
     if parallel.mode == "none" and size > 1:
         raise EvenstepError(
@@ -244,9 +253,11 @@ def check_world(config: BaseConfig, size: int, local_size: int) -> int:
 
 
 def _store(patience: timedelta) -> Any:
-    """Where the processes find each other. torchrun's own store outlives a restart (2.13 makes one per agent and not
-    one per attempt), and in it the addresses of the dead: whoever reads them first cannot connect. So each attempt has
-    a part of it to itself."""
+    """The store in which the processes find each other, under a prefix of this attempt.
+
+    torchrun's store outlives a restart (torch 2.13 makes one per agent, not one per attempt) and still holds the
+    addresses of processes that have ended. A new process that reads one of them cannot connect.
+    """
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -261,8 +272,8 @@ def _store(patience: timedelta) -> Any:
 
 @contextmanager
 def open_world(config: BaseConfig) -> Iterator[World]:
-    """Join the other processes, and part from them at the end. EvenstepError for an environment or configuration that
-    does not fit; nothing is waited for before that is known."""
+    """Join the other processes, and leave the process group at the end. EvenstepError for an environment or a
+    configuration that does not fit, before anything waits for another process."""
     if not launched() and config.parallel.mode == "none":
         yield World(pick_device(config.train.device))
         return
@@ -282,7 +293,7 @@ def open_world(config: BaseConfig) -> Iterator[World]:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    # The heartbeat speaks first, and names who is missing; the timeout of a collective is what is left without it.
+    # The heartbeat acts first and names the missing process; the timeout of collectives is the fallback.
     patience = timedelta(seconds=config.parallel.timeout * 1.5 + 10)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=_store(patience), rank=places["RANK"], world_size=size, timeout=patience)
@@ -302,12 +313,12 @@ def open_world(config: BaseConfig) -> Iterator[World]:
 
 # ---- the model over several processes ----
 
-_COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-_ROWS = ("self_attn.o_proj", "mlp.down_proj")
+COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+ROWS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def check_cut(shape: LlamaConfig, tensor: int) -> None:
-    """EvenstepError when the matrices of a model of ``shape`` cannot be cut over ``tensor`` processes."""
+    """EvenstepError when the matrices of a model of ``shape`` cannot be sharded over ``tensor`` processes."""
     for name in ("num_heads", "intermediate_size"):
         if getattr(shape, name) % tensor:
             raise EvenstepError(
@@ -317,7 +328,7 @@ def check_cut(shape: LlamaConfig, tensor: int) -> None:
 
 
 class Parallel:
-    """The model of ``config`` in ``world``. ``loss`` is what to call in a step; validation calls
+    """Distributes the model of ``config`` over ``world``. A step calls `Parallel.loss`; validation calls
     ``model.loss``."""
 
     def __init__(self, config: Config, world: World) -> None:
@@ -328,21 +339,21 @@ class Parallel:
 
     @property
     def sharded(self) -> bool:
-        """Does a process hold parts of tensors?"""
+        """Whether a process holds parts of tensors, not whole ones."""
         return self.mode not in ("none", "ddp")
 
     def check(self, model: Llama) -> None:
-        """EvenstepError when the model cannot be cut as asked."""
+        """EvenstepError when tensor parallelism cannot shard the model."""
         if self.world.tensor > 1:
             check_cut(model.config, self.world.tensor)
 
     def apply(self, model: Llama) -> None:
-        """Compile, cut and wrap ``model`` in place: its parameters and their names stay, each a DTensor where it is
-        cut. Before the optimizer is made."""
+        """Compile, shard and wrap ``model`` in place, before the optimizer is built. Parameters keep their names; those
+        that are sharded become DTensors."""
         self.check(model)
         self.model = model
         if self.mode == "tp+fsdp":
-            self._cut_matrices(model)
+            self._shard_matrices(model)
         if self.config.train.compile:  # block by block: one small graph serves all, the chunked loss cannot be compiled
             for block in model.model.layers:
                 block.compile(dynamic=False)
@@ -352,13 +363,14 @@ class Parallel:
             self._fsdp(model)
 
     def loss(self, *args: Any, **options: Any) -> Tensor:
-        """``model.loss`` for a step, through whatever keeps the processes together."""
+        """``model.loss`` for a training step, through the DDP wrapper where there is one."""
         assert self.model is not None
         return (self.wrapped or self.model.loss)(*args, **options)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of one micro batch: gradients are reduced with the ``last``."""
+        """Context of the forward and backward pass of one micro batch. Gradients are reduced between processes in the
+        ``last`` one."""
         if self.wrapped is not None and not last:
             with self.wrapped.no_sync():
                 yield
@@ -380,7 +392,7 @@ class Parallel:
         )
         wrapped.broadcast_buffers = False  # as an argument it is deprecated from torch 2.13 on, where it got a new name
         if self.config.train.dtype == "bf16":
-            # Annotations that are strings, as all of this file, are refused by torch; a lambda has none.
+            # torch refuses annotations that are strings, which all of this file are; a lambda has none.
             wrapped.register_comm_hook(None, lambda _, bucket: _average_in_fp32(bucket))
         return wrapped
 
@@ -393,12 +405,12 @@ class Parallel:
             return dist.init_device_mesh(device, (groups, world.size // groups), mesh_dim_names=("copy", "part"))
         return dist.init_device_mesh(device, (world.size,), mesh_dim_names=("part",))
 
-    def _cut_matrices(self, model: Llama) -> None:
+    def _shard_matrices(self, model: Llama) -> None:
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
         self._grid = self._mesh()
-        plan: dict[str, Any] = {name: ColwiseParallel() for name in _COLUMNS} | {
-            name: RowwiseParallel() for name in _ROWS
+        plan: dict[str, Any] = {name: ColwiseParallel() for name in COLUMNS} | {
+            name: RowwiseParallel() for name in ROWS
         }
         for block in model.model.layers:
             parallelize_module(block, self._grid["tensor"], plan)
@@ -415,13 +427,13 @@ class Parallel:
         reshard = self.config.parallel.reshard
         for block in model.model.layers:
             fully_shard(block, mesh=inner, reshard_after_forward=reshard, mp_policy=precision)
-        # The root's weights are needed first in the backward pass, right after the forward: they stay.
+        # The backward pass needs the root's weights first, right after the forward pass, so they stay gathered.
         fully_shard(model, mesh=outer, reshard_after_forward=False, mp_policy=precision)
         register_fsdp_forward_method(model, "loss")
 
 
 class _Loss(nn.Module):
-    """DDP looks after ``forward`` alone."""
+    """The loss as ``forward``, the only method that DDP synchronises."""
 
     def __init__(self, model: Llama) -> None:
         super().__init__()
@@ -435,24 +447,25 @@ def _average_in_fp32(bucket: Any) -> Any:
     """DDP's bucket of 16-bit gradients, averaged in fp32."""
     gradients = bucket.buffer()
     whole = gradients.float().div_(dist.get_world_size())
-    sent = dist.all_reduce(whole, async_op=True).get_future()
-    return sent.then(lambda done: gradients.copy_(done.value()[0]))
+    pending = dist.all_reduce(whole, async_op=True).get_future()
+    return pending.then(lambda done: gradients.copy_(done.value()[0]))
 
 
-# ---- norms of what is cut ----
+# ---- norms of sharded tensors ----
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all tensors together, 0-d; of DTensors, of the whole ones, with one message per layout."""
+    """The 2-norm of all tensors together, 0-d. DTensors count as whole tensors; there is one all-reduce per layout."""
     layouts = [Layout.of(tensor) for tensor in tensors]
     if not any(layout.cuts for layout in layouts):
         return torch.nn.utils.get_total_norm([local(tensor) for tensor in tensors], foreach=True)
     norms = torch._foreach_norm([local(tensor.detach()) for tensor in tensors])
-    asked: dict[int, tuple[Reduction, ...]] = {
+    requests: dict[int, tuple[Reduction, ...]] = {
         i: (Reduction("sum", norm.float().square().reshape(1)),) for i, norm in enumerate(norms)
     }
-    all_reduce(asked, layouts)
-    return torch.cat([one.values if one.answer is None else one.answer for (one,) in asked.values()]).sum().sqrt()
+    all_reduce(requests, layouts)
+    squares = [one.values if one.answer is None else one.answer for (one,) in requests.values()]
+    return torch.cat(squares).sum().sqrt()
 
 
 def clip_(gradients: list[Tensor], largest: float) -> Tensor:
@@ -466,11 +479,12 @@ def clip_(gradients: list[Tensor], largest: float) -> Tensor:
 # ---- the heartbeat ----
 
 EXIT_STATUS = 75
-"""EX_TEMPFAIL of sysexits.h: trying again may help."""
+"""EX_TEMPFAIL of sysexits.h: another attempt may succeed."""
 
 
 class Heartbeat:
-    """``beat(step, place)`` at every stage of a run, ``with Heartbeat(...):`` around it. Alone it does nothing."""
+    """Detects a process that has hung. Call `beat` at every stage of a run, inside ``with Heartbeat(...):``. With one
+    process it does nothing."""
 
     def __init__(self, world: World, timeout: float) -> None:
         self.world, self.timeout = world, timeout
@@ -480,13 +494,14 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
 
     def beat(self, step: int, place: str) -> None:
-        """This process has reached ``place`` of ``step``; all processes pass the same places in the same order."""
+        """Record that this process has reached ``place`` of ``step``. All processes pass the same places in the same
+        order."""
         self.count += 1
         self.step, self.place = step, place
         self.moved = time.monotonic()
 
     def alive(self) -> None:
-        """This process still stands where it was, and rightly so: it waits for its own disk."""
+        """Record that this process makes no progress for a good reason: it waits for its own disk."""
         self.moved = time.monotonic()
 
     def __enter__(self) -> Heartbeat:
@@ -497,7 +512,7 @@ class Heartbeat:
             store = dist.PrefixStore(f"evenstep/heartbeat/{restarts()}", own.clone())
             self.moved = time.monotonic()
             self._over.clear()
-            self._publish(store, 0)  # at once, so that whoever hangs early has a name
+            self._publish(store, 0)  # at once, so that a process that hangs early is known by name
             self._thread = threading.Thread(target=self._watch, args=(store,), daemon=True, name="heartbeat")
             self._thread.start()
         return self
@@ -515,18 +530,18 @@ class Heartbeat:
 
     def _watch(self, store: Any) -> None:
         period = min(5.0, self.timeout / 4)
-        told, heard, pulse = -1, {}, 0
+        stalled_at, earlier, pulse = -1, {}, 0
         while not self._over.wait(period):
             pulse += 1
             self._publish(store, pulse)
             still = time.monotonic() - self.moved
             if still < self.timeout:
-                told = -1
+                stalled_at = -1
                 continue
-            if told != self.count:  # one more period, so that all have published where they stand
-                told, heard = self.count, self._others(store)
+            if stalled_at != self.count:  # wait one more period, so that all processes have published their place
+                stalled_at, earlier = self.count, self._others(store)
                 continue
-            message = self._explain(heard, self._others(store), still)
+            message = self._explain(earlier, self._others(store), still)
             if message and not self._over.is_set():
                 with suppress(Exception):
                     print(f"evenstep: error: {message}", file=sys.stderr, flush=True)
@@ -541,15 +556,15 @@ class Heartbeat:
         return found
 
     def _explain(self, before: dict[int, list[Any]], now: dict[int, list[Any]], still: float) -> str:
-        """Who is missing, in one line; empty when another process is to tell."""
+        """Which processes are missing, in one line; empty when another process reports it."""
         ranks = range(self.world.size)
         silent = [rank for rank in ranks if rank not in now or (before.get(rank) or [0] * 4)[3] == now[rank][3]]
         counts = {rank: now[rank][0] if rank in now else -1 for rank in ranks}
         behind = [rank for rank in ranks if counts[rank] < max(counts.values())]
         missing = sorted({*silent, *behind} - {self.world.rank}) or [self.world.rank] * bool(behind)
-        tellers = [rank for rank in ranks if rank not in missing]
-        if tellers and self.world.rank != tellers[0]:
-            time.sleep(1)  # let it speak first
+        reporters = [rank for rank in ranks if rank not in missing]
+        if reporters and self.world.rank != reporters[0]:
+            time.sleep(1)  # let it report first
             os._exit(EXIT_STATUS)
         where = f"at step {self.step} ({self.place}) for {still:.0f} s"
         if not missing:

@@ -1,5 +1,5 @@
-"""A model put to use: the validation loss, in which every token has the same weight whatever batch it came in, and text
-that it generates.
+"""The validation loss of a model, in which every token has the same weight whatever its batch, and text that a model
+generates.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evenstep.data import Tokenizer, load_tokenizer
 from evenstep.errors import EvenstepError
+from evenstep.kernels import uploaded
 from evenstep.models import Llama, generate
 from evenstep.train.checkpoint import MANIFEST, newest_checkpoint, read_trainer
 from evenstep.train.config import SampleConfig
@@ -27,8 +28,8 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a trainer lends to a validation: the model and how it runs. ``watch`` goes around what is iterated over: it
-    publishes progress to the heartbeat, and raises Stopped when a signal comes."""
+    """The arguments of a validation: the model, and how it runs. ``watch`` wraps the iterable of the validation; it
+    publishes progress to the heartbeat, and raises Stopped on a signal."""
 
     model: Any
     parallel: Parallel
@@ -50,7 +51,7 @@ class EvalResult:
     tokens: int
 
     def fields(self) -> dict[str, Any]:
-        """As metrics.jsonl has it."""
+        """The entries of the record in metrics.jsonl."""
         return {
             "val_loss": self.loss,
             "perplexity": self.perplexity,
@@ -69,15 +70,15 @@ def evaluate(
     chunk: int | None,
     parallel: Parallel | None = None,
 ) -> EvalResult:
-    """Mean loss over every target token of ``batches`` (int64 [B, T] pairs), in ``model.eval()``; the mode is put
-    back after.
+    """Mean loss over every target token of ``batches`` (pairs of int64 [B, T]), in ``model.eval()`` mode; the previous
+    mode is restored afterwards.
 
-    ``bytes_per_token`` is the average of the whole split, so a run that validates on a part of it states the same unit.
-    Sums are float64, and stay on the device until the end. With ``parallel`` the processes share the batches; each
-    gives all of them and gets the same result. EvenstepError when there is no batch.
+    ``bytes_per_token`` is the average of the whole split, so a validation on a part of it has the same unit. Sums are
+    float64, and stay on the device until the end. With ``parallel`` the processes share the batches; each one passes
+    all of them and gets the same result. EvenstepError when there is no batch.
     """
     world = parallel.world if parallel else None
-    # FSDP keeps what it gathers, and a tensor born in inference mode cannot be trained on.
+    # FSDP keeps the tensors that it gathers, and one that was made in inference mode cannot be trained on.
     without_gradients = torch.no_grad() if parallel and parallel.sharded else torch.inference_mode()
     was_training = model.training
     model.eval()
@@ -85,9 +86,9 @@ def evaluate(
     tokens = 0
     try:
         with without_gradients, autocast:
-            for inputs, targets, ours in shares(batches, world):
-                part = model.loss(inputs.to(device), targets.to(device), reduction="sum", chunk=chunk)
-                if ours:
+            for inputs, targets, counted in batches_of_rank(batches, world):
+                part = model.loss(uploaded(inputs, device), uploaded(targets, device), reduction="sum", chunk=chunk)
+                if counted:
                     total += part.double()
                     tokens += targets.numel()
     finally:
@@ -101,9 +102,9 @@ def evaluate(
     return EvalResult(loss, perplexity(loss), loss / math.log(2) / bytes_per_token, tokens)
 
 
-def shares(batches: Iterable[Batch], world: World | None) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """This process's part of the batches. All processes get the same number, since sharded models run in step: whoever
-    has no batch left repeats another's, marked False."""
+def batches_of_rank(batches: Iterable[Batch], world: World | None) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """This process's part of the batches, each with whether it counts. All processes get the same number of batches,
+    because sharded models run in lockstep: a process without a batch repeats that of another, marked False."""
     size, rank = (world.data_size, world.data_rank) if world else (1, 0)
     row: list[Batch] = []
     for batch in batches:
@@ -123,7 +124,8 @@ def perplexity(loss: float) -> float:
 
 
 def sample_text(model: Llama, tokenizer: Tokenizer, sample: SampleConfig, seed: int) -> str:
-    """The prompt and what the model makes of it; the same seed gives the same text. Empty for ``tokens`` 0.
+    """The prompt and the text with which the model continues it; the same seed gives the same text. Empty for
+    ``tokens`` 0.
 
     The text starts as a document does in training, after an end-of-text token, and ends at the next one.
     """

@@ -1,8 +1,7 @@
-"""A run's small files, which are either the old one or the new one, never half of one; and the lock of a run that
-trains.
+"""The small files of a run, which are replaced atomically, and the lock of a run that trains.
 
-A run's folder may come from elsewhere, with links in it: nothing here writes through a link, and what is only listed
-(``evenstep runs``) is opened for reading alone.
+The folder of a run may come from an untrusted source and contain links. Nothing here writes through a link, and folders
+that are only listed (``evenstep runs``) are opened read-only.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ except ImportError:  # Windows: no lock
 LOCK = ".lock"
 
 _NOT_THROUGH_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-"""Of ``os.open``: no symbolic link at the end of the path, no waiting for the other end of a pipe."""
+"""Flags of ``os.open``: refuse a symbolic link at the end of the path, and do not wait for the other end of a pipe."""
 
 _TRIES = 4
-"""Attempts to take a lock, some 50 ms apart: whoever lists runs holds it for a moment."""
+"""Attempts to take a lock, 50 ms apart: a process that lists runs holds it for a moment."""
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` beside ``path`` and rename; EvenstepError when the disk refuses, the old file intact. Where
-    ``path`` is a link, the link is replaced, and what it points at is left alone."""
+    """Write ``content`` to a file beside ``path``, and rename it. EvenstepError when the disk refuses, which leaves the
+    old file intact. If ``path`` is a link, the link is replaced and its target is left alone."""
     beside = path.with_name(f".{path.name}.partial")
     try:
         beside.unlink(missing_ok=True)  # of a process that was killed, or a link
@@ -63,8 +62,8 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def check_creatable(directory: Path) -> None:
-    """EvenstepError when ``directory`` could not be made and written to; leaves nothing behind. For a run's directory,
-    which is made after long work."""
+    """EvenstepError when ``directory`` cannot be created or written to; leaves nothing behind. Checked early, because
+    the directory of a run is created after long work."""
     there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     try:
         tempfile.TemporaryDirectory(prefix=".evenstep-", dir=there).cleanup()
@@ -73,12 +72,12 @@ def check_creatable(directory: Path) -> None:
 
 
 FILES = ("config.toml", "metrics.jsonl", "summary.json", "curve.png", "checkpoints", "tensorboard", "wandb")
-"""What a run writes into its folder, and goes on writing."""
+"""The files and folders that a run writes repeatedly."""
 
 
 def check_own(run: Path) -> None:
-    """EvenstepError when something that a run writes is a link that leads out of its folder: it would change and delete
-    files of somebody else."""
+    """EvenstepError when a file that a run writes is a link that leads out of its folder. The run would change and
+    delete files of others."""
     for name in FILES:
         if (run / name).is_symlink() and leaves(run, name):
             raise EvenstepError(
@@ -91,10 +90,10 @@ def check_own(run: Path) -> None:
 
 
 class RunLock:
-    """The lock of a run's folder. The system lets go of it when this object is deleted or the process ends, however
-    that happens.
+    """The lock of a run's folder. The system releases it when this object is deleted or when the process ends, for
+    whatever reason.
 
-    ``busy``: something trains under it, so that nothing else of this process may take it over.
+    ``busy``: a run trains under the lock, so no other run of this process may use it.
     """
 
     def __init__(self, run: Path) -> None:
@@ -107,15 +106,15 @@ class RunLock:
 
 
 _held: WeakValueDictionary[tuple[int, int], RunLock] = WeakValueDictionary()
-"""Locks that this process holds, by the device and number of their files."""
+"""Locks that this process holds, by device and inode of their files."""
 
 
 def hold(run: Path) -> RunLock:
-    """The lock of the run, held for as long as the object that is returned. One that this process holds already is
-    given again, unless something trains under it.
+    """The lock of the run, held for as long as the returned object exists. A lock that this process holds already is
+    returned again, unless a run trains under it.
 
-    EvenstepError when another process holds it: two of them would cut each other's log and checkpoints. Nothing has
-    been written then. Where the file system has no locks, a warning says so.
+    EvenstepError when another process holds the lock: two processes would truncate each other's log and checkpoints.
+    Nothing has been written in this case. A warning tells where the file system has no locks.
     """
     ours = _ours(run)
     if ours is not None:
@@ -139,19 +138,19 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def is_running(run: Path) -> bool:
-    """Does something train this run now? Opens its lock for reading alone, and never through a link."""
+    """Whether a process trains this run now. Opens its lock read-only, and never through a link."""
     return _trainer(run) is not None
 
 
 def check_free(run: Path) -> None:
-    """EvenstepError, which says who, when something trains this run now."""
+    """EvenstepError, with the process, when one trains this run now."""
     who = _trainer(run)
     if who is not None:
         raise _refusal(run, who)
 
 
 def _trainer(run: Path) -> str | None:
-    """Who trains the run, as far as its lock says; None when nobody does."""
+    """The process that trains the run, as its lock names it (may be empty); None when there is none."""
     ours = _ours(run)
     if ours is not None:
         return _me() if ours.busy else None
@@ -181,12 +180,12 @@ def _key(facts: os.stat_result) -> tuple[int, int]:
 
 
 def _is_taken(problem: OSError) -> bool:
-    """Does somebody else hold the lock? Any other error is of a file system that has none (some network ones)."""
+    """Whether another process holds the lock. Any other error comes from a file system without locks."""
     return problem.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
 def _take(run: Path) -> tuple[int, tuple[int, int]]:
-    """A descriptor of the lock file that holds the lock, and the file's key."""
+    """Take the lock. Returns the descriptor that holds it, and the key of its file."""
     path = run / LOCK
     for attempt in range(_TRIES):
         if path.is_symlink():  # where the system has no O_NOFOLLOW
@@ -238,8 +237,8 @@ def _me() -> str:
 
 
 def _sign(descriptor: int, facts: os.stat_result) -> None:
-    """Write down who holds the lock, for the message of whoever is refused. Not into a file that holds something else,
-    or has another name too: it may be anything of the user's."""
+    """Write the holder into the lock file, for the error message of a process that is refused. Never into a file that
+    holds something else or has a second name (a hard link): it may be any file of the user."""
     if not hasattr(os, "pwrite") or facts.st_nlink != 1 or (facts.st_size and not _holder(descriptor)):
         return
     with suppress(OSError):  # on a full disk it holds the lock all the same
@@ -247,7 +246,7 @@ def _sign(descriptor: int, facts: os.stat_result) -> None:
 
 
 def _holder(descriptor: int) -> str:
-    """Who signed the lock last; empty where nobody did."""
+    """The process that signed the lock last; empty where none did."""
     found = os.pread(descriptor, 300, 0).decode("utf-8", "replace") if hasattr(os, "pread") else ""
     return found.strip() if re.fullmatch(r"\d+ on [!-~]*\n", found) else ""
 
@@ -265,8 +264,8 @@ def default_name(config: BaseConfig) -> str:
 
 
 def fresh_directory(config: BaseConfig) -> Path:
-    """The run's directory, which must hold nothing yet, or a run that stopped before its first checkpoint; it is not
-    created here."""
+    """The directory of a new run, which is not created here. EvenstepError unless it is empty, missing, or holds a run
+    that stopped before its first checkpoint."""
     new = Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{default_name(config)}"
     out = Path(config.out) if config.out else unused(new)
     check_free(out)
@@ -282,4 +281,4 @@ def fresh_directory(config: BaseConfig) -> Path:
 
 
 _LEFT_AT_START = (LOCK, ".config.toml.partial")
-"""What a run leaves behind that was killed before it had written anything."""
+"""Files left by a run that was killed before it had written anything."""

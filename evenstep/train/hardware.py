@@ -1,4 +1,4 @@
-"""Where a run took place: device, memory, versions and commit, for the log and summary.json."""
+"""The machine of a run: device, memory, versions and commit, for the log and summary.json."""
 
 from __future__ import annotations
 
@@ -31,12 +31,22 @@ _PEAKS = {
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU when torch sees one; EvenstepError when ``cuda`` is asked for in vain."""
+    """The device by name; ``auto`` is the GPU when torch sees one. EvenstepError for ``cuda`` without a GPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise EvenstepError("train.device: 'cuda' was asked for, but torch sees no GPU; use cpu or auto")
     return torch.device(name)
+
+
+def set_up_torch(threads: int, deterministic: bool) -> None:
+    """Settings of torch for the whole process. ``threads``: 0 leaves their number to torch."""
+    if threads:
+        torch.set_num_threads(threads)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call itself loads the compiler
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
@@ -48,14 +58,14 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of the device's memory, used or not: a number that is the same when the run is resumed."""
+    """Bytes of the device's memory, used or not: the same number when the run is resumed."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 * 2**30
 
 
 def memory_limit() -> int:
-    """Bytes of memory that the processes of this machine may have, by the machine and by a container's limit."""
+    """Bytes of memory that the processes of this machine may use: those of the machine, or a container's limit."""
     limits = [total_memory(torch.device("cpu"))]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # no container; "max"

@@ -59,15 +59,16 @@ def raising() -> Iterator[list[int]]:
 
 
 class Votes:
-    """What several processes agree on: the largest number that one of them gives, known one vote later, so that nobody
-    waits for the message. Alone it is known at once."""
+    """A vote among processes: the largest number that one of them has cast, known at the next vote, so that no process
+    waits for the message. With one process it is known at once."""
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
         self._sent: Any = None
 
     def cast(self, number: int) -> int:
-        """Give a number of at least 0; returns the largest of the last vote. All processes vote equally often."""
+        """Cast a number of at least 0; returns the largest number of the previous vote. All processes must cast equally
+        often."""
         if self.group is None:
             return number
         import torch
@@ -84,7 +85,7 @@ class Votes:
         return int(before[0])
 
     def close(self) -> None:
-        """Take part in what has been sent."""
+        """Join the pending collective."""
         if self._sent is not None:
             self._sent[1].wait()
             self._sent = None
@@ -94,8 +95,8 @@ class Interrupts:
     """``with Interrupts() as stop:`` - ``stop.signal`` becomes the number of the first SIGINT, SIGTERM or SIGHUP; a
     second SIGINT or SIGTERM acts at once. A SIGHUP that is ignored (nohup) stays so.
 
-    Outside the main thread Python allows no signal handlers; there this does nothing. Several processes stop at the
-    same step: `poll`, at the same places in all of them, tells what ``votes`` have agreed on. ``quiet``: no words.
+    Python allows no signal handlers outside the main thread; there this does nothing. Several processes stop at the
+    same step: they call `poll` at the same places, and it returns the result of ``votes``. ``quiet`` prints nothing.
     """
 
     def __init__(self, votes: Votes | None = None, *, quiet: bool = False) -> None:
@@ -126,8 +127,8 @@ class Interrupts:
             yield item
 
     def poll(self, also: int = 0) -> int | None:
-        """The signal that all processes know of, None without one. ``also``: a larger number than any signal, which is
-        agreed on likewise."""
+        """The signal on which all processes agree, None without one. ``also``: another number to vote for, larger than
+        any signal."""
         if self.agreed is None:
             self.agreed = self.votes.cast(max(self.signal or 0, also)) or None
         return self.agreed

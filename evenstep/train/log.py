@@ -1,7 +1,7 @@
-"""The log of a run: metrics.jsonl, and what the terminal shows.
+"""The log of a run: metrics.jsonl, and the output on the terminal.
 
-metrics.jsonl has one JSON object per line, written immediately, and never two lines for the same moment of a run. In
-a terminal a live bar shows the newest numbers; files and pipes get one plain line per log step. Nothing here imports
+metrics.jsonl has one JSON object per line, written immediately, and never two lines for the same moment of a run. A
+terminal shows a live bar with the newest numbers; files and pipes get one plain line per log step. Nothing here imports
 torch.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.schema import read_records, to_line
-from evenstep.train.checkpoint import reason_of, way_on
+from evenstep.train.checkpoint import how_to_continue, reason_of
 from evenstep.train.files import replace_text
 
 if TYPE_CHECKING:
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 
 class Metrics:
-    """Appends records to a file. ``last_step`` (on resume): later lines, and a line torn by a kill, are cut first.
+    """Appends records to a file. With ``last_step`` (on resume), later lines, and a line that a kill has torn, are
+    removed first.
 
-    Lines of training and validation, and those of telemetry, which have a ``kind``.
-    ``last_train`` and ``last_validation`` are the newest records of the former, None before the first.
+    Records are those of training and validation, and those of telemetry, which have a ``kind``. ``last_train`` and
+    ``last_validation`` are the newest training and validation records, None before the first.
     """
 
     def __init__(self, path: Path, last_step: int | None = None) -> None:
@@ -68,7 +69,7 @@ class Metrics:
             self._file.flush()
         except OSError as problem:
             raise EvenstepError(
-                f"could not write {self.path}: {problem.strerror}; make room and {way_on(self.path.parent)}"
+                f"could not write {self.path}: {problem.strerror}; make room and {how_to_continue(self.path.parent)}"
             ) from problem
         self._remember(record)
 
@@ -77,7 +78,7 @@ class Metrics:
 
 
 class NoMetrics(Metrics):
-    """Those of a process that does not write them."""
+    """The log of a process that writes no file."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -91,8 +92,8 @@ class NoMetrics(Metrics):
 
 
 def resume_metrics(path: Path, step: int, world: World) -> Metrics:
-    """The log of a run resumed at ``step``, cut to that step. Its newest records decide what is done next, so all
-    processes get them."""
+    """The log of a run resumed at ``step``, truncated to that step. Every process gets its newest records, because they
+    decide whether the next validation is due."""
     metrics = Metrics(path, last_step=step) if world.is_main else NoMetrics()
     metrics.seconds, metrics.last_train, metrics.last_validation = world.on_rank_0(
         lambda: (metrics.seconds, metrics.last_train, metrics.last_validation)
@@ -101,8 +102,8 @@ def resume_metrics(path: Path, step: int, world: World) -> Metrics:
 
 
 def up_to(last_step: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a run resumed at ``last_step`` keeps. Telemetry tells of a step when it is drained, so of its lines those
-    that stand after a later step's are cut too: they are written again."""
+    """The records that a run resumed at ``last_step`` keeps. Telemetry writes the record of a step later than the step,
+    so its records behind those of a later step are removed too; the resumed run writes them again."""
     kept, past = [], False
     for record in records:
         later = record["step"] > last_step
@@ -122,15 +123,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def silence(descriptor: int) -> None:
-    """Let whatever is written there from now on vanish."""
+    """Redirect a file descriptor to the null device."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
 
 
 def print_line(text: str, out: TextIO | None = None) -> None:
-    """Print a line at once, what its encoding has no character for as an escape. When its reader has gone (``| head``)
-    or its disk is full the output falls silent and the run goes on: hours of training must not end for that."""
+    """Print a line at once. Characters that the encoding lacks are escaped.
+
+    When the reader has gone (``| head``) or the disk is full, the output is discarded from then on and the run
+    continues: hours of training must not end for that.
+    """
     out = out or sys.stdout
     try:
         try:
@@ -142,7 +146,7 @@ def print_line(text: str, out: TextIO | None = None) -> None:
 
 
 def fall_silent(out: TextIO, problem: Exception) -> None:
-    """Let the output vanish from now on, and say so on stderr, if that can be written."""
+    """Discard the output from now on, and say so on stderr, if stderr can be written."""
     why = "nobody reads the output any more"
     if not isinstance(problem, BrokenPipeError):
         why = f"the output cannot be written ({reason_of(problem)})"
@@ -152,7 +156,7 @@ def fall_silent(out: TextIO, problem: Exception) -> None:
 
 
 def print_nothing(text: str) -> None:
-    """Say nothing: for all processes but the first."""
+    """Print nothing: for all processes but the first."""
 
 
 def clock(seconds: float) -> str:
@@ -296,7 +300,7 @@ class LiveProgress(LineProgress):
         self._update(record["step"], record["loss"])
 
     def parameters(self, names: list[str], record: dict[str, Any]) -> None:
-        from evenstep.telemetry.live import worst_table
+        from evenstep.telemetry.lines import worst_table
 
         self._bar.summary = worst_table(names, record, width=self._console.width)
 

@@ -1,8 +1,8 @@
 """The optimizer of a run, built from ``[optim]``, and its learning rate over time.
 
-The optimizers themselves are listed in `evenstep.baselines.catalog`. Hyperparameters are checked against the
-constructor, so the options of an optimizer are declared once, in its own signature. The learning rate is a function of
-the step alone, so a resumed run needs no state for it.
+`evenstep.baselines.catalog` lists the optimizers. Hyperparameters are checked against the signature of the constructor,
+so a new optimizer needs no list of options here. The learning rate is a function of the step alone, so a resumed run
+needs no state for it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from evenstep.baselines import fronts
 from evenstep.baselines.catalog import baseline, check_options
+from evenstep.baselines.transforms import add_transforms, build_transforms
 from evenstep.errors import EvenstepError
 from evenstep.train.config import BaseConfig, ScheduleConfig
 
@@ -28,7 +28,7 @@ def check_optimizer(config: OptimConfig) -> None:
     """EvenstepError for an option that the optimizer's constructor does not have, a package that is not installed, or
     transforms that cannot be; imports torch, builds nothing."""
     check_options(config.name, config.options)
-    fronts.transforms(config.before)
+    build_transforms(config.before)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
@@ -49,7 +49,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     except (ValueError, TypeError) as problem:
         first = next(iter(str(problem).splitlines()), type(problem).__name__)
         raise EvenstepError(f"optim: {config.name} refuses its options: {first}") from problem
-    return fronts.put_before(optimizer, config.before)
+    return add_transforms(optimizer, config.before)
 
 
 def try_optimizer(config: OptimConfig) -> None:

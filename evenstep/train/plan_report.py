@@ -1,98 +1,20 @@
-"""``evenstep plan``: the plan as text or JSON, and the dry run that verifies it.
-
-The dry run builds the model and its optimizer on the meta device, where tensors have shapes and no memory, and shards
-them by the code that trains, among processes that torch's fake backend stands in for.
-"""
+"""``evenstep plan``: the plan as text or JSON. ``--check`` verifies it by a dry run of the whole model."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
 from evenstep.errors import EvenstepError
-from evenstep.models import Llama, LlamaConfig, llama_config
+from evenstep.models import LlamaConfig, llama_config
 from evenstep.models.hf import read_config
-from evenstep.optim.distributed import local
 from evenstep.train.config import Config
 from evenstep.train.config_io import load_config
-from evenstep.train.distributed import Parallel, World
-from evenstep.train.optimizers import build_optimizer, try_optimizer
-from evenstep.train.plan import SPLIT, USABLE, Plan, advice, in_mode, make_plan
-
-# ---- the dry run ----
-
-
-@dataclass(frozen=True)
-class Counted:
-    """Bytes that process 0 holds."""
-
-    parameters: int
-    state: int
-
-
-def count(plan: Plan) -> Counted:
-    """Build what ``plan`` is of, and count. EvenstepError when torch.distributed is in use already."""
-    with _processes(plan) as world:
-        model = built(plan, world)
-        optimizer = build_optimizer(model, plan.config.optim)
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        if not optimizer.state:  # torch's make their state in the first step
-            for p in params:
-                p.grad = torch.zeros_like(p)
-            optimizer.step()
-        held = sum(local(p).nbytes for p in params)
-        kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-        return Counted(held, sum(map(_bytes, kept)))
-
-
-def built(plan: Plan, world: World) -> Llama:
-    """The model on meta, cut as the plan says."""
-    with torch.device("meta"):
-        model = Llama(plan.shape)
-    if plan.config.train.dtype == "bf16":
-        model = model.bfloat16()
-    if plan.grid.mode != "ddp":  # which only wraps a copy
-        Parallel(replace(plan.config, train=replace(plan.config.train, compile=False)), world).apply(model)
-    return model
-
-
-def _bytes(value: Tensor) -> int:
-    """Of what is here of a tensor of the state, 8-bit blocks included."""
-    here: Any = local(value)
-    names = here.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(here) else []
-    return sum(getattr(here, name).nbytes for name in names) if names else here.nbytes
-
-
-@contextmanager
-def _processes(plan: Plan) -> Iterator[World]:
-    """This process as the first of the plan's, the others played by torch's fake backend."""
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    grid = plan.grid
-    if grid.mode == "none":
-        yield World(torch.device("cpu"))
-        return
-    if dist.is_initialized():
-        raise EvenstepError("the dry run needs torch.distributed for itself; run it in a process of its own")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=grid.gpus)
-    try:
-        size = grid.gpus // grid.replicate
-        yield World(torch.device("cpu"), 0, grid.gpus, 0, size, dist.group.WORLD, None, grid.tensor)
-    finally:
-        dist.destroy_process_group()
-
-
-# ---- the report ----
+from evenstep.train.memory import SHARDED, dry_run, model_tensors
+from evenstep.train.optimizers import try_optimizer
+from evenstep.train.plan import USABLE, Plan, advice, in_mode, make_plan
 
 MODES = ("ddp", "fsdp", "hsdp", "tp+fsdp")
 
@@ -192,9 +114,7 @@ def _optimizers(made: Plan, config: Config, per_node: int) -> list[dict[str, Any
 
 
 def _checked(made: Plan) -> str:
-    from evenstep.train.plan_report import count
-
-    counted = count(made)
+    counted = dry_run(made.config, made.shape, made.grid, blocks=made.shape.num_layers)
     planned = (made.memory["parameters"], made.memory["optimizer state"])
     if planned != (counted.parameters, counted.state):
         raise EvenstepError(
@@ -249,8 +169,6 @@ def _head(made: Plan) -> str:
 
 
 def sum_of(made: Plan) -> str:
-    from evenstep.train.plan import model_tensors
-
     count = sum(t.numel for t in model_tensors(made.shape))
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
@@ -277,7 +195,7 @@ def _wire(made: Plan) -> list[str]:
     if messages.maximum:
         what = f"all-reduces of {made.config.optim.name}: {messages.maximum} MAX, {messages.sum} SUM"
         lines.append(f"  {what}, {messages.bytes:,} bytes together")
-    elif made.grid.mode in SPLIT:
+    elif made.grid.mode in SHARDED:
         lines.append(f"  {made.config.optim.name} sends nothing of its own")
     return lines
 

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint: named, staged on the CPU, written in the background, and read back.
 
-The tensors of the model are ``model.NAME``, those of the optimizer ``optimizer.NAME.ENTRY``. What a state holds that is
-no tensor of a parameter, and the options of the groups, go into trainer.pt.
+The tensors of the model are named ``model.NAME``, those of the optimizer ``optimizer.NAME.ENTRY``. Entries of the
+optimizer's state that are not tensors of a parameter, and the options of its groups, go into trainer.pt.
 
 `Saver.save` copies the tensors (into pinned memory on a GPU machine) and returns. A thread writes the copies by
 torch.distributed.checkpoint, has every process hash its own shards, and lets process 0 write the manifest and rename
@@ -12,7 +12,6 @@ every process alike.
 from __future__ import annotations
 
 import importlib
-import random
 import shutil
 from collections.abc import Callable
 from concurrent import futures
@@ -20,7 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -42,12 +40,13 @@ _CLASSES = {
     "OptimStateFp8": "torchao.optim.subclass_fp8",
 }
 _PARTS = ("codes", "scale")
-"""What changes of them; each is a tensor of its own in a shard. The table of code values is the class's own."""
+"""The parts of such a tensor that change; each is a tensor of its own in a shard. The table of code values belongs to
+the class."""
 
 
 def packed_facts(value: Any) -> dict[str, Any] | None:
-    """What `empty_packed` needs to build such a tensor again; None for plain tensors. EvenstepError for a tensor
-    subclass that is not known here."""
+    """The arguments with which `empty_packed` rebuilds a tensor of codes and scales; None for plain tensors.
+    EvenstepError for an unknown tensor subclass."""
     if not isinstance(value, Tensor) or not is_traceable_wrapper_subclass(local(value)):
         return None
     part: Any = local(value)
@@ -66,13 +65,13 @@ def packed_facts(value: Any) -> dict[str, Any] | None:
 
 
 def packed_tensors(value: Tensor) -> dict[str, Tensor]:
-    """The plain tensors that one with `packed_facts` is made of, sharing its memory, by name."""
+    """The plain tensors inside a tensor of codes and scales, by name, sharing its memory."""
     return {name: shard_like(value, getattr(local(value), name)) for name in _PARTS}
 
 
 def empty_packed(p: Tensor, facts: dict[str, Any]) -> Tensor | None:
-    """Zeros for the parameter ``p``, kept as ``facts`` say and cut as ``p`` is; None where its parts are no whole
-    blocks. EvenstepError for a class that is not known, or not installed."""
+    """Zeros for the parameter ``p`` in the class and format of ``facts``, sharded as ``p`` is; None where a shard is
+    not a whole number of blocks. EvenstepError for a class that is unknown or not installed."""
     part, block, name = local(p), facts["block"], facts["class"]
     if part.numel() * num_shards(p) != p.numel() or not part.numel() or part.numel() % block:
         return None
@@ -88,7 +87,8 @@ def empty_packed(p: Tensor, facts: dict[str, Any]) -> Tensor | None:
 
 
 def write(directory: Path, tensors: dict[str, Tensor], group: Any) -> None:
-    """Write ``tensors`` into shards in ``directory``, each process of ``group`` (None: this one alone) its parts."""
+    """Write ``tensors`` into shards in ``directory``. Each process of ``group`` (None: this one alone) writes its own
+    parts."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
@@ -97,18 +97,18 @@ def write(directory: Path, tensors: dict[str, Tensor], group: Any) -> None:
     dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
 
 
-# ---- of a model and its optimizer ----
+# ---- the tensors of a model and of its optimizer ----
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """By key, sharing their memory; a tied weight under the first of its names alone."""
+    """The tensors of the model by key, sharing their memory. A tied weight has the first of its names only."""
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}
     return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """The parameters in the optimizer's order."""
+    """The names of the parameters, in the order of the optimizer."""
     known = {id(p): name for name, p in model.named_parameters()}
     return [known[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
@@ -144,8 +144,8 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str,
                 rest["packed"].setdefault(name, {})[entry] = facts
                 tensors |= {f"{key}.{part}": tensor for part, tensor in packed_tensors(value).items()}
             else:
-                # What is one tensor for all parameters, as the statistics of a global norm, is written for each:
-                # safetensors refuses keys that share memory.
+                # A tensor that all parameters share, such as the statistics of a global norm, is written for each of
+                # them: safetensors refuses keys that share memory.
                 tensors[key] = value.detach().clone() if id(value) in held else value.detach()
                 held.add(id(value))
     rest["groups"] = [{**group, "params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
@@ -158,8 +158,8 @@ def _is_of_parameter(key: Any, names: list[str]) -> bool:
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: Path, rest: dict[str, Any]) -> None:
-    """Put a saved state back, whatever number of processes wrote it; ``rest`` as `optimizer_tensors` gave it. Groups
-    may be cut otherwise: each parameter gets the options it had."""
+    """Restore a saved state, whatever number of processes wrote it. ``rest`` is the second result of
+    `optimizer_tensors`. Groups may be divided differently: each parameter gets the options that it had."""
     names, fresh = _names(model, optimizer), optimizer.state_dict()
     params = dict(model.named_parameters())
     present = {name: fresh["state"].get(i, {}) for i, name in enumerate(names)}
@@ -202,13 +202,13 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: Path, rest
 
 
 def _packed(present: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What an older checkpoint does not say: the packed tensors that a fresh state has."""
+    """The packed tensors of a fresh state, for checkpoints of an older version that do not list them."""
     found = {name: {entry: packed_facts(value) for entry, value in state.items()} for name, state in present.items()}
     return {name: {entry: facts for entry, facts in state.items() if facts} for name, state in found.items()}
 
 
 def _target(p: Tensor, present: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Where a plain tensor of the state of ``p`` is read to."""
+    """The tensor into which a plain tensor of the state of ``p`` is read."""
     if isinstance(present, Tensor) and present.shape == shape and packed_facts(present) is None:
         return present.detach()
     if shape == p.shape and shape:
@@ -243,7 +243,7 @@ class Saver:
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
         self.alive = alive
-        """Called now and then while `wait` waits."""
+        """Called every few seconds while `wait` waits."""
         self.last: int | None = None
         """The step of the newest save."""
 
@@ -280,8 +280,10 @@ class Saver:
         return self.directory / f"step-{step:06d}"
 
     def _staged(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
-        """Copies on the CPU, and what waits until they are whole: what a GPU is given after this finds the tensors free
-        to be written, and is not waited for. The memory is kept for the next save.
+        """Copies of the tensors on the CPU, and a function that waits until they are complete.
+
+        Work that is queued on the GPU after this may overwrite the tensors, and nothing waits for it. The next save
+        reuses the memory of the copies.
         """
         kept, self._copies = self._copies, {}
         for name, x in tensors.items():
@@ -299,7 +301,7 @@ class Saver:
     def _finish(
         self, copies: dict[str, Tensor], whole: Callable[[], None], partial: Path, step: int, keep: int | None
     ) -> None:
-        """In the thread: from copies of the tensors to a checkpoint."""
+        """Write the copies and commit the checkpoint. Runs in the thread."""
         world = self.world
 
         def own_files() -> dict[str, Any]:
@@ -334,11 +336,11 @@ class Saver:
             shutil.rmtree(partial, ignore_errors=True)
 
     def failed(self) -> bool:
-        """Has the save in the background failed? Then `wait` raises."""
+        """Whether the save in the background has failed. If so, `wait` raises its error."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Until the save in the background is done, if there is one. EvenstepError when it failed."""
+        """Wait for the save in the background, if there is one. EvenstepError when it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             while futures.wait([pending], timeout=5).not_done:
@@ -346,7 +348,7 @@ class Saver:
             pending.result()
 
     def close(self) -> None:
-        """Wait, and free the copies; errors are not raised any more."""
+        """Wait for a pending save without raising its error, and free the copies."""
         if self._pending is not None:
             self._pending.exception()
         if self._thread is not None:
@@ -359,30 +361,3 @@ def _alike(copy: Tensor, x: Tensor) -> bool:
     """Whether a copy of ``x`` fits in the place of an earlier one."""
     same = copy.dtype == x.dtype and copy.shape == x.shape and type(copy) is type(x)
     return same and (not is_sharded(x) or (copy.placements, copy.device_mesh) == (x.placements, x.device_mesh))  # type: ignore[attr-defined]
-
-
-# ---- random states ----
-
-
-def rng_state() -> dict[str, Any]:
-    """Every random state of the process, in types that ``torch.load(weights_only=True)`` reads."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, torch.from_numpy(np.array(keys, dtype=np.int64)), position, has_gauss, cached],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind for people: the curve, the summary and the closing lines."""
+"""The text around a run: the lines before its first step, and its summary, curve and closing lines at the end."""
 
 from __future__ import annotations
 
@@ -19,11 +19,36 @@ from evenstep.errors import EvenstepError
 from evenstep.telemetry.schema import finite
 from evenstep.train.checkpoint import reason_of
 from evenstep.train.config_io import config_hash
+from evenstep.train.distributed import World
 from evenstep.train.files import replace_bytes, replace_text
 from evenstep.train.hardware import commit, describe_hardware, peak_memory, versions
 from evenstep.train.log import Metrics, clock, read_metrics, short_count
 
 T = TypeVar("T")
+
+
+def header(config: Any, model: Any, trained: int, data: str, world: World, micro_batch_size: int) -> list[str]:
+    """The lines printed before the first step: model, optimizer, data, budget, device and folder. ``trained`` is the
+    number of parameters that are trained, ``data`` describes the data."""
+    train, optim = config.train, config.optim
+    size = f"{config.model.label}, {short_count(model.num_parameters())} parameters"
+    if trained < model.num_parameters():
+        size += f", {short_count(trained)} of them trained"
+    lowbit = f", low-bit {config.lowbit}" if config.lowbit else ""
+    transforms = f"{optim.before} + " if optim.before else ""
+    passes = train.batch_size // world.data_size // micro_batch_size
+    split = f" in {passes} passes" if passes > 1 else ""
+    processes = f", {world.size} processes ({config.parallel.mode})" if world.size > 1 else ""
+    rate = f"lr {optim.lr:g}, {config.schedule.name}, {config.warmup_steps:,} warm-up steps"
+    lines = {
+        "model": size + lowbit,
+        "optimizer": f"{transforms}{optim.name}, {rate}",
+        "data": data,
+        "budget": f"{config.total_steps:,} steps of {train.batch_size} x {train.seq_len} tokens{split}",
+        "device": f"{world.device}, {train.dtype}{processes}",
+        "folder": str(config.out),
+    }
+    return [f"{key:<10} {line}" for key, line in lines.items()]
 
 
 def run_facts(
@@ -41,7 +66,7 @@ def run_facts(
     step_seconds: float,
     skipped: list[tuple[int, int]],
 ) -> dict[str, Any]:
-    """What summary.json says of every run that has reached its end."""
+    """The entries of summary.json that every finished run has."""
     train, validation = metrics.last_train or {}, metrics.last_validation or {}
     return {
         "name": config.name,
@@ -94,7 +119,7 @@ def finish(
         replace_text(out / "summary.json", json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
         return clean
 
-    # The result is on the disk before anything that is only for show, none of which can fail the run.
+    # The result is written before the sample and the curve, which cannot fail the run.
     clean = write()
     if summary.get("sample", "") is None:
         summary["sample"] = attempt("sample", sample, say)
@@ -109,7 +134,7 @@ def finish(
 
 
 def attempt(what: str, make: Callable[[], T], say: Callable[[str], None]) -> T | None:
-    """The result of ``make``; None, and a line that says why, where it raises anything."""
+    """The result of ``make``. If it raises any exception, print a line with the reason and return None."""
     try:
         return make()
     except Exception as problem:
@@ -118,7 +143,7 @@ def attempt(what: str, make: Callable[[], T], say: Callable[[str], None]) -> T |
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Exponential mean over about a twentieth of the values, corrected for its start; a few values stay as they are."""
+    """Exponential mean over about a twentieth of the values, with bias correction. Up to 20 values stay unchanged."""
     weight = 1 - min(1.0, 20 / max(1, len(values)))
     result, mean, mass = [], 0.0, 0.0
     for value in values:

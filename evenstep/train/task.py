@@ -1,4 +1,4 @@
-"""What a trainer trains: `Task` is the interface, `Pretraining` a language model on a stream of tokens.
+"""What a trainer trains. `Task` is the interface; `Pretraining` trains a language model on a stream of tokens.
 
 `evenstep.finetune.task` has the other one.
 """
@@ -24,7 +24,7 @@ from evenstep.train.distributed import World
 from evenstep.train.evaluate import EvalResult, Evaluation, evaluate, sample_text
 from evenstep.train.hardware import memory_limit, total_memory
 from evenstep.train.log import Metrics, short_count
-from evenstep.train.plan import LOGIT_BYTES, chunk_rows, least_memory
+from evenstep.train.memory import LOGIT_BYTES, chunk_rows, least_memory
 from evenstep.train.saving import model_tensors
 from evenstep.train.summary import closing_lines
 from evenstep.train.weights import find_source, load_model, with_lowbit
@@ -56,8 +56,8 @@ class Task(ABC):
 
     @abstractmethod
     def resolve(self, config: Any, checkpoint: Path | None = None) -> Any:
-        """The configuration with what only the data or the model decide, such as the shape of a given model.
-        ``checkpoint``: that of the run which is resumed."""
+        """The configuration completed by values that only the data or the model decide, such as the shape of a given
+        model. ``checkpoint``: the one that is resumed."""
 
     @abstractmethod
     def open_data(self, progress: Any) -> Any:
@@ -65,7 +65,7 @@ class Task(ABC):
 
     @abstractmethod
     def make_loader(self) -> Any:
-        """The batches of this process; kept as ``loader``."""
+        """Create the loader of this process's batches, and keep it as ``loader``."""
 
     @abstractmethod
     def check_memory(self) -> None:
@@ -73,29 +73,29 @@ class Task(ABC):
 
     @abstractmethod
     def build_model(self, device: torch.device, *, blank: bool) -> Any:
-        """The model on ``device``; ``blank``: its weights will be read from a checkpoint."""
+        """Build the model on ``device``. ``blank``: a checkpoint will provide its weights."""
 
     @abstractmethod
     def loss_chunk(self, model: Any) -> int | None:
-        """How many rows of logits exist at once; None for all."""
+        """The number of rows of logits that exist at once; None for all rows."""
 
     @abstractmethod
     def describe_data(self) -> str:
-        """What is trained on, for the lines printed before the first step."""
+        """A description of the data for the lines printed before the first step."""
 
     # ---- a step ----
 
     @abstractmethod
-    def shares(self, targets: Tensor, micro_batch_size: int) -> list[float]:
-        """The weight of each micro batch's mean loss in that of the step."""
+    def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
+        """The weight of the mean loss of each micro batch in the loss of the step."""
 
     @abstractmethod
     def loss(self, model_loss: Callable[..., Tensor], inputs: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
-        """The mean loss of a micro batch; ``model_loss`` is ``model.loss`` as several processes share it."""
+        """The mean loss of a micro batch, 0-d. ``model_loss`` is ``model.loss``, or its DDP wrapper."""
 
     @abstractmethod
     def step_tokens(self) -> int:
-        """Tokens of the last batch, over all processes."""
+        """Number of tokens of the last batch, over all processes."""
 
     # ---- validation, checkpoints, the end ----
 
@@ -117,11 +117,11 @@ class Task(ABC):
 
     @abstractmethod
     def conclusion(self, model: Any, out: Path, metrics: Metrics) -> dict[str, Any]:
-        """Write what the run leaves for other programs; returns what summary.json holds beside the numbers that every
-        run has. An entry ``sample`` that is None is filled by `sample` afterwards."""
+        """Write the files that the run leaves for other programs; returns the entries of summary.json that are specific
+        to the task. An entry ``sample`` that is None is filled by `sample` afterwards."""
 
     def sample(self, model: Any, checkpoint: Path | None) -> str:
-        """Text by the model, or where it is given by the model saved as ``checkpoint``."""
+        """Text that the model generates, or the model saved in ``checkpoint`` if one is given."""
         return ""
 
     @staticmethod
@@ -159,8 +159,8 @@ class Pretraining(Task):
         return self.loader
 
     def check_memory(self) -> None:
-        """On CPUs, where the system would kill the process without a message; a GPU raises an error of its own. Counted
-        is what the run needs at the least."""
+        """Compare the least memory of the run with that of the machine. On CPUs only, where the system would kill the
+        process without a message; a GPU raises an error."""
         config, world, words = self.config, self.world, self.data.vocab_size
         if world.device.type != "cpu":
             return
@@ -221,7 +221,7 @@ class Pretraining(Task):
             f"{self.config.data.source}: {short_count(len(train))} tokens, {held}, vocabulary {self.data.vocab_size:,}"
         )
 
-    def shares(self, targets: Tensor, micro_batch_size: int) -> list[float]:
+    def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
         return [y.numel() / targets.numel() for y in targets.split(micro_batch_size)]
 
     def loss(self, model_loss: Callable[..., Tensor], inputs: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
@@ -277,7 +277,8 @@ def load_data(config: Config, progress: Any = None) -> TokenData:
 
 
 def data_identity(data: TokenData) -> str:
-    """A hash of the counts and of both ends of the token stream: fast for any corpus, different for another text."""
+    """A hash of the counts and of both ends of the token stream. It is fast for any corpus, and differs for another
+    text."""
     train, val = data.train, data.val
     digest = hashlib.sha256(repr((len(train), len(val), train.num_bytes, val.num_bytes)).encode())
     for start in (0, max(0, len(train) - 65536)):

@@ -20,12 +20,12 @@ from evenstep.train.interrupts import Interrupted
 from evenstep.train.log import LineProgress
 
 DRAIN_STEPS = 1000
-"""Steps whose numbers are kept on the device before they are read, at most: they take memory."""
+"""The largest number of steps whose values stay on the device before they are read; they take memory."""
 
 
 class LowBitNoise:
-    """What quantisation does to every low-bit layer, as `SpikeMonitor` takes it: ``saturation``, ``underflow`` and
-    ``error`` of the weight and, where the recipe quantises gradients, ``gradient_error``.
+    """The quantisation error of every low-bit layer, in the form that `SpikeMonitor` takes: ``saturation``,
+    ``underflow`` and ``error`` of the weight and, where the recipe quantises gradients, ``gradient_error``.
 
     Measured at every drain, where it takes up to a tenth of a step. Gradients exist within the backward pass alone:
     those of log steps are observed, in eager mode. Named recipes round weights to the nearest, and the rounding of
@@ -109,17 +109,17 @@ class RunTelemetry:
             sink.write(record)
 
     def close(self) -> None:
-        """Part of the interface of a sink. Nothing to do: the run closes its own files, `live` what it opened."""
+        """Part of the interface of a sink. Does nothing: the run closes its files, `live` its sinks."""
 
     def settle(self, *, last: bool) -> None:
-        """Write what has been observed. ``last``: also what waits for the next step, which may never come."""
+        """Write the observed steps. ``last``: also the newest one, which otherwise waits for the next step."""
         if self.monitor:
             self.monitor.flush() if last else self.monitor.drain()
 
     @contextmanager
     def live(self, progress: LineProgress, out: Path, *, quiet: bool, is_saved: Callable[[], bool]) -> Iterator[None]:
-        """While the run trains: sinks are open, events are printed. However it ends, the last steps are not lost: they
-        are in the checkpoint where the current step ``is_saved``, or written here."""
+        """Context of the training: sinks are open, and events are printed. The last steps are not lost however it ends:
+        they are in the checkpoint if the current step ``is_saved``, and are written here otherwise."""
         self.sinks = [] if quiet else self._open(out)
         if self.monitor:
             self.monitor.say, self.monitor.show = progress.say, progress.parameters
@@ -151,7 +151,7 @@ class RunTelemetry:
         return self.monitor.state_dict() if self.monitor else None
 
     def load(self, state: dict[str, Any] | None, step: int) -> None:
-        """Go on from ``step``. None: the checkpoint was written without telemetry, which then starts with this step."""
+        """Continue from ``step``. ``state`` None: the checkpoint has no telemetry, which then starts with this step."""
         if not self.monitor:
             return
         self.monitor.seen.clear()

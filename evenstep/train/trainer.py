@@ -1,14 +1,15 @@
-"""The training loop: `Trainer.step` does one optimizer step, `Trainer.fit` trains to the end of the budget.
+"""The training loop. `Trainer.fit` trains to the end of the budget; `Trainer.step` does one optimizer step.
 
-What is trained is a `evenstep.train.task.Task`, which provides data, model, loss and validation; the trainer does the
-rest: steps, log, checkpoints, resume, an orderly end on a signal.
+Read this file from top to bottom: what a trainer owns (`Trainer._build`), the loop (`Trainer.train`), one step, the
+log, validation, checkpoints and resume, batches that are not finite, and the end of a run. A
+`evenstep.train.task.Task` provides the data, the model, the loss and the validation.
 
-A resumed run equals one that was never stopped, bit for bit on a CPU: the learning rate is a function of the step, the
-data a function of the position, and a checkpoint holds everything else that changes (weights, optimizer, random states,
-the sums behind the next log line). On a GPU a step never waits for the device, except every ``log.every``-th, which
-reads the loss.
+A resumed run equals an uninterrupted one bit for bit on a CPU. The learning rate is a function of the step, the data
+are a function of the loader's position, and a checkpoint holds everything else that changes: weights, optimizer state,
+random states, and the sums for the next line of the log. On a GPU a step never waits for the device, except every
+``log.every``-th, which reads the loss.
 
-On several processes each one has a Trainer of its own, and all call the same methods in the same order.
+With several processes, each one has its own Trainer, and all processes call the same methods in the same order.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ from evenstep.data import prepare_display
 from evenstep.errors import EvenstepError
 from evenstep.kernels import uploaded
 from evenstep.telemetry.clocks import steps_to_reset
+from evenstep.telemetry.snapshot import rng_state, set_rng_state
 from evenstep.train.checkpoint import (
     TRAINER,
     diverged,
     fill,
+    how_to_continue,
     list_checkpoints,
     newest_checkpoint,
     read_trainer,
-    way_on,
     write_tensors,
 )
 from evenstep.train.config import BaseConfig
@@ -46,7 +48,7 @@ from evenstep.train.config_io import build, check_resume, new_run, read_toml, to
 from evenstep.train.distributed import Heartbeat, Parallel, World, clip_, launched, open_world, restarts, total_norm
 from evenstep.train.evaluate import Evaluation
 from evenstep.train.files import RunLock, check_own, default_name, fresh_directory, hold, locked, replace_text
-from evenstep.train.hardware import peak_flops, peak_memory, pick_device
+from evenstep.train.hardware import peak_flops, peak_memory, pick_device, set_up_torch
 from evenstep.train.interrupts import Interrupted, Interrupts, Stopped, Votes
 from evenstep.train.log import (
     LineProgress,
@@ -56,28 +58,30 @@ from evenstep.train.log import (
     print_line,
     print_nothing,
     resume_metrics,
-    short_count,
 )
 from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer, lr_factor, rising_rate
-from evenstep.train.saving import Saver, load_optimizer, optimizer_tensors, rng_state, set_rng_state
-from evenstep.train.summary import attempt, finish, run_facts
+from evenstep.train.saving import Saver, load_optimizer, optimizer_tensors
+from evenstep.train.summary import attempt, finish, header, run_facts
 from evenstep.train.task import Pretraining, Task
 from evenstep.train.telemetry import RunTelemetry
 
 T = TypeVar("T")
 
 BAD_BATCH_LIMIT = 10
-"""Non-finite batches without a checkpoint between them, after which the run ends: its weights or its learning rate are
-the cause then, not the data."""
+"""Number of non-finite batches without a checkpoint in between after which the run ends. So many point to the weights
+or the learning rate, not to the data."""
 
 SAVE_FAILED = 1000
-"""A vote above all signal numbers: a background save failed in some process."""
+"""The vote of a process whose background save has failed. It is larger than every signal number, and therefore wins."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """``loss``: mean over the tokens of the step, 0-d on the device. ``grad_norm``: of all gradients before clipping,
-    on log steps or when clipping."""
+    """The result of one optimizer step.
+
+    ``loss`` is the mean over the tokens of the step, a 0-d tensor on the device. ``grad_norm`` is the norm of all
+    gradients before clipping, None where the step did not compute it (it does on log steps and when clipping).
+    """
 
     step: int
     loss: Tensor
@@ -87,7 +91,7 @@ class StepResult:
 
 @dataclasses.dataclass
 class Window:
-    """Sums since the last training line of the log. The loss is part of a checkpoint, the times are not."""
+    """Sums over the steps since the last training line of the log. A checkpoint holds the loss, but not the times."""
 
     loss: Tensor
     steps: int = 0
@@ -105,19 +109,23 @@ class Window:
 
 
 class Trainer:
-    """A run in its directory. ``Trainer(config)`` starts one, `Trainer.resume` continues one; both build everything and
-    train nothing. ``world``: the processes that train together (None: this one alone). ``say`` prints a line.
+    """A run in its directory. ``Trainer(config)`` starts a run, `Trainer.resume` continues one; both build everything
+    and train nothing.
 
-    Raises EvenstepError, one line, for whatever does not fit together: data, model, optimizer, directory, checkpoint.
+    Args:
+        config: a `evenstep.train.config.Config`, or the configuration type of the task.
+        world: the processes that train together; None for this process alone.
+        say: called with each line of text that is meant for the user. Default: print it.
+        data_progress: called with the progress of the data's preparation.
 
-    From before the first write to the end of `fit` process 0 holds the lock of the directory; without `fit`, for as
+    Raises EvenstepError, one line, where the data, model, optimizer, directory and checkpoint do not fit together.
+
+    Process 0 holds the lock of the directory from before the first write to the end of `fit`; without `fit`, for as
     long as the object exists.
     """
 
     TASK: ClassVar[type[Task]] = Pretraining
     lock: RunLock | None = None
-
-    # ---- start and resume ----
 
     def __init__(
         self,
@@ -128,8 +136,7 @@ class Trainer:
         data_progress: Any = None,
     ) -> None:
         world = world or World(pick_device(config.train.device))
-        say = say if world.is_main else print_nothing
-        task = self.TASK(world, say)
+        task = self.TASK(world, say if world.is_main else print_nothing)
         config = task.resolve(config)
         out = world.on_rank_0(lambda: str(fresh_directory(config)))
         config = dataclasses.replace(config, out=out, name=default_name(config))
@@ -143,7 +150,7 @@ class Trainer:
         except OSError as problem:
             raise EvenstepError(f"{self.out} cannot be created ({problem.strerror}); give another --out") from None
         self.lock = hold(self.out)
-        # Once more under the lock: another run may have started and ended here since.
+        # Checked again under the lock: another run may have started and ended here in the meantime.
         fresh_directory(self.config)
         check_own(self.out)
         if (self.out / "config.toml").exists():
@@ -151,59 +158,8 @@ class Trainer:
             (self.out / "metrics.jsonl").unlink(missing_ok=True)
         replace_text(self.out / "config.toml", to_toml(self.config))
 
-    @classmethod
-    def resume(
-        cls,
-        directory: Path | str,
-        config: Any = None,
-        *,
-        world: World | None = None,
-        say: Callable[[str], None] = print_line,
-        data_progress: Any = None,
-    ) -> Trainer:
-        """The run of ``directory`` at its newest whole checkpoint; ``config`` may change what does not touch exactness.
-
-        A larger ``train.steps`` trains on; under a cosine or wsd schedule it also changes the learning rates from
-        here on. One below the steps done is refused. Nothing is written before all of it fits.
-        """
-        directory = Path(directory)
-        if not (directory / "config.toml").is_file():
-            raise EvenstepError(f"{directory} is not a run: it has no config.toml; evenstep runs lists runs")
-        config = config or build(read_toml(directory / "config.toml"), cls.TASK.config_type)
-        config = dataclasses.replace(config, out=str(directory), name=config.name or directory.name)
-        world = world or World(pick_device(config.train.device))
-        say = say if world.is_main else print_nothing
-
-        run = cls.__new__(cls)
-
-        def lock_and_find() -> str:
-            run.lock = hold(directory)
-            check_own(directory)
-            return str(newest_checkpoint(directory, say))
-
-        checkpoint = Path(world.on_rank_0(lock_and_find))
-        task = cls.TASK(world, say)
-        config = task.resolve(config, checkpoint)
-        check_optimizer(config.optim)  # registers classes of its state as safe, which lets trainer.pt be read
-        trainer = read_trainer(checkpoint)
-        check_resume(directory, config, trainer)
-        run._build(config, task, data_progress, blank=True)
-        with world.raise_on_all_ranks():
-            run._restore(checkpoint, trainer)
-        run.saved = checkpoint
-        if world.is_main:
-            replace_text(directory / "config.toml", to_toml(config))
-            (directory / "summary.json").unlink(missing_ok=True)  # of an earlier end
-        run.metrics = resume_metrics(run.out / "metrics.jsonl", run.step_number, world)
-        run.seconds = max(run.seconds, run.metrics.seconds)  # steps after the save that are not repeated in the log
-        left = config.total_steps - run.step_number
-        say(f"resumed from {checkpoint}, {f'{left} steps to go' if left else 'nothing left to do'}")
-        if (line := rising_rate(build(trainer["config"], type(config)), config, trainer["step"])) is not None:
-            say(line)
-        return run
-
     def _build(self, config: Any, task: Task, data_progress: Any, *, blank: bool) -> None:
-        """Everything that a step needs. ``blank``: the weights are still to be read from a checkpoint."""
+        """Create everything that a step needs. ``blank``: a checkpoint will provide the weights."""
         world = task.world
         self.config, self.task, self.world, self.say = config, task, world, task.say
         self.out = Path(config.out or "")
@@ -211,18 +167,20 @@ class Trainer:
         check_optimizer(config.optim)
         self.heart = Heartbeat(world, config.parallel.timeout)
         self.saver = Saver(self.out / "checkpoints", world, alive=self.heart.alive)
-        _set_up_torch(config)
+        set_up_torch(config.train.threads, config.train.deterministic)
+
         self.data = task.open_data(data_progress if world.is_main else None)
         self.tokenizer = self.data.tokenizer
         self.parallel = Parallel(config, world)
         with world.raise_on_all_ranks():
             self.loader = task.make_loader()
             task.check_memory()
-            # FSDP moves each block to its device by itself, after sharding it.
+            # FSDP moves each block to its device after sharding it; the whole model may not fit there.
             first = torch.device("cpu") if self.parallel.mode in ("fsdp", "hsdp") else self.device
             self.model = task.build_model(first, blank=blank)
             self.parallel.check(self.model)
         self.parallel.apply(self.model)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.optim)
         self.rates = LearningRates(self.optimizer)
         self.telemetry = RunTelemetry(
@@ -235,15 +193,16 @@ class Trainer:
         )
         self.micro_batch_size = min(config.micro_batch_size, config.train.batch_size // world.data_size)
         self.chunk = task.loss_chunk(self.model)
-        # Under FSDP the gathered weights are bf16 already, and there is nothing left to cast.
+        # FSDP gathers the weights in bf16 already, which leaves nothing for autocast to cast.
         casts = config.train.dtype == "bf16-autocast" and not self.parallel.sharded
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=casts)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+
         self.step_number = 0
         self.tokens = 0
         self.seconds = 0.0
-        """Of training, with those before a resume."""
+        """Of training, with the time before a resume."""
         self.step_seconds = 0.0
+        """Of the steps alone."""
         self.skipped: list[tuple[int, int]] = []
         """Ranges of data rows that are left out because their loss or gradient was not finite."""
         self.bad_batches = 0
@@ -255,15 +214,79 @@ class Trainer:
     def new_window(self) -> Window:
         return Window(torch.zeros((), dtype=torch.float64, device=self.device))
 
+    # ---- the loop ----
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end of the budget with log, validation and checkpoints.
+
+        Returns the content of summary.json on process 0, an empty dictionary on the others.
+
+        SIGINT, SIGTERM and SIGHUP finish the current step or abandon the current validation, save a checkpoint, and
+        raise Interrupted with the command that continues the run.
+        """
+        with locked(self.out) if self.world.is_main else nullcontext():
+            self.lock = None  # `locked` holds it now, and releases it at the end of this block
+            with self.heart:
+                self._fit()
+            return self._finish() if self.world.is_main else {}  # the others wait outside of the heartbeat
+
+    def _fit(self) -> None:
+        self._since = time.perf_counter() - self.seconds
+        votes = Votes(self.world.control)
+        quiet = not self.world.is_main
+        with Interrupts(votes, quiet=quiet) as stop:
+            try:
+                progress = make_progress(self.config.total_steps, self.step_number, quiet=quiet)
+                sinks = self.telemetry.live(progress, self.out, quiet=quiet, is_saved=lambda: self.saved is not None)
+                with progress, sinks:
+                    self.train(progress, stop)
+                votes.close()
+                self.saver.wait()
+            except KeyboardInterrupt:
+                message = f"stopped at once, without saving; {how_to_continue(self.out)}"
+                raise Interrupted(message, signal.SIGINT) from None
+            finally:
+                self.saver.close()
+        self.seconds = time.perf_counter() - self._since
+
+    def train(self, progress: LineProgress, stop: Interrupts) -> None:
+        """From the current step to the end of the budget: validate, step, log, save."""
+        config, total = self.config, self.config.total_steps
+        while True:
+            # Processes agree on a signal, or on a failed save, so that all of them stop at the same step.
+            agreed = stop.poll(SAVE_FAILED if self.saver.failed() else 0)
+            at_end = self.step_number >= total
+            if agreed is None and (at_end or _due(self.step_number, config.eval.every)):
+                self._validate(progress, stop)
+            if stop.agreed == SAVE_FAILED:
+                self.saver.wait()  # raises
+                # It did not raise: the save of another process failed, and has been repeated since.
+                stop.agreed = stop.signal
+            if stop.agreed is not None:
+                saved = self.saved or self.save_finite(wait=True)
+                self.saver.wait()
+                where = f"stopped after step {self.step_number} of {total}, saved {saved}"
+                raise Interrupted(f"{where}; {how_to_continue(self.out)}", stop.agreed)
+            if at_end:
+                return
+            result = self.step()
+            # Reading the loss would make a GPU wait; there the bar shows the one of the last log step.
+            progress.step(result.step, result.loss.item() if self.device.type == "cpu" else None)
+            self.seconds = time.perf_counter() - self._since
+            if self.is_log_step(result.step):
+                self._log(result, progress)
+            if _due(result.step, config.checkpoint.every) or result.step == total:
+                self.save_finite(wait=not config.checkpoint.background)
+
     # ---- one step ----
 
     def step(self) -> StepResult:
-        """Read a batch, run forward and backward in micro batches, update. The loss is the mean over the tokens of all
-        processes, however they are split.
+        """Read a batch, run forward and backward in micro batches, and update the weights.
 
-        A loss that is NaN or infinite is handled as ``train.on_nan`` says. ``stop``: EvenstepError, on a CPU before the
-        weights are touched and with a checkpoint of them beside the earlier ones, on a GPU at the next log step.
-        ``skip`` and ``rewind`` read loss and norm at each step; after a rewind the step done is an earlier one.
+        The loss is the mean over the tokens of all processes, however the batch is split. ``train.on_nan`` decides
+        about a loss that is NaN or infinite. ``stop`` raises EvenstepError: on a CPU before the weights change, with a
+        checkpoint of them beside the earlier ones; on a GPU at the next log step. ``skip`` and ``rewind`` read the loss
+        and the norm in each step; after a rewind the step done is an earlier one.
         """
         config, began = self.config, time.perf_counter()
         data_seconds = 0.0
@@ -298,19 +321,23 @@ class Trainer:
         return StepResult(number, loss, config.optim.lr * factor, norm)
 
     def _accumulate(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Backward through all micro batches; returns the mean loss over the tokens of all processes, detached."""
+        """Run all micro batches forward and backward; returns the mean loss over the tokens of all processes, detached.
+
+        ``inputs`` and ``targets`` have the shapes that the task's loader gives, rows first.
+        """
         size, losses = self.micro_batch_size, []
-        shares = self.task.shares(targets, size)
-        for i, (x, y, share) in enumerate(zip(inputs.split(size), targets.split(size), shares, strict=True)):
-            with self.parallel.accumulating(last=i == len(shares) - 1):
+        weights = self.task.loss_weights(targets, size)
+        for i, (x, y, weight) in enumerate(zip(inputs.split(size), targets.split(size), weights, strict=True)):
+            # Gradients are reduced between processes with the last micro batch only.
+            with self.parallel.accumulating(last=i == len(weights) - 1):
                 with self.autocast:
-                    part = self.task.loss(self.parallel.loss, x, y, self.chunk) * share
-                part.backward()
-            losses.append(part.detach())
-        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+                    loss = self.task.loss(self.parallel.loss, x, y, self.chunk) * weight
+                loss.backward()
+            losses.append(loss.detach())
+        mean = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         if self.world.data_size > 1:  # every process has the same number of tokens
-            loss = self.world.sum(loss / self.world.data_size)
-        return loss
+            mean = self.world.sum(mean / self.world.data_size)
+        return mean
 
     def _gradient_norm(self, number: int) -> Tensor | None:
         """The norm of all gradients together, before clipping; None where nothing needs it."""
@@ -318,106 +345,26 @@ class Trainer:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if clip:
             return clip_(gradients, clip)
-        wanted = self.is_log_step(number) or self.config.train.on_nan != "stop"
-        return total_norm(gradients) if wanted else None
+        needed = self.is_log_step(number) or self.config.train.on_nan != "stop"
+        return total_norm(gradients) if needed else None
 
     def is_log_step(self, number: int) -> bool:
         return number % self.config.log.every == 0 or number == self.config.total_steps
 
-    # ---- the loop ----
-
-    def fit(self) -> dict[str, Any]:
-        """Train to the end of the budget with log, validation, checkpoints; returns what summary.json holds (process 0;
-        the others an empty one).
-
-        SIGINT, SIGTERM or SIGHUP: the step is finished or the validation abandoned, a checkpoint saved and Interrupted
-        raised with the command that continues.
-        """
-        with locked(self.out) if self.world.is_main else nullcontext():
-            self.lock = None  # released at the end of this block, whatever still refers to the run
-            with self.heart:
-                self._fit()
-            return self._finish() if self.world.is_main else {}  # the others wait for it outside the heartbeat
-
-    def _fit(self) -> None:
-        self._since = time.perf_counter() - self.seconds
-        votes = Votes(self.world.control)
-        quiet = not self.world.is_main
-        with Interrupts(votes, quiet=quiet) as stop:
-            try:
-                progress = make_progress(self.config.total_steps, self.step_number, quiet=quiet)
-                sinks = self.telemetry.live(progress, self.out, quiet=quiet, is_saved=lambda: self.saved is not None)
-                with progress, sinks:
-                    self.train(progress, stop)
-                votes.close()
-                self.saver.wait()
-            except KeyboardInterrupt:
-                message = f"stopped at once, without saving; {way_on(self.out)}"
-                raise Interrupted(message, signal.SIGINT) from None
-            finally:
-                self.saver.close()
-        self.seconds = time.perf_counter() - self._since
-
-    def train(self, progress: LineProgress, stop: Interrupts) -> None:
-        """From the current step to the end of the budget: validate, step, log, save."""
-        config, total = self.config, self.config.total_steps
-        while True:
-            agreed = stop.poll(SAVE_FAILED if self.saver.failed() else 0)
-            at_end = self.step_number >= total
-            if agreed is None and (at_end or _due(self.step_number, config.eval.every)):
-                self._validate(progress, stop)
-            if stop.agreed == SAVE_FAILED:
-                self.saver.wait()  # raises
-                # Nothing was raised: another process's save failed, and the one before it was repeated since.
-                stop.agreed = stop.signal
-            if stop.agreed is not None:
-                saved = self.saved or self.save_finite(wait=True)
-                self.saver.wait()
-                raise Interrupted(
-                    f"stopped after step {self.step_number} of {total}, saved {saved}; {way_on(self.out)}", stop.agreed
-                )
-            if at_end:
-                return
-            result = self.step()
-            progress.step(result.step, result.loss.item() if self.device.type == "cpu" else None)
-            self.seconds = time.perf_counter() - self._since
-            if self.is_log_step(result.step):
-                self._log(result, progress)
-            if _due(result.step, config.checkpoint.every) or result.step == total:
-                self.save_finite(wait=not config.checkpoint.background)
-
     # ---- the log ----
 
     def header(self) -> list[str]:
-        """What the command line prints before the first step: a line for each of model, optimizer, data, budget, device
-        and folder."""
-        config, train, optim = self.config, self.config.train, self.config.optim
+        """The lines that the command line prints before the first step."""
         trained = sum(p.numel() for p in self.parameters)
-        model = f"{config.model.label}, {short_count(self.model.num_parameters())} parameters"
-        if trained < self.model.num_parameters():
-            model += f", {short_count(trained)} of them trained"
-        lowbit = f", low-bit {config.lowbit}" if config.lowbit else ""
-        transforms = f"{optim.before} + " if optim.before else ""
-        passes = train.batch_size // self.world.data_size // self.micro_batch_size
-        split = f" in {passes} passes" if passes > 1 else ""
-        processes = f", {self.world.size} processes ({config.parallel.mode})" if self.world.size > 1 else ""
-        rate = f"lr {optim.lr:g}, {config.schedule.name}, {config.warmup_steps:,} warm-up steps"
-        lines = {
-            "model": model + lowbit,
-            "optimizer": f"{transforms}{optim.name}, {rate}",
-            "data": self.task.describe_data(),
-            "budget": f"{config.total_steps:,} steps of {train.batch_size} x {train.seq_len} tokens{split}",
-            "device": f"{self.device}, {train.dtype}{processes}",
-            "folder": str(self.out),
-        }
-        return [f"{key:<10} {line}" for key, line in lines.items()]
+        data = self.task.describe_data()
+        return header(self.config, self.model, trained, data, self.world, self.micro_batch_size)
 
     def _log(self, result: StepResult, progress: LineProgress) -> None:
-        """Write a training line, whose loss is the mean over the steps since the last one.
+        """Write a line of training to metrics.jsonl. Its loss is the mean over the steps since the last one.
 
-        ``data_share`` is the share of the time that was spent waiting for batches, ``memory`` the peak in bytes,
-        ``mfu`` (GPU alone) the model's FLOP/s over the GPU's peak, ``steps_to_reset`` there when the optimizer resets
-        its moments.
+        ``data_share`` is the share of the time spent waiting for batches; ``memory`` the peak in bytes; ``mfu`` (on a
+        GPU) the model's FLOP/s divided by the GPU's peak; ``steps_to_reset`` is present where the optimizer resets its
+        moments.
         """
         window, waiting = self.window, time.perf_counter()
         loss = window.loss.item() / window.steps  # waits for the GPU
@@ -452,8 +399,8 @@ class Trainer:
     # ---- validation ----
 
     def evaluate(self, stop: Interrupts | None = None) -> Any:
-        """The loss on the validation data, and whatever else the task measures; the model is left in training mode. A
-        signal to ``stop`` ends it between two batches, with Stopped."""
+        """Validate the model, which is left in training mode; returns the result of `Task.evaluate`. A signal to
+        ``stop`` ends the validation between two batches, with Stopped."""
 
         def watch(items: Iterable[T]) -> Iterator[T]:
             for item in stop.watch(items) if stop else items:
@@ -470,7 +417,7 @@ class Trainer:
             return
         try:
             result = self.evaluate(stop)
-        except Stopped:  # the resumed run repeats it
+        except Stopped:  # the resumed run repeats the validation
             return
         self.seconds = time.perf_counter() - self._since
         record = {"step": self.step_number, "tokens": self.tokens, **result.fields(), "seconds": self.seconds}
@@ -480,9 +427,12 @@ class Trainer:
     # ---- checkpoints ----
 
     def save(self, *, keep_all: bool = False, wait: bool = True) -> Path:
-        """Write a checkpoint of the current step; returns its directory, where it will be without ``wait``.
-        EvenstepError on a full disk, earlier checkpoints intact. ``keep_all``: delete no earlier checkpoint for this
-        one, which may be worthless."""
+        """Write a checkpoint of the current step; returns its directory, which is complete once `Saver.wait` returns
+        (at once with ``wait``).
+
+        ``keep_all`` deletes no earlier checkpoint, because this one may be worthless. EvenstepError on a full disk,
+        which leaves earlier checkpoints intact.
+        """
         self.heart.beat(self.step_number, "saving")
         self.telemetry.settle(last=keep_all or self.step_number == self.config.total_steps)
         tensors, rest = optimizer_tensors(self.model, self.optimizer)
@@ -497,8 +447,8 @@ class Trainer:
         return self.saved
 
     def save_finite(self, *, wait: bool) -> Path:
-        """Save, but never lost weights: the loss is that of the weights before the update, so the weights are checked
-        too."""
+        """Save, unless the weights are lost. The loss is that of the weights before the last update, so the weights
+        themselves are checked too."""
         loss = self.window.loss.item()
         problem = None if math.isfinite(loss) else f"the loss is {loss}"
         if problem is None and not self.weights_are_finite():
@@ -516,8 +466,9 @@ class Trainer:
         return self.task.tensors(self.model)
 
     def _state(self, optimizer: dict[str, Any]) -> dict[str, Any]:
-        """What trainer.pt holds: everything that changes and is no tensor of the model or the optimizer, whose other
-        values are given. The random state of each process is gathered from all."""
+        """The content of trainer.pt: everything that changes during a run, except the tensors of the model and of the
+        optimizer. ``optimizer`` is the part of its state that is no tensor. Random states are gathered from all
+        processes."""
         telemetry = self.telemetry.state()
         own = {"rng": rng_state(), "probe": telemetry.pop("probe") if telemetry else None}
         return {
@@ -538,8 +489,11 @@ class Trainer:
         }
 
     def _write_small(self, state: dict[str, Any], directory: Path) -> None:
-        """The files of a checkpoint beside shards and manifest. EvenstepError where the first trainer.pt of a process
-        could not be read again: an optimizer's state may hold objects that can be written and are refused on load."""
+        """Write the files of a checkpoint other than its shards and manifest.
+
+        The first trainer.pt of a process is read back: an optimizer's state may hold objects that can be pickled and
+        that a safe load refuses. EvenstepError in this case.
+        """
         self.task.save_shape(self.model, directory)
         self.tokenizer.save(directory)
         write_tensors(directory / TRAINER, state)
@@ -556,10 +510,66 @@ class Trainer:
                 "alone"
             ) from problem
 
-    def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Load the checkpoint into this run, whose model has its shape; ``state`` is the content of its trainer.pt.
+    # ---- resume ----
 
-        EvenstepError when the text or the tokenizer are not those of the checkpoint any more.
+    @classmethod
+    def resume(
+        cls,
+        directory: Path | str,
+        config: Any = None,
+        *,
+        world: World | None = None,
+        say: Callable[[str], None] = print_line,
+        data_progress: Any = None,
+    ) -> Trainer:
+        """The run of ``directory`` at its newest whole checkpoint. ``config`` (default: that of the run) may change
+        options whose resume rule allows it.
+
+        A larger ``train.steps`` continues the training; under a cosine or wsd schedule it also changes the learning
+        rates from here on. A budget below the steps already done is refused. Nothing is written before everything has
+        been checked.
+        """
+        directory = Path(directory)
+        if not (directory / "config.toml").is_file():
+            raise EvenstepError(f"{directory} is not a run: it has no config.toml; evenstep runs lists runs")
+        config = config or build(read_toml(directory / "config.toml"), cls.TASK.config_type)
+        config = dataclasses.replace(config, out=str(directory), name=config.name or directory.name)
+        world = world or World(pick_device(config.train.device))
+        say = say if world.is_main else print_nothing
+
+        run = cls.__new__(cls)
+
+        def lock_and_find() -> str:
+            run.lock = hold(directory)
+            check_own(directory)
+            return str(newest_checkpoint(directory, say))
+
+        checkpoint = Path(world.on_rank_0(lock_and_find))
+        task = cls.TASK(world, say)
+        config = task.resolve(config, checkpoint)
+        check_optimizer(config.optim)  # also registers the classes of its state as safe, before trainer.pt is read
+        trainer = read_trainer(checkpoint)
+        check_resume(directory, config, trainer)
+        run._build(config, task, data_progress, blank=True)
+        with world.raise_on_all_ranks():
+            run._restore(checkpoint, trainer)
+        run.saved = checkpoint
+        if world.is_main:
+            replace_text(directory / "config.toml", to_toml(config))
+            (directory / "summary.json").unlink(missing_ok=True)  # of an earlier end
+        run.metrics = resume_metrics(run.out / "metrics.jsonl", run.step_number, world)
+        run.seconds = max(run.seconds, run.metrics.seconds)  # the log may be ahead of the checkpoint
+        left = config.total_steps - run.step_number
+        say(f"resumed from {checkpoint}, {f'{left} steps to go' if left else 'nothing left to do'}")
+        if (line := rising_rate(build(trainer["config"], type(config)), config, trainer["step"])) is not None:
+            say(line)
+        return run
+
+    def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Load the checkpoint into this run, whose model has the same shape. ``state`` is the content of its
+        trainer.pt.
+
+        EvenstepError when the text or the tokenizer differ from those of the checkpoint.
         """
         if state["tokenizer"] != self.tokenizer.fingerprint:
             raise EvenstepError(
@@ -585,7 +595,7 @@ class Trainer:
         self.telemetry.load(telemetry and telemetry | {"probe": own["probe"] if own else None}, self.step_number)
         if own:
             set_rng_state(own["rng"])
-        else:  # another number of processes: a fresh seed, the same for all replicas of a parameter
+        else:  # another number of processes: a new seed, the same for all replicas of a parameter
             torch.manual_seed(hash((self.config.seed, self.step_number)) % 2**63)
 
     def _new_run(self, *, weights: bool = True) -> str:
@@ -594,16 +604,17 @@ class Trainer:
     # ---- batches whose loss or gradient is not finite: train.on_nan ----
 
     def _pass_over_skipped(self) -> int:
-        """Move the loader past rows that were left out before a rewind or a resume; returns its position."""
+        """Move the loader past rows that are left out since a rewind or a resume; returns its position."""
         for start, stop in sorted(self.skipped):
             if start <= self.loader.position < stop:
                 self.loader.position = stop
         return self.loader.position
 
     def _is_usable(self, loss: Tensor, norm: Tensor | None, number: int, position: int) -> bool:
-        """Whether to take the step. False: another batch has to be read. EvenstepError: the run ends.
+        """Whether the optimizer may use these gradients. False: another batch has to be read. EvenstepError: the run
+        ends.
 
-        Every process sees the same loss, the mean over all of them, and so decides the same.
+        All processes see the same loss, which is the mean over all of them, and therefore decide the same.
         """
         policy = self.config.train.on_nan
         if policy == "stop" and self.device.type != "cpu":
@@ -634,7 +645,7 @@ class Trainer:
         return False
 
     def _rewind(self, number: int, what: str, rows: tuple[int, int]) -> None:
-        """Go back to the newest whole checkpoint; ``rows`` of the data are left out from there on."""
+        """Return to the newest whole checkpoint, and leave out the ``rows`` of the data from there on."""
         self.saver.wait()
         try:
             checkpoint = Path(self.world.on_rank_0(lambda: str(newest_checkpoint(self.out, self.say))))
@@ -654,8 +665,7 @@ class Trainer:
     # ---- the end ----
 
     def _finish(self) -> dict[str, Any]:
-        """Write summary.json, curve.png and what the task leaves behind, print the closing lines; returns the
-        summary."""
+        """Write summary.json, curve.png and the files of the task, print the closing lines; returns the summary."""
         facts = run_facts(
             self.config,
             model=self.model,
@@ -671,7 +681,7 @@ class Trainer:
             skipped=self.skipped,
         )
         facts |= self.task.conclusion(self.model, self.out, self.metrics)
-        # A sharded model cannot generate text by itself: the sample is that of the checkpoint just written.
+        # A sharded model cannot generate text by itself, so the checkpoint just written is loaded for the sample.
         reloaded = self.saved if self.parallel.sharded else None
         return finish(
             self.out,
@@ -687,26 +697,15 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
-def _set_up_torch(config: BaseConfig) -> None:
-    """Process-wide settings of torch: threads and determinism."""
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
-    if torch.are_deterministic_algorithms_enabled() != config.train.deterministic:  # the call itself loads the compiler
-        torch.use_deterministic_algorithms(config.train.deterministic)
-
-
 Run = Trainer
-"""The name under which evenstep 0.1 had it."""
+"""The name of `Trainer` in evenstep 0.1."""
 
 
 def train(config: BaseConfig, directory: Path | None, *, auto: bool = False, trainer: type[Trainer] = Trainer) -> None:
-    """``evenstep pretrain`` and ``evenstep finetune``, as one process or as one of several: start the run of
-    ``config``, or continue the one in ``directory``. ``auto``: continue the one in ``config.out`` if it has a
-    checkpoint, which is also what processes do that torchrun has restarted after a failure.
+    """Train as ``evenstep pretrain`` and ``evenstep finetune`` do, in this process as one or as one of several.
 
-    EvenstepError for whatever does not fit.
+    Starts the run of ``config``, or continues the one in ``directory``. ``auto`` continues the run in ``config.out``
+    if it has a checkpoint; so do processes that torchrun has restarted after a failure.
     """
     may_restart = launched() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
     if directory is None and config.out is None and (auto or may_restart):

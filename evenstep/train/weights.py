@@ -1,4 +1,4 @@
-"""Weights on the disk: where to find those of a run, a checkpoint or a model in Hugging Face layout, and
+"""Weights on the disk: how to find and load those of a run, a checkpoint or a folder in Hugging Face layout, and
 ``evenstep export``, which writes them for other programs.
 """
 
@@ -14,18 +14,18 @@ from evenstep.errors import EvenstepError
 from evenstep.lowbit import lowbit_report, quantize_
 from evenstep.models import Llama, load_pretrained, save_pretrained
 from evenstep.models.hf import require_safetensors
-from evenstep.train.checkpoint import MANIFEST, find_fault, load_model_state, newest_checkpoint, way_on
+from evenstep.train.checkpoint import MANIFEST, find_fault, how_to_continue, load_model_state, newest_checkpoint
 from evenstep.train.config_io import read_toml
 from evenstep.train.files import check_creatable
 
 PRODUCT = "model"
-"""Where a fine-tuning run leaves its model, in Hugging Face layout."""
+"""The folder of a fine-tuning run that holds its model, in Hugging Face layout."""
 
 
 def find_source(path: Path, say: Callable[[str], None], option: str = "model.init") -> Path:
-    """The directory with ``config.json`` and weights that ``path`` stands for: itself, the newest whole checkpoint of
-    the pretraining run it is, or the model that the fine-tuning run it is has left. EvenstepError when it is none of
-    them, which names ``option``; ``say`` gets a line for each checkpoint that is passed over."""
+    """The directory with ``config.json`` and weights that ``path`` stands for: ``path`` itself, the newest whole
+    checkpoint of a pretraining run, or the model of a fine-tuning run. ``say`` gets a line for each damaged checkpoint
+    that is passed over. EvenstepError, which names ``option``, when ``path`` is none of these."""
     if not path.is_dir():
         raise EvenstepError(
             f"{option}: there is no directory {path}; give a run, a checkpoint, or a model in Hugging Face layout"
@@ -37,7 +37,7 @@ def find_source(path: Path, say: Callable[[str], None], option: str = "model.ini
     if not (path / "config.toml").is_file() or "tune" not in read_toml(path / "config.toml"):
         return newest_checkpoint(path, say)
     if not (path / PRODUCT / "config.json").is_file():
-        raise EvenstepError(f"{path} is a fine-tuning run that has not ended; {way_on(path)}")
+        raise EvenstepError(f"{path} is a fine-tuning run that has not ended; {how_to_continue(path)}")
     return path / PRODUCT
 
 
@@ -48,7 +48,8 @@ def load_model(source: Path) -> Llama:
 
 
 def _sharded(source: Path) -> bool:
-    """A checkpoint of today's layout? Those before it had a manifest too, beside weights in Hugging Face layout."""
+    """Whether this is a checkpoint of the current layout. Earlier ones had a manifest and weights in Hugging Face
+    layout."""
     try:
         manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
         return "model.safetensors" not in manifest["files"] and "evenstep.safetensors" not in manifest["files"]
@@ -57,7 +58,7 @@ def _sharded(source: Path) -> bool:
 
 
 def with_lowbit(model: Llama, recipe: str | None, say: Callable[[str], None]) -> Llama:
-    """``model`` with its linear layers in low bits; its weights and their names stay what they are."""
+    """``model`` with its linear layers quantised by ``recipe``; its weights and their names do not change."""
     if recipe is None:
         return model
     report = lowbit_report(quantize_(model, recipe))

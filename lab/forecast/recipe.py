@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evenstep.baselines.catalog import baseline, check_options
-from evenstep.baselines.fronts import transforms
+from evenstep.baselines.transforms import build_transforms
 from evenstep.errors import EvenstepError, nearest
 from lab.forecast.series import SPLITS
 
@@ -203,7 +203,7 @@ def _check(recipe: Recipe) -> None:
     for one in recipe.optimizers:
         baseline(one.name)
         check_options(one.name, one.options)
-        transforms(one.before)
+        build_transforms(one.before)
     for grid in recipe.grid:
         for label in grid.optimizers:
             if label not in labels:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from evenstep.baselines.catalog import baseline
-from evenstep.baselines.fronts import put_before
+from evenstep.baselines.transforms import add_transforms
 from evenstep.errors import EvenstepError
 from lab.forecast.recipe import Cell, Model, Optimizer, Train
 from lab.forecast.series import Parts, Series, Windows, corrupted, read_csv, split
@@ -79,7 +79,7 @@ def train(cell: Cell, parts: Parts, model: Model, options: Train, device: torch.
     parts = Parts(*(part.to(device) for part in (parts.train, parts.val, parts.test)))
     net = patchtst(model, parts.train.rows.shape[1], cell.horizon).to(device)
     chosen = cell.optimizer
-    optimizer = put_before(
+    optimizer = add_transforms(
         baseline(chosen.name).build(net, lr=cell.lr, weight_decay=chosen.weight_decay, **chosen.options), chosen.before
     )
     epochs: list[dict[str, float]] = []

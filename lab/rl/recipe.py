@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evenstep.baselines import fronts, rules
+from evenstep.baselines import rules, transforms
 from evenstep.baselines.catalog import baseline, check_options
 from evenstep.errors import EvenstepError, nearest
 from evenstep.train.config_io import read_toml
@@ -96,7 +96,7 @@ class Build:
             optimizer = chosen.load()(list(params), lr=lr, **{**chosen.chosen, **chosen.fixed, **values})
         except (TypeError, ValueError) as problem:
             raise EvenstepError(f"optimizer {self.name}: {str(problem).splitlines()[0]}") from None
-        return fronts.put_before(optimizer, self.before)
+        return transforms.add_transforms(optimizer, self.before)
 
 
 def load(path: Path) -> Recipe:
@@ -172,7 +172,7 @@ def _line(path: Path, key: str, table: Any) -> Line:
         if grouped or chosen.rule not in (rules.every, rules.sparse):
             raise EvenstepError(f"{own['name']} needs groups of its own, and an agent has none; choose another")
         check_options(own["name"], options)
-        fronts.transforms(own.get("before", ""))
+        transforms.build_transforms(own.get("before", ""))
     except EvenstepError as problem:
         raise EvenstepError(f"{path}: [optimizer.{key}]: {problem}") from None
     return Line(key, **{"label": key, **own}, options=options)

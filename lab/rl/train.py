@@ -17,7 +17,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, sync_envs_normalization
 
 from evenstep.integrations.stable_baselines3 import SpikeCallback
-from evenstep.telemetry.sinks import Record
+from evenstep.telemetry.schema import Record
 from lab.rl.recipe import Build
 
 EVALUATION_SEED = 10_000

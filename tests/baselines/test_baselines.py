@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+import evenstep
 from evenstep.baselines.catalog import BASELINES, baseline
-from evenstep.baselines.fronts import FRONTS, parse, put_before, transforms
 from evenstep.baselines.state_size import state_bytes
+from evenstep.baselines.transforms import TRANSFORMS, add_transforms, build_transforms, parse
 from evenstep.cli import main
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, llama_config
@@ -349,11 +350,38 @@ def test_any_class_by_its_path_with_options():
     assert type(optimizer).__name__ == "NAdam" and optimizer.param_groups[0]["momentum_decay"] == 0.1
     with pytest.raises(EvenstepError, match=r"torch.optim:NAdam has no such hyperparameter; did you mean 'betas'"):
         check_optimizer(OptimConfig(name="torch.optim:NAdam", options={"beats": 1}))
-    others = [("os:system", "no torch Optimizer"), ("torch.nn:Linear", "no torch Optimizer")]
+    others = [("os:system", "not a torch Optimizer"), ("torch.nn:Linear", "not a torch Optimizer")]
     for name, why in (*others, ("torch.optim:Gone", "Gone"), ("nowhere_at_all.x:Y", "pip install nowhere_at_all")):
         with pytest.raises(EvenstepError, match=why) as caught:
             check_optimizer(OptimConfig(name=name))
         assert "\n" not in str(caught.value)
+
+
+class Signs(torch.optim.Optimizer):
+    """Moves every entry against the sign of its gradient."""
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.0, power=1.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "power": power})
+
+
+def test_an_optimizer_of_ones_own_has_a_name_and_options():
+    try:
+        evenstep.register_optimizer("signs", Signs)
+        evenstep.register_optimizer("signs", Signs)  # as when a notebook's cell runs twice
+        optimizer = build_optimizer(model(), OptimConfig(name="signs", lr=0.5, options={"power": 2.0}))
+        assert type(optimizer) is Signs and {group["power"] for group in optimizer.param_groups} == {2.0}
+        with pytest.raises(EvenstepError, match=r"signs has no such hyperparameter; did you mean 'power'"):
+            check_optimizer(OptimConfig(name="signs", options={"powr": 2.0}))
+    finally:
+        BASELINES.pop("signs", None)
+    with pytest.raises(EvenstepError, match="optimizer name 'adamw' is taken"):
+        evenstep.register_optimizer("adamw", Signs)
+
+    class Local(Signs):
+        pass
+
+    with pytest.raises(EvenstepError, match="is not at the top level of its module"):
+        evenstep.register_optimizer("local", Local)
 
 
 def test_the_command_lists_them_and_shows_one(capsys):
@@ -365,7 +393,7 @@ def test_the_command_lists_them_and_shows_one(capsys):
     assert "evenstep.optim:SCALE" in told and "norm = rms" in told
     hidden = next(line for line in told.splitlines() if line.startswith("hidden matrices"))
     assert hidden.split()[-1] == "0.00"  # bytes an entry
-    for name, why in (("scael", "did you mean 'scale'"), ("os:system", "no torch Optimizer")):
+    for name, why in (("scael", "did you mean 'scale'"), ("os:system", "not a torch Optimizer")):
         assert main(["optimizers", name]) == 2 and why in capsys.readouterr().err
 
 
@@ -392,10 +420,10 @@ def test_a_model_without_hidden_matrices_is_refused():
 def test_transforms_are_read_in_order_with_their_arguments():
     assert parse("adaclip + adagn(gamma1=0.7, eps=1e-6)") == [("adaclip", {}), ("adagn", {"gamma1": 0.7, "eps": 1e-6})]
     assert parse(" ") == []
-    assert [type(unit).__name__ for unit in transforms("norm_clip(max_norm=2) + zclip")] == ["NormClip", "ZClip"]
-    assert transforms("nullify(threshold=50)")[0].spikes == "zero"
-    for name in FRONTS:
-        assert len(transforms(name)) == 1
+    assert [type(unit).__name__ for unit in build_transforms("norm_clip(max_norm=2) + zclip")] == ["NormClip", "ZClip"]
+    assert build_transforms("nullify(threshold=50)")[0].spikes == "zero"
+    for name in TRANSFORMS:
+        assert len(build_transforms(name)) == 1
 
 
 @pytest.mark.parametrize(
@@ -406,7 +434,7 @@ def test_transforms_are_read_in_order_with_their_arguments():
         ("adagn(0.5)", "cannot be read"),
         ("adagn +", "cannot be read"),
         ("adagn - adaclip", "cannot be read"),
-        ("adagn(gamma1=x)", "no number or text"),
+        ("adagn(gamma1=x)", "neither a number nor a text"),
         ("adagn(gamma1=7)", "gamma1=7 is not"),
         ("nullify(spikes='clip')", "no argument 'spikes'"),
         ("adagn + adagn", "more than once"),
@@ -414,7 +442,7 @@ def test_transforms_are_read_in_order_with_their_arguments():
 )
 def test_a_mistake_in_the_transforms_is_one_line(text, why):
     with pytest.raises(EvenstepError, match=r"optim\.before") as caught:
-        put_before(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), text)
+        add_transforms(torch.optim.SGD([nn.Parameter(torch.zeros(1))]), text)
     assert why in str(caught.value) and "\n" not in str(caught.value)
 
 

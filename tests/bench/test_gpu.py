@@ -96,7 +96,10 @@ def test_the_budget_is_shared_out_and_what_is_not_used_goes_to_the_rest(tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_what_was_measured(tmp_path, number):
+def test_a_signal_leaves_what_was_measured(tmp_path, request, number):
+    # A shell starts its background jobs with SIGINT ignored, and what is ignored stays so.
+    before = signal.signal(number, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(number, before))
     run = session(tmp_path, Part("steps-good", 1, 1), Part("hangs", 10, 1), Part("raises", 1, 1), budget=100)
     rows = tmp_path / "logs" / "hangs.jsonl.pid"
 

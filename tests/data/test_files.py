@@ -466,7 +466,7 @@ def test_endless_rows_do_not_fill_the_memory(tmp_path, monkeypatch):
 
 def test_the_command_line_takes_several_globs(tmp_path):
     from evenstep.train.config import Config
-    from evenstep.train.config_io import add_flags, chosen
+    from evenstep.train.flags import add_flags, chosen
     from evenstep.train.task import load_data
 
     parser = argparse.ArgumentParser()

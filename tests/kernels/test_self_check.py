@@ -13,8 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from evenstep import SCALE, SPAM, AdaClip, StableSPAM, stabilize
 from evenstep.cli import main
 from evenstep.kernels import kernels_for
+from evenstep.lowbit import fake_quant as lowbit
 from evenstep.lowbit import fake_quantize
-from evenstep.lowbit import fused as lowbit
 from evenstep.optim import self_check
 from evenstep.telemetry.probe import Probe
 
@@ -108,7 +108,7 @@ def test_what_only_measures_gives_way_too(monkeypatch):
 def test_a_broken_low_bit_kernel_warns_once_and_the_plain_code_serves(broken, monkeypatch):
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     expected = fake_quantize(x, "int4")
-    true = lowbit.fake_quantize
+    true = lowbit.kernel_fake_quantize
 
     def wrong(*args):
         if broken == "raising":
@@ -116,7 +116,7 @@ def test_a_broken_low_bit_kernel_warns_once_and_the_plain_code_serves(broken, mo
         return true(*args) * 1.01
 
     monkeypatch.setattr(lowbit, "_checked", False)
-    monkeypatch.setattr(lowbit, "fake_quantize", wrong)
+    monkeypatch.setattr(lowbit, "kernel_fake_quantize", wrong)
     with pytest.warns(UserWarning, match="low-bit formats") as told:
         assert torch.equal(fake_quantize(x, "int4"), expected)
         assert torch.equal(fake_quantize(x, "int4"), expected)
@@ -142,7 +142,7 @@ def test_kernels_that_are_right_serve_and_leave_no_trace():
 
 def test_nothing_is_checked_while_operators_are_traced_or_watched(monkeypatch):
     monkeypatch.setattr(self_check, "tried", lambda *args: pytest.fail("checked"))
-    monkeypatch.setattr(lowbit, "differences", lambda *args: pytest.fail("checked"))
+    monkeypatch.setattr(lowbit, "kernel_differences", lambda *args: pytest.fail("checked"))
     params = parameters()
 
     class Mode(torch.utils._python_dispatch.TorchDispatchMode):

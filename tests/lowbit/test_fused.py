@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lowbit_models import batch, llama
 from lowbit_support import ALL, needs_kernel, normal, plain_code
 
-from evenstep.lowbit import RECIPES, Format, fake_quantize, fused, quantize_
+from evenstep.lowbit import RECIPES, Format, fake_quant, fake_quantize, quantize_
 from evenstep.lowbit.fake_quant import apply
 
 pytestmark = needs_kernel
@@ -32,7 +32,7 @@ LEVELS = st.integers(-64, 64).map(lambda k: int(torch.tensor(k / 8).view(torch.i
 
 def served(dtype: torch.dtype, out: torch.dtype) -> list[str]:
     x = torch.zeros(1, 1, dtype=dtype)
-    return [name for name, fmt in {**ALL, **MORE}.items() if fused.serves(x, fmt, out)]
+    return [name for name, fmt in {**ALL, **MORE}.items() if fake_quant.kernel_serves(x, fmt, out)]
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -90,17 +90,17 @@ def test_it_serves_the_recipes_that_are_used_most_and_leaves_the_rest_to_the_pla
     left = set(ALL) - set(served(torch.float32, torch.float32))
     assert left == {"e3m0", "nvfp4-16x16", "blocks", "bf16 scale", "fp16 scale", "stochastic"}
     for recipe in RECIPES.values():
-        assert fused.serves(x, recipe.input, x.dtype) and (
-            recipe.name == "nvfp4-train" or fused.serves(x, recipe.weight, x.dtype)
+        assert fake_quant.kernel_serves(x, recipe.input, x.dtype) and (
+            recipe.name == "nvfp4-train" or fake_quant.kernel_serves(x, recipe.weight, x.dtype)
         )
     for other in (x.half(), x.double(), x.to("meta")):
-        assert not fused.serves(other, ALL["e2m1"], other.dtype)
-    assert not fused.serves(x.bfloat16(), ALL["e2m1"], torch.float32)
+        assert not fake_quant.kernel_serves(other, ALL["e2m1"], other.dtype)
+    assert not fake_quant.kernel_serves(x.bfloat16(), ALL["e2m1"], torch.float32)
 
 
 def test_the_operator_is_what_it_says_to_torch():
     x = normal(4, 40)
-    with_gradients = fused.fake_quantize(x, 40, ALL["outliers"], torch.bfloat16, None)
+    with_gradients = fake_quant.kernel_fake_quantize(x, 40, ALL["outliers"], torch.bfloat16, None)
     assert torch.equal(with_gradients, apply(x, ALL["outliers"], dtype=torch.bfloat16))
     plan = [256, 0, 1, 0, 2, 0, 0, 0, 0, 0, 2]
     arguments = (x, 40, plan, 6.0, torch.bfloat16, None)
@@ -109,8 +109,8 @@ def test_the_operator_is_what_it_says_to_torch():
 
 def test_without_the_library_the_plain_code_serves():
     code = (
-        "import torch; from evenstep.lowbit import fake_quantize, fused, RECIPES; x = torch.ones(2, 8);"
-        "print(fused.serves(x, RECIPES['fp4'].input, x.dtype), fake_quantize(x, 'mxfp4').sum().item())"
+        "import torch; from evenstep.lowbit import fake_quant, fake_quantize, RECIPES; x = torch.ones(2, 8);"
+        "print(fake_quant.kernel_serves(x, RECIPES['fp4'].input, x.dtype), fake_quantize(x, 'mxfp4').sum().item())"
     )
     env = {**os.environ, "EVENSTEP_CPU_KERNELS": "none"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)

@@ -15,7 +15,7 @@ from lowbit_support import normal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from evenstep.lowbit import RECIPES, LowBitLinear, Recipe, dequantize_, fake_quantize, fused, quantize_
+from evenstep.lowbit import RECIPES, LowBitLinear, Recipe, dequantize_, fake_quant, fake_quantize, quantize_
 
 
 def low(recipe: str = "fp4", width: int = 64, out: int = 8, bias: bool = True) -> LowBitLinear:
@@ -116,13 +116,13 @@ def test_an_input_stays_what_it_was_and_is_saved_as_that():
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 def test_nothing_of_a_kept_input_is_kept_after_the_pass(mode, monkeypatch):
-    made, real = [], fused.fake_quantize
+    made, real = [], fake_quant.kernel_fake_quantize
 
     def watched(*args):
         made.append(weakref.ref(out := real(*args)))
         return out
 
-    monkeypatch.setattr(fused, "fake_quantize", watched)
+    monkeypatch.setattr(fake_quant, "kernel_fake_quantize", watched)
     layer, x = low(), normal(4, 64)
     with mode():
         y = layer(x)

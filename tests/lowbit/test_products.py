@@ -18,7 +18,7 @@ from evenstep.lowbit import (
     Recipe,
     backends,
     fake_quantize,
-    hadamard,
+    linear,
     lowbit_metrics,
     lowbit_report,
     observe_inputs,
@@ -73,11 +73,11 @@ def test_the_hadamard_rotation_cancels_in_the_product_and_spreads_outliers():
     eight = Format("int8")
     rotated = products(Recipe(weight_grad=Backward(grad=None, other=eight, hadamard=True)), x, w, g)[2]
     assert ((rotated - g.t() @ x).norm() / (g.t() @ x).norm()).item() < 0.01  # 50 tokens: padded to 64
-    h = hadamard.hadamard(16, torch.device("cpu"))
+    h = linear.hadamard(16, torch.device("cpu"))
     torch.testing.assert_close(h @ h.t(), torch.eye(16))
     spike = torch.zeros(3, 16)
     spike[1, 4] = 16.0
-    a, b = hadamard.rotate(spike, spike)
+    a, b = linear.rotate(spike, spike)
     assert torch.equal(a.abs()[1], torch.full((16,), 4.0)) and torch.equal(a, b)
 
 

@@ -8,8 +8,7 @@ from lowbit_support import ALL, EXTRA, generator, normal
 
 from evenstep.errors import EvenstepError
 from evenstep.lowbit import FORMATS, Format, fake_quantize, quantize
-from evenstep.lowbit.blocks import LARGEST
-from evenstep.lowbit.grids import get_grid
+from evenstep.lowbit.formats import LARGEST, get_grid
 
 pytestmark = pytest.mark.usefixtures("either_lowbit_code")
 

@@ -7,7 +7,7 @@ import torch
 from lowbit_support import normal, recorded
 
 from evenstep.lowbit import FORMATS, fake_quantize, quantize
-from evenstep.lowbit.grids import GRIDS, get_grid
+from evenstep.lowbit.formats import GRIDS, get_grid
 
 pytestmark = pytest.mark.usefixtures("either_lowbit_code")
 

@@ -241,7 +241,8 @@ def test_masks_are_the_same_on_every_rank_and_differ_between_tensors_and_resets(
 
 
 def test_masks_are_uniform_over_entries():
-    from evenstep.optim.masks import CHUNK, draw_mask, unpack
+    from evenstep.optim.spam import CHUNK, draw_mask
+    from evenstep.optim.state import unpack
 
     n = 64
     hits = sum(unpack(draw_mask(n, 0.25, (0, i, 0)), n).double() for i in range(4000)) / 4000

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from evenstep import SCALE, SPAM, StableSPAM
-from evenstep.optim.functional import noise_seeds, stochastically_rounded, write_kahan
+from evenstep.optim.rounding import noise_seeds, stochastically_rounded, write_kahan
 
 SHAPE = (40, 30)
 MAKERS = {

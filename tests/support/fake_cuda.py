@@ -57,7 +57,9 @@ def pretend() -> None:
         setattr(torch.cuda, name, lambda *a, _value=value, **k: _value)
     import evenstep.kernels.cuda as kernels
 
-    kernels.PLAIN |= {FakeTensor}  # they have no data, and what stands in for the launches needs none
+    plain = kernels.is_plain
+    # They have no data, and what stands in for the launches needs none.
+    kernels.is_plain = lambda x: plain(x) or isinstance(x, FakeTensor)
     kernels.launches = lambda: Launches
 
 

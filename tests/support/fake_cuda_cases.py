@@ -108,7 +108,7 @@ def optimizers():
 
 def _stabilized(base, front, **options):
     from evenstep import StableSPAM, stabilize
-    from evenstep.baselines.fronts import transforms
+    from evenstep.baselines.transforms import build_transforms
 
     bases = {
         "AdamW": lambda ps: torch.optim.AdamW(ps, fused=True),
@@ -117,7 +117,7 @@ def _stabilized(base, front, **options):
     }
 
     def build():
-        optimizer = stabilize(bases[base](parameters()), *transforms(front), **options)
+        optimizer = stabilize(bases[base](parameters()), *build_transforms(front), **options)
         loss = torch.empty((), device="cuda")
         return lambda: optimizer.step(lambda: loss)
 
@@ -125,9 +125,9 @@ def _stabilized(base, front, **options):
 
 
 def stabilized():
-    from evenstep.baselines.fronts import FRONTS
+    from evenstep.baselines.transforms import TRANSFORMS
 
-    fronts = [*FRONTS, "spike_clip + adaclip + adagn", "skip_step(watch='loss') + autoclip"]
+    fronts = [*TRANSFORMS, "spike_clip + adaclip + adagn", "skip_step(watch='loss') + autoclip"]
     for front, fused in itertools.product(fronts, (None, False)):
         yield f"{front} fused={fused}", partial(_stabilized, "AdamW", front, fused=fused)
     for base, nonfinite in itertools.product(("AdamW", "SGD", "StableSPAM"), ("restore", "zero")):
@@ -183,6 +183,25 @@ def monitored():
 
     yield "AdamW", partial(_monitored, lambda ps: torch.optim.AdamW(ps, fused=True))
     yield "StableSPAM", partial(_monitored, StableSPAM)
+
+
+def _guarded(make):
+    from evenstep import SpikeGuard
+
+    def build():
+        model = nn.ParameterList(parameters())
+        guard = SpikeGuard(model, make(model.parameters()), ladder=("lower_lr", "stop"), check_every=100)
+        loss = torch.empty((), device="cuda")
+        return lambda: guard.step(loss, rows=0)
+
+    return stepped(build)
+
+
+def guarded():
+    from evenstep import StableSPAM
+
+    yield "AdamW", partial(_guarded, lambda ps: torch.optim.AdamW(ps, fused=True))
+    yield "StableSPAM", partial(_guarded, StableSPAM)
 
 
 def _lowbit(recipe, autocast):

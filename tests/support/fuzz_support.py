@@ -22,8 +22,7 @@ from evenstep.data.shards import TokenStream
 from evenstep.data.tokenizer import train_bpe
 from evenstep.errors import EvenstepError
 from evenstep.models.hf import load_pretrained, read_config
-from evenstep.telemetry.page import page
-from evenstep.telemetry.payload import payload
+from evenstep.telemetry.page import page, payload
 from evenstep.telemetry.runlog import load_run
 from evenstep.train.checkpoint import find_fault, read_manifest, read_trainer, write_tensors
 from evenstep.train.config_io import load_config

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evenstep.kernels import cpu_quant
-from evenstep.lowbit import FORMATS, Format, fused
+from evenstep.lowbit import FORMATS, Format, fake_quant
 
 VECTORS = Path(__file__).parents[1] / "data" / "vectors"
 OURS = [name for name, fmt in FORMATS.items() if not fmt.official]
@@ -33,7 +33,7 @@ needs_kernel = pytest.mark.skipif(not cpu_quant.ready(), reason="this installati
 def plain_code():
     """Within it no kernel serves."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "serves", lambda *args: False)
+        patch.setattr(fake_quant, "kernel_serves", lambda *args: False)
         yield
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from evenstep.telemetry.records import digits
 from evenstep.telemetry.schema import to_line
-from evenstep.telemetry.series import digits
 
 PARTS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 PARTS += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"]

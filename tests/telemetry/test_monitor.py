@@ -17,11 +17,11 @@ from train_support import quick, write_corpus
 
 from evenstep import SCALE, SPAM, AdaClip, AdaGN, SpikeMonitor, StableSPAM, scale_groups, stabilize
 from evenstep.errors import EvenstepError
-from evenstep.telemetry.detect import Detector
+from evenstep.telemetry.detect import Detector, Rolling
 from evenstep.telemetry.lines import event_line, short
 from evenstep.telemetry.probe import COLUMNS, Probe
+from evenstep.telemetry.records import digits
 from evenstep.telemetry.schema import read_records
-from evenstep.telemetry.series import Rolling, digits
 from evenstep.telemetry.sinks import JsonlSink
 from evenstep.train.config_io import to_tables
 from evenstep.train.log import read_metrics
@@ -481,7 +481,7 @@ def test_the_configuration_carries_telemetry(corpus, tmp_path):
 
 def test_the_live_table_shows_the_worst_first():
     rich_console = pytest.importorskip("rich.console")
-    from evenstep.telemetry.live import worst_table
+    from evenstep.telemetry.lines import worst_table
 
     names = ["model.layers.0.[red]q.weight", "b", "c"]
     record = {"first": 1, "step": 10, "ratio": [1.0, 30.0, None], "clipped": [0.0, 0.5, None]}

@@ -16,8 +16,7 @@ from telemetry_support import parameter_names, write_run
 from evenstep import cli
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.facts import ConditionMet, check_conditions, facts, parse_condition
-from evenstep.telemetry.page import page
-from evenstep.telemetry.payload import POINTS, _codes, _thinned, payload
+from evenstep.telemetry.page import POINTS, _codes, _thinned, page, payload
 from evenstep.telemetry.runlog import load_run
 from evenstep.telemetry.watch import make_server
 from evenstep.train.log import Metrics, read_metrics, up_to
@@ -202,7 +201,7 @@ def test_pictures_keep_the_peaks_and_say_what_codes_mean():
 
 def test_many_steps_share_columns(tmp_path):
     run = load_run(write_run(tmp_path / "run", steps=3000, names=parameter_names(20)))
-    from evenstep.telemetry.payload import FIELDS, _heat
+    from evenstep.telemetry.page import FIELDS, _heat
 
     heat = _heat(run.names, run.first, run.last, run.columns, FIELDS, 1000)
     assert len(heat["last"]) == 50 and heat["last"][-1] == 3000 and heat["first"][0] == 1

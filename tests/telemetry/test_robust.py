@@ -511,7 +511,7 @@ def test_a_drain_that_fails_is_counted_and_told_of_once(monkeypatch):
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     kept = Kept()
-    with pytest.warns(UserWarning, match="could not bring its numbers over") as caught:
+    with pytest.warns(UserWarning, match="could not transfer its numbers to the host") as caught:
         monitor = SpikeMonitor(model, optimizer, every=1, sinks=[kept], say=None)
         for step in range(1, 6):
             change(step)

@@ -406,7 +406,7 @@ def test_there_is_a_recipe_for_every_published_row():
 
 
 def test_the_reference_page_is_up_to_date():
-    from evenstep.train.config_io import configuration_page
+    from evenstep.train.flags import configuration_page
 
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == configuration_page(), "run: python -m evenstep.train.config_io > docs/configuration.md"
+    assert page == configuration_page(), "run: python -m evenstep.train.flags > docs/configuration.md"

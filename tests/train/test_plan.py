@@ -17,13 +17,18 @@ from torch.nn import functional as F
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, llama_config
 from evenstep.train.config_io import load_config
+from evenstep.train.memory import dry_run, fake_processes, meta_model
 from evenstep.train.optimizers import build_optimizer
 from evenstep.train.plan import USABLE, advice, make_plan
-from evenstep.train.plan_report import _processes, built, count
 from tests.test_cli_program import call
 
 ROOT = Path(__file__).parents[2]
 MODES = {"none": 1, "ddp": 16, "fsdp": 16, "hsdp": 16, "tp+fsdp": 16}
+
+
+def count(plan):
+    """The bytes of the whole model, block by block."""
+    return dry_run(plan.config, plan.shape, plan.grid, blocks=plan.shape.num_layers)
 
 
 def planned(size="9m", gpus=16, memory=80e9, vocab=32000, **options):
@@ -170,8 +175,8 @@ class Spy:
 @pytest.mark.parametrize("optimizer", ["adamw", "stable_spam", "spam", "scale"])
 def test_the_optimizers_messages_are_counted(mode, optimizer, monkeypatch):
     plan = planned(parallel__mode=mode, optim__name=optimizer)
-    with _processes(plan) as world, monkeypatch.context() as patch:
-        model = built(plan, world)
+    with fake_processes(plan.grid) as world, monkeypatch.context() as patch:
+        model = meta_model(plan.config, plan.shape, plan.grid, world)
         made = build_optimizer(model, plan.config.optim)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
@@ -191,7 +196,7 @@ def test_fsdp_sends_what_the_plan_says(reshard, monkeypatch):
     )
     from evenstep.train.distributed import Parallel
 
-    with _processes(plan) as world, monkeypatch.context() as patch:
+    with fake_processes(plan.grid) as world, monkeypatch.context() as patch:
         model, parallel = Llama(plan.shape).bfloat16(), Parallel(plan.config, world)
         parallel.apply(model)
         spy = Spy(patch)

@@ -8,7 +8,7 @@ from torch import nn
 from train_support import quick, write_corpus
 
 from evenstep.baselines.catalog import BASELINES
-from evenstep.baselines.fronts import FRONTS
+from evenstep.baselines.transforms import TRANSFORMS
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, llama_config
 from evenstep.train.checkpoint import read_tensors, write_tensors
@@ -100,7 +100,7 @@ def test_a_tied_weight_goes_on_exactly(tmp_path):
     assert_goes_on_exactly(tied, lambda model: build_optimizer(model, OptimConfig(name="adam", lr=1e-3)), tmp_path)
 
 
-@pytest.mark.parametrize("before", sorted(FRONTS))
+@pytest.mark.parametrize("before", sorted(TRANSFORMS))
 def test_every_transform_goes_on_exactly(before, tmp_path):
     """Some keep one tensor for all parameters."""
     config = OptimConfig(name="adam", lr=1e-3, before=before)

@@ -1,4 +1,8 @@
-"""Gradient transforms by name, to put in front of any optimizer: ``"adaclip + adagn(gamma1=0.7)"``."""
+"""Gradient transforms by name, applied before any optimizer: ``"adaclip + adagn(gamma1=0.7)"``.
+
+The text is the value of the option ``optim.before``. Torch is imported when transforms are built, so that the list of
+names costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,8 @@ from evenstep.errors import EvenstepError, nearest
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-FRONTS: dict[str, tuple[str, dict[str, Any]]] = {
+# Name -> class in evenstep.optim.transforms, and the arguments that the name implies.
+TRANSFORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "adaclip": ("AdaClip", {}),
     "adagn": ("AdaGN", {}),
     "gradient_stabilizer": ("GradientStabilizer", {}),
@@ -26,15 +31,20 @@ FRONTS: dict[str, tuple[str, dict[str, Any]]] = {
     "autoclip": ("AutoClip", {}),
     "skip_step": ("SkipStep", {}),
 }
-"""Name -> class in evenstep.optim.transforms, with the arguments that the name stands for."""
 
-_HOW = "give names with + between them, with arguments where wanted, such as 'adaclip + adagn(gamma1=0.7)'"
+_HOW = "give names with + between them, with arguments where needed, such as 'adaclip + adagn(gamma1=0.7)'"
 
 
 def parse(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """``"norm_clip + adagn(gamma1=0.7)"`` -> names with arguments. EvenstepError for what is no such text."""
+    """The names in ``text``, in order, with their keyword arguments. ``EvenstepError`` for any other text.
+
+    Example:
+        >>> parse("norm_clip + adagn(gamma1=0.7)")
+        [('norm_clip', {}), ('adagn', {'gamma1': 0.7})]
+    """
     if not text.strip():
         return []
+    # Python's own grammar reads the text, and literal_eval the arguments: nothing is executed.
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
@@ -55,24 +65,36 @@ def _term(node: ast.expr, text: str) -> tuple[str, dict[str, Any]]:
     name = call.func if call else node
     if not isinstance(name, ast.Name) or (call and (call.args or not all(k.arg for k in call.keywords))):
         raise EvenstepError(f"optim.before: {text!r} cannot be read; {_HOW}")
-    if name.id not in FRONTS:
+    if name.id not in TRANSFORMS:
         raise EvenstepError(
-            f"optim.before: unknown transform '{name.id}'{nearest(name.id, [*FRONTS])} (there are: {', '.join(FRONTS)})"
+            f"optim.before: unknown transform '{name.id}'{nearest(name.id, [*TRANSFORMS])} "
+            f"(there are: {', '.join(TRANSFORMS)})"
         )
     try:
         return name.id, {str(k.arg): ast.literal_eval(k.value) for k in (call.keywords if call else [])}
     except ValueError:
-        raise EvenstepError(f"optim.before: {text!r} has an argument that is no number or text; {_HOW}") from None
+        raise EvenstepError(
+            f"optim.before: {text!r} has an argument that is neither a number nor a text; {_HOW}"
+        ) from None
 
 
-def transforms(text: str) -> list[Any]:
-    """The transforms of ``text``. EvenstepError for a name or argument that does not exist, or a value out of range."""
+def build_transforms(text: str) -> list[Any]:
+    """The transforms that ``text`` names, in order.
+
+    Raises:
+        EvenstepError: a name or an argument that does not exist, or a value out of range.
+
+    Example:
+        >>> [type(transform).__name__ for transform in build_transforms("adaclip + nullify")]
+        ['AdaClip', 'SpikeClip']
+    """
     import evenstep.optim.transforms as known
 
     found = []
     for name, arguments in parse(text):
-        cls_name, fixed = FRONTS[name]
+        cls_name, fixed = TRANSFORMS[name]
         cls = getattr(known, cls_name)
+        # The constructor declares the arguments; those that the name implies cannot be given.
         allowed = [key for key in inspect.signature(cls).parameters if key not in fixed]
         for key in arguments:
             if key not in allowed:
@@ -87,9 +109,9 @@ def transforms(text: str) -> list[Any]:
     return found
 
 
-def put_before(optimizer: Optimizer, text: str) -> Optimizer:
-    """``optimizer`` behind the transforms of ``text``; itself when there are none."""
-    units = transforms(text)
+def add_transforms(optimizer: Optimizer, text: str) -> Optimizer:
+    """``optimizer`` with the transforms of ``text`` applied to its gradients; itself when ``text`` is empty."""
+    units = build_transforms(text)
     if not units:
         return optimizer
     from evenstep.optim import stabilize

@@ -1,0 +1,459 @@
+"""SpikeGuard: acts on a spike instead of recording it only.
+
+The guard judges every step by three numbers: the loss, the norm of all gradients, and the norm of each gradient. A step
+is bad where one of them is not finite, or far above its usual value: the median of the last accepted steps, in units of
+their spread (the median absolute deviation). Medians are not moved by the spikes that they judge. All processes judge
+the same numbers, the largest of any process, which one small all-reduce brings together; so no process acts alone.
+
+A bad step climbs a ladder of actions, from the cheapest to the last:
+
+* ``"skip"``: the gradients are not applied.
+* ``"lower_lr"``: they are not applied, and the learning rates are lowered for some steps.
+* ``"rewind"``: weights, optimizer state, random states and data position go back to a snapshot of before the first bad
+  step, and the data rows of the bad steps are left out from then on.
+* ``"stop"``: the guard takes no more steps, and says so.
+
+``"skip"`` has to know the verdict before the optimizer's step, which costs one read of the device per step. A ladder
+without it reads the device once in ``check_every`` steps, since a rewind can also undo steps that were taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from evenstep.telemetry.probe import Probe
+from evenstep.telemetry.snapshot import Snapshot
+
+ACTIONS = ("skip", "lower_lr", "rewind", "stop")
+
+TO_DEVIATION = 1.4826
+"""The standard deviation of a normal distribution is 1.4826 times its median absolute deviation."""
+
+LEAST_SPREAD = 0.02
+"""The spread of a series is taken to be at least this share of its median, so that a series that stands still has no
+spikes of rounding noise."""
+
+TENSOR_FLOOR = 1e-3
+"""A single gradient is judged where its norm exceeds this share of the usual norm of all gradients: the norm of a
+smaller one is noise to the training, however much it varies."""
+
+Event = dict[str, Any]
+
+
+class SpikeGuard:
+    """A policy around any optimizer and any training loop: what to do about a spike.
+
+    >>> import torch
+    >>> from evenstep import SpikeGuard
+    >>> model = torch.nn.Linear(4, 1)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> guard = SpikeGuard(model, optimizer, ladder=("skip", "rewind", "stop"))
+    >>> for batch in range(30):
+    ...     x = torch.ones(8, 4) if batch != 25 else torch.full((8, 4), torch.inf)
+    ...     loss = model(x).square().mean()
+    ...     loss.backward()
+    ...     took = guard.step(loss, rows=batch)
+    ...     optimizer.zero_grad()
+    >>> guard.events[0]["step"], guard.events[0]["action"], guard.events[0]["rows"]
+    (25, 'skip', 25)
+
+    Args:
+        model: the module that is trained; needed for snapshots.
+        optimizer: any ``torch.optim.Optimizer``, sharded parameters (FSDP2, tensor parallelism) included.
+        ladder: actions in the order in which they are tried, of ``"skip"``, ``"lower_lr"``, ``"rewind"``, ``"stop"``.
+        sigma: deviations above the median from which the loss, the logarithm of the norm of all gradients, or that of
+            one gradient is a spike (default 8).
+        norm_ratio: besides, a norm of all gradients is a spike only where it exceeds its median by this factor
+            (default 3), and that of one gradient by three times the factor.
+        loss_rise: besides, a loss is a spike only where it exceeds its median by this many units (default 0.5; nats
+            for a language model).
+        floor: a norm below it is never a spike (default 1e-8). Choose it larger for gradients that are nearly zero.
+        window: accepted steps that the medians are taken of (default 100).
+        min_history: accepted steps before finite spikes are judged (default 20).
+        skips: bad steps that ``"skip"`` takes care of before the next action is tried (default 3). The others are
+            tried once.
+        patience: steps without a bad one after which the ladder starts from its first action again (default 50).
+        budget: actions in all (default 20). When they are spent, the last action of the ladder serves if it is
+            ``"stop"``; otherwise finite spikes are taken as they come and those that are not finite are skipped.
+        lr_factor, lr_steps: what ``"lower_lr"`` multiplies the rates by, and for how many steps (default 0.1, 20).
+        snapshot_every, snapshots: steps between snapshots and how many are kept (default 100 and 2), for
+            ``"rewind"``; the first is taken after the first step. Each takes as much host memory as the model and the
+            optimizer's state on the device. Where there is none yet, a bad step is skipped.
+        check_every: steps between two reads of the device for a ladder without ``"skip"`` (default 10).
+        data: data loaders that go back with a rewind: objects with ``state_dict()`` and ``load_state_dict()`` whose
+            state, when `step` is called, is the position after this step's rows.
+        schedulers: learning-rate schedulers, a GradScaler: such objects that the loop advances after a step was taken
+            and before the next.
+        process_group: the processes that act together; None for all.
+        on_event: called with every event, for instance ``print``. An exception that it raises is not caught.
+
+    Attributes:
+        events: a dict per decision: ``step`` (the first is 0), ``action``, ``reason``, ``rows``, and for a rewind
+            ``to``, the step that training went back to. The newest 1000.
+        stopped: True once the ladder's end is reached.
+        num_steps: steps taken or skipped since the start, less those that a rewind undid.
+        excluded: the rows of bad steps that a rewind leaves out (see `wanted`).
+
+    Raises:
+        ValueError: for an unknown action, an empty ladder, or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        ladder: Sequence[str] = ACTIONS,
+        sigma: float = 8.0,
+        norm_ratio: float = 3.0,
+        loss_rise: float = 0.5,
+        floor: float = 1e-8,
+        window: int = 100,
+        min_history: int = 20,
+        skips: int = 3,
+        patience: int = 50,
+        budget: int = 20,
+        lr_factor: float = 0.1,
+        lr_steps: int = 20,
+        snapshot_every: int = 100,
+        snapshots: int = 2,
+        check_every: int = 10,
+        data: Iterable[Any] = (),
+        schedulers: Iterable[Any] = (),
+        process_group: Any = None,
+        on_event: Callable[[Event], object] | None = None,
+    ) -> None:
+        self.ladder = _checked_ladder(ladder)
+        _check("sigma", sigma, above=0.0)
+        _check("norm_ratio", norm_ratio, above=1.0)
+        _check("loss_rise", loss_rise, least=0.0)
+        _check("floor", floor, least=0.0)
+        _check("lr_factor", lr_factor, above=0.0, below=1.0)
+        counts = {
+            "window": window, "min_history": min_history, "skips": skips, "patience": patience, "budget": budget,
+            "lr_steps": lr_steps, "snapshot_every": snapshot_every, "snapshots": snapshots, "check_every": check_every,
+        }  # fmt: skip
+        for name, value in counts.items():
+            _check_count(name, value)
+        if min_history > window:
+            raise ValueError(f"SpikeGuard: min_history={min_history} exceeds window={window}; give at most the window")
+        self.model, self.optimizer = model, optimizer
+        self.data, self.schedulers = tuple(data), tuple(schedulers)
+        self.sigma, self.floor = sigma, floor
+        self.skips, self.patience, self.budget = skips, patience, budget
+        self.lr_factor, self.lr_steps = lr_factor, lr_steps
+        self.snapshot_every, self.check_every = snapshot_every, 1 if "skip" in self.ladder else check_every
+        self.process_group, self.on_event = process_group, on_event
+
+        self.events: deque[Event] = deque(maxlen=1000)
+        self.stopped = False
+        self.num_steps = 0
+        self.excluded: set[Hashable] = set()
+        self._probe = Probe(optimizer, samples=0)
+        self._probe.reports = False  # measure the gradients before the step, whatever the optimizer tells after it
+        k = len(self._probe.params)
+        self._rises = np.array([loss_rise, math.log(norm_ratio), *[math.log(3.0 * norm_ratio)] * k])
+        self._baseline = _Baseline(2 + k, window, min_history)
+        self._waiting: list[tuple[int, Hashable, Tensor]] = []  # steps not judged yet: step, rows, numbers [2 + k]
+        self._snapshots: deque[tuple[Snapshot, dict[str, Any]]] = deque(maxlen=snapshots)
+        self._rung = 0
+        self._uses = 0  # of the action at this rung, since it was reached
+        self._calm = 0  # steps since the last bad one
+        self._bad: list[tuple[int, Hashable]] = []  # step and rows of the bad steps since the ladder's start
+        self._actions = 0
+        self._low_until = 0  # the learning rates are lowered before this step
+
+    def step(self, loss: Tensor | float, rows: Hashable = None, *, take: Callable[[], object] | None = None) -> bool:
+        """Take the optimizer's step, or act instead. Call it after ``backward``, where the loop called
+        ``optimizer.step()``, and clear the gradients after it as usual.
+
+        Args:
+            loss: the loss of this step, a 0-d tensor or a number.
+            rows: what the step was trained on, anything hashable: a number, a range, the name of a file. A rewind
+                leaves the rows of bad steps out (`wanted`).
+            take: takes the step instead of ``optimizer.step``, for instance ``lambda: scaler.step(optimizer)``, with
+                gradients that were unscaled before.
+
+        Returns:
+            Whether the step was taken. It is not where it was bad, and never once the guard has ``stopped``. No bad
+            gradient raises.
+        """
+        if self.stopped:
+            return False
+        if self._snapshots and not self._snapshots[-1][0].is_complete:
+            self._snapshots[-1][0].complete(self.schedulers)
+        self._waiting.append((self.num_steps, rows, self._numbers(loss)))
+        rewinds = "rewind" in self.ladder
+        due = len(self._waiting) >= self.check_every or (rewinds and not self._snapshots)
+        if due and not self._judge():
+            return False
+        with self._learning_rates():
+            (take or self.optimizer.step)()
+        self.num_steps += 1
+        if rewinds and (not self._snapshots or self.num_steps % self.snapshot_every == 0):
+            self.flush()  # a snapshot of an unjudged state could hold the damage
+            if not self._bad and not self.stopped:
+                self._take_snapshot()
+        return True
+
+    def wanted(self, rows: Hashable) -> bool:
+        """False for rows of a bad step that a rewind leaves out. Ask before training on rows that may come again."""
+        return rows is None or rows not in self.excluded
+
+    def flush(self) -> None:
+        """Judge the steps that a ladder without ``"skip"`` has not judged yet, for instance at the end of a training.
+        Actions appear in ``events``."""
+        self._judge()
+
+    # ---- numbers of a step ----
+
+    @torch.no_grad()
+    def _numbers(self, loss: Tensor | float) -> Tensor:
+        """``[2 + k]`` in fp32 on the device: loss, norm of all gradients, norm of each; Inf for what is not finite."""
+        self._probe.follow()
+        self._probe.before(weights=False)
+        found = self._probe.measured
+        if found:
+            norms = found["grad_norm"].masked_fill(found["grad_max"].isinf(), math.inf)
+            # What has no gradient, or none that can be read (a quantised one), is NaN and counts as zero.
+            norms = norms.to(self._probe.device, torch.float32).nan_to_num(nan=0.0, posinf=math.inf)
+        else:
+            norms = torch.zeros(len(self._probe.params), device=self._probe.device)
+        value = loss.detach().to(norms).reshape(1) if isinstance(loss, Tensor) else norms.new_tensor([float(loss)])
+        numbers = torch.cat(
+            [value.nan_to_num(nan=math.inf, posinf=math.inf), torch.linalg.vector_norm(norms).reshape(1), norms]
+        )
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.process_group)
+        return numbers
+
+    # ---- verdicts ----
+
+    def _judge(self) -> bool:
+        """Judge the waiting steps in their order, and act on bad ones. False where the step that is about to be taken
+        must not be."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return True
+        go_on = True
+        table = torch.stack([numbers for _, _, numbers in waiting]).double().cpu().numpy()
+        for (step, rows, _), numbers in zip(waiting, table, strict=True):
+            reason = self._reason(numbers)
+            if reason is None:
+                self._calm += 1
+                if self._calm >= self.patience:
+                    self._rung, self._uses, self._bad = 0, 0, []
+                continue
+            action = self._act(step, rows, reason, finite=bool(np.isfinite(numbers).all()))
+            if action in ("rewind", "stop"):
+                return False
+            # Earlier steps of this round were taken: only the current one can still be left out.
+            if action is not None and step == self.num_steps:
+                self.num_steps += 1
+                go_on = False
+        return go_on
+
+    def _reason(self, numbers: NDArray[np.float64]) -> str | None:
+        """Why a step is bad; None where it is not. Adds its numbers to those that later steps are judged by."""
+        loss, norm = numbers[:2]
+        if not np.isfinite(numbers).all():
+            names = [self._name(i) for i in np.flatnonzero(~np.isfinite(numbers[2:]))[:3]]
+            return f"gradients of {', '.join(names)} are not finite" if names else "the loss is not finite"
+        # Norms are compared by their logarithms: they change by factors while a training settles.
+        values = np.append(loss, np.log(np.maximum(numbers[1:], max(self.floor, 1e-30))))
+        median, spread, known = self._baseline.usual()
+        least = np.full(len(values), LEAST_SPREAD)
+        least[0] *= abs(median[0])
+        limit = median + np.maximum(self.sigma * TO_DEVIATION * np.maximum(spread, least), self._rises)
+        above = (values > limit) & known
+        above[1:] &= numbers[1:] > self.floor
+        above[2:] &= numbers[2:] > TENSOR_FLOOR * math.exp(median[1])
+        # A spike enters at its limit, so that a level which stays becomes the usual one in time.
+        self._baseline.push(np.where(above, limit, values))
+        if above[0]:
+            return f"the loss is {loss:.4g}, usually {median[0]:.4g}"
+        if above[1]:
+            return f"the norm of the gradients is {norm:.3g}, usually {math.exp(median[1]):.3g}"
+        for i in np.flatnonzero(above[2:])[:1]:
+            usual = math.exp(median[2 + i])
+            return f"the norm of the gradient of {self._name(i)} is {numbers[2 + i]:.3g}, usually {usual:.3g}"
+        return None
+
+    def _name(self, i: int) -> str:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return names.get(id(self._probe.params[i]), f"parameter {i}")
+
+    # ---- actions ----
+
+    def _act(self, step: int, rows: Hashable, reason: str, *, finite: bool) -> str | None:
+        """Act on a bad step, and return the action; None where its gradients are to be applied all the same."""
+        self._calm = 0
+        self._bad.append((step, rows))
+        action = self._next_action()
+        if action is None:
+            if finite:
+                return None
+            action = "skip"
+        event: Event = {"step": step, "action": action, "reason": reason, "rows": rows}
+        if action == "rewind":
+            event["to"] = self._rewind()
+        elif action == "lower_lr":
+            self._low_until = self.num_steps + 1 + self.lr_steps
+        elif action == "stop":
+            self.stopped = True
+        self.events.append(event)
+        if self.on_event is not None:
+            self.on_event(event)
+        return action
+
+    def _next_action(self) -> str | None:
+        """The action for the next bad step; None where the budget is spent and the ladder has no end."""
+        if self._actions >= self.budget:
+            return "stop" if self.ladder[-1] == "stop" else None
+        while self._uses >= self._allowed(self.ladder[self._rung]) and self._rung + 1 < len(self.ladder):
+            self._rung, self._uses = self._rung + 1, 0
+        if self.ladder[self._rung] == "rewind" and not self._snapshots:
+            return "skip"
+        self._uses += 1
+        self._actions += 1
+        return self.ladder[self._rung]
+
+    def _allowed(self, action: str) -> int:
+        return self.skips if action == "skip" else 1
+
+    def _rewind(self) -> int:
+        """Go back to the newest snapshot, and return its step. It is older than the first bad step: none is taken while
+        the ladder remembers a bad one."""
+        self.excluded |= {rows for _, rows in self._bad if rows is not None}
+        self._bad = []
+        snapshot, baseline = self._snapshots[-1]
+        snapshot.restore()
+        self._baseline.load(baseline)
+        self.num_steps = snapshot.step
+        return snapshot.step
+
+    def _take_snapshot(self) -> None:
+        taken = Snapshot(self.num_steps, self.model, self.optimizer, self.data)
+        self._snapshots.append((taken, self._baseline.state()))
+
+    @contextlib.contextmanager
+    def _learning_rates(self) -> Iterator[None]:
+        """The rates during a step. They are put back after it, so that schedulers see their own."""
+        if self.num_steps >= self._low_until:
+            yield
+            return
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] * self.lr_factor
+        try:
+            yield
+        finally:
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    # ---- saving ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs to judge and act as this one would. Snapshots are not in it: the first step
+        after a resume takes one. The steps that wait for their verdict are judged first."""
+        self._judge()
+        return {
+            "baseline": self._baseline.state(),
+            "events": list(self.events),
+            "excluded": sorted(self.excluded, key=repr),
+            "counters": [self.num_steps, self._rung, self._uses, self._calm, self._actions, self._low_until],
+            "bad": list(self._bad),
+            "stopped": self.stopped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._baseline.load(state["baseline"])
+        self.events = deque(state["events"], maxlen=1000)
+        self.excluded = set(state["excluded"])
+        self.num_steps, self._rung, self._uses, self._calm, self._actions, self._low_until = state["counters"]
+        self._bad = [tuple(one) for one in state["bad"]]
+        self.stopped = state["stopped"]
+        self._waiting = []
+        self._snapshots.clear()
+
+
+class _Baseline:
+    """Median and spread of the last ``window`` values of each of ``k`` series.
+
+    A median over the window costs more than all else here, so it is taken anew once in ten steps, and every step while
+    there are few values.
+    """
+
+    def __init__(self, k: int, window: int, min_history: int) -> None:
+        self.values = np.full((window, k), np.nan)
+        self.count = 0
+        self.min_history = min_history
+        self._usual: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+
+    def push(self, values: NDArray[np.float64]) -> None:
+        self.values[self.count % len(self.values)] = values
+        self.count += 1
+        if self.count <= 2 * self.min_history or self.count % 10 == 0:
+            self._usual = None
+
+    def usual(self) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
+        """Medians ``[k]``, median absolute deviations ``[k]``, and whether there are enough values to judge by."""
+        filled = self.values[: min(self.count, len(self.values))]
+        if not len(filled):
+            nothing = np.zeros(self.values.shape[1])
+            return nothing, nothing, False
+        if self._usual is None:
+            median = np.median(filled, axis=0)
+            self._usual = median, np.median(np.abs(filled - median), axis=0)
+        return *self._usual, self.count >= self.min_history
+
+    def state(self) -> dict[str, Any]:
+        usual = None if self._usual is None else [x.copy() for x in self._usual]
+        return {"values": self.values.copy(), "count": self.count, "usual": usual}
+
+    def load(self, state: dict[str, Any]) -> None:
+        if state["values"].shape != self.values.shape:
+            raise ValueError(
+                f"SpikeGuard: the saved window has the shape {state['values'].shape}, this one {self.values.shape}; "
+                "load it with the same window and the same parameters"
+            )
+        self.values, self.count = state["values"].copy(), state["count"]
+        self._usual = None if state["usual"] is None else (state["usual"][0].copy(), state["usual"][1].copy())
+
+
+def _checked_ladder(ladder: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(ladder, str):
+        ladder = (ladder,)
+    for action in ladder:
+        if action not in ACTIONS:
+            raise ValueError(f"SpikeGuard: ladder holds {action!r}; allowed are {', '.join(ACTIONS)}")
+    places = [ACTIONS.index(action) for action in ladder]
+    if not places or places != sorted(set(places)):
+        raise ValueError(f"SpikeGuard: ladder={tuple(ladder)!r}; give each action once, in the order {ACTIONS}")
+    return tuple(ladder)
+
+
+def _check(
+    name: str, value: float, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> None:
+    right = isinstance(value, (int, float)) and least <= value and above < value < below
+    if not right:
+        bounds = [f"at least {least:g}"] * math.isfinite(least) + [f"above {above:g}"] * math.isfinite(above)
+        bounds += [f"below {below:g}"] * math.isfinite(below)
+        raise ValueError(f"SpikeGuard: {name}={value!r}; give a finite number {' and '.join(bounds)}")
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"SpikeGuard: {name}={value!r}; give a whole number of at least 1")

@@ -1,0 +1,144 @@
+"""The options as flags of the command line, and as the page ``docs/configuration.md``.
+
+Both are generated from the fields of `evenstep.train.config` and from the hyperparameters that
+`evenstep.optim.options` declares, so a new option needs no edit here. Nothing here imports torch.
+``python -m evenstep.train.flags > docs/configuration.md`` writes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evenstep.errors import EvenstepError
+from evenstep.train.config import HYPERPARAMETERS, BaseConfig, Config, kinds, limits, options, owners, sections
+from evenstep.train.config_io import build, load_config, new_run, override, read_toml, shown, without_foreign_options
+
+# ---- flags ----
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type[BaseConfig]) -> None:
+    """Every option of ``kind``, the hyperparameters of the optimizers, and what every such command has."""
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument(
+        "--resume", metavar="RUN", nargs="?", const="",
+        help="go on with the run in this directory (none: --out; auto: --out where it was saved, else start)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile", dest="train.compile", action="store_const", const="true", help="short for --train.compile true"
+    )
+    groups = {name: parser.add_argument_group(f"[{name}] {cls.TITLE}") for name, cls in sections(kind).items()}
+    groups[""] = parser.add_argument_group(kind.TITLE)
+    for key, (field, hint) in options(kind).items():
+        text = field.metadata["help"] + limits(field.metadata)
+        if field.default is not None and field.default != "":
+            text += f" (default: {shown(field.default)})"
+        names = [one.__name__ for one in kinds(hint) if one is not type(None)]
+        optional: Any = {"nargs": "?", "const": "true"} if bool in kinds(hint) else {}
+        if field.metadata["joined"]:
+            optional = {"action": Joined}
+        groups[key.rpartition(".")[0]].add_argument(
+            f"--{key}", dest=key, metavar=names[0].upper(), help=text.replace("%", "%%"), **optional
+        )
+    own = parser.add_argument_group("[optim] hyperparameters, with the default of each optimizer that has it")
+    for name, of in owners().items():
+        meanings = "; ".join(dict.fromkeys(one.help for one in of.values()))
+        defaults = ", ".join(f"{optimizer} {shown(one.default)}" for optimizer, one in of.items())
+        text = f"{meanings} (default: {defaults})".replace("%", "%%")
+        own.add_argument(f"--optim.{name}", dest=f"optim.{name}", metavar="VALUE", help=text)
+
+
+class Joined(argparse.Action):
+    """Of an option that is given several times: the texts, joined by commas."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, values if before is None else f"{before},{values}")
+
+
+def declared(kind: type[BaseConfig] = Config) -> set[str]:
+    """Names of the flags ``--section.key``: every option of ``kind``, and the optimizers' hyperparameters."""
+    return {*options(kind), *(f"optim.{name}" for name in owners())}
+
+
+def chosen(
+    args: argparse.Namespace, kind: type[BaseConfig], recipe: Path | None, short: Mapping[str, str] | None = None
+) -> tuple[Any, Path | None]:
+    """The configuration that the flags ask for, and the run to go on with. ``short``: options that other arguments
+    stand for, which the flags override. The run's own configuration is in the recipe's place where none is given.
+
+    EvenstepError for what does not fit.
+    """
+    given = [(key, value) for key, value in vars(args).items() if key in declared(kind) and value is not None]
+    overrides = [*(short or {}).items(), *given, *args.extra]
+    directory = None
+    if args.resume is not None and args.resume != "auto":
+        wanted = dict(given).get("out")
+        out = args.resume or wanted
+        if out is None:
+            raise EvenstepError("--resume: which run? give its directory, --resume RUN (evenstep runs lists runs)")
+        directory, saved = Path(out), Path(out, "config.toml")
+        if wanted is not None and Path(wanted).resolve() != directory.resolve():
+            raise EvenstepError(
+                f"--resume {out} goes on in that folder, --out {wanted} is another; leave --out out, or start a new "
+                f"run from the weights with: {new_run(kind.COMMAND, directory, out=wanted)}"
+            )
+        if recipe is None and saved.is_file():
+            tables = without_foreign_options(read_toml(saved), overrides, saved)
+            return build(override(tables, overrides, kind), kind), directory
+    return load_config(recipe, overrides, kind), directory
+
+
+# ---- the reference page ----
+
+_INTRO = """\
+# Configuration
+
+A recipe is a TOML file with the sections below; `evenstep pretrain RECIPE.toml --section.key value` replaces what
+the recipe says, and `--print-config` shows the result. `config.toml` in a run's directory is the resolved
+configuration. An unknown key is an error. Counts may be written as `20K`, `100M`, `1.5B` (in a recipe as a text). On
+the command line `none` clears an option that may be none.
+
+The last column says what `--resume` allows. **free**: may change. **rounding**: may change, and the last bits of the
+losses change with it. **fixed**: a resumed run keeps it; a change is refused by name. A larger `train.steps` or
+`train.tokens` trains on, and one below the steps done is refused; under a cosine or wsd schedule another budget gives
+other learning rates from that step on.
+"""
+
+
+def configuration_page() -> str:
+    """docs/configuration.md."""
+    lines = [_INTRO]
+    known = options()
+    for section in ("", *sections()):
+        title = f"## [{section}] {sections()[section].TITLE}" if section else f"## {Config.TITLE} (top level)"
+        lines += [title, "", "| option | type | default | meaning | resume |", "|---|---|---|---|---|"]
+        for key, (field, hint) in known.items():
+            if key.rpartition(".")[0] != section:
+                continue
+            meta = field.metadata
+            kind = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds(hint))
+            default = _as_default(field.default).replace("'", '"')
+            text = (meta["help"] + limits(meta)).replace("|", "\\|")
+            lines.append(f"| `{key}` | {kind} | `{default}` | {text} | {meta['resume']} |")
+        lines.append("")
+    lines += ["## Hyperparameters of the optimizers", "", "Each is an option `optim.NAME`; fixed on resume.", ""]
+    for name, declared in HYPERPARAMETERS.items():
+        lines += [f"### {name}", "", "| option | default | meaning | source of the default |", "|---|---|---|---|"]
+        for key, one in declared.items():
+            default = _as_default(one.default).replace("'", '"')
+            lines.append(f"| `optim.{key}` | `{default}` | {one.help} | {one.source} |")
+        lines.append("")
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _as_default(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+if __name__ == "__main__":
+    print(configuration_page(), end="")

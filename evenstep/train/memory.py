@@ -1,0 +1,277 @@
+"""The memory of one process of a run, computed before the run starts.
+
+Parameters and optimizer state come from a dry run: the model and its optimizer are built on torch's meta device, where
+tensors have shapes and no memory, and are sharded by the code that trains, among processes that torch's fake backend
+stands in for. The blocks of a model are all alike, so one block is built and counted ``num_layers`` times.
+
+A dry run does not tell the activations, which need a formula. Counted are those that PyTorch keeps for the backward
+pass in eager mode with the fused attention and norm of a GPU; compiled blocks keep less.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenstep.baselines.catalog import baseline
+from evenstep.errors import EvenstepError
+from evenstep.models import Llama, LlamaConfig
+from evenstep.optim.distributed import plain_parts
+from evenstep.train.config import Config
+from evenstep.train.distributed import COLUMNS, ROWS, Parallel, World, check_world
+from evenstep.train.optimizers import build_optimizer
+
+# ---- the processes, and the tensors that they share ----
+
+SHARDED = ("fsdp", "hsdp", "tp+fsdp")
+"""Modes in which a process holds parts of tensors."""
+
+BLOCK = "model.layers."
+"""How the names of the parameters of a block start."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How processes share a model: ``gpus`` in all, ``tensor`` of them for one matrix product, and ``replicate`` groups
+    that each hold the whole model."""
+
+    mode: str
+    gpus: int
+    tensor: int = 1
+    replicate: int = 1
+
+    @property
+    def data(self) -> int:
+        """Number of processes that read different data."""
+        return self.gpus // self.tensor
+
+    def shards(self, block: bool) -> int:
+        """Number of parts into which FSDP shards a tensor (of a block, or of the rest)."""
+        if self.mode not in SHARDED:
+            return 1
+        if self.mode == "hsdp":
+            return self.gpus // self.replicate
+        return self.gpus // self.tensor if block else self.gpus
+
+
+def grid_of(config: Config, gpus: int, per_node: int) -> Grid:
+    """The grid of ``gpus`` processes, ``per_node`` on each machine. EvenstepError when ``config`` does not fit it."""
+    if gpus < 1 or per_node < 1:
+        raise EvenstepError(f"--gpus {gpus}, --gpus-per-node {per_node}: both must be at least 1")
+    machine = min(gpus, per_node)
+    tensor = check_world(config, gpus, machine)
+    parallel = config.parallel
+    replicate = (parallel.replicate or max(1, gpus // machine)) if parallel.mode == "hsdp" else 1
+    if gpus % replicate:
+        raise EvenstepError(
+            f"{gpus} GPUs with {machine} in a machine do not make equal groups; give parallel.replicate"
+        )
+    if parallel.mode in SHARDED and config.optim.name == "spam" and config.optim.options.get("density", 1.0) != 1:
+        raise EvenstepError(
+            f"optim.density {config.optim.options['density']} does not go with parallel.mode {parallel.mode}; give "
+            "density 1, or parallel.mode ddp"
+        )
+    return Grid(parallel.mode, gpus, tensor, replicate)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A parameter of the model. ``cut`` is the dimension along which tensor parallelism shards it, None for not at
+    all."""
+
+    name: str
+    shape: tuple[int, ...]
+    cut: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def block(self) -> bool:
+        return self.name.startswith(BLOCK)
+
+    @property
+    def embedding(self) -> bool:
+        return self.name == "model.embed_tokens.weight"
+
+    def on(self, grid: Grid) -> int:
+        """Number of entries that are left for one process by tensor parallelism, FSDP aside."""
+        return self.numel if self.cut is None else self.numel // grid.tensor
+
+
+@functools.cache
+def model_tensors(shape: LlamaConfig) -> list[Named]:
+    """Every parameter of the model. The tensors of a block stand there once for each layer."""
+    with torch.device("meta"):
+        model = Llama(replace(shape, num_layers=1))
+    found = []
+    for name, p in model.named_parameters():
+        inner = name.removeprefix(f"{BLOCK}0.").removesuffix(".weight")
+        tensor = Named(name, tuple(p.shape), 0 if inner in COLUMNS else 1 if inner in ROWS else None)
+        found += [tensor] * (shape.num_layers if tensor.block else 1)
+    return found
+
+
+# ---- the dry run ----
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that process 0 holds, which has the largest part of each tensor."""
+
+    parameters: int
+    state: int
+
+
+_known: dict[tuple[Any, ...], Held] = {}
+
+
+def held(config: Config, shape: LlamaConfig, grid: Grid) -> Held:
+    """`dry_run` of one block. The result is kept, for a search asks for the same one again and again."""
+    key = (shape, grid, config.train.dtype, repr(config.optim))
+    if key not in _known:
+        _known[key] = dry_run(config, shape, grid)
+    return _known[key]
+
+
+def dry_run(config: Config, shape: LlamaConfig, grid: Grid, *, blocks: int = 1) -> Held:
+    """Build the model with so many ``blocks`` (1, or all of them) and its optimizer on the meta device, and count.
+
+    EvenstepError for an optimizer whose state is not known before it runs on a real device, and when
+    torch.distributed is in use already.
+    """
+    with fake_processes(grid) as world:
+        model = meta_model(config, replace(shape, num_layers=blocks), grid, world)
+        optimizer = build_optimizer(model, config.optim)
+        try:
+            if not optimizer.state:  # torch's optimizers make their state in the first step
+                for p in model.parameters():
+                    p.grad = torch.zeros_like(p)
+                optimizer.step()
+        except Exception as problem:  # whatever an optimizer raises that needs a real device
+            first = next(iter(str(problem).splitlines()), type(problem).__name__)
+            raise EvenstepError(
+                f"optim.name {config.optim.name}: the size of its state is not known before it runs ({first}); plan "
+                "with another optimizer"
+            ) from problem
+        parameters = state = 0
+        for name, p in model.named_parameters():
+            times = shape.num_layers // blocks if name.startswith(BLOCK) else 1
+            parameters += times * _bytes(p)
+            state += times * sum(_bytes(x) for x in optimizer.state.get(p, {}).values() if isinstance(x, Tensor))
+        return Held(parameters, state)
+
+
+def meta_model(config: Config, shape: LlamaConfig, grid: Grid, world: World) -> Llama:
+    """The model on the meta device, sharded as ``config`` says."""
+    with torch.device("meta"):
+        model = Llama(shape)
+    if config.train.dtype == "bf16":
+        model = model.bfloat16()
+    if grid.mode in SHARDED:
+        Parallel(replace(config, train=replace(config.train, compile=False)), world).apply(model)
+    return model
+
+
+def _bytes(value: Tensor) -> int:
+    """Bytes of this process's part of a tensor of the state; of 8-bit moments, those of codes and scales."""
+    return sum(part.nbytes for part in plain_parts(value))
+
+
+@contextmanager
+def fake_processes(grid: Grid) -> Iterator[World]:
+    """This process as the first one of the grid; torch's fake backend plays the others, and sends nothing."""
+    if grid.mode not in SHARDED:
+        yield World(torch.device("cpu"))
+        return
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise EvenstepError("the dry run needs torch.distributed for itself; run it in a process of its own")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=grid.gpus)
+    try:
+        size = grid.gpus // grid.replicate
+        yield World(torch.device("cpu"), 0, grid.gpus, 0, size, dist.group.WORLD, None, grid.tensor)
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- activations and logits, by formula ----
+
+CHUNK_BYTES = 64 * 2**20
+"""Bytes of logits alive at once when ``train.loss_chunk auto`` chunks the loss."""
+
+LOGIT_BYTES = 12
+"""Bytes for each logit alive at once: its fp32 copy for the softmax, the gradient, and the temporaries of the loss."""
+
+
+def chunk_rows(rows: int, vocab_size: int, memory: float) -> int | None:
+    """Rows of logits alive at once out of ``rows`` under ``train.loss_chunk auto``, on a device of ``memory`` bytes;
+    None for all of them.
+
+    >>> chunk_rows(8 * 256, 32_000, 80e9) is None
+    True
+    >>> chunk_rows(64 * 1024, 128_000, 80e9)
+    128
+    """
+    if rows * vocab_size * LOGIT_BYTES <= memory / 8:
+        return None
+    chunk = max(64, CHUNK_BYTES // (4 * vocab_size) // 64 * 64)
+    return chunk if chunk < rows else None
+
+
+def weight_bytes(config: Config) -> int:
+    """Bytes of one entry of a parameter."""
+    return 2 if config.train.dtype == "bf16" else 4
+
+
+def compute_bytes(config: Config) -> int:
+    """Bytes of one number in a matrix product."""
+    return 4 if config.train.dtype == "fp32" else 2
+
+
+def activation_bytes(config: Config, shape: LlamaConfig, grid: Grid, tokens: int) -> int:
+    """Bytes that a forward pass over so many tokens keeps for the backward pass."""
+    compute = compute_bytes(config)
+    # Autocast leaves the residual stream in the format of the parameters, FSDP casts it.
+    stream = compute if grid.mode in SHARDED else weight_bytes(config)
+    hidden, cut = shape.hidden_size, (4 * shape.hidden_size + 4 * shape.intermediate_size) // grid.tensor
+    # Of a block: the inputs of two norms; their outputs, which the matrices read; queries, keys, values and the output
+    # of attention; gate, silu(gate), up and their product; and the fp32 statistics of norms and softmax.
+    block = 2 * hidden * stream + (2 * hidden + cut) * compute + 4 * (2 + shape.num_heads // grid.tensor)
+    last = hidden * (stream + compute) + 4
+    if config.train.activation_checkpointing:  # the inputs of all blocks, and one block that is computed again
+        return tokens * (shape.num_layers * hidden * stream + block + last)
+    return tokens * (shape.num_layers * block + last)
+
+
+# ---- the check before a run ----
+
+
+def least_memory(config: Config, shape: LlamaConfig, processes: int, per_node: int) -> dict[str, int]:
+    """Bytes that a process needs at the least, by purpose. Logits, which come in chunks, and communication are left
+    out; so is the state of optimizers for which a dry run does not tell it."""
+    grid = grid_of(config, processes, per_node)
+    sequences = config.train.batch_size // grid.data
+    tokens = min(config.micro_batch_size, sequences) * config.train.seq_len
+    # Torch's fake backend cannot run beside a real one, so the numbers of a whole model are divided.
+    parts = grid.gpus // grid.replicate if grid.mode in SHARDED else 1
+    parameters = sum(t.numel for t in model_tensors(shape)) * weight_bytes(config) // parts
+    state = 0
+    if baseline(config.optim.name).package in ("evenstep", "torch"):  # others may need a real device
+        with suppress(EvenstepError, TypeError):  # building the real optimizer will say why
+            state = held(config, shape, Grid("none", 1)).state // parts
+    # Gradients and activations do not all exist at once: the larger of the two.
+    activations = activation_bytes(config, shape, grid, tokens)
+    most = {"activations": activations} if activations > parameters else {"gradients": parameters}
+    batch = 2 * 8 * sequences * config.train.seq_len  # int64 inputs and targets
+    return {"parameters": parameters, **most, "optimizer state": state, "batch": batch}
