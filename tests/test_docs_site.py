@@ -88,7 +88,6 @@ WIDE = {
     "docs/distributed.md",
     "docs/finetuning.md",
     "docs/forecasting.md",
-    "docs/integrations.md",
     "docs/migrating.md",
     "docs/reinforcement-learning.md",
     "docs/spikes.md",
