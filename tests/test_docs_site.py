@@ -86,7 +86,6 @@ PROGRAM_OUTPUT = (r"7b \(6\.74B parameters\) on \d+ GPUs, ",)
 WIDE = {
     "docs/data.md",
     "docs/distributed.md",
-    "docs/finetuning.md",
     "docs/forecasting.md",
     "docs/migrating.md",
     "docs/reinforcement-learning.md",
