@@ -84,7 +84,6 @@ PROGRAM_OUTPUT = (r"7b \(6\.74B parameters\) on \d+ GPUs, ",)
 """Lines that a program prints and that another test compares with the page, so that they cannot be wrapped."""
 
 WIDE = {
-    "docs/data.md",
     "docs/distributed.md",
     "docs/forecasting.md",
     "docs/migrating.md",
