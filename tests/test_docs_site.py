@@ -88,7 +88,6 @@ WIDE = {
     "docs/migrating.md",
     "docs/reinforcement-learning.md",
     "docs/spikes.md",
-    "docs/telemetry.md",
     "docs/gpu.md",
     "docs/lowbit.md",
     "docs/optimizer-memory.md",
