@@ -85,7 +85,6 @@ PROGRAM_OUTPUT = (r"7b \(6\.74B parameters\) on \d+ GPUs, ", r"\$ evenstep plan 
 
 WIDE = {
     "docs/forecasting.md",
-    "docs/spikes.md",
     "docs/gpu.md",
     "docs/lowbit.md",
     "docs/optimizer-memory.md",
