@@ -84,7 +84,6 @@ PROGRAM_OUTPUT = (r"7b \(6\.74B parameters\) on \d+ GPUs, ", r"\$ evenstep plan 
 """Lines of a console that another test compares with the program, so that they cannot be wrapped."""
 
 WIDE = {
-    "docs/forecasting.md",
     "docs/gpu.md",
     "docs/lowbit.md",
     "docs/optimizer-memory.md",
