@@ -130,6 +130,13 @@ def test_a_guide_describes_today_and_no_commit(page):
     assert re.findall(r"commit [0-9a-f]{7}", page.read_text(encoding="utf-8")) == []
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_code_cells_of_a_notebook_are_narrow(notebook):
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    lines = [line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).splitlines()]
+    assert [line for line in lines if len(line) > CODE_WIDTH] == []
+
+
 def test_the_width_check_sees_wide_lines_of_code_alone():
     wide = "x" * (CODE_WIDTH + 1)
     assert wide_lines(f"{wide}\n```sh\nshort\n{wide}\n```\n") == [(4, wide)]
