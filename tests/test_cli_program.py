@@ -180,7 +180,8 @@ def test_print_config_refuses_what_the_run_would(capsys, tmp_path, words, expect
     assert (status, out) == (2, "") and all(word in err for word in expected), err
 
 
-COMMANDS = [line.strip() for line in (ROOT / "docs/comparisons.md").read_text().splitlines() if "--optim.name" in line]
+PAGE = (ROOT / "docs/comparisons.md").read_text().replace("\\\n", " ")
+COMMANDS = [line.strip() for line in PAGE.splitlines() if "--optim.name" in line]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -83,20 +83,6 @@ RECORDS = ("architecture.md", "configuration.md", "conformance.md", "log.md")
 PROGRAM_OUTPUT = (r"7b \(6\.74B parameters\) on \d+ GPUs, ", r"\$ evenstep plan ")
 """Lines of a console that another test compares with the program, so that they cannot be wrapped."""
 
-WIDE = {
-    "docs/gpu.md",
-    "docs/lowbit.md",
-    "docs/optimizer-memory.md",
-    "docs/optimizers/scale.md",
-    "docs/optimizers/spam.md",
-    "docs/optimizers/stabilize.md",
-    "docs/optimizers/stable-spam.md",
-    "docs/performance.md",
-    "docs/reliability.md",
-    "docs/transforms.md",
-}
-"""Guides that do not follow the two rules below yet."""
-
 
 def guides():
     """README.md and the pages of docs/ that explain how to use the library."""
@@ -118,15 +104,11 @@ def wide_lines(text):
 
 @pytest.mark.parametrize("page", guides(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_code_blocks_of_a_guide_are_narrow(page):
-    if str(page.relative_to(ROOT)) in WIDE:
-        pytest.skip("this page is still to be rewritten")
     assert wide_lines(page.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize("page", guides(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_guide_describes_today_and_no_commit(page):
-    if str(page.relative_to(ROOT)) in WIDE:
-        pytest.skip("this page is still to be rewritten")
     assert re.findall(r"commit [0-9a-f]{7}", page.read_text(encoding="utf-8")) == []
 
 
