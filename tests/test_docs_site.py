@@ -3,11 +3,12 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
-from docs_support import ROOT
+from docs_support import ANY, ROOT, texts
 
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
@@ -71,3 +72,73 @@ def test_a_notebook_runs_in_jupyter(notebook, tmp_path):
     from nbclient import NotebookClient
 
     NotebookClient(nbformat.read(notebook, 4), timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+CODE_WIDTH = 75
+"""Columns of a line in a code block that fit on the page of the site and in half a screen."""
+
+RECORDS = ("architecture.md", "configuration.md", "conformance.md", "log.md")
+"""Pages that are no guides: the map of the code, generated tables, and the record of measurements."""
+
+PROGRAM_OUTPUT = (r"7b \(6\.74B parameters\) on \d+ GPUs, ", r"\$ evenstep plan ")
+"""Lines of a console that another test compares with the program, so that they cannot be wrapped."""
+
+WIDE = {
+    "docs/gpu.md",
+    "docs/lowbit.md",
+    "docs/optimizer-memory.md",
+    "docs/optimizers/scale.md",
+    "docs/optimizers/spam.md",
+    "docs/optimizers/stabilize.md",
+    "docs/optimizers/stable-spam.md",
+    "docs/performance.md",
+    "docs/reliability.md",
+    "docs/transforms.md",
+}
+"""Guides that do not follow the two rules below yet."""
+
+
+def guides():
+    """README.md and the pages of docs/ that explain how to use the library."""
+    found = [path for path in texts() if path.name not in RECORDS and not path.name.startswith("results")]
+    return [path for path in found if not {"results", "results-rl"} & {*path.parts}]
+
+
+def wide_lines(text):
+    """(line number, line) for each line of a code block that is wider than ``CODE_WIDTH``."""
+    found = []
+    for block in ANY.finditer(text):
+        first = text[: block.start("code")].count("\n") + 1
+        for i, line in enumerate(block["code"].splitlines()):
+            printed = any(re.match(pattern, line) for pattern in PROGRAM_OUTPUT)
+            if len(line) > CODE_WIDTH and not printed:
+                found.append((first + i, line))
+    return found
+
+
+@pytest.mark.parametrize("page", guides(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_code_blocks_of_a_guide_are_narrow(page):
+    if str(page.relative_to(ROOT)) in WIDE:
+        pytest.skip("this page is still to be rewritten")
+    assert wide_lines(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", guides(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_guide_describes_today_and_no_commit(page):
+    if str(page.relative_to(ROOT)) in WIDE:
+        pytest.skip("this page is still to be rewritten")
+    assert re.findall(r"commit [0-9a-f]{7}", page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_code_cells_of_a_notebook_are_narrow(notebook):
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    lines = [line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).splitlines()]
+    assert [line for line in lines if len(line) > CODE_WIDTH] == []
+
+
+def test_the_width_check_sees_wide_lines_of_code_alone():
+    wide = "x" * (CODE_WIDTH + 1)
+    assert wide_lines(f"{wide}\n```sh\nshort\n{wide}\n```\n") == [(4, wide)]
+    assert wide_lines(f"- in a list\n\n  ```python\n  {wide[2:]}\n  ```\n") == [(4, f"  {wide[2:]}")]
+    assert wide_lines(f"```\n7b (6.74B parameters) on 64 GPUs, {wide}\n```\n") == []
