@@ -15,6 +15,21 @@ def test_combinations_agree_with_the_plain_path(seed):
     assert campaign(10, seed, report=said.append) == 0, "\n".join(said)
 
 
+ROUNDED = {"rounding": "stochastic"}
+SHARDED = [
+    Case(((24, 40), (16, 256)), "SPAM", ROUNDED | {"betas": (0.5, 0.5)}, dtype="bf16", seed=99),
+    Case(
+        ((4, 3, 2, 2), (33,), (1, 17)), options=ROUNDED | {"betas": (0.0, 0.99), "gamma1": 0.0}, dtype="bf16", seed=207
+    ),
+]
+
+
+@pytest.mark.parametrize("case", SHARDED, ids=["SPAM", "StableSPAM"])
+def test_shards_are_rounded_as_the_whole_tensor(case):
+    """Stochastic rounding draws the noise of an entry by its number in the whole tensor."""
+    assert difference(dataclasses.replace(case, wrapper="fsdp2", processes=2)) is None
+
+
 def test_every_feature_is_drawn():
     cases = [draw_case(seed) for seed in range(400)]
     for f in dataclasses.fields(Case):

@@ -15,12 +15,20 @@ struct StepOptions {
   double sign, lr, beta1, beta2, eps, decay, decay_after, warmup;
   double reset, forget, forget_after; // 1 or 0: restart the age; clear the moments before, or after the update
   double eps_first;                   // 1 or 0: eps enters before the bias is corrected
-  double stable, gamma1, gamma2, gamma3, one_counter;  // AdaClip and AdaGN
+  double stable, gamma1, gamma2, gamma3, robust, one_counter; // AdaClip and AdaGN
   double capped, cap_factor, cap_spread, zero_history; // SPAM's clipping
 };
 
 // 1 - beta^count without cancellation for beta near 1.
 static inline double bias_correction(double beta, double count) { return -std::expm1(count * std::log(beta)); }
+
+// The value that enters a running mean in place of x with `robust`: at most twice the bias-corrected mean of the values
+// before it, or as much as raises that mean by a tenth, from the 11th update on (functional.py, `robust_input`).
+static inline double robust_input(double x, double mean, double count, double gamma) {
+  if (count <= 10 || mean == 0) return x;
+  const double ratio = std::max(2.0, 1 + 0.1 * bias_correction(gamma, count) / (1 - gamma));
+  return std::min(x, ratio * mean / bias_correction(gamma, count - 1));
+}
 
 // Scalars of a tensor's state: the age, and for Stable-SPAM T, mu, sqrt(nu) and n.
 enum Scalar { AGE, PEAK, NORM, NORM_RMS, COUNT };
@@ -49,7 +57,8 @@ struct TensorStep {
 
   // AdaClip (Stable-SPAM, step 2): T <- gamma3 T + (1 - gamma3) max |g|, limit = T / (1 - gamma3^n), rescale = limit / max |g|.
   void adaclip(const StepOptions &options) {
-    scalars[PEAK] = options.gamma3 * scalars[PEAK] + (1 - options.gamma3) * peak;
+    const double largest = options.robust != 0 ? robust_input(peak, scalars[PEAK], scalars[COUNT], options.gamma3) : peak;
+    scalars[PEAK] = options.gamma3 * scalars[PEAK] + (1 - options.gamma3) * largest;
     limit = float(scalars[PEAK] / bias_correction(options.gamma3, scalars[COUNT]));
     rescale = limit < peak ? limit / peak : 1;
   }
@@ -58,8 +67,9 @@ struct TensorStep {
   // gain = mu_hat / (sqrt(nu_hat) + eps) / r. The state holds sqrt(nu): nu itself overflows fp32 for norms above 1.8e19,
   // and `hypot` updates the root without squaring.
   void adagn(const StepOptions &options) {
-    scalars[NORM] = options.gamma1 * scalars[NORM] + (1 - options.gamma1) * clipped_norm;
-    scalars[NORM_RMS] = std::hypot(std::sqrt(options.gamma2) * scalars[NORM_RMS], std::sqrt(1 - options.gamma2) * clipped_norm);
+    const double r = options.robust != 0 ? robust_input(clipped_norm, scalars[NORM], scalars[COUNT], options.gamma1) : clipped_norm;
+    scalars[NORM] = options.gamma1 * scalars[NORM] + (1 - options.gamma1) * r;
+    scalars[NORM_RMS] = std::hypot(std::sqrt(options.gamma2) * scalars[NORM_RMS], std::sqrt(1 - options.gamma2) * r);
     const double mean = scalars[NORM] / bias_correction(options.gamma1, scalars[COUNT]);
     const double root = scalars[NORM_RMS] / std::sqrt(bias_correction(options.gamma2, scalars[COUNT])) + options.eps;
     gain = clipped_norm >= FLT_MIN ? float(std::min(mean / root / clipped_norm, double(FLT_MAX))) : 0;

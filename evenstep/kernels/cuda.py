@@ -133,9 +133,11 @@ class TritonKernels:
         if stable:
             _, peak, norm, norm_rms, n = scalars.unbind()
             n = n + 1
-            grads, peak = F.adaclip(grads, peak, n, o["gamma3"])
+            grads, peak = F.adaclip(grads, peak, n, o["gamma3"], bool(o["robust"]))
             grads = F.completed(grads.with_norms()).within_range()
-            gain, norm, norm_rms = F.adagn(grads.norm, norm, norm_rms, n, o["gamma1"], o["gamma2"], o["eps"])
+            gain, norm, norm_rms = F.adagn(
+                grads.norm, norm, norm_rms, n, o["gamma1"], o["gamma2"], o["eps"], bool(o["robust"])
+            )
             grads = grads.amplified(gain)
             new = [age, peak, norm, norm_rms, age if o["one_counter"] else n]
         else:

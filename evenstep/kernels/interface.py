@@ -26,7 +26,7 @@ STEP_OPTIONS = (
     *("sign", "lr", "beta1", "beta2", "eps", "decay", "decay_after", "warmup"),
     *("reset", "forget", "forget_after"),  # 1 or 0: restart the age; clear the moments before, or after the update
     "eps_first",  # 1 or 0: eps enters before the bias is corrected
-    *("stable", "gamma1", "gamma2", "gamma3", "one_counter"),  # AdaClip and AdaGN
+    *("stable", "gamma1", "gamma2", "gamma3", "robust", "one_counter"),  # AdaClip and AdaGN
     *("capped", "cap_factor", "cap_spread", "zero_history"),  # SPAM: |g| <= sqrt(cap_factor * v) + cap_spread
 )
 """Options of `Kernels.adam_step_`, the same for all tensors of a call; an option that is not given is 0. The order is

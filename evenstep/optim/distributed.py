@@ -13,6 +13,7 @@ works on plain local tensors.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,17 @@ def num_shards(x: Tensor) -> int:
     """Number of shards that ``x`` is split into, without replicas: the product of the sizes of the mesh dimensions that
     cut it."""
     return math.prod(x.device_mesh.size(dim) for dim, _ in Layout.of(x).cuts) if is_sharded(x) else 1  # type: ignore[attr-defined]
+
+
+def first_entry(x: Tensor) -> int:
+    """The number, in the flattened whole tensor, of the first entry of the local shard; 0 where ``x`` is whole."""
+    if not is_sharded(x):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)  # type: ignore[attr-defined]
+    # Horner's rule over the dimensions of a contiguous tensor.
+    return functools.reduce(lambda number, dim: number * dim[0] + dim[1], zip(x.shape, offset, strict=True), 0)
 
 
 def shard_like(

@@ -393,34 +393,65 @@ def peak_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
 # ---- Stable-SPAM: AdaClip and AdaGN ----
 
 
-def adaclip(grads: Gradients, peak_ema: Tensor, n: Tensor, gamma3: float) -> tuple[Gradients, Tensor]:
+ROBUST_RATIO, ROBUST_RISE, ROBUST_START = 2.0, 0.1, 10  # as in kernels/cpu_adam.h
+
+
+def robust_input(x: Tensor, ema: Tensor, n: Tensor, gamma: float | Tensor) -> Tensor:
+    """The value that enters a running mean in place of ``x`` with ``robust=True``, all ``[k]``: at most twice the
+    bias-corrected mean of the values before it, or as much as raises that mean by a tenth if this is more, once there
+    are `ROBUST_START` of them.
+
+    A spike then moves the mean little, however large it is. A lasting rise is still followed, by a factor of 1.1 or
+    more per update. The rule is evenstep's own and not in the paper.
+    """
+    # The corrected mean moves by w (x - mean), with w the share of the newest value: (1 - gamma) / (1 - gamma^n).
+    before = ema / bias_correction(gamma, (n - 1).clamp(min=1))
+    ratio = (1 + ROBUST_RISE * bias_correction(gamma, n) / (1 - gamma)).clamp(min=ROBUST_RATIO)
+    # A mean of 0 has no scale: the first gradient of a tensor that had none so far enters as it is.
+    known = (n > ROBUST_START) & (before > 0)
+    return torch.where(known, torch.minimum(x, ratio * before), x)
+
+
+def adaclip(
+    grads: Gradients, peak_ema: Tensor, n: Tensor, gamma3: float, robust: bool = False
+) -> tuple[Gradients, Tensor]:
     """AdaClip: scale each tensor's entries down to a running mean of its largest entry.
 
     ``peak_ema`` is T_{t-1} and ``n`` the number of updates, this one included; both ``[k]``. Returns the clipped
-    gradients and T_t.
+    gradients and T_t. ``robust``: see `robust_input`.
     """
     # T_t = gamma3 T_{t-1} + (1 - gamma3) max|g_t|, so that this gradient raises its own limit a little.
     # Limit: That_t = T_t / (1 - gamma3^n). Entries above it become g_i / max|g_t| * That_t. n counts the updates of
     # this tensor and goes on after a moment reset, which does not touch T.
-    peak_ema = gamma3 * peak_ema + (1 - gamma3) * grads.largest
+    largest = robust_input(grads.largest, peak_ema, n, gamma3) if robust else grads.largest
+    peak_ema = gamma3 * peak_ema + (1 - gamma3) * largest
     return grads.clipped(peak_ema / bias_correction(gamma3, n)), peak_ema
 
 
 def adagn(
-    norm: Tensor, norm_ema: Tensor, norm_rms: Tensor, n: Tensor, gamma1: float | Tensor, gamma2: float, eps: float
+    norm: Tensor,
+    norm_ema: Tensor,
+    norm_rms: Tensor,
+    n: Tensor,
+    gamma1: float | Tensor,
+    gamma2: float,
+    eps: float,
+    robust: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """AdaGN: the gain that gives each tensor the norm ``m_hat / (sqrt(v_hat) + eps)`` of its norm's history.
 
     All are ``[k]``: the norm of this gradient, the running mean m of the norm, ``norm_rms`` = sqrt(v), the root of the
     running mean of the squared norm, and the number of updates. Returns the gain, m and ``norm_rms``. The gain is 0 for
     a gradient that is zero, or whose norm is below the smallest normal number, which no gain could bring back.
+    ``robust``: see `robust_input`.
     """
     # Paper: mu_t = gamma1 mu_{t-1} + (1 - gamma1) ||g_t||,   nu_t = gamma2 nu_{t-1} + (1 - gamma2) ||g_t||^2,
     #        g_t <- g_t / ||g_t|| * mu_hat / (sqrt(nu_hat) + eps),   both corrected by 1 - gamma^n.
     # sqrt(nu) is kept, because nu itself overflows where the norm does not, and hypot takes the root of the sum of
     # squares without forming them.
-    norm_ema = gamma1 * norm_ema + (1 - gamma1) * norm  # [k]
-    norm_rms = torch.hypot(math.sqrt(gamma2) * norm_rms, math.sqrt(1 - gamma2) * norm)
+    entering = robust_input(norm, norm_ema, n, gamma1) if robust else norm  # [k]
+    norm_ema = gamma1 * norm_ema + (1 - gamma1) * entering  # [k]
+    norm_rms = torch.hypot(math.sqrt(gamma2) * norm_rms, math.sqrt(1 - gamma2) * entering)
     span = torch.finfo(norm.dtype)
     # Hazard: rounding may take the largest norms out of range, and Inf / Inf would be NaN.
     mean = (norm_ema / bias_correction(gamma1, n)).clamp(max=span.max)

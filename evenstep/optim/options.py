@@ -98,6 +98,7 @@ RANGES: dict[str, Range] = {
     "variant": _choice("paper", "official"),
     "maximize": BOOL,
     "capturable": BOOL,
+    "robust": BOOL,
     "rounding": _choice("nearest", "stochastic", "kahan"),
     "state": _choice("fp32", "bf16", "int8"),
     # Transforms
@@ -188,6 +189,7 @@ STABLE_SPAM = (
     Option("eta_min", 0.5, "where that schedule ends", "published code"),
     Option("reset_interval", 1000, "steps between moment resets, 0 for never", "paper", ("update_proj_gap", "DeltaT")),
     VARIANT,
+    Option("robust", False, "running means that one spike cannot move far; not in the paper"),
     *COMMON,
 )
 

@@ -28,16 +28,28 @@ def write_kahan(p: Tensor, exact: Tensor, lost: Tensor, accepted: Tensor) -> Non
     lost.copy_((exact - p.to(exact.dtype)).addcmul_(lost.to(exact.dtype), 1 - accepted))
 
 
-def noise_seeds(t: Tensor, places: list[tuple[int, int]], device: torch.device | None = None) -> list[Tensor]:
+def noise_seeds(
+    t: Tensor,
+    places: list[tuple[int, int]],
+    device: torch.device | None = None,
+    starts: list[int] | None = None,
+) -> list[Tensor]:
     """A 0-d int32 seed for each tensor on ``device`` (default: that of ``t``), from the step ``t`` (0-d) and the place
     of the tensor (number of its group, number in the group).
+
+    ``starts`` are the numbers of the first entries of shards in their whole tensors. An entry of a shard of whole rows
+    then has the noise that it has in the whole tensor, on any number of processes.
 
     The seeds are the same after a resume and on all replicas, and no random state is read or changed.
     """
     step = _mixed(t.to(torch.int32) * _GOLDEN)
     # A prime above any usual group size keeps the numbers of (group, index) apart.
     tensor = constant([(place * 1_000_003 + index) % 2**31 for place, index in places], torch.int32, device or t.device)
-    return list((tensor ^ step).unbind())
+    seeds = tensor ^ step
+    if starts is not None:  # the noise of entry i is a hash of i * _GOLDEN + seed
+        shifts = [(start * _GOLDEN + 2**31) % 2**32 - 2**31 for start in starts]  # as int32 arithmetic wraps around
+        seeds = seeds + constant(shifts, torch.int32, seeds.device)
+    return list(seeds.unbind())
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -44,6 +44,9 @@ class StableSPAM(EvenOptimizer):
         variant: ``"paper"`` (default), or ``"official"`` for the published code's trajectory step by step: one counter
             for statistics and moments, which after a reset inflates AdaClip's limit; the reset step still uses the old
             moments; the schedule is periodic.
+        robust: from the 11th update on, a value enters the running means of AdaClip and AdaGN as at most twice the
+            bias-corrected mean, or as much as raises it by a tenth. A spike then does not shrink the steps after it.
+            Default False (the paper).
         maximize: ascend instead of descend. Default False.
         capturable: keep the clock on the device, so that the step can be captured in a CUDA graph. Default False.
         rounding: how results enter 16-bit parameters: ``"nearest"`` (default), ``"stochastic"`` or ``"kahan"`` (2 more
@@ -98,6 +101,7 @@ class StableSPAM(EvenOptimizer):
         reset_interval: int = 1000,
         *,
         variant: str = "paper",
+        robust: bool = False,
         maximize: bool = False,
         capturable: bool = False,
         rounding: str = "nearest",
@@ -124,11 +128,13 @@ class StableSPAM(EvenOptimizer):
 
         # AdaClip: T <- gamma3 T + (1 - gamma3) max|g|; entries above T / (1 - gamma3^n) are scaled down to it.
         grads = yield self.gradients(group, bucket)  # all-reduce: the largest entry of each whole tensor
-        grads, peak = F.adaclip(grads, peak, n, group["gamma3"])
+        grads, peak = F.adaclip(grads, peak, n, group["gamma3"], group["robust"])
 
         # AdaGN: g <- g / ||g|| * mu_hat / (sqrt(nu_hat) + eps), with ||g|| after AdaClip.
         grads = (yield grads.with_norms()).within_range()  # all-reduce: the norm after clipping
-        gain, norm, norm_rms = F.adagn(grads.norm, norm, norm_rms, n, gamma1, group["gamma2"], group["eps"])
+        gain, norm, norm_rms = F.adagn(
+            grads.norm, norm, norm_rms, n, gamma1, group["gamma2"], group["eps"], group["robust"]
+        )
         grads = grads.amplified(gain)
 
         # MoRet: on a reset step m = v = 0 before this gradient enters. The published code clears them after the update
@@ -171,6 +177,7 @@ class StableSPAM(EvenOptimizer):
             gamma1=gamma1,
             gamma2=group["gamma2"],
             gamma3=group["gamma3"],
+            robust=float(group["robust"]),
             one_counter=official,
         )
         tensors = self.step_tensors(group, bucket, "age", "peak", "norm", "norm_rms", "n")

@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from evenstep.kernels.interface import constant, is_coded, uploaded
-from evenstep.optim.distributed import Bucket, local, num_shards, refuse_flat_shard, shard_like, state_dtype
+from evenstep.optim.distributed import (
+    Bucket,
+    first_entry,
+    local,
+    num_shards,
+    refuse_flat_shard,
+    shard_like,
+    state_dtype,
+)
 from evenstep.optim.functional import opened
 from evenstep.optim.rounding import noise_seeds
 
@@ -138,7 +146,8 @@ def rounding(group: Group, bucket: Bucket) -> tuple[list[Tensor | None], list[Te
         lost = [local(state["compensation"]) if "compensation" in state else None for state in bucket.states]
     elif group["rounding"] == "stochastic":
         # One tensor of k seeds, made of step and place; unbound into 0-d views.
-        seeds[:] = noise_seeds(torch.as_tensor(group["t"]), group["places"], bucket.shards[0].device)
+        starts = [first_entry(p) for p in bucket.params] if bucket.layout.cuts else None
+        seeds[:] = noise_seeds(torch.as_tensor(group["t"]), group["places"], bucket.shards[0].device, starts)
     return lost, seeds
 
 

@@ -121,9 +121,11 @@ class AdaClip(Transform):
 
     Args:
         gamma3: decay of the running mean, in [0, 1). Default 0.999 (paper).
+        robust: from the 11th update on, the largest entry enters T as at most twice the limit so far, or as much as
+            raises the limit by a tenth. Default False (paper).
 
     Raises:
-        ValueError: ``gamma3`` is out of range.
+        ValueError: an option is out of range.
 
     Example:
         >>> import torch
@@ -139,18 +141,18 @@ class AdaClip(Transform):
 
     name = "adaclip"
     scalars = ("peak", "n")
-    options = ("gamma3",)
+    options = ("gamma3", "robust")
 
-    def __init__(self, gamma3: float = 0.999):
-        check(type(self).__name__, gamma3=gamma3)  # with the name of a subclass, if it is one
-        self.gamma3 = gamma3
+    def __init__(self, gamma3: float = 0.999, robust: bool = False):
+        check(type(self).__name__, gamma3=gamma3, robust=robust)  # with the name of a subclass, if it is one
+        self.gamma3, self.robust = gamma3, robust
 
     def __call__(self, grads: Gradients, state: Statistics, step: StepInfo) -> Result:
         # T_t = gamma3 T_{t-1} + (1 - gamma3) max|g_t|; entries above T_t / (1 - gamma3^n) are scaled down to it.
         n = state["n"] + 1  # [k]
         if grads.limit is not None:  # clipped already, and `Gradients` has one limit: go on from the clipped entries
             grads = yield from grads.replaced([grads.read(i) for i in range(len(grads.tensors))])
-        grads, peak = adaclip(grads, state["peak"], n, self.gamma3)
+        grads, peak = adaclip(grads, state["peak"], n, self.gamma3, self.robust)
         return grads, {"peak": peak, "n": n}
 
 
@@ -170,6 +172,8 @@ class AdaGN(Transform):
         gamma1: decay of the mean of the norm, in [0, 1). Default 0.7 (paper, 4-bit; 0.85 for BF16).
         gamma2: decay of the mean square of the norm, in [0, 1). Default 0.9 (paper, 4-bit; 0.99999 for BF16).
         eps: added to the root, at least 0. Default 1e-8 (official code).
+        robust: from the 11th update on, a norm enters both means as at most twice mu_hat, or as much as raises mu_hat
+            by a tenth. A spike then does not shrink the steps after it. Default False (paper).
 
     Raises:
         ValueError: a value is out of range.
@@ -187,18 +191,20 @@ class AdaGN(Transform):
 
     name = "adagn"
     scalars = ("norm", "norm_rms", "n")
-    options = ("gamma1", "gamma2", "eps")
+    options = ("gamma1", "gamma2", "eps", "robust")
 
-    def __init__(self, gamma1: float = 0.7, gamma2: float = 0.9, eps: float = 1e-8):
-        check(type(self).__name__, gamma1=gamma1, gamma2=gamma2, eps=eps)
-        self.gamma1, self.gamma2, self.eps = gamma1, gamma2, eps
+    def __init__(self, gamma1: float = 0.7, gamma2: float = 0.9, eps: float = 1e-8, robust: bool = False):
+        check(type(self).__name__, gamma1=gamma1, gamma2=gamma2, eps=eps, robust=robust)
+        self.gamma1, self.gamma2, self.eps, self.robust = gamma1, gamma2, eps, robust
 
     def __call__(self, grads: Gradients, state: Statistics, step: StepInfo) -> Result:
         n = state["n"] + 1  # [k]
         grads = (yield from grads.with_norms()).within_range()  # all-reduce: the norms of whole tensors
         # mu_t = gamma1 mu_{t-1} + (1 - gamma1) ||g_t||, nu_t = gamma2 nu_{t-1} + (1 - gamma2) ||g_t||^2;
         # gain = mu_hat / (sqrt(nu_hat) + eps) / ||g_t||, [k]. sqrt(nu) is kept, see `adagn`.
-        gain, ema, rms = adagn(grads.norm, state["norm"], state["norm_rms"], n, self.gamma1, self.gamma2, self.eps)
+        gain, ema, rms = adagn(
+            grads.norm, state["norm"], state["norm_rms"], n, self.gamma1, self.gamma2, self.eps, self.robust
+        )
         return grads.amplified(gain), {"norm": ema, "norm_rms": rms, "n": n}
 
 
@@ -220,8 +226,8 @@ class GradientStabilizer(AdaGN):
 
     name = "gradient_stabilizer"
 
-    def __init__(self, gamma1: float = 0.6, gamma2: float = 0.999, eps: float = 0.0):
-        super().__init__(gamma1, gamma2, eps)
+    def __init__(self, gamma1: float = 0.6, gamma2: float = 0.999, eps: float = 0.0, robust: bool = False):
+        super().__init__(gamma1, gamma2, eps, robust)
 
 
 class SpikeClip(Transform):

@@ -87,9 +87,9 @@ class SpikeGuard:
         budget: actions in all (default 20). When they are spent, the last action of the ladder serves if it is
             ``"stop"``; otherwise finite spikes are taken as they come and those that are not finite are skipped.
         lr_factor, lr_steps: what ``"lower_lr"`` multiplies the rates by, and for how many steps (default 0.1, 20).
-        snapshot_every, snapshots: steps between snapshots and how many are kept (default 100 and 2), for
-            ``"rewind"``; the first is taken after the first step. Each takes as much host memory as the model and the
-            optimizer's state on the device. Where there is none yet, a bad step is skipped.
+        snapshot_every: steps between snapshots for ``"rewind"`` (default 100); the first is taken after the first
+            step. The newest is kept. It takes as much host memory as the model and the optimizer's state on the device,
+            and twice that while it is replaced. Where there is none yet, a bad step is skipped.
         check_every: steps between two reads of the device for a ladder without ``"skip"`` (default 10).
         data: data loaders that go back with a rewind: objects with ``state_dict()`` and ``load_state_dict()`` whose
             state, when `step` is called, is the position after this step's rows.
@@ -127,7 +127,6 @@ class SpikeGuard:
         lr_factor: float = 0.1,
         lr_steps: int = 20,
         snapshot_every: int = 100,
-        snapshots: int = 2,
         check_every: int = 10,
         data: Iterable[Any] = (),
         schedulers: Iterable[Any] = (),
@@ -142,7 +141,7 @@ class SpikeGuard:
         _check("lr_factor", lr_factor, above=0.0, below=1.0)
         counts = {
             "window": window, "min_history": min_history, "skips": skips, "patience": patience, "budget": budget,
-            "lr_steps": lr_steps, "snapshot_every": snapshot_every, "snapshots": snapshots, "check_every": check_every,
+            "lr_steps": lr_steps, "snapshot_every": snapshot_every, "check_every": check_every,
         }  # fmt: skip
         for name, value in counts.items():
             _check_count(name, value)
@@ -166,7 +165,7 @@ class SpikeGuard:
         self._rises = np.array([loss_rise, math.log(norm_ratio), *[math.log(3.0 * norm_ratio)] * k])
         self._baseline = _Baseline(2 + k, window, min_history)
         self._waiting: list[tuple[int, Hashable, Tensor]] = []  # steps not judged yet: step, rows, numbers [2 + k]
-        self._snapshots: deque[tuple[Snapshot, dict[str, Any]]] = deque(maxlen=snapshots)
+        self._snapshot: tuple[Snapshot, dict[str, Any]] | None = None  # with the state of the baseline
         self._rung = 0
         self._uses = 0  # of the action at this rung, since it was reached
         self._calm = 0  # steps since the last bad one
@@ -191,17 +190,17 @@ class SpikeGuard:
         """
         if self.stopped:
             return False
-        if self._snapshots and not self._snapshots[-1][0].is_complete:
-            self._snapshots[-1][0].complete(self.schedulers)
+        if self._snapshot is not None and not self._snapshot[0].is_complete:
+            self._snapshot[0].complete(self.schedulers)
         self._waiting.append((self.num_steps, rows, self._numbers(loss)))
         rewinds = "rewind" in self.ladder
-        due = len(self._waiting) >= self.check_every or (rewinds and not self._snapshots)
+        due = len(self._waiting) >= self.check_every or (rewinds and self._snapshot is None)
         if due and not self._judge():
             return False
         with self._learning_rates():
             (take or self.optimizer.step)()
         self.num_steps += 1
-        if rewinds and (not self._snapshots or self.num_steps % self.snapshot_every == 0):
+        if rewinds and (self._snapshot is None or self.num_steps % self.snapshot_every == 0):
             self.flush()  # a snapshot of an unjudged state could hold the damage
             if not self._bad and not self.stopped:
                 self._take_snapshot()
@@ -323,7 +322,7 @@ class SpikeGuard:
             return "stop" if self.ladder[-1] == "stop" else None
         while self._uses >= self._allowed(self.ladder[self._rung]) and self._rung + 1 < len(self.ladder):
             self._rung, self._uses = self._rung + 1, 0
-        if self.ladder[self._rung] == "rewind" and not self._snapshots:
+        if self.ladder[self._rung] == "rewind" and self._snapshot is None:
             return "skip"
         self._uses += 1
         self._actions += 1
@@ -333,11 +332,12 @@ class SpikeGuard:
         return self.skips if action == "skip" else 1
 
     def _rewind(self) -> int:
-        """Go back to the newest snapshot, and return its step. It is older than the first bad step: none is taken while
-        the ladder remembers a bad one."""
+        """Go back to the snapshot, and return its step. It is older than the first bad step: none is taken while the
+        ladder remembers a bad one."""
         self.excluded |= {rows for _, rows in self._bad if rows is not None}
         self._bad = []
-        snapshot, baseline = self._snapshots[-1]
+        assert self._snapshot is not None
+        snapshot, baseline = self._snapshot
         snapshot.restore()
         self._baseline.load(baseline)
         self.num_steps = snapshot.step
@@ -345,7 +345,7 @@ class SpikeGuard:
 
     def _take_snapshot(self) -> None:
         taken = Snapshot(self.num_steps, self.model, self.optimizer, self.data)
-        self._snapshots.append((taken, self._baseline.state()))
+        self._snapshot = taken, self._baseline.state()
 
     @contextlib.contextmanager
     def _learning_rates(self) -> Iterator[None]:
@@ -385,7 +385,7 @@ class SpikeGuard:
         self._bad = [tuple(one) for one in state["bad"]]
         self.stopped = state["stopped"]
         self._waiting = []
-        self._snapshots.clear()
+        self._snapshot = None
 
 
 class _Baseline:

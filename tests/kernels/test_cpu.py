@@ -41,6 +41,7 @@ OPTIMIZERS = {
     "stable_spam official": lambda params, fused, **how: StableSPAM(
         params, reset_interval=3, variant="official", fused=fused, **how
     ),
+    "stable_spam robust": lambda params, fused, **how: StableSPAM(params, robust=True, fused=fused, **how),
     "stable_spam cosine": lambda params, fused, **how: StableSPAM(params, total_steps=5, fused=fused, **how),
     "spam": lambda params, fused, **how: SPAM(
         params, reset_interval=3, clip_start=0, threshold=2.0, warmup_steps=1, fused=fused, **how
@@ -57,8 +58,10 @@ OPTIMIZERS = {
 }
 
 
-def trained(name, fused, shapes, dtype, scales, broken, steps=5, seed=0, **how):
+def trained(name, fused, shapes, dtype, scales, broken, steps=None, seed=0, **how):
     """Parameters, and the optimizer, after some steps; ``broken`` is (step, tensor, value) of one bad entry."""
+    if steps is None:  # robust statistics bound what enters them from the 11th update on
+        steps = 14 if "robust" in name else 5
     generator = torch.Generator().manual_seed(seed)
     params = [torch.nn.Parameter(gradient(shape, dtype, 0.5, generator)) for shape in shapes]
     optimizer = OPTIMIZERS[name](params, fused, lr=1e-2, **how)

@@ -60,6 +60,8 @@ STABLE = [
     {"reset_interval": 0, "weight_decay": 0.1},
     {"total_steps": 20, "eta_min": 0.3, "reset_interval": 11},
     {"gamma1": 0.85, "gamma2": 0.99999, "gamma3": 0.9, "betas": (0.0, 0.95), "eps": 1e-5},
+    {"robust": True, "reset_interval": 13, "total_steps": 25},
+    {"robust": True, "gamma1": 0.85, "gamma2": 0.99999, "gamma3": 0.9},
 ]
 
 

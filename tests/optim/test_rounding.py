@@ -96,6 +96,14 @@ def test_noise_does_not_depend_on_the_pieces():
     assert torch.equal(whole, torch.cat(parts))
 
 
+@pytest.mark.parametrize("start", [0, 7, 2**31 - 5, 2**33 + 1])
+def test_a_shard_has_the_noise_of_its_entries_in_the_whole_tensor(start):
+    x = torch.randn(1000)
+    [whole], [shard] = (noise_seeds(torch.tensor(3.0), [(1, 2)], starts=starts) for starts in ([start], [start + 300]))
+    expected = stochastically_rounded(x, torch.bfloat16, whole)[300:]
+    assert torch.equal(stochastically_rounded(x[300:], torch.bfloat16, shard), expected)
+
+
 def test_not_finite_stays_as_it_is():
     [seed] = noise_seeds(torch.tensor(3.0), [(0, 0)])
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])

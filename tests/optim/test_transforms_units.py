@@ -108,10 +108,11 @@ def test_spike_clip_with_a_reset_before_adam_is_spam():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_adaclip_and_adagn_before_adam_are_stable_spam():
+@pytest.mark.parametrize("robust", [False, True])
+def test_adaclip_and_adagn_before_adam_are_stable_spam(robust):
     ours, theirs = parameters(), parameters()
-    chain = stabilize(torch.optim.Adam(ours, lr=0.01), AdaClip(), AdaGN(), MomentumReset(9))
-    stable = evenstep.StableSPAM(theirs, lr=0.01, reset_interval=9)
+    chain = stabilize(torch.optim.Adam(ours, lr=0.01), AdaClip(robust=robust), AdaGN(robust=robust), MomentumReset(9))
+    stable = evenstep.StableSPAM(theirs, lr=0.01, reset_interval=9, robust=robust)
     for raw in gradients(40):
         for side, optimizer in ((ours, chain), (theirs, stable)):
             for p, g in zip(side, raw, strict=True):
@@ -237,4 +238,4 @@ def test_wrong_options_are_refused():
 def test_units_say_what_they_are():
     assert repr(NormClip()) == "NormClip(max_norm=1.0)"
     assert repr(SkipStep()) == "SkipStep(window=128, sigma=6.0, watch='norm')"
-    assert repr(GradientStabilizer()) == "GradientStabilizer(gamma1=0.6, gamma2=0.999, eps=0.0)"
+    assert repr(GradientStabilizer()) == "GradientStabilizer(gamma1=0.6, gamma2=0.999, eps=0.0, robust=False)"

@@ -578,6 +578,7 @@ def draw_case(seed: int) -> Case:
     if optimizer == "StableSPAM":
         if chance(0.4):
             options |= pick([{"gamma1": 0.85, "gamma2": 0.99999}, {"gamma1": 0.0, "gamma2": 0.5, "gamma3": 0.9}])
+            options |= pick([{}, {"robust": True}])
         if chance(0.3):
             options["total_steps"] = draw.randint(3, 12)
     if optimizer == "SPAM":

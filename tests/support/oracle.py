@@ -28,6 +28,7 @@ class StableSPAM:
     eta_min: float = 0.5
     reset_interval: int = 1000
     variant: str = "paper"
+    robust: bool = False
     t: int = 0
     n: int = 0
     age: int = 0
@@ -61,14 +62,16 @@ class StableSPAM:
         self.p = self.p * (1 - self.lr * self.weight_decay)
         # AdaClip
         gmax = np.abs(g).max()
-        self.peak = self.gamma3 * self.peak + (1 - self.gamma3) * gmax
+        entering = self._entering(gmax, self.peak, self.gamma3)
+        self.peak = self.gamma3 * self.peak + (1 - self.gamma3) * entering
         limit = self.peak / (1 - self.gamma3**self.n)
         over = np.abs(g) > limit
         g = np.where(over, g / max(gmax, 1e-300) * limit, g)
         # AdaGN
         r = float(np.sqrt((g * g).sum()))
-        self.mu = g1 * self.mu + (1 - g1) * r
-        self.nu = self.gamma2 * self.nu + (1 - self.gamma2) * r * r
+        entering = self._entering(r, self.mu, g1)
+        self.mu = g1 * self.mu + (1 - g1) * entering
+        self.nu = self.gamma2 * self.nu + (1 - self.gamma2) * entering**2
         mu_hat, nu_hat = self.mu / (1 - g1**self.n), self.nu / (1 - self.gamma2**self.n)
         if r > 0:
             g = g / r * mu_hat / (math.sqrt(nu_hat) + self.eps)
@@ -90,6 +93,12 @@ class StableSPAM:
             self._adam(g, b1, b2, self.n)
             if reset:
                 self.m, self.v = self.m * 0, self.v * 0
+
+    def _entering(self, x, mean, gamma):
+        if not self.robust or self.n <= 10 or mean == 0:
+            return x
+        share = (1 - gamma) / (1 - gamma**self.n)  # of the newest value in the corrected mean
+        return min(x, max(2.0, 1 + 0.1 / share) * mean / (1 - gamma ** (self.n - 1)))
 
     def _adam(self, g, b1, b2, age):
         self.m = b1 * self.m + (1 - b1) * g

@@ -93,6 +93,14 @@ def test_a_calm_training_is_left_alone(seed):
     assert not training.guard.events and training.taken == [*range(400)]
 
 
+def test_many_spikes_do_not_make_the_next_one_usual():
+    """A spike enters the window at the limit that it exceeded. At its own size, eleven in a window of twenty would be
+    its median, and nothing would be judged large after them."""
+    bad = range(40, 53)
+    training = Training(bad=bad, ladder=("skip",), window=20, budget=50).run(60)
+    assert actions(training) == [(step, "skip") for step in bad]
+
+
 @pytest.mark.parametrize("harm", ["scale", "nan", "inf"])
 def test_a_bad_step_is_skipped_and_named(harm):
     training = Training(bad=[40], harm=harm).run(40)
@@ -285,7 +293,7 @@ def test_another_way_to_take_the_step_is_used():
         ({"ladder": ("skip", "skip")}, "give each action once"),
         ({"sigma": 0}, "sigma=0"), ({"sigma": math.nan}, "sigma=nan"), ({"norm_ratio": 1.0}, "norm_ratio=1.0"),
         ({"lr_factor": 1.0}, "lr_factor=1.0"), ({"budget": 0}, "budget=0"), ({"window": 2.5}, "window=2.5"),
-        ({"snapshots": True}, "snapshots=True"), ({"min_history": 200}, "min_history=200 exceeds window=100"),
+        ({"snapshot_every": True}, "snapshot_every=True"), ({"min_history": 200}, "min_history=200 exceeds window=100"),
         ({"loss_rise": "x"}, "loss_rise='x'"),
     ],
 )  # fmt: skip
