@@ -97,7 +97,7 @@ def stabilize(
         >>> w.grad, optimizer.stats["norm_after"].round()  # AdamW has seen a gradient of norm 1
         (tensor([3., 4.]), tensor([1.]))
         >>> optimizer
-        stabilize(AdaClip(gamma3=0.999), AdaGN(gamma1=0.7, gamma2=0.9, eps=1e-08), reset_interval=1000) of AdamW (...
+        stabilize(AdaClip(gamma3=0.999, robust=False), AdaGN(gamma1=0.7, gamma2=0.9, eps=1e-08, robust=False), ...
     """
     return Stabilized(optimizer, transforms, reset_interval, moments, nonfinite, fused)
 
