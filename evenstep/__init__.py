@@ -24,6 +24,7 @@ _HOME = {
     "SkipStep": "evenstep.optim",
     "NormClip": "evenstep.optim",
     "MomentumReset": "evenstep.optim",
+    "AdaGC": "evenstep.optim",
     "AutoClip": "evenstep.optim",
     "AGC": "evenstep.optim",
     "SpikeGuard": "evenstep.telemetry.guard",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from evenstep.optim import SCALE as SCALE
     from evenstep.optim import SPAM as SPAM
     from evenstep.optim import AdaClip as AdaClip
+    from evenstep.optim import AdaGC as AdaGC
     from evenstep.optim import AdaGN as AdaGN
     from evenstep.optim import AutoClip as AutoClip
     from evenstep.optim import GradientStabilizer as GradientStabilizer

@@ -28,6 +28,7 @@ TRANSFORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "nullify": ("SpikeClip", {"spikes": "zero"}),
     "agc": ("AGC", {}),
     "zclip": ("ZClip", {}),
+    "adagc": ("AdaGC", {}),
     "autoclip": ("AutoClip", {}),
     "skip_step": ("SkipStep", {}),
 }

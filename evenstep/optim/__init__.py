@@ -16,7 +16,7 @@ _MODULES = {
     "stabilize": ("Stabilized", "stabilize"),
     "stable_spam": ("StableSPAM",),
     "transforms": (
-        *("AGC", "AdaClip", "AdaGN", "AutoClip", "GradientStabilizer", "MomentumReset"),
+        *("AGC", "AdaClip", "AdaGC", "AdaGN", "AutoClip", "GradientStabilizer", "MomentumReset"),
         *("NormClip", "SkipStep", "SpikeClip", "ValueClip", "ZClip"),
     ),
 }
@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # type checkers and editors do not follow __getattr__
     from evenstep.optim.stable_spam import StableSPAM as StableSPAM
     from evenstep.optim.transforms import AGC as AGC
     from evenstep.optim.transforms import AdaClip as AdaClip
+    from evenstep.optim.transforms import AdaGC as AdaGC
     from evenstep.optim.transforms import AdaGN as AdaGN
     from evenstep.optim.transforms import AutoClip as AutoClip
     from evenstep.optim.transforms import GradientStabilizer as GradientStabilizer

@@ -102,8 +102,10 @@ RANGES: dict[str, Range] = {
     "rounding": _choice("nearest", "stochastic", "kahan"),
     "state": _choice("fp32", "bf16", "int8"),
     # Transforms
+    "beta": FRACTION,
     "beta2": FRACTION,
     "alpha": FRACTION,
+    "ratio": ABOVE_0,
     "limit": ABOVE_0,
     "max_norm": ABOVE_0,
     "clipping": ABOVE_0,

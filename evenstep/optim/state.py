@@ -231,9 +231,11 @@ def in_param_order(groups: list[Group], measured: list[tuple[list[Tensor], dict[
 
     ``measured`` has the parameters of each bucket with their statistics ``[k]``. Nothing waits for a device.
     """
+    if not measured:  # no parameter has a gradient, or none is left in the groups
+        return {}
     params = [p for group in groups for p in group["params"]]
     measured_params = [p for bucket, _ in measured for p in bucket]
-    names = list(measured[0][1]) if measured else []
+    names = list(measured[0][1])
     # Usually the buckets hold all parameters in order, and their vectors are concatenated.
     complete = len(measured_params) == len(params) and all(list(numbers) == names for _, numbers in measured)
     if complete and all(p is q for p, q in zip(measured_params, params, strict=True)):

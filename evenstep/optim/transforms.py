@@ -519,6 +519,63 @@ class ZClip(Transform):
         return limited(grads, norm, kept), new
 
 
+class AdaGC(Transform):
+    """Clip the norm of each tensor to a multiple of its own running mean (AdaGC, arXiv:2502.11034, section 4).
+
+    A norm above ``ratio`` times gamma, the running mean of the tensor's clipped norms, is scaled down to that. During
+    the first ``warmup_steps`` updates the global norm is clipped to ``max_norm`` instead, and gamma is the smallest
+    clipped norm so far. A spike therefore enters gamma as ``ratio`` times gamma at most. Statistics, 0-d per tensor:
+    ``mean`` (gamma) and ``n`` (updates). A tensor without a norm above 0 so far is not clipped.
+
+    Args:
+        ratio: lambda_rel, above 0. Default 1.05 (paper).
+        beta: decay of gamma, in [0, 1). Default 0.98 (paper).
+        max_norm: lambda_abs, above 0. Default 1.0 (paper).
+        warmup_steps: Default 100 (paper).
+
+    Raises:
+        ValueError: a value is out of range.
+
+    Example:
+        >>> import torch
+        >>> from evenstep import AdaGC, stabilize
+        >>> w = torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = stabilize(torch.optim.SGD([w], lr=1.0), AdaGC(warmup_steps=2, max_norm=10.0))
+        >>> for g in (3.0, 2.0, 1000.0):
+        ...     w.grad = torch.tensor([g])
+        ...     optimizer.step()
+        >>> optimizer.stats["norm_after"].round(decimals=2)  # 1.05 times the smaller of the first two norms
+        tensor([2.1000])
+    """
+
+    name = "adagc"
+    scalars = ("mean", "n")
+    options = ("ratio", "beta", "max_norm", "warmup_steps")
+    whole_model = True
+
+    def __init__(self, ratio: float = 1.05, beta: float = 0.98, max_norm: float = 1.0, warmup_steps: int = 100):
+        check(type(self).__name__, ratio=ratio, beta=beta, max_norm=max_norm, warmup_steps=warmup_steps)
+        self.ratio, self.beta, self.max_norm, self.warmup_steps = ratio, beta, max_norm, warmup_steps
+
+    def __call__(self, grads: Gradients, state: Statistics, step: StepInfo) -> Result:
+        grads, whole, _ = yield from global_norm(grads)  # whole: 0-d
+        mean, n = state["mean"], state["n"] + 1  # [k] each
+        norm, known, warm = grads.norm, mean > 0, n <= self.warmup_steps  # [k] each
+        # Warm-up: h = min(1, lambda_abs / ||g||), the norm of all gradients. Later: h_i = min(1, lambda_rel gamma_i /
+        # ||g_i||).
+        shared = torch.where(whole > self.max_norm, self.max_norm / whole, 1.0).to(grads.dtype)
+        limit = self.ratio * mean
+        own = torch.where(known & (norm > limit), limit / norm, 1.0)
+        gain = torch.where(warm, shared, own)
+        # Warm-up: gamma = min(gamma, ||h g||). Later: gamma = beta gamma + (1 - beta) ||h g||. The first norm above 0
+        # starts it: a gamma of 0 would make every later gradient 0.
+        kept = norm * gain
+        smallest = torch.where(kept > 0, torch.minimum(mean, kept), mean)
+        later = self.beta * mean + (1 - self.beta) * kept
+        new = torch.where(known, torch.where(warm, smallest, later), kept)
+        return grads.amplified(gain), {"mean": new, "n": n}
+
+
 class AutoClip(Transform):
     """Clip the global norm to a percentile of its own history, this step included (arXiv:2007.14469).
 

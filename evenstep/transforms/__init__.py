@@ -3,6 +3,7 @@
 from evenstep.optim.transforms import (
     AGC,
     AdaClip,
+    AdaGC,
     AdaGN,
     AutoClip,
     GradientStabilizer,
@@ -20,6 +21,7 @@ from evenstep.optim.transforms import (
 __all__ = [
     "AGC",
     "AdaClip",
+    "AdaGC",
     "AdaGN",
     "AutoClip",
     "GradientStabilizer",

@@ -11,6 +11,7 @@ from evenstep import (
     SCALE,
     SPAM,
     AdaClip,
+    AdaGC,
     AdaGN,
     AutoClip,
     GradientStabilizer,
@@ -45,7 +46,7 @@ def behind(unit):
 MAKES = {
     "stable_spam": lambda params, fused: StableSPAM(params, fused=fused),
     "adagn": behind(AdaGN), "gradient_stabilizer": behind(GradientStabilizer), "norm_clip": behind(NormClip),
-    "zclip": behind(ZClip), "autoclip": behind(AutoClip), "skip_step": behind(SkipStep),
+    "zclip": behind(ZClip), "adagc": behind(AdaGC), "autoclip": behind(AutoClip), "skip_step": behind(SkipStep),
 }  # fmt: skip
 
 
@@ -169,7 +170,8 @@ def test_fp64_parameters_have_the_range_of_what_is_stored(name, state):
 UNITS = {
     "adaclip": AdaClip, "adagn": AdaGN, "gradient_stabilizer": GradientStabilizer, "norm_clip": NormClip,
     "spike_clip": lambda: SpikeClip(clip_start=0), "spike_zero": lambda: SpikeClip(clip_start=0, spikes="zero"),
-    "zclip": lambda: ZClip(warmup_steps=2), "autoclip": AutoClip, "skip_step": lambda: SkipStep(window=4),
+    "zclip": lambda: ZClip(warmup_steps=2), "adagc": lambda: AdaGC(warmup_steps=2),
+    "autoclip": AutoClip, "skip_step": lambda: SkipStep(window=4),
     "value_clip": ValueClip, "agc": AGC,
 }  # fmt: skip
 LARGEST = torch.finfo(torch.float32).max

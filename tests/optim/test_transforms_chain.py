@@ -12,6 +12,7 @@ import tests.optim.test_sharded as sharded
 from evenstep import (
     AGC,
     AdaClip,
+    AdaGC,
     AdaGN,
     AutoClip,
     GradientStabilizer,
@@ -36,6 +37,7 @@ def all_units():
         AGC(0.1),
         NormClip(0.7),
         ZClip(warmup_steps=4),
+        AdaGC(warmup_steps=3),
         AutoClip(30.0, window=9),
         SkipStep(window=8, sigma=3.0),
         MomentumReset(6),
@@ -46,8 +48,9 @@ QUICK = {
     "zclip": {"warmup_steps": 3},
     "skip_step": {"window": 6, "sigma": 3.0},
     "spike_clip": {"threshold": 3.0, "clip_start": 3},
+    "adagc": {"warmup_steps": 3, "max_norm": 3.0},
 }
-KINDS = [name for name in PAIRS if "_fast" not in name and "_median" not in name]
+KINDS = [name for name in PAIRS if not name.endswith(("_fast", "_median", "_only"))]
 
 
 @pytest.mark.parametrize("first, second", list(itertools.permutations(KINDS, 2)))

@@ -13,6 +13,7 @@ import evenstep
 from evenstep import (
     AGC,
     AdaClip,
+    AdaGC,
     AdaGN,
     AutoClip,
     GradientStabilizer,
@@ -35,6 +36,8 @@ PAIRS = {
     "agc": (AGC, oracle_units.AGC, {}),
     "norm_clip": (NormClip, oracle_units.NormClip, {}),
     "zclip": (ZClip, oracle_units.ZClip, {"warmup_steps": 6}),
+    "adagc": (AdaGC, oracle_units.AdaGC, {"warmup_steps": 5, "max_norm": 3.0}),
+    "adagc_only": (AdaGC, oracle_units.AdaGC, {"warmup_steps": 0, "ratio": 1.5, "beta": 0.5}),
     "autoclip": (AutoClip, oracle_units.AutoClip, {"window": 15}),
     "autoclip_median": (AutoClip, oracle_units.AutoClip, {"percentile": 50.0}),
     "skip_step": (SkipStep, oracle_units.SkipStep, {"window": 12, "sigma": 3.0}),
@@ -205,7 +208,9 @@ def test_a_parameter_without_history_is_not_frozen():
     assert torch.equal(p, -torch.ones(3))
 
 
-@pytest.mark.parametrize("unit", [AdaClip, AdaGN, SpikeClip, ValueClip, AGC, NormClip, ZClip, AutoClip, SkipStep])
+@pytest.mark.parametrize(
+    "unit", [AdaClip, AdaGN, SpikeClip, ValueClip, AGC, NormClip, ZClip, AdaGC, AutoClip, SkipStep]
+)
 def test_extreme_and_zero_gradients_stay_finite(unit):
     params = [torch.nn.Parameter(torch.ones(5, 4)), torch.nn.Parameter(torch.zeros(0, 3))]
     optimizer = stabilize(torch.optim.AdamW(params, lr=0.01), unit())
@@ -226,6 +231,8 @@ def test_wrong_options_are_refused():
         lambda: AGC(clipping=0),
         lambda: NormClip(-1),
         lambda: ZClip(alpha=1),
+        lambda: AdaGC(ratio=0),
+        lambda: AdaGC(beta=1),
         lambda: AutoClip(percentile=101),
         lambda: AutoClip(window=0),
         lambda: SkipStep(watch="gradient"),

@@ -593,7 +593,7 @@ def draw_case(seed: int) -> Case:
             options["adam_lr"] = 2e-3
     if not ours:
         units = ["AdaClip", "AdaGN", "GradientStabilizer", "ValueClip", "AGC", "NormClip", "SpikeClip", "ZClip"]
-        units.append("AutoClip")
+        units += ["AutoClip", "AdaGC"]
         names = draw.sample(units, draw.randint(1, 2))
         if "AdaGN" in names and "GradientStabilizer" in names:
             names.remove("AdaGN")

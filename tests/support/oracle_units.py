@@ -117,6 +117,34 @@ class ZClip:
         return scaled(grads, kept)
 
 
+class AdaGC:
+    def __init__(self, ratio=1.05, beta=0.98, max_norm=1.0, warmup_steps=100):
+        self.ratio, self.beta, self.max_norm, self.warmup, self.n, self.gamma = (
+            ratio,
+            beta,
+            max_norm,
+            warmup_steps,
+            0,
+            {},
+        )
+
+    def __call__(self, grads, params, t):
+        self.n += 1
+        if self.n <= self.warmup:
+            out = scaled(grads, self.max_norm)
+            for i, g in enumerate(out):
+                sizes = [x for x in (self.gamma.get(i, 0.0), norm_of([g])) if x > 0]
+                self.gamma[i] = min(sizes, default=0.0)
+            return out
+        out = []
+        for i, g in enumerate(grads):
+            gamma = self.gamma.get(i, 0.0)
+            g = scaled([g], self.ratio * gamma)[0] if gamma > 0 else g
+            self.gamma[i] = self.beta * gamma + (1 - self.beta) * norm_of([g]) if gamma > 0 else norm_of([g])
+            out.append(g)
+        return out
+
+
 class AutoClip:
     def __init__(self, percentile=10.0, window=1000):
         self.percentile, self.window, self.history = percentile, window, []
