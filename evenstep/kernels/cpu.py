@@ -111,7 +111,8 @@ def threaded() -> bool:
 
 def compiler() -> str:
     """What built the library."""
-    return library().evenstep_compiler().decode()
+    name: bytes = library().evenstep_compiler()
+    return name.decode()
 
 
 # ---- calls ----

@@ -26,7 +26,7 @@ _SCHEMA = "(Tensor x, int width, int[] plan, float top, ScalarType dtype, Tensor
 _known: torch.library.Library | None = None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def ready() -> bool:
     """Whether there is a library with this kernel; registers the operator."""
     return _ready()
@@ -42,9 +42,10 @@ def _ready() -> bool:
             return False
     except (Unavailable, AttributeError):  # an older build lacks the function
         return False
-    _known = torch.library.Library("evenstep", "FRAGMENT")
-    _known.define(f"cpu_fake_quantize{_SCHEMA}")
-    _known.impl("cpu_fake_quantize", _cpu_fake_quantize, "CPU")
+    # The library is kept: torch removes the operator when its library is freed.
+    _known = torch.library.Library("evenstep", "FRAGMENT")  # type: ignore[no-untyped-call, unused-ignore]
+    _known.define(f"cpu_fake_quantize{_SCHEMA}")  # type: ignore[no-untyped-call, unused-ignore]
+    _known.impl("cpu_fake_quantize", _cpu_fake_quantize, "CPU")  # type: ignore[no-untyped-call, unused-ignore]
     torch.library.register_fake("evenstep::cpu_fake_quantize", _meta_cpu_fake_quantize, lib=_known)
     return True
 
