@@ -23,17 +23,17 @@ from evenstep.kernels.interface import PLAIN, STATS, STEP_OPTIONS, Measured, Ste
 
 # ---- the builds of the C++ code: the best one that this processor runs is loaded on first use ----
 
+# Instruction sets, best first: names of torch's `get_cpu_capability` in lower case. setup.py has the compiler's flags.
 BUILDS = ("avx512", "avx2", "default")
-"""Instruction sets, best first."""
 
+# Environment variable that names a build, or "none" for the plain code.
 FORCE = "EVENSTEP_CPU_KERNELS"
-"""Environment variable that names a build, or ``none``."""
 
+# Fields of ``struct Job`` in cpu_threads.h, in that order, 64 bits each.
 JOB = (
     *("size", "rows", "p_type", "g_type", "m_type", "v_type"),
     *("p", "g", "m", "v", "m_scale", "v_scale", "m_map", "v_map", "mask", "trained", "lost", "seed"),
 )
-"""Fields of ``struct Job`` in cpu_threads.h, in that order."""
 
 
 def built() -> list[str]:
@@ -70,6 +70,7 @@ def chosen() -> str:
         raise Unavailable("this installation was built without a C++ compiler; install one and reinstall evenstep")
     candidates = usable()
     if wanted:
+        # Never silently another build: who forces one compares results or speed.
         if wanted not in candidates:
             raise Unavailable(f"{FORCE}={wanted} is set; here are {', '.join(candidates) or 'none'} (and 'none')")
         return wanted
@@ -212,7 +213,7 @@ def call(function: str, jobs: np.ndarray, *arguments: Tensor | np.ndarray | int 
     """Call ``evenstep_{function}(jobs, k, threads, *arguments)`` of the library. Tensors and arrays are passed by
     address, integers as 64 bits, floats as fp32.
     """
-    # Below 2^16 entries, which fit a cache, starting threads costs more than they save.
+    # Below 2^16 entries, which fit a cache, starting threads costs more than they save. Results do not depend on it.
     several = threads() if jobs[:, 0].sum() > 1 << 16 else 1
     getattr(library(), f"evenstep_{function}")(
         ctypes.c_void_p(jobs.ctypes.data),
@@ -222,6 +223,8 @@ def call(function: str, jobs: np.ndarray, *arguments: Tensor | np.ndarray | int 
     )
 
 
+# Hazard: the functions have no declared argument types, so each argument has to have the exact C type of the signature;
+# a plain Python int would be passed with 32 bits.
 def _argument(x: Tensor | np.ndarray | int | float) -> object:
     if isinstance(x, Tensor):
         return ctypes.c_void_p(x.data_ptr())
@@ -288,7 +291,9 @@ class CpuKernels:
         )
 
     def refusal(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
-        for x in (p, g, *states):  # asked for every tensor of every step: the common case first
+        # Asked for every tensor of every step, so the common case comes first; `_reason` repeats it at leisure, and
+        # accepts 8-bit states too.
+        for x in (p, g, *states):
             if type(x) not in PLAIN or x.dtype not in _SERVED or not x.is_contiguous() or not x.is_cpu:
                 return self._reason(p, g, *states)
         return None
@@ -322,6 +327,7 @@ class CpuKernels:
         jobs, moments = _jobs(tensors)
         # Addresses of the 0-d scalars, int64 [k] or [5 k]: the step reads and writes them in place.
         scalars = np.array(list(map(Tensor.data_ptr, tensors.scalars)), dtype=np.int64)
+        # [8, k]: the library has a row for each name in STATS, in that order (cpu_measure.h).
         stats = _empty(len(STATS), len(tensors.params))
         call("step", jobs, _numbers([options.get(name, 0.0) for name in STEP_OPTIONS]), scalars, stats)
         _mark_written(tensors.params, moments, tensors.lost, tensors.scalars)
@@ -345,6 +351,7 @@ class CpuKernels:
         return stats
 
     def measure(self, grads: list[Tensor]) -> Measured:
+        # Results of blocks, in the order of the tensors: `clip_norms` reads them again, with the same division.
         size = library().evenstep_block()
         count = sum(-(-g.numel() // size) for g in grads)
         peak, norm, block_peak, block_squares = *_vectors(grads, 2), _empty(count), _empty(count, dtype=torch.float64)
@@ -355,6 +362,7 @@ class CpuKernels:
         self, grads: list[Tensor], measured: Measured, limit: Tensor, rescale: Tensor
     ) -> tuple[Tensor, Tensor]:
         norm, count = _vectors(grads, 2)
+        # Kept in a variable: an address does not keep a temporary tensor alive.
         limits = limit.float().contiguous(), rescale.float().contiguous()
         call("clip_norms", job_table(grads), *measured.blocks, *limits, norm, count)
         return norm, count

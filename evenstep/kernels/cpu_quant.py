@@ -15,15 +15,15 @@ from torch import Tensor
 from evenstep.kernels.cpu import library, threads
 from evenstep.kernels.interface import Unavailable
 
+# Fields of a format, passed as integers in this order; ``struct QuantPlan`` of cpu_quant.cpp explains them.
 FIELDS = ("group", "integer", "mantissa", "low", "top_exponent", "scale", "rule", "total", "asymmetric", "official",
           "outliers")  # fmt: skip
-"""Fields of a format, passed as integers in this order; ``struct QuantPlan`` of cpu_quant.cpp explains them."""
+# Values of ``scale``, ``rule`` and ``total``; their indices are the enums of cpu_quant.cpp.
 SCALES, RULES, TOTALS = ("fp32", "e8m0", "e4m3"), ("floor", "ceil", "even", "rceil"), ("none", "row", "tensor")
-"""Values of ``scale``, ``rule`` and ``total``; their indices are the enums of cpu_quant.cpp."""
+# Entries of a group that may be kept exactly: the kernel is compiled for each number.
 MOST_OUTLIERS = 4
-"""Entries of a group that may be kept exactly: the kernel is compiled for each number."""
+# Dtypes of the input; the output has the same, or bf16.
 DTYPES = (torch.float32, torch.bfloat16)
-"""Dtypes of the input; the output has the same, or bf16."""
 
 # `after` is not read. A compiler that sees it among the arguments makes that tensor before this call; otherwise it
 # could fuse the two and change the rounding.

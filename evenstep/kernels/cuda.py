@@ -41,8 +41,7 @@ from evenstep.kernels.interface import (
     table,
 )
 
-CODED = 256
-"""Entries per scale of torchao's 8-bit blocks."""
+CODED = 256  # entries per scale of torchao's 8-bit blocks
 FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -169,6 +168,7 @@ class TritonKernels:
             weight_decay_after=o["decay_after"],
         )
         gain, limit, reduced = grads.numbers()
+        # One number per tensor for each row of ADAM_ROWS; `table` repeats those that are the same for all tensors.
         rows: dict[str, Any] = {
             "finite": grads.finite,
             "gain": gain,
@@ -227,6 +227,7 @@ class TritonKernels:
             measured, squares = self._columns(tensors.grads)
             divisors = [F.floored(x.sqrt().float(), n, norm) for x, n in zip(squares, counts, strict=True)]
         grads = F.completed(F.Gradients.measure(tensors.grads, torch.float32, sign, self, measured))
+        # ||x|| / sqrt(count) is the RMS.
         roots = [math.sqrt(max(count, 1)) if norm == "rms" else 1.0 for count in counts]
         rows: dict[str, Any] = {
             "finite": grads.finite,

@@ -167,6 +167,7 @@ def measure(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         partial = _floats(grads[0], 2, plan.chunks)
         for group in plan.groups:
             dtype, fits = group.key
+            # Launches of several groups write to their own columns of `partial`.
             flat.measure_chunks[(group.chunks,)](
                 plan.tensor_of, plan.first_chunk, plan.dims, at, group.first, k, plan.chunks, partial,
                 G=TYPES[dtype], ALIGNED=fits, CHUNK=CHUNK, TILE=TILE, **OPTIONS,
@@ -214,6 +215,7 @@ def adam_(
     """
     with _device_of(numbers):
         k = len(params)
+        # Rows of the table of addresses, in the order that the kernel takes them.
         main = [pointers(params), pointers(grads), pointers(exp_avg), pointers(exp_avg_sq), _pointers(lost, k)]
         # Scales and maps are read entry by entry and need no alignment.
         coded = [*_coded(exp_avg, scales, maps), *_coded(exp_avg_sq, scales_sq, maps_sq)]
@@ -224,7 +226,7 @@ def adam_(
         ]
         plan = Plan.of([chunks_of(n) for n in sizes], keys, [sizes], numbers.device)
         at = addresses([*main, *coded], numbers.device)
-        # The kernel writes rows 1 and 2 only where it clips.
+        # The kernel writes rows 1 and 2 only where it clips, so that other steps do without two more sums.
         partial = _floats(numbers, 3, plan.chunks) if capped else numbers.new_zeros(3, plan.chunks)
         table, noise = numbers.float().contiguous(), _stacked(seeds, numbers)
         for group in plan.groups:
@@ -309,6 +311,7 @@ def columns(grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         device, main = grads[0].device, [pointers(grads)]
         shapes = [(g.shape[0], math.prod(g.shape[1:])) for g in grads]
         lengths = [length for _, length in shapes]
+        # A chunk is a group of COLUMN_ROWS rows by up to COLUMN_TILE columns.
         groups = [-(-rows // COLUMN_ROWS) for rows, _ in shapes]
         widths = [min(triton.next_power_of_2(max(length, 1)), COLUMN_TILE) for length in lengths]
         counts = [group * -(-length // w) for group, length, w in zip(groups, lengths, widths, strict=True)]
@@ -326,6 +329,7 @@ def columns(grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
                 plan.tensor_of, plan.first_chunk, plan.dims, at, group.first, k, plan.chunks, partial, sums,
                 G=TYPES[dtype], ALIGNED=fits, W=w, ROWS=TILE // w, PER=COLUMN_ROWS, **OPTIONS,
             )  # fmt: skip
+        # Added by torch: a reduction of [groups, length], groups being rows / 256.
         of_columns = [
             (part.view(-1, length).sum(0) if part.numel() else sums.new_zeros(length)).view(1, *g.shape[1:])
             for part, length, g in zip(torch.split(sums, parts), lengths, grads, strict=True)
@@ -362,6 +366,7 @@ def _totals(plan: Plan, partial: Tensor, *, maxima: int, norms: int, sums: int) 
     """Results of tensors ``[rows, k]`` from those of chunks ``[rows, chunks]``; maxima come first, then norms, sums."""
     k = plan.first_chunk.numel()
     out = _floats(partial, maxima + norms + sums, k)
+    # One program per tensor. A tensor without chunks gets zeros.
     flat.totals[(k,)](
         plan.first_chunk, plan.chunk_count, partial, plan.chunks, out, k,
         MAXIMA=maxima, NORMS=norms, SUMS=sums, TILE=TILE, **OPTIONS,

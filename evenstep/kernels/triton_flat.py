@@ -127,6 +127,7 @@ def clip_chunks(
         # Counts in fp32 are exact up to 2^24, far above the entries of a chunk.
         count += over.to(tl.float32)
         high, middle, low = add_squares(tl.where(over, x * rescale, x), high, middle, low)
+    # Chunks that were not read write too: `out` is uninitialised before.
     norm = norm_of(tl.sum(high), tl.sum(middle), tl.sum(low))
     tl.store(out + chunk, tl.where(above, norm, tl.load(known + width + chunk)))
     tl.store(out + width + chunk, tl.sum(count))
@@ -158,6 +159,7 @@ def totals(
                 one, two, three = add_squares(x, one, two, three)
             else:
                 one += x
+        # `row` is a constant of the unrolled loop, so each row is compiled with its own branch.
         if row < MAXIMA:
             total = tl.max(one)
         elif row < MAXIMA + NORMS:
@@ -191,6 +193,7 @@ def adam_chunks(
     # A pointer of 0 is never read: its use is cut out by a constant (M, V, KAHAN).
     m_scale, m_map = pointer(addresses, 5, k, i, tl.float32, False), pointer(addresses, 6, k, i, tl.float32, False)
     v_scale, v_map = pointer(addresses, 7, k, i, tl.float32, False), pointer(addresses, 8, k, i, tl.float32, False)
+    # Numbers of the whole tensor: column i of `numbers`, read once per chunk.
     number = numbers + i
     gain, limit, reduced = tl.load(number + GAIN * k), tl.load(number + LIMIT * k), tl.load(number + REDUCED * k)
     keep1, add1 = tl.load(number + KEEP1 * k), tl.load(number + ADD1 * k)
@@ -235,6 +238,7 @@ def adam_chunks(
         # With eps = 0 the update of a masked entry is 0 / 0.
         high, middle, low = add_squares(tl.where(inside, update, 0.0), high, middle, low)
         # The published code clears moments after the update: after = 0 on its reset steps.
+        # Masked entries of first and second are 0, as `close_moment` asks.
         close_moment(m, m_scale, m_map, first * after, start, n, M, True, TILE)
         close_moment(v, v_scale, v_map, second * after, start, n, V, False, TILE)
         # Decoupled weight decay: shrink = 1 - lr wd before the update, or shrink_after (published SPAM) after it.

@@ -71,6 +71,7 @@ def row_chunks(
     shrink, root = tl.load(number + SHRINK * k), tl.load(number + ROOT * k)
     seed = tl.load(seeds + i) if STOCHASTIC else 0
 
+    # Tiles are [ROWS, W]; r [ROWS] numbers rows of the matrix, c [W] its columns.
     zero = tl.zeros([ROWS, W], tl.float32)
     total_high, total_middle, total_low = zero, zero, zero
     begin = (chunk - tl.load(first_chunk + i)) * per
@@ -116,6 +117,7 @@ def column_chunks(
     """
     chunk = base + tl.program_id(0)
     i = tl.load(tensor_of + chunk)
+    # int64, and so are all offsets that follow from them.
     rows, length, place = tl.load(dims + i), tl.load(dims + k + i), tl.load(dims + 2 * k + i)
     length = tl.multiple_of(length, 16) if ALIGNED else length
     g = pointer(addresses, 0, k, i, G, ALIGNED)
