@@ -2,7 +2,7 @@
 
     python benchmarks/launches.py [--shapes 60m] [--compiled]
 
-Counted are the fused step (Triton), the plain code, and with ``--compiled`` (ten minutes or more) the plain code
+Counted are the fused step (Triton), the plain code, and with ``--compiled`` (four minutes or more) the plain code
 through torch.compile.
 
 Tensors are fake: they have shapes and a CUDA device, but no data (tests/support/fake_cuda.py). An ATen operator that

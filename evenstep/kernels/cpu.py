@@ -230,6 +230,7 @@ def _argument(x: Tensor | np.ndarray | int | float) -> object:
         return ctypes.c_void_p(x.data_ptr())
     if isinstance(x, np.ndarray):
         return ctypes.c_void_p(x.ctypes.data)
+    # A bool is an int.
     return ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int64(x)
 
 
@@ -238,6 +239,7 @@ def _jobs(tensors: StepTensors) -> tuple[np.ndarray, list[Tensor]]:
     m, m_scales, m_map = opened(tensors.exp_avg)
     v, v_scales, v_map = opened(tensors.exp_avg_sq)
     k = len(tensors.params)  # all coded moments of a list share one map
+    # Fields of fp32 moments in these columns are not read: m_type and v_type say which apply.
     given = (tensors.grads, tensors.params, m, v, m_scales, v_scales, m_map * k, v_map * k)
     return job_table(*given, tensors.masks, tensors.lost, tensors.seeds), [*m, *v, *m_scales, *v_scales]
 
@@ -283,6 +285,8 @@ class CpuKernels:
         self.name = f"cpu {chosen()}"
 
     def serves_all(self, tensors: list[Tensor]) -> bool:
+        """See `Kernels.serves_all`: plain, contiguous fp32 and bf16 tensors on the CPU."""
+        # Each condition is one pass by C code over all tensors; 8-bit states take the slow way.
         return (
             PLAIN.issuperset(map(type, tensors))
             and _SERVED.issuperset([x.dtype for x in tensors])
@@ -291,6 +295,7 @@ class CpuKernels:
         )
 
     def refusal(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
+        """See `Kernels.refusal`. Refused are other devices and dtypes, tensor subclasses, strided tensors."""
         # Asked for every tensor of every step, so the common case comes first; `_reason` repeats it at leisure, and
         # accepts 8-bit states too.
         for x in (p, g, *states):
@@ -307,6 +312,7 @@ class CpuKernels:
                 return f"its {what} is a {type(x).__name__}"
             if x.dtype not in _SERVED:
                 return f"its {what} is {x.dtype}; fp32 and bf16 are served"
+            # Gradients too: kernels number entries by their place in memory, which is another for a transposed one.
             if not x.is_contiguous():
                 return f"its {what} is not contiguous"
         for x in states:
@@ -324,6 +330,7 @@ class CpuKernels:
         return None
 
     def adam_step_(self, tensors: StepTensors, options: dict[str, float | Tensor]) -> Tensor:
+        """A whole step of Adam, SPAM or Stable-SPAM in C++ (cpu.cpp); see `Kernels.adam_step_`."""
         jobs, moments = _jobs(tensors)
         # Addresses of the 0-d scalars, int64 [k] or [5 k]: the step reads and writes them in place.
         scalars = np.array(list(map(Tensor.data_ptr, tensors.scalars)), dtype=np.int64)
@@ -344,6 +351,7 @@ class CpuKernels:
         by: str,
         floor: float,
     ) -> Tensor:
+        """A whole step of SCALE's matrices in C++ (cpu_scale.cpp); see `Kernels.scale_step_`."""
         jobs, moments = _jobs(tensors)
         stats = _empty(len(STATS), len(tensors.params))
         call("scale", jobs, _numbers([sign, lr, decay, momentum, norm == "rms", by == "columns", floor]), stats)
@@ -351,6 +359,7 @@ class CpuKernels:
         return stats
 
     def measure(self, grads: list[Tensor]) -> Measured:
+        """See `Kernels.measure`."""
         # Results of blocks, in the order of the tensors: `clip_norms` reads them again, with the same division.
         size = library().evenstep_block()
         count = sum(-(-g.numel() // size) for g in grads)
@@ -361,6 +370,7 @@ class CpuKernels:
     def clip_norms(
         self, grads: list[Tensor], measured: Measured, limit: Tensor, rescale: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """See `Kernels.clip_norms`."""
         norm, count = _vectors(grads, 2)
         # Kept in a variable: an address does not keep a temporary tensor alive.
         limits = limit.float().contiguous(), rescale.float().contiguous()
@@ -368,5 +378,6 @@ class CpuKernels:
         return norm, count
 
     def transform(self, out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
+        """See `Kernels.transform`."""
         call("transformed", job_table(grads, out), numbers.contiguous())
         _mark_written(out)

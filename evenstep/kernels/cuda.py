@@ -100,9 +100,11 @@ class TritonKernels:
         self.name = f"triton {_version()}"
 
     def serves_all(self, tensors: list[Tensor]) -> bool:
-        return False  # each is asked about: the host has time while the device works
+        """Always False: each tensor is asked about. The host has time for it while the device works."""
+        return False
 
     def refusal(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
+        """See `Kernels.refusal`. Refused are old GPUs, other dtypes, compact moments, subclasses, strided tensors."""
         why = _refused(p.device)
         if why is not None:
             return why
@@ -131,6 +133,9 @@ class TritonKernels:
     # ---- whole steps ----
 
     def adam_step_(self, tensors: StepTensors, options: dict[str, float | Tensor]) -> Tensor:
+        """A whole step of Adam, SPAM or Stable-SPAM: four to six launches for tensors that are alike, and operators
+        on vectors ``[k]``; see `Kernels.adam_step_`.
+        """
         from evenstep.optim import functional as F  # late: functional imports this package
 
         o: dict[str, Any] = dict.fromkeys(STEP_OPTIONS, 0.0) | options
@@ -139,12 +144,14 @@ class TritonKernels:
         # until it is known which tensors are finite.
         scalars = torch.stack(tensors.scalars).view(-1, k)
         age = scalars[0] * (1 - o["reset"]) + 1  # [k]; MoRet: the reset step counts as 1
+        # (1) Largest entries and norms. `completed` runs the generator without all-reduces: no tensor is sharded here.
         grads = F.completed(F.Gradients.measure(tensors.grads, torch.float32, o["sign"], self))
-        # From here to the launch all tensors are vectors [k]; see functional.py for the equations.
+        # (2) From here to the update all tensors are vectors [k]; see functional.py for the equations.
         if stable:
             _, peak, norm, norm_rms, n = scalars.unbind()
             n = n + 1
-            # AdaClip: T_t = gamma3 T + (1 - gamma3) max|g|. The norm r after clipping takes a pass over clipped chunks.
+            # AdaClip: T_t = gamma3 T + (1 - gamma3) max|g|. (3) The norm r after clipping takes a pass over the chunks
+            # with a clipped entry.
             grads, peak = F.adaclip(grads, peak, n, o["gamma3"])
             grads = F.completed(grads.with_norms()).within_range()
             # AdaGN: g * mu_hat / (sqrt(nu_hat) + eps) / r.
@@ -189,6 +196,7 @@ class TritonKernels:
         }
         exp_avg, scales, maps = _parts(tensors.exp_avg)
         exp_avg_sq, scales_sq, maps_sq = _parts(tensors.exp_avg_sq)
+        # (4) Parameters and moments. All numbers travel in one table [16, k].
         update_norm, clipped_norm, clipped = launches().adam_(
             tensors.params, tensors.grads, exp_avg, exp_avg_sq, scales, scales_sq, maps, maps_sq,
             table(grads.peak, *(rows[name] for name in ADAM_ROWS)), tensors.lost, tensors.seeds,
@@ -214,6 +222,9 @@ class TritonKernels:
         by: str,
         floor: float,
     ) -> Tensor:
+        """A whole step of SCALE's matrices: four or five launches for matrices that are alike; see
+        `Kernels.scale_step_`.
+        """
         from evenstep.optim import functional as F
 
         shapes = [p.shape for p in tensors.params]
@@ -239,6 +250,7 @@ class TritonKernels:
             "root": constant(roots, grads.peak.dtype, grads.peak.device),
         }
         exp_avg, scales, maps = _parts(tensors.exp_avg)
+        # With moments first the average, then rows or columns of it; the numbers in one table [7, k].
         [directions] = launches().rows_(
             tensors.params, tensors.grads, exp_avg, scales, maps, divisors,
             table(grads.peak, *(rows[name] for name in SCALE_ROWS)), floor, tensors.lost, tensors.seeds,
@@ -251,16 +263,19 @@ class TritonKernels:
     # ---- reading gradients ----
 
     def measure(self, grads: list[Tensor]) -> Measured:
+        """See `Kernels.measure`."""
         totals, chunks = launches().measure(grads)
         return Measured(totals[0], totals[1], blocks=(chunks,))
 
     def clip_norms(
         self, grads: list[Tensor], measured: Measured, limit: Tensor, rescale: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """See `Kernels.clip_norms`."""
         norm, count = launches().clip_norms(grads, measured.blocks[0], limit, rescale)
         return norm, count
 
     def transform(self, out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
+        """See `Kernels.transform`."""
         launches().transformed_(out, grads, numbers)
         torch.autograd.graph.increment_version(out)
 

@@ -94,7 +94,7 @@ def _plan(
     keys: tuple[tuple[Any, ...], ...],
     dims: tuple[tuple[int, ...], ...],
     device: torch.device,
-    stream: int,
+    stream: int,  # part of the key of the cache: a table copied on one stream may be read too early on another
 ) -> Plan:
     # Tensors of one key get neighbouring chunks, whatever their order, so that one launch serves them all.
     first_chunk, groups, total = [0] * len(counts), [], 0
@@ -138,6 +138,7 @@ def chunks_of(n: int) -> int:
 
 
 def pointers(tensors: list[Tensor]) -> list[int]:
+    """Addresses of the first entries."""
     return [t.data_ptr() for t in tensors]
 
 
@@ -258,11 +259,13 @@ def rows_(
     with _device_of(numbers):
         k, device, table = len(params), numbers.device, numbers.float().contiguous()
         coded = _coded(exp_avg, scales, maps) if exp_avg else [[0] * k] * 2
-        # The average has to be complete before a row of it is measured, hence a launch of its own.
+        # The average has to be complete before a row of it is measured, hence a launch of its own before, on the same
+        # stream.
         if exp_avg:
             _average(exp_avg, grads, coded, table)
         sources = exp_avg or grads
         main = [pointers(params), pointers(sources), _pointers(lost, k)]
+        # Matrices [rows, length]; a tensor of more dimensions is [dimension 0, rest], as in the plain code.
         shapes = [(p.shape[0], math.prod(p.shape[1:])) for p in params]
         lengths = [length for _, length in shapes]
         widths = [min(triton.next_power_of_2(max(length, 1)), TILE) for length in lengths]
@@ -322,6 +325,7 @@ def columns(grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         plan = Plan.of(counts, keys, [[rows for rows, _ in shapes], lengths, places], device)
         at, k = addresses(main, device), len(grads)
         partial = _floats(grads[0], 2, plan.chunks)
+        # fp64, since squares of fp32 numbers leave the range of fp32.
         sums = torch.empty(sum(parts), dtype=torch.float64, device=device)
         for group in plan.groups:
             dtype, w, fits = group.key

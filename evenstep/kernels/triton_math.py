@@ -22,7 +22,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Kernel(Protocol):
     """A Triton kernel: ``kernel[grid](arguments)`` launches ``grid[0]`` programs on the current stream."""
 
-    def __getitem__(self, grid: tuple[int]) -> Callable[..., object]: ...
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., object]:
+        """A function that launches the kernel on ``grid``."""
 
 
 # Arguments that vary from launch to launch. By default Triton compiles a kernel again where one of them is 1, or a
@@ -44,7 +45,7 @@ def device_function(function: F) -> F:
 
 
 def kernel(function: Callable[..., None]) -> Kernel:
-    """`triton.jit` for functions that the host launches."""
+    """`triton.jit` for functions that the host launches. Names of arguments matter: see `VARYING` and `TABLES`."""
     compiled: Kernel = triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=TABLES)(function)
     return compiled
 

@@ -55,7 +55,7 @@ def row_chunks(
     divisors (fp32, one per column; 0 where rows are divided by their own norms), compensation (written), then scales
     and map of a coded source.
     """
-    ROWS: tl.constexpr = TILE // W
+    ROWS: tl.constexpr = TILE // W  # rows of a tile
     chunk = base + tl.program_id(0)
     i = tl.load(tensor_of + chunk)
     number = numbers + i
@@ -74,6 +74,7 @@ def row_chunks(
     # Tiles are [ROWS, W]; r [ROWS] numbers rows of the matrix, c [W] its columns.
     zero = tl.zeros([ROWS, W], tl.float32)
     total_high, total_middle, total_low = zero, zero, zero
+    # The chunk's rows are begin .. begin + per - 1, and no other program writes these.
     begin = (chunk - tl.load(first_chunk + i)) * per
     for row in range(begin, tl.minimum(begin + per, rows), ROWS):
         r = row + tl.arange(0, ROWS)
@@ -130,6 +131,7 @@ def column_chunks(
     high, middle, low = peak, peak, peak
     # fp64 holds the squares of all fp32 numbers, so columns need no ranges.
     squares = tl.zeros([ROWS, W], tl.float64)
+    # Each lane adds every ROWS-th row; `tl.sum` adds the lanes of a column in the end.
     for row in range(group * PER, tl.minimum(group * PER + PER, rows), ROWS):
         r = row + tl.arange(0, ROWS)
         x = read(g, r[:, None] * length + c[None, :], (r < rows)[:, None] & (c < length)[None, :])
