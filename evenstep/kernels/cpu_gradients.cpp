@@ -28,7 +28,7 @@ PUBLIC void evenstep_measure(const Job *jobs, int64_t k, int64_t threads, float 
 // 2-norm of each gradient after clipping, and clipped entries. A block without an entry above the limit is not read again.
 PUBLIC void evenstep_clip_norms(const Job *jobs, int64_t k, int64_t threads, const float *block_peak, const double *block_squares, const float *limit, const float *rescale, float *norm, float *count) {
   std::vector<Block> blocks = cut(jobs, 0, k, 0);
-  std::vector<Sums> sums(blocks.size());
+  std::vector<Sums> sums(blocks.size()); // a slot per block, added in order: no locks, deterministic
   parallel(int64_t(blocks.size()), threads, [&](int64_t b) {
     const int64_t i = blocks[b].job;
     sums[b] = block_peak[b] > limit[i] ? clipped_block(jobs[i], blocks[b], limit[i], rescale[i]) : Sums{0, block_squares[b], 0};
@@ -64,7 +64,7 @@ PUBLIC void evenstep_transformed(const Job *jobs, int64_t k, int64_t threads, co
     const Block &block = blocks[b];
     const Job &job = jobs[block.job];
     const float gain = table[block.job], limit = table[k + block.job], reduced = table[2 * k + block.job];
-    float g[CHUNK], out[CHUNK];
+    float g[CHUNK], out[CHUNK]; // out stays in the first-level cache until it is stored as a whole
     for (int64_t i = block.start; i < block.end; i += CHUNK) {
       int64_t n = std::min(CHUNK, block.end - i);
       const float *x = g;

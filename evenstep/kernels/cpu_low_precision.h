@@ -106,8 +106,8 @@ struct Coder {
       known = known && code(map[c]) == c;
   }
 
+  // The code of x = moment / scale. Selections instead of branches, so that the loop in `encode` is vectorised.
   inline int32_t code(float x) const {
-  // The code of x = moment / scale.
     const float a = std::fabs(x);
     float from = low[0], per = cells[0], first = base[0], top = last[0];
     for (int i = 1; i < 7; i++) {
@@ -142,7 +142,6 @@ struct Coder {
   }
   // The codes of x / unit for one block of QBLOCK entries, equal to `code`: six comparisons become one look at the exponent,
   // and the division becomes a product with the reciprocal and one Newton correction, which gives the same quotient.
-  // division is a product with what it misses put right, which is the same number.
   void code_block(const float *x, float unit, uint8_t *codes) const {
     const __m512 edge0 = _mm512_load_ps(edge), edge1 = _mm512_load_ps(edge + 16), froms = _mm512_load_ps(from), pers = _mm512_load_ps(per);
     const __m512i decade0 = _mm512_load_si512(decade), decade1 = _mm512_load_si512(decade + 16);
@@ -178,6 +177,7 @@ struct Coder {
   // A positive second moment never gets the code of 0: after a spike its next update would be m / eps.
   int32_t lifted(int32_t c, float x) const { return c == 0 && zero == 0 && x > 0 ? 1 : c; }
 
+  // The n entries of whole blocks, in fp32.
   void decode(const uint8_t *codes, const float *scale, int64_t n, float *to) const {
     for (int64_t start = 0; start < n; start += QBLOCK) {
       const float unit = scale[start / QBLOCK];
@@ -191,8 +191,9 @@ struct Coder {
     }
   }
 
+  // Codes and scales of n entries; x begins at a block. The scale is the largest magnitude of a block, so that codes stand for
+  // [-1, 1]; 1e-12 for a block of zeros, as in torchao. Hazard: n is a multiple of QBLOCK.
   void encode(const float *x, int64_t n, uint8_t *codes, float *scale) const {
-      // The scale of a block is its largest magnitude, so codes cover [-1, 1].
     for (int64_t start = 0; start < n; start += QBLOCK) {
       float top = 0;
 #pragma omp simd reduction(max : top)
@@ -208,7 +209,7 @@ struct Coder {
         continue;
       }
 #if defined(__AVX512F__)
-      if (unit > 1e-30f && unit < 1e30f) {
+      if (unit > 1e-30f && unit < 1e30f) { // else the reciprocal, or the correction, would leave the range of fp32
         code_block(x + start, unit, codes + start);
         continue;
       }

@@ -41,7 +41,7 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 constexpr int32_t SIGN_OFF = 0x7fffffff, EXPONENT = 0x7f800000;
-constexpr float TINY = 0x1p-126f;
+constexpr float TINY = 0x1p-126f; // the smallest normal number: no scale is below it, so no quotient is infinite
 
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -63,11 +63,14 @@ inline float to_integer(float y) { // to nearest, ties to even; keeps the sign o
 #endif
 }
 
-inline float shortened(float scale) { // 21 bits
+// A scale rounded to 21 bits: its products with values of a grid are exact, so that quantising twice equals quantising once.
+inline float shortened(float scale) {
   const uint32_t bits = uint32_t(as_bits(scale));
   return scale == scale ? as_float(int32_t((bits + 4) & ~7u)) : scale;
 }
 
+// Values that a format can hold, up to `top` in magnitude. To round y to one of them, a number is added that is so large that
+// fp32 has no bits left below one step of the grid, and subtracted again: the addition rounds to nearest, ties to even.
 struct Grid {
   float top, anchor; // anchor: times a power of two it is a number whose last bit is one step of the grid there
   int32_t lowest;    // bits of the smallest normal power of two
@@ -141,6 +144,7 @@ template <int N> inline int32_t peak(const float *x, int64_t n) {
   return most;
 }
 
+// Smallest and largest of n entries; both NaN where an entry is, since comparisons drop a NaN.
 void range(const float *x, int64_t n, float *low, float *high) {
   Floats least = Floats{} + x[0], most = least;
   Ints nan = {};
@@ -170,7 +174,8 @@ void range(const float *x, int64_t n, float *low, float *high) {
 
 // ---- scales ----
 
-int32_t exponent_of(float peak, const QuantPlan &q, float top) { // biased; 255 is NaN
+// The E8M0 scale (OCP MX): a power of two as its biased exponent; 255 is NaN. A Rule says how it is rounded.
+int32_t exponent_of(float peak, const QuantPlan &q, float top) {
   int32_t bits;
   if (q.rule == RCEIL) {
     bits = as_bits(peak / top);
@@ -240,6 +245,7 @@ template <bool integer> void official_entries(const float *x, int64_t n, float i
     out[i] = on_grid<integer>((x[i] * g.top) / into, g) * back / g.top;
 }
 
+// Integers 0..levels with a zero point: scale = (max - min) / levels, zero = -round(min / scale).
 void asymmetric_entries(const float *x, int64_t n, const QuantPlan &q, float levels, float *out) {
   float low, high;
   range(x, n, &low, &high);
@@ -251,6 +257,7 @@ void asymmetric_entries(const float *x, int64_t n, const QuantPlan &q, float lev
     out[i] = (at_most(at_least(to_integer(x[i] / scale) + zero, 0.0f), levels) - zero) * scale;
 }
 
+// Puts outliers, which are above the limit, back as they were. `out` was computed for all entries: no branch in that loop.
 void keep(const float *x, int64_t n, int32_t limit, float *out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++)
@@ -279,6 +286,7 @@ int32_t limit_of(const float *x, int64_t n, int64_t outliers) {
 
 // ---- rows ----
 
+// Scratch memory of one thread.
 struct Buffers { std::vector<float> x, out, into, back; std::vector<int32_t> limits; };
 
 void unpack(const uint16_t *x, int64_t n, float *to) {

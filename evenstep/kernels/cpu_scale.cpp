@@ -1,5 +1,10 @@
-// The fused step of SCALE's matrices on a CPU: rows or columns of the gradient (or of its average, for the last layer) divided
-// by their norms. A tensor of more than two dimensions counts as [dimension 0, rest], row-major.
+// The fused step of SCALE's matrices on a CPU (arXiv 2506.16659): p <- p (1 - lr wd) - lr g / size, where size is the norm of
+// each row or column of the gradient g, or of its average m for the last layer. A tensor of more than two dimensions counts as
+// [dimension 0, rest], row-major.
+//
+// Row norms: `measure_rows` takes the norms of all rows and finds out whether the gradient is finite, then `step_row` updates.
+// Column norms: they are known only once the whole matrix is read, so `measure_columns` takes them first.
+// Moments: the average is updated row by row inside of the second pass, and its row norms are taken from what was stored.
 
 #include "cpu_low_precision.h"
 #include "cpu_measure.h"
@@ -8,7 +13,9 @@ using namespace evenstep;
 
 namespace {
 
-constexpr int64_t GROUPS = 16; // parts of the rows that are summed independently for column norms
+// Parts of the rows that are summed independently for column norms. A constant, and not the number of threads: the order of
+// additions, and so the result, must not depend on that.
+constexpr int64_t GROUPS = 16;
 
 // The factors of one matrix, as SCALE_ROWS in interface.py describes them.
 struct Rates {
@@ -18,8 +25,8 @@ struct Rates {
 // A unit of work: about BLOCK entries of whole rows, a multiple of 8 rows, since rows are read eight at a time.
 int64_t rows_of_unit(int64_t length) { return std::max<int64_t>(BLOCK / length / 8 * 8, 8); }
 
-// Squared norms of rows first..last-1; returns the largest magnitude. Rows are read at eight places in turn, as in
-// `measure_full_block`.
+// Squared norms of rows first..last-1 into squares[first..last-1], fp64; returns the largest magnitude, Inf where an entry is
+// not finite. Eight rows are read in turn: one core reads eight streams faster than one, as in `measure_full_block`.
 float measure_rows(const Job &job, int64_t first, int64_t last, int64_t length, double *squares) {
   constexpr int64_t STREAMS = 8;
   float top = 0, buffer[CHUNK];
@@ -32,6 +39,7 @@ float measure_rows(const Job &job, int64_t first, int64_t last, int64_t length, 
         squares[row + s] = 0;
       for (int64_t start = 0; start < length; start += SPAN) {
         const int64_t end = std::min(start + SPAN, length), whole = start + (end - start) / W * W;
+        // Sums of at most SPAN squares are in fp32, one per lane; sums of those are in fp64.
         float sum[STREAMS][W] = {{0}};
         for (int64_t c = start; c < whole; c += W)
           for (int64_t s = 0; s < STREAMS; s++) {
@@ -44,13 +52,14 @@ float measure_rows(const Job &job, int64_t first, int64_t last, int64_t length, 
           float rest[W] = {0};
           if (whole < end)
             accumulate(g + s * length + whole, int(end - whole), rest, peak);
+          // Squares of very large or small entries leave the range of fp32; those spans are summed again in fp64.
           const float total = sum_of(sum[s]) + sum_of(rest);
           squares[row + s] += trusted(total, peak) ? total : squares_of(g + s * length + start, end - start);
         }
       }
       top = std::max(top, max_of(peak));
     }
-  for (; row < last; row++) {
+  for (; row < last; row++) { // rows that are left over, short ones, and bf16
     Measured found;
     for (int64_t i = 0; i < length; i += CHUNK) {
       const int64_t n = std::min(CHUNK, length - i), at = row * length + i;
@@ -69,6 +78,8 @@ float measure_rows(const Job &job, int64_t first, int64_t last, int64_t length, 
   return top;
 }
 
+// What an entry is divided by. The norm of a row is one number, and a product with its inverse is cheaper; the plain code
+// divides, and differs in the last bit.
 struct ByColumns {
   const float *divisors;
   float operator()(int64_t column, float x) const { return x / divisors[column]; }
@@ -83,6 +94,7 @@ struct ByRow {
 template <class F> double scale_chunk(const Job &job, int64_t at, int64_t column, int64_t n, const float *__restrict x, float sign, const Rates &rates, F divided) {
   const float shrink = rates.shrink, rate = rates.rate;
   float buffer[CHUNK], *__restrict p = buffer, sum[W] = {0}, rest = 0;
+  // fp32 is updated in place, bf16 through a buffer. `__restrict`: x and p never overlap, as `struct Job` requires.
   if (job.p_type == F32)
     p = static_cast<float *>(job.p) + at;
   else
@@ -115,7 +127,7 @@ template <class F> double scale_chunk(const Job &job, int64_t at, int64_t column
 // One row: momentum, normalisation, update. Returns the sum of squares of its direction. `squares` is the row's where it is
 // known, `divisors` are the norms of columns where those are divided by. The row is read twice, the second time from cache.
 double step_row(const Job &job, int64_t row, int64_t length, const Rates &c, const float *divisors, const double *squares, float floor, const Coder *coder) {
-  float g[CHUNK], m[CHUNK];
+  float g[CHUNK], m[CHUNK]; // unpacked bf16 and 8-bit entries
   const int64_t begin = row * length;
   auto gradient = [&](int64_t at, int64_t n) -> const float * {
     if (job.g_type == F32)
@@ -130,6 +142,7 @@ double step_row(const Job &job, int64_t row, int64_t length, const Rates &c, con
   auto update_average = [&](int64_t at, int64_t n) {
     const float *x = gradient(at, n), keep = c.keep, add = c.add * c.gain;
     float *to = open_moment(job.m, job.m_type, job.m_scale, coder, at, n, m);
+    // The parameter is prefetched here: the update that follows finds everything else in cache.
     const float *p = static_cast<const float *>(job.p) + (job.p_type == F32 ? at : 0);
     for (int64_t start = 0; start < n; start += W) {
       const int width = int(std::min<int64_t>(W, n - start));
@@ -142,6 +155,8 @@ double step_row(const Job &job, int64_t row, int64_t length, const Rates &c, con
       for (int j = 0; j < width; j++)
         to[start + j] = to[start + j] * keep + x[start + j] * add;
     }
+    // Hazard: entry `at` begins a block of 256 codes, because CHUNK and, for 8-bit moments, the length of a row are multiples of
+    // 256 (`refusal` in cpu.py). So no other thread writes these scales.
     close_moment(job.m, job.m_type, job.m_scale, coder, at, n, to);
   };
   double known = 0;
@@ -154,6 +169,7 @@ double step_row(const Job &job, int64_t row, int64_t length, const Rates &c, con
       known += measure_entries(job.m ? average(at, n) : gradient(at, n), n).squares;
     }
   }
+  // root = sqrt(length) for the RMS, 1 for the 2-norm; the floor keeps a row of zeros from dividing by 0.
   const ByRow by_row{1 / std::max(float(std::sqrt(known)) / c.root, floor)};
   double sum = 0;
   for (int64_t i = 0; i < length; i += CHUNK) {
@@ -177,7 +193,7 @@ Measured measure_columns(const Job &job, int64_t threads, double *squares) {
     float buffer[CHUNK], peak[W] = {0};
     int64_t row = job.rows * part / groups;
     const int64_t last = job.rows * (part + 1) / groups;
-    auto one = [&](const float *g, int64_t at, int64_t n) { // of one row
+    auto one = [&](const float *g, int64_t at, int64_t n) { // n entries of one row, from column `at` on
       for (int64_t j = 0; j < n; j++) {
         const float y = std::fabs(g[j]);
         peak[0] = y > peak[0] ? y : peak[0];
@@ -188,6 +204,7 @@ Measured measure_columns(const Job &job, int64_t threads, double *squares) {
       for (; row + STREAMS <= last; row += STREAMS) {
         const float *g = static_cast<const float *>(job.g) + row * length;
         const int64_t whole = length / W * W;
+        // W sums stay in registers for eight rows, so that the array of sums is read and written once for them.
         for (int64_t c = 0; c < whole; c += W) {
           double sum[W];
           std::memcpy(sum, to + c, sizeof sum);
@@ -225,7 +242,7 @@ Measured measure_columns(const Job &job, int64_t threads, double *squares) {
   }
   for (float x : peaks)
     whole.peak = std::max(whole.peak, x);
-  if (!std::isfinite(whole.squares)) whole.peak = INFINITY;
+  if (!std::isfinite(whole.squares)) whole.peak = INFINITY; // the comparisons above drop a NaN, the sum does not
   return whole;
 }
 
@@ -247,10 +264,11 @@ float scale_tensor(const Job &job, Rates c, const float *divisors, float floor, 
     if (!std::isfinite(measured->squares)) measured->peak = INFINITY;
     c.finite = std::isfinite(measured->peak);
   }
-  if (c.finite == 0) return 0;
+  if (c.finite == 0) return 0; // the matrix and its average stay as they are
   std::shared_ptr<const Coder> coder = job.m_type == INT8 ? coder_of(job.m_map) : nullptr;
   const bool known = measured && !job.m && !divisors; // without momentum the gradient itself is normalised
   std::vector<double> sums(units);
+  // Units are divided among threads as in the pass that measured, so that each begins with rows that its caches still hold.
   parallel(units, threads, 2 * WARM, [&](int64_t unit) {
     for (int64_t row = unit * several; row < std::min((unit + 1) * several, job.rows); row++)
       sums[unit] += step_row(job, row, length, c, divisors, known ? &squares[row] : nullptr, floor, coder.get());

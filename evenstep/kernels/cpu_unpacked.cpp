@@ -13,6 +13,7 @@ void unpacked_adam_block(const Job &job, const Block &block, const Numbers &c, C
   if (job.m_type == INT8) m_coder = coder_of(job.m_map);
   if (job.v_type == INT8) v_coder = coder_of(job.v_map);
   float p[CHUNK], g[CHUNK], m[CHUNK], v[CHUNK];
+  // Blocks and chunks begin at multiples of 256 entries, so that scales of 8-bit moments are this block's alone.
   for (int64_t i = block.start; i < block.end; i += CHUNK) {
     int64_t n = std::min(CHUNK, block.end - i);
     float *mm = open_moment(job.m, job.m_type, job.m_scale, m_coder.get(), i, n, m);
@@ -152,10 +153,10 @@ int64_t bits_in(const uint8_t *mask, int64_t start, int64_t end) {
 void masked_adam_block(const Job &job, const Block &block, const Numbers &c, Chunk chunk, bool zero_history, int64_t before, Sums &sums) {
   float p[SPAN + SPARE], g[SPAN + SPARE], m[SPAN], v[SPAN], all[SPAN], all_p[SPAN];
   uint16_t halves[SPAN + SPARE], lost[SPAN + SPARE];
-  int64_t done = before;
+  int64_t done = before; // compact moments of the entries before this block (`trained_before`)
   for (int64_t i = block.start; i < block.end; i += SPAN) {
     const int64_t size = std::min(SPAN, block.end - i);
-    const uint8_t *mask = job.mask + i / 8;
+    const uint8_t *mask = job.mask + i / 8; // i is a multiple of 8: blocks and SPAN are
     auto floats = [&](const void *from, int64_t type, float *buffer) -> const float * {
       if (type == F32)
         return static_cast<const float *>(from) + i;

@@ -1,8 +1,8 @@
-"""What the optimizers and the fused kernels share: the interface of a set of kernels, and vectors on a device.
+"""The calling convention of fused steps, and small vectors on a device.
 
-A *fused step* updates all parameters of one group in one call: C++ on CPU (cpu.py), Triton on CUDA (cuda.py). Both
-have the same arguments. Anything that a set of kernels refuses takes the plain code of `evenstep.optim.functional`,
-which is the reference that the kernels are tested against.
+A *fused step* updates all parameters of one group in one call: C++ on a CPU (cpu.py), Triton on CUDA (cuda.py). Both
+take the same arguments (`Kernels`). Parameters that a set of kernels refuses take the plain code of
+`evenstep.optim.functional`, which is the reference that the kernels are tested against.
 
 `stabilize` and the telemetry read gradients outside of a step; for them kernels also offer `measure`, `clip_norms` and
 `transform`.
@@ -19,18 +19,21 @@ from torch.nn import Parameter
 
 
 class Unavailable(Exception):
-    """Why there are no kernels here, in one line."""
+    """There are no kernels on this machine. The message says why, in one line."""
 
 
 STEP_OPTIONS = (
+    # -1 to ascend; learning rate, weight decay before (or after) the update, SPAM's re-warm-up factor on the update.
     *("sign", "lr", "beta1", "beta2", "eps", "decay", "decay_after", "warmup"),
     *("reset", "forget", "forget_after"),  # 1 or 0: restart the age; clear the moments before, or after the update
     "eps_first",  # 1 or 0: eps enters before the bias is corrected
-    *("stable", "gamma1", "gamma2", "gamma3", "robust", "one_counter"),  # AdaClip and AdaGN
-    *("capped", "cap_factor", "cap_spread", "zero_history"),  # SPAM: |g| <= sqrt(cap_factor * v) + cap_spread
+    # 1 or 0: apply AdaClip and AdaGN, with their decays and, if robust, bounded inputs; let n restart with the age (published code).
+    *("stable", "gamma1", "gamma2", "gamma3", "robust", "one_counter"),
+    # 1 or 0: clip as SPAM, |g| <= sqrt(cap_factor * v) + cap_spread; clip entries with v = 0 to 0 (published code).
+    *("capped", "cap_factor", "cap_spread", "zero_history"),
 )
 """Options of `Kernels.adam_step_`, the same for all tensors of a call; an option that is not given is 0. The order is
-that of ``struct StepOptions`` in cpu_adam.h."""
+that of ``struct StepOptions`` in cpu_adam.h, which receives the values as one vector."""
 
 STATS = ("grad_max", "grad_norm", "norm_after", "clip_limit", "clipped", "gain", "update_rms", "skipped")
 """Per-tensor statistics that a step returns, one row per statistic."""
@@ -38,16 +41,21 @@ STATS = ("grad_max", "grad_norm", "norm_after", "clip_limit", "clipped", "gain",
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """The tensors of a fused step: lists with one entry for each of ``k`` parameters."""
+    """The tensors of a fused step: lists with one entry for each of ``k`` parameters, in the same order.
+
+    Hazard: kernels work on addresses. Tensors must be contiguous, whole (no shards), on one device, and none may share
+    memory with another; `Kernels.refusal` rejects all else.
+    """
 
     params: list[Tensor]
     """fp32 or bf16, written."""
     grads: list[Tensor]
     """fp32 or bf16, read."""
     exp_avg: list[Tensor] = field(default_factory=list)
-    """fp32, bf16 or torchao's 8-bit blocks, written; compact where there is a mask. Empty for SCALE without
-    momentum."""
+    """First moments: fp32, bf16 or torchao's 8-bit blocks, written; where there is a mask, one entry per trained entry.
+    Empty for SCALE without momentum."""
     exp_avg_sq: list[Tensor] = field(default_factory=list)
+    """Second moments, likewise; empty for SCALE."""
     scalars: list[Tensor] = field(default_factory=list)
     """0-d fp32: the ages of all tensors; for Stable-SPAM then all peaks, norms, norm_rms and n. Written where the
     gradient is finite."""
@@ -62,32 +70,41 @@ class StepTensors:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Result of one pass over gradients: fp32 vectors ``[k]``, and sums over blocks for the next pass."""
+    """Result of one pass over ``k`` gradients: fp32 vectors ``[k]``, and sums over blocks for the next pass."""
 
     peak: Tensor
     """Largest absolute entry, Inf where any entry is not finite."""
     norm: Tensor
     """2-norm, accurate to 1e-6 for entries of any size; not finite where an entry is not."""
     blocks: tuple[Tensor, ...]
-    """Maxima and square sums of blocks. The memory layout is private to the kernels."""
+    """Maxima and square sums of blocks, from which `Kernels.clip_norms` knows the blocks that it need not read again.
+    The memory layout is private to the kernels."""
 
 
 class Kernels(Protocol):
-    """Fused kernels of one kind of device."""
+    """Fused kernels of one kind of device.
+
+    Methods read gradients and never write them, and wait for no device. A tensor whose gradient holds NaN or Inf keeps
+    its parameter and state bit for bit. Results are the same on every run, whatever the number of threads.
+    """
 
     name: str
     """For people: ``"cpu avx2"``, ``"triton 3.4"``."""
 
     def refusal(self, p: Tensor, g: Tensor, *states: Tensor) -> str | None:
-        """Why a parameter with this gradient and these moments cannot be served, None if it can."""
+        """Why a parameter with this gradient and these moments cannot be served, in words that continue "a parameter
+        cannot be served:"; None if it can be."""
 
     def serves_all(self, tensors: list[Tensor]) -> bool:
-        """Whether all of these are plain tensors on one device that `refusal` has nothing against. False means that
-        each has to be looked at."""
+        """Whether all of these are plain tensors on one device that `refusal` would accept. False means that each has
+        to be asked about: this is the fast check, made at every step."""
 
     def adam_step_(self, tensors: StepTensors, options: dict[str, float | Tensor]) -> Tensor:
-        """A whole step of Adam, SPAM or Stable-SPAM, in place. ``options``: values of `STEP_OPTIONS`. Returns `STATS`,
-        ``[len(STATS), k]``."""
+        """A whole step of Adam, SPAM or Stable-SPAM, in place.
+
+        ``options``: values of `STEP_OPTIONS`; a 0-d tensor is not read on the host, so that a learning rate on a device
+        stays there. Returns `STATS`, fp32 ``[len(STATS), k]``.
+        """
 
     def scale_step_(
         self,
@@ -100,8 +117,12 @@ class Kernels(Protocol):
         by: str,
         floor: float,
     ) -> Tensor:
-        """A whole step of SCALE's matrices, in place: each of their ``by`` (``"rows"`` or ``"columns"``) is divided by
-        its ``norm`` (``"rms"`` or ``"l2"``), at least ``floor``. Returns `STATS`."""
+        """A whole step of SCALE's matrices, in place: p <- p (1 - lr decay) - lr g / size.
+
+        Tensors count as ``[dimension 0, rest]``. ``size`` is the ``norm`` (``"rms"`` or ``"l2"``) of each of the
+        gradient's ``by`` (``"rows"`` or ``"columns"``), at least ``floor``. With moments g is the average m <- momentum
+        m + (1 - momentum) g. Returns `STATS`, fp32 ``[len(STATS), k]``.
+        """
 
     def measure(self, grads: list[Tensor]) -> Measured:
         """Largest entry and norm of each gradient, in one pass."""
@@ -118,6 +139,9 @@ class Kernels(Protocol):
 
 
 # ---- per-tensor numbers of the Triton kernels: fp32 ``[rows, k]``, a column per tensor ----
+#
+# The whole-tensor part of a step (AdaClip's limit, AdaGN's gain, bias corrections) results in these factors, which are
+# all that the loop over entries needs. cpu_adam.h and cpu_scale.cpp have the same ones per tensor.
 
 ADAM_ROWS = (
     "finite",  # 1, or 0 where the gradient is not finite: nothing of the tensor is written, its results are 0
@@ -154,6 +178,10 @@ PLAIN = frozenset({Tensor, Parameter})
 """Types of tensors that hold their entries themselves. A subclass may keep its numbers elsewhere, or have none."""
 
 
+# Kernels take an address and know no types, so anything that is not surely plain is refused: a FakeTensor or a
+# functional tensor has no memory, a DTensor's is elsewhere.
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether a kernel can read the entries of ``x`` at its address."""
     return type(x) in PLAIN
@@ -165,8 +193,10 @@ def is_coded(x: Tensor) -> bool:
 
 
 def opened(moments: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Moments as plain tensors: what is stored, the scales of the coded ones (empty tensors for the others; no list
-    when none is coded), and their map, if any.
+    """Moments as plain tensors, for a table with a row per tensor.
+
+    Returns the stored numbers or codes of all; the scales of the coded ones, with empty tensors for the others (an
+    empty list when none is coded); and a list with the map of codes, fp32 ``[256]``, if any is coded.
     """
     coded = [x for x in moments if is_coded(x)]
     if not coded:
@@ -182,6 +212,10 @@ def opened(moments: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tens
 def table(like: Tensor, *rows: Tensor | float) -> Tensor:
     """fp32 ``[len(rows), k]``: vectors in the shape ``[k]`` of ``like``, and 0-d tensors or floats, repeated ``k``
     times.
+
+    >>> table(torch.zeros(2), torch.tensor([1.0, 2.0]), 0.5)
+    tensor([[1.0000, 2.0000],
+            [0.5000, 0.5000]])
     """
     return torch.stack([_row(like, row) for row in rows])
 
@@ -199,8 +233,8 @@ def _row(like: Tensor, row: Tensor | float) -> Tensor:
 
 # ---- small vectors on a device ----
 #
-# A copy of a few numbers to a GPU made the usual way (``torch.tensor(..., device="cuda")``) waits until the GPU has
-# done all work that was queued before. These go through pinned memory without waiting, and are cached.
+# ``torch.tensor(..., device="cuda")`` waits until the GPU has done all work that was queued before. The functions here
+# copy a few numbers through pinned memory instead, without waiting, and cache the result.
 
 # Pinned memory that captured CUDA graphs read again at each replay: a few KB per capture, kept for good because the end
 # of a graph cannot be observed.
@@ -208,8 +242,12 @@ _CAPTURED: list[Tensor] = []
 
 
 def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``values`` as a vector on ``device``, without waiting for it. On a GPU the vector is cached: never write to
-    it."""
+    """``values`` as a vector of ``dtype`` on ``device``, without waiting for the device. On a GPU the vector is cached:
+    never write to it.
+
+    >>> constant([1, 2], torch.float32, torch.device("cpu"))
+    tensor([1., 2.])
+    """
     if torch.compiler.is_compiling():  # fills, which a compiler fuses; a table would be copied at each step
         return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
     if device.type != "cuda":
@@ -226,10 +264,11 @@ def _constant(
 
 
 def uploaded(host: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor's copy on ``device``, without waiting for it. The allocator keeps pinned memory until the copy is
-    done."""
+    """A CPU tensor's copy on ``device``, without waiting for the device."""
     if device.type != "cuda":
         return host.to(device)
+    # The tensor may be freed before the copy is done: the allocator keeps pinned memory until then. A copy that a graph
+    # captured is done again at every replay, which the allocator does not know.
     host = torch.empty(host.shape, dtype=host.dtype, device="cpu", pin_memory=True).copy_(host)
     if capturing(device):
         _CAPTURED.append(host)
@@ -251,7 +290,10 @@ def capturing(device: torch.device) -> bool:
 
 
 def under_observation() -> bool:
-    """Whether operators do not simply run: they are traced, have no data, or a dispatch mode intercepts them."""
+    """Whether operators do not simply run: they are traced, have no data, or a dispatch mode intercepts them.
+
+    Values and addresses of tensors may not be read then.
+    """
     return (
         torch.compiler.is_compiling()
         or torch._guards.TracingContext.try_get() is not None

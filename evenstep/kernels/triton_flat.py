@@ -1,15 +1,41 @@
-"""Triton kernels that treat tensors as flat: measuring, Adam, an average, and the sums over chunks.
+"""Triton kernels that treat tensors as flat: measuring, clipped norms, Adam, an average, and the sums over chunks.
 
-Arguments that all share: a plan's tables (`Plan` in cuda_launch.py), ``at`` the addresses ``[streams, k]``,
-``base`` the group's first chunk, ``width`` the number of all chunks.
+One launch serves all tensors of a group. Each program takes one chunk: ``CHUNK`` neighbouring entries of one tensor, in
+a loop over tiles of ``TILE`` entries. Arguments that the kernels share:
+
+* ``tensor_of [chunks]``, ``first_chunk [k]``, ``chunk_count [k]``, ``dims [1, k]`` (sizes): the tables of `Plan` in
+  cuda_launch.py, int64.
+* ``addresses [streams, k]``, int64: where the tensors lie, a row for each of parameter, gradient, moments, ...
+* ``base``: the first chunk of the launch; ``width``: the number of chunks of all launches; ``k``: of tensors.
+* ``numbers [rows, k]``, fp32: the numbers of whole tensors; `ADAM_ROWS` and `SCALE_ROWS` in interface.py name the rows.
+* ``out [rows, width]``, fp32: results of chunks. `totals` makes those of tensors.
+
+Memory: entries that a program writes are read by no other program of the launch, and each program has its own column of
+``out``. So there are no races and no atomics, and results are the same on every run. Launches on one stream run in
+order, which is all that one kernel needs of the one before.
+
+Overflow: tables are int64, so a position within a tensor (``start``, ``offsets``) is int64, and tensors may have more
+than 2^31 entries. Numbers of chunks and of tensors are int32.
 """
 
-import triton
 import triton.language as tl
 
 from evenstep.kernels.interface import ADAM_ROWS, SCALE_ROWS
-from evenstep.kernels.triton_math import LARGEST, add_squares, cleaned, close, norm_of, opened, pointer, read, write
+from evenstep.kernels.triton_math import (
+    LARGEST,
+    add_squares,
+    cleaned,
+    close_moment,
+    device_function,
+    kernel,
+    norm_of,
+    open_moment,
+    pointer,
+    read,
+    write,
+)
 
+# Rows of `numbers`. Kernels read global names only where they are constants of the compiler.
 FINITE = tl.constexpr(ADAM_ROWS.index("finite"))
 GAIN = tl.constexpr(ADAM_ROWS.index("gain"))
 LIMIT = tl.constexpr(ADAM_ROWS.index("limit"))
@@ -32,47 +58,41 @@ RATE_GAIN = tl.constexpr(SCALE_ROWS.index("gain"))
 RATE_KEEP = tl.constexpr(SCALE_ROWS.index("keep"))
 RATE_ADD = tl.constexpr(SCALE_ROWS.index("add"))
 
-# Numbers that are not to be compiled in, and tables of int64 whose views begin anywhere.
-VARYING = ["base", "width", "k", "n"]
-TABLES = [
-    "owners",
-    "firsts",
-    "counts",
-    "facts",
-    "at",
-    "partial",
-    "numbers",
-    "seeds",
-    "out",
-    "limits",
-    "rescales",
-    "known",
-]
 
-
-@triton.jit
-def whereabouts(owners, firsts, sizes, base, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
-    """This program's chunk, the tensor that it belongs to, the chunk's place in it, and the tensor's size."""
+@device_function
+def locate(
+    tensor_of: tl.tensor, first_chunk: tl.tensor, sizes: tl.tensor, base: tl.tensor,
+    CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """This program's chunk, the number of its tensor, the chunk's first entry in the tensor, the tensor's size."""
     chunk = base + tl.program_id(0)
-    i = tl.load(owners + chunk)
+    i = tl.load(tensor_of + chunk)
     n = tl.load(sizes + i)
+    # With a size that is a multiple of 16, the mask `offsets < n` is the same for 16 neighbours, which the compiler has
+    # to know before it moves 16 bytes at a time under a mask.
     n = tl.multiple_of(n, 16) if ALIGNED else n
-    return chunk, i, (chunk - tl.load(firsts + i)) * CHUNK, n
+    return chunk, i, (chunk - tl.load(first_chunk + i)) * CHUNK, n
 
 
-@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=TABLES)
+@kernel
 def measure_chunks(
-    owners, firsts, facts, at, base, k, width, out,
+    tensor_of: tl.tensor, first_chunk: tl.tensor, dims: tl.tensor, addresses: tl.tensor,
+    base: tl.tensor, k: tl.tensor, width: tl.tensor, out: tl.tensor,
     G: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """``out [2, width]``: largest absolute entry (Inf where one is not finite) and 2-norm of each chunk."""
-    chunk, i, begin, n = whereabouts(owners, firsts, facts, base, CHUNK, ALIGNED)
-    g = pointer(at, 0, k, i, G, ALIGNED)
+) -> None:  # fmt: skip
+    """``out [2, width]``: largest absolute entry (Inf where one is not finite) and 2-norm of each chunk.
+
+    ``addresses``: gradient, which is read once.
+    """
+    chunk, i, begin, n = locate(tensor_of, first_chunk, dims, base, CHUNK, ALIGNED)
+    g = pointer(addresses, 0, k, i, G, ALIGNED)
+    # Sums are kept per lane of the tile and added once, after the loop.
     peak = tl.zeros([TILE], tl.float32)
     high, middle, low = peak, peak, peak
     for start in range(begin, tl.minimum(begin + CHUNK, n), TILE):
         offsets = start + tl.arange(0, TILE)
         a = tl.abs(read(g, offsets, offsets < n))
+        # `maximum` may drop a NaN, so one becomes Inf first: a comparison with NaN is false.
         a = tl.where(a <= LARGEST, a, float("inf"))
         peak = tl.maximum(peak, a)
         high, middle, low = add_squares(a, high, middle, low)
@@ -80,17 +100,23 @@ def measure_chunks(
     tl.store(out + width + chunk, norm_of(tl.sum(high), tl.sum(middle), tl.sum(low)))
 
 
-@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=TABLES)
+@kernel
 def clip_chunks(
-    owners, firsts, facts, at, base, k, width, known, limits, rescales, out,
+    tensor_of: tl.tensor, first_chunk: tl.tensor, dims: tl.tensor, addresses: tl.tensor,
+    base: tl.tensor, k: tl.tensor, width: tl.tensor,
+    known: tl.tensor, limits: tl.tensor, rescales: tl.tensor, out: tl.tensor,
     G: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """``out [2, width]``: 2-norm of each chunk after clipping, and entries clipped. ``known`` is what `measure_chunks`
-    found: a chunk without an entry above the limit is not read.
+) -> None:  # fmt: skip
+    """``out [2, width]``: 2-norm of each chunk after AdaClip, and number of clipped entries.
+
+    AdaClip (Stable-SPAM, step 2): entries with |g| > ``limits[i]`` (T_hat) are multiplied by ``rescales[i]``, which is
+    T_hat / max|g|. ``known [2, width]`` holds the results of `measure_chunks`. ``addresses``: gradient.
     """
-    chunk, i, begin, n = whereabouts(owners, firsts, facts, base, CHUNK, ALIGNED)
-    g = pointer(at, 0, k, i, G, ALIGNED)
+    chunk, i, begin, n = locate(tensor_of, first_chunk, dims, base, CHUNK, ALIGNED)
+    g = pointer(addresses, 0, k, i, G, ALIGNED)
     limit, rescale = tl.load(limits + i), tl.load(rescales + i)
+    # Few chunks have an entry above the limit. Those without are not read again: their loop is empty, and their norm is
+    # the one that is known.
     above = tl.load(known + chunk) > limit
     high = tl.zeros([TILE], tl.float32)
     middle, low, count = high, high, high
@@ -98,36 +124,42 @@ def clip_chunks(
         offsets = start + tl.arange(0, TILE)
         x = read(g, offsets, offsets < n)
         over = tl.abs(x) > limit
+        # Counts in fp32 are exact up to 2^24, far above the entries of a chunk.
         count += over.to(tl.float32)
         high, middle, low = add_squares(tl.where(over, x * rescale, x), high, middle, low)
+    # Chunks that were not read write too: `out` is uninitialised before.
     norm = norm_of(tl.sum(high), tl.sum(middle), tl.sum(low))
     tl.store(out + chunk, tl.where(above, norm, tl.load(known + width + chunk)))
     tl.store(out + width + chunk, tl.sum(count))
 
 
-@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=TABLES)
+@kernel
 def totals(
-    firsts, counts, partial, width, out, k,
+    first_chunk: tl.tensor, chunk_count: tl.tensor, partial: tl.tensor, width: tl.tensor, out: tl.tensor, k: tl.tensor,
     MAXIMA: tl.constexpr, NORMS: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """From chunks to tensors, one program each: ``partial [rows, width]`` -> ``out [rows, k]``; rows of maxima come
-    first, then norms, then sums.
+) -> None:  # fmt: skip
+    """From chunks to tensors: ``partial [rows, width]`` to ``out [rows, k]``, one program per tensor.
+
+    Rows of maxima come first, then rows of norms (the 2-norm of the chunks' norms), then rows to be summed.
     """
+    # A tensor's chunks are neighbours in `partial`. The order of additions depends on their number alone, so results do
+    # not depend on which program finished first.
     i = tl.program_id(0)
-    first, count = tl.load(firsts + i), tl.load(counts + i)
+    first, count = tl.load(first_chunk + i), tl.load(chunk_count + i)
     for row in tl.static_range(MAXIMA + NORMS + SUMS):
-        found = partial + row * width + first
+        values = partial + row * width + first
         one = tl.zeros([TILE], tl.float32)
         two, three = one, one
         for start in range(0, count, TILE):
             offsets = start + tl.arange(0, TILE)
-            x = tl.load(found + offsets, mask=offsets < count, other=0.0)
+            x = tl.load(values + offsets, mask=offsets < count, other=0.0)
             if row < MAXIMA:
                 one = tl.maximum(one, x)
             elif row < MAXIMA + NORMS:
                 one, two, three = add_squares(x, one, two, three)
             else:
                 one += x
+        # `row` is a constant of the unrolled loop, so each row is compiled with its own branch.
         if row < MAXIMA:
             total = tl.max(one)
         elif row < MAXIMA + NORMS:
@@ -137,23 +169,31 @@ def totals(
         tl.store(out + row * k + i, total)
 
 
-@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=TABLES)
+@kernel
 def adam_chunks(
-    owners, firsts, facts, at, base, k, width, numbers, seeds, out,
+    tensor_of: tl.tensor, first_chunk: tl.tensor, dims: tl.tensor, addresses: tl.tensor,
+    base: tl.tensor, k: tl.tensor, width: tl.tensor, numbers: tl.tensor, seeds: tl.tensor, out: tl.tensor,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
     KAHAN: tl.constexpr, STOCHASTIC: tl.constexpr, CAPPED: tl.constexpr, ZERO_HISTORY: tl.constexpr,
     CHUNK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """`evenstep.optim.functional.adam_step`. ``at``: parameter, gradient, moments, compensation, then scale and map of
-    each moment that is coded. ``out [3, width]``: norm of the update, norm after clipping by history, entries clipped
-    so.
+) -> None:  # fmt: skip
+    """The step of Adam, SPAM and Stable-SPAM: the twin of `adam_step` in evenstep/optim/functional.py.
+
+    ``addresses``: parameter, gradient, first and second moment, compensation, then scales and map of the first moment
+    and of the second where they are coded, else 0. Reads all of them once; writes parameter, moments, compensation and
+    scales. ``seeds [k]``, int32, where rounding is stochastic.
+
+    ``out [3, width]``: norm of the update; for SPAM (``CAPPED``) also the norm after clipping and the number of clipped
+    entries.
     """
-    chunk, i, begin, n = whereabouts(owners, firsts, facts, base, CHUNK, ALIGNED)
-    p, g = pointer(at, 0, k, i, P, ALIGNED), pointer(at, 1, k, i, G, ALIGNED)
-    m, v = pointer(at, 2, k, i, M, ALIGNED), pointer(at, 3, k, i, V, ALIGNED)
-    lost = pointer(at, 4, k, i, P, ALIGNED)
-    m_scale, m_map = pointer(at, 5, k, i, tl.float32, False), pointer(at, 6, k, i, tl.float32, False)
-    v_scale, v_map = pointer(at, 7, k, i, tl.float32, False), pointer(at, 8, k, i, tl.float32, False)
+    chunk, i, begin, n = locate(tensor_of, first_chunk, dims, base, CHUNK, ALIGNED)
+    p, g = pointer(addresses, 0, k, i, P, ALIGNED), pointer(addresses, 1, k, i, G, ALIGNED)
+    m, v = pointer(addresses, 2, k, i, M, ALIGNED), pointer(addresses, 3, k, i, V, ALIGNED)
+    lost = pointer(addresses, 4, k, i, P, ALIGNED)
+    # A pointer of 0 is never read: its use is cut out by a constant (M, V, KAHAN).
+    m_scale, m_map = pointer(addresses, 5, k, i, tl.float32, False), pointer(addresses, 6, k, i, tl.float32, False)
+    v_scale, v_map = pointer(addresses, 7, k, i, tl.float32, False), pointer(addresses, 8, k, i, tl.float32, False)
+    # Numbers of the whole tensor: column i of `numbers`, read once per chunk.
     number = numbers + i
     gain, limit, reduced = tl.load(number + GAIN * k), tl.load(number + LIMIT * k), tl.load(number + REDUCED * k)
     keep1, add1 = tl.load(number + KEEP1 * k), tl.load(number + ADD1 * k)
@@ -167,29 +207,41 @@ def adam_chunks(
     zero = tl.zeros([TILE], tl.float32)
     high, middle, low = zero, zero, zero
     clipped_high, clipped_middle, clipped_low, count = zero, zero, zero, zero
+    # A tensor whose gradient is not finite keeps parameter and moments bit for bit: the loop is empty.
     end = tl.where(tl.load(number + FINITE * k) != 0, tl.minimum(begin + CHUNK, n), begin)
     for start in range(begin, end, TILE):
         start = tl.multiple_of(start, TILE)
         offsets = start + tl.arange(0, TILE)
         inside = offsets < n
         x, before = read(g, offsets, inside), read(p, offsets, inside)
+        # AdaClip and AdaGN: gain = mu_hat / (sqrt(nu_hat) + eps) / ||g||, reduced = gain * T_hat / max|g|, each times
+        # the sign of the step.
         x = cleaned(x * tl.where(tl.abs(x) > limit, reduced, gain))
-        first = opened(m, m_scale, m_map, offsets, inside, M)
-        second = opened(v, v_scale, v_map, offsets, inside, V)
+        first = open_moment(m, m_scale, m_map, offsets, inside, M)
+        second = open_moment(v, v_scale, v_map, offsets, inside, V)
         if CAPPED:
+            # SPAM: g^2 > theta v becomes sign(g) sqrt(theta v), with v from before this step. On a step without
+            # clipping cap_spread is Inf; on a reset step cap_factor is 0.
             cap = tl.sqrt_rn(second * cap_factor) + cap_spread
-            if not ZERO_HISTORY:
+            if not ZERO_HISTORY:  # an entry with v = 0 has no history, and is no spike
                 cap = tl.where(cap == 0, LARGEST, cap)
             clipped = tl.minimum(tl.maximum(x, -cap), cap)
             count += (clipped != x).to(tl.float32)
             x = clipped
             clipped_high, clipped_middle, clipped_low = add_squares(x, clipped_high, clipped_middle, clipped_low)
+        # m <- beta1 m + (1 - beta1) g, v <- beta2 v + (1 - beta2) g^2; keep1 = keep2 = 0 on a reset (MoRet). v is
+        # capped at the largest finite number, so that rounding cannot make it infinite for good.
         first = first * keep1 + x * add1
         second = tl.minimum(second * keep2 + (x * add2) * x, LARGEST)
+        # update = lr / (1 - beta1^age) * m / (sqrt(v) / sqrt(1 - beta2^age) + eps)
         update = tl.div_rn(first, tl.sqrt_rn(second) * inverse_root2 + eps) * step_size
+        # With eps = 0 the update of a masked entry is 0 / 0.
         high, middle, low = add_squares(tl.where(inside, update, 0.0), high, middle, low)
-        close(m, m_scale, m_map, first * after, start, n, M, True, TILE)
-        close(v, v_scale, v_map, second * after, start, n, V, False, TILE)
+        # The published code clears moments after the update: after = 0 on its reset steps.
+        # Masked entries of first and second are 0, as `close_moment` asks.
+        close_moment(m, m_scale, m_map, first * after, start, n, M, True, TILE)
+        close_moment(v, v_scale, v_map, second * after, start, n, V, False, TILE)
+        # Decoupled weight decay: shrink = 1 - lr wd before the update, or shrink_after (published SPAM) after it.
         write(p, lost, (before * shrink - update) * shrink_after, offsets, inside, seed, P, KAHAN, STOCHASTIC)
     tl.store(out + chunk, norm_of(tl.sum(high), tl.sum(middle), tl.sum(low)))
     if CAPPED:
@@ -198,15 +250,21 @@ def adam_chunks(
         tl.store(out + 2 * width + chunk, tl.sum(count))
 
 
-@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=TABLES)
+@kernel
 def average_chunks(
-    owners, firsts, facts, at, base, k, numbers,
+    tensor_of: tl.tensor, first_chunk: tl.tensor, dims: tl.tensor, addresses: tl.tensor,
+    base: tl.tensor, k: tl.tensor, numbers: tl.tensor,
     M: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """SCALE's average gradient. ``at``: average, gradient, scale and map where it is coded."""
-    _, i, begin, n = whereabouts(owners, firsts, facts, base, CHUNK, ALIGNED)
-    m, g = pointer(at, 0, k, i, M, ALIGNED), pointer(at, 1, k, i, G, ALIGNED)
-    scale, map = pointer(at, 2, k, i, tl.float32, False), pointer(at, 3, k, i, tl.float32, False)
+) -> None:  # fmt: skip
+    """SCALE's average gradient: m <- b m + (1 - b) g, without bias correction.
+
+    ``addresses``: average (written), gradient, then scales and map of the average where it is coded.
+    """
+    # This is not part of `row_chunks` because a row may share a block of 256 codes, and so a scale, with the next one,
+    # which is another program's.
+    _, i, begin, n = locate(tensor_of, first_chunk, dims, base, CHUNK, ALIGNED)
+    m, g = pointer(addresses, 0, k, i, M, ALIGNED), pointer(addresses, 1, k, i, G, ALIGNED)
+    scale, map = pointer(addresses, 2, k, i, tl.float32, False), pointer(addresses, 3, k, i, tl.float32, False)
     number = numbers + i
     gain, keep, add = tl.load(number + RATE_GAIN * k), tl.load(number + RATE_KEEP * k), tl.load(number + RATE_ADD * k)
     end = tl.where(tl.load(number + RATE_FINITE * k) != 0, tl.minimum(begin + CHUNK, n), begin)
@@ -214,22 +272,26 @@ def average_chunks(
         start = tl.multiple_of(start, TILE)
         offsets = start + tl.arange(0, TILE)
         inside = offsets < n
-        x = opened(m, scale, map, offsets, inside, M) * keep + cleaned(read(g, offsets, inside) * gain) * add
-        close(m, scale, map, x, start, n, M, True, TILE)
+        x = open_moment(m, scale, map, offsets, inside, M) * keep + cleaned(read(g, offsets, inside) * gain) * add
+        close_moment(m, scale, map, x, start, n, M, True, TILE)
 
 
-@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=TABLES)
+@kernel
 def transformed_chunks(
-    owners, firsts, facts, at, base, k, numbers,
+    tensor_of: tl.tensor, first_chunk: tl.tensor, dims: tl.tensor, addresses: tl.tensor,
+    base: tl.tensor, k: tl.tensor, numbers: tl.tensor,
     D: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Gradients limited and scaled into other tensors, by ``numbers [3, k]``: gain, limit, reduced."""
-    _, i, begin, n = whereabouts(owners, firsts, facts, base, CHUNK, ALIGNED)
-    out, g = pointer(at, 0, k, i, D, ALIGNED), pointer(at, 1, k, i, G, ALIGNED)
+) -> None:  # fmt: skip
+    """Gradients, limited and scaled, into other tensors. ``addresses``: output, gradient; ``numbers [3, k]``: gain,
+    limit, reduced gain.
+    """
+    _, i, begin, n = locate(tensor_of, first_chunk, dims, base, CHUNK, ALIGNED)
+    out, g = pointer(addresses, 0, k, i, D, ALIGNED), pointer(addresses, 1, k, i, G, ALIGNED)
     gain, limit, reduced = tl.load(numbers + i), tl.load(numbers + k + i), tl.load(numbers + 2 * k + i)
     for start in range(begin, tl.minimum(begin + CHUNK, n), TILE):
         offsets = tl.multiple_of(start, TILE) + tl.arange(0, TILE)
         inside = offsets < n
         x = read(g, offsets, inside)
+        # A gain of 0 stands for a gradient that is not finite: 0 * Inf is NaN, which `cleaned` makes 0.
         x = cleaned(x * tl.where(tl.abs(x) > limit, reduced, gain))
         tl.store(out + offsets, x.to(D), mask=inside)

@@ -33,9 +33,9 @@ def pretend() -> None:
         getattr(torch.backends.cuda, f"enable_{kind}_sdp")(False)
     fake.init_gpu_context = lambda *a, **k: None
     FakeTensorMode.avoid_device_init = property(lambda self: True)
-    properties = types.SimpleNamespace(
-        total_memory=1 << 37, L2_cache_size=60 << 20, multi_processor_count=132, major=9, minor=0, name="fake"
-    )
+    sizes = {"total_memory": 1 << 37, "L2_cache_size": 60 << 20, "regs_per_multiprocessor": 1 << 16, "warp_size": 32}
+    sizes |= {"multi_processor_count": 132, "max_threads_per_multi_processor": 2048, "max_threads_per_block": 1024}
+    properties = types.SimpleNamespace(major=9, minor=0, name="fake", gcnArchName="", **sizes)
     stream = types.SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
     event = types.SimpleNamespace(record=lambda *a: None, synchronize=lambda: None, query=lambda: True)
     torch.nn.Module._apply = _moved  # torch's own swaps the insides of tensors, which these do not allow
@@ -50,6 +50,10 @@ def pretend() -> None:
         "is_bf16_supported": True,
         "current_stream": stream,
         "get_rng_state_all": [],
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": None,
+        "_exchange_device": 0,
+        "_maybe_exchange_device": 0,
         "max_memory_allocated": 0,
         "Event": event,
         "_lazy_init": None,

@@ -1,0 +1,119 @@
+"""What a StableSPAM step in fp32 on a CUDA device launches, and how many bytes it moves: counted without a GPU.
+
+    python benchmarks/launches.py [--shapes 60m] [--compiled]
+
+Counted are the fused step (Triton), the plain code, and with ``--compiled`` (four minutes or more) the plain code
+through torch.compile.
+
+Tensors are fake: they have shapes and a CUDA device, but no data (tests/support/fake_cuda.py). An ATen operator that
+makes or changes a tensor counts as one launch, which reads its arguments and writes its results; caches do not count.
+Inductor only generates its Triton code, for an H100; bytes are its own count.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "tests/support")]
+import fake_cuda  # noqa: E402  before torch, which asks for a driver when it is imported
+
+fake_cuda.pretend()
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+import evenstep.kernels.cuda as kernels  # noqa: E402
+from evenstep import StableSPAM  # noqa: E402
+from evenstep.bench.setting import outline  # noqa: E402
+
+READ_AND_WRITTEN = {  # lists of large tensors, by function of cuda_launch.py
+    "measure": lambda grads: [grads],
+    "clip_norms": lambda grads, *more: [grads],  # at most: chunks without a clipped entry are not read
+    "adam_": lambda p, g, m, v, *more: [g, p, p, m, m, v, v],
+}
+
+
+def size(tensors):
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+class Counter(fake_cuda.Watch):
+    operators = triton = moved = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        ins, outs = ([x for x in tree_leaves(y) if isinstance(x, Tensor) and x.is_cuda] for y in ((args, kwargs), out))
+        if outs and not view and "empty" not in func._schema.name:
+            self.operators += 1
+            only_written = func._schema.name in ("aten::copy_", "aten::fill_", "aten::zero_")
+            self.moved += size(outs) + size(ins[only_written:])
+        return out
+
+
+def counted(optimizer):
+    """Triton kernels, operators and bytes of the second step; the first one uploads constants."""
+    optimizer.step()
+    counter = Counter()
+
+    def launch(name, *args):
+        tensors = READ_AND_WRITTEN[name](*args)
+        # A kernel for each group of tensors that are alike in dtype and alignment, then `totals`.
+        counter.triton += len({(x.dtype, x.numel() % 16 == 0) for x in tensors[0]}) + 1
+        counter.moved += sum(map(size, tensors))
+        return getattr(fake_cuda.Launches, name)(*args)
+
+    kernels.launches = lambda: SimpleNamespace(**{name: partial(launch, name) for name in READ_AND_WRITTEN})
+    with counter:
+        optimizer.step()
+    return counter.triton, counter.operators, counter.moved
+
+
+def compiled(optimizer):
+    """The same of the code that Inductor generates for the step, which is not run."""
+    import torch._inductor.config
+    import torch._inductor.graph
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Generated(BaseException): ...
+
+    def stop(graph):
+        source = graph.codegen()[0].value.split("def call(")[-1]
+        calls = source.count(".run("), source.count("extern_kernels.") + source.count("torch.ops.")
+        raise Generated(*calls, graph.count_bytes()[0])
+
+    target = GPUTarget("cuda", 90, 32)
+    driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0))
+    torch._inductor.config.fx_graph_cache = torch._inductor.config.joint_graph_constant_folding = False
+    torch._inductor.graph.GraphLowering.compile_to_module = stop
+    StableSPAM._compiles = lambda self: True  # which fake tensors, a subclass, would not be asked for
+    try:
+        torch.compile(optimizer.step)()
+    except Generated as generated:
+        return generated.args
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="60m")
+    parser.add_argument("--compiled", action="store_true")
+    given = parser.parse_args()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        params = [torch.nn.Parameter(torch.empty(p.shape, device="cuda")) for p in outline(given.shapes).parameters()]
+        for p in params:
+            p.grad = torch.empty_like(p)
+        entries = sum(p.numel() for p in params)
+        print(f"{given.shapes}: {len(params)} tensors, {entries:,} entries\n")
+        print("| a step by | Triton kernels | ATen operators | MB moved | bytes per entry |\n|---|---|---|---|---|")
+        rows = [("the fused step", counted, None), ("the plain code, eager", counted, False)]
+        for name, count, fused in rows + [("the plain code, compiled", compiled, False)] * given.compiled:
+            triton, operators, moved = count(StableSPAM(params, fused=fused))
+            print(f"| {name} | {triton} | {operators} | {moved / 1e6:,.0f} | {moved / entries:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
