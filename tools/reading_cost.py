@@ -2,9 +2,10 @@
 
 The lines and files that a reader needs for an optimizer step or a training run are those whose functions run in it. A
 small step or run is traced, and each file of the package with a function that was called counts whole, with the
-``__init__.py`` files above it. A fused step on a CPU also counts the C++ files that hold it. CUDA kernels cannot
-run on every machine, so their files are counted by what they import. Of a training run only the files of ``train`` and
-of the root count: the optimizer, the model, the data and the telemetry are read on their own.
+``__init__.py`` files above it; a second line counts only the functions that were called. A fused step on a CPU also
+counts the C++ files that hold it. CUDA kernels cannot run on every machine, so their files are counted by what they
+import. Of a training run only the files of ``train`` and of the root count: the optimizer, the model, the data and the
+telemetry are read on their own.
 """
 
 import ast
@@ -30,21 +31,31 @@ def lines(path: Path) -> int:
 # ---- what runs ----
 
 
-def traced(run: Callable[[], object]) -> set[Path]:
-    """The files of the package with a function that ``run`` calls, and the ``__init__.py`` files above them."""
-    files: set[str] = set()
+def called(run: Callable[[], object]) -> dict[Path, set[int]]:
+    """The files of the package with a function that ``run`` calls, and the lines of those functions, with their
+    docstrings and comments."""
+    codes = set()
 
     def profile(frame, event, argument):
-        code = frame.f_code
-        if event == "call" and code.co_name != "<module>":
-            files.add(code.co_filename)
+        if event == "call" and frame.f_code.co_name != "<module>":
+            codes.add(frame.f_code)
 
     sys.setprofile(profile)
     try:
         run()
     finally:
         sys.setprofile(None)
-    found = {Path(name) for name in files if name.startswith(str(PACKAGE))}
+    found: dict[Path, set[int]] = {}
+    for code in codes:
+        if code.co_filename.startswith(str(PACKAGE)):
+            last = max(line for _, _, line in code.co_lines() if line)
+            found.setdefault(Path(code.co_filename), set()).update(range(code.co_firstlineno, last + 1))
+    return found
+
+
+def with_parents(files: Iterable[Path]) -> set[Path]:
+    """``files``, and the ``__init__.py`` files above them that are not empty."""
+    found = set(files)
     parents = {p.parent / "__init__.py" for p in found if p.parent != PACKAGE}
     return found | {p for p in parents if p.stat().st_size}
 
@@ -204,9 +215,14 @@ def main() -> None:
     def cost(files: set[Path]) -> str:
         return f"{sum(map(lines, files)):,} in {len(files)}"
 
+    def functions(found: dict[Path, set[int]], files: set[Path]) -> str:
+        return f"{sum(len(found[path]) for path in files & found.keys()):,}"
+
     kernels = PACKAGE / "kernels"
-    plain = traced(a_step(False))
-    fused = traced(a_step(None)) | included(kernels.glob("cpu.cpp"))
+    plain_lines, fused_lines = called(a_step(False)), called(a_step(None))
+    run_lines = called(a_run(False))
+    plain = with_parents(plain_lines)
+    fused = with_parents(fused_lines) | included(kernels.glob("cpu.cpp"))
     cuda = plain | reached(
         {name: {x for x in used if x.startswith("evenstep.kernels")} for name, used in graph.items()},
         known,
@@ -214,10 +230,13 @@ def main() -> None:
     )
     rows = [
         ("one StableSPAM step, plain: lines and files", cost(plain)),
+        ("of these, lines of the functions that run", functions(plain_lines, plain)),
         ("the same, fused on a CPU (C++ included)", cost(fused)),
+        ("of these, lines of the Python functions that run", functions(fused_lines, fused)),
         ("the same, fused on CUDA", cost(cuda)),
-        ("a training run, from a configuration object", cost(of_training(traced(a_run(False))))),
-        ("the same, from the command line", cost(of_training(traced(a_run(True))))),
+        ("a training run, from a configuration object", cost(of_training(with_parents(run_lines)))),
+        ("of these, lines of the functions that run", functions(run_lines, of_training(set(run_lines)))),
+        ("the same, from the command line", cost(of_training(with_parents(called(a_run(True)))))),
         ("lines of Python, C++ and JavaScript in the wheel", f"{code_lines(['evenstep']):,}"),
         ("in the repository's lab", f"{code_lines(['lab', 'benchmarks']):,}"),
         ("in the tests", f"{code_lines(['tests']):,}"),

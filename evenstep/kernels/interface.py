@@ -27,7 +27,8 @@ STEP_OPTIONS = (
     *("sign", "lr", "beta1", "beta2", "eps", "decay", "decay_after", "warmup"),
     *("reset", "forget", "forget_after"),  # 1 or 0: restart the age; clear the moments before, or after the update
     "eps_first",  # 1 or 0: eps enters before the bias is corrected
-    # 1 or 0: apply AdaClip and AdaGN, with their decays and, if robust, bounded inputs; let n restart with the age (published code).
+    # 1 or 0: apply AdaClip and AdaGN, with their decays; bound what enters their means (robust); let n restart with the
+    # age (published code).
     *("stable", "gamma1", "gamma2", "gamma3", "robust", "one_counter"),
     # 1 or 0: clip as SPAM, |g| <= sqrt(cap_factor * v) + cap_spread; clip entries with v = 0 to 0 (published code).
     *("capped", "cap_factor", "cap_spread", "zero_history"),
