@@ -33,9 +33,8 @@ import torch
 
 from evenstep import __version__, quantize_
 from evenstep.baselines.state_size import state_bytes
-from evenstep.bench.measure import quiet
+from evenstep.bench.measure import Plan, Setting, quiet
 from evenstep.bench.registry import KNOWN, REFERENCE, Entry
-from evenstep.bench.setting import Plan, Setting
 from evenstep.bench.timing import Sample, Step, Turns, last_level_cache, paired_ratio, spread, take_turns
 from evenstep.kernels import kernels_for
 from evenstep.lowbit.linear import LowBitLinear

@@ -114,6 +114,11 @@ def commit() -> str | None:
     return head + ("+" if dirty else "")
 
 
+def short_commit(commit: str | None) -> str:
+    """The first ten digits of a commit, with its ``+`` for local changes; ``no commit`` for None."""
+    return commit[:10] + commit[40:] if commit else "no commit"
+
+
 def _git(directory: Path, *arguments: str) -> str:
     command = ["git", "-C", str(directory), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from evenstep.baselines.state_size import state_bytes, tensors_in
-from evenstep.bench.setting import available_memory, transient_bytes
+from evenstep.bench.measure import available_memory, transient_bytes
 
 CPU = torch.device("cpu")
 
