@@ -35,7 +35,7 @@ Options are merged in the order base, size, row, precision, precision's row.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,17 +197,16 @@ def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> Document:
 
 def _check(table: Table, path: Path) -> None:
     document = table.document
-    _known(path, "", document)
+    check_keys(path, "", document, _KEYS[""].split())
     for key in ("title", "paper", "grid"):
         if key not in document:
             raise EvenstepError(f"{path}: '{key}' is missing")
-    for section in ("grid", "sweep", "final"):
-        _known(path, section, document[section])
+    parts = [(section, section, document[section]) for section in ("grid", "sweep", "final")]
     for section in ("row", "precision", "size"):
-        for name, part in document[section].items():
-            _known(path, section, part, f"{section}.{name}")
-    for claim in table.claims:
-        _known(path, "claim", claim)
+        parts += [(section, f"{section}.{name}", part) for name, part in document[section].items()]
+    parts += [("claim", "claim", claim) for claim in table.claims]
+    for section, name, part in parts:
+        check_keys(path, name, part, _KEYS[section].split())
     for key in ("rows", "precisions", "sizes"):
         if not document["grid"].get(key):
             raise EvenstepError(f"{path}: grid.{key} is missing or empty")
@@ -229,12 +228,13 @@ def _check(table: Table, path: Path) -> None:
             raise EvenstepError(f"{path}: '{name}' is not a line of this table{nearest(name, known)}")
 
 
-def _known(path: Path, section: str, part: Mapping[str, Any], where: str = "") -> None:
-    allowed = _KEYS[section].split()
-    for key in part:
+def check_keys(path: Path, section: str, given: Any, allowed: Collection[str]) -> None:
+    """Raise EvenstepError unless ``given``, which is [section] of a file, is a table with allowed keys only."""
+    if not isinstance(given, Mapping):
+        raise EvenstepError(f"{path}: {section} = {given!r} is not a table; write [{section}] with its keys below")
+    for key in given:
         if key not in allowed:
-            where = where or section
+            name = f"{section}.{key}" if section else key
             raise EvenstepError(
-                f"{path}: unknown key '{f'{where}.{key}' if where else key}'{nearest(key, allowed)} "
-                f"(allowed: {', '.join(allowed)})"
+                f"{path}: unknown key '{name}'{nearest(key, list(allowed))} (allowed: {', '.join(sorted(allowed))})"
             )

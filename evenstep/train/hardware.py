@@ -114,9 +114,10 @@ def commit() -> str | None:
     return head + ("+" if dirty else "")
 
 
-def short_commit(commit: str | None) -> str:
-    """The first ten digits of a commit, with its ``+`` for local changes; ``no commit`` for None."""
-    return commit[:10] + commit[40:] if commit else "no commit"
+def short_commit(commit: str | None, digits: int = 10) -> str:
+    """The first digits of a commit, with its ``+`` for local changes; ``no commit`` for None."""
+    name, plus, changes = (commit or "").partition("+")
+    return name[:digits] + plus + changes if commit else "no commit"
 
 
 def _git(directory: Path, *arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""From stored runs to a page of tables, pictures and verdicts: `python -m lab.forecast report STORE`."""
+"""The page of the stored runs, with tables, pictures and verdicts: ``python -m lab.forecast report STORE``."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lab.common import INTERVAL, Number, Run, direction, grouped, over_seeds, st
 
 Runs = list[Run]
 
-# ---- what others published ----
+# ---- published numbers ----
 
 PATCHTST_ETTH1 = {96: (0.375, 0.399), 192: (0.414, 0.421), 336: (0.431, 0.436), 720: (0.449, 0.466)}
-"""Horizon -> MSE, MAE of PatchTST/42 on ETTh1 (arXiv:2211.14730, Table 3: lookback 336, one seed, the last batch of the
-test part left out)."""
+"""Horizon -> MSE, MAE of PatchTST/42 on ETTh1 (arXiv:2211.14730, Table 3: lookback 336, one seed, without the last
+batch of the test part)."""
 
 NLINEAR_ETTH1 = {96: (0.374, 0.394), 192: (0.408, 0.415), 336: (0.429, 0.427), 720: (0.440, 0.453)}
-"""The same of NLinear, one linear layer after the last value is taken off (arXiv:2205.13504)."""
+"""The same of NLinear, one linear layer on inputs from which the last value is subtracted (arXiv:2205.13504)."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """``better`` has the lower test error than ``worse`` on corrupted inputs, says ``paper``."""
+    """``better`` has a lower test error than ``worse`` after training on corrupted inputs, according to ``paper``."""
 
     better: str
     worse: str
@@ -45,7 +45,7 @@ CLAIMS: tuple[Claim, ...] = (
 
 
 def write(store: Path, page: Path) -> Path:
-    """The page of what ``store`` holds, finished or not, with pictures beside it."""
+    """Write the page of the runs in ``store``, complete or not, with its pictures beside it; returns its path."""
     runs = [run for run in stored(store) if run["setting"].get("experiment") == "forecast"]
     scored, chosen = [r for r in runs if r["setting"]["test"]], [r for r in runs if not r["setting"]["test"]]
     parts = [_head(store, page, scored or runs)]
@@ -62,17 +62,17 @@ LIMITS = """## What this does not show
 
 - The papers show curves of the test loss on the literature's Weather data, which is not among ours, and give no table.
   The direction of a difference can be compared, its size cannot.
-- The papers do not say whether the noise is drawn once or anew, over what the maximum is taken, whether it is of the
-  scaled values, or what the hyperparameters of SPAM and Stable-SPAM were. Ours are said in
-  [forecasting.md](forecasting.md).
-- Noise that is drawn anew for every batch makes gradients noisy at every step rather than spiking at some (see Spikes):
-  there is little for a clipping of spikes to do.
-- Models, batches and runs are smaller than PatchTST's, and each optimizer's rate was chosen by one seed, on clean
-  data; where the best rate is the highest tried, a higher one may be better.
+- The papers do not say whether the noise is drawn once or for every batch, over which values the maximum is taken,
+  whether these are scaled, or which hyperparameters SPAM and Stable-SPAM had. [forecasting.md](forecasting.md) has
+  ours.
+- Noise that is drawn for every batch makes the gradients of every step noisy and does not make spikes of some (see
+  Spikes), so the clipping of spikes has little to do.
+- Models, batches and runs are smaller than PatchTST's, and the rate of each optimizer was chosen with one seed, on
+  clean data. If the best rate is the highest one tried, a higher rate may be better.
 """
 
 
-# ---- pieces of the page ----
+# ---- parts of the page ----
 
 
 def _head(store: Path, page: Path, runs: Runs) -> str:
@@ -81,10 +81,9 @@ def _head(store: Path, page: Path, runs: Runs) -> str:
 
 <!-- Written by `python -m lab.forecast report {store} --page {page}`. Change the program, not the page. -->
 
-Test errors of PatchTST by optimizer and noise, by recipe. Errors are of standardised values, over every window of the
-test part; the epoch is the one with the lowest validation error, and the test part is scored once. Numbers are means ±
-standard deviations over seeds; noise is on the training inputs alone. Definitions, data and commands:
-[forecasting.md](forecasting.md).
+Test errors of PatchTST by recipe, optimizer and noise. Errors are of standardised values, over every window of the
+test part, which is scored once, at the epoch with the lowest validation error. Numbers are means ± standard deviations
+over seeds; only training inputs have noise. Definitions, data and commands: [forecasting.md](forecasting.md).
 
 {place(runs)}. {len(runs)} runs, {seconds / 60:.0f} minutes of one core.
 """
@@ -111,7 +110,7 @@ def _range(values: Iterable[int]) -> str:
 
 
 def _claims(runs: Runs) -> str:
-    """Of two optimizers at each place of the grid."""
+    """The verdicts on every claim, at each place of the grid."""
     rows = []
     for (name, horizon, severity, share), some in _places(r for r in runs if r["setting"]["severity"]).items():
         by_label = grouped(some, "optimizer")
@@ -171,13 +170,13 @@ def _noise(horizon: int, runs: Runs) -> str:
 
 
 def _gradients(runs: Runs) -> str:
-    """Are there spikes at all?"""
+    """A table that shows whether there are spikes at all."""
     rows = []
     for label, some in grouped(runs, "optimizer").items():
         ratios = [[_peak(run) for run in _at(some, noise)] for noise in _noises(runs)]
         rows.append([label, *(f"{median(found):.1f}" if found else "" for found in ratios)])
-    return f"""Spikes: the largest gradient norm of an epoch over its median, in the worst epoch after the first; median
-over seeds, before any clipping.
+    return f"""Spikes: the ratio of the largest gradient norm of an epoch to its median, in the worst epoch after the
+first; median over seeds, before any clipping.
 
 {table(["optimizer", *map(_noise_name, _noises(runs))], rows)}"""
 
@@ -200,7 +199,7 @@ def _horizons(runs: Runs, known: bool) -> str:
     heads = ["horizon", "optimizer", "MSE", "MAE"]
     if known:
         heads += ["PatchTST/42, published", "ours against it, MSE", "NLinear, published"]
-    why = "Theirs has PatchTST's own settings and leaves out the last batch of the test part; ours is as above.\n"
+    why = "Theirs has PatchTST's own settings and leaves out the last batch of the test part; ours are given above.\n"
     return f"### Clean, by horizon\n\n{table(heads, rows)}" + (f"\n{why}" if known else "")
 
 
@@ -236,7 +235,7 @@ def _curve(run: Run) -> tuple[list[int], list[float]]:
     return [epoch for epoch, _ in points], [value for _, value in points]
 
 
-# ---- small ----
+# ---- helpers ----
 
 
 def _sorted(runs: Runs, key: str) -> list[Any]:
