@@ -33,7 +33,7 @@ import torch
 
 from evenstep import __version__, quantize_
 from evenstep.baselines.state_size import state_bytes
-from evenstep.bench.measure import Plan, Setting, quiet
+from evenstep.bench.measure import Plan, Workload, quiet
 from evenstep.bench.registry import KNOWN, REFERENCE, Entry
 from evenstep.bench.timing import Sample, Step, Turns, last_level_cache, paired_ratio, spread, take_turns
 from evenstep.kernels import kernels_for
@@ -344,8 +344,8 @@ class Steps:
         self.plan = Plan(context.size(size), OPTIMIZERS, device=context.device.type, dtype=dtype)
 
     @cached_property
-    def setting(self) -> Setting:
-        return Setting(self.plan)
+    def workload(self) -> Workload:
+        return Workload(self.plan)
 
     @cached_property
     def reference(self) -> Step:
@@ -365,32 +365,32 @@ class Steps:
 
     def prepared(self, entry: Entry) -> Any:
         """The optimizer, which has made its first steps."""
-        optimizer = entry.make(self.setting.model)
+        optimizer = entry.make(self.workload.model)
         for turn in range(WARMUP):
-            self.setting.ready(turn)
+            self.workload.ready(turn)
             optimizer.step()
         return optimizer
 
     def graph(self, entry: Entry) -> Step:
-        self.setting.gradients.give(0)
+        self.workload.gradients.give(0)
         capturable = dataclasses.replace(entry, options=entry.options | {"capturable": True})
-        return graph_of(capturable.make(self.setting.model).step)
+        return graph_of(capturable.make(self.workload.model).step)
 
     def row(self, name: str) -> Row:
-        setting, rounds = self.setting, self.context.rounds
+        workload, rounds = self.workload, self.context.rounds
         with quiet():
             optimizer, reference = self.prepared(KNOWN[name]), self.reference
         row = self.timed(optimizer.step, reference)
         row |= {"host_ms": row.pop("cpu_ms")}
-        kept = state_bytes(optimizer.state_dict()["state"], chain(setting.params, *setting.gradients.sets))
+        kept = state_bytes(optimizer.state_dict()["state"], chain(workload.params, *workload.gradients.sets))
         # As in evenstep.bench: read and write parameters and state, read the gradients once.
-        moved = 3 * setting.parameter_bytes + 2 * kept
-        row |= {"state_bytes_per_param": round(kept / setting.parameters, 3), "bytes_moved": moved, "rounds": rounds}
+        moved = 3 * workload.parameter_bytes + 2 * kept
+        row |= {"state_bytes_per_param": round(kept / workload.parameters, 3), "bytes_moved": moved, "rounds": rounds}
         row |= {"floor_ms": milliseconds(moved / self.bandwidth), "copy_gb_per_s": round(self.bandwidth / 1e9, 1)}
         row |= counts(optimizer.step, self.context)
         if self.context.cuda:
             row |= self.graph_row(name)
-        if setting.mend_parameters():
+        if workload.restore_parameters():
             row["error"] = "it made parameters NaN or infinite"
         return row
 
@@ -407,7 +407,7 @@ class Steps:
 
     def timed(self, step: Step, reference: Step) -> Row:
         rounds = self.context.rounds
-        players = [Turns(str(i), work, rounds, self.setting.ready) for i, work in enumerate((step, reference))]
+        players = [Turns(str(i), work, rounds, self.workload.ready) for i, work in enumerate((step, reference))]
         take_turns(players, rounds, timer(self.context.device))
         for player in players:
             if player.problem is not None:

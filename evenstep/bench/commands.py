@@ -42,8 +42,8 @@ def add_bench(commands: Any, debug: argparse.ArgumentParser) -> None:
     step_time.set_defaults(run_command=_measure, leaf=step_time)
 
     scaling = parts.add_parser("scaling", help="cost per parameter over sizes and threads", **raw)
-    some = "stable_spam,spam,spam_density_25,scale,stabilize_adamw"
-    _options(scaling, shapes="9m,60m,130m,350m,1b", threads="1,2", optimizers=some)
+    optimizers = "stable_spam,spam,spam_density_25,scale,stabilize_adamw"
+    _options(scaling, shapes="9m,60m,130m,350m,1b", threads="1,2", optimizers=optimizers)
     scaling.set_defaults(run_command=_measure, leaf=scaling)
 
     known = parts.add_parser("list", help="the optimizers, and which of them are installed", **raw)

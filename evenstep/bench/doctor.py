@@ -21,14 +21,14 @@ def print_diagnosis() -> None:
 
 def diagnosis() -> list[tuple[str, str]]:
     """Return (subject, finding) pairs about torch, the kernels of each device, and their builds."""
-    found = [("torch", f"{torch.__version__}, Python {platform.python_version()}, {platform.machine()}")]
-    found += [("cpu kernels", _status("cpu")), *_cpu_builds()]
+    rows = [("torch", f"{torch.__version__}, Python {platform.python_version()}, {platform.machine()}")]
+    rows += [("cpu kernels", _status("cpu")), *_cpu_builds()]
     if torch.cuda.is_available():
-        found += [("gpu", torch.cuda.get_device_name()), ("gpu kernels", _status("cuda"))]
+        rows += [("gpu", torch.cuda.get_device_name()), ("gpu kernels", _status("cuda"))]
     else:
-        found.append(("gpu kernels", "not used: torch sees no CUDA device"))
-    found.append(("without kernels", "the plain PyTorch code, which gives the same results to rounding"))
-    return found
+        rows.append(("gpu kernels", "not used: torch sees no CUDA device"))
+    rows.append(("without kernels", "the plain PyTorch code, which gives the same results to rounding"))
+    return rows
 
 
 def _status(device: str) -> str:
@@ -39,7 +39,7 @@ def _status(device: str) -> str:
 def _cpu_builds() -> list[tuple[str, str]]:
     forced = cpu.forced()
     chosen_by = f"{cpu.FORCE}={forced}" if forced else f"evenstep (set {cpu.FORCE} to a build or 'none' to change)"
-    found = [
+    rows = [
         ("processor", f"{torch.backends.cpu.get_cpu_capability()} as torch sees it"),
         ("builds here", ", ".join(cpu.built()) or "none: there was no C++ compiler when evenstep was installed"),
         ("builds it can run", ", ".join(cpu.usable()) or "none"),
@@ -47,9 +47,9 @@ def _cpu_builds() -> list[tuple[str, str]]:
     ]
     if not isinstance(kernels_for("cpu"), str):
         threads = f"{torch.get_num_threads()}, as torch (torch.set_num_threads or OMP_NUM_THREADS change it)"
-        found.append(("compiled by", cpu.compiler()))
-        found.append(("threads", threads if cpu.threaded() else "1: built without OpenMP"))
-    return found
+        rows.append(("compiled by", cpu.compiler()))
+        rows.append(("threads", threads if cpu.threaded() else "1: built without OpenMP"))
+    return rows
 
 
 def print_checks() -> None:

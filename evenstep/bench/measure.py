@@ -80,7 +80,7 @@ class Plan:
     seed: int = 0
 
 
-class Setting:
+class Workload:
     """The parameters, gradients and buffers of a comparison.
 
     Raises:
@@ -92,7 +92,7 @@ class Setting:
         self.device, self.dtype = torch.device(plan.device), DTYPES[plan.dtype]
         model = outline(plan.shapes)
         self.parameters = count(model)
-        self._check_room()
+        self._check_memory()
         self.model = model.to(self.dtype).to_empty(device=self.device)
         self.params = list(self.model.parameters())
         self.reset_parameters()
@@ -119,14 +119,14 @@ class Setting:
         """Read and write a buffer in place, once: the memory bandwidth that no step can exceed (the roof)."""
         self.roof.mul_(1.0)
 
-    def mend_parameters(self) -> bool:
+    def restore_parameters(self) -> bool:
         """Redraw the parameters if a step has made one of them NaN or infinite; return whether it has."""
         broken = not bool(torch.stack([p.detach().sum() for p in self.params]).isfinite().all())
         if broken:
             self.reset_parameters()
         return broken
 
-    def mend_gradients(self) -> bool:
+    def restore_gradients(self) -> bool:
         """Redraw the gradients if a step has changed them; return whether it has."""
         changed = self.gradients.sums() != self._sums
         for index in range(len(self.gradients.sets) if changed else 0):
@@ -156,7 +156,7 @@ class Setting:
         """Bytes of the parameters, one set of gradients, the roof's buffer, the reference and one other optimizer."""
         return parameters * (3 * self.dtype.itemsize + STATE + HEADROOM)
 
-    def _check_room(self) -> None:
+    def _check_memory(self) -> None:
         needed, free = self._needed(self.parameters), available_memory(self.device)
         if needed <= free:
             return
@@ -383,62 +383,62 @@ class Comparison:
         before = torch.get_num_threads()
         torch.set_num_threads(self.plan.threads)
         try:
-            self._run(Setting(self.plan))
+            self._run(Workload(self.plan))
         finally:
             torch.set_num_threads(before)
 
-    def _run(self, setting: Setting) -> None:
-        self.facts = setting.facts()
+    def _run(self, workload: Workload) -> None:
+        self.facts = workload.facts()
         try:
-            reference = self._prepared(REFERENCE, setting)
+            reference = self._prepared(REFERENCE, workload)
         except Exception as problem:
             raise EvenstepError(f"{REFERENCE}, the reference, does not run here: {_reason(problem)}") from problem
         lot: list[Contestant] = []
         for name in self.plan.optimizers:
-            if lot and not setting.has_room():
-                self._time(reference, lot, setting)
+            if lot and not workload.has_room():
+                self._time(reference, lot, workload)
                 lot = []
             if name == REFERENCE:
                 continue
-            if not setting.has_room():
+            if not workload.has_room():
                 self.rows[name]["skipped"] = "not enough memory beside the reference"
                 continue
             try:
-                lot.append(self._prepared(name, setting))
+                lot.append(self._prepared(name, workload))
             except Exception as problem:
                 self.rows[name]["skipped"] = _reason(problem)
                 self.say(f"{name}: skipped: {_reason(problem)}")
         if lot or self.rows[REFERENCE]["ms"] is None:
-            self._time(reference, lot, setting)
+            self._time(reference, lot, workload)
 
-    def _prepared(self, name: str, setting: Setting) -> Contestant:
+    def _prepared(self, name: str, workload: Workload) -> Contestant:
         """Build and warm up an optimizer and measure its memory. Raises Unavailable, or any error of the optimizer."""
         plan, entry = self.plan, KNOWN[name]
         began = time.perf_counter()
         with quiet():
-            optimizer = entry.make(setting.model)
+            optimizer = entry.make(workload.model)
             for turn in range(max(1, plan.warmup)):
-                setting.ready(turn)
+                workload.ready(turn)
                 seconds = TIMERS[plan.device](optimizer.step).wall
-            setting.gradients.give(plan.warmup)
-            transient = transient_bytes(optimizer.step, setting.device)
-        changes_gradients = setting.mend_gradients()
-        if setting.mend_parameters():
+            workload.gradients.give(plan.warmup)
+            transient = transient_bytes(optimizer.step, workload.device)
+        changes_gradients = workload.restore_gradients()
+        if workload.restore_parameters():
             raise FloatingPointError("it made parameters NaN or infinite")
         budget = plan.budget * (PATIENCE if entry.ours or entry.package == "torch" else 1)
         rounds = min(plan.rounds, max(MIN_TURNS, int(budget / max(seconds, 1e-9))))
-        turns = Turns(name, optimizer.step, rounds, setting.ready)
+        turns = Turns(name, optimizer.step, rounds, workload.ready)
         if changes_gradients:
-            turns.after = lambda turn: setting.gradients.fill(turn)
+            turns.after = lambda turn: workload.gradients.fill(turn)
             self.rows[name]["note"] = "; ".join(filter(None, [entry.note, "changes the gradients"]))
-        kept = state_bytes(optimizer.state_dict()["state"], chain(setting.params, *setting.gradients.sets))
+        kept = state_bytes(optimizer.state_dict()["state"], chain(workload.params, *workload.gradients.sets))
         spent = time.perf_counter() - began
         self.say(f"{name}: ready after {spent:.1f} s, {seconds * 1e3:.1f} ms a step, {rounds} rounds")
         return Contestant(turns, kept, transient)
 
-    def _time(self, reference: Contestant, lot: list[Contestant], setting: Setting) -> None:
+    def _time(self, reference: Contestant, lot: list[Contestant], workload: Workload) -> None:
         """Time the reference, the roof and the lot in common rounds, and fill their rows."""
-        roof = Turns("roof", setting.stream, self.plan.rounds, setting.ready)
+        roof = Turns("roof", workload.stream, self.plan.rounds, workload.ready)
         reference.turns.samples = {}
         everyone = [reference, *lot]
         self.say(f"timing {len(lot)} optimizers and the reference: {self.plan.rounds} rounds")
@@ -448,11 +448,11 @@ class Comparison:
             self._roof += roof.samples.values()
             if self._roof:
                 best = spread([sample.wall for sample in self._roof])
-                self.facts["roof_gb_per_s"] = round(2 * setting.roof.nbytes / best.median / 1e9, 3)
+                self.facts["roof_gb_per_s"] = round(2 * workload.roof.nbytes / best.median / 1e9, 3)
             for contestant in everyone:
-                self._fill(contestant, reference, setting)
+                self._fill(contestant, reference, workload)
 
-    def _fill(self, contestant: Contestant, reference: Contestant, setting: Setting) -> None:
+    def _fill(self, contestant: Contestant, reference: Contestant, workload: Workload) -> None:
         turns, row = contestant.turns, self.rows[contestant.turns.name]
         ratio = paired_ratio(turns.samples, reference.turns.samples)
         if turns.problem is not None or ratio is None:
@@ -461,13 +461,13 @@ class Comparison:
         wall = spread([sample.wall for sample in turns.samples.values()])
         cpu = spread([sample.cpu for sample in turns.samples.values()])
         # Bytes moved: read and write the parameters, read the gradients, read and write the state.
-        moved = 3 * setting.parameter_bytes + 2 * contestant.state_bytes
+        moved = 3 * workload.parameter_bytes + 2 * contestant.state_bytes
         speed = moved / wall.median / 1e9
         numbers = (
             *(wall.median * 1e3, wall.q1 * 1e3, wall.q3 * 1e3, cpu.median * 1e3, ratio.median, ratio.q1, ratio.q3),
-            *(wall.median * 1e9 / setting.parameters, len(turns.samples)),
-            *(contestant.state_bytes / setting.parameters, contestant.transient_bytes),
-            contestant.transient_bytes / setting.parameter_bytes,
+            *(wall.median * 1e9 / workload.parameters, len(turns.samples)),
+            *(contestant.state_bytes / workload.parameters, contestant.transient_bytes),
+            contestant.transient_bytes / workload.parameter_bytes,
             *(moved, speed, speed / self.facts["roof_gb_per_s"]),
         )
         row |= {key: round(value, 4) for key, value in zip(NUMBERS, numbers, strict=True)} | {"skipped": None}

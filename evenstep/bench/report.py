@@ -77,7 +77,7 @@ def scaling_tables(document: dict[str, Any]) -> list[Table]:
                 number = f"{row['ns_per_param']:.3f} ({row['ratio_to_adamw_fused']:.2f})" if row["ms"] else "skipped"
                 cells.setdefault(row["optimizer"], {})[row["shapes"]] = number
         heads = ["optimizer", *(f"{name} ({size / 1e6:.0f}M)" for name, size in shapes.items())]
-        lines = [[name, *(found.get(shape, "") for shape in shapes)] for name, found in cells.items()]
+        lines = [[name, *(numbers.get(shape, "") for shape in shapes)] for name, numbers in cells.items()]
         left = [f"{item['shapes']} left out: {item['why']}" for item in document["left_out"]]
         title = f"ns per parameter (x adamw_fused), {counted(threads, 'thread')}"
         tables.append((title, heads, lines, "\n".join(dict.fromkeys(left))))

@@ -41,7 +41,8 @@ def cpu_timer(step: Step) -> Sample:
 
 
 def cuda_timer(step: Step) -> Sample:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    event: Any = torch.cuda.Event  # not typed by torch
+    start, stop = (event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     cpu = time.process_time()
     start.record()

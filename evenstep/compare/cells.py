@@ -305,18 +305,18 @@ class Store:
             file.write(json.dumps({"name": name, **asdict(outcome), "summary": summary}, ensure_ascii=False) + "\n")
 
     def _read(self) -> dict[str, Outcome]:
-        found: dict[str, Outcome] = {}
+        outcomes: dict[str, Outcome] = {}
         for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 facts = json.loads(line)
                 name = facts.pop("name")
                 curve = [(int(at), float(loss)) for at, loss in facts.pop("curve")]
-                found[name] = Outcome(**facts, curve=curve)
+                outcomes[name] = Outcome(**facts, curve=curve)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise EvenstepError(
                     f"{self.path}, line {number}: not the outcome of a run; delete the line to repeat the run"
                 ) from None
-        return found
+        return outcomes
 
 
 if __name__ == "__main__":

@@ -47,11 +47,11 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Differenc
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
-    found = [first[seed] - second[seed] for seed in seeds]
-    n = len(found)
-    within = STUDENT[min(n - 1, len(STUDENT)) - 1] * stdev(found) / n**0.5 if n > 1 else math.inf
+    differences = [first[seed] - second[seed] for seed in seeds]
+    n = len(differences)
+    within = STUDENT[min(n - 1, len(STUDENT)) - 1] * stdev(differences) / n**0.5 if n > 1 else math.inf
     means = [mean(side[seed] for seed in seeds) for side in (first, second)]
-    return Difference(means[0], means[1], mean(found), within, n)
+    return Difference(means[0], means[1], mean(differences), within, n)
 
 
 def judge(
@@ -81,11 +81,11 @@ def judge(
     if any(len(side) < len(shared) for side in ended):
         won = {(0, len(shared)): OPPOSITE, (len(shared), 0): CONFIRMED}
         return won.get((len(ended[0]), len(ended[1])), UNCONFIRMED), None
-    found = paired(*ended)
-    assert found is not None
-    within = few if few is not None and found.seeds < 3 else max(floor, found.within)
-    below, above = found.mean + within < mark, found.mean - within > mark
-    return CONFIRMED if below else OPPOSITE if above else UNCONFIRMED, replace(found, within=within)
+    difference = paired(*ended)
+    assert difference is not None
+    within = few if few is not None and difference.seeds < 3 else max(floor, difference.within)
+    below, above = difference.mean + within < mark, difference.mean - within > mark
+    return CONFIRMED if below else OPPOSITE if above else UNCONFIRMED, replace(difference, within=within)
 
 
 # ---- claims of a table ----
@@ -107,10 +107,10 @@ Verdict = tuple[str, str]
 def judged(claim: dict[str, Any], lines: list[Line]) -> dict[str, Any] | None:
     """The claim with ``verdict``, ``ours`` (the numbers behind it) and ``seeds``; None if one of its two lines is not
     among ``lines``, which are of one size."""
-    found = [called(lines, claim[key])[:1] for key in ("better", "than")]
-    if not all(found):
+    pair = [called(lines, claim[key])[:1] for key in ("better", "than")]
+    if not all(pair):
         return None
-    better, than = (line for [line] in found)
+    better, than = (line for [line] in pair)
     verdict, ours = RULES[claim["rule"]](better, than, claim)
     pairs = len(by_seed(better).keys() & by_seed(than).keys())
     seeds = pairs or min(1, len(better["sweep"]), len(than["sweep"]))
@@ -138,13 +138,13 @@ def difference(better: Line, than: Line, mark: float = 0.0) -> tuple[str, Differ
 
 def _compared(better: Line, than: Line, mark: float = 0.0) -> Verdict:
     """Whether ``better`` is at most ``mark`` above ``than``, and the numbers."""
-    verdict, found = difference(better, than, mark)
+    verdict, gap = difference(better, than, mark)
     if verdict == OPEN:
         return UNMEASURED, ""
-    if found is None:
+    if gap is None:
         runs = [(line["name"], len(losses_of(line)), len(by_seed(line))) for line in (better, than)]
         return verdict, "; ".join(f"{name}: {ended} of {n} runs ended well" for name, ended, n in runs)
-    return verdict, f"{found.first:.4f} against {found.second:.4f} ({found.mean:+.4f} ± {found.within:.4f})"
+    return verdict, f"{gap.first:.4f} against {gap.second:.4f} ({gap.mean:+.4f} ± {gap.within:.4f})"
 
 
 def _lower(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:
@@ -167,7 +167,7 @@ def _level(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:
 
 def kept_bytes(line: Line) -> float:
     """Bytes of model and optimizer state together."""
-    return line["model_bytes"] + line["state_bytes"]
+    return float(line["model_bytes"] + line["state_bytes"])
 
 
 def _keeps(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:

@@ -271,7 +271,7 @@ class Slurm(Cluster):
         return self._executor.submit(Submission(command))
 
     def poll(self, handle: tuple[Command, Any]) -> bool:
-        return handle[1].done()
+        return bool(handle[1].done())
 
     def _cancel(self, job: Any) -> None:
         job.cancel()

@@ -134,8 +134,8 @@ class Plan:
         rates = self.table.rates(group)
         if len(rates) == 1:
             return rates[0]
-        found = {cell.lr: self._loss(group, cell.lr, outcomes) for cell in self.sweep(group, outcomes)}
-        known = {rate: loss for rate, loss in found.items() if loss is not None and loss < float("inf")}
+        losses = {cell.lr: self._loss(group, cell.lr, outcomes) for cell in self.sweep(group, outcomes)}
+        known = {rate: loss for rate, loss in losses.items() if loss is not None and loss < float("inf")}
         return min(known, key=lambda rate: known[rate]) if known else None
 
     # ---- second stage ----
@@ -149,12 +149,12 @@ class Plan:
 
     def wanted(self, outcomes: Outcomes) -> list[tuple[tuple[int, ...], Cell]]:
         """Every cell that is known to be needed, with its place in the order."""
-        found: list[tuple[tuple[int, ...], Cell]] = []
+        placed: list[tuple[tuple[int, ...], Cell]] = []
         for place, group in enumerate(self.groups):
             later = 0 if self.table.is_claimed(group) else 1
-            found += [((later, 0, i, place), cell) for i, cell in enumerate(self.sweep(group, outcomes))]
-            found += [((later, 1, i, place), cell) for i, cell in enumerate(self.finals(group, outcomes))]
-        return sorted(found, key=lambda item: item[0])
+            placed += [((later, 0, i, place), cell) for i, cell in enumerate(self.sweep(group, outcomes))]
+            placed += [((later, 1, i, place), cell) for i, cell in enumerate(self.finals(group, outcomes))]
+        return sorted(placed, key=lambda item: item[0])
 
     def _known(self, cell: Cell) -> list[Cell]:
         """Cells of this table that are the same run as ``cell``, which may belong to another table."""
@@ -204,11 +204,11 @@ def estimate(plans: Sequence[Plan]) -> tuple[list[Cell], list[str]]:
     for plan in plans:
         for group in plan.groups:
             rates = plan.table.rates(group)
-            found = plan.sweep(group, {})
+            of_line = plan.sweep(group, {})
             if plan.table.has_final(group):
                 seeds = plan.table.document["final"].get("seeds", [0])
-                found += [plan.cell(group, "final", rates[(len(rates) - 1) // 2], seed) for seed in seeds]
-            cells |= {cell.name: cell for cell in found}
+                of_line += [plan.cell(group, "final", rates[(len(rates) - 1) // 2], seed) for seed in seeds]
+            cells |= {cell.name: cell for cell in of_line}
     all_cells = list(cells.values())
     tokens = sum(cell.tokens for cell in all_cells)
     lines = [f"{len(all_cells)} runs, {tokens / 1e6:,.1f}M tokens"]
@@ -306,13 +306,13 @@ class Runner:
 
     def wanted(self) -> list[Any]:
         """The cells that the plans want now, each run once: the lines with claims of every table, then the others."""
-        found: dict[str, tuple[tuple[int, ...], Any]] = {}
+        chosen: dict[str, tuple[tuple[int, ...], Any]] = {}
         for number, plan in enumerate(self.plans):
             for (later, stage, turn, place), cell in plan.wanted(self.outcomes):
                 key = (later, number, stage, turn, place)
-                if cell.name not in found or key < found[cell.name][0]:
-                    found[cell.name] = (key, cell)
-        return [cell for _, cell in sorted(found.values(), key=lambda item: item[0])]
+                if cell.name not in chosen or key < chosen[cell.name][0]:
+                    chosen[cell.name] = (key, cell)
+        return [cell for _, cell in sorted(chosen.values(), key=lambda item: item[0])]
 
     def look_up(self) -> None:
         """Read the outcomes of earlier calls. The wanted cells depend on them, so repeat until nothing new is found."""
@@ -370,18 +370,18 @@ class Runner:
         self._queue = self._waiting()
         if outcome.status == FINISHED:
             self.speeds.append(seconds / cell.tokens)
-            said = "no validation" if isinstance(cell, Cell) else "done"
-            said = said if outcome.loss is None else f"validation loss {outcome.loss:.4f}"
+            text = "no validation" if isinstance(cell, Cell) else "done"
+            text = text if outcome.loss is None else f"validation loss {outcome.loss:.4f}"
         else:
-            said = f"{outcome.status}: {outcome.why}"
-        self._tell(cell, said, seconds)
+            text = f"{outcome.status}: {outcome.why}"
+        self._tell(cell, text, seconds)
 
-    def _tell(self, cell: Any, said: str, seconds: float) -> None:
+    def _tell(self, cell: Any, text: str, seconds: float) -> None:
         left = self._queue or []
         rest = sum(c.tokens for c in left) + sum(c.tokens for c, _, _ in self.running.values())
         pace = sum(self.speeds) / len(self.speeds) if self.speeds else 0.0
         about = f", about {clock(rest * pace / self.engine.slots)}" if rest and pace else ""
-        self.say(f"{cell.label}: {said} [{clock(seconds)}; {len(left)} waiting{about}]")
+        self.say(f"{cell.label}: {text} [{clock(seconds)}; {len(left)} waiting{about}]")
 
     def _watch(self) -> None:
         """Stop the running cells that are hopeless."""

@@ -23,7 +23,7 @@ from evenstep.compare.results import envelope, reference_of, stopped_early
 from evenstep.errors import EvenstepError
 from evenstep.train.files import replace_text
 from evenstep.train.hardware import short_commit
-from evenstep.train.summary import short_count
+from evenstep.train.log import short_count
 
 Document = dict[str, Any]
 
@@ -200,7 +200,7 @@ def _footer(document: Document) -> str:
 
 
 def _processor(hardware: Document) -> str:
-    return hardware.get("gpu") or hardware.get("cpu", "")
+    return str(hardware.get("gpu") or hardware.get("cpu", ""))
 
 
 def _name(line: Document) -> str:
@@ -224,8 +224,8 @@ def _rates(axes: Any, lines: list[Document]) -> None:
         cells = [cell for cell in line["sweep"] if cell["loss"] is not None]
         [drawn] = axes.plot([c["lr"] for c in cells], [c["loss"] for c in cells], "-", linewidth=1.2, label=_name(line))
         for status, mark in (("finished", "o"), ("hopeless", "x")):
-            some = [cell for cell in cells if cell["status"] == status]
-            axes.plot([c["lr"] for c in some], [c["loss"] for c in some], mark, color=drawn.get_color(), markersize=4)
+            points = [(cell["lr"], cell["loss"]) for cell in cells if cell["status"] == status]
+            axes.plot([x for x, _ in points], [y for _, y in points], mark, color=drawn.get_color(), markersize=4)
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss after the sweep (x: stopped early)")
 
 
@@ -414,20 +414,20 @@ def overview(documents: list[Document]) -> str:
     if not settings or settings.most_common(1)[0][1] < 2:
         return ""
     common = settings.most_common(1)[0][0]
-    found: dict[tuple[Any, ...], Entry] = {}
+    entries: dict[tuple[Any, ...], Entry] = {}
     for document in documents:
         for line in document["lines"] if _common(document) == common else []:
             if line["mean"] is None or line["tokens"] < 0.99 * document["setting"]["tokens"]:
                 continue  # not trained to the end, or with a smaller budget of its own
-            entry = found.setdefault((line["precision_label"], line["best_lr"], *losses_of(line)), Entry(line))
+            entry = entries.setdefault((line["precision_label"], line["best_lr"], *losses_of(line)), Entry(line))
             entry.labels[line["label"]] = None
             entry.tables[document["table"]] = None
     named = dict(zip(SAME, common, strict=True))
     setting = f"{named['data']}, {named['tokens']:,} tokens, {named['batch_size']} x {named['seq_len']} a step"
     parts = [RANKING.format(setting=setting, reference=REFERENCE)]
-    for precision in sorted({key[0] for key in found}, key=lambda label: ("bit" not in label, label)):
-        some = [entry for key, entry in found.items() if key[0] == precision]
-        parts.append(f"### {precision}\n\n{_ranking(some)}")
+    for precision in sorted({key[0] for key in entries}, key=lambda label: ("bit" not in label, label)):
+        of_precision = [entry for key, entry in entries.items() if key[0] == precision]
+        parts.append(f"### {precision}\n\n{_ranking(of_precision)}")
     return "\n".join(parts)
 
 

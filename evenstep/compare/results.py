@@ -64,12 +64,12 @@ def reference_of(line: Document, lines: list[Document], name: str | None) -> Doc
 
 def _judged(claims: list[Document], lines: list[Document]) -> list[Document]:
     """Every claim, once for each size that has both of its lines."""
-    found = []
+    verdicts = []
     for claim in claims:
         for size in dict.fromkeys(line["size"] for line in lines):
             verdict = judged(claim, [line for line in lines if line["size"] == size])
-            found += [] if verdict is None else [{**verdict, "size": size}]
-    return found
+            verdicts += [] if verdict is None else [{**verdict, "size": size}]
+    return verdicts
 
 
 def _setting(plan: Plan) -> Document:
@@ -163,13 +163,14 @@ def _reached(line: Document, reference: Document | None) -> float | None:
     interpolation; None if it never does."""
     if reference is None or reference["mean"] is None or line["name"] == reference["name"]:
         return None
-    goal, before = reference["mean"], None
+    goal: float = reference["mean"]
+    before: tuple[float, float] | None = None
     for at, loss in zip(line["curve"]["tokens"], line["curve"]["mean"], strict=True):
         if loss <= goal:
             if before is None:
                 return float(at)
             share = (before[1] - goal) / (before[1] - loss)
-            return before[0] + share * (at - before[0])
+            return float(before[0] + share * (at - before[0]))
         before = (at, loss)
     return None
 

@@ -84,7 +84,7 @@ class Table:
 
     @property
     def title(self) -> str:
-        return self.document["title"]
+        return str(self.document["title"])
 
     @property
     def reference(self) -> str | None:
@@ -92,21 +92,21 @@ class Table:
 
     @property
     def claims(self) -> list[dict[str, Any]]:
-        return self.document.get("claim", [])
+        return list(self.document.get("claim", []))
 
     def groups(self) -> list[Group]:
         """Every line once; the lines of the grid itself come first."""
         grid = self.document["grid"]
-        found: dict[Group, None] = {}
+        groups: dict[Group, None] = {}
         for part in (grid, *grid.get("more", [])):
             for size in part.get("sizes", grid["sizes"]):
                 for precision in part.get("precisions", grid["precisions"]):
                     for row in part.get("rows", grid["rows"]):
-                        found[Group(row, precision, size)] = None
-        return list(found)
+                        groups[Group(row, precision, size)] = None
+        return list(groups)
 
     def label(self, row: str) -> str:
-        return self.document["row"][row].get("label", row)
+        return str(self.document["row"][row].get("label", row))
 
     def is_claimed(self, group: Group) -> bool:
         """Whether a claim names this line, or it is the reference."""
@@ -127,7 +127,8 @@ class Table:
         if given is None:
             raise EvenstepError(f"{self.name}: size {group.size} has no budget; give it tokens, or give final.tokens")
         count = parse_count(given) if isinstance(given, str) else int(given)
-        return round(count * self.document["row"][group.row].get("budget", 1.0))
+        budget: float = self.document["row"][group.row].get("budget", 1.0)
+        return round(count * budget)
 
     def has_final(self, group: Group) -> bool:
         named = self.document["final"].get("cells", ["all"])
@@ -146,19 +147,19 @@ class Table:
             precision.get("set", {}),
             precision.get("row", {}).get(group.row, {}),
         )
-        found: Document = {}
+        options: Document = {}
         for part in parts:
-            found = merged(found, part)
-        return found
+            options = merged(options, part)
+        return options
 
     def published(self, group: Group) -> dict[str, float]:
         """The paper's perplexity of this row and precision, by size."""
-        found = {}
+        by_size = {}
         for size, precisions in self.document.get("published", {}).items():
             value = precisions.get(group.precision, {}).get(group.row)
             if value is not None:
-                found[size] = value
-        return found
+                by_size[size] = value
+        return by_size
 
 
 def load_table(path: Path, scale: str) -> Table:
@@ -179,10 +180,10 @@ def load_table(path: Path, scale: str) -> Table:
 
 def _with_includes(path: Path) -> Document:
     document = read_toml(path)
-    found: Document = {}
+    included: Document = {}
     for name in document.pop("include", []):
-        found = merged(found, _with_includes(path.parent / name))
-    return merged(found, document)
+        included = merged(included, _with_includes(path.parent / name))
+    return merged(included, document)
 
 
 def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> Document:

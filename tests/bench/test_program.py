@@ -89,7 +89,7 @@ def test_the_json_file_has_the_promised_keys(capsys, tmp_path, mini):
 def test_ratios_bandwidth_and_cost_follow_from_the_times(mini):
     comparison = Comparison(
         Plan(mini, ["scale", REFERENCE], rounds=4),
-        timer=seconds_by({"AdamW": 0.002, "SCALE": 0.001, "Setting": 0.0001}),
+        timer=seconds_by({"AdamW": 0.002, "SCALE": 0.001, "Workload": 0.0001}),
     )
     comparison.run()
     scale, adamw = comparison.rows["scale"], comparison.rows[REFERENCE]
@@ -195,7 +195,7 @@ def test_without_memory_for_all_they_come_in_lots(monkeypatch, mini):
 
     monkeypatch.setattr(measure, "take_turns", recorded)
     rooms = iter([True, False, True, False, True])  # the first alone; then beside a lot and alone by turns
-    monkeypatch.setattr(measure.Setting, "has_room", lambda self: next(rooms, True))
+    monkeypatch.setattr(measure.Workload, "has_room", lambda self: next(rooms, True))
     comparison = Comparison(Plan(mini, ["spam", "scale", "adam", REFERENCE], rounds=2))
     comparison.run()
     assert lots == [["roof", REFERENCE, "spam"], ["roof", REFERENCE, "scale"], ["roof", REFERENCE, "adam"]]
