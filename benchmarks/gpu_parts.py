@@ -1,10 +1,10 @@
-"""The measurements of gpu.py, a process for each part:
+"""The measurements of gpu.py, one process for each part.
 
     python benchmarks/gpu_parts.py PART ROWS [--device cpu] [--smoke]
 
 Every case of a part appends its row to the file ROWS (JSON, one object per line) as soon as it is measured. A case that
-raises leaves a row with its ``error`` and the next one begins; after an error that leaves the CUDA context unusable
-the process starts itself again, and goes on behind the last row. The exit status is 1 when a row has an error.
+raises leaves a row with its ``error``, and the next case begins. After an error that leaves the CUDA context unusable,
+the process restarts itself and continues after the last row. The exit status is 1 if a row has an error.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Case = tuple[str, Callable[[], Row]]
 
 @dataclass(frozen=True)
 class Context:
-    """Where to measure, and the file for the rows. ``smoke``: tiny sizes, few rounds, nothing that a compiler makes."""
+    """The device to measure on, and the file for the rows. ``smoke``: tiny sizes, few rounds, no compilation."""
 
     device: torch.device
     smoke: bool
@@ -61,7 +61,7 @@ class Context:
 
     @cached_property
     def done(self) -> frozenset[str]:
-        """What had rows when this process started."""
+        """Names of the cases that had a row when this process started."""
         return frozenset(row["name"] for row in rows_in(self.rows))
 
     @property
@@ -84,7 +84,7 @@ class Context:
             stream.write(json.dumps({"name": name} | row, default=str) + "\n")
 
     def usable(self) -> bool:
-        """False after an error such as an illegal address, after which every call on the device fails."""
+        """Whether the device works. After an error such as an illegal address, every call on it fails."""
         try:
             if self.cuda:
                 torch.cuda.synchronize()
@@ -98,7 +98,7 @@ class Context:
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
     def clear(self) -> None:
-        """Frees what the last case held, so that cases do not share memory."""
+        """Free the memory of the last case."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
@@ -110,7 +110,7 @@ def rows_in(path: Path) -> list[Row]:
 
 
 def run_cases(context: Context, cases: Iterable[Case]) -> bool:
-    """Whether all cases went well, those before this process started included."""
+    """Run the cases without a row; returns whether no row has an error, including rows of earlier processes."""
     done = context.done
     for name, work in cases:
         if name in done:
@@ -138,8 +138,8 @@ def told(problem: BaseException) -> str:
 
 
 def timer(device: torch.device) -> Callable[[Step], Sample]:
-    """``wall``: between two events around a step that begins with an idle device, so it holds the launches that the
-    device has to wait for. ``cpu``: until the call returns, which is when the host is free for the next one."""
+    """A timer. ``wall``: between two events around a step that begins on an idle device, so it includes the launches
+    for which the device waits. ``cpu``: until the call returns and the host is free again."""
 
     def on_cpu(step: Step) -> Sample:
         began = time.perf_counter()
@@ -168,7 +168,7 @@ def median(step: Step, rounds: int, device: torch.device) -> float:
 
 
 def copy_bandwidth(context: Context) -> float:
-    """Bytes per second, read and written ones together, of a copy far larger than the caches."""
+    """Bytes read and written per second, in a copy that is far larger than the caches."""
     size = 2**25 if context.smoke else max(2**28, 8 * last_level_cache(context.device))
     source = torch.zeros(size, dtype=torch.uint8, device=context.device)
     target = torch.empty_like(source)
@@ -190,7 +190,7 @@ def graph_of(step: Step) -> Step:
 
 
 def launches(step: Step) -> Row:
-    """Kernels and copies (memset included) that one step starts, by the profiler; nothing where it sees no device."""
+    """Kernels and copies (with memset) of one step, by the profiler; empty if the profiler sees no device."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         step()
@@ -207,7 +207,7 @@ def launches(step: Step) -> Row:
 
 
 def synchronisations(step: Step) -> int:
-    """How often a step waits for the device, by torch's own warnings (explicit ``synchronize()`` gives none)."""
+    """How often a step waits for the device, by torch's warnings; ``synchronize()`` itself gives none."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -262,7 +262,7 @@ SMI = (
 
 
 def clocks() -> Row:
-    """What nvidia-smi tells, while the device is busy; nothing where it is not installed."""
+    """Clocks and limits from nvidia-smi while the device is busy, or the error if it cannot be run."""
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     for _ in range(200):
         a @ a
@@ -282,8 +282,8 @@ def speed(context: Context) -> Row:
 
 
 def tests(context: Context) -> bool:
-    """The tests that are marked ``gpu``, and the parity tests of the Triton kernels, each a row. On a CPU those of
-    test_gpu.py alone, which can run there."""
+    """Run the tests marked ``gpu`` and the parity tests of the Triton kernels, with a row for each. On a CPU, run only
+    those of test_gpu.py, which work there."""
     place = ROOT / "tests"
     marked = [path for path in sorted(place.rglob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
     first = place / "test_gpu.py"
@@ -291,7 +291,7 @@ def tests(context: Context) -> bool:
     if not context.cuda:
         os.environ["EVENSTEP_GPU_TEST_DEVICE"] = "cpu"
         files = [first]
-    # sys: the log stays the standard output of the process, also when it starts itself again
+    # sys: the log remains the standard output of the process after it restarts itself
     options = ["-m", "gpu", "-v", "--tb=short", "--capture=sys", "-p", "no:cacheprovider"]
     recorder = Recorder(context)
     code = pytest.main([*options, *map(str, files)], plugins=[recorder])
@@ -299,7 +299,7 @@ def tests(context: Context) -> bool:
 
 
 class Recorder:
-    """A pytest plugin: emits a row for every test, and leaves out those that have one."""
+    """A pytest plugin that writes a row for every test, and skips tests that have a row."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -309,7 +309,7 @@ class Recorder:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         for item in items:
-            if item.path.name.startswith("triton_parity"):  # run from test_kernels_triton.py otherwise, as one test
+            if item.path.name.startswith("triton_parity"):  # usually run by test_kernels_triton.py as one test
                 item.add_marker(pytest.mark.gpu)
         again = "test_kernels_do_what_the_plain_code_does[gpu]"
         items[:] = [item for item in items if item.nodeid not in self.context.done and item.name != again]
@@ -337,7 +337,7 @@ class Recorder:
 
 
 class Steps:
-    """Optimizer steps alone, over the shapes of a LLaMA with prepared gradients."""
+    """Optimizer steps over the shapes of a LLaMA with prepared gradients."""
 
     def __init__(self, context: Context, size: str, dtype: str) -> None:
         self.context = context
@@ -364,7 +364,7 @@ class Steps:
             yield name, partial(self.row, name)
 
     def prepared(self, entry: Entry) -> Any:
-        """The optimizer, which has made its first steps."""
+        """The optimizer after its first steps."""
         optimizer = entry.make(self.workload.model)
         for turn in range(WARMUP):
             self.workload.ready(turn)
@@ -395,7 +395,7 @@ class Steps:
         return row
 
     def graph_row(self, name: str) -> Row:
-        """Times of the step as a graph; why there are none, where the optimizer says that it cannot be captured."""
+        """Times of the step as a CUDA graph, or the reason why the optimizer cannot be captured."""
         try:
             with quiet():
                 replay, reference = self.graph(KNOWN[name]), self.reference_graph
@@ -416,8 +416,8 @@ class Steps:
         wall, host = (spread([sample[i] for sample in samples.values()]) for i in range(2))
         ratio = paired_ratio(samples, players[1].samples)
         assert ratio is not None
-        found: Row = {"ms": milliseconds(wall.median), "ms_q1": milliseconds(wall.q1), "ms_q3": milliseconds(wall.q3)}
-        return found | {"ratio": round(ratio.median, 3), "cpu_ms": milliseconds(host.median)}
+        row: Row = {"ms": milliseconds(wall.median), "ms_q1": milliseconds(wall.q1), "ms_q3": milliseconds(wall.q3)}
+        return row | {"ratio": round(ratio.median, 3), "cpu_ms": milliseconds(host.median)}
 
 
 def model_and_batch(context: Context, size: str, rows: int, length: int) -> tuple[Llama, Step]:
@@ -427,7 +427,7 @@ def model_and_batch(context: Context, size: str, rows: int, length: int) -> tupl
         model = Llama(llama_config(context.size(size), context.vocabulary, max_seq_len=length)).to(torch.bfloat16)
         tokens = torch.randint(context.vocabulary, (rows, length + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    fits = rows * length * context.vocabulary * LOGIT_BYTES < total_memory(context.device) / 8  # as in the trainer
+    fits = rows * length * context.vocabulary * LOGIT_BYTES < total_memory(context.device) / 8  # the trainer's rule
     chunk = None if fits else 8192
 
     def run() -> torch.Tensor:
@@ -500,7 +500,7 @@ def lowbit(context: Context) -> Iterator[Case]:
 
 
 def low_step(context: Context, recipe: str, compiled: bool) -> Row:
-    """A training step of the 60m model with a recipe, in turns with the plain one."""
+    """A training step of the 60m model with a recipe, alternating with the plain one."""
     rows, length = (2, 64) if context.smoke else (32, 256)
 
     def built(quantised: bool) -> tuple[Llama, Step]:
@@ -545,7 +545,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("torch sees no CUDA device; --device cpu --smoke tries the script on a CPU", file=sys.stderr)
+        print("torch sees no CUDA device; test the script on a CPU with --device cpu --smoke", file=sys.stderr)
         return 1
     context = Context(torch.device(args.device), args.smoke, args.rows)
     kind, *of = args.part.split("-")
