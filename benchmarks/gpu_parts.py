@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -31,7 +29,7 @@ from typing import Any
 import pytest
 import torch
 
-from evenstep import __version__, quantize_
+from evenstep import quantize_
 from evenstep.baselines.state_size import state_bytes
 from evenstep.bench.measure import Plan, Workload, quiet
 from evenstep.bench.registry import KNOWN, REFERENCE, Entry
@@ -39,7 +37,7 @@ from evenstep.bench.timing import Sample, Step, Turns, last_level_cache, paired_
 from evenstep.kernels import kernels_for
 from evenstep.lowbit.linear import LowBitLinear
 from evenstep.models import Llama, llama_config
-from evenstep.train.hardware import commit, describe_hardware, peak_flops, peak_memory, total_memory
+from evenstep.train.hardware import commit, describe_hardware, peak_flops, peak_memory, total_memory, versions
 from evenstep.train.memory import LOGIT_BYTES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -237,15 +235,8 @@ def machine(context: Context) -> Iterator[Case]:
 
 
 def found_versions(device: torch.device) -> Row:
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    facts: Row = {"python": platform.python_version(), "evenstep": __version__, "commit": commit()}
-    facts |= {"torch": str(torch.__version__), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    facts |= {package: version(package) for package in ("triton", "numpy", "tokenizers", "safetensors")}
+    facts: Row = {"commit": commit(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    facts |= versions("triton", "numpy", "tokenizers", "safetensors")
     kernels = kernels_for(device.type)
     facts |= describe_hardware(device) | {"kernels": kernels if isinstance(kernels, str) else kernels.name}
     if device.type == "cuda":

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ from evenstep.bench.timing import (
 from evenstep.console import counted
 from evenstep.errors import EvenstepError, nearest
 from evenstep.models import SIZES, Llama, llama_config
-from evenstep.train.hardware import commit, describe_hardware, total_memory, versions
+from evenstep.train.hardware import available_memory, commit, describe_hardware, total_memory, versions
 
 Document = dict[str, Any]
 Say = Callable[[str], object]
@@ -315,34 +314,6 @@ def _peak(events: Sequence[Any]) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated: those free on the GPU, or those that Linux reports as available, within the
-    limit of the process's control group. On other systems, the memory of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated()
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return total_memory(device)
-    return min(free, _group_room())
-
-
-_GROUPS = (  # limit, usage: versions 2 and 1 of Linux's control groups, as seen from inside a container
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-
-
-def _group_room() -> int:
-    for limit, use in _GROUPS:
-        try:
-            return int(Path(limit).read_text()) - int(Path(use).read_text())
-        except (OSError, ValueError):  # no such group, or the limit is "max"
-            continue
-    return 2**63
 
 
 # ---- one comparison ----

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -210,17 +209,10 @@ def perform(directory: Path, say: Say = print) -> dict[str, Any]:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": where,
         "hardware": describe_hardware(torch.device(setting.get("device", "cpu"))),
-        "versions": versions() | {name: _version(name) for name in task["packages"]},
+        "versions": versions(*task["packages"]),
     }
     replace_text(directory / "result.json", _to_json(run) + "\n")
     return run
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _to_json(value: Any) -> str:

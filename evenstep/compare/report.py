@@ -242,23 +242,12 @@ def _memory(axes: Any, lines: list[Document]) -> None:
     axes.set(xlabel="model and optimizer state (MB)", ylabel="perplexity")
 
 
-def _has_curve(line: Document) -> bool:
-    return len(line["curve"]["tokens"]) > 1
-
-
-def _has_sweep(line: Document) -> bool:
-    return sum(cell["loss"] is not None for cell in line["sweep"]) > 1
-
-
-def _has_memory(line: Document) -> bool:
-    return line["mean"] is not None and line["state_bytes"] is not None
-
-
 PICTURES: list[tuple[str, Callable[[Document], bool], Callable[[Any, list[Document]], None]]] = [
-    ("curves", _has_curve, _curves),
-    ("rates", _has_sweep, _rates),
-    ("memory", _has_memory, _memory),
+    ("curves", lambda line: len(line["curve"]["tokens"]) > 1, _curves),
+    ("rates", lambda line: sum(cell["loss"] is not None for cell in line["sweep"]) > 1, _rates),
+    ("memory", lambda line: line["mean"] is not None and line["state_bytes"] is not None, _memory),
 ]
+"""Name of a picture, whether a line has the data for it, and the function that draws it."""
 
 
 # ---- pages ----
