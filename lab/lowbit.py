@@ -250,20 +250,20 @@ def compare_single(lower: float | None, higher: float | None, margin: float | No
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    found = [_below(results, ("stable_spam", low), ("adamw", "bf16"), BUDGET) for low in LOW]
-    found += [_below(results, ("stable_spam", low), ("adamw", low), low) for low in LOW]
-    found += [_below(results, ("stable_spam", "fp32"), (name, "fp32"), "bf16") for name in ("adamw", "adamw + clip")]
+    rows = [_below(results, ("stable_spam", low), ("adamw", "bf16"), BUDGET) for low in LOW]
+    rows += [_below(results, ("stable_spam", low), ("adamw", low), low) for low in LOW]
+    rows += [_below(results, ("stable_spam", "fp32"), (name, "fp32"), "bf16") for name in ("adamw", "adamw + clip")]
     margin = results.seed_range()
     for what, measured in (("range over rates", results.rate_range), ("rise at the highest rate", results.rise)):
         for precision in ("fp32", *LOW):
             ours, theirs = measured("stable_spam", precision), measured("adamw", precision)
             here = f"{_number(ours)} against {_number(theirs)}"
             claim = f"{what}: stable_spam {precision} below adamw {precision}"
-            found.append(Verdict(claim, "", here, compare_single(ours, theirs, margin)))
+            rows.append(Verdict(claim, "", here, compare_single(ours, theirs, margin)))
     leaky, honest = (_best(results, "adamw", name) for name in ("fp4-official", "fp4"))
     claim = "the official FP4's groups leak: adamw fp4-official below adamw fp4 (narrower grid, yet lower loss)"
     here = f"{_number(leaky)} against {_number(honest)}"
-    return [*found, Verdict(claim, "", here, compare_single(leaky, honest, margin))]
+    return [*rows, Verdict(claim, "", here, compare_single(leaky, honest, margin))]
 
 
 def _best(results: Results, optimizer: str, precision: str) -> float | None:

@@ -121,10 +121,10 @@ class Trained:
 
     def by_part(self) -> dict[str, float]:
         """Share of coordinates and steps that are spikes, by part of the model."""
-        found: dict[str, list[float]] = {part: [] for part in PARTS}
+        by_part: dict[str, list[float]] = {part: [] for part in PARTS}
         for name, score in self.scores.items():
-            found[part_of(name)].append(float((score > GSS_THRESHOLD).mean()))
-        return {part: float(np.mean(shares)) for part, shares in found.items() if shares}
+            by_part[part_of(name)].append(float((score > GSS_THRESHOLD).mean()))
+        return {part: float(np.mean(shares)) for part, shares in by_part.items() if shares}
 
     def largest(self) -> tuple[list[str], NDArray[np.float32]]:
         """Names of the tensors, and the largest GSS of each on each step, ``[tensors, steps]``."""
@@ -214,13 +214,13 @@ def _follow(make: Maker, seed: int, spike_at: int, followed: int) -> dict[str, A
                 true, other = (optimizer.state[p][key][:HIT] for p in (clean, hit))
                 away[key].append(float(torch.linalg.vector_norm(other - true)))
                 usual[key].append(float(torch.linalg.vector_norm(true)))
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, distances in away.items():
-        found[key] = np.array(distances) / np.mean(usual[key])
-        dirty = np.flatnonzero(found[key] > CLEAN)
+        result[key] = np.array(distances) / np.mean(usual[key])
+        dirty = np.flatnonzero(result[key] > CLEAN)
         last = int(dirty[-1]) + 1 if len(dirty) else 0
-        found[f"{key}_steps"] = None if last == followed else last
-    return found
+        result[f"{key}_steps"] = None if last == followed else last
+    return result
 
 
 # ---- pictures ----
@@ -307,8 +307,8 @@ def _moments(moments: dict[str, Any]) -> Figure:
     figure = _figure(10, 3.6)
     titles = {"exp_avg": "first moment", "exp_avg_sq": "second moment"}
     for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        for (name, found), color in zip(moments.items(), COLORS, strict=False):
-            axes.plot(np.maximum(found[key], 1e-3), color=color, label=name, linewidth=1.5)
+        for (name, result), color in zip(moments.items(), COLORS, strict=False):
+            axes.plot(np.maximum(result[key], 1e-3), color=color, label=name, linewidth=1.5)
         axes.axhline(0.1, color="grey", linestyle=":")
         axes.set(yscale="log", title=title, xlabel="steps after the spike", ylim=(7e-4, None))
         axes.legend(frameon=False)
@@ -346,8 +346,8 @@ def study(
         | {"batch_size": BATCH, "seq_len": SEQ_LEN, "torch": str(torch.__version__)},
         "models": {one.name: _numbers(one) for one in trained},
         "moments": {
-            name: {key: value for key, value in found.items() if key.endswith("_steps")}
-            for name, found in moments.items()
+            name: {key: value for key, value in facts.items() if key.endswith("_steps")}
+            for name, facts in moments.items()
         },
     }
     replace_text(out / "study.json", json.dumps(numbers, indent=2) + "\n")
@@ -372,18 +372,18 @@ def _numbers(one: Trained) -> dict[str, Any]:
 
 def lines(numbers: dict[str, Any]) -> list[str]:
     """The numbers as text."""
-    said = []
-    for name, found in numbers["models"].items():
-        parts = ", ".join(f"{part} {share:.2%}" for part, share in found["by_part"].items())
-        said += [
-            f"{name}: {found['spiking_share']:.3%} of coordinates and steps are spikes, by part {parts};",
-            f"  on {found['steps_with_spikes']:.0%} of the steps there is one; largest {found['largest_gss']:.0f} "
-            f"in {found['largest_in']}",
+    texts = []
+    for name, facts in numbers["models"].items():
+        parts = ", ".join(f"{part} {share:.2%}" for part, share in facts["by_part"].items())
+        texts += [
+            f"{name}: {facts['spiking_share']:.3%} of coordinates and steps are spikes, by part {parts};",
+            f"  on {facts['steps_with_spikes']:.0%} of the steps there is one; largest {facts['largest_gss']:.0f} "
+            f"in {facts['largest_in']}",
         ]
-    for name, found in numbers["moments"].items():
-        first, second = (found[f"{key}_steps"] for key in ("exp_avg", "exp_avg_sq"))
-        said.append(f"{name}: one spike stays {_steps(first)} in the first moment, {_steps(second)} in the second")
-    return said
+    for name, facts in numbers["moments"].items():
+        first, second = (facts[f"{key}_steps"] for key in ("exp_avg", "exp_avg_sq"))
+        texts.append(f"{name}: one spike stays {_steps(first)} in the first moment, {_steps(second)} in the second")
+    return texts
 
 
 def _steps(count: int | None) -> str:

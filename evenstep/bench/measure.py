@@ -1,4 +1,4 @@
-"""What is timed, and the comparison itself: shared parameters and gradients, bytes of memory, and the rows of results.
+"""A comparison: the shared parameters and gradients, memory in bytes, the rounds, and the rows of results.
 
 The optimizers step over the parameters of a LLaMA, or of one of two extreme sets of shapes, with prepared gradients.
 Names and shapes come from the model itself, built on the meta device, so the tensors are exactly those of a training
@@ -56,7 +56,7 @@ PATIENCE = 10  # factor on the budget of torch's and our optimizers, so that onl
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison measures.
+    """The contents and options of a comparison.
 
     Args:
         shapes: a name that `outline` knows.
@@ -224,6 +224,7 @@ def outline(name: str) -> nn.Module:
 
 
 def count(model: nn.Module) -> int:
+    """Number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 

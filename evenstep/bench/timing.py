@@ -35,12 +35,14 @@ Timer = Callable[[Step], Sample]
 
 
 def cpu_timer(step: Step) -> Sample:
+    """Time ``step`` by the clocks of the host."""
     cpu, wall = time.process_time(), time.perf_counter()
     step()
     return Sample(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def cuda_timer(step: Step) -> Sample:
+    """Time ``step`` by two events of the current CUDA stream."""
     event: Any = torch.cuda.Event  # not typed by torch
     start, stop = (event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
@@ -128,6 +130,8 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 class Spread(NamedTuple):
+    """Median and quartiles."""
+
     q1: float
     median: float
     q3: float

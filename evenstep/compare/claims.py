@@ -65,6 +65,9 @@ def judge(
     cases the difference is None.
 
     Args:
+        first: the side that the claim says is lower.
+        second: the other side.
+        mark: the difference that counts as equal.
         floor: lower bound of the interval's half-width.
         few: half-width for fewer than three common seeds. None: at least two are needed, and Student's t applies.
 
@@ -133,6 +136,7 @@ def losses_of(line: Line) -> list[float]:
 
 
 def difference(better: Line, than: Line, mark: float = 0.0) -> tuple[str, Difference | None]:
+    """The verdict of `judge` on two lines of a table."""
     return judge(by_seed(better), by_seed(than), mark=mark, floor=FLOOR, few=FEW)
 
 

@@ -35,12 +35,13 @@ direction, then every table with its pictures.
 
 
 def add_compare(commands: Any, debug: argparse.ArgumentParser) -> None:
+    """Add the commands ``compare`` and ``results`` to the parser of the program."""
     raw: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "parents": [debug]}
     compare = commands.add_parser(
         "compare", help="re-run a table of the papers", description=DESCRIPTION, epilog=EXAMPLES, **raw
     )
     add = compare.add_argument
-    add("tables", metavar="TABLE.toml", nargs="+", type=Path, help="see recipes/tables")
+    add("tables", metavar="TABLE.toml", nargs="+", type=Path, help="a table file, such as those in recipes/tables")
     add("--out", metavar="DIR", type=Path, default=Path("runs/compare"), help="default: %(default)s")
     add("--jobs", metavar="N", type=int, help="runs at a time; 0: in this process (default: one per core or GPU)")
     add_engine(compare)

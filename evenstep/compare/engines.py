@@ -76,6 +76,8 @@ class Job:
 
 
 class Engine(Protocol):
+    """The interface of all engines; see the head of this module."""
+
     slots: int
 
     def submit(self, job: Job) -> Any: ...
@@ -334,6 +336,7 @@ def engine_for(name: str, jobs: int | None, folder: Path, *, processes: int = 1,
     """Return the engine ``name``.
 
     Args:
+        name: one of `ENGINES`.
         jobs: number of jobs at a time. None: as many as fit; 0: one after the other in this process.
         folder: directory for the engine's own files.
         processes: of one job.

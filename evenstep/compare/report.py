@@ -109,6 +109,7 @@ def below(document: Document) -> str:
 
 
 def markdown(document: Document) -> str:
+    """The table of a document as Markdown."""
     return table(HEADS, rows(document))
 
 
@@ -181,7 +182,12 @@ def draw_curves(
     """Draw a curve for each line: the mean over its seeds, with a band from the lowest to the highest.
 
     Args:
+        path: the picture, whose directory is created if missing.
         lines: name -> ``(x, y)`` of each seed. The curve is drawn at every x that all seeds have.
+        title: of the picture.
+        xlabel: name of the horizontal axis.
+        ylabel: name of the vertical axis.
+        footer: small text below the axes, such as `place`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with picture(path, title, footer) as axes:
@@ -313,6 +319,7 @@ def write_page(stored: Path, page: Path) -> list[Path]:
 
 
 def load(stored: Path) -> list[Document]:
+    """The stored documents of a directory, sorted by file name. Raises EvenstepError if there are none."""
     paths = sorted(stored.glob("*.json")) if stored.is_dir() else []
     if not paths:
         raise EvenstepError(f"{stored}: no stored results; evenstep compare TABLE.toml --store {stored} makes some")

@@ -186,4 +186,5 @@ def stopped_early(document: Document) -> list[str]:
 
 
 def is_measured(document: Document) -> bool:
+    """Whether a document has any result."""
     return any(line["mean"] is not None or line["sweep"] for line in document["lines"])

@@ -50,7 +50,7 @@ def write(store: Path, page: Path) -> Path:
     scored, chosen = [r for r in runs if r["setting"]["test"]], [r for r in runs if not r["setting"]["test"]]
     parts = [_head(store, page, scored or runs)]
     if scored:
-        parts += [_claims(scored), *(_recipe(name, some, page) for name, some in grouped(scored, "recipe").items())]
+        parts += [_claims(scored), *(_recipe(name, group, page) for name, group in grouped(scored, "recipe").items())]
     parts += [_rates(chosen)] if chosen else []
     parts += [LIMITS]
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -105,15 +105,15 @@ def _setting(runs: Runs) -> str:
 
 
 def _range(values: Iterable[int]) -> str:
-    found = sorted({f"{value / 1000:.0f}K" for value in values}, key=lambda text: int(text[:-1]))
-    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    sizes = sorted({f"{value / 1000:.0f}K" for value in values}, key=lambda text: int(text[:-1]))
+    return sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
 
 
 def _claims(runs: Runs) -> str:
     """The verdicts on every claim, at each place of the grid."""
     rows = []
-    for (name, horizon, severity, share), some in _places(r for r in runs if r["setting"]["severity"]).items():
-        by_label = grouped(some, "optimizer")
+    for (name, horizon, severity, share), group in _places(r for r in runs if r["setting"]["severity"]).items():
+        by_label = grouped(group, "optimizer")
         for claim in CLAIMS:
             if claim.better in by_label and claim.worse in by_label:
                 pair = by_label[claim.better], by_label[claim.worse]
@@ -135,12 +135,12 @@ def _places(runs: Iterable[Run]) -> dict[tuple[Any, ...], Runs]:
 def _recipe(name: str, runs: Runs, page: Path) -> str:
     lines = [f"## {name}", "", _setting(runs), ""]
     for horizon in _sorted(runs, "horizon"):
-        some = [run for run in runs if run["setting"]["horizon"] == horizon]
-        if len(_noises(some)) > 1:
-            lines += [_noise(horizon, some), _gradients(some)]
-            for noise in _noises(some):
+        of_horizon = [run for run in runs if run["setting"]["horizon"] == horizon]
+        if len(_noises(of_horizon)) > 1:
+            lines += [_noise(horizon, of_horizon), _gradients(of_horizon)]
+            for noise in _noises(of_horizon):
                 picture = page.parent / f"{page.stem}-{name}-h{horizon}-s{noise[0]:g}-{noise[1] * 100:g}.png"
-                _draw(picture, f"{name}, horizon {horizon}, {_noise_name(noise)}", _at(some, noise))
+                _draw(picture, f"{name}, horizon {horizon}, {_noise_name(noise)}", _at(of_horizon, noise))
                 lines += [f"![Validation error by epoch, {_noise_name(noise)}]({picture.name})", ""]
     known = runs[0]["setting"]["data"]["name"] == "ETTh1"
     lines += [_horizons(runs, known)] if known or len(_sorted(runs, "horizon")) > 1 else []
@@ -162,9 +162,9 @@ def _at(runs: Iterable[Run], noise: tuple[float, float]) -> Runs:
 def _noise(horizon: int, runs: Runs) -> str:
     noises = _noises(runs)
     rows = []
-    for label, some in grouped(runs, "optimizer").items():
-        errors = [_cell(_over(_at(some, noise), key)) for key in ("test_mse", "test_mae") for noise in noises]
-        rows.append([label, f"{some[0]['setting']['lr']:g}", *errors])
+    for label, group in grouped(runs, "optimizer").items():
+        errors = [_cell(_over(_at(group, noise), key)) for key in ("test_mse", "test_mae") for noise in noises]
+        rows.append([label, f"{group[0]['setting']['lr']:g}", *errors])
     heads = [f"{what}, {_noise_name(noise)}" for what in ("MSE", "MAE") for noise in noises]
     return f"Horizon {horizon}:\n\n{table(['optimizer', 'rate', *heads], rows)}"
 
@@ -172,9 +172,9 @@ def _noise(horizon: int, runs: Runs) -> str:
 def _gradients(runs: Runs) -> str:
     """A table that shows whether there are spikes at all."""
     rows = []
-    for label, some in grouped(runs, "optimizer").items():
-        ratios = [[_peak(run) for run in _at(some, noise)] for noise in _noises(runs)]
-        rows.append([label, *(f"{median(found):.1f}" if found else "" for found in ratios)])
+    for label, group in grouped(runs, "optimizer").items():
+        ratios = [[_peak(run) for run in _at(group, noise)] for noise in _noises(runs)]
+        rows.append([label, *(f"{median(values):.1f}" if values else "" for values in ratios)])
     return f"""Spikes: the ratio of the largest gradient norm of an epoch to its median, in the worst epoch after the
 first; median over seeds, before any clipping.
 
@@ -190,10 +190,10 @@ def _horizons(runs: Runs, known: bool) -> str:
     clean = [run for run in runs if not run["setting"]["severity"]]
     rows = []
     for horizon in _sorted(clean, "horizon"):
-        for label, some in grouped((r for r in clean if r["setting"]["horizon"] == horizon), "optimizer").items():
-            row = [horizon, label, _cell(_mse(some)), _cell(_over(some, "test_mae"))]
+        for label, group in grouped((r for r in clean if r["setting"]["horizon"] == horizon), "optimizer").items():
+            row = [horizon, label, _cell(_mse(group)), _cell(_over(group, "test_mae"))]
             if known and horizon in PATCHTST_ETTH1:
-                away = _mse(some).mean / PATCHTST_ETTH1[horizon][0] - 1
+                away = _mse(group).mean / PATCHTST_ETTH1[horizon][0] - 1
                 row += [_pair(PATCHTST_ETTH1[horizon]), f"{away:+.1%}", _pair(NLINEAR_ETTH1[horizon])]
             rows.append(row)
     heads = ["horizon", "optimizer", "MSE", "MAE"]
@@ -206,12 +206,12 @@ def _horizons(runs: Runs, known: bool) -> str:
 def _rates(runs: Runs) -> str:
     rates = _sorted(runs, "lr")
     rows = []
-    for label, some in grouped(runs, "optimizer").items():
-        found = {run["setting"]["lr"]: run["val_mse"] for run in some}
-        known = [value for value in found.values() if value is not None]
-        texts = ["" if r not in found else "diverged" if found[r] is None else f"{found[r]:.4f}" for r in rates]
+    for label, group in grouped(runs, "optimizer").items():
+        by_rate = {run["setting"]["lr"]: run["val_mse"] for run in group}
+        known = [value for value in by_rate.values() if value is not None]
+        texts = ["" if r not in by_rate else "diverged" if by_rate[r] is None else f"{by_rate[r]:.4f}" for r in rates]
         best = [
-            f"**{t}**" if r in found and found[r] == min(known, default=None) else t
+            f"**{t}**" if r in by_rate and by_rate[r] == min(known, default=None) else t
             for r, t in zip(rates, texts, strict=True)
         ]
         rows.append([label, *best])
@@ -225,7 +225,7 @@ is not scored), the best in bold.
 
 
 def _draw(path: Path, title: str, runs: Runs) -> None:
-    lines = {label: [_curve(run) for run in some] for label, some in grouped(runs, "optimizer").items()}
+    lines = {label: [_curve(run) for run in group] for label, group in grouped(runs, "optimizer").items()}
     ylabel = "validation MSE (mean and range of the seeds)"
     draw_curves(path, lines, title=title, xlabel="epoch", ylabel=ylabel, footer=place(runs))
 

@@ -155,13 +155,13 @@ class Windows:
 
     def at(self, starts: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs [n, lookback, channels] and targets [n, horizon, channels] of the windows at ``starts``, int64 [n]."""
-        found = self.rows.unfold(0, self.lookback + self.horizon, 1)[starts].transpose(1, 2)
-        return found[:, : self.lookback], found[:, self.lookback :]
+        windows = self.rows.unfold(0, self.lookback + self.horizon, 1)[starts].transpose(1, 2)
+        return windows[:, : self.lookback], windows[:, self.lookback :]
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All windows in order, each once; the last batch may be smaller and is not dropped."""
-        for some in torch.arange(len(self)).split(size):
-            yield self.at(some)
+        for starts in torch.arange(len(self)).split(size):
+            yield self.at(starts)
 
     def to(self, device: torch.device) -> Windows:
         return Windows(self.rows.to(device), self.lookback, self.horizon)

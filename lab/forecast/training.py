@@ -31,8 +31,8 @@ def work(setting: dict[str, Any], directory: Path, say: Callable[[str], None], c
     where = {key: setting[key] for key in ("lr", "horizon", "severity", "share", "seed", "test")}
     parts = split(_series(csv, tuple(data["columns"]), gaps), data["split"], model.lookback, setting["horizon"])
     started = time.process_time()
-    found = train(Cell(optimizer, **where), parts, model, training, torch.device(setting["device"]))
-    return found | {"core_seconds": round(time.process_time() - started, 1)}
+    results = train(Cell(optimizer, **where), parts, model, training, torch.device(setting["device"]))
+    return results | {"core_seconds": round(time.process_time() - started, 1)}
 
 
 @functools.cache
@@ -130,18 +130,18 @@ def _epoch(
 ) -> tuple[list[float], list[float]]:
     """Train for one epoch; returns loss and gradient norm (before any clipping) of each step."""
     net.train()
-    found = []
-    for some in starts:
-        inputs, targets = windows.at(some.to(windows.rows.device))
+    rows = []
+    for batch in starts:
+        inputs, targets = windows.at(batch.to(windows.rows.device))
         if cell.severity:
             inputs = corrupted(inputs, cell.share, cell.severity, noise)
         loss = net(past_values=inputs, future_values=targets).loss
         optimizer.zero_grad()
         loss.backward()
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        found.append(torch.stack([loss.detach(), nn.utils.get_total_norm(gradients)]))
+        rows.append(torch.stack([loss.detach(), nn.utils.get_total_norm(gradients)]))
         optimizer.step()
-    losses, norms = torch.stack(found).T.tolist()
+    losses, norms = torch.stack(rows).T.tolist()
     return losses, norms
 
 

@@ -95,9 +95,9 @@ def write_page(store: Path, page: Path, recipes: Path = RECIPES) -> list[Path]:
         recipe = load(recipes / f"{name}.toml")
         labels = {line.key: line.label for line in recipe.lines}
         lines = {
-            labels.get(key, key): [(r["steps"], r["returns"]) for r in some] for key, some in _ordered(recipe, runs)
+            labels.get(key, key): [(r["steps"], r["returns"]) for r in group] for key, group in _ordered(recipe, runs)
         }
-        counts = sorted({len(some) for _, some in _ordered(recipe, runs)})
+        counts = sorted({len(group) for _, group in _ordered(recipe, runs)})
         seeds = " or ".join(str(count) for count in counts)
         picture = draw_curves(
             page.with_suffix("") / f"{recipe.name}.png",

@@ -81,9 +81,9 @@ class Norms:
 
     def summary(self) -> dict[str, Any]:
         norms = [norm for norm in self.norms if math.isfinite(norm)] or [math.nan]
-        found = dict(zip(("median", "p99", "max"), np.quantile(norms, (0.5, 0.99, 1.0)).tolist(), strict=True))
+        sizes = dict(zip(("median", "p99", "max"), np.quantile(norms, (0.5, 0.99, 1.0)).tolist(), strict=True))
         rate = float(np.mean(self.rates)) if self.rates else math.nan
-        return {"grad_norm": {key: round(v, 5) for key, v in found.items()}, "events": self.events, "spike_rate": rate}
+        return {"grad_norm": {key: round(v, 5) for key, v in sizes.items()}, "events": self.events, "spike_rate": rate}
 
 
 def train(setting: dict[str, Any], directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
