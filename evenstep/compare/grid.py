@@ -22,7 +22,7 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any, Protocol
 
-from evenstep.compare.cells import FINISHED, HOPELESS, Cell, Outcome, Pool, Store, Task, make_cell
+from evenstep.compare.cells import FINISHED, HOPELESS, Cell, Outcome, Pool, Say, Store, Task, make_cell
 from evenstep.compare.engines import PREEMPTED, Engine
 from evenstep.compare.table import Group, Table
 from evenstep.errors import EvenstepError
@@ -38,7 +38,6 @@ STEP = 2.0
 
 Outcomes = Mapping[str, Outcome]
 Curve = list[tuple[int, float]]
-Say = Callable[[str], None]
 
 
 class CellSource(Protocol):

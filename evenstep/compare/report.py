@@ -20,12 +20,11 @@ from typing import Any
 
 from evenstep.compare.claims import FEW, FLOOR, LEVEL, kept_bytes, losses_of
 from evenstep.compare.results import envelope, reference_of, stopped_early
+from evenstep.compare.table import Document
 from evenstep.errors import EvenstepError
 from evenstep.train.files import replace_text
 from evenstep.train.hardware import short_commit
 from evenstep.train.log import short_count
-
-Document = dict[str, Any]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

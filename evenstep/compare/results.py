@@ -12,9 +12,8 @@ from typing import Any
 from evenstep.compare.cells import FINISHED, Cell, Outcome
 from evenstep.compare.claims import called, judged
 from evenstep.compare.grid import Plan
-from evenstep.compare.table import Group
+from evenstep.compare.table import Document, Group
 
-Document = dict[str, Any]
 POINTS = 40
 """Largest number of points that are stored of a curve."""
 
