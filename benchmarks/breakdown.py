@@ -1,19 +1,18 @@
-"""Where the time of a training step goes, and what a second process costs.
+"""How the time of a training step is spent, and what a second process costs.
 
     python benchmarks/breakdown.py [--sizes tiny 9m 60m 130m] [--only one|two] [--mode ddp|fsdp] [--json FILE]
 
 One step is 8 x 256 tokens a process in fp32, one thread each, AdamW (fused), vocabularies of 32000 (tiny: 2048).
 
-``one``: in one process and taking turns, `Run.step` of a real run with ``train.compile`` (data, telemetry and all), and
-the bare step that is its floor: forward, backward and fused AdamW of the same compiled model on tokens that are there
-already. MFU is the model's FLOPs (6 N and attention) over the best rate of this core at a product of two 1024 x 1024
+``one``: one process alternates between `Run.step` of a real run with ``train.compile`` (including data and telemetry)
+and the bare step that is its lower bound: forward, backward and fused AdamW of the same compiled model on tokens in
+memory. MFU is the model's FLOPs (6 N and attention) over the best rate of this core for a product of two 1024 x 1024
 fp32 matrices, measured between the steps.
 
-``two``: two processes, taking turns together: each alone with its own run, then both in one run over gloo. The share
-of communication is what the step takes longer.
+``two``: two processes alternate between separate runs, one each, and one run of both over gloo. The share of
+communication is the additional time of the common step.
 
-Large sizes take minutes: ``--only``, ``--rounds`` and ``--steps`` make parts, and ``--json`` puts each row into what
-the file holds already.
+Large sizes take minutes. ``--only``, ``--rounds`` and ``--steps`` measure parts; ``--json`` adds each row to the file.
 """
 
 from __future__ import annotations
@@ -36,11 +35,8 @@ from throughput import BATCH, LENGTH, VOCABULARY, surroundings
 from evenstep.models import Llama, llama_config
 from evenstep.train.config_io import load_config
 from evenstep.train.distributed import open_world
+from evenstep.train.log import print_nothing
 from evenstep.train.trainer import Run
-
-
-def silent(_: str) -> None:
-    pass
 
 
 def configured(size: str, out: Path, batch: int, compiled: bool, **more: str) -> Any:
@@ -61,7 +57,7 @@ def configured(size: str, out: Path, batch: int, compiled: bool, **more: str) ->
 
 
 def bare(run: Run, compiled: bool) -> Any:
-    """The floor of ``run``'s step: the same shape, the same kernels, nothing else."""
+    """The lower bound of ``run``'s step: the same shapes and kernels, and nothing else."""
     config = run.model.config
     model = Llama(llama_config(run.config.model.size, config.vocab_size, max_seq_len=LENGTH))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
@@ -80,7 +76,7 @@ def bare(run: Run, compiled: bool) -> Any:
 
 
 def gemm_peak() -> float:
-    """FLOP/s of the best of many products of two 1024 x 1024 fp32 matrices."""
+    """FLOP/s of the fastest of 30 products of two 1024 x 1024 fp32 matrices."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     best = min(timed(lambda: torch.mm(a, b)) for _ in range(30))
     return 2 * 1024**3 / best
@@ -93,7 +89,7 @@ def timed(work: Any) -> float:
 
 
 def one(size: str, place: Path, args: argparse.Namespace) -> dict[str, Any]:
-    run = Run(configured(size, place / f"one-{size}", BATCH, args.compile), say=silent)
+    run = Run(configured(size, place / f"one-{size}", BATCH, args.compile), say=print_nothing)
     floor = bare(run, args.compile)
     spent = {"optimizer": 0.0}
     real = run.optimizer.step
@@ -132,9 +128,9 @@ def worker(rank: int, size: str, place: str, args: argparse.Namespace, port: int
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     config = configured(size, Path(place) / f"two-{size}", 2 * BATCH, args.compile, **{"parallel.mode": args.mode})
-    alone = Run(configured(size, Path(place) / f"alone-{size}-{rank}", BATCH, args.compile), say=silent)
+    alone = Run(configured(size, Path(place) / f"alone-{size}-{rank}", BATCH, args.compile), say=print_nothing)
     with open_world(config) as world:
-        both = Run(config, world=world, say=silent)
+        both = Run(config, world=world, say=print_nothing)
         for run in (alone, both) * args.warmup:
             run.step()
         found: dict[str, list[float]] = {"alone": [], "both": []}
@@ -173,7 +169,7 @@ def two(size: str, place: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add(rows: list[dict[str, Any]], part: str, row: dict[str, Any], args: argparse.Namespace) -> None:
-    """Put ``row`` in the place of an earlier one of the same kind, or at the end."""
+    """Add ``row``, in place of an earlier row of the same kind."""
     kind = {"part": part, "size": row["size"], "compiled": args.compile}
     kind |= {"mode": args.mode} if part == "two" else {}
     rows[:] = [other for other in rows if any(other.get(key) != value for key, value in kind.items())]
@@ -191,9 +187,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="two: steps of a round (default: 4)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before timing (default: 2)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave the blocks uncompiled")
-    parser.add_argument("--only", choices=("one", "two"), help="one of the two parts alone")
+    parser.add_argument("--only", choices=("one", "two"), help="measure one of the two parts only")
     parser.add_argument("--mode", choices=("ddp", "fsdp"), default="ddp", help="two: parallel.mode (default: ddp)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="put the rows into this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the rows to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []

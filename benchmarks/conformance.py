@@ -1,7 +1,7 @@
-"""How optimizers take what PyTorch, its trainers and its users do to them: writes the table of docs/conformance.md.
+"""How optimizers behave under the operations of PyTorch, its trainers and its users: the table of docs/conformance.md.
 
 python benchmarks/conformance.py --write docs/conformance.md     # about a minute; needs pytorch_optimizer
-python benchmarks/conformance.py --explain "SCALE"               # what fails or is refused, and why
+python benchmarks/conformance.py --explain "SCALE"               # the checks that fail or are refused, and why
 """
 
 import argparse
@@ -22,8 +22,8 @@ from conformance_report import CHECKS, OTHERS, OURS, page, verdict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page there instead of printing it")
-    parser.add_argument("--explain", metavar="NAME", help="what one optimizer says where it does not pass")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page to this file instead of printing it")
+    parser.add_argument("--explain", metavar="NAME", help="print the checks that an optimizer does not pass")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -1,9 +1,10 @@
-"""How long the data takes: loader time a batch, tokenising speed, peak memory of preparing.
+"""The cost of data: loader time per batch, tokenisation speed, and peak memory of the preparation.
 
     python benchmarks/data_loading.py [--source stdlib] [--vocab 4096] [--json FILE]
- Loader times are medians over many batches of a memory-mapped stream whose pages are in memory, one thread. Tokenising
-is timed on this machine's cores, the tokenizer's training apart. Memory is the growth of the process's peak while
-preparing.
+
+Loader times are medians over many batches of a memory-mapped stream whose pages are in memory, with one thread.
+Tokenisation is timed on all cores of the machine, without the training of the tokenizer. Memory is the growth of the
+process's peak during the preparation.
 """
 
 import argparse
@@ -38,9 +39,8 @@ def time_preparing(source: str, vocab_size: int, cache: str) -> dict[str, object
     before, start = peak_bytes(), time.perf_counter()
     data = prepare(DataSpec(source, vocab_size=vocab_size, cache_dir=cache), note)
     total = time.perf_counter() - start
-    tokenising = (
-        marks["tokens"][-1] - marks["tokenizer"][-1]
-    )  # includes the BPE's own merging, which follows the last sample
+    # Includes the merges of the BPE training, which follow its last sample.
+    tokenising = marks["tokens"][-1] - marks["tokenizer"][-1]
     size = data.train.num_bytes + data.val.num_bytes
     start = time.perf_counter()
     prepare(DataSpec(source, vocab_size=vocab_size, cache_dir=cache))

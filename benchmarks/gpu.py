@@ -1,15 +1,15 @@
-"""What evenstep does on a GPU that nobody has tried yet: one command, ten minutes, no network.
+"""Tests and measurements on a new GPU: one command, ten minutes, no network.
 
     python benchmarks/gpu.py --out DIR [--budget 540]
-    python benchmarks/gpu.py --out DIR --device cpu --smoke     # every part in miniature, to try the script itself
+    python benchmarks/gpu.py --out DIR --device cpu --smoke     # every part in miniature, to test this script
 
 It needs a checkout (no installation, no compiled kernels), torch with triton, numpy, tokenizers, safetensors, pytest
-and hypothesis. DIR/results.json and DIR/summary.md are rewritten after every part, so a run that is cut short keeps
-what it has measured; DIR/logs has the output of each part. docs/gpu.md explains the numbers.
+and hypothesis. DIR/results.json and DIR/summary.md are rewritten after every part, so an interrupted run keeps its
+measurements; DIR/logs has the output of each part. docs/gpu.md explains the numbers.
 
-The parts (gpu_parts.py) run one after the other, the most valuable first, each in a process group of its own with a
-time limit: its share of what is left of the budget. A part that hangs is killed, one that fails is recorded, one for
-which too little time is left is skipped, and the rest goes on. The exit status is 0 when every part passed.
+The parts (gpu_parts.py) run one after the other, the most valuable first, each in its own process group with a time
+limit: its share of the remaining budget. A part that hangs is killed, a part that fails is recorded, a part for which
+too little time is left is skipped, and the others go on. The exit status is 0 if every part passed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """``share``: the seconds it usually takes, which is how the budget is divided. ``least``: with fewer seconds left
-    it is not started."""
+    """``share``: its usual seconds, which divide the budget. ``least``: it is skipped with fewer seconds left."""
 
     name: str
     share: float
@@ -59,7 +58,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """A signal asked for the end. No Exception, so that nothing on the way swallows it."""
+    """A signal requested the end. Not an Exception, so that no handler swallows it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -67,10 +66,10 @@ class Stopped(BaseException):
 
 
 class Session:
-    """``run()`` goes through the parts and returns whether all passed; ``document`` is what results.json holds.
+    """``run()`` runs the parts and returns whether all passed; ``document`` is the contents of results.json.
 
-    ``command(part, rows)`` is what to run for a part; the process appends one JSON object per line to the file ``rows``
-    as it measures, each with a ``name``, and an ``error`` where something went wrong. A part passes when its process
+    ``command(part, rows)`` is the command of a part. Its process appends one JSON object per line to the file ``rows``
+    as it measures, each with a ``name``, and with an ``error`` if something went wrong. A part passes if its process
     exits with 0.
     """
 
@@ -116,7 +115,7 @@ class Session:
         return all(record["status"] == "passed" for record in self.document["parts"].values())
 
     def _run(self, part: Part, limit: float) -> None:
-        """One part: passed, failed, or cut at its limit. Stopped passes through, after the part is recorded."""
+        """Run a part and record it as passed, failed, or cut at its limit. Stopped is raised after the record."""
         rows, log = self.out / "logs" / f"{part.name}.jsonl", self.out / "logs" / f"{part.name}.log"
         rows.unlink(missing_ok=True)
         self.say(f"{part.name}: at most {limit:.0f} s")
@@ -146,12 +145,12 @@ class Session:
             self._record(part, status, **facts)
 
     def _end(self) -> None:
-        """No process of the part is left: its group is asked to end, and killed if it does not."""
+        """End all processes of the part: its group gets SIGTERM, then SIGKILL."""
         process, self.process = self.process, None
         if process is None:
             return
         for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 30.0)):
-            with suppress(ProcessLookupError, PermissionError):  # nobody is left in the group
+            with suppress(ProcessLookupError, PermissionError):  # the group is empty
                 os.killpg(process.pid, number)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(patience)
@@ -169,7 +168,7 @@ class Session:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a file so that at any moment either the old or the new content is there, whole."""
+    """Write a file atomically: at any moment it has either the old or the new content."""
     new = path.with_name(f".{path.name}.new")
     with new.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -179,7 +178,7 @@ def replace(path: Path, text: str) -> None:
 
 
 def read_rows(path: Path) -> list[Record]:
-    """The rows that a part has written; a last line that was cut off is left out."""
+    """The rows that a part has written; an incomplete last line is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with suppress(json.JSONDecodeError):
@@ -193,12 +192,12 @@ def last_lines(path: Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This checkout comes first in the modules of a part."""
+    """The environment of a part, whose modules come from this checkout."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
 
 
-# ---- what people read ----
+# ---- the summary ----
 
 STEP_COLUMNS = {
     "ms": "ms",
@@ -226,7 +225,7 @@ COLUMNS = {"steps": STEP_COLUMNS, "train": TRAIN_COLUMNS, "lowbit": LOWBIT_COLUM
 
 
 def summary(document: Record) -> str:
-    """results.json in a page of Markdown."""
+    """The page of Markdown for results.json."""
     lines = ["# evenstep on this device", ""]
     for row in document["parts"].get("machine", {}).get("rows", []):
         lines += [f"- {key}: {shown(value)}" for key, value in row.items() if key != "name"]
@@ -250,7 +249,7 @@ def overview(document: Record) -> list[Record]:
 
 
 def table(first: str, columns: dict[str, str], rows: Sequence[Record]) -> list[str]:
-    """Markdown that is also readable as it is: every column as wide as its widest cell."""
+    """A Markdown table whose columns are aligned in the source."""
     cells = [[first, *columns.values()]]
     cells += [[str(row["name"]), *(shown(row.get(key)) for key in columns)] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
@@ -271,7 +270,7 @@ def shown(value: Any) -> str:
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP (but what nohup ignores) raise Stopped, once: files are being written then."""
+    """SIGINT, SIGTERM and SIGHUP raise Stopped, once, unless they are ignored (nohup)."""
 
     def stop(number: int, _: Any) -> None:
         for other in STOPS:
@@ -292,8 +291,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory for results.json, summary.md and logs")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything (default: %(default)g)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--smoke", action="store_true", help="every part in miniature: tries the script, says no speed")
-    parser.add_argument("--only", metavar="PARTS", help=f"with commas between them: {', '.join(p.name for p in PARTS)}")
+    parser.add_argument("--smoke", action="store_true", help="every part in miniature, to test the script")
+    parser.add_argument("--only", metavar="PARTS", help=f"separated by commas: {', '.join(p.name for p in PARTS)}")
     args = parser.parse_args()
     wanted = [name.strip() for name in args.only.split(",")] if args.only else [part.name for part in PARTS]
     if unknown := set(wanted) - {part.name for part in PARTS}:

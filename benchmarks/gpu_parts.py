@@ -1,10 +1,10 @@
-"""The measurements of gpu.py, a process for each part:
+"""The measurements of gpu.py, one process for each part.
 
     python benchmarks/gpu_parts.py PART ROWS [--device cpu] [--smoke]
 
 Every case of a part appends its row to the file ROWS (JSON, one object per line) as soon as it is measured. A case that
-raises leaves a row with its ``error`` and the next one begins; after an error that leaves the CUDA context unusable
-the process starts itself again, and goes on behind the last row. The exit status is 1 when a row has an error.
+raises leaves a row with its ``error``, and the next case begins. After an error that leaves the CUDA context unusable,
+the process restarts itself and continues after the last row. The exit status is 1 if a row has an error.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -31,16 +29,15 @@ from typing import Any
 import pytest
 import torch
 
-from evenstep import __version__, quantize_
+from evenstep import quantize_
 from evenstep.baselines.state_size import state_bytes
-from evenstep.bench.measure import quiet
+from evenstep.bench.measure import Plan, Workload, quiet
 from evenstep.bench.registry import KNOWN, REFERENCE, Entry
-from evenstep.bench.setting import Plan, Setting
 from evenstep.bench.timing import Sample, Step, Turns, last_level_cache, paired_ratio, spread, take_turns
 from evenstep.kernels import kernels_for
 from evenstep.lowbit.linear import LowBitLinear
 from evenstep.models import Llama, llama_config
-from evenstep.train.hardware import commit, describe_hardware, peak_flops, peak_memory, total_memory
+from evenstep.train.hardware import commit, describe_hardware, peak_flops, peak_memory, total_memory, versions
 from evenstep.train.memory import LOGIT_BYTES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +51,7 @@ Case = tuple[str, Callable[[], Row]]
 
 @dataclass(frozen=True)
 class Context:
-    """Where to measure, and the file for the rows. ``smoke``: tiny sizes, few rounds, nothing that a compiler makes."""
+    """The device to measure on, and the file for the rows. ``smoke``: tiny sizes, few rounds, no compilation."""
 
     device: torch.device
     smoke: bool
@@ -62,7 +59,7 @@ class Context:
 
     @cached_property
     def done(self) -> frozenset[str]:
-        """What had rows when this process started."""
+        """Names of the cases that had a row when this process started."""
         return frozenset(row["name"] for row in rows_in(self.rows))
 
     @property
@@ -85,7 +82,7 @@ class Context:
             stream.write(json.dumps({"name": name} | row, default=str) + "\n")
 
     def usable(self) -> bool:
-        """False after an error such as an illegal address, after which every call on the device fails."""
+        """Whether the device works. After an error such as an illegal address, every call on it fails."""
         try:
             if self.cuda:
                 torch.cuda.synchronize()
@@ -99,7 +96,7 @@ class Context:
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
     def clear(self) -> None:
-        """Frees what the last case held, so that cases do not share memory."""
+        """Free the memory of the last case."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
@@ -111,7 +108,7 @@ def rows_in(path: Path) -> list[Row]:
 
 
 def run_cases(context: Context, cases: Iterable[Case]) -> bool:
-    """Whether all cases went well, those before this process started included."""
+    """Run the cases without a row; returns whether no row has an error, including rows of earlier processes."""
     done = context.done
     for name, work in cases:
         if name in done:
@@ -139,8 +136,8 @@ def told(problem: BaseException) -> str:
 
 
 def timer(device: torch.device) -> Callable[[Step], Sample]:
-    """``wall``: between two events around a step that begins with an idle device, so it holds the launches that the
-    device has to wait for. ``cpu``: until the call returns, which is when the host is free for the next one."""
+    """A timer. ``wall``: between two events around a step that begins on an idle device, so it includes the launches
+    for which the device waits. ``cpu``: until the call returns and the host is free again."""
 
     def on_cpu(step: Step) -> Sample:
         began = time.perf_counter()
@@ -169,7 +166,7 @@ def median(step: Step, rounds: int, device: torch.device) -> float:
 
 
 def copy_bandwidth(context: Context) -> float:
-    """Bytes per second, read and written ones together, of a copy far larger than the caches."""
+    """Bytes read and written per second, in a copy that is far larger than the caches."""
     size = 2**25 if context.smoke else max(2**28, 8 * last_level_cache(context.device))
     source = torch.zeros(size, dtype=torch.uint8, device=context.device)
     target = torch.empty_like(source)
@@ -191,7 +188,7 @@ def graph_of(step: Step) -> Step:
 
 
 def launches(step: Step) -> Row:
-    """Kernels and copies (memset included) that one step starts, by the profiler; nothing where it sees no device."""
+    """Kernels and copies (with memset) of one step, by the profiler; empty if the profiler sees no device."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         step()
@@ -208,7 +205,7 @@ def launches(step: Step) -> Row:
 
 
 def synchronisations(step: Step) -> int:
-    """How often a step waits for the device, by torch's own warnings (explicit ``synchronize()`` gives none)."""
+    """How often a step waits for the device, by torch's warnings; ``synchronize()`` itself gives none."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -238,15 +235,8 @@ def machine(context: Context) -> Iterator[Case]:
 
 
 def found_versions(device: torch.device) -> Row:
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    facts: Row = {"python": platform.python_version(), "evenstep": __version__, "commit": commit()}
-    facts |= {"torch": str(torch.__version__), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    facts |= {package: version(package) for package in ("triton", "numpy", "tokenizers", "safetensors")}
+    facts: Row = {"commit": commit(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    facts |= versions("triton", "numpy", "tokenizers", "safetensors")
     kernels = kernels_for(device.type)
     facts |= describe_hardware(device) | {"kernels": kernels if isinstance(kernels, str) else kernels.name}
     if device.type == "cuda":
@@ -263,7 +253,7 @@ SMI = (
 
 
 def clocks() -> Row:
-    """What nvidia-smi tells, while the device is busy; nothing where it is not installed."""
+    """Clocks and limits from nvidia-smi while the device is busy, or the error if it cannot be run."""
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     for _ in range(200):
         a @ a
@@ -283,8 +273,8 @@ def speed(context: Context) -> Row:
 
 
 def tests(context: Context) -> bool:
-    """The tests that are marked ``gpu``, and the parity tests of the Triton kernels, each a row. On a CPU those of
-    test_gpu.py alone, which can run there."""
+    """Run the tests marked ``gpu`` and the parity tests of the Triton kernels, with a row for each. On a CPU, run only
+    those of test_gpu.py, which work there."""
     place = ROOT / "tests"
     marked = [path for path in sorted(place.rglob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")]
     first = place / "test_gpu.py"
@@ -292,7 +282,7 @@ def tests(context: Context) -> bool:
     if not context.cuda:
         os.environ["EVENSTEP_GPU_TEST_DEVICE"] = "cpu"
         files = [first]
-    # sys: the log stays the standard output of the process, also when it starts itself again
+    # sys: the log remains the standard output of the process after it restarts itself
     options = ["-m", "gpu", "-v", "--tb=short", "--capture=sys", "-p", "no:cacheprovider"]
     recorder = Recorder(context)
     code = pytest.main([*options, *map(str, files)], plugins=[recorder])
@@ -300,7 +290,7 @@ def tests(context: Context) -> bool:
 
 
 class Recorder:
-    """A pytest plugin: emits a row for every test, and leaves out those that have one."""
+    """A pytest plugin that writes a row for every test, and skips tests that have a row."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -310,7 +300,7 @@ class Recorder:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         for item in items:
-            if item.path.name.startswith("triton_parity"):  # run from test_kernels_triton.py otherwise, as one test
+            if item.path.name.startswith("triton_parity"):  # usually run by test_kernels_triton.py as one test
                 item.add_marker(pytest.mark.gpu)
         again = "test_kernels_do_what_the_plain_code_does[gpu]"
         items[:] = [item for item in items if item.nodeid not in self.context.done and item.name != again]
@@ -338,15 +328,15 @@ class Recorder:
 
 
 class Steps:
-    """Optimizer steps alone, over the shapes of a LLaMA with prepared gradients."""
+    """Optimizer steps over the shapes of a LLaMA with prepared gradients."""
 
     def __init__(self, context: Context, size: str, dtype: str) -> None:
         self.context = context
         self.plan = Plan(context.size(size), OPTIMIZERS, device=context.device.type, dtype=dtype)
 
     @cached_property
-    def setting(self) -> Setting:
-        return Setting(self.plan)
+    def workload(self) -> Workload:
+        return Workload(self.plan)
 
     @cached_property
     def reference(self) -> Step:
@@ -365,38 +355,38 @@ class Steps:
             yield name, partial(self.row, name)
 
     def prepared(self, entry: Entry) -> Any:
-        """The optimizer, which has made its first steps."""
-        optimizer = entry.make(self.setting.model)
+        """The optimizer after its first steps."""
+        optimizer = entry.make(self.workload.model)
         for turn in range(WARMUP):
-            self.setting.ready(turn)
+            self.workload.ready(turn)
             optimizer.step()
         return optimizer
 
     def graph(self, entry: Entry) -> Step:
-        self.setting.gradients.give(0)
+        self.workload.gradients.give(0)
         capturable = dataclasses.replace(entry, options=entry.options | {"capturable": True})
-        return graph_of(capturable.make(self.setting.model).step)
+        return graph_of(capturable.make(self.workload.model).step)
 
     def row(self, name: str) -> Row:
-        setting, rounds = self.setting, self.context.rounds
+        workload, rounds = self.workload, self.context.rounds
         with quiet():
             optimizer, reference = self.prepared(KNOWN[name]), self.reference
         row = self.timed(optimizer.step, reference)
         row |= {"host_ms": row.pop("cpu_ms")}
-        kept = state_bytes(optimizer.state_dict()["state"], chain(setting.params, *setting.gradients.sets))
+        kept = state_bytes(optimizer.state_dict()["state"], chain(workload.params, *workload.gradients.sets))
         # As in evenstep.bench: read and write parameters and state, read the gradients once.
-        moved = 3 * setting.parameter_bytes + 2 * kept
-        row |= {"state_bytes_per_param": round(kept / setting.parameters, 3), "bytes_moved": moved, "rounds": rounds}
+        moved = 3 * workload.parameter_bytes + 2 * kept
+        row |= {"state_bytes_per_param": round(kept / workload.parameters, 3), "bytes_moved": moved, "rounds": rounds}
         row |= {"floor_ms": milliseconds(moved / self.bandwidth), "copy_gb_per_s": round(self.bandwidth / 1e9, 1)}
         row |= counts(optimizer.step, self.context)
         if self.context.cuda:
             row |= self.graph_row(name)
-        if setting.mend_parameters():
+        if workload.restore_parameters():
             row["error"] = "it made parameters NaN or infinite"
         return row
 
     def graph_row(self, name: str) -> Row:
-        """Times of the step as a graph; why there are none, where the optimizer says that it cannot be captured."""
+        """Times of the step as a CUDA graph, or the reason why the optimizer cannot be captured."""
         try:
             with quiet():
                 replay, reference = self.graph(KNOWN[name]), self.reference_graph
@@ -408,7 +398,7 @@ class Steps:
 
     def timed(self, step: Step, reference: Step) -> Row:
         rounds = self.context.rounds
-        players = [Turns(str(i), work, rounds, self.setting.ready) for i, work in enumerate((step, reference))]
+        players = [Turns(str(i), work, rounds, self.workload.ready) for i, work in enumerate((step, reference))]
         take_turns(players, rounds, timer(self.context.device))
         for player in players:
             if player.problem is not None:
@@ -417,8 +407,8 @@ class Steps:
         wall, host = (spread([sample[i] for sample in samples.values()]) for i in range(2))
         ratio = paired_ratio(samples, players[1].samples)
         assert ratio is not None
-        found: Row = {"ms": milliseconds(wall.median), "ms_q1": milliseconds(wall.q1), "ms_q3": milliseconds(wall.q3)}
-        return found | {"ratio": round(ratio.median, 3), "cpu_ms": milliseconds(host.median)}
+        row: Row = {"ms": milliseconds(wall.median), "ms_q1": milliseconds(wall.q1), "ms_q3": milliseconds(wall.q3)}
+        return row | {"ratio": round(ratio.median, 3), "cpu_ms": milliseconds(host.median)}
 
 
 def model_and_batch(context: Context, size: str, rows: int, length: int) -> tuple[Llama, Step]:
@@ -428,7 +418,7 @@ def model_and_batch(context: Context, size: str, rows: int, length: int) -> tupl
         model = Llama(llama_config(context.size(size), context.vocabulary, max_seq_len=length)).to(torch.bfloat16)
         tokens = torch.randint(context.vocabulary, (rows, length + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    fits = rows * length * context.vocabulary * LOGIT_BYTES < total_memory(context.device) / 8  # as in the trainer
+    fits = rows * length * context.vocabulary * LOGIT_BYTES < total_memory(context.device) / 8  # the trainer's rule
     chunk = None if fits else 8192
 
     def run() -> torch.Tensor:
@@ -501,7 +491,7 @@ def lowbit(context: Context) -> Iterator[Case]:
 
 
 def low_step(context: Context, recipe: str, compiled: bool) -> Row:
-    """A training step of the 60m model with a recipe, in turns with the plain one."""
+    """A training step of the 60m model with a recipe, alternating with the plain one."""
     rows, length = (2, 64) if context.smoke else (32, 256)
 
     def built(quantised: bool) -> tuple[Llama, Step]:
@@ -546,7 +536,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("torch sees no CUDA device; --device cpu --smoke tries the script on a CPU", file=sys.stderr)
+        print("torch sees no CUDA device; test the script on a CPU with --device cpu --smoke", file=sys.stderr)
         return 1
     context = Context(torch.device(args.device), args.smoke, args.rows)
     kind, *of = args.part.split("-")

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import evenstep.kernels.cuda as kernels  # noqa: E402
 from evenstep import StableSPAM  # noqa: E402
-from evenstep.bench.setting import outline  # noqa: E402
+from evenstep.bench.measure import outline  # noqa: E402
 
 READ_AND_WRITTEN = {  # lists of large tensors, by function of cuda_launch.py
     "measure": lambda grads: [grads],

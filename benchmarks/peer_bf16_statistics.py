@@ -1,13 +1,13 @@
-"""How far StableSPAM's clip limit is from the right one, with gradients in bf16 and in fp32.
+"""The error of StableSPAM's clip limit, with gradients in bf16 and in fp32.
 
     python benchmarks/peer_bf16_statistics.py
 
-AdaClip's limit is the bias-corrected running mean (theta 0.999) of the largest entry of each gradient. A mean that is
-kept in bf16 stops rising: with 8 bits an addition of less than 1/256 of the mean or so is lost, and what this mean adds
-in a step is at most 1/1000 of the largest entry. The correction for the missing early steps fades all the while, and
-the limit falls. Where it stops depends on the gradients: the same at every step, or noise, whose rare large entries
-still add something. Printed is the limit over the one in float64 of the same gradients, for pytorch_optimizer's
-StableSPAM and ours. Nothing is timed; the numbers are the same on every run.
+AdaClip's limit is the bias-corrected running mean (theta 0.999) of the largest entry of each gradient. A mean in bf16
+stops rising: with 8 bits, an increment of less than about 1/256 of the mean is lost, and an increment of this mean is
+at most 1/1000 of the largest entry. Meanwhile the bias correction decays, so the limit falls. Its final value depends
+on the gradients: constant, or noise, whose rare large entries still add something. The table has the ratio of the limit
+to that in float64 of the same gradients, for pytorch_optimizer's StableSPAM and ours. Nothing is timed; the numbers are
+the same on every run.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ from evenstep import StableSPAM
 THETA = 0.999
 STEPS = (100, 500, 1000, 3000)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
 KINDS = ("constant", "noise")
 
 
 def gradients(kind: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """64 x 64 entries from N(0, 0.01), drawn once or at every step; the same numbers in each dtype."""
+    """64 x 64 entries from N(0, 0.01), drawn once or for every step; the same numbers in each dtype."""
     draw = torch.Generator().manual_seed(0)
     first = torch.randn(64, 64, generator=draw)
     while True:
@@ -39,26 +37,26 @@ def gradients(kind: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
 
 
 def shares(name: str, kind: str, dtype: torch.dtype) -> dict[int, float]:
-    """Step -> clip limit over the right one."""
+    """Step -> ratio of the clip limit to that in float64."""
     p = nn.Parameter(torch.zeros(64, 64, dtype=dtype))
     options = {"lr": 1e-4, "theta": THETA, "update_proj_gap": 10**9}
     optimizer = (StableSPAM if name == "evenstep" else pytorch_optimizer.StableSPAM)([p], **options)
-    right, found = 0.0, {}
+    exact, ratios = 0.0, {}
     for step, g in zip(range(1, max(STEPS) + 1), gradients(kind, dtype), strict=False):
         largest = g.double().abs().max().item()  # before the step: pytorch_optimizer clips p.grad in place
         p.grad = g
         optimizer.step()
-        right = THETA * right + (1 - THETA) * largest
+        exact = THETA * exact + (1 - THETA) * largest
         if step in STEPS:
             kept = optimizer.state[p]["peak" if name == "evenstep" else "m_max_t"]
-            found[step] = kept.double().item() / right
-    return found
+            ratios[step] = kept.double().item() / exact
+    return ratios
 
 
 def main() -> None:
     torch.set_num_threads(1)
     version = importlib.metadata.version("pytorch_optimizer")
-    print(f"torch {torch.__version__}, pytorch_optimizer {version}; clip limit / the right one")
+    print(f"torch {torch.__version__}, pytorch_optimizer {version}; clip limit / that in float64")
     print("| | gradients | | " + " | ".join(f"step {step}" for step in STEPS) + " |")
     print("|---" * (3 + len(STEPS)) + "|")
     for name, kind, (label, dtype) in product(("pytorch_optimizer", "evenstep"), KINDS, DTYPES.items()):

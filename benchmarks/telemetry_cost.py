@@ -1,11 +1,11 @@
-"""What telemetry costs a training step: the time inside of the monitor's hooks, beside that of the whole step.
+"""The cost of telemetry: the time in the monitor's hooks, relative to the time of a training step.
 
     python benchmarks/telemetry_cost.py [--size 60m] [--steps 60] [--json FILE]
 
-A difference of one per cent between two trainings drowns in the noise of a machine, so the hooks themselves are timed,
-every drain included, around steps of the optimizer alone: its own pass over gradients, weights and moments leaves the
-caches as a training does. The training step they are a part of (8 x 256 random tokens, fp32, forward, backward and
-fused AdamW) is timed without telemetry; its forward and backward pass dominate it whatever the optimizer.
+A difference of one per cent between two trainings is below the noise of a machine. So the hooks themselves are timed,
+including every drain, around steps of the optimizer alone, whose pass over gradients, weights and moments leaves the
+caches as training does. The training step (8 x 256 random tokens, fp32, forward, backward and fused AdamW) is timed
+without telemetry; its forward and backward pass dominate, whatever the optimizer.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ OPTIMIZERS: dict[str, Callable[[Llama], torch.optim.Optimizer]] = {
     "AdamW(fused=True)": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True),
     "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
 }
-WARMUP = 10  # up to the first drain, which looks at all weights
+WARMUP = 10  # up to the first drain, which reads all weights
 
 
 class Timed(SpikeMonitor):
-    """Keeps the seconds that each step spends in the monitor."""
+    """Measures the seconds that each step spends in the monitor."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.seconds: list[float] = []
@@ -54,7 +54,7 @@ class Timed(SpikeMonitor):
 
 
 def training_step(model: Llama, steps: int) -> float:
-    """Seconds of one step, the median of ``steps``; leaves gradients behind."""
+    """Median seconds of a step over ``steps``; the gradients are kept."""
     optimizer = OPTIMIZERS["AdamW(fused=True)"](model)
     seconds = []
     for _ in range(steps + 1):
@@ -68,7 +68,7 @@ def training_step(model: Llama, steps: int) -> float:
 
 
 def monitor_cost(model: Llama, name: str, steps: int) -> tuple[float, float]:
-    """Seconds a step spends in the monitor: mean over ``steps`` (drains and files included), median."""
+    """Seconds that a step spends in the monitor: mean over ``steps`` (with drains and files), and median."""
     optimizer = OPTIMIZERS[name](model)
     with tempfile.TemporaryDirectory() as place:
         sink = JsonlSink(Path(place) / "metrics.jsonl")

@@ -2,11 +2,12 @@
 
     python benchmarks/throughput.py [--compile] [--sizes tiny 9m] [--optim adamw] [--json FILE]
 
-One step is forward, backward and optimizer on 8 x 256 tokens in fp32. The reference is the usual one:
-``model(input_ids, labels=...)`` with ``torch.optim.AdamW(fused=True)``. All contestants of a size live in one process
-and take turns, so that a busy machine slows all of them alike; the ratio is that of the medians. Peak memory is the
-resident set of a fresh process for each contestant, also without what it held before the model was built (Python, torch
-and, for the reference, transformers). With ``--compile`` ours is compiled block by block, the reference whole.
+One step is a forward pass, a backward pass and an optimizer step on 8 x 256 tokens in fp32. The reference is the usual
+loop: ``model(input_ids, labels=...)`` with ``torch.optim.AdamW(fused=True)``. All contestants of a size run in one
+process and take turns, so that a busy machine slows all of them alike; the ratio is that of the medians. Peak memory is
+the resident set of a separate process for each contestant, also without the part from before the model was built
+(Python, torch and, for the reference, transformers). With ``--compile``, our model is compiled block by block and the
+reference as a whole.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from evenstep.models import Llama, llama_config
+from evenstep.train.hardware import commit, describe_hardware, short_commit
 
 BATCH, LENGTH = 8, 256
 VOCABULARY = {"tiny": 2048}  # every other size: 32000
@@ -57,7 +58,7 @@ OPTIMIZERS = {build.__name__: build for build in (adamw, stable_spam, spam, scal
 
 
 def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """An endless row of random batches, the same for everyone."""
+    """An endless sequence of random batches, the same for every contestant."""
     generator = torch.Generator().manual_seed(0)
     while True:
         tokens = torch.randint(2048, (BATCH, LENGTH + 1), generator=generator)
@@ -116,7 +117,7 @@ CONTESTANTS = {
 
 
 def time_steps(size: str, names: list[str], args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds per step of each contestant, over interleaved rounds."""
+    """Median seconds per step of each contestant over interleaved rounds."""
     steps = {name: CONTESTANTS[name][0](size, CONTESTANTS[name][1], args) for name in names}
     for step in steps.values():
         for _ in range(WARMUP_STEPS):
@@ -131,15 +132,15 @@ def time_steps(size: str, names: list[str], args: argparse.Namespace) -> dict[st
 
 
 def peak_memory(size: str, name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Peak resident MiB of three steps in a fresh process, and the same less what was resident before the model was
-    built."""
+    """Peak resident MiB of three steps in a new process, and the same without the part from before the model exists."""
     options = ["--optim", args.optim, "--chunk", str(args.chunk), "--threads", str(args.threads)]
     command = [sys.executable, __file__, "--sizes", size, "--measure-memory-of", name, *options]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def resident(key: str) -> float:
-    """MiB of this process now (VmRSS) or at most so far (VmHWM); Linux. getrusage's maximum also holds the parent's."""
+    """Resident MiB of this process: now (VmRSS), or its peak (VmHWM). Linux only; getrusage's peak includes the
+    parent's."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(key)) / 1024
 
@@ -147,7 +148,7 @@ def resident(key: str) -> float:
 def measure_memory_here(size: str, name: str, args: argparse.Namespace) -> None:
     build, compiled = CONTESTANTS[name]
     if build is reference:
-        importlib.import_module("transformers.models.llama.modeling_llama")  # so that its import counts as "before"
+        importlib.import_module("transformers.models.llama.modeling_llama")  # so that its import is not counted
     before = resident("VmRSS")
     step = build(size, compiled, args)
     for _ in range(3):
@@ -157,16 +158,11 @@ def measure_memory_here(size: str, name: str, args: argparse.Namespace) -> None:
 
 
 def surroundings(threads: int) -> dict[str, object]:
-    def git(*words: str) -> str:
-        root = Path(__file__).parent
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
-
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    """Date, commit, hardware and versions of a measurement."""
+    cpu = describe_hardware(torch.device("cpu"))["cpu"]
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else ""),
+        "commit": short_commit(commit()),
         "hardware": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
         "threads": threads,
@@ -176,12 +172,14 @@ def surroundings(threads: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["tiny", "9m"], help="named sizes (default: tiny 9m)")
-    parser.add_argument("--compile", action="store_true", help="measure the compiled forms too")
+    parser.add_argument("--compile", action="store_true", help="also measure the compiled models")
     parser.add_argument("--optim", choices=list(OPTIMIZERS), default="adamw", help="our optimizer (default: adamw)")
-    parser.add_argument("--chunk", type=int, default=256, help="rows of logits alive at once in our loss; 0: all (256)")
+    parser.add_argument(
+        "--chunk", type=int, default=256, help="rows of logits at once in our loss; 0: all (default: 256)"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each contestant (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     parser.add_argument("--measure-memory-of", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -178,12 +178,10 @@ def _completion(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    from evenstep.kernels.doctor import print_diagnosis
+    from evenstep.bench.doctor import print_checks, print_diagnosis
 
     print_diagnosis()
     if args.check:
-        from evenstep.bench.kernel_check import print_checks
-
         print_checks()
 
 

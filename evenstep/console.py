@@ -34,6 +34,11 @@ def printable(text: str) -> str:
     )
 
 
+def counted(number: int, noun: str) -> str:
+    """``1, "thread"`` -> ``1 thread``; ``2, "thread"`` -> ``2 threads``."""
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
 def print_table(
     title: str, heads: Sequence[str], rows: Rows, below: str = "", *, marked: Callable[[str], bool] = lambda name: False
 ) -> None:

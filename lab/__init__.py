@@ -1,1 +1,1 @@
-"""Reinforcement learning, forecasting and fine-tuning: short programs on well-kept libraries, run from a clone."""
+"""The studies: experiments of the papers at small sizes, on the grid runner. README.md has the reading order."""

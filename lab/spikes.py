@@ -1,8 +1,8 @@
 """The gradient spike study of the SPAM paper (arXiv:2501.06842, section 2) at small sizes: ``python -m lab.spikes``.
 
-Each model is trained with Adam, and |g| of a sample of coordinates of every tensor is kept for every step; so the score
-is the paper's own, |g| over its mean over all steps, a spike where it is above 50. The second part feeds a spike into a
-steady stream of gradients, with a twin that gets none, and follows how long the moments of both differ.
+Each model is trained with Adam, and |g| of a sample of coordinates of every tensor is kept for every step. So the
+score is the paper's own: |g| over its mean over all steps, with a spike where it is above 50. The second part puts a
+spike into a steady stream of gradients, next to a twin without it, and measures how long the moments of both differ.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ PARTS = ("embedding", "norms", "attention", "mlp", "head")
 
 
 def check_model(name: str) -> None:
-    """EvenstepError unless `build` can make it."""
+    """Raise EvenstepError if `build` does not know the model."""
     known = [*(f"llama-{size}" for size in SIZES), *(f"pythia-{size}" for size in PYTHIA)]
     if name not in known and not (name and Path(name).is_dir()):
         raise EvenstepError(
-            f"--models: '{name}' is no model{nearest(name, known)}; give llama-SIZE ({', '.join(SIZES)}), pythia-SIZE "
-            f"({', '.join(PYTHIA)}) or a directory with a LLaMA in Hugging Face layout"
+            f"--models: '{name}' is not a model{nearest(name, known)}; give llama-SIZE ({', '.join(SIZES)}), "
+            f"pythia-SIZE ({', '.join(PYTHIA)}) or a directory with a LLaMA in Hugging Face layout"
         )
 
 
 def build(name: str, vocab_size: int, seq_len: int) -> tuple[nn.Module, Loss]:
-    """A model and its loss (mean over the targets) from tokens and targets, int64 ``[batch, seq_len]``."""
+    """A model and its loss function: the mean over the targets, from tokens and targets, int64 ``[batch, seq_len]``."""
     if Path(name).is_dir():
         loaded = load_pretrained(Path(name))
         return loaded, loaded.loss
@@ -109,7 +109,7 @@ def part_of(name: str) -> str:
 
 @dataclass
 class Trained:
-    """``losses`` ``[steps]``; ``scores``: GSS per tensor, ``[steps, samples]``."""
+    """A trained model: ``losses`` ``[steps]``, and ``scores``, the GSS of each tensor, ``[steps, samples]``."""
 
     name: str
     losses: NDArray[np.float64]
@@ -120,11 +120,11 @@ class Trained:
         return np.mean([(score > GSS_THRESHOLD).mean(1) for score in self.scores.values()], axis=0)
 
     def by_part(self) -> dict[str, float]:
-        """Of the coordinates of each part and all steps, the share that is a spike."""
-        found: dict[str, list[float]] = {part: [] for part in PARTS}
+        """Share of coordinates and steps that are spikes, by part of the model."""
+        by_part: dict[str, list[float]] = {part: [] for part in PARTS}
         for name, score in self.scores.items():
-            found[part_of(name)].append(float((score > GSS_THRESHOLD).mean()))
-        return {part: float(np.mean(shares)) for part, shares in found.items() if shares}
+            by_part[part_of(name)].append(float((score > GSS_THRESHOLD).mean()))
+        return {part: float(np.mean(shares)) for part, shares in by_part.items() if shares}
 
     def largest(self) -> tuple[list[str], NDArray[np.float32]]:
         """Names of the tensors, and the largest GSS of each on each step, ``[tensors, steps]``."""
@@ -132,14 +132,14 @@ class Trained:
 
 
 def spike_scores(sizes: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The paper's GSS of ``|g|`` ``[steps, coordinates]``: over the mean of all steps, 0 for a coordinate that never
-    moved."""
+    """The paper's GSS: ``|g|`` ``[steps, coordinates]`` over its mean over all steps; 0 for a coordinate whose gradient
+    is always 0."""
     mean = sizes.mean(0, dtype=np.float64)
     return np.divide(sizes, mean, out=np.zeros_like(sizes), where=mean > 0)
 
 
 def train(name: str, source: str, steps: int, samples: int, seed: int, say: Callable[[str], None]) -> Trained:
-    """Train one model with torch's Adam, warm-up of 20 steps, and keep its spike scores."""
+    """Train a model with torch's Adam and a warm-up of 20 steps, and return its losses and spike scores."""
     tokenizer = Path(name) / "tokenizer.json" if Path(name).is_dir() else None
     data = prepare(DataSpec(source=source, tokenizer=str(tokenizer) if tokenizer else "bpe"))
     loader = BatchLoader(data.train, SEQ_LEN, BATCH, seed)
@@ -178,18 +178,22 @@ OPTIMIZERS: dict[str, Maker] = {
 }
 
 SPIKE_AT, FACTOR, ENTRIES, HIT, FOLLOWED = 1100, 1000.0, 1000, 10, 2500
-"""After a step that is no reset of either optimizer, and followed over the next resets of both (1500 and 2000)."""
+"""The spike comes at a step without a reset, and is followed past the next resets of SPAM (1500) and Stable-SPAM
+(2000)."""
 
 CLEAN = 0.1
-"""The moments are clean again when they differ by less than this share."""
+"""The moments count as clean again once they differ by less than this share."""
 
 
 def contamination(seed: int = 0, spike_at: int = SPIKE_AT, followed: int = FOLLOWED) -> dict[str, dict[str, Any]]:
-    """Per optimizer, how far ``exp_avg`` and ``exp_avg_sq`` of the entries that were hit are from those of a twin that
-    was not, as a share of the twin's mean norm, ``[followed]``; and ``..._steps`` until that stays below `CLEAN`, None
-    where it does not.
+    """Measure how long a spike stays in the moments of each optimizer.
 
-    Gradients are N(0, 1) noise, 1000 entries, of which 10 are multiplied by 1000 once, ``spike_at`` steps in.
+    Gradients are N(0, 1) noise with 1000 entries, of which 10 are multiplied by 1000 once, at step ``spike_at``.
+
+    Returns:
+        By optimizer: for ``exp_avg`` and ``exp_avg_sq`` of the 10 entries, the distance from those of a twin without
+        the spike, as a share of the twin's mean norm, ``[followed]``; and ``..._steps``, the number of steps until it
+        stays below `CLEAN`, None if it does not.
     """
     return {name: _follow(make, seed, spike_at, followed) for name, make in OPTIMIZERS.items()}
 
@@ -210,25 +214,25 @@ def _follow(make: Maker, seed: int, spike_at: int, followed: int) -> dict[str, A
                 true, other = (optimizer.state[p][key][:HIT] for p in (clean, hit))
                 away[key].append(float(torch.linalg.vector_norm(other - true)))
                 usual[key].append(float(torch.linalg.vector_norm(true)))
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, distances in away.items():
-        found[key] = np.array(distances) / np.mean(usual[key])
-        dirty = np.flatnonzero(found[key] > CLEAN)
+        result[key] = np.array(distances) / np.mean(usual[key])
+        dirty = np.flatnonzero(result[key] > CLEAN)
         last = int(dirty[-1]) + 1 if len(dirty) else 0
-        found[f"{key}_steps"] = None if last == followed else last
-    return found
+        result[f"{key}_steps"] = None if last == followed else last
+    return result
 
 
 # ---- pictures ----
 
 COLUMNS = 100
-"""Of a picture: the largest value of each stretch of steps is shown."""
+"""Columns of the heat map; each shows the largest value of a stretch of steps."""
 
 COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple")
 
 
 def draw_all(out: Path, trained: list[Trained], moments: dict[str, Any]) -> list[Path]:
-    """Write how-often.png, where.png, how-large.png and moments.png; returns their paths."""
+    """Draw how-often.png, where.png, how-large.png and moments.png; returns their paths."""
     figures = {"how-often": _how_often(trained), "where": _where(trained), "how-large": _how_large(trained)}
     paths = []
     for name, figure in (figures | {"moments": _moments(moments)}).items():
@@ -240,7 +244,7 @@ def draw_all(out: Path, trained: list[Trained], moments: dict[str, Any]) -> list
 
 
 def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+    from matplotlib.figure import Figure  # not pyplot, which has global state
 
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -303,8 +307,8 @@ def _moments(moments: dict[str, Any]) -> Figure:
     figure = _figure(10, 3.6)
     titles = {"exp_avg": "first moment", "exp_avg_sq": "second moment"}
     for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        for (name, found), color in zip(moments.items(), COLORS, strict=False):
-            axes.plot(np.maximum(found[key], 1e-3), color=color, label=name, linewidth=1.5)
+        for (name, result), color in zip(moments.items(), COLORS, strict=False):
+            axes.plot(np.maximum(result[key], 1e-3), color=color, label=name, linewidth=1.5)
         axes.axhline(0.1, color="grey", linestyle=":")
         axes.set(yscale="log", title=title, xlabel="steps after the spike", ylim=(7e-4, None))
         axes.legend(frameon=False)
@@ -325,11 +329,11 @@ def study(
     seed: int,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train, follow, draw: pictures and ``study.json`` in ``out``; returns what that file holds."""
+    """Run both parts and write pictures and ``study.json`` to ``out``; returns the contents of that file."""
     if steps <= GSS_THRESHOLD:
         raise EvenstepError(f"--steps {steps}: a GSS above 50 needs more than 50 steps; give at least 100")
     if samples < 1:
-        raise EvenstepError(f"--samples {samples}: give at least 1")
+        raise EvenstepError(f"--samples {samples} is out of range; give at least 1")
     for name in models:
         check_model(name)
     if importlib.util.find_spec("matplotlib") is None:
@@ -342,8 +346,8 @@ def study(
         | {"batch_size": BATCH, "seq_len": SEQ_LEN, "torch": str(torch.__version__)},
         "models": {one.name: _numbers(one) for one in trained},
         "moments": {
-            name: {key: value for key, value in found.items() if key.endswith("_steps")}
-            for name, found in moments.items()
+            name: {key: value for key, value in facts.items() if key.endswith("_steps")}
+            for name, facts in moments.items()
         },
     }
     replace_text(out / "study.json", json.dumps(numbers, indent=2) + "\n")
@@ -368,18 +372,18 @@ def _numbers(one: Trained) -> dict[str, Any]:
 
 def lines(numbers: dict[str, Any]) -> list[str]:
     """The numbers as text."""
-    said = []
-    for name, found in numbers["models"].items():
-        parts = ", ".join(f"{part} {share:.2%}" for part, share in found["by_part"].items())
-        said += [
-            f"{name}: {found['spiking_share']:.3%} of coordinates and steps are spikes, by part {parts};",
-            f"  on {found['steps_with_spikes']:.0%} of the steps there is one; largest {found['largest_gss']:.0f} "
-            f"in {found['largest_in']}",
+    texts = []
+    for name, facts in numbers["models"].items():
+        parts = ", ".join(f"{part} {share:.2%}" for part, share in facts["by_part"].items())
+        texts += [
+            f"{name}: {facts['spiking_share']:.3%} of coordinates and steps are spikes, by part {parts};",
+            f"  on {facts['steps_with_spikes']:.0%} of the steps there is one; largest {facts['largest_gss']:.0f} "
+            f"in {facts['largest_in']}",
         ]
-    for name, found in numbers["moments"].items():
-        first, second = (found[f"{key}_steps"] for key in ("exp_avg", "exp_avg_sq"))
-        said.append(f"{name}: one spike stays {_steps(first)} in the first moment, {_steps(second)} in the second")
-    return said
+    for name, facts in numbers["moments"].items():
+        first, second = (facts[f"{key}_steps"] for key in ("exp_avg", "exp_avg_sq"))
+        texts.append(f"{name}: one spike stays {_steps(first)} in the first moment, {_steps(second)} in the second")
+    return texts
 
 
 def _steps(count: int | None) -> str:

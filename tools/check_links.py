@@ -1,5 +1,5 @@
 """Checks every link of a built site: `python tools/check_links.py site`. Links within the site must lead to a file, and
-to a place in it; nothing may be loaded from elsewhere. Addresses of other sites are not asked for.
+to an anchor in it; pages must load nothing from other sites. Links to other sites are not followed.
 """
 
 import sys
@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class Page(HTMLParser):
-    """``links``: (address, whether the page loads it); ``places``: what a fragment may name."""
+    """``links``: (address, whether the page loads it). ``places``: the anchors that a fragment may name."""
 
     def __init__(self, text):
         super().__init__()
@@ -24,11 +24,11 @@ class Page(HTMLParser):
 
 
 def broken(site):
-    """What is wrong, a line each, of the pages of the folder ``site``."""
+    """The broken links of the pages in the folder ``site``, one line each."""
     pages = {path: Page(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))}
     found = []
     for path, page in pages.items():
-        if path.name == "404.html":  # served from anywhere, so its links are absolute
+        if path.name == "404.html":  # served for any address, so its links are absolute
             continue
         for address, loads in page.links:
             parts = urlsplit(address)

@@ -1,4 +1,4 @@
-"""What mkdocs.yml cannot say: pages that may not exist, files of the repository that pages link to, and llms.txt."""
+"""Hooks of mkdocs: pages that may be missing, links from pages to files of the repository, and llms.txt."""
 
 import os
 import re
@@ -10,13 +10,13 @@ ROOT = Path(__file__).parent.parent
 OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:benchmarks|recipes|tests|evenstep|lab|examples)/[^)#\s]+)\)")
 """A link from a page to a file of the repository."""
 
-SHORTLY = (
+SUMMARY = (
     "`from evenstep import StableSPAM, SPAM, SCALE, scale_groups, stabilize, AdaClip, AdaGN, GradientStabilizer, "
     "SpikeMonitor, quantize_`. The optimizers are torch optimizers: `StableSPAM(model.parameters(), lr=1e-3)` takes "
     "the place of `torch.optim.AdamW` (whose default weight decay is 0.01; here it is 0). `SCALE(scale_groups(model))` "
     "needs its groups. `stabilize(optimizer, GradientStabilizer())` wraps any torch optimizer; step the result.",
 )
-"""At the head of llms.txt."""
+"""The first paragraph of llms.txt."""
 
 
 def on_config(config):
@@ -44,7 +44,7 @@ def _existing(nav, docs, named):
 
 
 def on_files(files, config):
-    """Files of the repository that pages link to come into the site, as they are."""
+    """Copy the files of the repository to which pages link into the site."""
     for page in [file for file in files if file.src_uri.endswith(".md")]:
         for target in OUTSIDE.findall(page.content_string):
             if (ROOT / target).is_file() and not files.get_file_from_path(f"repository/{target}"):
@@ -63,15 +63,15 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_post_page(output, page, config):
-    """Links in notebooks are written like those in pages, and stay so when notebooks become HTML."""
+    """Convert the links of notebooks, which mkdocs leaves as they are, to those of HTML pages."""
     if page.file.src_uri.endswith(".ipynb"):
         output = re.sub(r'href="([^":]+)\.(?:md|ipynb)((?:#[^"]*)?)"', r'href="\1.html\2"', output)
     return output
 
 
 def on_post_build(config):
-    """llms.txt: every page with its first sentence, for readers that are programs."""
-    lines = ["# evenstep", "", f"> {config.site_description}", "", *SHORTLY, ""]
+    """Write llms.txt, which lists every page with its first sentence for language models."""
+    lines = ["# evenstep", "", f"> {config.site_description}", "", *SUMMARY, ""]
     lines += _listed(config.nav, Path(config.docs_dir), 2)
     (Path(config.site_dir) / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -100,6 +100,6 @@ def _first_sentence(path):
     for paragraph in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
         paragraph = " ".join(paragraph.split())
         if paragraph and paragraph[0] not in "#|<:-*!":
-            paragraph = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", paragraph)  # links to their text
+            paragraph = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", paragraph)  # links become their text
             return re.split(r"(?<=[a-z0-9)`]\.)\s", paragraph)[0]
     return ""

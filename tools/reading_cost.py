@@ -1,4 +1,4 @@
-"""What it costs to read evenstep: ``python tools/reading_cost.py`` prints a Markdown table.
+"""The cost of reading evenstep: ``python tools/reading_cost.py`` prints a Markdown table.
 
 The lines and files that a reader needs for an optimizer step or a training run are those whose functions run in it. A
 small step or run is traced, and each file of the package with a function that was called counts whole, with the
@@ -28,7 +28,7 @@ def lines(path: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines())
 
 
-# ---- what runs ----
+# ---- files that run ----
 
 
 def called(run: Callable[[], object]) -> dict[Path, set[int]]:
@@ -74,12 +74,12 @@ def a_step(fused: bool | None) -> Callable[[], object]:
                 p.grad = torch.randn_like(p)
             optimizer.step()
 
-    run()  # what is loaded or checked once is not part of a step
+    run()  # imports and checks of a first step are not part of a step
     return run
 
 
 def included(sources: Iterable[Path]) -> set[Path]:
-    """C++ files and all that they include."""
+    """C++ files and every file that they include."""
     found, waiting = set(), list(sources)
     while waiting:
         path = waiting.pop()
@@ -116,7 +116,7 @@ def of_training(files: set[Path]) -> set[Path]:
     return {path for path in files if path.parent in (PACKAGE, PACKAGE / "train")}
 
 
-# ---- what is imported ----
+# ---- imports ----
 
 
 def modules() -> dict[str, Path]:
@@ -127,7 +127,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(known: dict[str, Path]) -> dict[str, set[str]]:
-    """For each module those of the package that it imports, anywhere in it, for types alone included."""
+    """Module -> the modules of the package that it imports anywhere, including imports for types only."""
     found: dict[str, set[str]] = {}
     for name, path in known.items():
         names: set[str] = set()
@@ -184,7 +184,7 @@ def reached(graph: dict[str, set[str]], known: dict[str, Path], start: Iterable[
 
 
 def comment_share(folders: Iterable[str]) -> float:
-    """Comment lines per 100 lines: a line that holds a comment, alone or after code. Docstrings do not count."""
+    """Comment lines per 100 lines. A line with code and a comment counts; docstrings do not."""
     comments = total = 0
     for folder in folders:
         for path in sorted((PACKAGE / folder).rglob("*")):

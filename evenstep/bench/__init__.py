@@ -1,5 +1,2 @@
-"""``evenstep bench``: what a step of an optimizer costs, ours and every other that is installed, side by side.
-
-registry.py (which optimizers, how they are built), setting.py (what they step over, and bytes), timing.py (rounds,
-ratios, caches), measure.py (one comparison), report.py (tables and pictures), commands.py (the program).
-"""
+"""``evenstep bench``, the cost of an optimizer step next to other packages, and ``evenstep doctor``, the state of the
+kernels. README.md has the reading order."""

@@ -1,13 +1,13 @@
-"""The optimizers that are compared: one line each, with options and a note; evenstep.baselines.catalog says what each
-is and how a model becomes its groups.
+"""The optimizers of the step benchmark, one line each, with options and a note. `evenstep.baselines.catalog` has the
+class of each name and the rule that turns a model into its parameter groups.
 
-Rules that hold for all: weight decay is 0, since with some it costs a pass over the parameters and with others nothing;
-everything that decides the speed (foreach, fused, compile) is left to the library's own choice unless the name says
-otherwise; clipping that sets in only after some steps is switched on at once, so that the timed steps do what most
-steps of a training do (pytorch_optimizer's SPAM: after one step, as at the first it would zero every gradient for
-good). What happens once in hundreds of steps (moment resets, new projections) is not in the timed steps.
+Rules for all entries: weight decay is 0, because it costs some optimizers a pass over the parameters and others
+nothing. Options that decide the speed (foreach, fused, compile) are the library's default unless the name says
+otherwise. Clipping that would begin only after some steps is active from the start, so that the timed steps do the work
+of most steps of a training run (pytorch_optimizer's SPAM begins after one step: at the first one it would zero every
+gradient for good). Work that happens once in hundreds of steps (moment resets, new projections) is not timed.
 
-Importing this needs no torch and none of the packages.
+The import of this module loads neither torch nor any of the packages.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 REFERENCE = "adamw_fused"
-LR = 1e-4  # small: the parameters shall stay where they are, however many steps are timed
+LR = 1e-4  # small, so that the parameters barely move, however many steps are timed
 
 
 class Unavailable(Exception):
-    """Why an optimizer does not take part, in a few words."""
+    """The reason why an optimizer does not take part, in a few words."""
 
 
 class Steps(Protocol):
-    """What is measured: a torch Optimizer."""
+    """The methods of a torch Optimizer that the benchmark uses."""
 
     def step(self) -> Any: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -39,7 +39,7 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """``of`` is a name in the catalog, or a baseline; ``before`` the transforms in front of it."""
+    """``of``: a name of the catalog, or a baseline. ``before``: gradient transforms applied before its step."""
 
     of: str | Baseline
     options: dict[str, Any] = field(default_factory=dict)
@@ -63,11 +63,12 @@ class Entry:
         return self.package == "evenstep"
 
     def version(self) -> str | None:
-        """The installed version of the package, None when it is not installed."""
+        """The installed version of the package, or None."""
         return self.baseline.version()
 
     def make(self, model: nn.Module) -> Steps:
-        """The optimizer over ``model``'s parameters. Unavailable when it is not installed or does not fit the model."""
+        """Build the optimizer over ``model``'s parameters. Raises Unavailable if its package is not installed, or if
+        it does not fit the model."""
         if self.version() is None:
             raise Unavailable(f"not installed (pip install {self.package})")
         from evenstep.baselines.transforms import add_transforms
@@ -113,11 +114,11 @@ KNOWN: dict[str, Entry] = {
     "optimi:adamw": Entry("optimi_adamw"),
     "optimi:stableadamw": Entry("optimi_stableadamw"),
 }
-"""Name -> optimizer. The names are stable: they are what ``--optimizers`` takes and what the JSON file says."""
+"""Name -> optimizer. The names are stable: ``--optimizers`` accepts them, and JSON files contain them."""
 
 
 def _family(name: str) -> str:
-    """The set an optimizer belongs to: what stands before the colon of its name, or its package."""
+    """The set that an optimizer belongs to: the part of its name before the colon, or its package."""
     prefix, colon, _ = name.partition(":")
     return prefix if colon else KNOWN[name].package
 
@@ -127,8 +128,10 @@ SETS = ("all", "ours", "peers", *dict.fromkeys(map(_family, KNOWN)))
 
 
 def chosen(names: Iterable[str]) -> list[str]:
-    """The optimizers that ``names`` (of optimizers or of `SETS`) stand for, each once, the reference always among them.
-    EvenstepError for a name that is neither.
+    """Expand ``names`` of optimizers and of `SETS` to optimizers, each once, always including the reference.
+
+    Raises:
+        EvenstepError: for a name that is neither an optimizer nor a set.
     """
     wanted = {REFERENCE, *names}
     for name in wanted:

@@ -1,10 +1,9 @@
-"""Rounds, clocks and ratios.
+"""Rounds, clocks and ratios: paired measurements on a machine that is also used by others.
 
-On a machine that others use too, one number is no measurement. So all optimizers of a comparison take turns: every
-round times one step of each, in an order drawn anew, after a pass over a buffer that is twice the last-level cache (so
-that nobody starts with the parameters or gradients that the one before him left there). A ratio is the median over the
-rounds of (this step / the reference's step of the same round): what slows the machine for seconds slows both.
-Minima are of no use: their ratio swings by a third from run to run.
+All optimizers of a comparison take turns. Every round times one step of each optimizer, in a new random order, after a
+pass over a buffer of twice the last-level cache, so that no optimizer starts with parameters or gradients that the one
+before it left in the caches. A ratio is the median over the rounds of (this step / the reference's step of the same
+round): a slow phase of the machine slows both. Ratios of minima vary by a third from run to run and are not used.
 """
 
 from __future__ import annotations
@@ -25,23 +24,27 @@ Step = Callable[[], object]
 
 
 class Sample(NamedTuple):
+    """Seconds of one step: ``wall`` is elapsed time (on a GPU between two events of its stream), ``cpu`` the CPU time
+    of this process over all threads."""
+
     wall: float
-    """Seconds: on a CPU of the clock on the wall, on a GPU between two events in its stream."""
     cpu: float
-    """Seconds of CPU time of this process, all threads together."""
 
 
 Timer = Callable[[Step], Sample]
 
 
 def cpu_timer(step: Step) -> Sample:
+    """Time ``step`` by the clocks of the host."""
     cpu, wall = time.process_time(), time.perf_counter()
     step()
     return Sample(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def cuda_timer(step: Step) -> Sample:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    """Time ``step`` by two events of the current CUDA stream."""
+    event: Any = torch.cuda.Event  # not typed by torch
+    start, stop = (event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     cpu = time.process_time()
     start.record()
@@ -56,7 +59,7 @@ TIMERS: dict[str, Timer] = {"cpu": cpu_timer, "cuda": cuda_timer}
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the largest cache; 64 MiB where the system does not tell."""
+    """Bytes of the largest cache; 64 MiB if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     units = {"K": 2**10, "M": 2**20}
@@ -65,8 +68,8 @@ def last_level_cache(device: torch.device) -> int:
 
 
 class Caches:
-    """``Caches(device).empty()``: nothing useful is in the caches afterwards. It only reads, as lines that wait to be
-    written back would be paid for by the step that follows."""
+    """``empty()`` evicts everything useful from the caches. It only reads: dirty cache lines would be written back
+    during the step that follows, and count as its time."""
 
     def __init__(self, device: torch.device) -> None:
         self.buffer = torch.zeros(2 * last_level_cache(device) // 8, dtype=torch.int64, device=device)
@@ -75,20 +78,16 @@ class Caches:
         self.buffer.sum()
 
 
-def _ignore(round_: int) -> None:
-    pass
-
-
 @dataclass
 class Turns:
-    """One that takes part: ``turns`` timed steps, evenly spread over the rounds. ``before`` and ``after`` get the
-    number of the round and are not timed."""
+    """A participant: ``turns`` timed steps, evenly spread over the rounds. ``before`` and ``after`` are called with the
+    number of the round and are not timed. ``problem``: the exception that ended its participation."""
 
     name: str
     step: Step
     turns: int
-    before: Callable[[int], object] = _ignore
-    after: Callable[[int], object] = _ignore
+    before: Callable[[int], object] = lambda round_: None
+    after: Callable[[int], object] = lambda round_: None
     samples: dict[int, Sample] = field(default_factory=dict)
     problem: Exception | None = None
 
@@ -97,16 +96,13 @@ class Turns:
         return after > done and self.problem is None
 
 
-def take_turns(
-    players: Sequence[Turns], rounds: int, timer: Timer, *, seed: int = 0, on_round: Callable[[int], object] = _ignore
-) -> None:
-    """Time the players' steps over ``rounds`` rounds, into their ``samples`` by round. One that raises an Exception is
-    out from then on and keeps it as its ``problem``."""
+def take_turns(players: Sequence[Turns], rounds: int, timer: Timer, *, seed: int = 0) -> None:
+    """Time the players' steps over ``rounds`` rounds, into their ``samples`` by round. A player whose step raises an
+    Exception takes no further turn and keeps the exception as its ``problem``."""
     shuffle = random.Random(seed).shuffle
-    with collected_between() as collect:
+    with no_garbage_collection():
         for round_ in range(rounds):
-            on_round(round_)
-            collect()
+            gc.collect()
             order = [player for player in players if player.due(round_, rounds)]
             shuffle(order)
             for player in order:
@@ -119,14 +115,14 @@ def take_turns(
 
 
 @contextmanager
-def collected_between() -> Iterator[Callable[[], object]]:
-    """Python's garbage collector runs when the value is called, and never in between."""
+def no_garbage_collection() -> Iterator[None]:
+    """Disable Python's automatic garbage collection, which would interrupt a timed step."""
     enabled = gc.isenabled()
     gc.disable()
     gc.collect()
-    gc.freeze()  # what is there stays there: looking through it every round would take longer than most steps
+    gc.freeze()  # leaves existing objects out of ``gc.collect()``, which would take longer than most steps
     try:
-        yield gc.collect
+        yield
     finally:
         gc.unfreeze()
         if enabled:
@@ -134,26 +130,28 @@ def collected_between() -> Iterator[Callable[[], object]]:
 
 
 class Spread(NamedTuple):
+    """Median and quartiles."""
+
     q1: float
     median: float
     q3: float
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles; of a single value, that value."""
+    """Median and quartiles; a single value is all three."""
     if len(values) == 1:
         return Spread(values[0], values[0], values[0])
     return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
 def paired_ratio(samples: Mapping[int, Sample], reference: Mapping[int, Sample]) -> Spread | None:
-    """Spread of the ratios to the reference over the rounds in which both were timed; None when there are none."""
+    """Spread of the ratios to the reference over the rounds in which both were timed; None if there are none."""
     ratios = [sample.wall / reference[r].wall for r, sample in samples.items() if r in reference]
     return spread(ratios) if ratios else None
 
 
 def machine_state() -> dict[str, Any]:
-    """Settings of the machine that move timings, as far as the system tells."""
+    """Settings of the machine that affect timings, as far as the system reports them."""
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     pages = huge.read_text() if huge.exists() else ""
     chosen = pages[pages.find("[") + 1 : pages.find("]")] if "[" in pages else None

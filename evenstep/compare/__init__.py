@@ -1,1 +1,1 @@
-"""Comparisons: a table of the papers as a grid of runs, trained, tabled and judged by one command."""
+"""The grid runner: one command trains the runs of a published table, tabulates them and judges the claims."""

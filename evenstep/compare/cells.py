@@ -1,7 +1,7 @@
-"""A cell of a grid: a command with options, a directory with its metrics file, and a result.
+"""The cells of a grid: a command with options, a directory with its files, and a result.
 
-`Cell` is a pretraining run of a table, `Task` the call of a Python function (the studies of lab/). Both give a `Job` to
-an engine and read their outcome from the files that the job leaves. Run as a program, this module performs a task:
+`Cell` is a pretraining run, `Task` the call of a Python function (as in the studies of lab/). Both make a `Job` for an
+engine, and read their outcome from the files that the job writes. As a program, this module performs a task:
 ``python -m evenstep.compare.cells DIRECTORY`` reads ``DIRECTORY/task.json`` and writes ``DIRECTORY/result.json``.
 """
 
@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a cell. ``loss``: validation loss at the end; None when the run did not get there."""
+    """The result of a cell. ``loss``: final validation loss, or None if the run did not complete. ``why``: the reason
+    why the run was given up. ``curve``: (tokens, validation loss)."""
 
     status: str
     loss: float | None = None
@@ -56,8 +56,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Cell:
-    """A pretraining run. Unless it is ``named``, its name holds a hash of everything that decides the result, so two
-    tables that need the same run share it. ``setting``: what a study wants to find beside the result."""
+    """A pretraining run.
+
+    Args:
+        named: the cell's name. By default the name holds a hash of everything that decides the result, so that two
+            tables which need the same run share it.
+        setting: facts that a study stores with the result.
+    """
 
     group: Group
     stage: str
@@ -81,8 +86,8 @@ class Cell:
         return f"{where} lr {self.lr:g} seed {self.seed} ({self.stage}, {self.tokens:,} tokens)"
 
     def job(self, pool: Pool, say: Say, processes: int = 1) -> Job:
-        """`evenstep pretrain`, which resumes from the last checkpoint when there is one; through torchrun when it is to
-        use several processes (data-parallel unless its options say how: the batch stays the same)."""
+        """A job of `evenstep pretrain`, which resumes from the last checkpoint if there is one. With several processes
+        it runs through torchrun, data-parallel unless its options choose another mode; the batch size is the same."""
         recipe, out = pool.directory / f"{self.name}.toml", pool.run(self)
         if not recipe.exists():
             replace_text(recipe, to_toml(self.config))
@@ -98,7 +103,7 @@ class Cell:
 
         from evenstep.train.run import Run
 
-        # A cell that is trained in this process is too short to be worth resuming.
+        # Cells that are trained in this process are too short to be worth resuming.
         shutil.rmtree(pool.run(self), ignore_errors=True)
         with pool.log(self).open("a") as log, redirect_stdout(log):
             Run(replace(self.config, out=str(pool.run(self))), say=lambda text: None).fit()
@@ -108,19 +113,20 @@ class Cell:
         study = {"setting": self.setting} if self.setting else {}
         if path.exists():
             summary = json.loads(path.read_text(encoding="utf-8")) | study
-            return Outcome(FINISHED, summary["val_loss"], "", summary["tokens"], summary, pool.validation(self))
+            curve = pool.curve(self, "val_loss")
+            return Outcome(FINISHED, summary["val_loss"], "", summary["tokens"], summary, curve)
         if given_up.exists():
             facts = json.loads(given_up.read_text(encoding="utf-8"))
             loss = facts["loss"] if facts["status"] == HOPELESS else None
             return Outcome(facts["status"], loss, facts["why"], facts["tokens"], study)
         return None
 
-    def matches(self, outcome: Outcome, where: str) -> None:
-        """Nothing to check: the name stands for the setting."""
+    def check_setting(self, outcome: Outcome, where: str) -> None:
+        """Do nothing: the name of the cell identifies its setting."""
 
 
 def make_cell(table: Table, group: Group, stage: str, lr: float, seed: int) -> Cell:
-    """EvenstepError, naming table and line, for options that do not make a run."""
+    """The cell of one run of a table. Raises EvenstepError, with the table and the line, for invalid options."""
     tokens = table.tokens(group, stage)
     options = merged(merged(_BASE, table.options(group)), {"optim": {"lr": lr}, "seed": seed})
     options["train"] = {**options.get("train", {}), "tokens": tokens}
@@ -135,12 +141,13 @@ def make_cell(table: Table, group: Group, stage: str, lr: float, seed: int) -> C
 
 @dataclass(frozen=True)
 class Task:
-    """A call of ``work`` ("module:function") with ``(setting, directory, say, **given)``; it returns a dict of results.
+    """A call of a function, ``work(setting, directory, say, **given)``, which returns a dict of results.
 
     Args:
-        setting: everything that the results depend on, in types that JSON knows; stored with the results.
-        given: arguments that do not change the results, such as where the data are.
-        packages: their versions are stored beside those of evenstep, torch and Python.
+        work: the function, as "module:function".
+        setting: everything that the results depend on, in JSON types; stored with the results.
+        packages: names of packages whose versions are stored, in addition to evenstep, torch and Python.
+        given: arguments that do not change the results, such as the location of the data.
     """
 
     name: str
@@ -160,7 +167,7 @@ class Task:
         facts = {"work": self.work, "setting": self.setting, "packages": self.packages, "given": self.given}
         replace_text(out / "task.json", _to_json(facts) + "\n")
         again = [sys.executable, "-m", "evenstep.compare.cells", str(out)]
-        # A task has no checkpoint of its own: whatever it keeps in its directory, it looks for by itself.
+        # A task has no checkpoints: it looks for the files that it keeps in its directory by itself.
         here = functools.partial(perform, out, lambda text: say(f"{self.name}: {text}"))
         return Job(self.name, Command(again, again, out, pool.log(self)), here, processes)
 
@@ -171,12 +178,12 @@ class Task:
         run = json.loads(path.read_text(encoding="utf-8"))
         return None if self._different(run) else Outcome(FINISHED, run.get("val_loss"), "", self.tokens, run)
 
-    def matches(self, outcome: Outcome, where: str) -> None:
-        """EvenstepError when the stored ``outcome`` is of another setting."""
+    def check_setting(self, outcome: Outcome, where: str) -> None:
+        """Raise EvenstepError if the stored ``outcome`` belongs to another setting."""
         if different := self._different(outcome.summary):
             raise EvenstepError(
-                f"{where}: {self.name} is of another setting ({', '.join(different)}); remove that line, or store "
-                "elsewhere with --store"
+                f"{where}: the stored run {self.name} has another setting ({', '.join(different)}); remove its line, "
+                "or choose another directory with --store"
             )
 
     def _different(self, run: Mapping[str, Any]) -> list[str]:
@@ -185,14 +192,15 @@ class Task:
 
 
 def perform(directory: Path, say: Say = print) -> dict[str, Any]:
-    """Do the task of ``directory``, and leave its result there: setting, results, time, commit, hardware, versions."""
+    """Perform the task in ``directory`` and write its result there: setting, results, seconds, commit, hardware and
+    versions."""
     import torch
 
     from evenstep.train.hardware import commit, describe_hardware, versions
 
     task = json.loads((directory / "task.json").read_text(encoding="utf-8"))
     setting, (module, _, function) = task["setting"], task["work"].partition(":")
-    where, started = commit(), time.perf_counter()  # the commit of the code that runs, whatever is committed meanwhile
+    where, started = commit(), time.perf_counter()  # before the work, during which someone may commit
     results = getattr(importlib.import_module(module), function)(setting, directory, say, **task["given"])
     run = {
         "setting": setting,
@@ -201,17 +209,10 @@ def perform(directory: Path, say: Say = print) -> dict[str, Any]:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": where,
         "hardware": describe_hardware(torch.device(setting.get("device", "cpu"))),
-        "versions": versions() | {name: _version(name) for name in task["packages"]},
+        "versions": versions(*task["packages"]),
     }
     replace_text(directory / "result.json", _to_json(run) + "\n")
     return run
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _to_json(value: Any) -> str:
@@ -225,10 +226,11 @@ def _to_json(value: Any) -> str:
 
 
 class Pool:
-    """The cells' directory: ``NAME/`` is a run, beside it are its recipe, its log, and why it was given up."""
+    """The directory of the cells. ``NAME/`` is a run; beside it are its recipe, its log, and, if it was given up, the
+    reason."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory.absolute()  # a job may run elsewhere
+        self.directory = directory.absolute()  # a job may run in another working directory
         directory.mkdir(parents=True, exist_ok=True)
 
     def run(self, cell: Cell | Task) -> Path:
@@ -241,39 +243,27 @@ class Pool:
         return self.directory / f"{cell.name}.given-up.json"
 
     def give_up(self, cell: Cell, status: str, why: str, tokens: int, loss: float | None) -> None:
-        """Remember that this cell is not to be trained (further)."""
+        """Record that this cell is not to be trained any further."""
         facts = {"status": status, "why": why, "tokens": tokens, "loss": loss}
         replace_text(self.given_up(cell), json.dumps(facts) + "\n")
 
     def settle(self, cell: Cell | Task, problem: str) -> None:
-        """Remember a divergence. Any other ``problem`` (a missing package, a full disk) is not remembered, so that the
-        next call tries again."""
+        """Record a divergence. Any other ``problem`` (a missing package, a full disk) is not recorded, so that the next
+        call tries again."""
         if "training stopped" in problem and isinstance(cell, Cell):
-            at = self.training(cell)
+            at = self.curve(cell, "loss")
             self.give_up(cell, DIVERGED, problem.split(";")[0].removeprefix("error: "), at[-1][0] if at else 0, None)
 
     def tidy(self, cell: Cell | Task) -> None:
-        """Delete the checkpoints of a cell that has an outcome: hundreds of cells would fill a disk."""
+        """Delete the checkpoints of a cell that has an outcome; those of hundreds of cells would fill a disk."""
         shutil.rmtree(self.run(cell) / "checkpoints", ignore_errors=True)
 
-    def outcome(self, cell: Cell | Task) -> Outcome | None:
-        """None while there is none."""
-        return cell.outcome(self)
-
-    def training(self, cell: Cell | Task) -> list[tuple[int, float]]:
-        """Tokens and training loss of every line of the log so far."""
-        return self._curve(cell, "loss")
-
-    def validation(self, cell: Cell | Task) -> list[tuple[int, float]]:
-        return self._curve(cell, "val_loss")
-
-    def _curve(self, cell: Cell | Task, key: str) -> list[tuple[int, float]]:
+    def curve(self, cell: Cell | Task, key: str) -> list[tuple[int, float]]:
+        """(tokens, value) of ``key`` in the run's metrics.jsonl so far: "loss" of training, or "val_loss"."""
         path = self.run(cell) / "metrics.jsonl"
         records: Iterable[dict[str, Any]] = read_metrics(path) if path.exists() else ()
         return [(r["tokens"], r[key]) for r in records if r.get(key) is not None]
 
-
-NAME = "cells.jsonl"
 
 _FACTS = (
     "commit", "hardware", "model_bytes", "parameters", "peak_memory", "seconds", "state_bytes", "tokens",
@@ -282,12 +272,15 @@ _FACTS = (
 
 
 class Store:
-    """``DIR/cells.jsonl``: a line for each cell, a later line instead of an earlier one; small enough for a repository,
-    so that a grid goes on on another machine. The name of a line holds a hash of everything that decides the result, or
-    its summary has a ``setting`` that is compared: it is never used for another setting."""
+    """``DIR/cells.jsonl``, one line for each cell; a later line replaces an earlier one of the same name.
+
+    The file is small enough for a repository, so that a grid can continue on another machine. A result is never used
+    for another setting: its name holds a hash of everything that decides it, or its summary has the ``setting``, which
+    is compared.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self.path = directory / NAME
+        self.path = directory / "cells.jsonl"
         self.outcomes = self._read() if self.path.exists() else {}
 
     def keep(self, name: str, outcome: Outcome) -> None:
@@ -296,7 +289,7 @@ class Store:
             outcome.status, outcome.loss, outcome.tokens,
         ):  # fmt: skip
             return
-        whole = "setting" in outcome.summary  # what a task returned is all that there is of it
+        whole = "setting" in outcome.summary  # a task has no other record of its results
         summary = {key: value for key, value in outcome.summary.items() if whole or key in _FACTS}
         self.outcomes[name] = outcome
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -304,18 +297,18 @@ class Store:
             file.write(json.dumps({"name": name, **asdict(outcome), "summary": summary}, ensure_ascii=False) + "\n")
 
     def _read(self) -> dict[str, Outcome]:
-        found: dict[str, Outcome] = {}
+        outcomes: dict[str, Outcome] = {}
         for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 facts = json.loads(line)
                 name = facts.pop("name")
                 curve = [(int(at), float(loss)) for at, loss in facts.pop("curve")]
-                found[name] = Outcome(**facts, curve=curve)
+                outcomes[name] = Outcome(**facts, curve=curve)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise EvenstepError(
-                    f"{self.path}, line {number}: not the outcome of a run; delete that line, and the run is repeated"
+                    f"{self.path}, line {number}: not the outcome of a run; delete the line to repeat the run"
                 ) from None
-        return found
+        return outcomes
 
 
 if __name__ == "__main__":

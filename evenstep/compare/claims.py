@@ -1,15 +1,16 @@
-"""What a paper says, as a rule on two lines of a table, and whether our runs say so too.
+"""Claims of the papers as rules on two lines of a table, and the verdict of our runs on them.
 
 A claim names two lines, ``better`` and ``than``, and a rule:
 
-- ``lower``: better's loss is below than's.
-- ``reaches``: better's loss is at most `LEVEL` above than's (for rows that train less, or keep less).
-- ``level``: the same, and the memory of model and state together is between the two shares of than's in ``memory``.
-- ``memory``: the memory of model and state together is between the two shares of than's in ``memory``.
-- ``flatter``: better suffers less from the wrong learning rate (`evenstep.compare.results.sensitivity`), by a fifth.
+- ``lower``: the loss of ``better`` is below that of ``than``.
+- ``reaches``: it is at most `LEVEL` above that of ``than`` (for lines with fewer tokens or less memory).
+- ``level``: the same, and the memory of model and optimizer state, relative to that of ``than``, lies between the two
+  numbers in ``memory``.
+- ``memory``: only the second half of ``level``.
+- ``flatter``: ``better`` loses less at a wrong learning rate (`evenstep.compare.results.sensitivity`), by a fifth.
 
-Losses are compared by their difference over the seeds that both lines have (`judge`). Half of
-its interval is at least `FLOOR`; with fewer than three seeds in common it is `FEW`.
+Losses are compared by their mean difference over the seeds that both lines have (`judge`). The half-width of its
+interval is at least `FLOOR`; with fewer than three common seeds it is `FEW`.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from typing import Any
 CONFIRMED, UNCONFIRMED, OPPOSITE, OPEN = "confirmed", "not confirmed", "opposite", "open"
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""The 97.5 % point of Student's t with 1, 2, ... 10 degrees of freedom; the last serves for more, too."""
+"""The 97.5 % quantile of Student's t with 1, 2, ..., 10 degrees of freedom; the last one is used for more, too."""
 
 BySeed = Mapping[int, float | None]
-"""What is measured (lower is better) by seed; None or infinite where the run diverged."""
+"""Seed -> a measured value, of which lower is better; None or infinite if the run diverged."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """``first`` and ``second``: means over the ``seeds`` that both have. ``mean``: of first minus second; ``within``:
-    half of its 95 % confidence interval by Student's t, infinite with a single seed, unless `judge` set it."""
+    """``first``, ``second``: means over the ``seeds`` common seeds. ``mean``: of first minus second. ``within``: the
+    half-width of its 95 % confidence interval by Student's t, infinite for one seed, unless `judge` has set it."""
 
     first: float
     second: float
@@ -42,29 +43,37 @@ class Difference:
 
 
 def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
-    """None when the two have no seed in common."""
+    """The difference over the common seeds, or None if there are none."""
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
-    found = [first[seed] - second[seed] for seed in seeds]
-    n = len(found)
-    within = STUDENT[min(n - 1, len(STUDENT)) - 1] * stdev(found) / n**0.5 if n > 1 else math.inf
+    differences = [first[seed] - second[seed] for seed in seeds]
+    n = len(differences)
+    within = STUDENT[min(n - 1, len(STUDENT)) - 1] * stdev(differences) / n**0.5 if n > 1 else math.inf
     means = [mean(side[seed] for seed in seeds) for side in (first, second)]
-    return Difference(means[0], means[1], mean(found), within, n)
+    return Difference(means[0], means[1], mean(differences), within, n)
 
 
 def judge(
     first: BySeed, second: BySeed, *, mark: float = 0.0, floor: float = 0.0, few: float | None = None
 ) -> tuple[str, Difference | None]:
-    """Is first less than ``mark`` above second? ``confirmed`` or ``opposite`` where all of the interval of the
-    difference says so, else ``not confirmed``; ``open`` where too few seeds are in common.
+    """Judge whether first is less than ``mark`` above second.
 
-    A side whose seeds all diverged while the other's all ended has lost; where only some did nothing is confirmed, and
-    there is no difference to tell.
+    The verdict is ``confirmed`` or ``opposite`` if the whole interval of the difference is on that side of ``mark``,
+    ``not confirmed`` if it is not, and ``open`` if there are too few common seeds. A side of which all seeds diverged
+    has lost against one of which all seeds finished; if only some diverged, the verdict is ``not confirmed``. In both
+    cases the difference is None.
 
     Args:
-        floor: half of the interval is at least this.
-        few: half of the interval with fewer than three seeds in common; none: two are needed, and Student's t.
+        first: the side that the claim says is lower.
+        second: the other side.
+        mark: the difference that counts as equal.
+        floor: lower bound of the interval's half-width.
+        few: half-width for fewer than three common seeds. None: at least two are needed, and Student's t applies.
+
+    Example:
+        >>> judge({0: 3.1, 1: 3.2, 2: 3.0}, {0: 3.4, 1: 3.5, 2: 3.3})[0]
+        'confirmed'
     """
     shared = first.keys() & second.keys()
     if len(shared) < (2 if few is None else 1):
@@ -75,21 +84,21 @@ def judge(
     if any(len(side) < len(shared) for side in ended):
         won = {(0, len(shared)): OPPOSITE, (len(shared), 0): CONFIRMED}
         return won.get((len(ended[0]), len(ended[1])), UNCONFIRMED), None
-    found = paired(*ended)
-    assert found is not None
-    within = few if few is not None and found.seeds < 3 else max(floor, found.within)
-    below, above = found.mean + within < mark, found.mean - within > mark
-    return CONFIRMED if below else OPPOSITE if above else UNCONFIRMED, replace(found, within=within)
+    difference = paired(*ended)
+    assert difference is not None
+    within = few if few is not None and difference.seeds < 3 else max(floor, difference.within)
+    below, above = difference.mean + within < mark, difference.mean - within > mark
+    return CONFIRMED if below else OPPOSITE if above else UNCONFIRMED, replace(difference, within=within)
 
 
 # ---- claims of a table ----
 
 FLOOR = 0.005
 FEW = 0.08
-"""Nats. A choice: in our claims with three seeds, no seed's difference strays further from the mean of the three."""
+"""Nats. Chosen because in our claims with three seeds, no seed's difference is further from the mean of the three."""
 LEVEL = 0.02
-"""Nats, 2 % of a perplexity: two lines that differ by no more are level. The paper that says "matches" has one row that
-is 0.025 above."""
+"""Nats, 2 % of a perplexity: lines that differ by no more count as level. In the paper that says "matches", one row is
+0.025 above."""
 FLATTER = 0.2
 
 UNMEASURED = "not measured"
@@ -99,44 +108,47 @@ Verdict = tuple[str, str]
 
 
 def judged(claim: dict[str, Any], lines: list[Line]) -> dict[str, Any] | None:
-    """The claim with ``verdict``, ``ours`` (the numbers behind it) and ``seeds``; None when ``lines``, which are of one
-    size, do not have both of its lines."""
-    better, than = (_called(lines, claim[key]) for key in ("better", "than"))
-    if better is None or than is None:
+    """The claim with ``verdict``, ``ours`` (the numbers behind it) and ``seeds``; None if one of its two lines is not
+    among ``lines``, which are of one size."""
+    pair = [called(lines, claim[key])[:1] for key in ("better", "than")]
+    if not all(pair):
         return None
+    better, than = (line for [line] in pair)
     verdict, ours = RULES[claim["rule"]](better, than, claim)
     pairs = len(by_seed(better).keys() & by_seed(than).keys())
     seeds = pairs or min(1, len(better["sweep"]), len(than["sweep"]))
     return {**claim, "verdict": verdict, "ours": ours, "seeds": seeds}
 
 
-def _called(lines: list[Line], name: str) -> Line | None:
-    return next((line for line in lines if name in (line["name"], f"{line['name']}/{line['size']}")), None)
+def called(lines: list[Line], name: str | None) -> list[Line]:
+    """The lines with ``name``, which is ROW/PRECISION or ROW/PRECISION/SIZE."""
+    return [line for line in lines if name in (line["name"], f"{line['name']}/{line['size']}")]
 
 
 def by_seed(line: Line) -> BySeed:
-    """The losses of the long runs; None where one diverged."""
+    """Seed -> loss of the long runs; None for a run that diverged."""
     return {cell["seed"]: cell["loss"] if cell["status"] == "finished" else None for cell in line["finals"]}
 
 
 def losses_of(line: Line) -> list[float]:
-    """The losses of the seeds that finished."""
+    """The losses of the runs that finished."""
     return [loss for loss in by_seed(line).values() if loss is not None]
 
 
 def difference(better: Line, than: Line, mark: float = 0.0) -> tuple[str, Difference | None]:
+    """The verdict of `judge` on two lines of a table."""
     return judge(by_seed(better), by_seed(than), mark=mark, floor=FLOOR, few=FEW)
 
 
 def _compared(better: Line, than: Line, mark: float = 0.0) -> Verdict:
-    """Is ``better`` at most ``mark`` above ``than``?"""
-    verdict, found = difference(better, than, mark)
+    """Whether ``better`` is at most ``mark`` above ``than``, and the numbers."""
+    verdict, gap = difference(better, than, mark)
     if verdict == OPEN:
         return UNMEASURED, ""
-    if found is None:
+    if gap is None:
         runs = [(line["name"], len(losses_of(line)), len(by_seed(line))) for line in (better, than)]
         return verdict, "; ".join(f"{name}: {ended} of {n} runs ended well" for name, ended, n in runs)
-    return verdict, f"{found.first:.4f} against {found.second:.4f} ({found.mean:+.4f} ± {found.within:.4f})"
+    return verdict, f"{gap.first:.4f} against {gap.second:.4f} ({gap.mean:+.4f} ± {gap.within:.4f})"
 
 
 def _lower(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:
@@ -159,7 +171,7 @@ def _level(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:
 
 def kept_bytes(line: Line) -> float:
     """Bytes of model and optimizer state together."""
-    return line["model_bytes"] + line["state_bytes"]
+    return float(line["model_bytes"] + line["state_bytes"])
 
 
 def _keeps(better: Line, than: Line, claim: dict[str, Any]) -> Verdict:

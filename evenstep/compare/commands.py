@@ -1,4 +1,4 @@
-"""``evenstep compare`` and ``evenstep results``: their flags, and what they do."""
+"""``evenstep compare`` and ``evenstep results``: their options, and the work that they do."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from evenstep.compare.grid import Runner
 
 DESCRIPTION = """\
-Train the runs of published tables and put ours beside the paper's. Each table file of recipes/tables is a grid of
-optimizers, precisions, sizes, learning rates and seeds. Finished runs are not repeated, stopped ones go on; runs that
-two tables share are trained once. Writes the table as text, Markdown and CSV, pictures, and results.json.
+Train the runs of published tables and compare the results with the papers'. Each table file of recipes/tables is a
+grid of optimizers, precisions, sizes, learning rates and seeds. Finished runs are not repeated, stopped runs resume,
+and runs that two tables share are trained once. Writes the table as text, Markdown and CSV, pictures, and results.json.
 """
 
 EXAMPLES = """\
@@ -23,48 +23,40 @@ examples:
   evenstep compare recipes/tables/*.toml --jobs 2 --store benchmarks/results/tables
   evenstep compare recipes/tables/stable-spam-1.toml --scale paper     as published: C4, GPUs
   evenstep compare recipes/tables/*.toml --smoke                 a miniature of everything, in minutes
-  evenstep compare recipes/tables/*.toml --dry-run               what would be trained, nothing is
+  evenstep compare recipes/tables/*.toml --dry-run               list the runs, train nothing
   evenstep compare TABLE.toml --engine slurm --engine-option slurm_partition=gpu --engine-option gpus=1
   evenstep compare TABLE.toml --engine ray --engine-option address=auto --processes 4    four GPUs a run
 """
 
 RESULTS = """\
-Write a page of results from the JSON files that compare --store left: for each claim our number, the paper's number and
-the direction, then every table with its pictures.
+Write a page of results from the JSON files of compare --store: for each claim our number, the paper's number and the
+direction, then every table with its pictures.
 """
 
 
 def add_compare(commands: Any, debug: argparse.ArgumentParser) -> None:
+    """Add the commands ``compare`` and ``results`` to the parser of the program."""
     raw: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "parents": [debug]}
     compare = commands.add_parser(
         "compare", help="re-run a table of the papers", description=DESCRIPTION, epilog=EXAMPLES, **raw
     )
     add = compare.add_argument
-    add("tables", metavar="TABLE.toml", nargs="+", type=Path, help="see recipes/tables")
+    add("tables", metavar="TABLE.toml", nargs="+", type=Path, help="a table file, such as those in recipes/tables")
     add("--out", metavar="DIR", type=Path, default=Path("runs/compare"), help="default: %(default)s")
-    add("--jobs", metavar="N", type=int, help="runs at a time; 0: in this process (none: one a core, or a GPU)")
+    add("--jobs", metavar="N", type=int, help="runs at a time; 0: in this process (default: one per core or GPU)")
     add_engine(compare)
     add("--scale", default="small", help="small, gpu, paper, slimpajama or smoke (default: %(default)s)")
     add("--smoke", action="store_true", help="short for --scale smoke --jobs 0 --out runs/compare-smoke")
-    add(
-        "--store",
-        metavar="DIR",
-        type=Path,
-        help="also write DIR/TABLE.json, for evenstep results, and "
-        "DIR/cells.jsonl: runs that it holds are not repeated, on any machine",
-    )
-    add("--dry-run", action="store_true", help="list the runs of the first round and what they cost, train nothing")
-    add("--report", action="store_true", help="write the tables of what is done so far, train nothing")
+    add("--store", metavar="DIR", type=Path, help="also write DIR/TABLE.json, for evenstep results, and "
+        "DIR/cells.jsonl: the runs in it are not repeated, on any machine")  # fmt: skip
+    add("--dry-run", action="store_true", help="list the runs of the first round and their cost, train nothing")
+    add("--report", action="store_true", help="write the tables of the finished runs, train nothing")
     compare.set_defaults(run_command=_compare)
 
     results = commands.add_parser("results", help="write the page of results", description=RESULTS, **raw)
-    results.add_argument(
-        "stored", metavar="DIR", nargs="?", type=Path, default=Path("benchmarks/results/tables"),
-        help="default: %(default)s",
-    )  # fmt: skip
-    results.add_argument(
-        "--out", metavar="FILE", type=Path, default=Path("docs/results.md"), help="default: %(default)s"
-    )
+    how: Any = {"type": Path, "help": "default: %(default)s"}
+    results.add_argument("stored", metavar="DIR", nargs="?", default=Path("benchmarks/results/tables"), **how)
+    results.add_argument("--out", metavar="FILE", default=Path("docs/results.md"), **how)
     results.set_defaults(run_command=_results)
 
 
@@ -77,12 +69,10 @@ def _compare(args: argparse.Namespace) -> None:
     if args.smoke:
         args.scale, args.jobs = "smoke", 0 if args.jobs is None else args.jobs
         args.out = Path("runs/compare-smoke") if args.out == Path("runs/compare") else args.out
-    if args.jobs is not None and args.jobs < 0:
-        raise EvenstepError(f"--jobs: {args.jobs} is out of range; give 1 or more, or 0 for this process")
     args.tables = [path for given in args.tables for path in expanded(given)]
     names = [path.stem for path in args.tables]
     if len(set(names)) < len(names):
-        raise EvenstepError("two of the tables have the same name; results are kept by that, so rename one")
+        raise EvenstepError("two tables have the same name, by which results are stored; rename one of the files")
     plans = [Plan(load_table(path, args.scale)) for path in args.tables]
     if args.dry_run:
         _list_cells(plans)
@@ -97,13 +87,13 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """The options that say where cells are trained."""
+    """Add the options that decide where cells are trained."""
     add = parser.add_argument
     add("--engine", metavar="NAME", default="local", help="local, slurm or ray (default: %(default)s)")
     add("--engine-option", metavar="KEY=VALUE", action="append", default=[],
-        help="of slurm (submitit: slurm_partition, timeout_min, ...) or ray (of ray.init: address, ...); "
-        "gpus=1: runs want GPUs; may be repeated")  # fmt: skip
-    add("--processes", metavar="N", type=int, default=1, help="of one run, with a GPU each, by torchrun (default: 1)")
+        help="an option of submitit (slurm_partition, timeout_min, ...) or of ray.init (address, ...); gpus=1: each "
+        "process needs a GPU; may be repeated")  # fmt: skip
+    add("--processes", metavar="N", type=int, default=1, help="processes (torchrun) and GPUs of one run (default: 1)")
 
 
 def runner_of(
@@ -114,7 +104,7 @@ def runner_of(
     say: Any = print,
     train: bool = True,
 ) -> Runner:
-    """A runner on the engine that ``args`` asks for; one that does not train needs no engine."""
+    """A runner on the engine that ``args`` selects. Without ``train`` it only looks up outcomes."""
     from evenstep.compare.cells import Pool, Store
     from evenstep.compare.engines import Inline, engine_for
     from evenstep.compare.grid import Runner
@@ -125,7 +115,7 @@ def runner_of(
     for text in args.engine_option:
         key, equals, value = text.partition("=")
         if not (key and equals):
-            raise EvenstepError(f"--engine-option {text}: give KEY=VALUE")
+            raise EvenstepError(f"--engine-option {text}: not of the form KEY=VALUE; give one such as address=auto")
         options[key] = value if "," in value else literal(value)
     how: Any = {"processes": args.processes, "options": options}
     engine = engine_for(args.engine, args.jobs, cells.parent, **how) if train else Inline()
@@ -133,7 +123,7 @@ def runner_of(
 
 
 def write(plan: Any, outcomes: Any, out: Path, store: Path | None, say: Any) -> Any:
-    """The table as files under ``out``/tables/NAME, and on the terminal."""
+    """Write the table to files in ``out``/tables/NAME, and to the terminal; returns its document."""
     from evenstep import console
     from evenstep.compare import report
     from evenstep.compare.results import document_of, is_measured
@@ -161,7 +151,7 @@ def write(plan: Any, outcomes: Any, out: Path, store: Path | None, say: Any) -> 
 
 
 def _list_cells(plans: list[Any]) -> None:
-    """The cells that are wanted before anything is known, each run once."""
+    """Print the cells that are wanted before any outcome is known, each run once."""
     from evenstep.compare.grid import estimate
 
     cells, lines = estimate(plans)

@@ -1,8 +1,9 @@
-"""Where cells are trained: local processes, a SLURM cluster (submitit) or a Ray cluster, behind one interface.
+"""Engines, which run the jobs of a grid: local processes, a SLURM cluster (submitit) or a Ray cluster.
 
-``submit`` starts a `Job` and returns a handle; ``poll`` tells whether it has ended, ``stop`` asks it to save and end,
-and ``fetch`` tells how it ended. An engine takes ``slots`` jobs at a time. A job that was preempted (ended by a signal
-that nobody here sent) is submitted again by the runner, and its command then resumes from the last checkpoint.
+All have one interface. ``submit`` starts a `Job` and returns a handle, ``poll`` returns whether it has ended, ``stop``
+asks it to save and end, and ``fetch`` returns how it ended. An engine takes ``slots`` jobs at a time. A preempted job
+(one that was ended by a signal from elsewhere) is submitted again by the runner; its command then resumes from the last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ PREEMPTED = "preempted"
 _SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM)
 _ENDED_BY_SIGNAL = {*(-number for number in _SIGNALS), *(128 + number for number in _SIGNALS)}
 QUEUED = 64
-"""Jobs that are handed to a cluster at a time unless --jobs says otherwise; its scheduler does the rest."""
+"""Jobs submitted to a cluster at a time unless --jobs is given; the cluster's scheduler starts them."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """``first`` starts a run; ``again`` resumes it once there are ``checkpoints``. Can be pickled."""
+    """A program: ``first`` starts a run, and ``again`` resumes it once there are ``checkpoints``. Can be pickled."""
 
     first: list[str]
     again: list[str]
@@ -40,12 +41,13 @@ class Command:
         return self.again if list_checkpoints(self.checkpoints) else self.first
 
     def start(self, **environment: str) -> subprocess.Popen[bytes]:
-        """Its output goes to the log. Not in our process group: Ctrl-C is passed on by us, once."""
+        """Start the program with its output in the log. It gets a process group of its own, so that Ctrl-C reaches it
+        once, from the engine."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         given = {"OMP_NUM_THREADS": "1", **os.environ, **environment}
         with self.log.open("ab") as log:
             how: dict[str, Any] = {"cwd": self.directory, "env": given, "start_new_session": True}
-            # A process inherits which signals are blocked, and Ray's workers block them.
+            # A process inherits the set of blocked signals, and Ray's workers block these.
             before = signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             try:
                 return subprocess.Popen(self.words(), stdout=log, stderr=log, **how)
@@ -53,19 +55,19 @@ class Command:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def problem(self, status: int) -> str | None:
-        """What exit ``status`` means, in one line; None when the run got to its end."""
+        """The meaning of exit ``status`` in one line; None if the run completed."""
         if status == 0:
             return None
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         lines = text.strip().splitlines()
-        told = [line for line in lines if line.startswith("evenstep: ")]
-        last = (told or lines or [f"ended with status {status}"])[-1].removeprefix("evenstep: ")
+        messages = [line for line in lines if line.startswith("evenstep: ")]
+        last = (messages or lines or [f"ended with status {status}"])[-1].removeprefix("evenstep: ")
         return f"{PREEMPTED}: {last}" if status in _ENDED_BY_SIGNAL else last
 
 
 @dataclass(frozen=True)
 class Job:
-    """``here`` does the same as ``command`` in this process; ``processes`` is the number of GPUs that it wants."""
+    """``here`` does the same as ``command`` in this process. ``processes``: of the run, with one GPU each."""
 
     name: str
     command: Command
@@ -74,6 +76,8 @@ class Job:
 
 
 class Engine(Protocol):
+    """The interface of all engines; see the head of this module."""
+
     slots: int
 
     def submit(self, job: Job) -> Any: ...
@@ -83,7 +87,7 @@ class Engine(Protocol):
 
 
 class Inline:
-    """In this process, one job after the other: for cells of a second, for which a process takes longer to start."""
+    """Runs one job after the other in this process: for cells that take less time than the start of a process."""
 
     slots = 1
 
@@ -105,14 +109,24 @@ class Inline:
 
 @dataclass
 class Process:
+    """A started command. ``slot``: its place in a `Local` engine."""
+
     command: Command
     running: subprocess.Popen[bytes]
     slot: int = 0
-    asked: bool = False
+    _asked: bool = False
+
+    def stop(self, wait: bool = True) -> None:
+        """Ask the process to save and end. It gets one signal only: a second one would end it without saving."""
+        if not self._asked and self.running.poll() is None:
+            self._asked = True
+            self.running.send_signal(signal.SIGINT)
+        if wait:
+            self.running.wait()
 
 
 class Local:
-    """Processes on this machine, ``slots`` at a time; each has GPUs of its own where there are any."""
+    """Runs processes on this machine, ``slots`` at a time, each with its own GPUs if there are any."""
 
     def __init__(self, slots: int, gpus: int = 0) -> None:
         self.slots, self.gpus, self._used = slots, gpus, set[int]()
@@ -132,11 +146,7 @@ class Local:
         return handle.running.poll() is not None
 
     def stop(self, handle: Process, wait: bool = True) -> None:
-        if not handle.asked and not self.poll(handle):  # a second signal would end it without saving
-            handle.asked = True
-            handle.running.send_signal(signal.SIGINT)
-        if wait:
-            handle.running.wait()
+        handle.stop(wait)
 
     def fetch(self, handle: Process) -> str | None:
         self._used.discard(handle.slot)
@@ -144,75 +154,70 @@ class Local:
 
 
 def _visible(index: int) -> str:
-    """The ``index``-th of the GPUs that this process may use."""
+    """The name of GPU ``index`` among those that this process may use."""
     given = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
     return given[index] if index < len(given) else str(index)
 
 
-# ---- clusters: paths have to mean the same on all machines ----
+# ---- clusters: every path must lead to the same file on all machines ----
 
 
 def stop_file(command: Command) -> Path:
-    """A job that finds it saves and ends. To cancel a job would on some clusters kill it."""
+    """A file whose presence tells a job to save and end. Some clusters kill a job that is cancelled."""
     return command.log.with_suffix(".stop")
 
 
 class Execution:
-    """Runs a command to its end, on another machine; gives its exit status."""
+    """Runs a command to its end on another machine and returns its exit status."""
 
     def __init__(self, command: Command) -> None:
         self.command = command
-        self._running: subprocess.Popen[bytes] | None = None
-        self._asked = False
+        self._process: Process | None = None
 
     def __call__(self) -> int:
         stop = stop_file(self.command)
-        if stop.exists():  # it came while this job waited for a machine
+        if stop.exists():  # created while this job was waiting for a machine
             return 128 + signal.SIGINT
-        self._running = self.command.start()
+        running = self.command.start()
+        self._process = Process(self.command, running)
         try:
             while True:
                 try:
-                    return self._running.wait(timeout=1)
+                    return running.wait(timeout=1)
                 except subprocess.TimeoutExpired:
                     if stop.exists():
                         stop.unlink()
-                        self.ask()
+                        self.stop(wait=False)
         except BaseException:
-            self.ask(wait=True)
+            self.stop()
             raise
 
-    def ask(self, wait: bool = False) -> None:
-        if self._running is None:
-            return
-        if not self._asked and self._running.poll() is None:  # a second signal would end it without saving
-            self._asked = True
-            self._running.send_signal(signal.SIGINT)
-        if wait:
-            self._running.wait()
+    def stop(self, wait: bool = True) -> None:
+        if self._process is not None:
+            self._process.stop(wait)
 
 
 class Submission(Execution):
-    """What a SLURM job runs. Near the time limit submitit calls ``checkpoint`` and puts the job into the queue again,
-    where it resumes."""
+    """The work of a SLURM job. Near the time limit, submitit calls ``checkpoint`` and queues the job again; it then
+    resumes."""
 
     def __call__(self) -> int:
-        # submitit ignores SIGTERM (scancel, preemption); the run is to save.
-        signal.signal(signal.SIGTERM, lambda *_: self.ask())
+        # submitit ignores SIGTERM (scancel, preemption), on which the run has to save.
+        signal.signal(signal.SIGTERM, lambda *_: self.stop(wait=False))
         return super().__call__()
 
     def checkpoint(self) -> Any:
         from submitit.helpers import DelayedSubmission
 
-        self.ask(wait=True)
+        self.stop()
         return DelayedSubmission(Submission(self.command))
 
 
 class Cluster:
-    """What the clusters have in common. A handle is the command and what the cluster calls the job."""
+    """The common part of the clusters. A handle is the command and the cluster's own handle of the job."""
 
     PICKED_UP = 10.0
-    """Seconds after which a job that has left its stop file alone is taken to wait for a machine still."""
+    """Seconds after which a job that has not removed its stop file is assumed to be still waiting for a machine."""
 
     def __init__(self, slots: int, gpus: int) -> None:
         self.slots, self.gpus, self._asked = slots, gpus, dict[Path, float]()
@@ -244,8 +249,12 @@ class Cluster:
 
 
 class Slurm(Cluster):
-    """Jobs of a SLURM cluster. ``options`` are submitit's (``timeout_min``, ``slurm_partition``, ``mem_gb``, ...), and
-    ``cluster``: "slurm", or "local" and "debug", which submitit runs on this machine."""
+    """Jobs of a SLURM cluster.
+
+    Args:
+        options: those of submitit (``timeout_min``, ``slurm_partition``, ``mem_gb``, ...), and ``cluster``: "slurm", or
+            "local" or "debug", with which submitit runs the jobs on this machine.
+    """
 
     def __init__(self, slots: int, folder: Path, gpus: int = 0, **options: Any) -> None:
         super().__init__(slots, gpus)
@@ -264,14 +273,14 @@ class Slurm(Cluster):
         return self._executor.submit(Submission(command))
 
     def poll(self, handle: tuple[Command, Any]) -> bool:
-        return handle[1].done()
+        return bool(handle[1].done())
 
     def _cancel(self, job: Any) -> None:
         job.cancel()
 
     def fetch(self, handle: tuple[Command, Any]) -> str | None:
         command, job = handle
-        if (problem := job.exception()) is not None:  # the job was lost: cancelled, its node died, out of time
+        if (problem := job.exception()) is not None:  # lost: cancelled, out of time, or its node failed
             last = [line for line in str(problem).splitlines() if line.strip()][:1]
             return f"{PREEMPTED}: {(last or [type(problem).__name__])[0]}"
         return command.problem(job.result())
@@ -282,8 +291,12 @@ def _execute(command: Command) -> int:
 
 
 class Ray(Cluster):
-    """Tasks of a Ray cluster. ``options`` are those of ``ray.init``; with no ``address`` and none in RAY_ADDRESS, a
-    cluster of this machine is started."""
+    """Tasks of a Ray cluster.
+
+    Args:
+        options: those of ``ray.init``. Without ``address``, and without RAY_ADDRESS in the environment, Ray starts a
+            cluster of this machine.
+    """
 
     def __init__(self, slots: int, gpus: int = 0, **options: Any) -> None:
         super().__init__(slots, gpus)
@@ -320,7 +333,15 @@ ENGINES = ("local", "slurm", "ray")
 
 
 def engine_for(name: str, jobs: int | None, folder: Path, *, processes: int = 1, options: dict[str, Any]) -> Engine:
-    """The engine ``name``. ``jobs`` at a time; None: as many as fit; 0: in this process. ``folder`` takes its files."""
+    """Return the engine ``name``.
+
+    Args:
+        name: one of `ENGINES`.
+        jobs: number of jobs at a time. None: as many as fit; 0: one after the other in this process.
+        folder: directory for the engine's own files.
+        processes: of one job.
+        options: of the cluster, from --engine-option.
+    """
     if name not in ENGINES:
         raise EvenstepError(f"--engine: '{name}' is not one of {', '.join(ENGINES)}{nearest(name, ENGINES)}")
     if jobs is not None and jobs < 0:
@@ -328,26 +349,21 @@ def engine_for(name: str, jobs: int | None, folder: Path, *, processes: int = 1,
     if processes < 1:
         raise EvenstepError(f"--processes: {processes} is out of range; give 1 or more")
     if options and name == "local":
-        raise EvenstepError("--engine-option: local processes take none; choose --engine slurm or ray")
-    gpus = gpu_count()
+        raise EvenstepError("--engine-option: local processes take no options; choose --engine slurm or ray")
+    gpus = _gpu_count()
     if name == "slurm":
         return Slurm(jobs or QUEUED, folder / "slurm", gpus or options.pop("gpus", 0), **options)
     if name == "ray":
         return Ray(jobs or QUEUED, gpus or options.pop("gpus", 0), **options)
     if jobs == 0:
         if processes > 1:
-            raise EvenstepError("--processes: several need processes of their own; give --jobs 1 or more")
+            raise EvenstepError(f"--processes {processes} cannot run in this process (--jobs 0); give --jobs 1 or more")
         return Inline()
-    return Local(max(1, default_jobs(gpus) // processes) if jobs is None else jobs, gpus)
-
-
-def default_jobs(gpus: int) -> int:
-    """One process for each GPU, else for each core that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return gpus or cores
+    return Local(max(1, (gpus or cores) // processes) if jobs is None else jobs, gpus)
 
 
-def gpu_count() -> int:
+def _gpu_count() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,14 +1,14 @@
-"""The grid runner: which cells are wanted, in which order, and which are hopeless; and the loop that trains them.
+"""The grid runner: the cells that are needed, their order, the ones that are hopeless, and the loop that trains them.
 
-Two stages for each line: its learning rates with one seed and few tokens, then its seeds at the best rate. The rates
-go from the middle outwards. A rate is left out when the one before it, on the way outwards, was already worse than
-its inner neighbour by more than `RISING`; when the best rate is the outermost, one more is tried beyond it, at most
-``sweep.extend`` times. With ``sweep.all`` every rate is trained to its end.
+Each line has two stages: its learning rates with one seed and few tokens, then its seeds at the best rate. The rates
+are tried from the middle outwards. A rate is left out if the one before it, on the way outwards, was already worse than
+its inner neighbour by more than `RISING`. If the best rate is the outermost one, another one beyond it is tried, at
+most ``sweep.extend`` times. With ``sweep.all``, every rate is trained to its end.
 
-Lines that a claim speaks of go first, sweep and seeds, so that the question is settled before the table is full.
+Lines that a claim names go first, with both stages, so that the claims are settled before the table is complete.
 
-A cell of a sweep is hopeless when, after `PATIENCE` of its tokens, its training loss is above that of another rate of
-the same line at the same tokens by more than `MARGIN`.
+A cell of a sweep is hopeless if, after `PATIENCE` of its tokens, its training loss is more than `MARGIN` above that of
+another rate of the same line at the same number of tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any, Protocol
 
-from evenstep.compare.cells import FINISHED, HOPELESS, Cell, Outcome, Pool, Store, Task, make_cell
+from evenstep.compare.cells import FINISHED, HOPELESS, Cell, Outcome, Pool, Say, Store, Task, make_cell
 from evenstep.compare.engines import PREEMPTED, Engine
 from evenstep.compare.table import Group, Table
 from evenstep.errors import EvenstepError
@@ -34,16 +34,16 @@ RISING = 0.02
 MARGIN = 0.3
 PATIENCE = 0.4
 STEP = 2.0
-"""Between a rate and the one tried beyond it."""
+"""Ratio between the outermost rate and the one tried beyond it."""
 
 Outcomes = Mapping[str, Outcome]
 Curve = list[tuple[int, float]]
-Say = Callable[[str], None]
 
 
 class CellSource(Protocol):
-    """A set of cells, as the runner sees it: those wanted now, each with its place in the order; the rivals that may
-    show a cell to be hopeless; and whether a cell is spared, that is, trained to its end in any case."""
+    """A set of cells as the runner sees it. ``wanted``: the cells needed now, each with its place in the order.
+    ``rivals``: the cells whose losses may show that a cell is hopeless. ``spares``: whether a cell is trained to its
+    end, hopeless or not."""
 
     def wanted(self, outcomes: Outcomes) -> list[tuple[tuple[int, ...], Any]]: ...
     def rivals(self, cell: Any) -> list[Any]: ...
@@ -52,7 +52,7 @@ class CellSource(Protocol):
 
 @dataclass(frozen=True)
 class CellList:
-    """The cells that a function wants, given the outcomes so far; each is trained to its end."""
+    """The cells that a function returns for the outcomes so far. Each one is trained to its end."""
 
     cells: Callable[[Outcomes], Iterable[Cell | Task]]
 
@@ -67,13 +67,13 @@ class CellList:
 
 
 class Plan:
-    """The cells of one table."""
+    """The cells of a table."""
 
     def __init__(self, table: Table) -> None:
         self.table = table
         self.groups = table.groups()
         self._cells: dict[tuple[Group, str, float, int], Cell] = {}
-        for group in self.groups:  # what cannot be built is found out now
+        for group in self.groups:  # invalid options raise here, before anything is trained
             self.cell(group, "final", self.table.rates(group)[0], 0)
 
     def cell(self, group: Group, stage: str, lr: float, seed: int) -> Cell:
@@ -85,7 +85,7 @@ class Plan:
     # ---- first stage ----
 
     def sweep(self, group: Group, outcomes: Outcomes) -> list[Cell]:
-        """Cells of the rates that are wanted so far, from the middle outwards; empty when there is but one rate."""
+        """Cells of the rates that are needed so far, from the middle outwards; empty if there is only one rate."""
         rates = self.table.rates(group)
         if len(rates) == 1:
             return []
@@ -100,7 +100,7 @@ class Plan:
         ]
 
     def _rises(self, group: Group, rates: list[float], i: int, middle: int, outcomes: Outcomes) -> bool:
-        """Did the loss rise already on the way from the middle to rate ``i``?"""
+        """Whether the loss has already risen on the way from the middle to rate ``i``."""
         step = 1 if i > middle else -1
         way = [self._loss(group, rates[j], outcomes) for j in range(middle, i, step)]
         return any(a is not None and b is not None and b > a + RISING for a, b in pairwise(way))
@@ -119,7 +119,7 @@ class Plan:
         return rates
 
     def _loss(self, group: Group, rate: float, outcomes: Outcomes) -> float | None:
-        """Infinite for a cell that was given up, None for one that is not done."""
+        """The loss of a sweep's cell: infinite if it was given up, None if it has no outcome yet."""
         outcome = outcomes.get(self.cell(group, "sweep", rate, 0).name)
         if outcome is None:
             return None
@@ -129,48 +129,48 @@ class Plan:
         return all(cell.name in outcomes for cell in self.sweep(group, outcomes))
 
     def best_rate(self, group: Group, outcomes: Outcomes) -> float | None:
-        """The rate of the second stage; None before the sweep has one that ended well."""
+        """The rate of the second stage; None until a cell of the sweep has finished."""
         rates = self.table.rates(group)
         if len(rates) == 1:
             return rates[0]
-        found = {cell.lr: self._loss(group, cell.lr, outcomes) for cell in self.sweep(group, outcomes)}
-        known = {rate: loss for rate, loss in found.items() if loss is not None and loss < float("inf")}
+        losses = {cell.lr: self._loss(group, cell.lr, outcomes) for cell in self.sweep(group, outcomes)}
+        known = {rate: loss for rate, loss in losses.items() if loss is not None and loss < float("inf")}
         return min(known, key=lambda rate: known[rate]) if known else None
 
     # ---- second stage ----
 
     def finals(self, group: Group, outcomes: Outcomes) -> list[Cell]:
-        """The seeds at the best rate, once that is known."""
+        """Cells of the seeds at the best rate, once it is known."""
         rate = self.best_rate(group, outcomes)
         if not self.table.has_final(group) or rate is None or not self.swept(group, outcomes):
             return []
         return [self.cell(group, "final", rate, seed) for seed in self.table.document["final"].get("seeds", [0])]
 
     def wanted(self, outcomes: Outcomes) -> list[tuple[tuple[int, ...], Cell]]:
-        """Every cell known to be needed now, with its place in the order."""
-        found: list[tuple[tuple[int, ...], Cell]] = []
+        """Every cell that is known to be needed, with its place in the order."""
+        placed: list[tuple[tuple[int, ...], Cell]] = []
         for place, group in enumerate(self.groups):
             later = 0 if self.table.is_claimed(group) else 1
-            found += [((later, 0, i, place), cell) for i, cell in enumerate(self.sweep(group, outcomes))]
-            found += [((later, 1, i, place), cell) for i, cell in enumerate(self.finals(group, outcomes))]
-        return sorted(found, key=lambda item: item[0])
+            placed += [((later, 0, i, place), cell) for i, cell in enumerate(self.sweep(group, outcomes))]
+            placed += [((later, 1, i, place), cell) for i, cell in enumerate(self.finals(group, outcomes))]
+        return sorted(placed, key=lambda item: item[0])
 
     def _known(self, cell: Cell) -> list[Cell]:
-        """Cells of this table that are the same run as ``cell``, which may be another table's."""
+        """Cells of this table that are the same run as ``cell``, which may belong to another table."""
         return [own for own in self._cells.values() if own.name == cell.name]
 
     def rivals(self, cell: Cell) -> list[Cell]:
-        """The other rates of the same line, where one of them may show that this one is hopeless."""
+        """The cells of the same line at other rates, one of which may show that this one is hopeless."""
         lines = {own.group for own in self._known(cell) if own.stage == "sweep"}
         return [c for c in self._cells.values() if c.group in lines and c.stage == "sweep" and c.name != cell.name]
 
     def spares(self, cell: Cell) -> bool:
-        """Does this table need ``cell`` trained to its end, hopeless or not?"""
+        """Whether this table needs ``cell`` trained to its end, hopeless or not."""
         return any(own.stage != "sweep" or self.table.document["sweep"].get("all") for own in self._known(cell))
 
 
 def hopeless(mine: Curve, others: list[Curve], tokens: int) -> str | None:
-    """Why a cell with the training curve ``mine`` and a budget of ``tokens`` is hopeless, or None."""
+    """The reason why a cell with the training curve ``mine`` and a budget of ``tokens`` is hopeless, or None."""
     if not mine or mine[-1][0] < PATIENCE * tokens:
         return None
     here, loss = mine[-1][0], recent(mine, mine[-1][0])
@@ -183,7 +183,7 @@ def hopeless(mine: Curve, others: list[Curve], tokens: int) -> str | None:
 
 
 def recent(curve: Curve, tokens: int) -> float | None:
-    """The mean of the last three training losses up to ``tokens``."""
+    """Mean of the last three training losses up to ``tokens``."""
     values = [loss for at, loss in curve if at <= tokens][-3:]
     return mean(values) if values else None
 
@@ -191,52 +191,55 @@ def recent(curve: Curve, tokens: int) -> float | None:
 # ---- cost ----
 
 SECONDS_PER_TOKEN = 22 / 250_000
-"""One core, size tiny, vocabulary 2048, 8 x 128 tokens, fp32; low bits take 1.4 times that (docs/log.md)."""
-
+"""On one core, for size tiny, a vocabulary of 2048 and 8 x 128 tokens a step in fp32 (docs/log.md)."""
 LOWBIT = 1.4
+"""Factor on it for low-bit training."""
 
 
 def estimate(plans: Sequence[Plan]) -> tuple[list[Cell], list[str]]:
-    """Every cell of the tables, each once, as if each line's best rate were its middle one, and lines that sum them
-    up."""
+    """Every cell of the tables, each once, assuming that the best rate of each line is its middle one; and lines of
+    text that sum them up."""
     cells: dict[str, Cell] = {}
     for plan in plans:
         for group in plan.groups:
             rates = plan.table.rates(group)
-            found = plan.sweep(group, {})
+            of_line = plan.sweep(group, {})
             if plan.table.has_final(group):
                 seeds = plan.table.document["final"].get("seeds", [0])
-                found += [plan.cell(group, "final", rates[(len(rates) - 1) // 2], seed) for seed in seeds]
-            cells |= {cell.name: cell for cell in found}
+                of_line += [plan.cell(group, "final", rates[(len(rates) - 1) // 2], seed) for seed in seeds]
+            cells |= {cell.name: cell for cell in of_line}
     all_cells = list(cells.values())
     tokens = sum(cell.tokens for cell in all_cells)
     lines = [f"{len(all_cells)} runs, {tokens / 1e6:,.1f}M tokens"]
     if all(plan.table.scale == "small" for plan in plans):
         seconds = sum(c.tokens * SECONDS_PER_TOKEN * (LOWBIT if c.config.lowbit else 1) for c in all_cells)
         lines.append(
-            f"about {seconds / 3600:.1f} hours of one core (size tiny; rates that turn out useless are left out, "
-            "rates beyond the outermost may come to it)"
+            f"about {seconds / 3600:.1f} hours of one core (size tiny; rates that turn out useless are left out, rates "
+            "beyond the outermost may be added)"
         )
     return all_cells, lines
 
 
 # ---- the loop ----
 
-POLL = 0.5
-WATCH = 5.0
-"""Seconds between two looks at the processes, and at their logs."""
-
+POLL, WATCH = 0.5, 5.0
+"""Seconds between two polls of the jobs, and between two readings of their logs."""
 ENOUGH = 3
-"""Runs that fail before any has ended well, for all to be given up."""
-
-
+"""Number of failed runs, with none completed, after which the whole grid is given up."""
 REQUEUES = 3
-"""Times that a preempted cell is submitted again."""
+"""How often a preempted cell is submitted again."""
 
 
 @dataclass
 class Runner:
-    """``run()`` trains on ``engine`` what the plans want."""
+    """Trains the cells that the plans want, on an engine.
+
+    Attributes:
+        outcomes: those known so far, by the cell's name.
+        failed: cell's name -> problem, for cells without an outcome.
+        running: cell's name -> cell, the engine's handle, and the time of its start.
+        speeds: seconds per token of each run that finished.
+    """
 
     plans: Sequence[CellSource]
     pool: Pool
@@ -247,16 +250,21 @@ class Runner:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     running: dict[str, tuple[Any, Any, float]] = field(default_factory=dict)
-    """Cell, the engine's handle, when it was started."""
     speeds: list[float] = field(default_factory=list)
     _preempted: Counter[str] = field(default_factory=Counter)
     _queue: list[Any] | None = None
-    """What waits, planned anew when something has ended; None before the first look."""
+    """The waiting cells, planned again whenever a cell has ended; None before the first plan."""
     _watched: float = 0.0
 
     def run(self, done: Callable[[], None] = lambda: None) -> None:
-        """``done`` is called after the first look and after each cell that ended. Interrupted on Ctrl-C, SIGTERM and
-        SIGHUP, with every running cell saved."""
+        """Train until nothing more is wanted.
+
+        Args:
+            done: called at the start, when stored outcomes are known, and after each cell that has ended.
+
+        Raises:
+            Interrupted: on Ctrl-C, SIGTERM and SIGHUP, after every running cell has saved.
+        """
         with locked(self.pool.directory), raising() as raised:
             self.look_up()
             done()
@@ -265,16 +273,16 @@ class Runner:
                     pass
             except KeyboardInterrupt:
                 raise Interrupted(
-                    "stopped; what was running is saved, and the same command goes on from there",
+                    "stopped; every run is saved, and the same command continues from there",
                     raised[0] if raised else signal.SIGINT,
                 ) from None
             finally:
-                for wait in (False, True):  # all are asked before one is waited for
+                for wait in (False, True):  # every job is asked to save before any is waited for
                     for _, handle, _ in self.running.values():
                         self.engine.stop(handle, wait)
 
     def check(self) -> None:
-        """EvenstepError when a cell failed."""
+        """Raise EvenstepError if a cell has failed."""
         for name, problem in self.failed.items():
             raise EvenstepError(f"{len(self.failed)} runs failed, the first is {name}: {problem}")
 
@@ -296,17 +304,17 @@ class Runner:
         return bool(self.running or self._queue)
 
     def wanted(self) -> list[Any]:
-        """What all plans want now, each run once: the claims of one table after the other's, then the other lines."""
-        found: dict[str, tuple[tuple[int, ...], Any]] = {}
+        """The cells that the plans want now, each run once: the lines with claims of every table, then the others."""
+        chosen: dict[str, tuple[tuple[int, ...], Any]] = {}
         for number, plan in enumerate(self.plans):
             for (later, stage, turn, place), cell in plan.wanted(self.outcomes):
                 key = (later, number, stage, turn, place)
-                if cell.name not in found or key < found[cell.name][0]:
-                    found[cell.name] = (key, cell)
-        return [cell for _, cell in sorted(found.values(), key=lambda item: item[0])]
+                if cell.name not in chosen or key < chosen[cell.name][0]:
+                    chosen[cell.name] = (key, cell)
+        return [cell for _, cell in sorted(chosen.values(), key=lambda item: item[0])]
 
     def look_up(self) -> None:
-        """What earlier calls found; what is wanted depends on it, so again until nothing new is known."""
+        """Read the outcomes of earlier calls. The wanted cells depend on them, so repeat until nothing new is found."""
         while True:
             known = {c.name: self._outcome(c) for c in self.wanted() if c.name not in self.outcomes}
             new = {name: outcome for name, outcome in known.items() if outcome is not None}
@@ -316,11 +324,11 @@ class Runner:
                 self._keep(name, outcome)
 
     def _outcome(self, cell: Any) -> Outcome | None:
-        """What became of it. A cell that was cut short for one table is trained again when another needs its end."""
+        """The known outcome of a cell. One that was stopped as hopeless is trained again if another table spares it."""
         stored = self.store.outcomes.get(cell.name) if self.store else None
         if self.store and stored is not None:
-            cell.matches(stored, str(self.store.path))
-        outcome = self.pool.outcome(cell) or stored
+            cell.check_setting(stored, str(self.store.path))
+        outcome = cell.outcome(self.pool) or stored
         return None if outcome is not None and outcome.status == HOPELESS and self._spared(cell) else outcome
 
     def _keep(self, name: str, outcome: Outcome) -> None:
@@ -340,7 +348,7 @@ class Runner:
         cell, handle, began = self.running.pop(name)
         problem = self.engine.fetch(handle) or "no result was written"
         seconds = time.monotonic() - began
-        outcome = self._outcome(cell)  # a process that was stopped as hopeless has one, too
+        outcome = self._outcome(cell)  # a job that was stopped as hopeless has one, too
         if outcome is None and problem.startswith(PREEMPTED) and self._preempted[name] < REQUEUES:
             self._preempted[name] += 1
             self._queue = [cell, *(self._queue or ())]
@@ -361,21 +369,21 @@ class Runner:
         self._queue = self._waiting()
         if outcome.status == FINISHED:
             self.speeds.append(seconds / cell.tokens)
-            said = "no validation" if isinstance(cell, Cell) else "done"
-            said = said if outcome.loss is None else f"validation loss {outcome.loss:.4f}"
+            text = "no validation" if isinstance(cell, Cell) else "done"
+            text = text if outcome.loss is None else f"validation loss {outcome.loss:.4f}"
         else:
-            said = f"{outcome.status}: {outcome.why}"
-        self._tell(cell, said, seconds)
+            text = f"{outcome.status}: {outcome.why}"
+        self._tell(cell, text, seconds)
 
-    def _tell(self, cell: Any, said: str, seconds: float) -> None:
+    def _tell(self, cell: Any, text: str, seconds: float) -> None:
         left = self._queue or []
         rest = sum(c.tokens for c in left) + sum(c.tokens for c, _, _ in self.running.values())
         pace = sum(self.speeds) / len(self.speeds) if self.speeds else 0.0
         about = f", about {clock(rest * pace / self.engine.slots)}" if rest and pace else ""
-        self.say(f"{cell.label}: {said} [{clock(seconds)}; {len(left)} waiting{about}]")
+        self.say(f"{cell.label}: {text} [{clock(seconds)}; {len(left)} waiting{about}]")
 
     def _watch(self) -> None:
-        """Stop what is hopeless."""
+        """Stop the running cells that are hopeless."""
         if time.monotonic() - self._watched < WATCH:
             return
         self._watched = time.monotonic()
@@ -383,8 +391,8 @@ class Runner:
             if self._spared(cell):
                 continue
             rivals = {r.name: r for plan in self.plans for r in plan.rivals(cell)}
-            curves = [self.pool.training(r) for r in rivals.values()]
-            mine = self.pool.training(cell)
+            curves = [self.pool.curve(r, "loss") for r in rivals.values()]
+            mine = self.pool.curve(cell, "loss")
             why = hopeless(mine, curves, cell.tokens)
             if why and not self.engine.poll(handle):
                 self.engine.stop(handle)

@@ -1,8 +1,8 @@
-"""What comes out of a grid: the table of a comparison as rows, Markdown and CSV; its pictures; and pages of results.
+"""Reports: a document as a table (rows, Markdown, CSV), its pictures, and the page of all results.
 
-`write_page` writes docs/results.md from the JSON files that ``evenstep compare --store`` leaves: every claim with our
-number, the paper's number and the direction, then every table; a file ``notes.md`` beside them comes after the claims.
-The studies of lab/ put their pages together from the same parts (`table`, `draw_curves`, `place`).
+`write_page` writes docs/results.md from the JSON files of ``evenstep compare --store``: every claim with our number,
+the paper's number and the direction, the remarks in ``notes.md`` beside the files, and every table. The pages of the
+studies in lab/ are made of the same parts (`table`, `draw_curves`, `place`).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from evenstep.compare.claims import FEW, FLOOR, LEVEL, kept_bytes, losses_of
-from evenstep.compare.results import reference_of, stopped_early
+from evenstep.compare.results import envelope, reference_of, stopped_early
+from evenstep.compare.table import Document
 from evenstep.errors import EvenstepError
 from evenstep.train.files import replace_text
-from evenstep.train.summary import short_count
-
-Document = dict[str, Any]
+from evenstep.train.hardware import short_commit
+from evenstep.train.log import short_count
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines) + "\n"
 
@@ -40,7 +40,7 @@ HEADS = (
 
 
 def rows(document: Document) -> list[list[str]]:
-    """One row for each line; without a second stage the loss is the best of the sweep, in brackets."""
+    """One row for each line. For a line without a second stage, the loss is the best of the sweep, in brackets."""
     lines = document["lines"]
     return [_row(line, reference_of(line, lines, document["reference"])) for line in lines]
 
@@ -70,7 +70,7 @@ def _row(line: Document, reference: Document | None) -> list[str]:
 
 
 def _at_the_edge(line: Document) -> str:
-    """A mark for a best rate at the edge of the sweep: a better one may lie beyond it."""
+    """A note on a best rate at the edge of the sweep, beyond which a better one may lie."""
     rates = [cell["lr"] for cell in line["sweep"]]
     if len(rates) < 2 or line["best_lr"] not in (rates[0], rates[-1]):
         return ""
@@ -95,7 +95,7 @@ def _share(line: Document, reference: Document | None) -> str:
 
 
 def below(document: Document) -> str:
-    """The lines under the table: runs that were stopped early, and what the columns mean."""
+    """The lines below a table: runs that were stopped early, the meaning of columns, and the claims."""
     lines = [f"stopped early: {text}" for text in stopped_early(document)]
     if document["reference"]:
         lines.append(
@@ -108,11 +108,12 @@ def below(document: Document) -> str:
 
 
 def markdown(document: Document) -> str:
+    """The table of a document as Markdown."""
     return table(HEADS, rows(document))
 
 
 def comma_separated(document: Document) -> str:
-    """Every cell as a row of CSV, in full precision."""
+    """Every cell as a row of CSV, with all digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["row", "precision", "size", "stage", "lr", "seed", "status", "loss", "tokens", "state_bytes"])
@@ -129,7 +130,8 @@ def comma_separated(document: Document) -> str:
 
 
 def draw(document: Document, directory: Path) -> list[Path]:
-    """Write the pictures for which there are data and delete the others. EvenstepError without matplotlib."""
+    """Draw the pictures for which there are data, and delete the others; returns their paths. Raises EvenstepError if
+    matplotlib is not installed."""
     written = []
     for name, wanted, paint in PICTURES:
         lines = [line for line in document["lines"] if wanted(line)]
@@ -139,18 +141,19 @@ def draw(document: Document, directory: Path) -> list[Path]:
             continue
         with picture(path, document["title"], _footer(document)) as axes:
             paint(axes, lines)
+            axes.legend(fontsize=7, frameon=False, ncols=2 if len(lines) > 8 else 1)
         written.append(path)
     return written
 
 
 @contextmanager
 def picture(path: Path, title: str, footer: str) -> Iterator[Any]:
-    """Axes of a figure that is written to ``path`` at the end. EvenstepError without matplotlib."""
+    """Axes of a figure that is written to ``path`` at the end. Raises EvenstepError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise EvenstepError("pictures need matplotlib; pip install 'evenstep[plots]'") from None
-    figure = Figure(figsize=(7, 4.4), layout="constrained")  # no pyplot: nothing global, no display
+    figure = Figure(figsize=(7, 4.4), layout="constrained")  # not pyplot, which has global state
     axes = figure.add_subplot()
     yield axes
     axes.spines[["top", "right"]].set_visible(False)
@@ -160,15 +163,8 @@ def picture(path: Path, title: str, footer: str) -> Iterator[Any]:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def band(
-    axes: Any,
-    x: Sequence[float],
-    mean: Sequence[float],
-    low: Sequence[float],
-    high: Sequence[float],
-    label: str,
-) -> None:
-    """A curve of means, with a band from the lowest seed to the highest."""
+def _band(axes: Any, x: Any, mean: Any, low: Any, high: Any, label: str) -> None:
+    """Draw a curve of means, with a band from the lowest seed to the highest."""
     [drawn] = axes.plot(x, mean, label=label, linewidth=1.4)
     axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
 
@@ -182,28 +178,34 @@ def draw_curves(
     ylabel: str,
     footer: str = "",
 ) -> Path:
-    """A curve for each line: the mean over its seeds, with a band from the lowest to the highest.
+    """Draw a curve for each line: the mean over its seeds, with a band from the lowest to the highest.
 
     Args:
-        lines: name -> for each seed ``(x, y)``; drawn at the x that all seeds have.
+        path: the picture, whose directory is created if missing.
+        lines: name -> ``(x, y)`` of each seed. The curve is drawn at every x that all seeds have.
+        title: of the picture.
+        xlabel: name of the horizontal axis.
+        ylabel: name of the vertical axis.
+        footer: small text below the axes, such as `place`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with picture(path, title, footer) as axes:
         for name, seeds in lines.items():
-            by_x = [dict(zip(*curve, strict=True)) for curve in seeds]
-            xs = sorted(set.intersection(*(set(curve) for curve in by_x))) if by_x else []
-            values = [[curve[x] for curve in by_x] for x in xs]
-            band(axes, xs, [mean(v) for v in values], [min(v) for v in values], [max(v) for v in values], name)
+            points = envelope([dict(zip(*curve, strict=True)) for curve in seeds])
+            x, means, low, high = zip(*points, strict=True) if points else ([], [], [], [])
+            _band(axes, x, means, low, high, name)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.legend(fontsize=7, frameon=False)
     return path
 
 
 def _footer(document: Document) -> str:
-    hardware = document["hardware"][0] if document["hardware"] else {}
-    commit = (document["commit"] or [None])[0] or "no commit"
-    place = hardware.get("gpu") or hardware.get("cpu", "")
-    return f"scale {document['scale']}, {place}, {commit[:10]}, {document['date']}"
+    machine, commit = (document[key][0] if document[key] else None for key in ("hardware", "commit"))
+    return f"scale {document['scale']}, {_processor(machine or {})}, {short_commit(commit)}, {document['date']}"
+
+
+def _processor(hardware: Document) -> str:
+    return str(hardware.get("gpu") or hardware.get("cpu", ""))
 
 
 def _name(line: Document) -> str:
@@ -214,13 +216,12 @@ def _curves(axes: Any, lines: list[Document]) -> None:
     losses = []
     for line in lines:
         curve = line["curve"]
-        band(axes, curve["tokens"], curve["mean"], curve["low"], curve["high"], _name(line))
+        _band(axes, curve["tokens"], curve["mean"], curve["low"], curve["high"], _name(line))
         losses += curve["mean"][len(curve["mean"]) // 4 :]
     low, high = min(losses), max(losses)
     axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
     axes.set(xlabel="tokens", ylabel="validation loss (nats per token)")
     axes.xaxis.set_major_formatter(lambda x, _: short_count(x))
-    axes.legend(fontsize=7, frameon=False, ncols=2 if len(lines) > 8 else 1)
 
 
 def _rates(axes: Any, lines: list[Document]) -> None:
@@ -228,14 +229,13 @@ def _rates(axes: Any, lines: list[Document]) -> None:
         cells = [cell for cell in line["sweep"] if cell["loss"] is not None]
         [drawn] = axes.plot([c["lr"] for c in cells], [c["loss"] for c in cells], "-", linewidth=1.2, label=_name(line))
         for status, mark in (("finished", "o"), ("hopeless", "x")):
-            some = [cell for cell in cells if cell["status"] == status]
-            axes.plot([c["lr"] for c in some], [c["loss"] for c in some], mark, color=drawn.get_color(), markersize=4)
+            points = [(cell["lr"], cell["loss"]) for cell in cells if cell["status"] == status]
+            axes.plot([x for x, _ in points], [y for _, y in points], mark, color=drawn.get_color(), markersize=4)
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss after the sweep (x: stopped early)")
-    axes.legend(fontsize=7, frameon=False, ncols=2 if len(lines) > 8 else 1)
 
 
 def _memory(axes: Any, lines: list[Document]) -> None:
-    """Memory of model and state against perplexity; the dashed line is the Pareto front."""
+    """Perplexity over the memory of model and state; the dashed line is the Pareto front."""
     points = [(kept_bytes(line) / 1e6, math.exp(line["mean"]), line) for line in lines]
     for x, y, line in points:
         axes.plot(x, y, "o", markersize=6, label=_name(line))
@@ -245,36 +245,24 @@ def _memory(axes: Any, lines: list[Document]) -> None:
             front.append((x, y))
     axes.step(*zip(*front, strict=True), where="post", color="gray", linewidth=1, linestyle="--", zorder=0)
     axes.set(xlabel="model and optimizer state (MB)", ylabel="perplexity")
-    axes.legend(fontsize=7, frameon=False, ncols=2 if len(lines) > 8 else 1)
-
-
-def _has_curve(line: Document) -> bool:
-    return len(line["curve"]["tokens"]) > 1
-
-
-def _has_sweep(line: Document) -> bool:
-    return sum(cell["loss"] is not None for cell in line["sweep"]) > 1
-
-
-def _has_memory(line: Document) -> bool:
-    return line["mean"] is not None and line["state_bytes"] is not None
 
 
 PICTURES: list[tuple[str, Callable[[Document], bool], Callable[[Any, list[Document]], None]]] = [
-    ("curves", _has_curve, _curves),
-    ("rates", _has_sweep, _rates),
-    ("memory", _has_memory, _memory),
+    ("curves", lambda line: len(line["curve"]["tokens"]) > 1, _curves),
+    ("rates", lambda line: sum(cell["loss"] is not None for cell in line["sweep"]) > 1, _rates),
+    ("memory", lambda line: line["mean"] is not None and line["state_bytes"] is not None, _memory),
 ]
+"""Name of a picture, whether a line has the data for it, and the function that draws it."""
 
 
 # ---- pages ----
 
 
 def place(runs: Iterable[Document]) -> str:
-    """Hardware, commits, versions and dates of task results, to stand under a table or picture."""
+    """Hardware, commits, versions and dates of task results, for the caption of a table or picture."""
     runs = list(runs)
-    machines = dict.fromkeys(run["hardware"].get("gpu") or run["hardware"]["cpu"] for run in runs)
-    commits = dict.fromkeys((run["commit"] or "no commit")[:10] + (run["commit"] or "")[40:] for run in runs)
+    machines = dict.fromkeys(_processor(run["hardware"]) for run in runs)
+    commits = dict.fromkeys(short_commit(run["commit"]) for run in runs)
     packages = dict.fromkeys(f"{name} {number}" for run in runs for name, number in run["versions"].items())
     dates = sorted({run["finished"][:10] for run in runs})
     days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
@@ -287,36 +275,38 @@ HEAD = """\
 Generated by `evenstep results {stored}`; do not edit. Each table is one command: `evenstep compare
 recipes/tables/NAME.toml`.
 
-What a number here can say: {what}
+The numbers are of
+{what}
 
-How a direction is found: a claim compares two lines of a table over the seeds that both have; runs of one seed begin
-with the same weights and see the same data. What follows ± is half of the 95 % interval of the mean difference
-(Student's t), at least {floor} nats; with fewer than three seeds in common it is {few}. **confirmed**: all of the
-interval is on the paper's side. **opposite**: all of it on the other side. **not confirmed**: neither. "Matches" means
-at most {level} nats above. Of thirty claims, chance alone puts one or two beyond. The rules are in
-`evenstep/compare/claims.py`.
+How a direction is found: a claim compares two lines of a table over the seeds that both have; runs with the same seed
+start from the same weights and see the same data. The number after ± is the half-width of the 95 % interval of the mean
+difference (Student's t), at least {floor} nats; with fewer than three common seeds it is {few}. **confirmed**: the
+whole interval is on the paper's side. **opposite**: the whole interval is on the other side. **not confirmed**:
+neither. "Matches" means at most {level} nats above. Of thirty claims, one or two are expected to get a wrong direction
+by chance. The rules are in `evenstep/compare/claims.py`.
 
-The papers' perplexities of Stable-SPAM, SPAM and SCALE come from an evaluation whose batch counter starts at 1, so that
-each loss it prints is N/(N+1) of the true one, about 1 % too low (a perplexity about 3 % too low). Differences
-between rows of one table suffer little; their perplexities are not to be compared with ours as they stand, which are
-of other text, another tokenizer and a smaller model anyway. Their 4-bit rows at 60M, 350M and 1B use a quantizer that
+The papers' perplexities of Stable-SPAM, SPAM and SCALE come from an evaluation whose batch counter starts at 1, so
+every loss that it prints is N/(N+1) of the true one, about 1 % too low (a perplexity about 3 % too low). Differences
+between rows of one table change little. The papers' perplexities cannot be compared with ours in any case, which are
+of another text, another tokenizer and a smaller model. The papers' 4-bit rows at 60M, 350M and 1B use a quantizer that
 reads ahead (docs/lowbit.md); ours do not.
 """
 
 SMALL = """\
-models of 1.4M parameters on {tokens} tokens of the King James Bible. Directions may differ at another size, and
-spikes of long runs do not occur in short ones; what is opposite here is not thereby refuted there."""
+models of 1.4M parameters, trained on {tokens} tokens of the King James Bible. Directions may differ at another size,
+and the spikes of long runs do not occur in short ones; an opposite direction here does not refute the paper's result at
+its size."""
 
 SMOKE = """\
-nothing. These are runs of a few steps that show that the machinery works (`--smoke`); every direction below is an
+runs of a few steps, which only show that the program works (`--smoke`); every direction below is an
 accident."""
 
 OTHER = "models of the sizes and budgets that each table states."
 
 
 def write_page(stored: Path, page: Path) -> list[Path]:
-    """Write ``page`` and, in a directory beside it of the same name, its pictures; their paths. EvenstepError when
-    there is nothing stored."""
+    """Write ``page``, and its pictures into a directory of the same name beside it; returns all paths. Raises
+    EvenstepError if there are no stored results."""
     documents = load(stored)
     pictures = page.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
@@ -328,6 +318,7 @@ def write_page(stored: Path, page: Path) -> list[Path]:
 
 
 def load(stored: Path) -> list[Document]:
+    """The stored documents of a directory, sorted by file name. Raises EvenstepError if there are none."""
     paths = sorted(stored.glob("*.json")) if stored.is_dir() else []
     if not paths:
         raise EvenstepError(f"{stored}: no stored results; evenstep compare TABLE.toml --store {stored} makes some")
@@ -352,7 +343,7 @@ def _head(documents: list[Document], stored: Path) -> str:
 
 
 def _notes(stored: Path) -> str:
-    """Remarks written by hand, in a file beside the results."""
+    """The remarks in ``notes.md`` beside the results, written by hand."""
     path = stored / "notes.md"
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
@@ -391,11 +382,11 @@ def _section(document: Document, pictures: list[Path], beside: Path) -> str:
 
 
 def _where(document: Document) -> str:
-    """Hardware, commit, date, time."""
-    machines = [fact.get("gpu") or fact.get("cpu") for fact in document["hardware"] if fact]
-    commits = [text[:10] + text[40:] for text in document["commit"] if text]
+    """Hardware, commit, date and hours."""
+    machines = ", ".join(_processor(fact) for fact in document["hardware"] if fact)
+    commits = ", ".join(short_commit(commit) for commit in document["commit"] if commit)
     hours = document.get("seconds", 0) / 3600
-    return f"{', '.join(map(str, machines))}; commit {', '.join(commits) or 'none'}; {document['date']}; {hours:.2f} h."
+    return f"{machines}; commit {commits or 'none'}; {document['date']}; {hours:.2f} h."
 
 
 # ---- one ranking over all tables ----
@@ -404,8 +395,8 @@ RANKING = """\
 ## Every line, best first
 
 Lines of all tables that saw the same data with the same budget ({setting}). **loss**: mean over the seeds; **behind**:
-nats above the best line of that precision; **model + state**: bytes relative to {reference}; **wrong rate**: how much
-the loss suffers from it, the mean excess over the best rate's in the sweep. In brackets: one seed.
+nats above the best line of that precision; **model + state**: bytes relative to {reference}; **wrong rate**: the cost
+of a wrong learning rate, the mean excess of the loss over that at the best rate of the sweep. In brackets: one seed.
 """
 REFERENCE = "Adam"
 COLUMNS = ("line", "loss", "spread", "behind", "best lr", "model + state", "wrong rate", "tables")
@@ -413,31 +404,31 @@ SAME = ("data", "vocab_size", "batch_size", "seq_len", "tokens", "schedule")
 
 
 def overview(documents: list[Document]) -> str:
-    """As Markdown; empty when no two tables share a setting."""
+    """The ranking of all lines as Markdown; empty if no two tables share a setting."""
     settings = Counter(_common(d) for d in documents if any(line["mean"] is not None for line in d["lines"]))
     if not settings or settings.most_common(1)[0][1] < 2:
         return ""
     common = settings.most_common(1)[0][0]
-    found: dict[tuple[Any, ...], Entry] = {}
+    entries: dict[tuple[Any, ...], Entry] = {}
     for document in documents:
         for line in document["lines"] if _common(document) == common else []:
             if line["mean"] is None or line["tokens"] < 0.99 * document["setting"]["tokens"]:
-                continue  # not trained to the end here, or with a smaller budget of its own
-            entry = found.setdefault((line["precision_label"], line["best_lr"], *losses_of(line)), Entry(line))
+                continue  # not trained to the end, or with a smaller budget of its own
+            entry = entries.setdefault((line["precision_label"], line["best_lr"], *losses_of(line)), Entry(line))
             entry.labels[line["label"]] = None
             entry.tables[document["table"]] = None
     named = dict(zip(SAME, common, strict=True))
     setting = f"{named['data']}, {named['tokens']:,} tokens, {named['batch_size']} x {named['seq_len']} a step"
     parts = [RANKING.format(setting=setting, reference=REFERENCE)]
-    for precision in sorted({key[0] for key in found}, key=lambda label: ("bit" not in label, label)):
-        some = [entry for key, entry in found.items() if key[0] == precision]
-        parts.append(f"### {precision}\n\n{_ranking(some)}")
+    for precision in sorted({key[0] for key in entries}, key=lambda label: ("bit" not in label, label)):
+        of_precision = [entry for key, entry in entries.items() if key[0] == precision]
+        parts.append(f"### {precision}\n\n{_ranking(of_precision)}")
     return "\n".join(parts)
 
 
 @dataclass
 class Entry:
-    """A line that may stand in several tables, under several names."""
+    """A line, which may be part of several tables under several names."""
 
     line: Document
     labels: dict[str, None] = field(default_factory=dict)

@@ -1,25 +1,26 @@
-"""From the outcomes of a table's cells to one document: what is tabled, drawn, judged, and kept as JSON."""
+"""The document of a table: everything that is tabulated, drawn, judged and stored as JSON, from the outcomes of its
+cells."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from statistics import mean
 from typing import Any
 
 from evenstep.compare.cells import FINISHED, Cell, Outcome
-from evenstep.compare.claims import judged
+from evenstep.compare.claims import called, judged
 from evenstep.compare.grid import Plan
-from evenstep.compare.table import Group
+from evenstep.compare.table import Document, Group
 
-Document = dict[str, Any]
 POINTS = 40
-"""Points that are kept of a curve, at most."""
+"""Largest number of points that are stored of a curve."""
 
 
 def document_of(plan: Plan, outcomes: Mapping[str, Outcome]) -> Document:
-    """Everything about a table: lines with sweep, seeds and curve, claims with verdicts, where it was trained."""
+    """The document of a table: its lines with sweep, seeds and curve, its claims with verdicts, and the hardware,
+    commits and versions of its runs."""
     table = plan.table
     lines = [_line(plan, group, outcomes) for group in plan.groups]
     for line in lines:
@@ -49,33 +50,29 @@ def _cells(plan: Plan, outcomes: Mapping[str, Outcome]) -> list[Cell]:
 
 
 def _each(summaries: list[Document], key: str) -> list[Any]:
-    """Distinct values, in order of first appearance."""
-    found: list[Any] = []
-    for summary in summaries:
-        if summary.get(key) not in found:
-            found.append(summary.get(key))
-    return found
+    """The distinct values of ``key``, in order of first appearance."""
+    values = [summary.get(key) for summary in summaries]
+    return [value for i, value in enumerate(values) if value not in values[:i]]
 
 
 def reference_of(line: Document, lines: list[Document], name: str | None) -> Document | None:
-    """The reference of a line: that of the same size, or the only one."""
-    named = [other for other in lines if name in (other["name"], f"{other['name']}/{other['size']}")]
+    """The line ``name`` with which ``line`` is compared: the one of the same size, or the only one."""
+    named = called(lines, name)
     return next((other for other in named if other["size"] == line["size"]), named[0] if len(named) == 1 else None)
 
 
 def _judged(claims: list[Document], lines: list[Document]) -> list[Document]:
-    """Each claim once for every size that has both of its lines."""
-    found = []
+    """Every claim, once for each size that has both of its lines."""
+    verdicts = []
     for claim in claims:
         for size in dict.fromkeys(line["size"] for line in lines):
             verdict = judged(claim, [line for line in lines if line["size"] == size])
-            if verdict is not None:
-                found.append({**verdict, "size": size})
-    return found
+            verdicts += [] if verdict is None else [{**verdict, "size": size}]
+    return verdicts
 
 
 def _setting(plan: Plan) -> Document:
-    """What all runs have in common, from the first line."""
+    """The options that all runs share, read from the first line."""
     config = plan.cell(plan.groups[0], "final", plan.table.rates(plan.groups[0])[0], 0).config
     return {
         "data": config.data.source,
@@ -91,7 +88,9 @@ def _setting(plan: Plan) -> Document:
 
 def _line(plan: Plan, group: Group, outcomes: Mapping[str, Outcome]) -> Document:
     table = plan.table
-    sweep = [(c, outcomes[c.name]) for c in plan.sweep(group, outcomes) if c.name in outcomes]
+    sweep = sorted(
+        ((c, outcomes[c.name]) for c in plan.sweep(group, outcomes) if c.name in outcomes), key=lambda run: run[0].lr
+    )
     finals = [(c, outcomes[c.name]) for c in plan.finals(group, outcomes) if c.name in outcomes]
     ended = [o for _, o in finals if o.status == FINISHED and o.loss is not None]
     best = plan.best_rate(group, outcomes) if sweep or finals else None
@@ -106,28 +105,25 @@ def _line(plan: Plan, group: Group, outcomes: Mapping[str, Outcome]) -> Document
         "precision_label": table.document["precision"][group.precision].get("label", group.precision),
         "size": group.size,
         "best_lr": best,
-        "sweep": [_swept(c, o) for c, o in sorted(sweep, key=lambda item: item[0].lr)],
-        "finals": [
-            {"seed": c.seed, "lr": c.lr, "status": o.status, "loss": o.loss, "tokens": o.tokens, "why": o.why}
-            for c, o in finals
-        ],
+        "sweep": [_run(c, o) for c, o in sweep],
+        "finals": [_run(c, o) for c, o in finals],
         "mean": mean(losses) if losses else None,
         "spread": max(losses) - min(losses) if losses else None,
         "tokens": ended[0].tokens if ended else (only[0].tokens if only else None),
         "curve": _curve([o.curve for o in ended]),
         "published": table.published(group),
-        "sensitivity": sensitivity([_swept(c, o) for c, o in sweep]),
-        **{key: _mean(facts, key) for key in ("state_bytes", "model_bytes", "peak_memory", "parameters")},
-        "seconds": _mean(facts, "seconds"),
-        "tokens_per_second": _mean(facts, "tokens_per_second"),
+        "sensitivity": sensitivity([_run(c, o) for c, o in sweep]),
+        **{key: _mean(facts, key) for key in MEASURED},
     }
 
 
-def _swept(cell: Cell, outcome: Outcome) -> Document:
-    return {
-        "lr": cell.lr, "seed": cell.seed, "status": outcome.status, "loss": outcome.loss, "tokens": outcome.tokens,
-        "why": outcome.why,
-    }  # fmt: skip
+MEASURED = ("state_bytes", "model_bytes", "peak_memory", "parameters", "seconds", "tokens_per_second")
+"""Facts of a line that are the mean over its runs."""
+
+
+def _run(cell: Cell, outcome: Outcome) -> Document:
+    facts = {key: getattr(outcome, key) for key in ("status", "loss", "tokens", "why")}
+    return {"lr": cell.lr, "seed": cell.seed, **facts}
 
 
 def _mean(facts: list[Document], key: str) -> float | None:
@@ -136,24 +132,24 @@ def _mean(facts: list[Document], key: str) -> float | None:
 
 
 def _curve(curves: list[list[tuple[int, float]]]) -> Document:
-    """Mean, minimum and maximum over the seeds, at the token counts that all seeds have."""
-    if not curves or not all(curves):
-        return {"tokens": [], "mean": [], "low": [], "high": []}
-    common = sorted(set.intersection(*({at for at, _ in curve} for curve in curves)))
-    step = max(1, math.ceil(len(common) / POINTS))
-    common = [*common[:-1:step], common[-1]] if common else []
-    values = [[dict(curve)[at] for curve in curves] for at in common]
-    return {
-        "tokens": common,
-        "mean": [round(mean(v), 5) for v in values],
-        "low": [round(min(v), 5) for v in values],
-        "high": [round(max(v), 5) for v in values],
-    }
+    """The envelope of the curves of all seeds, thinned to about `POINTS` points."""
+    rows = envelope([dict(curve) for curve in curves])
+    step = max(1, math.ceil(len(rows) / POINTS))
+    rows = [*rows[:-1:step], *rows[-1:]]
+    values = {key: [round(row[i], 5) for row in rows] for i, key in enumerate(("mean", "low", "high"), 1)}
+    return {"tokens": [row[0] for row in rows], **values}
+
+
+def envelope(curves: Sequence[Mapping[Any, float]]) -> list[tuple[Any, float, float, float]]:
+    """(x, mean, lowest, highest) over the ``curves``, which map x to y, at every x that all of them have."""
+    common = sorted(set.intersection(*map(set, curves))) if curves else []
+    values = [[curve[x] for curve in curves] for x in common]
+    return [(x, mean(v), min(v), max(v)) for x, v in zip(common, values, strict=True)]
 
 
 def sensitivity(sweep: list[Document]) -> float | None:
-    """How much the loss suffers from a wrong learning rate: the mean, over all rates tried, of the excess over the best
-    one's loss. A rate that was given up counts with the loss it had, or 1 nat where it diverged."""
+    """How much a wrong learning rate costs: the mean, over all rates tried, of the loss above that of the best rate. A
+    run that was given up counts with its last loss, a run that diverged with 1 nat. None for fewer than three rates."""
     known = [s["loss"] for s in sweep if s["status"] == FINISHED and s["loss"] is not None]
     if len(sweep) < 3 or not known:
         return None
@@ -162,22 +158,24 @@ def sensitivity(sweep: list[Document]) -> float | None:
 
 
 def _reached(line: Document, reference: Document | None) -> float | None:
-    """Tokens after which the mean validation loss first reaches the reference's final loss, interpolated linearly."""
+    """Tokens after which the mean validation loss first reaches the final loss of the reference, by linear
+    interpolation; None if it never does."""
     if reference is None or reference["mean"] is None or line["name"] == reference["name"]:
         return None
-    goal, before = reference["mean"], None
+    goal: float = reference["mean"]
+    before: tuple[float, float] | None = None
     for at, loss in zip(line["curve"]["tokens"], line["curve"]["mean"], strict=True):
         if loss <= goal:
             if before is None:
                 return float(at)
             share = (before[1] - goal) / (before[1] - loss)
-            return before[0] + share * (at - before[0])
+            return float(before[0] + share * (at - before[0]))
         before = (at, loss)
     return None
 
 
 def stopped_early(document: Document) -> list[str]:
-    """A line for each cell that was given up."""
+    """A text for each cell that was given up."""
     return [
         f"{line['name']} at lr {cell['lr']:g}: {cell['status']}, {cell['why']}"
         for line in document["lines"]
@@ -187,4 +185,5 @@ def stopped_early(document: Document) -> list[str]:
 
 
 def is_measured(document: Document) -> bool:
+    """Whether a document has any result."""
     return any(line["mean"] is not None or line["sweep"] for line in document["lines"])

@@ -1,12 +1,12 @@
-"""A table file: which runs belong to a published table, at which scale, and what the paper got.
+"""Table files: the runs of a published table, at several scales, and the numbers of the paper.
 
-The format, with every key that may be there::
+The format, with every allowed key::
 
     title = "Stable-SPAM, table 1: 4-bit pretraining"
     paper = "arXiv:2502.17055, table 1"
     about = "what the paper did and found"
-    include = ["shared.toml"]            # files beside this one, read first; this one wins
-    reference = "adam/bf16"              # ROW/PRECISION whose loss the others are to reach
+    include = ["shared.toml"]            # files beside this one, read first; this file overrides them
+    reference = "adam/bf16"              # ROW/PRECISION whose loss the other lines have to reach
 
     [grid]                               # every row at every precision and size
     rows = ["adam", "stable_spam"]
@@ -17,17 +17,17 @@ The format, with every key that may be there::
     [base.train]                         # options of all runs, as in a recipe
     [row.adam]                           # label, rates, factor (of the rates), budget (of the tokens)
     [row.adam.set.optim]                 # its options
-    [precision.fp4.set]                  # its options, and in [precision.fp4.row.adam] those of one row there
+    [precision.fp4.set]                  # its options; those of one row in [precision.fp4.row.adam]
     [size.130m]                          # rates, tokens
     [size.130m.set.model]
 
-    [sweep]                              # first stage: rates, tokens (none: as the second), extend, all
-    [final]                              # second stage at the best rate: tokens, seeds, cells (lines; "claimed", "all")
+    [sweep]                              # first stage: rates, tokens (default: those of the second), extend, all
+    [final]                              # second stage at the best rate: tokens, seeds, cells (lines, "claimed", "all")
 
-    [published.130m.int4]                # perplexity of the paper by row
-    [[claim]]                            # what the paper says, see evenstep.compare.claims
+    [published.130m.int4]                # the paper's perplexity by row
+    [[claim]]                            # a claim of the paper, see evenstep.compare.claims
 
-    [scale.small]                        # all of the above over again: what differs at this scale
+    [scale.small]                        # the same keys again, for everything that differs at this scale
 
 Options are merged in the order base, size, row, precision, precision's row.
 """
@@ -35,7 +35,7 @@ Options are merged in the order base, size, row, precision, precision's row.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ _KEYS = {
 
 @dataclass(frozen=True, order=True)
 class Group:
-    """The key of a line of the table. It is called ROW/PRECISION, with /SIZE where there are several sizes."""
+    """The key of a line of the table. Its name is ROW/PRECISION; /SIZE is added if there are several sizes."""
 
     row: str
     precision: str
@@ -76,7 +76,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Table:
-    """A table file at one scale, checked."""
+    """A checked table file at one scale."""
 
     name: str
     scale: str
@@ -84,7 +84,7 @@ class Table:
 
     @property
     def title(self) -> str:
-        return self.document["title"]
+        return str(self.document["title"])
 
     @property
     def reference(self) -> str | None:
@@ -92,29 +92,29 @@ class Table:
 
     @property
     def claims(self) -> list[dict[str, Any]]:
-        return self.document.get("claim", [])
+        return list(self.document.get("claim", []))
 
     def groups(self) -> list[Group]:
-        """Every line once; those of the grid itself come first."""
+        """Every line once; the lines of the grid itself come first."""
         grid = self.document["grid"]
-        found: dict[Group, None] = {}
+        groups: dict[Group, None] = {}
         for part in (grid, *grid.get("more", [])):
             for size in part.get("sizes", grid["sizes"]):
                 for precision in part.get("precisions", grid["precisions"]):
                     for row in part.get("rows", grid["rows"]):
-                        found[Group(row, precision, size)] = None
-        return list(found)
+                        groups[Group(row, precision, size)] = None
+        return list(groups)
 
     def label(self, row: str) -> str:
-        return self.document["row"][row].get("label", row)
+        return str(self.document["row"][row].get("label", row))
 
     def is_claimed(self, group: Group) -> bool:
-        """Whether a claim, or the reference, names this line."""
+        """Whether a claim names this line, or it is the reference."""
         named = [claim[key] for claim in self.claims for key in ("better", "than")]
         return any(group.is_called(name) for name in [*named, self.reference or ""])
 
     def rates(self, group: Group) -> list[float]:
-        """The learning rates to try, ascending: the row's, the size's or the sweep's, times the row's factor."""
+        """The learning rates to try, ascending: those of the row, the size or the sweep, times the row's factor."""
         row, size = self.document["row"][group.row], self.document["size"].get(group.size, {})
         rates = row.get("rates") or size.get("rates") or self.document["sweep"]["rates"]
         return sorted(float(f"{rate * row.get('factor', 1.0):.6g}") for rate in rates)
@@ -125,9 +125,10 @@ class Table:
         final = self.document["final"].get("tokens") or size.get("tokens")
         given = (self.document["sweep"].get("tokens") if stage == "sweep" else None) or final
         if given is None:
-            raise EvenstepError(f"{self.name}: how many tokens for size {group.size}? give final.tokens or its own")
+            raise EvenstepError(f"{self.name}: size {group.size} has no budget; give it tokens, or give final.tokens")
         count = parse_count(given) if isinstance(given, str) else int(given)
-        return round(count * self.document["row"][group.row].get("budget", 1.0))
+        budget: float = self.document["row"][group.row].get("budget", 1.0)
+        return round(count * budget)
 
     def has_final(self, group: Group) -> bool:
         named = self.document["final"].get("cells", ["all"])
@@ -136,7 +137,7 @@ class Table:
         return "all" in named or any(group.is_called(name) for name in named)
 
     def options(self, group: Group) -> Document:
-        """The options of the line's runs, without learning rate, seed and budget."""
+        """The options of the line's runs, except learning rate, seed and budget."""
         document = self.document
         precision = document["precision"].get(group.precision, {})
         parts = (
@@ -146,28 +147,28 @@ class Table:
             precision.get("set", {}),
             precision.get("row", {}).get(group.row, {}),
         )
-        found: Document = {}
+        options: Document = {}
         for part in parts:
-            found = merged(found, part)
-        return found
+            options = merged(options, part)
+        return options
 
     def published(self, group: Group) -> dict[str, float]:
         """The paper's perplexity of this row and precision, by size."""
-        found = {}
+        by_size = {}
         for size, precisions in self.document.get("published", {}).items():
             value = precisions.get(group.precision, {}).get(group.row)
             if value is not None:
-                found[size] = value
-        return found
+                by_size[size] = value
+        return by_size
 
 
 def load_table(path: Path, scale: str) -> Table:
-    """The table of ``path`` at ``scale``. EvenstepError, one line, for a file that is missing or does not fit."""
+    """Read the table at ``path`` for one ``scale``. Raises EvenstepError for a file that is missing or invalid."""
     document = _with_includes(path)
     scales = document.pop("scale", {})
     if scale not in scales:
         raise EvenstepError(
-            f"{path}: no scale '{scale}'{nearest(scale, [*scales])} (it has: {', '.join(scales) or 'none'})"
+            f"{path}: no scale '{scale}'{nearest(scale, [*scales])} (available: {', '.join(scales) or 'none'})"
         )
     document = merged(document, scales[scale])
     for key in ("row", "precision", "size", "sweep", "final", "base"):
@@ -179,14 +180,14 @@ def load_table(path: Path, scale: str) -> Table:
 
 def _with_includes(path: Path) -> Document:
     document = read_toml(path)
-    found: Document = {}
+    included: Document = {}
     for name in document.pop("include", []):
-        found = merged(found, _with_includes(path.parent / name))
-    return merged(found, document)
+        included = merged(included, _with_includes(path.parent / name))
+    return merged(included, document)
 
 
 def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> Document:
-    """``second`` over ``first``: tables are merged key by key, everything else is replaced. Neither is changed."""
+    """Merge ``second`` over ``first`` into a new table: tables key by key, every other value is replaced."""
     result = dict(first)
     for key, value in second.items():
         old = result.get(key)
@@ -197,17 +198,16 @@ def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> Document:
 
 def _check(table: Table, path: Path) -> None:
     document = table.document
-    _known(path, "", document)
+    check_keys(path, "", document, _KEYS[""].split())
     for key in ("title", "paper", "grid"):
         if key not in document:
             raise EvenstepError(f"{path}: '{key}' is missing")
-    for section in ("grid", "sweep", "final"):
-        _known(path, section, document[section])
+    parts = [(section, section, document[section]) for section in ("grid", "sweep", "final")]
     for section in ("row", "precision", "size"):
-        for name, part in document[section].items():
-            _known(path, section, part, f"{section}.{name}")
-    for claim in table.claims:
-        _known(path, "claim", claim)
+        parts += [(section, f"{section}.{name}", part) for name, part in document[section].items()]
+    parts += [("claim", "claim", claim) for claim in table.claims]
+    for section, name, part in parts:
+        check_keys(path, name, part, _KEYS[section].split())
     for key in ("rows", "precisions", "sizes"):
         if not document["grid"].get(key):
             raise EvenstepError(f"{path}: grid.{key} is missing or empty")
@@ -226,15 +226,16 @@ def _check(table: Table, path: Path) -> None:
     for name in names:
         if name not in ("claimed", "all") and not any(group.is_called(name) for group in table.groups()):
             known = [group.name for group in table.groups()]
-            raise EvenstepError(f"{path}: '{name}' is no line of this table{nearest(name, known)}")
+            raise EvenstepError(f"{path}: '{name}' is not a line of this table{nearest(name, known)}")
 
 
-def _known(path: Path, section: str, part: Mapping[str, Any], where: str = "") -> None:
-    allowed = _KEYS[section].split()
-    for key in part:
+def check_keys(path: Path, section: str, given: Any, allowed: Collection[str]) -> None:
+    """Raise EvenstepError unless ``given``, which is [section] of a file, is a table with allowed keys only."""
+    if not isinstance(given, Mapping):
+        raise EvenstepError(f"{path}: {section} = {given!r} is not a table; write [{section}] with its keys below")
+    for key in given:
         if key not in allowed:
-            where = where or section
+            name = f"{section}.{key}" if section else key
             raise EvenstepError(
-                f"{path}: unknown key '{f'{where}.{key}' if where else key}'{nearest(key, allowed)} "
-                f"(allowed: {', '.join(allowed)})"
+                f"{path}: unknown key '{name}'{nearest(key, list(allowed))} (allowed: {', '.join(sorted(allowed))})"
             )

@@ -60,7 +60,7 @@ class Kernel:
         return weight.device.type == "cuda" and weight.dtype in self.dtypes
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """x W^T + bias for x [..., in] and weight [out, in], in ``dtype``."""
+        """The product x W^T + bias for x [..., in] and weight [out, in], in ``dtype``."""
         # The weight is quantised in each call, as in the emulation: it changes with every step.
         rows = x.reshape(-1, x.shape[-1])  # [N, in]
         out = self.product(quantize(rows, self.input), quantize(weight, self.weight)).to(dtype)

@@ -92,7 +92,7 @@ class Grid:
         return y.add_(anchor).sub_(anchor)
 
     def _power(self, y: Tensor) -> Tensor:
-        """The power of two at or below \\|y\\|, but at least 2 ** low; fp32, of the shape of ``y``."""
+        """The power of two at or below ``|y|``, but at least 2 ** low; fp32, of the shape of ``y``."""
         # Eager mode masks the exponent bits. Inductor does not vectorise the reinterpretation of bits (see
         # `magnitudes`), so a compiled grid with few powers of two compares with each of them.
         if not torch.compiler.is_compiling() or self.top_exponent - self.low > 6:
@@ -377,7 +377,7 @@ class Blocks(NamedTuple):
 
 
 def magnitudes(x: Tensor) -> Tensor:
-    """\\|x\\| of fp32 ``x`` in a form that can be compared: its bits (int32), or the floats under torch.compile."""
+    """``|x|`` of fp32 ``x`` in a form that can be compared: its bits (int32), or the floats under torch.compile."""
     # The bits of non-negative fp32 numbers, read as integers, have the order of the numbers, with NaN above infinity.
     # In eager mode integer comparisons are several times faster than float comparisons with torch.where: the mask of
     # a < b is (a - b) >> 31. Inductor is the other way round: it reinterprets bits one number at a time, and vectorises

@@ -207,6 +207,7 @@ def _low(t: Tensor, fmt: Format | None, dtype: torch.dtype, after: Tensor | None
 
 
 def describe_layer(layer: LowBitLinear) -> str:
+    """The formats of a layer's weights and inputs in words."""
     return f"weights {describe(layer.recipe.weight)}; inputs {describe(layer.recipe.input)}"
 
 

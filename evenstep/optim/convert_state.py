@@ -24,7 +24,8 @@ class Target(Protocol):
     param_groups: list[Group]
     defaults: dict[str, Any]
 
-    def fresh_state(self, p: Tensor, group: Group, index: int) -> State: ...
+    def fresh_state(self, p: Tensor, group: Group, index: int) -> State:
+        """A new state for parameter ``p``."""
 
     def _check(self, name: str, value: Any) -> None: ...
 

@@ -193,7 +193,10 @@ Steps = Generator[Any, Any, R]
 
 
 def reduced(*requests: Reduction) -> Steps[list[Tensor]]:
-    """Yield requests and return their results: ``[peak] = yield from reduced(Reduction("max", peaks))``."""
+    """Yield requests and return their results.
+
+    In a generator of `Steps`: ``[peak] = yield from reduced(Reduction("max", peaks))``.
+    """
     answers: list[Tensor] = yield requests
     return answers
 

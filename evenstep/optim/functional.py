@@ -663,6 +663,7 @@ class Weights:
     seeds: list[Tensor | None]  # 0-d int32, where rounding is "stochastic"
 
     def extras(self, i: int) -> list[Tensor]:
+        """The Kahan compensation of tensor ``i``, or an empty list."""
         lost = self.lost[i]
         return [] if lost is None else [lost]
 

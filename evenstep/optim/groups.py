@@ -31,8 +31,10 @@ def scale_groups(
 
     Args:
         model: the module whose parameters are grouped.
-        embedding, hidden, last: names of parameters, or patterns such as ``"encoder.pos_*"``, that belong to a kind
-            regardless of the rules above. Default: none.
+        embedding: names of parameters, or patterns such as ``"encoder.pos_*"``, that are embeddings regardless of the
+            rules above. Default: none.
+        hidden: the same for hidden weights.
+        last: the same for the weight of the last layer.
 
     Returns:
         A list of dicts with ``params`` and ``kind``; kinds without parameters are left out.

@@ -159,7 +159,7 @@ def scalar(p: Tensor) -> Tensor:
 
 @functools.cache
 def _eight_bit_blocks() -> Any:
-    """torchao's tensor of 8-bit codes, extended by ``clone``, which copying an optimizer needs."""
+    """The class of torchao's 8-bit codes, extended by ``clone``, which copying an optimizer needs."""
     try:
         from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError as error:

@@ -120,6 +120,7 @@ class Rolling:
         return deviation
 
     def state(self) -> dict[str, Any]:
+        """The series and its sums, for `load`."""
         # The sums are saved too: computed anew, they would differ in their last bits from those of an unbroken run.
         return {"values": self.values.copy(), "at": self.at, "sums": np.stack([self.count, self.sum, self.squares])}
 

@@ -378,6 +378,7 @@ class SpikeGuard:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that `state_dict` returned. Snapshots of the model are not part of it."""
         self._baseline.load(state["baseline"])
         self.events = deque(state["events"], maxlen=1000)
         self.excluded = set(state["excluded"])

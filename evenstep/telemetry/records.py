@@ -86,6 +86,7 @@ class Records:
         return record | {name: digits(values) for name, values in series.items() if any(map(math.isfinite, values))}
 
     def due(self) -> bool:
+        """Whether the next ``parameters`` record is due."""
         return len(self.pending) >= self.every
 
     def parameters(self, spike_rates: Vector) -> list[Record]:

@@ -103,13 +103,13 @@ def is_number(value: Any) -> bool:
 
 
 def load_run(path: Path) -> RunLog:
-    """The run in a directory, or the run of a single .jsonl file.
+    r"""The run in a directory, or the run of a single .jsonl file.
 
     EvenstepError if ``path`` is no run. Every other problem is described in the ``notes`` of the result.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
-    >>> _ = path.write_text('{"step": 10, "loss": 2.5}\\n{"step": 20, "loss": 2.0}\\n')
+    >>> _ = path.write_text('{"step": 10, "loss": 2.5}\n{"step": 20, "loss": 2.0}\n')
     >>> load_run(path).series("loss")
     ([10, 20], [2.5, 2.0])
     """

@@ -48,10 +48,10 @@ TELEMETRY_LINE = '{"kind":'
 
 
 def to_line(record: Record) -> str:
-    """``record`` as one line of JSON. NaN and infinities, which JSON does not have, become null.
+    r"""``record`` as one line of JSON. NaN and infinities, which JSON does not have, become null.
 
     >>> to_line({"step": 1, "loss": float("nan")})
-    '{"step": 1, "loss": null}\\n'
+    '{"step": 1, "loss": null}\n'
     """
     clean = {key: finite(value) for key, value in record.items()}
     return json.dumps(clean, ensure_ascii=False) + "\n"

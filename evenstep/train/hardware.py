@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -57,6 +58,12 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     return next((peaks[dtype != "fp32"] for key, peaks in _PEAKS.items() if key in name), None)
 
 
+_CONTROL_GROUPS = (  # limit and usage, versions 2 and 1 of Linux's control groups, as seen from inside a container
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
 def total_memory(device: torch.device) -> int:
     """Bytes of the device's memory, used or not: the same number when the run is resumed."""
     if device.type == "cuda":
@@ -67,10 +74,26 @@ def total_memory(device: torch.device) -> int:
 def memory_limit() -> int:
     """Bytes of memory that the processes of this machine may use: those of the machine, or a container's limit."""
     limits = [total_memory(torch.device("cpu"))]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for limit, _ in _CONTROL_GROUPS:
         with suppress(OSError, ValueError):  # no container; "max"
-            limits.append(int(Path(path).read_text()))
+            limits.append(int(Path(limit).read_text()))
     return min(limits)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated: those free on the GPU, or those that Linux reports as available, within the
+    limit of the process's container. On other systems, the memory of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        rooms = [next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))]
+    except (OSError, StopIteration):
+        return total_memory(device)
+    for limit, usage in _CONTROL_GROUPS:
+        with suppress(OSError, ValueError):
+            rooms.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
+    return min(rooms)
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -97,8 +120,15 @@ def describe_hardware(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def versions() -> dict[str, str]:
-    return {"evenstep": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of evenstep, torch, Python and ``packages``; "not installed" for a missing package."""
+    found = {"evenstep": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def commit() -> str | None:
@@ -112,6 +142,12 @@ def commit() -> str | None:
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
     return head + ("+" if dirty else "")
+
+
+def short_commit(commit: str | None, digits: int = 10) -> str:
+    """The first digits of a commit, with its ``+`` for local changes; ``no commit`` for None."""
+    name, plus, changes = (commit or "").partition("+")
+    return name[:digits] + plus + changes if commit else "no commit"
 
 
 def _git(directory: Path, *arguments: str) -> str:

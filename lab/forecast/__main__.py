@@ -1,4 +1,4 @@
-"""python -m lab.forecast RECIPE.toml | prepare weather|electricity | report STORE"""
+"""Forecasting with PatchTST: ``python -m lab.forecast RECIPE.toml | prepare SOURCE | report STORE``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tasks(recipe: Recipe, series: Series, device: str) -> Iterator[Task]:
 
 
 def setting(recipe: Recipe, series: Series, device: str, cell: Cell) -> dict[str, Any]:
-    """All that a run's numbers depend on."""
+    """Everything that the results of a run depend on."""
     return {
         "experiment": "forecast",
         "recipe": recipe.name,
@@ -52,11 +52,11 @@ def setting(recipe: Recipe, series: Series, device: str, cell: Cell) -> dict[str
 
 def _run(given: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m lab.forecast", description=__doc__)
-    parser.add_argument("recipe", type=Path, help="a TOML file; there are some in lab/forecast/recipes")
-    parser.add_argument("--data", metavar="FILE.csv", help="in place of the recipe's data.csv")
+    parser.add_argument("recipe", type=Path, help="a TOML file, such as those in lab/forecast/recipes")
+    parser.add_argument("--data", metavar="FILE.csv", help="replaces data.csv of the recipe")
     add_options(parser, STORE, OUT)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--list", action="store_true", help="say which runs there are and which are done")
+    parser.add_argument("--list", action="store_true", help="list the runs and whether they are stored, train nothing")
     options = parser.parse_args(given)
     store = options.store or STORE
     recipe = load(options.recipe)
@@ -89,7 +89,7 @@ def _prepare(given: list[str]) -> None:
     parser.add_argument(
         "source", choices=SOURCES, help="; ".join(f"{name}: {why}" for name, (_, _, why) in SOURCES.items())
     )
-    parser.add_argument("--out", type=Path, help="default runs/data/SOURCE.csv")
+    parser.add_argument("--out", metavar="FILE.csv", type=Path, help="default: runs/data/SOURCE.csv")
     options = parser.parse_args(given)
     path = options.out or Path("runs/data") / f"{options.source}.csv"
     rows, columns = prepare(options.source, path)
@@ -100,7 +100,7 @@ def _report(given: list[str]) -> None:
     from lab.forecast.report import write
 
     parser = argparse.ArgumentParser("python -m lab.forecast report")
-    parser.add_argument("store", type=Path, help="a directory with the cells.jsonl of runs")
+    parser.add_argument("store", type=Path, help="a directory with the cells.jsonl of the runs")
     parser.add_argument("--page", type=Path, default=Path("docs/results-forecast.md"))
     options = parser.parse_args(given)
     print(write(options.store, options.page))

@@ -1,12 +1,12 @@
-"""CSV files from what installed packages carry with them: weather from pvlib, electricity from simbench. No download.
+"""CSV files from the data inside installed packages, without a download: weather from pvlib, electricity from simbench.
 
-Their files are read as they are, and neither package is imported: `pip install --no-deps pvlib simbench` is enough.
+The files are read directly and neither package is imported: `pip install --no-deps pvlib simbench` is enough.
 
-- weather: a typical meteorological year (TMY3, NREL) of Greensboro, North Carolina: 8760 hours of 10 quantities. Each
-  month was measured, in a year of its own; the dates written are those of one year, 2001, and the series jumps a little
-  where months meet.
-- electricity: SimBench's load profiles of 2016: 27 households, businesses and farms, means of an hour,
-  8784 hours. Their clock follows summer time; the dates written do not.
+- weather: a typical meteorological year (TMY3, NREL) of Greensboro, North Carolina, 8760 hours of 10 quantities. Each
+  month was measured in a different year. The dates written are those of one year, 2001, and the series has small jumps
+  between months.
+- electricity: SimBench's load profiles of 2016 of 27 households, businesses and farms, hourly means over 8784 hours.
+  Their clock follows summer time; the dates written do not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WEATHER = {
     "Pwat (cm)": "precipitable_water",
 }
 CONSUMER = re.compile(r"(BL|WB|[GHL]\d)-[A-Z]_pload")
-"""A profile of consumers, not of a whole grid, a charging point or a heat pump; active power."""
+"""Profiles of active power of consumers, as opposed to whole grids, charging points and heat pumps."""
 
 
 def weather(package: Path) -> Prepared:
@@ -60,11 +60,12 @@ SOURCES: dict[str, tuple[Callable[[Path], Prepared], str, str]] = {
     "weather": (weather, "pvlib", "a year of hourly weather, from pvlib"),
     "electricity": (electricity, "simbench", "a year of hourly loads, from simbench"),
 }
-"""Name -> reader, package, what it is."""
+"""Name -> reader, package, description."""
 
 
 def prepare(source: str, path: Path) -> tuple[int, int]:
-    """Write ``source`` as a CSV file; its number of rows and of columns. EvenstepError without the package."""
+    """Write ``source`` to a CSV file and return its numbers of rows and columns. Raises EvenstepError if the package is
+    not installed."""
     read, package, _ = SOURCES[source]
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -73,8 +74,8 @@ def prepare(source: str, path: Path) -> tuple[int, int]:
         start, columns, values = read(Path(next(iter(spec.submodule_search_locations))))
     except (OSError, ValueError, IndexError) as problem:
         raise EvenstepError(
-            f"the installed {package} holds no {source} as this program knows it ({problem}); it was written for "
-            "pvlib 0.16 and simbench 1.6"
+            f"the files of {source} in the installed {package} have another format ({problem}); install pvlib 0.16 "
+            "or simbench 1.6"
         ) from None
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:

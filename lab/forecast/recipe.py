@@ -1,10 +1,9 @@
-"""What a recipe says: data, model, training, the optimizers compared, and the grid of runs."""
+"""Recipes: data, model, training, the optimizers to compare, and the grid of runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import tomllib
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +12,9 @@ from typing import Any
 
 from evenstep.baselines.catalog import baseline, check_options
 from evenstep.baselines.transforms import build_transforms
+from evenstep.compare.table import check_keys
 from evenstep.errors import EvenstepError, nearest
+from evenstep.train.config_io import read_toml
 from lab.forecast.series import SPLITS
 
 
@@ -27,7 +28,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    """PatchTST; defaults are its authors' for ETTh1. ``dropout`` is on positions, attention's output and the ffn."""
+    """PatchTST. The defaults are those of its authors for ETTh1. ``dropout``: of the positions, the output of each
+    sublayer and the feed-forward network."""
 
     lookback: int = 336
     patch: int = 16
@@ -41,9 +43,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Train:
-    """Defaults are PatchTST's. ``patience``: epochs without a better validation loss before a run stops.
-    ``windows_per_epoch``: so many are drawn anew each epoch; 0 for all. The rate is multiplied by ``decay`` after each
-    epoch from the ``decay_from``-th on."""
+    """Training. The defaults are those of PatchTST.
+
+    Args:
+        patience: epochs without a better validation loss after which a run stops.
+        windows_per_epoch: number of windows, drawn again for each epoch; 0 for all.
+        decay: factor on the learning rate after each epoch from ``decay_from`` on.
+    """
 
     lr: float = 1e-4
     batch_size: int = 128
@@ -56,8 +62,14 @@ class Train:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """``name`` in the catalog (`evenstep optimizers`), ``before`` the transforms in front, ``lr`` in place of
-    train.lr, ``options`` the optimizer's other hyperparameters."""
+    """An optimizer.
+
+    Args:
+        name: in the catalog (`evenstep optimizers`).
+        before: gradient transforms applied before its step.
+        lr: replaces train.lr; 0 keeps it.
+        options: its other hyperparameters.
+    """
 
     label: str
     name: str
@@ -69,8 +81,13 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination is a run. Empty ``optimizers``: all; empty ``rates``: the optimizer's. ``test``: score the test
-    part; a grid from which something is chosen does not."""
+    """Every combination is a run.
+
+    Args:
+        optimizers: labels; empty for all.
+        rates: learning rates; empty for that of each optimizer.
+        test: whether the test part is scored. A grid from which a rate is chosen leaves it unscored.
+    """
 
     horizons: tuple[int, ...] = (96,)
     severities: tuple[float, ...] = (0.0,)
@@ -110,7 +127,7 @@ class Recipe:
     grid: tuple[Grid, ...]
 
     def cells(self) -> Iterator[Cell]:
-        """The runs, each once, all optimizers of a seed one after the other: what is cut off is a fair comparison."""
+        """The runs, each once. The optimizers of a seed follow each other, so an unfinished grid compares fairly."""
         seen = set()
         for grid in self.grid:
             labels = grid.optimizers or tuple(one.label for one in self.optimizers)
@@ -127,41 +144,27 @@ class Recipe:
 
 
 def load(path: Path) -> Recipe:
-    """EvenstepError, one line, for a file that is no recipe."""
-    try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise EvenstepError(f"{path} cannot be read ({problem.strerror}); give a recipe (a TOML file)") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise EvenstepError(f"{path} is no TOML: {problem}") from None
-    _known(f"{path}", given, ["data", "model", "train", "optimizers", "grid"])
+    """Read a recipe. Raises EvenstepError for a file that is missing or invalid."""
+    given = read_toml(path)
+    check_keys(path, "", given, ("data", "model", "train", "optimizers", "grid"))
     if missing := [key for key in ("data", "optimizers", "grid") if key not in given]:
         raise EvenstepError(f"{path}: [{missing[0]}] is missing; see lab/forecast/recipes")
     recipe = Recipe(
         path.stem,
-        _made(Data, "data", given["data"]),
-        _made(Model, "model", given.get("model", {})),
-        _made(Train, "train", given.get("train", {})),
-        tuple(_made(Optimizer, "optimizers", one) for one in given["optimizers"]),
-        tuple(_made(Grid, "grid", one) for one in given["grid"]),
+        _section(path, Data, "data", given["data"]),
+        _section(path, Model, "model", given.get("model", {})),
+        _section(path, Train, "train", given.get("train", {})),
+        tuple(_section(path, Optimizer, "optimizers", one) for one in given["optimizers"]),
+        tuple(_section(path, Grid, "grid", one) for one in given["grid"]),
     )
     _check(recipe)
     return recipe
 
 
-def _known(where: str, given: dict[str, Any], allowed: list[str]) -> None:
-    for key in given:
-        if key not in allowed:
-            raise EvenstepError(
-                f"{where}: unknown key '{key}'{nearest(key, allowed)} (there are: {', '.join(allowed)})"
-            )
-
-
-def _made(cls: type, where: str, given: Any) -> Any:
-    if not isinstance(given, dict):
-        raise EvenstepError(f"{where}: {given!r} is no table; write [{where}], or [[{where}]] where there are several")
+def _section(path: Path, cls: type, where: str, given: Any) -> Any:
+    """An instance of the dataclass ``cls`` from the section ``where`` of a file."""
     types_ = typing.get_type_hints(cls)
-    _known(where, given, [*types_])
+    check_keys(path, where, given, types_)
     for one in dataclasses.fields(cls):
         required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
         if required and one.name not in given:
@@ -177,21 +180,22 @@ def _typed(where: str, value: Any, wanted: Any) -> Any:
     kind = typing.get_origin(wanted) or wanted
     if type(value) is not kind:
         name = "list" if kind is tuple else "table" if kind is dict else kind.__name__
-        raise EvenstepError(f"{where}: {value!r} is no {name}")
+        raise EvenstepError(f"{where}: {value!r} has the wrong type; give a value of type {name}")
     return value
 
 
 def _check(recipe: Recipe) -> None:
     data, model, train = recipe.data, recipe.model, recipe.train
     if data.split not in SPLITS:
-        raise EvenstepError(f"data.split: unknown split '{data.split}' (there are: {', '.join(SPLITS)})")
+        raise EvenstepError(f"data.split: unknown split '{data.split}' (available: {', '.join(SPLITS)})")
     if data.gaps not in ("refuse", "allow"):
         raise EvenstepError(f"data.gaps: '{data.gaps}' is neither 'refuse' nor 'allow'")
     for where, section in (("model", model), ("train", train)):
         for key, value in dataclasses.asdict(section).items():
             low = 0 if key in ("dropout", "windows_per_epoch") else None
             if value < 0 or (low is None and value == 0):
-                raise EvenstepError(f"{where}.{key}={value} is not {'above' if low is None else 'at least'} 0")
+                least = "above 0" if low is None else "at least 0"
+                raise EvenstepError(f"{where}.{key}={value} is out of range; it must be {least}")
     if model.dropout >= 1 or model.patch >= model.lookback or model.width % model.heads:
         raise EvenstepError(
             f"model: needs dropout < 1, patch < lookback and a width that heads divide; got dropout={model.dropout}, "
@@ -199,7 +203,7 @@ def _check(recipe: Recipe) -> None:
         )
     labels = [one.label for one in recipe.optimizers]
     if len(set(labels)) < len(labels):
-        raise EvenstepError(f"optimizers: two have one label (labels: {', '.join(labels)})")
+        raise EvenstepError(f"optimizers: two have the same label (labels: {', '.join(labels)}); rename one")
     for one in recipe.optimizers:
         baseline(one.name)
         check_options(one.name, one.options)
@@ -208,9 +212,9 @@ def _check(recipe: Recipe) -> None:
         for label in grid.optimizers:
             if label not in labels:
                 raise EvenstepError(
-                    f"grid.optimizers: no optimizer '{label}'{nearest(label, labels)} (there are: {', '.join(labels)})"
+                    f"grid.optimizers: no optimizer '{label}'{nearest(label, labels)} (available: {', '.join(labels)})"
                 )
         if not all((grid.horizons, grid.severities, grid.shares, grid.seeds)):
-            raise EvenstepError("grid: horizons, severities, shares and seeds may not be empty")
+            raise EvenstepError("grid: horizons, severities, shares and seeds must not be empty")
         if min(grid.horizons) < 1 or min(grid.severities) < 0 or not all(0 < share <= 1 for share in grid.shares):
             raise EvenstepError("grid: needs horizons of at least 1, severities of at least 0 and shares in (0, 1]")

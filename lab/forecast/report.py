@@ -1,4 +1,4 @@
-"""From stored runs to a page of tables, pictures and verdicts: `python -m lab.forecast report STORE`."""
+"""The page of the stored runs, with tables, pictures and verdicts: ``python -m lab.forecast report STORE``."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lab.common import INTERVAL, Number, Run, direction, grouped, over_seeds, st
 
 Runs = list[Run]
 
-# ---- what others published ----
+# ---- published numbers ----
 
 PATCHTST_ETTH1 = {96: (0.375, 0.399), 192: (0.414, 0.421), 336: (0.431, 0.436), 720: (0.449, 0.466)}
-"""Horizon -> MSE, MAE of PatchTST/42 on ETTh1 (arXiv:2211.14730, Table 3: lookback 336, one seed, the last batch of the
-test part left out)."""
+"""Horizon -> MSE, MAE of PatchTST/42 on ETTh1 (arXiv:2211.14730, Table 3: lookback 336, one seed, without the last
+batch of the test part)."""
 
 NLINEAR_ETTH1 = {96: (0.374, 0.394), 192: (0.408, 0.415), 336: (0.429, 0.427), 720: (0.440, 0.453)}
-"""The same of NLinear, one linear layer after the last value is taken off (arXiv:2205.13504)."""
+"""The same of NLinear, one linear layer on inputs from which the last value is subtracted (arXiv:2205.13504)."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """``better`` has the lower test error than ``worse`` on corrupted inputs, says ``paper``."""
+    """``better`` has a lower test error than ``worse`` after training on corrupted inputs, according to ``paper``."""
 
     better: str
     worse: str
@@ -45,12 +45,12 @@ CLAIMS: tuple[Claim, ...] = (
 
 
 def write(store: Path, page: Path) -> Path:
-    """The page of what ``store`` holds, finished or not, with pictures beside it."""
+    """Write the page of the runs in ``store``, complete or not, with its pictures beside it; returns its path."""
     runs = [run for run in stored(store) if run["setting"].get("experiment") == "forecast"]
     scored, chosen = [r for r in runs if r["setting"]["test"]], [r for r in runs if not r["setting"]["test"]]
     parts = [_head(store, page, scored or runs)]
     if scored:
-        parts += [_claims(scored), *(_recipe(name, some, page) for name, some in grouped(scored, "recipe").items())]
+        parts += [_claims(scored), *(_recipe(name, group, page) for name, group in grouped(scored, "recipe").items())]
     parts += [_rates(chosen)] if chosen else []
     parts += [LIMITS]
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -62,17 +62,17 @@ LIMITS = """## What this does not show
 
 - The papers show curves of the test loss on the literature's Weather data, which is not among ours, and give no table.
   The direction of a difference can be compared, its size cannot.
-- The papers do not say whether the noise is drawn once or anew, over what the maximum is taken, whether it is of the
-  scaled values, or what the hyperparameters of SPAM and Stable-SPAM were. Ours are said in
-  [forecasting.md](forecasting.md).
-- Noise that is drawn anew for every batch makes gradients noisy at every step rather than spiking at some (see Spikes):
-  there is little for a clipping of spikes to do.
-- Models, batches and runs are smaller than PatchTST's, and each optimizer's rate was chosen by one seed, on clean
-  data; where the best rate is the highest tried, a higher one may be better.
+- The papers do not say whether the noise is drawn once or for every batch, over which values the maximum is taken,
+  whether these are scaled, or which hyperparameters SPAM and Stable-SPAM had. [forecasting.md](forecasting.md) has
+  ours.
+- Noise that is drawn for every batch makes the gradients of every step noisy and does not make spikes of some (see
+  Spikes), so the clipping of spikes has little to do.
+- Models, batches and runs are smaller than PatchTST's, and the rate of each optimizer was chosen with one seed, on
+  clean data. If the best rate is the highest one tried, a higher rate may be better.
 """
 
 
-# ---- pieces of the page ----
+# ---- parts of the page ----
 
 
 def _head(store: Path, page: Path, runs: Runs) -> str:
@@ -81,10 +81,9 @@ def _head(store: Path, page: Path, runs: Runs) -> str:
 
 <!-- Written by `python -m lab.forecast report {store} --page {page}`. Change the program, not the page. -->
 
-Test errors of PatchTST by optimizer and noise, by recipe. Errors are of standardised values, over every window of the
-test part; the epoch is the one with the lowest validation error, and the test part is scored once. Numbers are means ±
-standard deviations over seeds; noise is on the training inputs alone. Definitions, data and commands:
-[forecasting.md](forecasting.md).
+Test errors of PatchTST by recipe, optimizer and noise. Errors are of standardised values, over every window of the
+test part, which is scored once, at the epoch with the lowest validation error. Numbers are means ± standard deviations
+over seeds; only training inputs have noise. Definitions, data and commands: [forecasting.md](forecasting.md).
 
 {place(runs)}. {len(runs)} runs, {seconds / 60:.0f} minutes of one core.
 """
@@ -106,15 +105,15 @@ def _setting(runs: Runs) -> str:
 
 
 def _range(values: Iterable[int]) -> str:
-    found = sorted({f"{value / 1000:.0f}K" for value in values}, key=lambda text: int(text[:-1]))
-    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    sizes = sorted({f"{value / 1000:.0f}K" for value in values}, key=lambda text: int(text[:-1]))
+    return sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
 
 
 def _claims(runs: Runs) -> str:
-    """Of two optimizers at each place of the grid."""
+    """The verdicts on every claim, at each place of the grid."""
     rows = []
-    for (name, horizon, severity, share), some in _places(r for r in runs if r["setting"]["severity"]).items():
-        by_label = grouped(some, "optimizer")
+    for (name, horizon, severity, share), group in _places(r for r in runs if r["setting"]["severity"]).items():
+        by_label = grouped(group, "optimizer")
         for claim in CLAIMS:
             if claim.better in by_label and claim.worse in by_label:
                 pair = by_label[claim.better], by_label[claim.worse]
@@ -136,12 +135,12 @@ def _places(runs: Iterable[Run]) -> dict[tuple[Any, ...], Runs]:
 def _recipe(name: str, runs: Runs, page: Path) -> str:
     lines = [f"## {name}", "", _setting(runs), ""]
     for horizon in _sorted(runs, "horizon"):
-        some = [run for run in runs if run["setting"]["horizon"] == horizon]
-        if len(_noises(some)) > 1:
-            lines += [_noise(horizon, some), _gradients(some)]
-            for noise in _noises(some):
+        of_horizon = [run for run in runs if run["setting"]["horizon"] == horizon]
+        if len(_noises(of_horizon)) > 1:
+            lines += [_noise(horizon, of_horizon), _gradients(of_horizon)]
+            for noise in _noises(of_horizon):
                 picture = page.parent / f"{page.stem}-{name}-h{horizon}-s{noise[0]:g}-{noise[1] * 100:g}.png"
-                _draw(picture, f"{name}, horizon {horizon}, {_noise_name(noise)}", _at(some, noise))
+                _draw(picture, f"{name}, horizon {horizon}, {_noise_name(noise)}", _at(of_horizon, noise))
                 lines += [f"![Validation error by epoch, {_noise_name(noise)}]({picture.name})", ""]
     known = runs[0]["setting"]["data"]["name"] == "ETTh1"
     lines += [_horizons(runs, known)] if known or len(_sorted(runs, "horizon")) > 1 else []
@@ -163,21 +162,21 @@ def _at(runs: Iterable[Run], noise: tuple[float, float]) -> Runs:
 def _noise(horizon: int, runs: Runs) -> str:
     noises = _noises(runs)
     rows = []
-    for label, some in grouped(runs, "optimizer").items():
-        errors = [_cell(_over(_at(some, noise), key)) for key in ("test_mse", "test_mae") for noise in noises]
-        rows.append([label, f"{some[0]['setting']['lr']:g}", *errors])
+    for label, group in grouped(runs, "optimizer").items():
+        errors = [_cell(_over(_at(group, noise), key)) for key in ("test_mse", "test_mae") for noise in noises]
+        rows.append([label, f"{group[0]['setting']['lr']:g}", *errors])
     heads = [f"{what}, {_noise_name(noise)}" for what in ("MSE", "MAE") for noise in noises]
     return f"Horizon {horizon}:\n\n{table(['optimizer', 'rate', *heads], rows)}"
 
 
 def _gradients(runs: Runs) -> str:
-    """Are there spikes at all?"""
+    """A table that shows whether there are spikes at all."""
     rows = []
-    for label, some in grouped(runs, "optimizer").items():
-        ratios = [[_peak(run) for run in _at(some, noise)] for noise in _noises(runs)]
-        rows.append([label, *(f"{median(found):.1f}" if found else "" for found in ratios)])
-    return f"""Spikes: the largest gradient norm of an epoch over its median, in the worst epoch after the first; median
-over seeds, before any clipping.
+    for label, group in grouped(runs, "optimizer").items():
+        ratios = [[_peak(run) for run in _at(group, noise)] for noise in _noises(runs)]
+        rows.append([label, *(f"{median(values):.1f}" if values else "" for values in ratios)])
+    return f"""Spikes: the ratio of the largest gradient norm of an epoch to its median, in the worst epoch after the
+first; median over seeds, before any clipping.
 
 {table(["optimizer", *map(_noise_name, _noises(runs))], rows)}"""
 
@@ -191,28 +190,28 @@ def _horizons(runs: Runs, known: bool) -> str:
     clean = [run for run in runs if not run["setting"]["severity"]]
     rows = []
     for horizon in _sorted(clean, "horizon"):
-        for label, some in grouped((r for r in clean if r["setting"]["horizon"] == horizon), "optimizer").items():
-            row = [horizon, label, _cell(_mse(some)), _cell(_over(some, "test_mae"))]
+        for label, group in grouped((r for r in clean if r["setting"]["horizon"] == horizon), "optimizer").items():
+            row = [horizon, label, _cell(_mse(group)), _cell(_over(group, "test_mae"))]
             if known and horizon in PATCHTST_ETTH1:
-                away = _mse(some).mean / PATCHTST_ETTH1[horizon][0] - 1
+                away = _mse(group).mean / PATCHTST_ETTH1[horizon][0] - 1
                 row += [_pair(PATCHTST_ETTH1[horizon]), f"{away:+.1%}", _pair(NLINEAR_ETTH1[horizon])]
             rows.append(row)
     heads = ["horizon", "optimizer", "MSE", "MAE"]
     if known:
         heads += ["PatchTST/42, published", "ours against it, MSE", "NLinear, published"]
-    why = "Theirs has PatchTST's own settings and leaves out the last batch of the test part; ours is as above.\n"
+    why = "Theirs has PatchTST's own settings and leaves out the last batch of the test part; ours are given above.\n"
     return f"### Clean, by horizon\n\n{table(heads, rows)}" + (f"\n{why}" if known else "")
 
 
 def _rates(runs: Runs) -> str:
     rates = _sorted(runs, "lr")
     rows = []
-    for label, some in grouped(runs, "optimizer").items():
-        found = {run["setting"]["lr"]: run["val_mse"] for run in some}
-        known = [value for value in found.values() if value is not None]
-        texts = ["" if r not in found else "diverged" if found[r] is None else f"{found[r]:.4f}" for r in rates]
+    for label, group in grouped(runs, "optimizer").items():
+        by_rate = {run["setting"]["lr"]: run["val_mse"] for run in group}
+        known = [value for value in by_rate.values() if value is not None]
+        texts = ["" if r not in by_rate else "diverged" if by_rate[r] is None else f"{by_rate[r]:.4f}" for r in rates]
         best = [
-            f"**{t}**" if r in found and found[r] == min(known, default=None) else t
+            f"**{t}**" if r in by_rate and by_rate[r] == min(known, default=None) else t
             for r, t in zip(rates, texts, strict=True)
         ]
         rows.append([label, *best])
@@ -226,7 +225,7 @@ is not scored), the best in bold.
 
 
 def _draw(path: Path, title: str, runs: Runs) -> None:
-    lines = {label: [_curve(run) for run in some] for label, some in grouped(runs, "optimizer").items()}
+    lines = {label: [_curve(run) for run in group] for label, group in grouped(runs, "optimizer").items()}
     ylabel = "validation MSE (mean and range of the seeds)"
     draw_curves(path, lines, title=title, xlabel="epoch", ylabel=ylabel, footer=place(runs))
 
@@ -236,7 +235,7 @@ def _curve(run: Run) -> tuple[list[int], list[float]]:
     return [epoch for epoch, _ in points], [value for _, value in points]
 
 
-# ---- small ----
+# ---- helpers ----
 
 
 def _sorted(runs: Runs, key: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Series from a CSV file, split as the literature does, and the windows that a forecaster sees."""
+"""Series from a CSV file, the splits of the literature, and the windows that a model forecasts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ SPLITS = {
     "ett-minute": (48 * MONTH, 16 * MONTH, 16 * MONTH),
     "70/10/20": None,
 }
-"""Rows of the training, validation and test part (Informer's for ETT, months of 30 days); None: shares of all rows."""
+"""Rows of the training, validation and test part (for ETT as in Informer, months of 30 days); None: shares of the
+rows."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """``values`` [rows, columns] float64; ``digest`` of the file's bytes."""
+    """``values``: float64 [rows, columns]. ``digest``: SHA-256 of the file, shortened."""
 
     name: str
     columns: tuple[str, ...]
@@ -38,14 +39,15 @@ class Series:
 
 
 def read_csv(path: Path, columns: tuple[str, ...] = (), *, gaps: str = "refuse") -> Series:
-    """A CSV file with a column ``date`` (ISO 8601) and numbers in the others, one row a step, oldest first.
+    """Read a CSV file with a column ``date`` (ISO 8601) and numbers in the others, one row per time step, oldest first.
 
     Args:
-        columns: those to take, in this order; all when empty.
-        gaps: "refuse" wants every row as far from the last as the second from the first; "allow" takes rows as they
-            come (the literature's weather.csv lacks some), so long as no date goes back.
+        columns: the columns to read, in this order; empty for all.
+        gaps: "refuse" requires the same time between all rows. "allow" accepts missing rows, as in the literature's
+            weather.csv, but no date before the previous one.
 
-    Raises EvenstepError, with the line, for whatever is not so.
+    Raises:
+        EvenstepError: with the line number, for a file of any other form.
     """
     try:
         data = path.read_bytes()
@@ -53,7 +55,7 @@ def read_csv(path: Path, columns: tuple[str, ...] = (), *, gaps: str = "refuse")
     except OSError as problem:
         raise EvenstepError(f"{path} cannot be read ({problem.strerror}); give a CSV file with a date column") from None
     except UnicodeDecodeError:
-        raise EvenstepError(f"{path} is no UTF-8 text; give a CSV file with a date column") from None
+        raise EvenstepError(f"{path} is not UTF-8 text; give a CSV file with a date column") from None
     header = [name.strip() for name in next(rows, [])]
     date, taken = _chosen(path, header, columns)
     times: list[datetime] = []
@@ -63,22 +65,22 @@ def read_csv(path: Path, columns: tuple[str, ...] = (), *, gaps: str = "refuse")
             continue
         if len(row) != len(header):
             raise EvenstepError(
-                f"{path} line {line}: {len(row)} cells where the header has {len(header)}; mend the line"
+                f"{path} line {line}: {len(row)} cells, but the header has {len(header)}; correct the line"
             )
         times.append(_time(path, line, row[date]))
         _check_order(path, line, times, gaps)
         values.append([_number(path, line, header[i], row[i]) for i in taken])
     if len(values) < 2:
-        raise EvenstepError(f"{path} has {len(values)} rows; a series needs many")
+        raise EvenstepError(f"{path} has {len(values)} rows; a series needs at least 2")
     names = tuple(header[i] for i in taken)
     return Series(path.stem, names, np.array(values), hashlib.sha256(data).hexdigest()[:16])
 
 
 def _chosen(path: Path, header: list[str], columns: tuple[str, ...]) -> tuple[int, list[int]]:
-    """Where the date is, and where the columns are that are taken."""
+    """Index of the date column, and indices of the columns to read."""
     if "date" not in header:
         shown = ", ".join(header[:8]) or "nothing"
-        raise EvenstepError(f"{path} line 1: no column 'date' (there are: {shown}); name the column of the dates so")
+        raise EvenstepError(f"{path} line 1: no column 'date' (available: {shown}); rename the column of the dates")
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise EvenstepError(f"{path} line 1: two columns are named '{twice}'; rename one")
@@ -86,10 +88,10 @@ def _chosen(path: Path, header: list[str], columns: tuple[str, ...]) -> tuple[in
     for name in columns:
         if name not in others:
             raise EvenstepError(
-                f"data.columns: {path} has no column '{name}'{nearest(name, others)} (there are: {', '.join(others)})"
+                f"data.columns: {path} has no column '{name}'{nearest(name, others)} (available: {', '.join(others)})"
             )
     if not others:
-        raise EvenstepError(f"{path} line 1: no column beside 'date'; a series needs one")
+        raise EvenstepError(f"{path} line 1: no column besides 'date'; a series needs at least one")
     return header.index("date"), [header.index(name) for name in columns or others]
 
 
@@ -98,7 +100,7 @@ def _time(path: Path, line: int, cell: str) -> datetime:
         return datetime.fromisoformat(cell.strip())
     except ValueError:
         raise EvenstepError(
-            f"{path} line {line}: '{cell}' is no date; write it as 2016-07-01 13:00:00 (ISO 8601)"
+            f"{path} line {line}: '{cell}' is not a date; write it as 2016-07-01 13:00:00 (ISO 8601)"
         ) from None
 
 
@@ -109,14 +111,14 @@ def _check_order(path: Path, line: int, times: list[datetime], gaps: str) -> Non
         step, first = times[-1] - times[-2], times[1] - times[0]
     except TypeError:
         raise EvenstepError(
-            f"{path} line {line}: only some dates have a time zone; give all of them one, or none"
+            f"{path} line {line}: only some dates have a time zone; give one to all dates or to none"
         ) from None
     if step < timedelta(0) or (gaps == "refuse" and not step):
         raise EvenstepError(f"{path} line {line}: {times[-1]} does not come after {times[-2]}; sort the rows by date")
     if gaps == "refuse" and step != first:
         raise EvenstepError(
-            f"{path} line {line}: {times[-1]} is {step} after the row before, the first two are {first} apart; fill "
-            'the gap, or set data.gaps = "allow"'
+            f"{path} line {line}: {times[-1]} is {step} after the previous row, but the first two are {first} apart; "
+            'fill the gap, or set data.gaps = "allow"'
         )
 
 
@@ -126,7 +128,7 @@ def _number(path: Path, line: int, column: str, cell: str) -> float:
     except ValueError:
         value = float("nan")
     if not np.isfinite(value):
-        what = f"'{cell.strip()}' is no finite number" if cell.strip() else "is empty"
+        what = f"'{cell.strip()}' is not a finite number" if cell.strip() else "the cell is empty"
         raise EvenstepError(
             f"{path} line {line}, column '{column}': {what}; fill the gap, or leave the column out of data.columns"
         )
@@ -138,10 +140,10 @@ def _number(path: Path, line: int, column: str, cell: str) -> float:
 
 @dataclass(frozen=True)
 class Windows:
-    """Every stretch of ``lookback + horizon`` rows of a part: the inputs and what is to be forecast.
+    """The windows of a part: every ``lookback`` rows of inputs with the ``horizon`` rows after them as targets.
 
-    ``rows`` [rows, channels] float32 begins ``lookback`` rows before the part itself, except in the training part, so
-    that each row of a validation or test part is forecast.
+    ``rows``, float32 [rows, channels], begins ``lookback`` rows before the part itself (except for the training part),
+    so that each row of a validation or test part is forecast.
     """
 
     rows: Tensor
@@ -152,14 +154,14 @@ class Windows:
         return max(0, len(self.rows) - self.lookback - self.horizon + 1)
 
     def at(self, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """inputs [n, lookback, channels] and targets [n, horizon, channels] of the windows at ``starts`` int64[n]."""
-        found = self.rows.unfold(0, self.lookback + self.horizon, 1)[starts].transpose(1, 2)
-        return found[:, : self.lookback], found[:, self.lookback :]
+        """Inputs [n, lookback, channels] and targets [n, horizon, channels] of the windows at ``starts``, int64 [n]."""
+        windows = self.rows.unfold(0, self.lookback + self.horizon, 1)[starts].transpose(1, 2)
+        return windows[:, : self.lookback], windows[:, self.lookback :]
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All windows in order, each once: the last batch may be smaller, none is dropped."""
-        for some in torch.arange(len(self)).split(size):
-            yield self.at(some)
+        """All windows in order, each once; the last batch may be smaller and is not dropped."""
+        for starts in torch.arange(len(self)).split(size):
+            yield self.at(starts)
 
     def to(self, device: torch.device) -> Windows:
         return Windows(self.rows.to(device), self.lookback, self.horizon)
@@ -173,9 +175,10 @@ class Parts:
 
 
 def split(series: Series, how: str, lookback: int, horizon: int) -> Parts:
-    """The parts of ``series``, each column standardised by the mean and the standard deviation of the training part.
+    """Split ``series`` into parts, each column standardised by its mean and standard deviation in the training part.
 
-    EvenstepError when a part has no window.
+    Raises:
+        EvenstepError: if a part has no window.
     """
     rows = len(series.values)
     sizes = SPLITS[how] or _shares(rows)
@@ -196,7 +199,7 @@ def split(series: Series, how: str, lookback: int, horizon: int) -> Parts:
         if not len(part):
             raise EvenstepError(
                 f"{series.name}: the {name} part of {rows} rows split {how} has fewer than {need} rows, which a "
-                f"lookback of {lookback} and a horizon of {horizon} need; take a shorter one or more data"
+                f"lookback of {lookback} and a horizon of {horizon} need; choose a shorter one or more data"
             )
     return Parts(*parts)
 
@@ -207,10 +210,10 @@ def _shares(rows: int) -> tuple[int, int, int]:
 
 
 def corrupted(inputs: Tensor, share: float, severity: float, generator: torch.Generator | None = None) -> Tensor:
-    """``inputs`` with N(0, severity * max(inputs)) added to each value with probability ``share``; a new tensor.
+    """A copy of ``inputs`` with N(0, severity * max(inputs)) added to each value with probability ``share``.
 
-    The rule of arXiv:2502.17055, Figure 9, by batch: the maximum is that of all values given, and the second argument
-    is read as a standard deviation. The paper says neither.
+    This is the rule of arXiv:2502.17055, Figure 9. The paper does not say over which values the maximum is taken, nor
+    whether the second argument is a variance: here it is the maximum of the batch, and a standard deviation.
     """
     hit = torch.rand(inputs.shape, generator=generator, device=inputs.device) < share
     noise = torch.randn(inputs.shape, generator=generator, device=inputs.device, dtype=inputs.dtype)

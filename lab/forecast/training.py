@@ -1,4 +1,4 @@
-"""One run: a PatchTST trained on a part, the epoch chosen by another, scored once on the third."""
+"""One run: a PatchTST is trained on one part, its best epoch chosen on another, and scored once on the third."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ EVAL_BATCH = 512
 
 
 def work(setting: dict[str, Any], directory: Path, say: Callable[[str], None], csv: str, gaps: str) -> dict[str, Any]:
-    """The results of the run that ``setting`` describes, of the series in the file ``csv``."""
+    """Train the model of ``setting`` on the series in the file ``csv`` and return the results."""
     data, options = setting["data"], setting["optimizer_options"]
     model, training = Model(**setting["model"]), Train(**setting["train"])
     optimizer = Optimizer(setting["optimizer"], **options)
     where = {key: setting[key] for key in ("lr", "horizon", "severity", "share", "seed", "test")}
     parts = split(_series(csv, tuple(data["columns"]), gaps), data["split"], model.lookback, setting["horizon"])
     started = time.process_time()
-    found = train(Cell(optimizer, **where), parts, model, training, torch.device(setting["device"]))
-    return found | {"core_seconds": round(time.process_time() - started, 1)}
+    results = train(Cell(optimizer, **where), parts, model, training, torch.device(setting["device"]))
+    return results | {"core_seconds": round(time.process_time() - started, 1)}
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def _series(csv: str, columns: tuple[str, ...], gaps: str) -> Series:
 
 
 def patchtst(model: Model, channels: int, horizon: int) -> nn.Module:
-    """Channel-independent: one set of weights, each channel forecast from itself alone."""
+    """PatchTST with channel independence: one set of weights, and each channel is forecast from itself alone."""
     try:
         from transformers import PatchTSTConfig, PatchTSTForPrediction
     except ImportError:
@@ -56,11 +56,11 @@ def patchtst(model: Model, channels: int, horizon: int) -> nn.Module:
         num_attention_heads=model.heads,
         d_model=model.width,
         ffn_dim=model.ffn,
-        # The library's names for the authors' dropouts: on positions, on what a sublayer adds, within the ffn.
+        # The library's names of the authors' dropouts: of positions, of sublayer outputs, and within the ffn.
         positional_dropout=model.dropout,
         path_dropout=model.dropout,
         ff_dropout=model.dropout,
-        # The library's defaults differ from the paper in these two.
+        # The library's defaults of these two differ from the paper.
         pre_norm=False,
         pooling_type=None,
     )
@@ -68,10 +68,10 @@ def patchtst(model: Model, channels: int, horizon: int) -> nn.Module:
 
 
 def train(cell: Cell, parts: Parts, model: Model, options: Train, device: torch.device) -> dict[str, Any]:
-    """Trains and gives the results of a run; a loss that is no number ends it, with scores of None.
+    """Train one model and return the results. A loss that is not finite ends the run, with scores of None.
 
-    Validation and test inputs are never corrupted. A seed fixes weights, dropout, order and noise, for all optimizers
-    alike.
+    Validation and test inputs are never corrupted. The seed fixes weights, dropout, order and noise, which are the same
+    for all optimizers.
     """
     torch.manual_seed(cell.seed)
     order = torch.Generator().manual_seed(cell.seed + 1)
@@ -118,7 +118,7 @@ def train(cell: Cell, parts: Parts, model: Model, options: Train, device: torch.
 
 
 def _starts(windows: Windows, options: Train, order: torch.Generator) -> list[Tensor]:
-    """Where the windows of an epoch begin, by batch: a new order each time, the smaller last batch included."""
+    """Start positions of the windows of an epoch by batch, in a new order each time; the last batch may be smaller."""
     drawn = torch.randperm(len(windows), generator=order)
     if options.windows_per_epoch:
         drawn = drawn[: options.windows_per_epoch]
@@ -128,26 +128,26 @@ def _starts(windows: Windows, options: Train, order: torch.Generator) -> list[Te
 def _epoch(
     net: nn.Module, optimizer: Any, starts: list[Tensor], windows: Windows, cell: Cell, noise: torch.Generator
 ) -> tuple[list[float], list[float]]:
-    """Loss and gradient norm (before any clipping) of each step."""
+    """Train for one epoch; returns loss and gradient norm (before any clipping) of each step."""
     net.train()
-    found = []
-    for some in starts:
-        inputs, targets = windows.at(some.to(windows.rows.device))
+    rows = []
+    for batch in starts:
+        inputs, targets = windows.at(batch.to(windows.rows.device))
         if cell.severity:
             inputs = corrupted(inputs, cell.share, cell.severity, noise)
         loss = net(past_values=inputs, future_values=targets).loss
         optimizer.zero_grad()
         loss.backward()
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        found.append(torch.stack([loss.detach(), nn.utils.get_total_norm(gradients)]))
+        rows.append(torch.stack([loss.detach(), nn.utils.get_total_norm(gradients)]))
         optimizer.step()
-    losses, norms = torch.stack(found).T.tolist()
+    losses, norms = torch.stack(rows).T.tolist()
     return losses, norms
 
 
 @torch.no_grad()
 def score(net: nn.Module, windows: Windows) -> dict[str, float]:
-    """Mean squared and mean absolute error over every window, step and channel, of standardised values."""
+    """Mean squared and mean absolute error of standardised values over all windows, steps and channels."""
     net.eval()
     squared, absolute, count = 0.0, 0.0, 0
     for inputs, targets in windows.batches(EVAL_BATCH):

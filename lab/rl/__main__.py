@@ -1,7 +1,7 @@
 """Train the agents of recipes and print a table: ``python -m lab.rl RECIPE.toml``.
 
-A run that STORE/cells.jsonl holds is not repeated; its telemetry goes to OUT/RECIPE/LINE-SEED/metrics.jsonl, of which
-``evenstep report`` makes a page.
+A run that is stored in STORE/cells.jsonl is not repeated. Its telemetry is in OUT/RECIPE/LINE-SEED/metrics.jsonl, which
+``evenstep report`` turns into a page.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ PACKAGES = ("stable_baselines3", "gymnasium", "mujoco", "numpy")
 
 
 def cells(recipe: Recipe, only: Sequence[str] = ()) -> Iterator[Task]:
-    """All runs of a recipe, or those of the lines ``only``, seed by seed so that all lines are there early."""
+    """The runs of a recipe, or of its lines ``only``. Seed by seed, so that every line has a result early."""
     keys = [line.key for line in recipe.lines]
     for key in only:
         if key not in keys:
-            raise EvenstepError(f"--only {key}: no such optimizer{nearest(key, keys)} (there are: {', '.join(keys)})")
+            raise EvenstepError(f"--only {key}: no such optimizer{nearest(key, keys)} (available: {', '.join(keys)})")
     for seed in recipe.seeds:
         for line in recipe.lines:
             if not only or line.key in only:
@@ -54,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("recipes", nargs="+", type=Path, metavar="RECIPE.toml")
     add_options(parser, STORE, OUT, f"; with --smoke {SMALL}")
-    parser.add_argument("--only", action="append", default=[], metavar="LINE", help="this optimizer alone; repeatable")
+    parser.add_argument("--only", action="append", default=[], metavar="LINE", help="this optimizer; may be repeated")
     parser.add_argument("--smoke", action="store_true", help="a miniature of each run, with one seed")
-    parser.add_argument("--quiet", action="store_true", help="the table alone")
+    parser.add_argument("--quiet", action="store_true", help="print the table only")
     args = parser.parse_args(arguments)
     return status(lambda: _run(args))
 

@@ -1,4 +1,4 @@
-"""Tables, verdicts and pictures of stored runs: ``python -m lab.rl.page`` writes docs/results-rl.md."""
+"""The page of the stored runs, with tables, verdicts and pictures: ``python -m lab.rl.page``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lab.rl.recipe import Recipe, load
 RECIPES = Path(__file__).parent / "recipes"
 PAGE = Path("docs/results-rl.md")
 NOTES = "notes.md"
-"""Beside the stored runs: what is to be said of them, put at the head of the page."""
+"""Remarks on the results, in a file beside the stored runs; they come first on the page."""
 
 HEADER = (
     *("optimizer", "final return", "average return", "gradient norm: median, 99 %, largest"),
@@ -28,22 +28,22 @@ HEAD = """\
 
 <!-- Written by `python -m lab.rl.page {store}`. Change the program, not the page. -->
 
-PPO of stable-baselines3 with its optimizer exchanged; [how to run it](reinforcement-learning.md).
+PPO of stable-baselines3 with different optimizers; [how to run it](reinforcement-learning.md).
 
-*Final return*: mean return of the last evaluation's episodes, played by the deterministic policy in environments of
-their own, rewards as the environment gives them. *Average return*: the mean over all evaluations after the first, so
-that early learning counts. Both: mean over seeds ± sample standard deviation.
+*Final return*: mean return of the episodes of the last evaluation, which the deterministic policy plays in separate
+environments, with the environment's own rewards. *Average return*: the mean over all evaluations after the first, so
+that early learning counts. Both are means over seeds ± the sample standard deviation.
 
-*Gradient norm* is that of the whole network, *spike events* are those of `SpikeMonitor` per run (the largest entry of a
-tensor's gradient above 10 times its recent mean), *share of spikes* is its spike rate over 1000 steps: all of the
-gradients that the optimizer was given, after PPO's clipping where there is any.
+*Gradient norm* is that of the whole network. *Spike events* are those of `SpikeMonitor` per run (the largest entry of a
+tensor's gradient is above 10 times its recent mean). *Share of spikes* is its spike rate over 1000 steps. All are of
+the gradients that the optimizer gets, after PPO's clipping if there is any.
 
 {interval} Both returns get a verdict.
 """
 
 
 def results(recipe: Recipe, runs: Sequence[Run]) -> str:
-    """The table of a recipe's runs and the verdicts on its claims, as Markdown."""
+    """The table of a recipe's runs and the verdicts on its claims as Markdown."""
     by_line = grouped(runs, "line")
     rows = [_row(line.label, by_line[line.key]) for line in recipe.lines if line.key in by_line]
     parts = [table(HEADER, rows)]
@@ -83,8 +83,8 @@ def _verdict(better: Sequence[Run], worse: Sequence[Run], key: str) -> str:
 
 
 def write_page(store: Path, page: Path, recipes: Path = RECIPES) -> list[Path]:
-    """``page``, and pictures in a directory of its name; their paths. EvenstepError when nothing is stored, or the
-    recipe of something stored is missing."""
+    """Write ``page``, and its pictures into a directory of the same name; returns all paths. Raises EvenstepError if no
+    run is stored, or if the recipe of a stored run is missing."""
     written, parts = [page], [HEAD.format(store=store, interval=INTERVAL)]
     if (store / NOTES).exists():
         parts.append((store / NOTES).read_text(encoding="utf-8"))
@@ -95,9 +95,9 @@ def write_page(store: Path, page: Path, recipes: Path = RECIPES) -> list[Path]:
         recipe = load(recipes / f"{name}.toml")
         labels = {line.key: line.label for line in recipe.lines}
         lines = {
-            labels.get(key, key): [(r["steps"], r["returns"]) for r in some] for key, some in _ordered(recipe, runs)
+            labels.get(key, key): [(r["steps"], r["returns"]) for r in group] for key, group in _ordered(recipe, runs)
         }
-        counts = sorted({len(some) for _, some in _ordered(recipe, runs)})
+        counts = sorted({len(group) for _, group in _ordered(recipe, runs)})
         seeds = " or ".join(str(count) for count in counts)
         picture = draw_curves(
             page.with_suffix("") / f"{recipe.name}.png",

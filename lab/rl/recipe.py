@@ -1,4 +1,4 @@
-"""A recipe: one environment, the settings of PPO, and the optimizers that it is trained with."""
+"""Recipes: an environment, the options of PPO, and the optimizers with which it is trained."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from torch.optim import Optimizer
 
 from evenstep.baselines import rules, transforms
 from evenstep.baselines.catalog import baseline, check_options
+from evenstep.compare.table import check_keys
 from evenstep.errors import EvenstepError, nearest
 from evenstep.train.config_io import read_toml
 
 OPTIMIZER_KEYS = ("name", "label", "before", "max_grad_norm")
-"""Of ``[optimizer.KEY]``; every other key is an option of the optimizer."""
+"""Keys of ``[optimizer.KEY]``; every other key is an option of the optimizer."""
 
 SET_HERE = ("policy", "env", "learning_rate", "policy_kwargs", "seed", "device", "verbose", "tensorboard_log")
-"""Arguments of PPO that have other places in a recipe, or none."""
+"""Arguments of PPO that a recipe sets elsewhere, or not at all."""
 
 CLAIM_KEYS = {"text", "better", "worse", "paper"}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One optimizer of a recipe, a line of its table.
+    """An optimizer of a recipe, which is a line of its table.
 
-    ``before``: gradient transforms in front of it, as in ``optim.before`` of a pretraining recipe. ``max_grad_norm``
-    replaces PPO's for this line.
+    Args:
+        before: gradient transforms applied before its step, as ``optim.before`` of a pretraining recipe.
+        max_grad_norm: replaces PPO's value for this line.
     """
 
     key: str
@@ -43,9 +45,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Recipe:
-    """``lr_schedule``: ``"constant"``, or ``"linear"`` to 0. ``normalize``: observations by their running mean and
-    spread, rewards by the running spread of returns. ``eval_every``: environment steps between two evaluations, each of
-    ``eval_episodes`` with the deterministic policy. ``source``: what of this is the papers'."""
+    """The contents of a recipe file.
+
+    Args:
+        source: the parts of the recipe that come from a paper.
+        lr_schedule: "constant", or "linear" to 0.
+        normalize: observations by their running mean and deviation, rewards by the running deviation of returns.
+        eval_every: environment steps between two evaluations with the deterministic policy.
+        eval_episodes: episodes of one evaluation.
+    """
 
     name: str
     env: str
@@ -65,17 +73,17 @@ class Recipe:
     claims: tuple[dict[str, str], ...] = ()
 
     def setting(self, line: Line, seed: int) -> dict[str, Any]:
-        """Everything that a run's results depend on."""
+        """Everything that the results of a run depend on."""
         ppo = self.ppo if line.max_grad_norm is None else self.ppo | {"max_grad_norm": line.max_grad_norm}
         names = ("env", "timesteps", "lr", "lr_schedule", "n_envs", "normalize", "eval_every", "eval_episodes")
         optimizer = {"line": line.key, "optimizer": line.name, "before": line.before, "options": line.options}
         shared = {name: getattr(self, name) for name in names}
-        # JSON has no infinity: "inf" stays readable, and means that PPO does not clip.
+        # JSON has no infinity; "inf" means that PPO does not clip.
         written = {key: "inf" if value == float("inf") else value for key, value in ppo.items()}
         return {**shared, "ppo": written, "policy": self.policy, **optimizer, "seed": seed}
 
     def smoke(self) -> Recipe:
-        """A miniature that shows that the machinery works."""
+        """A miniature, which only shows that the program works."""
         ppo = self.ppo | {"n_steps": 32, "batch_size": 32, "n_epochs": 2}
         return replace(
             self, ppo=ppo, timesteps=128, n_envs=2, eval_every=64, eval_episodes=1, seeds=self.seeds[:1]
@@ -84,7 +92,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Build:
-    """Takes the place of an optimizer's class in stable-baselines3: ``Build("adam", before)(parameters, lr=...)``."""
+    """Replaces the class of an optimizer in stable-baselines3: ``Build("adam", before)(parameters, lr=...)``."""
 
     name: str
     before: str = ""
@@ -100,10 +108,10 @@ class Build:
 
 
 def load(path: Path) -> Recipe:
-    """EvenstepError, one line, for what is missing, unknown (with the nearest known name) or of a wrong kind."""
+    """Read a recipe. Raises EvenstepError for a key that is missing, unknown or of the wrong type."""
     tables = read_toml(path)
     known = [f.name for f in fields(Recipe) if f.name not in ("name", "lines")] + ["optimizer"]
-    _check_keys(path, "", tables, known)
+    check_keys(path, "", tables, known)
     for key, what in (("env", "the id of a Gymnasium environment"), ("timesteps", "a number of steps")):
         if key not in tables:
             raise EvenstepError(f"{path}: '{key}' is missing; give {what}")
@@ -112,9 +120,9 @@ def load(path: Path) -> Recipe:
     for key, value in tables.items():
         kind = wanted.get(kinds.get(key, ""), object)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise EvenstepError(f"{path}: {key} = {value!r} is of the wrong kind; give {kinds[key]}")
+            raise EvenstepError(f"{path}: {key} = {value!r} has the wrong type; give {kinds[key]}")
         if kind is int and value < 1:
-            raise EvenstepError(f"{path}: {key} = {value} must be at least 1")
+            raise EvenstepError(f"{path}: {key} = {value} is out of range; give at least 1")
     if tables.get("lr_schedule", "linear") not in ("constant", "linear"):
         raise EvenstepError(f"{path}: lr_schedule = {tables['lr_schedule']!r}; give 'constant' or 'linear'")
     seeds = tables.get("seeds", [0, 1, 2])
@@ -124,18 +132,9 @@ def load(path: Path) -> Recipe:
     _check_arguments(path, tables)
     lines = tuple(_line(path, key, table) for key, table in tables.pop("optimizer", {}).items())
     if not lines:
-        raise EvenstepError(f"{path}: no optimizer; add a table such as [optimizer.adam] with name = 'adam'")
+        raise EvenstepError(f"{path}: there is no optimizer; add a table such as [optimizer.adam] with name = 'adam'")
     claims = tuple(_claim(path, claim, [line.key for line in lines]) for claim in tables.pop("claims", []))
     return Recipe(path.stem, **{**tables, "seeds": tuple(seeds)}, lines=lines, claims=claims)
-
-
-def _check_keys(path: Path, where: str, table: Any, known: Any) -> None:
-    if not isinstance(table, Mapping):
-        raise EvenstepError(f"{path}: {where.rstrip('.')} must be a table")
-    for key in table:
-        if key not in known:
-            allowed = ", ".join(sorted(known))
-            raise EvenstepError(f"{path}: unknown '{where}{key}'{nearest(key, list(known))} (there are: {allowed})")
 
 
 def _check_env(path: Path, name: str) -> None:
@@ -144,7 +143,7 @@ def _check_env(path: Path, name: str) -> None:
     if name not in gymnasium.registry:
         raise EvenstepError(
             f"{path}: unknown env '{name}'{nearest(name, list(gymnasium.registry))}; gymnasium.pprint_registry() "
-            "lists what is installed"
+            "lists the installed ones"
         )
 
 
@@ -158,7 +157,7 @@ def _check_arguments(path: Path, tables: Mapping[str, Any]) -> None:
                                        "optimizer_kwargs")),
     ):  # fmt: skip
         known = [name for name in inspect.signature(cls.__init__).parameters if name not in taken]
-        _check_keys(path, f"{where}.", tables.get(where, {}), known)
+        check_keys(path, where, tables.get(where, {}), known)
 
 
 def _line(path: Path, key: str, table: Any) -> Line:
@@ -168,9 +167,9 @@ def _line(path: Path, key: str, table: Any) -> Line:
     options = {name: value for name, value in table.items() if name not in OPTIMIZER_KEYS}
     try:
         chosen = baseline(own["name"])
-        grouped = chosen.own.keys() & options.keys()  # what the rule reads that makes the groups
+        grouped = chosen.own.keys() & options.keys()  # options of the rule that makes the groups
         if grouped or chosen.rule not in (rules.every, rules.sparse):
-            raise EvenstepError(f"{own['name']} needs groups of its own, and an agent has none; choose another")
+            raise EvenstepError(f"{own['name']} needs parameter groups, and an agent has none; choose another")
         check_options(own["name"], options)
         transforms.build_transforms(own.get("before", ""))
     except EvenstepError as problem:
@@ -179,10 +178,10 @@ def _line(path: Path, key: str, table: Any) -> Line:
 
 
 def _claim(path: Path, claim: Any, lines: list[str]) -> dict[str, str]:
-    _check_keys(path, "claims.", claim, CLAIM_KEYS)
+    check_keys(path, "claims", claim, CLAIM_KEYS)
     for side in ("better", "worse"):
         if claim.get(side) not in lines:
             raise EvenstepError(
-                f"{path}: claims.{side} = {claim.get(side)!r} is no optimizer of this recipe ({', '.join(lines)})"
+                f"{path}: claims.{side} = {claim.get(side)!r} is not an optimizer of this recipe ({', '.join(lines)})"
             )
     return {key: str(claim.get(key, "")) for key in CLAIM_KEYS}

@@ -1,4 +1,4 @@
-"""One run: an agent trained from a seed, evaluated on the way, its gradients watched."""
+"""One run: an agent is trained from a seed, with evaluations and gradient telemetry on the way."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from evenstep.telemetry.schema import Record
 from lab.rl.recipe import Build
 
 EVALUATION_SEED = 10_000
-"""Added to a run's seed for the environments of its evaluations."""
+"""Offset from the seed of a run to the seed of its evaluation environments."""
 
 
 class Evaluation(BaseCallback):
-    """Mean return of episodes with the deterministic policy, at the first rollout after every so many steps, and at the
-    end. Draws no random number of the training's."""
+    """Mean return of the deterministic policy, at the first rollout after every ``every`` steps and at the end. It does
+    not use the random number generators of the training."""
 
     def __init__(self, env: VecEnv, every: int, episodes: int, say: Callable[[str], None]) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Evaluation(BaseCallback):
 
 
 class Norms:
-    """A sink that remembers the gradient norm of every step, and counts events."""
+    """A telemetry sink that keeps the gradient norm of every step and counts events."""
 
     def __init__(self) -> None:
         self.norms: list[float] = []
@@ -77,22 +77,22 @@ class Norms:
             self.events[record["event"]] = self.events.get(record["event"], 0) + 1
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the sink holds no resource."""
 
     def summary(self) -> dict[str, Any]:
         norms = [norm for norm in self.norms if math.isfinite(norm)] or [math.nan]
-        found = dict(zip(("median", "p99", "max"), np.quantile(norms, (0.5, 0.99, 1.0)).tolist(), strict=True))
+        sizes = dict(zip(("median", "p99", "max"), np.quantile(norms, (0.5, 0.99, 1.0)).tolist(), strict=True))
         rate = float(np.mean(self.rates)) if self.rates else math.nan
-        return {"grad_norm": {key: round(v, 5) for key, v in found.items()}, "events": self.events, "spike_rate": rate}
+        return {"grad_norm": {key: round(v, 5) for key, v in sizes.items()}, "events": self.events, "spike_rate": rate}
 
 
 def train(setting: dict[str, Any], directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """The results of one run, as ``Recipe.setting`` describes it; metrics.jsonl goes to ``directory``.
+    """Train the agent of ``Recipe.setting`` and return the results; metrics.jsonl is written to ``directory``.
 
-    ``score`` is the last evaluation's mean return, ``average`` the mean over all after the first, both None when the
-    weights became NaN, and the curve ends there.
+    ``score`` is the mean return of the last evaluation, ``average`` the mean over all evaluations after the first. Both
+    are None if the weights became NaN, where the curve ends.
     """
-    torch.set_num_threads(1)  # networks of this size only lose time on more
+    torch.set_num_threads(1)  # networks of this size are slower on more threads
     logging.getLogger("gymnasium").setLevel(logging.ERROR)
     seed, normalize = setting["seed"], setting["normalize"]
     env = make_vec_env(setting["env"], setting["n_envs"], seed=seed)
@@ -109,7 +109,7 @@ def train(setting: dict[str, Any], directory: Path, say: Callable[[str], None]) 
     diverged = False
     try:
         agent.learn(setting["timesteps"], callback=[telemetry, evaluation])
-    except (ValueError, RuntimeError):  # torch's distributions refuse NaN; unchecked, its sampling does
+    except (ValueError, RuntimeError):  # raised for NaN by torch's distributions, or by its sampling
         diverged = not all(torch.isfinite(p).all() for p in agent.policy.parameters())
         if not diverged:
             raise

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from evenstep.baselines.state_size import state_bytes, tensors_in
-from evenstep.bench.setting import available_memory, transient_bytes
+from evenstep.bench.measure import transient_bytes
+from evenstep.train.hardware import available_memory
 
 CPU = torch.device("cpu")
 

@@ -10,10 +10,9 @@ from bench_support import mini_model
 
 from evenstep import cli
 from evenstep.baselines.catalog import Baseline
-from evenstep.bench import measure, setting, timing
-from evenstep.bench.measure import NUMBERS, Comparison, compare
+from evenstep.bench import measure, timing
+from evenstep.bench.measure import NUMBERS, Comparison, Plan, compare
 from evenstep.bench.registry import KNOWN, REFERENCE, Entry
-from evenstep.bench.setting import Plan
 from evenstep.bench.timing import Sample
 from evenstep.errors import EvenstepError
 
@@ -23,8 +22,8 @@ STABLE = {"optimizer", "ms", "ratio_to_adamw_fused", "state_bytes_per_param", "t
 @pytest.fixture
 def mini(monkeypatch):
     """The name of small shapes; the caches are small too."""
-    monkeypatch.setitem(setting.EXTREMES, "mini", mini_model)
-    for module in (setting, timing):
+    monkeypatch.setitem(measure.EXTREMES, "mini", mini_model)
+    for module in (measure, timing):
         monkeypatch.setattr(module, "last_level_cache", lambda device: 2**16)
     return "mini"
 
@@ -90,7 +89,7 @@ def test_the_json_file_has_the_promised_keys(capsys, tmp_path, mini):
 def test_ratios_bandwidth_and_cost_follow_from_the_times(mini):
     comparison = Comparison(
         Plan(mini, ["scale", REFERENCE], rounds=4),
-        timer=seconds_by({"AdamW": 0.002, "SCALE": 0.001, "Setting": 0.0001}),
+        timer=seconds_by({"AdamW": 0.002, "SCALE": 0.001, "Workload": 0.0001}),
     )
     comparison.run()
     scale, adamw = comparison.rows["scale"], comparison.rows[REFERENCE]
@@ -196,7 +195,7 @@ def test_without_memory_for_all_they_come_in_lots(monkeypatch, mini):
 
     monkeypatch.setattr(measure, "take_turns", recorded)
     rooms = iter([True, False, True, False, True])  # the first alone; then beside a lot and alone by turns
-    monkeypatch.setattr(setting.Setting, "has_room", lambda self: next(rooms, True))
+    monkeypatch.setattr(measure.Workload, "has_room", lambda self: next(rooms, True))
     comparison = Comparison(Plan(mini, ["spam", "scale", "adam", REFERENCE], rounds=2))
     comparison.run()
     assert lots == [["roof", REFERENCE, "spam"], ["roof", REFERENCE, "scale"], ["roof", REFERENCE, "adam"]]
@@ -204,17 +203,17 @@ def test_without_memory_for_all_they_come_in_lots(monkeypatch, mini):
 
 
 def test_shapes_that_do_not_fit_are_refused_up_front_with_what_would(monkeypatch):
-    monkeypatch.setattr(setting, "available_memory", lambda device: 10**10)
+    monkeypatch.setattr(measure, "available_memory", lambda device: 10**10)
     with pytest.raises(EvenstepError, match=r"1b: needs 48.* 10.0 GB are free; 1b:2, 2 of its layers, would fit"):
         Comparison(Plan("1b", [REFERENCE])).run()
-    monkeypatch.setattr(setting, "available_memory", lambda device: 10**6)
+    monkeypatch.setattr(measure, "available_memory", lambda device: 10**6)
     with pytest.raises(EvenstepError, match=r"9m: needs .*choose smaller shapes"):
         Comparison(Plan("9m", [REFERENCE])).run()
 
 
 def test_scaling_leaves_out_what_does_not_fit_and_shows_the_rest(capsys, monkeypatch, tmp_path, mini):
-    free = setting.available_memory(torch.device("cpu"))
-    monkeypatch.setattr(setting, "available_memory", lambda device: min(free, 10**9))
+    free = measure.available_memory(torch.device("cpu"))
+    monkeypatch.setattr(measure, "available_memory", lambda device: min(free, 10**9))
     words = ["--shapes", f"{mini},7b", "--threads", "1,2", "--optimizers", "scale", "--rounds", 2]
     status, out, _ = call(capsys, "scaling", *words, "--json", tmp_path / "s.json", "--plot", tmp_path / "s.png")
     document = json.loads((tmp_path / "s.json").read_text())

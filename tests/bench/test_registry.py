@@ -8,9 +8,8 @@ from bench_support import mini_model
 
 from evenstep.baselines.catalog import Baseline
 from evenstep.bench import registry
-from evenstep.bench.measure import quiet
+from evenstep.bench.measure import PreparedGradients, fill_parameters, outline, quiet
 from evenstep.bench.registry import KNOWN, REFERENCE, SETS, Unavailable, chosen
-from evenstep.bench.setting import PreparedGradients, fill_parameters, outline
 from evenstep.errors import EvenstepError
 
 COMPILED = [name for name, entry in KNOWN.items() if entry.note == "compiled"]

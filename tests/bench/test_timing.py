@@ -27,8 +27,9 @@ def player(name, seconds, turns, **more):
 
 def test_ratios_are_of_the_same_round_so_a_slow_machine_does_not_move_them():
     clock = Clock(slowness=lambda round_: 1 + 10 * (round_ % 3 == 0))
-    reference, other = player("reference", 2.0, 30), player("other", 3.0, 7)
-    take_turns([reference, other], 30, clock, on_round=clock.on_round)
+    reference = player("reference", 2.0, 30, before=clock.on_round)
+    other = player("other", 3.0, 7, before=clock.on_round)
+    take_turns([reference, other], 30, clock)
     assert paired_ratio(other.samples, reference.samples) == pytest.approx((1.5, 1.5, 1.5))
     assert len(reference.samples) == 30 and max(s.wall for s in reference.samples.values()) == 22.0
 

@@ -73,10 +73,10 @@ MISTAKES = [
     (("factor", "faktor"), "unknown key 'row.spam.faktor'"),
     (('rows = ["adam", "spam"]', 'rows = ["adm"]'), "row 'adm'; did you mean 'adam'"),
     (('precisions = ["high"]', 'precisions = ["hihg"]'), "precision 'hihg'; did you mean 'high'"),
-    (('than = "adam/high"', 'than = "adam/hgih"'), "'adam/hgih' is no line of this table; did you mean 'adam/high'"),
+    (('than = "adam/high"', 'than = "adam/hgih"'), "'adam/hgih' is not a line of this table; did you mean 'adam/high'"),
     (('name = "adam"', 'name = "adamm"'), "adam/high/tiny: optim.name: 'adamm'"),
     (('sizes = ["tiny"]', "sizes = []"), "grid.sizes is missing or empty"),
-    (("tokens = 4000", ""), "how many tokens for size tiny"),
+    (("tokens = 4000", ""), "size tiny has no budget"),
 ]
 
 

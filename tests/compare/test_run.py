@@ -188,7 +188,7 @@ def test_a_hopeless_process_is_stopped_and_remembered(tmp_path, corpus):
     assert [runner.engine.poll(runner.running[cell.name][1]) for cell in (good, bad)] == [False, True]
     runner._ended(bad.name)
     assert runner.outcomes[bad.name].status == HOPELESS and runner.outcomes[bad.name].tokens == 128
-    assert Pool(tmp_path / "cells").outcome(bad).status == HOPELESS
+    assert bad.outcome(Pool(tmp_path / "cells")).status == HOPELESS
     assert plan.best_rate(plan.groups[0], runner.outcomes) is None  # the other one is not done
 
 

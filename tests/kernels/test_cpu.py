@@ -480,7 +480,7 @@ def test_without_kernels_the_plain_code_serves_and_says_so():
             StableSPAM([p], fused=True)
         except ValueError as problem:
             print(problem)
-        from evenstep.kernels.doctor import print_diagnosis
+        from evenstep.bench.doctor import print_diagnosis
         print_diagnosis()
         """,
         EVENSTEP_CPU_KERNELS="none",
@@ -512,7 +512,7 @@ def test_a_forked_worker_can_step_after_its_parent_has():
 
 
 def test_doctor_says_what_serves():
-    from evenstep.kernels.doctor import diagnosis
+    from evenstep.bench.doctor import diagnosis
 
     found = dict(diagnosis())
     assert found["cpu kernels"] == f"used ({KERNELS.name})"

@@ -44,7 +44,7 @@ def test_a_run_that_fails_or_is_of_another_setting_is_not_taken_for_this_one(tmp
         once(tmp_path, SETTING | {"fails": True}, "adam-0")
     assert not (tmp_path / "store").exists()
     once(tmp_path, SETTING, "adam-0")
-    with pytest.raises(EvenstepError, match=r"adam-0 is of another setting \(lr, steps\)"):
+    with pytest.raises(EvenstepError, match=r"adam-0 has another setting \(lr, steps\)"):
         once(tmp_path, SETTING | {"lr": 1e-3, "steps": 5}, "adam-0")
     shutil.rmtree(tmp_path / "store")  # what is left of the other setting's run is not taken either
     assert once(tmp_path, SETTING | {"lr": 1e-3}, "adam-0")["setting"]["lr"] == 1e-3

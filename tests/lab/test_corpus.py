@@ -109,7 +109,7 @@ def test_no_more_than_asked_for(tmp_path, debs):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda debs: [path.unlink() for path in debs.iterdir()], "no text came from tales"),
+        (lambda debs: [path.unlink() for path in debs.iterdir()], "no text in tales"),
         (lambda debs: next(debs.iterdir()).write_bytes(b"no package"), "cannot be unpacked"),
     ],
 )
@@ -127,7 +127,7 @@ def test_a_failure_says_so_and_leaves_an_earlier_corpus(tmp_path, debs, break_it
 def test_elsewhere_than_on_debian_it_says_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert main([str(tmp_path / "out")]) == 2
-    assert "dpkg-deb is not here" in capsys.readouterr().err
+    assert "dpkg-deb is not installed" in capsys.readouterr().err
 
 
 def test_it_is_a_program():

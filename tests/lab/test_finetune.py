@@ -19,7 +19,7 @@ def test_reasoning_runs_in_miniature_and_makes_its_page(tmp_path, monkeypatch):
     monkeypatch.setenv("EVENSTEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(finetune.tempfile, "tempdir", str(tmp_path))
     store = tmp_path / "store"
-    finetune.made.cache_clear()
+    finetune.prepared.cache_clear()
     finetune.main(["reasoning", "--smoke", "--store", str(store), "--out", str(tmp_path / "out")])
     assert len(stored(store)) == len(finetune.OPTIMIZERS)
     write_page(store, tmp_path / "page.md")

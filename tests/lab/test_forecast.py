@@ -59,14 +59,14 @@ GOOD = "date,a,b\n2020-01-01,1,2\n2020-01-02,3,4\n"
     ("text", "said"),
     [
         ("", "line 1: no column 'date'"),
-        ("time,a\n2020-01-01,1\n", r"line 1: no column 'date' \(there are: time, a\)"),
-        ("date\n2020-01-01\n", "line 1: no column beside 'date'"),
+        ("time,a\n2020-01-01,1\n", r"line 1: no column 'date' \(available: time, a\)"),
+        ("date\n2020-01-01\n", "line 1: no column besides 'date'"),
         ("date,a,a\n", "line 1: two columns are named 'a'"),
-        (GOOD + "2020-01-03,5\n", "line 4: 2 cells where the header has 3"),
-        (GOOD + "2020-01-03,5,high\n", "line 4, column 'b': 'high' is no finite number"),
-        (GOOD + "2020-01-03,,6\n", "line 4, column 'a': is empty"),
-        (GOOD + "2020-01-03,5,nan\n", "line 4, column 'b': 'nan' is no finite number"),
-        (GOOD + "03.01.2020,5,6\n", "line 4: '03.01.2020' is no date"),
+        (GOOD + "2020-01-03,5\n", "line 4: 2 cells, but the header has 3"),
+        (GOOD + "2020-01-03,5,high\n", "line 4, column 'b': 'high' is not a finite number"),
+        (GOOD + "2020-01-03,,6\n", "line 4, column 'a': the cell is empty"),
+        (GOOD + "2020-01-03,5,nan\n", "line 4, column 'b': 'nan' is not a finite number"),
+        (GOOD + "03.01.2020,5,6\n", "line 4: '03.01.2020' is not a date"),
         (GOOD + "2020-01-03T00:00:00Z,5,6\n", "line 4: only some dates have a time zone"),
         (GOOD + "2020-01-02,5,6\n", "line 4: .* does not come after"),
         (GOOD + "2019-01-02,5,6\n", "line 4: .* does not come after"),
@@ -83,12 +83,12 @@ def test_a_file_that_is_no_even_series_is_refused_in_one_line_that_names_the_pla
 def test_columns_are_chosen_by_name_and_gaps_allowed_on_request(tmp_path):
     path = csv(tmp_path, "b,date,a\n1,2020-01-01,x\n2,2020-01-02,y\n3,2020-01-05,z\n")
     assert read_csv(path, ("b",), gaps="allow").values.tolist() == [[1], [2], [3]]
-    with pytest.raises(EvenstepError, match=r"no column 'c' \(there are: b, a\)"):
+    with pytest.raises(EvenstepError, match=r"no column 'c' \(available: b, a\)"):
         read_csv(path, ("c",))
     with pytest.raises(EvenstepError, match="cannot be read"):
         read_csv(tmp_path / "none.csv")
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(EvenstepError, match="no UTF-8"):
+    with pytest.raises(EvenstepError, match="not UTF-8"):
         read_csv(path)
 
 
@@ -305,9 +305,9 @@ test = false
     ("old", "new", "said"),
     [
         ("[model]", "[modle]", "unknown key 'modle'; did you mean 'model'"),
-        ("stride = 4", "strid = 4", "model: unknown key 'strid'; did you mean 'stride'"),
-        ("stride = 4", "stride = 4.5", "model.stride: 4.5 is no int"),
-        ("stride = 4", "stride = 0", "model.stride=0 is not above 0"),
+        ("stride = 4", "strid = 4", "unknown key 'model.strid'; did you mean 'stride'"),
+        ("stride = 4", "stride = 4.5", "model.stride: 4.5 has the wrong type; give a value of type int"),
+        ("stride = 4", "stride = 0", "model.stride=0 is out of range; it must be above 0"),
         ("heads = 2", "heads = 3", "a width that heads divide"),
         ('csv = "waves.csv"', "", "data.csv is missing"),
         ('csv = "waves.csv"', 'csv = "waves.csv"\nsplit = "80/20"', "unknown split '80/20'"),
@@ -315,10 +315,14 @@ test = false
         ("gamma1 = 0.85", "gama1 = 0.85", "stable_spam has no such hyperparameter"),
         ('before = "norm_clip"', 'before = "norm_clip(norm=1)"', "norm_clip has no argument 'norm'"),
         ('optimizers = ["adam", "stable-spam"]', 'optimizers = ["adams"]', "no optimizer 'adams'; did you mean 'adam'"),
-        ("severities = [0, 5]", 'severities = "0"', "grid.severities: '0' is no list"),
+        (
+            "severities = [0, 5]",
+            'severities = "0"',
+            "grid.severities: '0' has the wrong type; give a value of type list",
+        ),
         ("severities = [0, 5]", "severities = [-1]", "severities of at least 0"),
-        ("seeds = [0, 1]", "seeds = []", "may not be empty"),
-        ("[[grid]]", "[[grid", "is no TOML"),
+        ("seeds = [0, 1]", "seeds = []", "must not be empty"),
+        ("[[grid]]", "[[grid", "not valid TOML"),
     ],
 )
 def test_a_recipe_that_is_wrong_is_refused_in_one_line(tmp_path, old, new, said):
@@ -448,7 +452,7 @@ def test_weather_and_electricity_are_written_as_files_that_can_be_read(tmp_path,
 
     (tmp_path / "pvlib" / "data" / "723170TYA.CSV").write_text("one line\n")
     assert main(["prepare", "weather", "--out", str(tmp_path / "no.csv")]) == 2
-    assert "holds no weather as this program knows it" in capsys.readouterr().err
+    assert "files of weather in the installed pvlib have another format" in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch, tmp_path):

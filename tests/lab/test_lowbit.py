@@ -108,7 +108,7 @@ def test_finished_and_diverged_runs_are_stored_and_become_a_page(tmp_path, capsy
     (pool.run(good) / "summary.json").write_text(json.dumps(summary))
     pool.settle(diverged, "error: the loss is nan at step 7, training stopped; ...")
     for cell in (good, diverged):
-        store.keep(cell.name, pool.outcome(cell))
+        store.keep(cell.name, cell.outcome(pool))
     assert Store(tmp_path / "store").outcomes[diverged.name].status == DIVERGED
     page = tmp_path / "results-lowbit.md"
     assert lowbit.main(["page", "--store", str(tmp_path / "store"), "--page", str(page)]) == 0

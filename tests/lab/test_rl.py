@@ -140,20 +140,20 @@ def test_build_stands_for_an_optimizers_class():
 
 WRONG = {
     'env = "CartPol-v1"': "unknown env 'CartPol-v1'; did you mean 'CartPole-v1'?",
-    "steps = 5": "unknown 'steps'",
-    'timesteps = "many"': "timesteps = 'many' is of the wrong kind; give int",
-    "n_envs = 0": "n_envs = 0 must be at least 1",
+    "steps = 5": "unknown key 'steps'",
+    'timesteps = "many"': "timesteps = 'many' has the wrong type; give int",
+    "n_envs = 0": "n_envs = 0 is out of range; give at least 1",
     'lr_schedule = "cosine"': "lr_schedule = 'cosine'; give 'constant' or 'linear'",
     'seeds = ["a"]': "seeds = ['a']; give a list of whole numbers",
-    "ppo = {n_step = 3}": "unknown 'ppo.n_step'; did you mean 'n_steps'?",
-    "policy = {net = 3}": "unknown 'policy.net'",
+    "ppo = {n_step = 3}": "unknown key 'ppo.n_step'; did you mean 'n_steps'?",
+    "policy = {net = 3}": "unknown key 'policy.net'",
     "optimizer = {}": "no optimizer; add a table such as [optimizer.adam]",
     "optimizer = {x = {}}": "[optimizer.x] needs a name",
     'optimizer = {x = {name = "adan"}}': "unknown optimizer 'adan'; did you mean",
     'optimizer = {x = {name = "spam", thresold = 1}}': "spam has no such hyperparameter; did you mean 'threshold'?",
-    'optimizer = {x = {name = "scale"}}': "scale needs groups of its own",
+    'optimizer = {x = {name = "scale"}}': "scale needs parameter groups",
     'optimizer = {x = {name = "adam", before = "adagm"}}': "unknown transform 'adagm'; did you mean 'adagn'?",
-    'claims = [{better = "x", worse = "adam"}]': "claims.better = 'x' is no optimizer of this recipe (adam)",
+    'claims = [{better = "x", worse = "adam"}]': "claims.better = 'x' is not an optimizer of this recipe (adam)",
 }
 
 

@@ -51,7 +51,7 @@ def test_a_spike_stays_longest_in_adam():
     "options, message",
     [
         ({"models": ["llama-9"]}, "llama-9m"),
-        ({"models": [""]}, "is no model"),
+        ({"models": [""]}, "is not a model"),
         ({"steps": 50}, "--steps 50"),
         ({"samples": 0}, "--samples 0"),
     ],
