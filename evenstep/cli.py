@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from evenstep import __version__
 from evenstep.baselines.commands import add_optimizers
 from evenstep.bench.commands import add_bench
 from evenstep.compare.commands import add_compare
@@ -28,6 +27,7 @@ from evenstep.train.checkpoint import reason_of
 from evenstep.train.commands import print_config
 from evenstep.train.config import Config, SampleConfig, checked, options
 from evenstep.train.flags import add_flags, chosen, declared
+from evenstep.version import __version__
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
 

@@ -1,4 +1,4 @@
-"""The one exception that the command line turns into a single line of text."""
+"""`EvenstepError`, the exception that the command line turns into a single line of text, and parts of such lines."""
 
 
 class EvenstepError(ValueError):
@@ -16,3 +16,8 @@ def nearest(given: str, allowed: "list[str] | tuple[str, ...]") -> str:
     others = {name.lstrip("-"): name for name in allowed if name != given}
     close = difflib.get_close_matches(given.lstrip("-"), others, n=1, cutoff=0.6)
     return f"; did you mean '{others[close[0]]}'?" if close else ""
+
+
+def first_line(problem: BaseException) -> str:
+    """The first line of the message of an exception, or the name of its type where the message is empty."""
+    return next(iter(str(problem).splitlines()), "") or type(problem).__name__

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from evenstep.baselines import rules
 from evenstep.baselines.rules import Request, Rule
-from evenstep.errors import EvenstepError, nearest
+from evenstep.errors import EvenstepError, first_line, nearest
+from evenstep.version import __version__
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -67,8 +68,6 @@ class Baseline:
     def version(self) -> str | None:
         """The installed version of the package, None when it is not installed."""
         if self.package == "evenstep":
-            from evenstep import __version__
-
             return __version__
         try:
             return importlib.metadata.version(self.package)
@@ -91,8 +90,9 @@ class Baseline:
                 f"pip install {how}"
             ) from None
         except (AttributeError, ImportError) as problem:
-            first = next(iter(str(problem).splitlines()), type(problem).__name__)
-            raise EvenstepError(f"{self.home} cannot be loaded: {first}; give package.module:Class") from None
+            raise EvenstepError(
+                f"{self.home} cannot be loaded: {first_line(problem)}; give package.module:Class"
+            ) from None
 
     def hyperparameters(self) -> dict[str, Any]:
         """The keys of ``optim`` beside lr and weight_decay, with defaults (``inspect.Parameter.empty`` for none)."""

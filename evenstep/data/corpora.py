@@ -22,7 +22,7 @@ from typing import Any
 from evenstep.data.containers import ARCHIVE, suffixes
 from evenstep.data.formats import KINDS, Document, fields_of, is_known, no_such_field, read_documents, text_of
 from evenstep.data.left_out import BadInput, LeftOut, printable
-from evenstep.errors import EvenstepError, nearest
+from evenstep.errors import EvenstepError, first_line, nearest
 
 
 @dataclass(frozen=True)
@@ -293,10 +293,6 @@ def text(rest: str, options: Options) -> Corpus:
 _HUB_TIMEOUT = 10.0  # seconds; without a network the client of the hub would retry for minutes
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _open_hub(name: str, config: str | None, fields: tuple[str, ...], local: bool) -> Any:
     try:
         import datasets
@@ -309,7 +305,7 @@ def _open_hub(name: str, config: str | None, fields: tuple[str, ...], local: boo
         splits = datasets.load_dataset(name, config, streaming=True)
     except Exception as error:  # the library raises dozens of unrelated types
         where = "the folder" if local else "the name and the network, or give local files (text:GLOB, hf:DIRECTORY)"
-        raise EvenstepError(f"cannot open the dataset '{name}': {_first_line(error)}; check {where}") from error
+        raise EvenstepError(f"cannot open the dataset '{name}': {first_line(error)}; check {where}") from error
     if "train" not in splits:
         raise EvenstepError(f"the dataset '{name}' has no split 'train'; it has {', '.join(splits)}")
     rows = splits["train"]
@@ -341,7 +337,7 @@ def hub(rest: str, options: Options) -> Corpus:
             except StopIteration:
                 return
             except Exception as error:
-                raise EvenstepError(f"reading the dataset '{name}' failed: {_first_line(error)}; run again") from error
+                raise EvenstepError(f"reading the dataset '{name}' failed: {first_line(error)}; run again") from error
             try:
                 document = text_of(row, fields, f"the dataset '{name}'")
             except BadInput as error:

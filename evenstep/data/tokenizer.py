@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from evenstep.errors import EvenstepError
+from evenstep.errors import EvenstepError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
@@ -241,7 +241,7 @@ def _native(what: str) -> Iterator[None]:
     except (EvenstepError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise EvenstepError(f"{what}: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
+        raise EvenstepError(f"{what}: {first_line(error)}") from error
 
 
 def _tokenizers() -> Any:

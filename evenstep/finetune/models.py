@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evenstep.errors import EvenstepError
+from evenstep.errors import EvenstepError, first_line
 from evenstep.finetune.config import FineTuneConfig
 from evenstep.finetune.examples import Example
 from evenstep.models.ops import document_mask
@@ -405,8 +405,7 @@ def load_hub(folder: Path, labels: Sequence[str], dtype: torch.dtype | str) -> t
         try:
             net, report = kind.from_pretrained(folder, output_loading_info=True, **options)
         except Exception as problem:  # whatever its parsers raise
-            first = next(iter(str(problem).splitlines()), type(problem).__name__)
-            raise EvenstepError(f"transformers cannot open {folder}: {first}") from None
+            raise EvenstepError(f"transformers cannot open {folder}: {first_line(problem)}") from None
     new = sorted(report["missing_keys"])
     if new and not labels:
         raise EvenstepError(f"{folder} lacks {new[0]} of a {type(net).__name__}; it is another model")
@@ -424,8 +423,7 @@ def _check_writes(folder: Path, transformers: Any) -> None:
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         except Exception as problem:  # whatever its parsers raise
-            first = next(iter(str(problem).splitlines()), type(problem).__name__)
-            raise EvenstepError(f"transformers cannot open {folder}: {first}") from None
+            raise EvenstepError(f"transformers cannot open {folder}: {first_line(problem)}") from None
     if getattr(config, "is_encoder_decoder", False):
         raise EvenstepError(
             f"{folder} is an encoder-decoder ({config.model_type}), which writes from another text; {_CLASSIFIES}"
@@ -440,8 +438,7 @@ def _check_causal(net: Any, folder: Path) -> None:
     try:
         leaks = sees_later_tokens(net.eval())
     except Exception as problem:  # whatever a model raises that wants more than tokens
-        first = next(iter(str(problem).splitlines()), type(problem).__name__)
-        raise EvenstepError(f"{folder}: {name} does not run on a row of tokens alone: {first}") from None
+        raise EvenstepError(f"{folder}: {name} does not run on a row of tokens alone: {first_line(problem)}") from None
     finally:
         net.train(was_training)
     if leaks:
@@ -476,8 +473,7 @@ def add_lora(model: Any, config: FineTuneConfig, labels: Sequence[str]) -> None:
     try:
         adapted = get_peft_model(net, lora)
     except ValueError as problem:
-        first = next(iter(str(problem).splitlines()), "")
-        raise EvenstepError(f"tune.targets {tune.targets}: {first}") from None
+        raise EvenstepError(f"tune.targets {tune.targets}: {first_line(problem)}") from None
     object.__setattr__(model, "adapted", adapted)
 
 

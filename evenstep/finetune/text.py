@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from evenstep.data import Tokenizer, load_tokenizer
-from evenstep.errors import EvenstepError
+from evenstep.errors import EvenstepError, first_line
 from evenstep.finetune.examples import Example
 
 Part = tuple[str, bool]
@@ -91,8 +91,7 @@ class HubText(Text):
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as problem:  # whatever its parsers raise
-            first = next(iter(str(problem).splitlines()), type(problem).__name__)
-            raise EvenstepError(f"transformers finds no tokenizer in {folder}: {first}") from None
+            raise EvenstepError(f"transformers finds no tokenizer in {folder}: {first_line(problem)}") from None
         tokenizer = self.tokenizer
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if eos is None:
@@ -182,8 +181,9 @@ class HubText(Text):
         try:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **given))
         except Exception as problem:  # jinja's own
-            first = next(iter(str(problem).splitlines()), type(problem).__name__)
-            raise EvenstepError(f"{example.where}: the tokenizer's chat template refuses it: {first}") from None
+            raise EvenstepError(
+                f"{example.where}: the tokenizer's chat template refuses it: {first_line(problem)}"
+            ) from None
 
     def whole(self, text: str, most: int) -> list[int]:
         found = self.tokenizer(text, truncation=True, max_length=most, split_special_tokens=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from evenstep import __version__
 from evenstep.errors import EvenstepError
+from evenstep.version import __version__
 
 # Dense peak in FLOP/s without sparsity, (fp32, bf16), from NVIDIA's data sheets; a GPU that is not listed gets no MFU.
 _PEAKS = {

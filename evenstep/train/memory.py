@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from evenstep.baselines.catalog import baseline
-from evenstep.errors import EvenstepError
+from evenstep.errors import EvenstepError, first_line
 from evenstep.models import Llama, LlamaConfig
 from evenstep.optim.distributed import plain_parts
 from evenstep.train.config import Config
@@ -157,10 +157,9 @@ def dry_run(config: Config, shape: LlamaConfig, grid: Grid, *, blocks: int = 1) 
                     p.grad = torch.zeros_like(p)
                 optimizer.step()
         except Exception as problem:  # whatever an optimizer raises that needs a real device
-            first = next(iter(str(problem).splitlines()), type(problem).__name__)
             raise EvenstepError(
-                f"optim.name {config.optim.name}: the size of its state is not known before it runs ({first}); plan "
-                "with another optimizer"
+                f"optim.name {config.optim.name}: the size of its state is not known before it runs "
+                f"({first_line(problem)}); plan with another optimizer"
             ) from problem
         parameters = state = 0
         for name, p in model.named_parameters():

@@ -14,7 +14,7 @@ import torch
 
 from evenstep.baselines.catalog import baseline, check_options
 from evenstep.baselines.transforms import add_transforms, build_transforms
-from evenstep.errors import EvenstepError
+from evenstep.errors import EvenstepError, first_line
 from evenstep.train.config import BaseConfig, ScheduleConfig
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     except EvenstepError:
         raise
     except (ValueError, TypeError) as problem:
-        first = next(iter(str(problem).splitlines()), type(problem).__name__)
-        raise EvenstepError(f"optim: {config.name} refuses its options: {first}") from problem
+        raise EvenstepError(f"optim: {config.name} refuses its options: {first_line(problem)}") from problem
     return add_transforms(optimizer, config.before)
 
 
