@@ -10,7 +10,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +25,7 @@ from evenstep.telemetry.commands import add_commands as add_telemetry
 from evenstep.train import commands as train_commands
 from evenstep.train.checkpoint import reason_of
 from evenstep.train.commands import print_config
-from evenstep.train.config import Config, SampleConfig, checked, options
+from evenstep.train.config import CHOICES, Config, SampleConfig, checked, kinds, options
 from evenstep.train.flags import add_flags, chosen, declared
 from evenstep.version import __version__
 
@@ -125,9 +125,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
     finetune_commands.add_commands(commands, debug)
     train_commands.add_commands(commands, debug)
 
-    completion = commands.add_parser("completion", parents=[debug], help="print shell completion", allow_abbrev=False)
-    completion.add_argument("shell", metavar="SHELL", help="bash, zsh, tcsh, fish or powershell")
-    completion.set_defaults(run_command=_completion)
+    shells = commands.add_parser("completion", parents=[debug], help="print shell completion", allow_abbrev=False)
+    shells.add_argument("shell", metavar="SHELL", help="bash, zsh, tcsh, fish or powershell")
+    shells.set_defaults(run_command=_completion)
 
     doctor = commands.add_parser(
         "doctor", parents=[debug], help="show which kernels serve which device, and why not", allow_abbrev=False
@@ -172,9 +172,51 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _completion(args: argparse.Namespace) -> None:
-    from evenstep.completion import script
+    print(completion(*build_parser(), args.shell))
 
-    print(script(*build_parser(), args.shell))
+
+def completion(parser: argparse.ArgumentParser, commands: Any, shell: str) -> str:
+    """The completion of ``parser`` for ``shell``, with the values of its options; ``commands`` is the action that holds
+    the parsers of its commands. EvenstepError without shtab, and for a shell it does not know.
+
+    It changes the parser, which must not parse after that: argparse would check the choices itself, without the
+    suggestion of what was meant.
+    """
+    try:
+        import shtab
+    except ImportError:
+        raise EvenstepError("completion needs the package shtab; pip install 'evenstep[train]'") from None
+    if shell not in shtab.SUPPORTED_SHELLS:
+        names = ", ".join(shtab.SUPPORTED_SHELLS)
+        raise EvenstepError(f"no completion for '{shell}'{nearest(shell, shtab.SUPPORTED_SHELLS)}; give {names}")
+    directories = (
+        "run", "runs", "directory", "resume", "out", "store", "stored", "data.cache_dir", "model.init", "model.path",
+        "tuned",
+    )  # fmt: skip
+    files = ("recipe", "tables", "data.tokenizer", "json", "plot", "data", "data.file", "data.template")
+    paths = dict.fromkeys(directories, shtab.DIRECTORY) | dict.fromkeys(files, shtab.FILE)
+    known = options(FineTuneConfig) | options()
+    choices = {key: field.metadata["choices"] for key, (field, _) in known.items()} | {
+        "mode": tuple(finetune_commands.MODES)
+    }
+    choices |= {key: ("true", "false") for key, (_, hint) in known.items() if bool in kinds(hint)}
+    choices |= {f"optim.{name}": values for name, values in CHOICES.items()} | {"shell": shtab.SUPPORTED_SHELLS}
+    for action in _actions(commands):
+        if action.dest in paths:
+            action.complete = paths[action.dest]
+        elif choices.get(action.dest) and action.nargs != 0:
+            action.choices = choices[action.dest]
+    return shtab.complete(parser, shell)
+
+
+def _actions(commands: Any) -> Iterator[Any]:
+    """The options of every command, and of the commands that a command has."""
+    for command in commands.choices.values():
+        for action in command._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                yield from _actions(action)
+            else:
+                yield action
 
 
 def _doctor(args: argparse.Namespace) -> None:

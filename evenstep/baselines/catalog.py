@@ -157,17 +157,17 @@ BASELINES: dict[str, Baseline] = {
     ),
     "galore": Baseline(f"{_PO}:GaLore", _PO, "arXiv:2403.03507", rule=rules.projected, own=_GALORE, pickled=_PROJECTOR),
     "fira": Baseline(f"{_PO}:Fira", _PO, "arXiv:2410.01623", rule=rules.projected, own=_GALORE, pickled=_PROJECTOR),
-    "apollo": Baseline("evenstep.baselines.apollo:APOLLO", paper="arXiv:2412.05270", rule=rules.ranked),
+    "apollo": Baseline("evenstep.baselines.low_rank:APOLLO", paper="arXiv:2412.05270", rule=rules.ranked),
     "apollo_mini": Baseline(
-        "evenstep.baselines.apollo:APOLLO", paper="arXiv:2412.05270", rule=rules.ranked,
+        "evenstep.baselines.low_rank:APOLLO", paper="arXiv:2412.05270", rule=rules.ranked,
         chosen={"rank": 1, "scale_type": "tensor", "scale": 128.0}, note="rank 1, one factor a tensor",
     ),
     "peer_apollo": Baseline(
         f"{_PO}:APOLLO", _PO, "arXiv:2412.05270", rule=rules.projected, chosen={"scale_type": "channel"},
         own={**_GALORE, "scale": 1.0}, pickled=_PROJECTOR, note="its steps are of rank r, the paper's are not",
     ),
-    "lora": Baseline("evenstep.baselines.adapters:LoRA", paper="arXiv:2106.09685", rule=rules.ranked),
-    "relora": Baseline("evenstep.baselines.adapters:ReLoRA", paper="arXiv:2307.05695", rule=rules.ranked),
+    "lora": Baseline("evenstep.baselines.low_rank:LoRA", paper="arXiv:2106.09685", rule=rules.ranked),
+    "relora": Baseline("evenstep.baselines.low_rank:ReLoRA", paper="arXiv:2307.05695", rule=rules.ranked),
     "peer_spam": Baseline(
         f"{_PO}:SPAM", _PO, "arXiv:2501.06842", note="zeroes entries without a history, as the official code does"
     ),

@@ -85,7 +85,7 @@ def _runs(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from evenstep.train.plan_report import plan
+    from evenstep.train.plan import plan
 
     plan(
         args.recipe,
