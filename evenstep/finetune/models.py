@@ -28,7 +28,7 @@ from evenstep.optim.groups import HEADS
 from evenstep.train import weights
 from evenstep.train.checkpoint import MANIFEST
 from evenstep.train.hardware import pick_device
-from evenstep.train.weights import load_model
+from evenstep.train.weights import check_positions, load_model
 
 # ---- evenstep.json ----
 
@@ -356,11 +356,7 @@ def _ours(config: FineTuneConfig, source: Source, labels: Sequence[str]) -> Any:
             "classifier, or write the label as an answer (prompt, response)"
         )
     model = load_model(source.folder)
-    if config.train.seq_len > model.config.max_seq_len:
-        raise EvenstepError(
-            f"train.seq_len {config.train.seq_len} is longer than the {model.config.max_seq_len} positions of the "
-            f"model of {source.folder}; give at most that"
-        )
+    check_positions(config.train.seq_len, model.config.max_seq_len, source.folder)
     model.activation_checkpointing = config.train.activation_checkpointing
     return model
 
@@ -376,11 +372,8 @@ def _hub(
     if new:
         say(f"new weights, drawn from seed {config.seed}: {', '.join(new)}")
     longest = positions_of(net)
-    if longest and config.train.seq_len > longest:
-        raise EvenstepError(
-            f"train.seq_len {config.train.seq_len} is longer than the {longest} positions of {source.folder}; "
-            "give at most that"
-        )
+    if longest:
+        check_positions(config.train.seq_len, longest, source.folder)
     if config.train.activation_checkpointing:
         net.gradient_checkpointing_enable({"use_reentrant": False})
     return HubClassifier(net) if labels else HubCausal(net)

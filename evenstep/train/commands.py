@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from evenstep.errors import EvenstepError
 from evenstep.train.config import Config
-from evenstep.train.config_io import build, check_changes, read_toml, to_toml
+from evenstep.train.config_io import build, check_changes, config_file, read_toml, to_toml
 
 PLAN = """\
 Say what RECIPE.toml needs on so many GPUs before anything is started: memory of each process, bytes on the wire in a
@@ -121,9 +120,7 @@ def print_config(config: Any, directory: Path | None) -> None:
 
     try_optimizer(config.optim)
     if directory is not None:
-        if not (directory / "config.toml").is_file():
-            raise EvenstepError(f"{directory} is not a run: it has no config.toml; evenstep runs lists runs")
-        check_changes(directory, config, build(read_toml(directory / "config.toml"), type(config)))
+        check_changes(directory, config, build(read_toml(config_file(directory)), type(config)))
     if isinstance(config, Config) and config.model.init:
         with_shape_of(config, find_source(Path(config.model.init), lambda _: None))
     print(to_toml(config), end="")

@@ -100,6 +100,14 @@ def read_toml(path: Path) -> Tables:
         raise EvenstepError(f"{path}: not valid TOML: {problem}") from None
 
 
+def config_file(directory: Path) -> Path:
+    """The file with the configuration of the run in ``directory``. EvenstepError when ``directory`` is not a run."""
+    path = directory / "config.toml"
+    if not path.is_file():
+        raise EvenstepError(f"{directory} is not a run: it has no config.toml; 'evenstep runs' lists runs")
+    return path
+
+
 def shipped(path: Path) -> Path | None:
     """The recipe that comes with evenstep under this name, ``recipes/NAME.toml`` or ``recipes/tables/NAME.toml``."""
     if path.parts[:1] != ("recipes",):

@@ -17,7 +17,7 @@ from evenstep.paths import check_own_file, read_own
 from evenstep.toml import parse_toml
 from evenstep.train.checkpoint import MANIFEST, TRAINER, file_fault, list_checkpoints, read_manifest, read_trainer
 from evenstep.train.config import Config
-from evenstep.train.config_io import build, read_toml
+from evenstep.train.config_io import build, config_file, read_toml
 from evenstep.train.files import is_running
 from evenstep.train.log import print_nothing, read_metrics
 
@@ -227,9 +227,7 @@ def rows_of(directory: Path, start: int, stop: int) -> Iterator[tuple[str, str]]
     Rows are counted as a run reads them, from 0 and over all epochs. EvenstepError, at once, where there is no run, or
     its data are not what they were.
     """
-    if not (directory / "config.toml").is_file():
-        raise EvenstepError(f"{directory} is not a run: it has no config.toml; evenstep runs lists runs")
-    tables = read_toml(directory / "config.toml")
+    tables = read_toml(config_file(directory))
     model = tables.get("model")
     if isinstance(model, dict) and "path" in model:
         return _tuning_rows(tables, start, stop)

@@ -27,7 +27,7 @@ from evenstep.train.log import Metrics, short_count
 from evenstep.train.memory import LOGIT_BYTES, chunk_rows, least_memory
 from evenstep.train.saving import model_tensors
 from evenstep.train.summary import closing_lines
-from evenstep.train.weights import find_source, load_model, with_lowbit
+from evenstep.train.weights import check_positions, find_source, load_model, with_lowbit
 
 CPU_ROWS = 256
 """Rows of logits alive at once on a CPU: fewer waste matrix products, more leave the cache
@@ -202,11 +202,7 @@ class Pretraining(Task):
                 f"the tokenizer has {vocab_size} entries, the model of {source} only {model.config.vocab_size}; "
                 "give the tokenizer that belongs to it (data.tokenizer), or a smaller data.vocab_size"
             )
-        if config.train.seq_len > model.config.max_seq_len:
-            raise EvenstepError(
-                f"train.seq_len {config.train.seq_len} is longer than the {model.config.max_seq_len} positions "
-                f"of the model of {source}; give at most that"
-            )
+        check_positions(config.train.seq_len, model.config.max_seq_len, source)
         model.activation_checkpointing = config.train.activation_checkpointing
         dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
         return with_lowbit(model.to(device=device, dtype=dtype), config.lowbit, self.say)

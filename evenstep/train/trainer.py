@@ -44,7 +44,7 @@ from evenstep.train.checkpoint import (
     write_tensors,
 )
 from evenstep.train.config import BaseConfig
-from evenstep.train.config_io import build, check_resume, new_run, read_toml, to_tables, to_toml
+from evenstep.train.config_io import build, check_resume, config_file, new_run, read_toml, to_tables, to_toml
 from evenstep.train.distributed import Heartbeat, Parallel, World, clip_, launched, open_world, restarts, total_norm
 from evenstep.train.evaluate import Evaluation
 from evenstep.train.files import RunLock, check_own, default_name, fresh_directory, hold, locked, replace_text
@@ -530,9 +530,8 @@ class Trainer:
         been checked.
         """
         directory = Path(directory)
-        if not (directory / "config.toml").is_file():
-            raise EvenstepError(f"{directory} is not a run: it has no config.toml; evenstep runs lists runs")
-        config = config or build(read_toml(directory / "config.toml"), cls.TASK.config_type)
+        saved = config_file(directory)
+        config = config or build(read_toml(saved), cls.TASK.config_type)
         config = dataclasses.replace(config, out=str(directory), name=config.name or directory.name)
         world = world or World(pick_device(config.train.device))
         say = say if world.is_main else print_nothing
@@ -555,7 +554,7 @@ class Trainer:
             run._restore(checkpoint, trainer)
         run.saved = checkpoint
         if world.is_main:
-            replace_text(directory / "config.toml", to_toml(config))
+            replace_text(saved, to_toml(config))
             (directory / "summary.json").unlink(missing_ok=True)  # of an earlier end
         run.metrics = resume_metrics(run.out / "metrics.jsonl", run.step_number, world)
         run.seconds = max(run.seconds, run.metrics.seconds)  # the log may be ahead of the checkpoint

@@ -57,6 +57,15 @@ def _sharded(source: Path) -> bool:
         return False
 
 
+def check_positions(seq_len: int, positions: int, source: Path | None) -> None:
+    """EvenstepError when sequences are longer than the ``positions`` of the model from ``source``."""
+    if seq_len > positions:
+        raise EvenstepError(
+            f"train.seq_len {seq_len} is longer than the {positions} positions of the model of {source}; give at most "
+            f"{positions}"
+        )
+
+
 def with_lowbit(model: Llama, recipe: str | None, say: Callable[[str], None]) -> Llama:
     """``model`` with its linear layers quantised by ``recipe``; its weights and their names do not change."""
     if recipe is None:
@@ -140,4 +149,3 @@ def _to_safetensors(model: Llama, source: Path, directory: Path) -> None:
 
 
 _WRITERS: dict[str, Callable[[Llama, Path, Path], None]] = {"hf": _to_hf, "safetensors": _to_safetensors}
-TARGETS = tuple(_WRITERS)
