@@ -188,7 +188,7 @@ REFUSED = [
     ),
     ({"WORLD": "4"}, {"parallel.mode": "tp+fsdp", "parallel.tensor": "3"}, "parallel.tensor 3 does not divide"),
     ({"WORLD": "4"}, {"parallel.mode": "hsdp", "parallel.replicate": "3"}, "parallel.replicate 3 does not divide"),
-    ({}, {"parallel.mode": "ddp", "parallel.tensor": "2"}, "parallel.tensor 2 has no meaning with parallel.mode ddp"),
+    ({}, {"parallel.mode": "ddp", "parallel.tensor": "2"}, "parallel.tensor 2 has no effect with parallel.mode ddp"),
     (
         {"WORLD": "2"},
         {"parallel.mode": "tp+fsdp", "parallel.tensor": "2", "lowbit": "fp4"},
