@@ -182,7 +182,7 @@ class FineTuneConfig(BaseConfig):
         if not self.model.path:
             raise EvenstepError("model.path is empty; name the model: evenstep finetune MODEL --data FILE.jsonl")
         if not self.data.file:
-            raise EvenstepError("data.file is empty; name the examples: --data FILE.jsonl")
+            raise EvenstepError("data.file is empty; give --data FILE.jsonl with the examples")
         if self.parallel.mode not in ("none", "ddp"):
             raise EvenstepError(f"parallel.mode {self.parallel.mode} cannot be used for fine-tuning; give none or ddp")
         if self.lowbit and self.tune.adapter != "none":

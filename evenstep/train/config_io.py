@@ -1,4 +1,4 @@
-"""Configurations from and to TOML, and the rules of what a resume may change.
+"""Reading and writing configurations as TOML, and the rules of what a resume may change.
 
 A recipe is a TOML file with the sections of `evenstep.train.config`; the command line overrides it. The resolved
 configuration is written into the directory of the run, and reading that file gives the same configuration again.
@@ -36,10 +36,10 @@ _WORDS = {"none": None, "true": True, "false": False}
 
 _PACKAGE = Path(__file__).parents[1]
 _RECIPES = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
-"""Where evenstep's own recipes are: in the package when it is installed, beside it in a clone."""
+"""The directories of the recipes that come with evenstep: inside the package (a wheel), or beside it (a clone)."""
 
 _BUDGETS = ("train.steps", "train.tokens", "train.epochs")
-"""Names of one budget. A later option overrides an earlier one."""
+"""The options that state the budget. One on the command line replaces the one of the recipe."""
 
 
 def load_config(
@@ -47,11 +47,15 @@ def load_config(
     overrides: Sequence[tuple[str, str]] = (),
     kind: type[BaseConfig] = Config,
 ) -> Any:
-    """The configuration of ``recipe`` (none: the defaults, a quick run) with ``overrides`` such as ``("train.steps",
-    "500")``, of a run of that ``kind``.
+    """The configuration of a run of that ``kind``.
 
-    EvenstepError, one line, for a file that is missing or no TOML, an unknown key (with the nearest known one), a
-    wrong type or range.
+    Args:
+        recipe: a TOML file; None: the defaults, which are a quick run.
+        overrides: options and their texts on the command line, such as ``("train.steps", "500")``.
+
+    Raises:
+        EvenstepError: a file that is missing or not TOML, an unknown key (the error names the nearest one), a wrong
+            type, or a value out of range.
     """
     tables = read_toml(recipe) if recipe is not None else {}
     if recipe is not None:
@@ -61,8 +65,8 @@ def load_config(
 
 
 def without_foreign_options(tables: Tables, overrides: Sequence[tuple[str, str]], where: Path) -> Tables:
-    """``tables`` of the file ``where`` without those hyperparameters of its optimizer that another one, which the
-    overrides choose instead, does not have. A line on stderr names them."""
+    """``tables`` of the file ``where``, without hyperparameters of its optimizer that do not exist in the optimizer
+    that the overrides choose instead. A line on stderr names the hyperparameters that are left out."""
     optim, name = tables.get("optim"), dict(overrides).get("optim.name")
     if not isinstance(optim, dict) or name in (None, optim.get("name", OptimConfig().name)):
         return tables
@@ -73,19 +77,20 @@ def without_foreign_options(tables: Tables, overrides: Sequence[tuple[str, str]]
 
     try:
         foreign = sorted({key.removeprefix("optim.") for key in own} - {*names_of_options(str(name))})
-    except EvenstepError:  # no such optimizer, or its package is missing: told of where it is built
+    except EvenstepError:  # the error of an unknown or missing optimizer is raised where the optimizer is built
         return tables
     if foreign and os.environ.get("RANK", "0") == "0":
         former = optim.get("name", OptimConfig().name)
         print(
-            f"evenstep: left out what {where} sets for {former} and {name} lacks: {', '.join(foreign)}", file=sys.stderr
+            f"evenstep: left out options of {former} in {where} that {name} does not have: {', '.join(foreign)}",
+            file=sys.stderr,
         )
     return {**tables, "optim": {key: value for key, value in optim.items() if key not in foreign}}
 
 
 def read_toml(path: Path) -> Tables:
-    """What the file says. ``recipes/NAME.toml`` is evenstep's own recipe where the working directory has no such
-    file. EvenstepError, one line, for a file that is missing or no TOML."""
+    """The content of a TOML file. A path ``recipes/NAME.toml`` that does not exist in the working directory is the
+    recipe of that name that comes with evenstep. EvenstepError for a file that is missing or not TOML."""
     try:
         return parse_toml((path if path.exists() else shipped(path) or path).read_bytes())
     except FileNotFoundError:
@@ -96,7 +101,7 @@ def read_toml(path: Path) -> Tables:
         raise EvenstepError(f"{path}: cannot be read ({problem.strerror})") from None
     except UnicodeDecodeError as problem:
         raise EvenstepError(f"{path}: cannot be read ({problem}); save it in UTF-8") from None
-    except (ValueError, RecursionError) as problem:  # the former also of a number with thousands of digits
+    except (ValueError, RecursionError) as problem:  # ValueError also for a number with thousands of digits
         raise EvenstepError(f"{path}: not valid TOML: {problem}") from None
 
 
@@ -116,8 +121,8 @@ def shipped(path: Path) -> Path | None:
 
 
 def expanded(path: Path) -> list[Path]:
-    """The files of a pattern that no shell has expanded, such as recipes/tables/*.toml where evenstep's own are
-    meant; a path without a star as it is."""
+    """The recipes of evenstep that match a glob such as recipes/tables/*.toml, which the shell did not expand because
+    the files are not in the working directory; any other path unchanged."""
     if "*" not in path.name or path.parts[:1] != ("recipes",):
         return [path]
     pattern = "/".join(path.parts[1:])
@@ -126,7 +131,7 @@ def expanded(path: Path) -> list[Path]:
 
 
 def override(tables: Tables, overrides: Sequence[tuple[str, str]], kind: type[BaseConfig] = Config) -> Tables:
-    """``tables`` with the texts of the command line put in, each read as its option's type."""
+    """``tables`` with the values of the command line, each parsed as the type of its option."""
     known = options(kind)
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in tables.items()}
     named = {key for key, _ in overrides}
