@@ -178,7 +178,7 @@ def test_all_processes_skip_together(corpus, tmp_path, mode):
 
 REFUSED = [
     ({"RANK": "0"}, {"parallel.mode": "ddp"}, "WORLD_SIZE is not in the environment"),
-    ({}, {"parallel.mode": "fsdp"}, "needs several processes: start them with torchrun"),
+    ({}, {"parallel.mode": "fsdp"}, "needs several processes; start them with torchrun"),
     ({"WORLD": "2"}, {}, "parallel.mode is none, but there are 2 processes"),
     ({"WORLD": "3"}, {"parallel.mode": "ddp"}, "batch_size 4 is not divisible by the 3 processes"),
     (
@@ -192,9 +192,9 @@ REFUSED = [
     (
         {"WORLD": "2"},
         {"parallel.mode": "tp+fsdp", "parallel.tensor": "2", "lowbit": "fp4"},
-        "lowbit fp4 does not go with",
+        "lowbit fp4 cannot be used with",
     ),
-    ({"RANK": "x", "WORLD": "2"}, {"parallel.mode": "ddp"}, "environment of torchrun is damaged"),
+    ({"RANK": "x", "WORLD": "2"}, {"parallel.mode": "ddp"}, "torchrun's environment is not a number"),
     ({"TORCHELASTIC_MAX_RESTARTS": "3", "WORLD": "2"}, {"parallel.mode": "ddp", "out": None}, "needs --out"),
 ]
 
