@@ -134,7 +134,7 @@ BAD = [
     (["pretrain", "--model.size", "60mm"], ["60mm", "'60m'"]),
     (["pretrain", "--model.init", "{tmp}/no"], ["model.init", "{tmp}/no"]),
     (["pretrain", "nosuch.toml"], ["nosuch.toml", "no such file"]),
-    (["pretrain", "--resume"], ["--resume", "which run"]),
+    (["pretrain", "--resume"], ["--resume", "names no run"]),
     (["pretrain", "--resume", "{tmp}"], ["{tmp}", "not a run"]),
     (["pretrain", "--data.source", "text:{tmp}/none-*.txt"], ["none-*.txt"]),
     (["generate", "{tmp}/nowhere"], ["nowhere", "no such directory"]),
@@ -189,7 +189,7 @@ def test_the_commands_of_the_page_on_comparisons_are_valid(capsys, monkeypatch, 
     monkeypatch.chdir(ROOT)
     _, *words = shlex.split(command)
     status, out, err = call(capsys, *words, "--print-config")
-    assert status == 0 and "gamma1 =" not in out and "lacks: gamma1, gamma2" in err, err
+    assert status == 0 and "gamma1 =" not in out and "does not have: gamma1, gamma2" in err, err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the system for its memory")
@@ -276,7 +276,7 @@ def test_train_list_generate_resume(capsys, tmp_path, corpus):
     status, text, err = call(capsys, "pretrain", "--resume", out, "--train.steps", "10")
     assert status == 0, err
     assert "resumed from" in text and "step 10/10" in text
-    assert "the learning rate rises from" in text and "now takes 10 steps and not 8" in text
+    assert "the learning rate rises from" in text and "now has 10 steps instead of 8" in text
     status, _, err = call(capsys, "pretrain", "--resume", "--out", out, "--optim.lr", "0.5")
     assert status == 2 and "another optim.lr" in err and f"--optim.lr 0.5 --out {out}-2" in err
     command = shlex.split(err.rpartition("with: ")[2])
@@ -284,7 +284,7 @@ def test_train_list_generate_resume(capsys, tmp_path, corpus):
     assert status == 0 and f"folder     {out}-2" in text and "lr 0.5" in text, err
 
     status, _, err = call(capsys, "pretrain", "--resume", out, "--out", tmp_path / "new", "--seed", "5")
-    assert status == 2 and f"--out {tmp_path / 'new'} is another" in err and not (tmp_path / "new").exists()
+    assert status == 2 and f"--out is {tmp_path / 'new'}" in err and not (tmp_path / "new").exists()
     command = shlex.split(err.rpartition("with: ")[2])
     assert call(capsys, *command[command.index("pretrain") :], "--train.steps", "9")[0] == 0
 

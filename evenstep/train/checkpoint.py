@@ -370,9 +370,7 @@ def read_trainer(checkpoint: Path) -> dict[str, Any]:
     trainer = read_tensors(checkpoint / TRAINER)
     whole = isinstance(trainer, dict) and all(isinstance(trainer.get(key), kind) for key, kind in _KINDS.items())
     if not whole:
-        raise EvenstepError(
-            f"{checkpoint / TRAINER} is not of a run of this evenstep; give another checkpoint"
-        )
+        raise EvenstepError(f"{checkpoint / TRAINER} is not of a run of this evenstep; give another checkpoint")
     return trainer
 
 
