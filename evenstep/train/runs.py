@@ -256,8 +256,8 @@ def _training_rows(directory: Path, config: Config, start: int, stop: int) -> It
     newest = next(iter(list_checkpoints(directory / "checkpoints")), None)
     if newest is not None and read_trainer(newest)["data"] != data_identity(data):
         raise EvenstepError(
-            f"{directory} was trained on other tokens than {config.data.source} gives now (the text has changed); "
-            "bring back the text"
+            f"{directory} was trained on other tokens than {config.data.source} has now (the text has changed); "
+            "restore the text"
         )
     length = config.train.seq_len
     loader = BatchLoader(data.train, length, config.train.batch_size, config.seed)
