@@ -230,6 +230,6 @@ def closing_lines(out: Path, summary: dict[str, Any], files: list[str]) -> list[
         "",
         f"written to {out}: {', '.join(files)}",
         f"report:     {program()} report {run}",
-        f"more text:  {program()} generate {run}{prompt}",
-        f"go on:      {program()} pretrain --resume {run} --train.steps {2 * summary['steps']}",
+        f"generate:   {program()} generate {run}{prompt}",
+        f"continue:   {program()} pretrain --resume {run} --train.steps {2 * summary['steps']}",
     ]
