@@ -266,8 +266,8 @@ def _configured_eos(directory: Path) -> str | None:
     try:
         eos = json.loads(_read(path)).get("eos_token")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise EvenstepError(f"{path} is not a JSON object; mend it or take it away") from error
+        raise EvenstepError(f"{path} is not a JSON object; correct or delete it") from error
     eos = eos.get("content") if isinstance(eos, dict) else eos
     if eos is not None and not isinstance(eos, str):
-        raise EvenstepError(f"{path}: eos_token is no text; mend it or take it away")
+        raise EvenstepError(f"{path}: eos_token is not a text; correct or delete it")
     return eos

@@ -422,7 +422,7 @@ def test_what_was_left_out_is_told_and_kept(tmp_path):
     (tmp_path / "in" / "a.jsonl").write_text('{"body": 1}\n')
     with pytest.raises(EvenstepError, match=r"no text in the corpus.*left out: 1 files or rows without a field"):
         prepare(spec)
-    with pytest.raises(EvenstepError, match=r"data\.exclude leaves out files of text: sources"):
+    with pytest.raises(EvenstepError, match=r"data\.exclude applies to text: sources only"):
         DataSpec("kjv", exclude="*.md")
     with pytest.raises(EvenstepError, match=r"data\.on_bad is 'ignore'; allowed are stop and skip"):
         DataSpec("kjv", on_bad="ignore")
