@@ -234,7 +234,7 @@ def test_a_closed_stdout_is_no_error(tmp_path):
 
 def test_a_missing_extra_names_what_to_install():
     assert cli.explain(ModuleNotFoundError("No module named 'rich'", name="rich"))[0] == (
-        "error: rich is not installed; pip install 'evenstep[train]'"
+        "error: the package rich is not installed; pip install 'evenstep[train]'"
     )
 
 

@@ -162,7 +162,7 @@ def test_unknown_sources_suggest_the_nearest():
     refused("text:", "needs a file")
     refused("kjv:genesis", "has no argument")
     refused("stdlib:os", "has no argument")
-    refused("shards:x", "holds tokens")
+    refused("shards:x", "has tokens")
 
 
 def test_bad_files_are_named(tmp_path):

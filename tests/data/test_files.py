@@ -504,7 +504,7 @@ def test_paths_are_found_from_the_working_directory(tmp_path):
 def test_fine_tuning_skips_what_the_reader_cannot_use(tmp_path):
     good = '{"prompt": "p", "response": "r"}'
     path = written(tmp_path / "a.jsonl.gz", gzip.compress(f"{good}\n{{broken\n[1]\n{good}\n".encode()))
-    with pytest.raises(EvenstepError, match=r"a\.jsonl\.gz line 2: no JSON.*data\.on_bad skip"):
+    with pytest.raises(EvenstepError, match=r"a\.jsonl\.gz line 2: not JSON.*data\.on_bad skip"):
         read_examples(path)
     bad = []
     assert len(read_examples(path, bad=bad)) == 2 and len(bad) == 2
