@@ -123,7 +123,7 @@ BAD = [
     (["pretrain", "--optim.lr", "-1"], ["optim.lr", "-1", "above 0"]),
     (["pretrain", "--optim.gamma1"], ["optim.gamma1", "expected one argument"]),
     (["pretrain", "--optim.gamma1", "--out", "x"], ["optim.gamma1", "expected one argument"]),
-    (["pretrain", "--optim.update_proj_gap", "--out", "x"], ["optim.update_proj_gap", "value is missing"]),
+    (["pretrain", "--optim.update_proj_gap", "--out", "x"], ["optim.update_proj_gap", "has no value"]),
     (["runs", "--resume"], ["'--resume'", "see evenstep runs --help"]),
     (["pretrain", "--bogus"], ["'--bogus'; see evenstep pretrain --help"]),
     (["generate", "{tmp}", "--seed", "99999999999999999999"], ["--seed", "at most"]),

@@ -298,7 +298,7 @@ def with_shape_of(config: Config, source: Path) -> Config:
         if given not in (None, value):
             raise EvenstepError(
                 f"model.{key} {given} contradicts the model in {source}, which has {value or 'an unnamed shape'}; "
-                f"leave model.{key} out"
+                "leave it out"
             )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **options))
 

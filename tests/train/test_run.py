@@ -431,7 +431,7 @@ def test_training_starts_from_a_given_model(corpus, tmp_path):
     second = Run(quick(corpus, tmp_path / "second", model__init=str(where)), say=silent)
     assert_same_tensors(dict(first.model.named_parameters()), dict(second.model.named_parameters()), "model")
     assert second.step_number == 0
-    with pytest.raises(EvenstepError, match=r"tokenizer has 320 entries, the model .* only 300"):
+    with pytest.raises(EvenstepError, match=r"tokenizer has 320 entries, but the model .* only 300"):
         Run(quick(corpus, tmp_path / "third", model__init=str(where), data__vocab_size="320"), say=silent)
 
 

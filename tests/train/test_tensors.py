@@ -269,7 +269,7 @@ def test_state_that_could_not_be_read_again_ends_the_first_save_in_one_line(tmp_
     run = Run(config, say=lambda _: None)
     run.step()
     with pytest.raises(
-        EvenstepError, match=r"tests.train.test_tensors:Keeper: its state holds \S*Thing.* no run could"
+        EvenstepError, match=r"tests.train.test_tensors:Keeper: its state contains \S*Thing.* so the run could not"
     ) as no:
         run.save()
     assert "\n" not in str(no.value) and not list((tmp_path / "run/checkpoints").iterdir())
