@@ -213,6 +213,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        # The products of gate and up are [B, T, intermediate].
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -230,6 +231,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
+        # The names of the norms are those of Hugging Face's Pre-LN block, also where the norm follows the sum.
         if self.post_norm:
             x = self.input_layernorm(x + self.self_attn(x, cos, sin, cache, mask))
             return self.post_attention_layernorm(x + self.mlp(x))
@@ -256,7 +258,7 @@ class LlamaBody(nn.Module):
         positions: Tensor | None = None,
     ) -> Tensor:
         # `positions` [B, T] is for packed rows of several documents; `start` is the number of tokens in the caches.
-        x = self.embed_tokens(tokens)
+        x = self.embed_tokens(tokens)  # [B, T, hidden]
         mask = None if positions is None else document_mask(positions)
         if positions is None:
             positions = torch.arange(start, start + tokens.shape[1], device=x.device)
@@ -265,6 +267,8 @@ class LlamaBody(nn.Module):
             if caches is not None:
                 x = block(x, cos, sin, caches[i])
             elif self.activation_checkpointing and torch.is_grad_enabled():
+                # Only x [B, T, hidden] is kept per block. The non-reentrant form works with DDP, FSDP and frozen
+                # weights.
                 x = checkpoint(block, x, cos, sin, None, mask, use_reentrant=False)
             else:
                 x = block(x, cos, sin, None, mask)
@@ -363,8 +367,9 @@ class Llama(nn.Module):
             raise EvenstepError(f"reduction is {reduction!r}: choose 'mean' or 'sum'")
         if chunk is not None and chunk < 1:
             raise EvenstepError(f"chunk is {chunk}: it is a number of rows of at least 1, or None for all at once")
+        # [B, T, hidden] -> [B * T, hidden] and [B * T]: a chunk is a number of rows, whatever their sequence.
         hidden, targets = self.model(tokens, positions=positions).flatten(0, 1), targets.flatten()
-        if positions is not None:
+        if positions is not None:  # in fine-tuning most targets are -100; their logits would be wasted work
             counts = targets != -100
             hidden, targets = hidden[counts], targets[counts]
         if chunk is None:

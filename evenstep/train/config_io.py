@@ -278,6 +278,7 @@ def _toml(value: Any, key: str) -> str:
 
 def config_hash(config: BaseConfig) -> str:
     """16 hex digits over everything that decides the result: equal for two runs that differ only in name and place."""
+    # Stored results refer to this hash: a new option with a default of None is not in the text, and keeps old hashes.
     text = to_toml(dataclasses.replace(config, name=None, out=None))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

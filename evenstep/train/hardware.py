@@ -54,6 +54,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
+    # The first key that occurs in the name wins, so longer names precede their prefixes: "H100 PCIe" before "H100".
     return next((peaks[dtype != "fp32"] for key, peaks in _PEAKS.items() if key in name), None)
 
 
@@ -67,6 +68,7 @@ def total_memory(device: torch.device) -> int:
 def memory_limit() -> int:
     """Bytes of memory that the processes of this machine may use: those of the machine, or a container's limit."""
     limits = [total_memory(torch.device("cpu"))]
+    # Version 2 and version 1 of control groups, as seen from inside a container.
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # no container; "max"
             limits.append(int(Path(path).read_text()))
@@ -82,6 +84,7 @@ def peak_memory(device: torch.device) -> int | None:
         import resource
     except ImportError:  # Windows
         return None
+    # ru_maxrss is in bytes on macOS and in KiB on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

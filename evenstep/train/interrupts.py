@@ -89,6 +89,7 @@ class Votes:
         import torch
         import torch.distributed as dist
 
+        # int64 on the CPU in a gloo group: the vote neither waits for the GPU nor queues behind its collectives.
         ballot = torch.tensor([number])
         before, self._sent = (
             self._sent,
@@ -119,6 +120,7 @@ class Interrupts:
         self.agreed: int | None = None
         self.votes, self.quiet = votes or Votes(), quiet
         self._before: dict[int, Any] = {}
+        # Asked now: after a hangup the descriptors of the terminal are no longer terminals.
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def __enter__(self) -> Interrupts:
@@ -144,6 +146,7 @@ class Interrupts:
 
     def _first(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
+        # From now on Ctrl-C raises KeyboardInterrupt, and SIGTERM ends the process: the user insists.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if _HANGUP in self._before:

@@ -39,6 +39,7 @@ class Metrics:
         self.seconds = 0.0  # of training, from the newest record
         self.last_train: dict[str, Any] | None = None
         self.last_validation: dict[str, Any] | None = None
+        # The whole file is replaced by one rename, so that a kill during the resume cannot lose records.
         if last_step is not None and path.exists():
             kept = up_to(last_step, read_records(path))
             for record in kept:
@@ -65,6 +66,8 @@ class Metrics:
 
     def write(self, record: dict[str, Any]) -> None:
         try:
+            # Flushed per record, so that `evenstep watch` and a killed run have every line. No fsync: after a power
+            # failure the resumed run writes the missing lines again.
             self._file.write(to_line(record))
             self._file.flush()
         except OSError as problem:

@@ -150,6 +150,7 @@ def attempt(what: str, make: Callable[[], T], say: Callable[[str], None]) -> T |
 def smoothed(values: list[float]) -> list[float]:
     """Exponential moving average over about a twentieth of the values, with bias correction. Up to 20 values stay
     unchanged."""
+    # `mass` is the sum of the weights so far, by which the mean is divided: the bias correction of Adam.
     weight = 1 - min(1.0, 20 / max(1, len(values)))
     result, mean, mass = [], 0.0, 0.0
     for value in values:
@@ -192,6 +193,7 @@ def draw_curve(metrics: Path, picture: Path, title: str) -> bool:
     axes.spines[["top", "right"]].set_visible(False)
     if train or val:
         axes.legend(frameon=False)
+    # Rendered in memory and renamed into place, so that a full disk leaves no half picture.
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=130)
     replace_bytes(picture, drawn.getvalue())

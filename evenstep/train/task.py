@@ -179,6 +179,7 @@ class Pretraining(Task):
     def build_model(self, device: torch.device, *, blank: bool) -> Llama:
         config, source, vocab_size = self.config, self.source, self.data.vocab_size
         if source is None:
+            # All processes draw the same weights; parallel modes shard them afterwards.
             torch.manual_seed(config.seed)
             model = Llama(
                 llama_config(
@@ -197,7 +198,7 @@ class Pretraining(Task):
             torch.manual_seed(config.seed)
         else:
             model = load_model(source)
-            torch.manual_seed(config.seed)
+            torch.manual_seed(config.seed)  # for what is drawn in training, as in the branch above
         if vocab_size > model.config.vocab_size:
             raise EvenstepError(
                 f"the tokenizer has {vocab_size} entries, but the model of {source} only {model.config.vocab_size}; "
@@ -205,6 +206,7 @@ class Pretraining(Task):
             )
         check_positions(config.train.seq_len, model.config.max_seq_len, source)
         model.activation_checkpointing = config.train.activation_checkpointing
+        # bf16-autocast keeps fp32 weights, and casts them in each matrix product.
         dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
         return with_lowbit(model.to(device=device, dtype=dtype), config.lowbit, self.say)
 
@@ -248,6 +250,7 @@ class Pretraining(Task):
         return {"prompt": self.config.sample.prompt, "sample": None}
 
     def sample(self, model: Any, checkpoint: Path | None) -> str:
+        # Only the checkpoint of a sharded model is given: it is loaded whole, in the precision of training.
         if self.config.sample.tokens and checkpoint is not None:
             model = with_lowbit(load_model(checkpoint).eval(), self.config.lowbit, lambda _: None)
         return sample_text(model, self.data.tokenizer, self.config.sample, self.config.seed)
@@ -278,6 +281,7 @@ def data_identity(data: TokenData) -> str:
     every change of the text."""
     train, val = data.train, data.val
     digest = hashlib.sha256(repr((len(train), len(val), train.num_bytes, val.num_bytes)).encode())
+    # Little-endian uint32 on every machine, for uint16 and uint32 shards alike: the hash is stored in checkpoints.
     for start in (0, max(0, len(train) - 65536)):
         digest.update(train.read(start, min(start + 65536, len(train))).astype("<u4").tobytes())
     return digest.hexdigest()

@@ -123,6 +123,7 @@ class RunTelemetry:
         """Context of the training, in which the sinks are open and events are printed. The last steps are never lost:
         they are in the checkpoint if the current step ``is_saved``, and are written at the end of the context if
         not."""
+        # Only process 0 writes to sinks.
         self.sinks = [] if quiet else self._open(out)
         if self.monitor:
             self.monitor.say, self.monitor.show = progress.say, progress.parameters

@@ -140,8 +140,10 @@ class Trainer:
         world = world or World(pick_device(config.train.device))
         task = self.TASK(world, say if world.is_main else print_nothing)
         config = task.resolve(config)
+        # Process 0 chooses the directory: its name contains the time, and the processes may see different files.
         out = world.on_rank_0(lambda: str(fresh_directory(config)))
         config = dataclasses.replace(config, out=out, name=default_name(config))
+        # Nothing is written before the whole run is built, so that an error leaves no empty run behind.
         self._build(config, task, data_progress, blank=False)
         world.on_rank_0(self._create_directory)
         self.metrics = Metrics(self.out / "metrics.jsonl") if world.is_main else NoMetrics()
@@ -171,6 +173,8 @@ class Trainer:
         self.saver = Saver(self.out / "checkpoints", world, alive=self.heart.alive)
         set_up_torch(config.train.threads, config.train.deterministic)
 
+        # The order matters: the loader checks the data before the memory is estimated, and both come before the model,
+        # whose construction takes long.
         self.data = task.open_data(data_progress if world.is_main else None)
         self.tokenizer = self.data.tokenizer
         self.parallel = Parallel(config, world)
@@ -181,6 +185,7 @@ class Trainer:
             first = torch.device("cpu") if self.parallel.mode in ("fsdp", "hsdp") else self.device
             self.model = task.build_model(first, blank=blank)
             self.parallel.check(self.model)
+        # The optimizer is built from the sharded parameters. Frozen weights, as beside LoRA adapters, are left out.
         self.parallel.apply(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -191,6 +196,7 @@ class Trainer:
             self.optimizer,
             self.device,
             sharded=self.parallel.sharded,
+            # Not the bound method: the log is opened later, and a rewind replaces it.
             write_metrics=lambda record: self.metrics.write(record),
         )
         self.micro_batch_size = min(config.micro_batch_size, config.train.batch_size // world.data_size)
@@ -214,6 +220,7 @@ class Trainer:
         self.window = self.new_window()
 
     def new_window(self) -> Window:
+        # fp64: the sum of thousands of losses must not depend on how often the log is written.
         return Window(torch.zeros((), dtype=torch.float64, device=self.device))
 
     # ---- the loop ----
@@ -243,6 +250,7 @@ class Trainer:
                 sinks = self.telemetry.live(progress, self.out, quiet=quiet, is_saved=lambda: self.saved is not None)
                 with progress, sinks:
                     self.train(progress, stop)
+                # The collective of the last vote is still pending, and has to end before the process group does.
                 votes.close()
                 self.saver.wait()
             except KeyboardInterrupt:
@@ -268,7 +276,7 @@ class Trainer:
                 self.saver.wait()  # raises the error of the save
                 # It did not raise: the failed save was that of another process, and has been repeated since.
                 stop.agreed = stop.signal
-            if stop.agreed is not None:
+            if stop.agreed is not None:  # also when the signal came during the validation
                 saved = self.saved or self.save_finite(wait=True)
                 self.saver.wait()
                 where = f"stopped after step {self.step_number} of {total}, saved {saved}"
@@ -298,6 +306,7 @@ class Trainer:
         data_seconds = 0.0
         while True:  # until a batch is usable: `skip` reads another one, `rewind` also goes back to an earlier step
             number = self.step_number + 1
+            # A function of the step alone: after a rewind or a resume the rates are right without a state.
             factor = lr_factor(config.schedule, number, config.total_steps, config.warmup_steps)
             self.rates.set(self.optimizer, factor)
             position = self._pass_over_skipped()
@@ -306,19 +315,21 @@ class Trainer:
             inputs, targets = self.loader.next_batch()
             data_seconds += time.perf_counter() - asked
             self.heart.beat(number, "forward and backward")
+            # [rows of this process, T]; the copy to a GPU is asynchronous.
             inputs, targets = uploaded(inputs, self.device), uploaded(targets, self.device)
             with self.telemetry.watching(self.is_log_step(number)):
                 loss = self._accumulate(inputs, targets)
             norm = self._gradient_norm(number)
             if self._is_usable(loss, norm, number, position):
                 break
+        # Before the step: telemetry pairs this loss with the statistics that the optimizer is about to compute.
         self.telemetry.observe(loss, position, number)
         self.heart.beat(number, "the optimizer's step")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
         self.step_number = number
-        self.saved = None
+        self.saved = None  # the newest checkpoint is of an earlier step now
         tokens = self.task.step_tokens()
         self.tokens += tokens
         elapsed = time.perf_counter() - began
@@ -342,6 +353,7 @@ class Trainer:
                     loss = self.task.loss(self.parallel.loss, x, y, self.chunk) * weight
                 loss.backward()
             losses.append(loss.detach())
+        # The losses are weighted, so their sum is the mean over the rows of this process, 0-d.
         mean = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         if self.world.data_size > 1:  # DDP and FSDP average the gradients; every process has as many tokens
             mean = self.world.sum(mean / self.world.data_size)
@@ -351,6 +363,7 @@ class Trainer:
         """The norm of all gradients together before clipping, 0-d; None in steps that do not use it."""
         clip = self.config.train.clip_norm
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        # The norm takes a pass over all gradients, so steps that neither clip nor report it do without.
         if clip:
             return clip_(gradients, clip)
         needed = self.is_log_step(number) or self.config.train.on_nan != "stop"
@@ -376,9 +389,10 @@ class Trainer:
         """
         window, waiting = self.window, time.perf_counter()
         loss = window.loss.item() / window.steps  # waits for the GPU
-        if not math.isfinite(loss):
-            self.saver.wait()
+        if not math.isfinite(loss):  # on a GPU the first place where the loss is read
+            self.saver.wait()  # the error names the checkpoints that exist
             raise diverged(self.config, result.step, f"the loss is {loss}")
+        # On a GPU the steps only queue their work. The time of this wait belongs to them.
         waited = time.perf_counter() - waiting
         self.step_seconds += waited
         seconds = window.seconds + waited
@@ -477,6 +491,7 @@ class Trainer:
         """The content of trainer.pt: everything that changes during a run, except the tensors of the model and of the
         optimizer. ``optimizer`` is the rest of its state. Random states are gathered from all processes."""
         telemetry = self.telemetry.state()
+        # What differs between processes, and is restored only if as many processes resume.
         own = {"rng": rng_state(), "probe": telemetry.pop("probe") if telemetry else None}
         return {
             "step": self.step_number,
@@ -585,6 +600,7 @@ class Trainer:
                 f"{checkpoint} was trained on other tokens than {self.config.data.source} has now (the text has "
                 f"changed); restore the text, or start a new run from its weights with: {self._new_run()}"
             )
+        # In place: the parameters of a sharded model keep their layout, whatever number of processes wrote the shards.
         fill(checkpoint, self.tensors())
         load_optimizer(self.model, self.optimizer, checkpoint, state["optimizer"])
         self.step_number, self.tokens = state["step"], state["tokens"]
@@ -630,12 +646,16 @@ class Trainer:
         what = f"the loss is {value}" if not math.isfinite(value) else f"the norm of the gradients is {gradients}"
         self.optimizer.zero_grad(set_to_none=True)
         if policy == "stop":
+            # The weights have not changed since the last step: save them with the position before the bad batch, so
+            # that a resume tries it again.
             self.loader.position = position
             self.saver.wait()
             rescue = self.step_number > 0 and self.weights_are_finite()
             rescued = (self.saved or self.save(keep_all=True)) if rescue else None
             raise diverged(self.config, number, what, rescued)
         rows = (position, position + self.config.train.batch_size)
+        # Bad batches are counted from the newest checkpoint. A rewind repeats its steps, and would repeat them forever
+        # if every batch were bad.
         self.bad_batches = self.bad_batches + 1 if self.saver.last == self.bad_since else 1
         self.bad_since = self.saver.last
         if self.bad_batches > BAD_BATCH_LIMIT:
@@ -655,11 +675,13 @@ class Trainer:
             checkpoint = Path(self.world.on_rank_0(lambda: str(newest_checkpoint(self.out, self.say))))
         except EvenstepError:
             raise diverged(self.config, number, f"{what}, and there is no checkpoint to go back to") from None
+        # `_restore` replaces the list by that of the checkpoint, which does not know the rows skipped since.
         skipped = [*self.skipped, rows]
         with self.world.raise_on_all_ranks():
             self._restore(checkpoint, read_trainer(checkpoint))
         self.skipped = sorted(set(skipped) | set(self.skipped))
         self.saved = checkpoint
+        # The log forgets the steps that will be repeated.
         self.metrics.close()
         self.metrics = resume_metrics(self.out / "metrics.jsonl", self.step_number, self.world)
         self.say(

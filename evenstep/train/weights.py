@@ -35,6 +35,7 @@ def find_source(path: Path, say: Callable[[str], None], option: str = "model.ini
         )
     if (path / "config.json").is_file():
         return path
+    # A checkpoint without config.json: FineTuning.save_shape writes one only for a complete model of evenstep.
     if (path / MANIFEST).is_file():
         raise EvenstepError(
             f"{path} has no complete model of evenstep (adapters, or a model of transformers); give its run"
@@ -119,6 +120,7 @@ def export(source: Path, to: str, out: Path, say: Callable[[str], None]) -> None
             raise
         raise EvenstepError(f"{problem} ({found} already is in Hugging Face layout)") from problem
     write = _WRITERS[to]
+    # Written beside `out`, on the same file system, and renamed: a killed export leaves no incomplete directory there.
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as parent:
@@ -150,11 +152,13 @@ def write_hf(model: Llama, tokenizer: Any, directory: Path) -> None:
     save_pretrained(model, directory)
     tokenizer.save(directory)
     path = directory / "config.json"
+    # Without this key transformers' generate() would not stop at the end of a document.
     config = json.loads(path.read_text(encoding="utf-8")) | {"eos_token_id": tokenizer.eos_id}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _to_safetensors(model: Llama, source: Path, directory: Path) -> None:
+    # safetensors refuses tensors that are not contiguous.
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     require_safetensors().save_file(weights, directory / WEIGHTS, metadata={"format": "pt", "norm": model.config.norm})
 
