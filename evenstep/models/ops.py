@@ -31,8 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        # scale [..., 1] = (mean(x^2) + eps)^-1/2, in place on one small tensor; x itself is read twice and never
-        # copied.
+        # scale [..., 1] = (mean(x^2) + eps)^-1/2, one value per row; the backward pass needs only it, x and weight.
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)

@@ -110,14 +110,20 @@ class World:
         ``work`` raised EvenstepError on one of them."""
         if self.control is None:
             return [work()]
-        result: Any = None
-        problem: str | None = None
+        result: T | None = None
+        problem: EvenstepError | None = None
         try:
             result = work()
         except EvenstepError as error:
-            problem = str(error)
+            problem = error
+        # Outside of the try block: a process that failed takes part in the exchange, or the others would wait forever.
+        return self._exchange(result, problem, group)
+
+    def _exchange(self, result: Any, problem: EvenstepError | None, group: Any = None) -> list[Any]:
+        """Send the result or the error of this process to all processes, and return the results of all of them.
+        SharedError with the error of the lowest rank that has one."""
         answers: list[Any] = [None] * self.size
-        dist.all_gather_object(answers, (problem, result), group=group or self.control)
+        dist.all_gather_object(answers, (problem and str(problem), result), group=group or self.control)
         for rank, (message, _) in enumerate(answers):
             if message is not None:
                 raise SharedError(message, rank)
@@ -134,13 +140,8 @@ class World:
             if self.control is None:
                 raise
             problem = error
-
-        def outcome() -> None:
-            if problem is not None:
-                raise problem
-
         if self.control is not None:
-            self.gather(outcome)
+            self._exchange(None, problem)
 
     def on_rank_0(self, work: Callable[[], T]) -> T:
         """Run ``work`` on process 0, and return its result on every process."""
@@ -162,12 +163,7 @@ class World:
                 except EvenstepError as error:
                     problem = error
             self._wait_for(range(0, self.size, self.local_size) if turn else range(1), turn)
-
-            def outcome(problem: EvenstepError | None = problem) -> None:
-                if problem is not None:
-                    raise problem
-
-            self.gather(outcome)
+            self._exchange(None, problem)
         return result[0]
 
     def _wait_for(self, ranks: range, turn: int) -> None:
