@@ -258,7 +258,7 @@ def test_train_list_generate_resume(capsys, tmp_path, corpus):
     assert [line.split()[0] for line in head] == ["model", "optimizer", "data", "budget", "device", "folder"]
     assert "tiny" in head[0] and "stable_spam" in head[1] and str(corpus) in head[2] and "8 steps" in head[3]
 
-    assert call(capsys, "pretrain", *words)[2].startswith(f"evenstep: error: {out} holds a run already")
+    assert call(capsys, "pretrain", *words)[2].startswith(f"evenstep: error: {out} already has a run")
 
     status, text, _ = call(capsys, "runs", tmp_path / "runs")
     head, row = text.splitlines()

@@ -199,8 +199,12 @@ def unknown(key: str, kind: type[BaseConfig] = Config) -> EvenstepError:
 
 
 def from_text(text: str, allowed: tuple[type, ...], *, count: bool = False) -> Any:
-    """The command line's ``text`` as the first of the ``allowed`` types that reads it; ``none`` is None where None
-    is allowed."""
+    """The ``text`` of the command line as the first of the ``allowed`` types that it fits, else the text itself, which
+    the check of the option refuses. ``none`` is None if None is allowed; a ``count`` stays a text such as 20K.
+
+    >>> from_text("3e-4", (float,)), from_text("none", (int, type(None))), from_text("auto", (int, str))
+    (0.0003, None, 'auto')
+    """
     if type(None) in allowed and text.lower() == "none":
         return None
     if bool in allowed and text.lower() in ("true", "false"):
@@ -217,9 +221,12 @@ def from_text(text: str, allowed: tuple[type, ...], *, count: bool = False) -> A
 
 
 def literal(text: str) -> Any:
-    """A value whose type the optimizer's constructor knows: a number as Python writes it (``.3``, ``1e-8``), a count
-    (``5K``), ``true``, ``false`` or ``none``, a list of these (``0.9,0.95``, with or without brackets), else the
-    text."""
+    """The value of a hyperparameter, whose type is not declared: a number (``.3``, ``1e-8``), a count (``5K``),
+    ``true``, ``false`` or ``none``, a list of these (with or without brackets), or else the text.
+
+    >>> literal("0.9,0.95"), literal("5K"), literal("none"), literal("bf16")
+    ([0.9, 0.95], 5000, None, 'bf16')
+    """
     if text.startswith("[") and text.endswith("]"):
         return [literal(part.strip()) for part in text[1:-1].split(",") if part.strip()]
     if "," in text:
@@ -235,8 +242,8 @@ def literal(text: str) -> Any:
 
 
 def to_tables(config: BaseConfig) -> Tables:
-    """The configuration as nested tables of TOML's types; options that are None are left out, which reads back as
-    None."""
+    """The configuration as nested tables with the types of TOML. Options that are None are left out, as TOML has no
+    null."""
     tables: Tables = {}
     top = [f.name for f in dataclasses.fields(config) if f.metadata]
     for key in ("name", "out", *(name for name in top if name not in ("name", "out"))):
@@ -252,7 +259,7 @@ def to_tables(config: BaseConfig) -> Tables:
 
 
 def to_toml(config: BaseConfig) -> str:
-    """The configuration as TOML text; ``build(tomllib.loads(text))`` gives an equal configuration."""
+    """The configuration as TOML text. ``build(tomllib.loads(text))`` returns an equal configuration."""
     lines: list[str] = []
     for key, value in to_tables(config).items():
         if isinstance(value, dict):
@@ -269,23 +276,22 @@ def _toml(value: Any, key: str) -> str:
         return repr(value)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item, key) for item in value) + "]"
-    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL, which JSON leaves as it is
+    if isinstance(value, str):  # JSON and TOML have the same escapes, except that JSON leaves DEL as it is
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
     raise EvenstepError(
-        f"{key}: {value!r} cannot be written to config.toml; give a number, a text, true, false or a list of these"
+        f"{key}: {value!r} cannot be written to config.toml; give a number, a text, true, false or a list of them"
     )
 
 
 def config_hash(config: BaseConfig) -> str:
-    """16 hex digits over everything that decides the result: equal for two runs that differ only in name and place."""
+    """A hash of all options except name and directory, 16 hex digits."""
     # Stored results refer to this hash: a new option with a default of None is not in the text, and keeps old hashes.
     text = to_toml(dataclasses.replace(config, name=None, out=None))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def changed_options(old: BaseConfig, new: BaseConfig) -> dict[str, tuple[Any, Any]]:
-    """Options that differ and may not differ on resume, with both values; a change of ``train.steps`` and the like is
-    not listed."""
+    """The changed options that a resume must not change, with both values."""
     known = options(type(new))
     before, after = flat(old), flat(new)
     return {
@@ -296,7 +302,7 @@ def changed_options(old: BaseConfig, new: BaseConfig) -> dict[str, tuple[Any, An
 
 
 def flat(config: BaseConfig) -> dict[str, Any]:
-    """``{"train.steps": 300, ...}``, None left out."""
+    """The options by their full names, such as ``{"train.steps": 300, ...}``, without those that are None."""
     result: dict[str, Any] = {}
     for key, value in to_tables(config).items():
         if isinstance(value, dict):
@@ -310,34 +316,35 @@ def flat(config: BaseConfig) -> dict[str, Any]:
 
 
 def check_resume(directory: Path, config: BaseConfig, trainer: dict[str, Any]) -> None:
-    """EvenstepError when ``config`` asks for something that the run of the checkpoint cannot become."""
+    """EvenstepError when the run in ``directory`` cannot continue with ``config``. ``trainer`` is the content of the
+    trainer.pt of its checkpoint."""
     check_changes(directory, config, build(trainer["config"], type(config)))
     if config.total_steps < trainer["step"]:
         budget = "steps" if config.train.steps is not None else "tokens"
         raise EvenstepError(
             f"train.{budget} {getattr(config.train, budget)} ends at step {config.total_steps}, but {directory} has "
-            f"done {trainer['step']} already; give a larger budget, or leave it out"
+            f"already done {trainer['step']}; give a larger budget, or leave it out"
         )
 
 
 def check_changes(directory: Path, config: BaseConfig, old: BaseConfig) -> None:
-    """EvenstepError when ``config`` differs from that of the run in what decides the result."""
+    """EvenstepError when an option with the resume rule "fixed" differs between ``config`` and ``old``."""
     if changed := changed_options(old, config):
         values = ", ".join(f"{key} (it was {shown(was)}, given is {shown(now)})" for key, (was, now) in changed.items())
         words = [word for key, (_, now) in changed.items() for word in (f"--{key}", shown(now))]
-        # Weights fit no other shape, and mean nothing under other tokens.
+        # The weights fit neither another shape nor other tokens: the advice is a run without them.
         fit = not any(key.startswith("model.") or key in ("data.tokenizer", "data.vocab_size") for key in changed)
         command = new_run(config.COMMAND, directory, words, weights=fit)
         start = " from its weights" if fit and config.COMMAND == "pretrain" else ""
         raise EvenstepError(
-            f"{directory} was trained with another {values}; resuming keeps what decides the result: leave "
+            f"{directory} was trained with another {values}; a resume cannot change this: leave "
             f"{'it' if len(changed) == 1 else 'them'} out, or start a new run{start} with: {command}"
         )
 
 
 def new_run(command: str, run: Path, words: Sequence[str] = (), out: str | None = None, *, weights: bool = True) -> str:
-    """The command line of a new run as ``run`` with other options, from its ``weights`` where they fit. ``out``: None
-    for a folder that does not exist yet, beside that of the run."""
+    """The command of a new run with the configuration of ``run`` and further arguments ``words``, with its ``weights``
+    if they fit, in ``out`` (None: a new directory beside that of the run)."""
     start = [command, str(run / "config.toml")]
     if weights and command == "pretrain":  # fine-tuning names its model in the configuration
         start += ["--model.init", str(run)]
