@@ -333,7 +333,7 @@ def how_to_continue(run: Path) -> str:
         tuned = False
     command = f"{program()} {'finetune' if tuned else 'pretrain'}"
     if list_checkpoints(run / "checkpoints"):
-        return f"go on with: {command} --resume {shlex.quote(str(run))}"
+        return f"continue with: {command} --resume {shlex.quote(str(run))}"
     return f"start it again with: {command} {shlex.quote(str(run / 'config.toml'))}"
 
 
