@@ -461,12 +461,6 @@ class SampleConfig(Section):
 
 # ---- the configuration of a run ----
 
-__all__ = [
-    "LOWBIT_NAMES", "SIZE_NAMES", "BaseConfig", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LogConfig",
-    "ModelConfig", "OptimConfig", "ParallelConfig", "SampleConfig", "ScheduleConfig", "TelemetryConfig", "TrainConfig",
-    "options", "sections",
-]  # fmt: skip
-
 
 @dataclass(frozen=True)
 class BaseConfig(Section):
