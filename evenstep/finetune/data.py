@@ -78,7 +78,7 @@ def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     [B, T], or [B] in classification. CPU tensors."""
     width = max(sum(map(len, row)) for row in rows)
     inputs = np.zeros((len(rows), 2, width), np.int64)
-    inputs[:, 1] = -1
+    inputs[:, 1] = -1  # padding
     classes = not rows[0][0].targets.ndim
     targets = np.full((len(rows),) if classes else (len(rows), width), IGNORED, np.int64)
     for i, row in enumerate(rows):
@@ -86,7 +86,7 @@ def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         for document in row:
             start, end = end, end + len(document)
             inputs[i, 0, start:end] = document.inputs
-            inputs[i, 1, start:end] = np.arange(len(document))
+            inputs[i, 1, start:end] = np.arange(len(document))  # restarts: this separates the documents of a row
             if classes:
                 targets[i] = document.targets
             else:
@@ -122,6 +122,9 @@ class RowLoader(BatchLoader):
         """The numbers of learned targets and of tokens of the last batch, over all processes."""
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
+        """The next batch of this process, see `collate`."""
+        # Every process computes the ids of the whole batch, so that it knows the number of learned targets of the
+        # others without a message.
         ids = self.sequence_ids(self.position, self.position + self.batch_size)
         share = self.batch_size // self.world_size
         mine = ids[self.rank * share : (self.rank + 1) * share]

@@ -479,6 +479,7 @@ def add_lora(model: Any, config: FineTuneConfig, labels: Sequence[str]) -> None:
         adapted = get_peft_model(net, lora)
     except ValueError as problem:
         raise EvenstepError(f"tune.targets {tune.targets}: {first_line(problem)}") from None
+    # Not `model.adapted = ...`, which would register the module a second time and double the names of parameters.
     object.__setattr__(model, "adapted", adapted)
 
 

@@ -67,6 +67,7 @@ def write(
     own = net.generation_config.eos_token_id
     ends = text.ends | set(own if isinstance(own, list) else [] if own is None else [own])
     out = net.generate(
+        # Padding on the left: generation continues at the end of every row.
         input_ids=torch.tensor([[text.eos_id] * (width - len(p)) + p for p in prompts], device=device),
         attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device),
         max_new_tokens=most, num_beams=1, top_p=1.0, repetition_penalty=1.0, eos_token_id=sorted(ends),
@@ -172,6 +173,7 @@ class Scorer:
             prompt = encoder.prompt(example)
             for option in example.options:
                 ids = encoder.option(option)
+                # A long prompt loses its beginning. n + 1 tokens are n inputs with n targets.
                 whole = np.array([*prompt, *ids], np.int32)[-config.train.seq_len - 1 :]
                 learned = np.arange(len(whole)) >= len(whole) - len(ids)
                 rows.append((Document.of(whole, learned),))

@@ -246,6 +246,8 @@ class Encoder:
         ids = [] if special else list(self.text.start)
         learned = [False] * len(ids)
         for part, learn in parts:
+            # Parts are encoded one by one, so that no token spans the border between prompt and answer. The text of a
+            # chat template has its own end of an answer.
             tokens = self.text.encode(part, special=special)
             if learn and not special:
                 tokens = [*tokens, self.text.eos_id]
