@@ -6,7 +6,7 @@ no device.
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from evenstep.version import __version__ as __version__
 
 _HOME = {
     "SPAM": "evenstep.optim",

@@ -1,7 +1,7 @@
-"""The program ``evenstep``: parse, build, run. What the commands do lives in ``evenstep.train``.
+"""The program ``evenstep``: the parser, its dispatch to the commands, errors as one line, and shell completion.
 
-The flags of ``pretrain`` are made from the dataclasses of ``train/config.py``; torch is imported by the commands
-that train, so that ``--help``, ``runs`` and ``completion`` answer at once.
+The packages contain the commands themselves. The flags of ``pretrain`` are derived from the dataclasses of
+``train/config.py``. Only commands that need torch import it, so that ``--help``, ``runs`` and ``completion`` are fast.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from evenstep import __version__
 from evenstep.baselines.commands import add_optimizers
 from evenstep.bench.commands import add_bench
 from evenstep.compare.commands import add_compare
@@ -26,49 +25,50 @@ from evenstep.telemetry.commands import add_commands as add_telemetry
 from evenstep.train import commands as train_commands
 from evenstep.train.checkpoint import reason_of
 from evenstep.train.commands import print_config
-from evenstep.train.config import Config, SampleConfig, checked, options
+from evenstep.train.config import CHOICES, Config, SampleConfig, checked, kinds, options
 from evenstep.train.flags import add_flags, chosen, declared
+from evenstep.version import __version__
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
 
 EXAMPLES = """\
 examples:
   evenstep pretrain                                  a small model on Python's own sources, a few minutes
-  evenstep pretrain recipes/demo.toml                a recipe: one file is one run
+  evenstep pretrain recipes/demo.toml                a recipe: one file describes one run
   evenstep pretrain --data.source 'text:books/*.txt' --model.size 9m --train.tokens 20M
-  evenstep pretrain --resume runs/NAME               go on where a run stopped
+  evenstep pretrain --resume runs/NAME               continue a run that stopped
   evenstep generate runs/NAME --prompt 'Once'        text from a trained model
-  evenstep finetune runs/NAME --data examples.jsonl  teach it a task
+  evenstep finetune runs/NAME --data examples.jsonl  fine-tune it on a task
   evenstep bench step-time --shapes 9m               optimizers side by side: time, memory, bandwidth
-  evenstep runs                                      what has been trained, and how well
-  evenstep plan examples/cluster-7b.toml --gpus 64   memory and messages of a run before it is started
-  evenstep report runs/NAME                          one page: losses, spikes, what was clipped and reset
+  evenstep runs                                      list runs and their validation losses
+  evenstep plan examples/cluster-7b.toml --gpus 64   memory and traffic of a run, before it is started
+  evenstep report runs/NAME                          one page: losses, spikes, clipped entries, resets
   eval "$(evenstep completion bash)"                 completion for this shell
 """
 
 PRETRAIN = """\
-Train a model as RECIPE.toml says; every option of it can be given here as --section.key value, which wins.
-Ctrl-C finishes the step, saves, and says how to go on.
+Train a model as described by RECIPE.toml; --section.key value overrides an option of the recipe.
+Ctrl-C finishes the current step, saves a checkpoint, and prints the command that continues the run.
 """
 
 PRETRAIN_EXAMPLES = """\
 examples:
   evenstep pretrain recipes/demo.toml --train.steps 200 --out runs/short
   evenstep pretrain --optim.name adamw --optim.betas 0.9,0.95 --optim.weight_decay 0.1 --train.clip_norm 1
-  evenstep pretrain recipes/demo.toml --print-config    show the whole configuration, train nothing
+  evenstep pretrain recipes/demo.toml --print-config    print the configuration without training
   evenstep pretrain --resume runs/short --train.steps 400
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are EvenstepError, one line each."""
+    """An ArgumentParser that raises EvenstepError instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise EvenstepError(f"{message}; see {self.prog} --help")
 
 
 def build_parser() -> tuple[argparse.ArgumentParser, Any]:
-    """The parser, and the action that holds the parsers of the commands."""
+    """The parser, and its action with the parsers of the commands."""
     parser = Parser(
         prog="evenstep",
         description=DESCRIPTION,
@@ -96,25 +96,28 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
 
     default = SampleConfig()
     generate = commands.add_parser(
-        "generate", parents=[debug], help="write text with a trained model", allow_abbrev=False
+        "generate", parents=[debug], help="generate text with a trained model", allow_abbrev=False
     )
     generate.add_argument(
-        "run", metavar="RUN", type=Path, help="a run, one of its checkpoints, or a folder that transformers opens"
+        "run", metavar="RUN", type=Path, help="a run, one of its checkpoints, or a directory that transformers can load"
     )
-    generate.add_argument("--prompt", default=default.prompt, help="how the text starts (default: as a new document)")
-    generate.add_argument("--tokens", type=int, default=default.tokens, help="tokens to write (default: %(default)s)")
+    generate.add_argument("--prompt", default=default.prompt, help="beginning of the text (default: a new document)")
+    generate.add_argument("--tokens", type=int, default=default.tokens, help="number of tokens (default: %(default)s)")
     generate.add_argument(
         "--temperature",
         type=float,
         default=default.temperature,
-        help="0: always the likeliest token (default: %(default)s)",
+        help="0: always the most likely token (default: %(default)s)",
     )
     generate.add_argument(
-        "--top-k", type=int, default=default.top_k, help="choose among so many tokens, 0: all (default: %(default)s)"
+        "--top-k",
+        type=int,
+        default=default.top_k,
+        help="sample from this number of most likely tokens, 0: all (default: %(default)s)",
     )
-    generate.add_argument("--seed", type=int, default=0, help="another seed gives another text (default: %(default)s)")
+    generate.add_argument("--seed", type=int, default=0, help="random seed of the sampling (default: %(default)s)")
     generate.add_argument(
-        "--raw", action="store_true", help="go on with the prompt as it is, also where the model was trained to answer"
+        "--raw", action="store_true", help="continue the prompt, even if the model was trained to answer prompts"
     )
     generate.set_defaults(run_command=_generate)
 
@@ -125,17 +128,20 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
     finetune_commands.add_commands(commands, debug)
     train_commands.add_commands(commands, debug)
 
-    completion = commands.add_parser("completion", parents=[debug], help="print shell completion", allow_abbrev=False)
-    completion.add_argument("shell", metavar="SHELL", help="bash, zsh, tcsh, fish or powershell")
-    completion.set_defaults(run_command=_completion)
+    shells = commands.add_parser("completion", parents=[debug], help="print shell completion", allow_abbrev=False)
+    shells.add_argument("shell", metavar="SHELL", help="bash, zsh, tcsh, fish or powershell")
+    shells.set_defaults(run_command=_completion)
 
     doctor = commands.add_parser(
-        "doctor", parents=[debug], help="show which kernels serve which device, and why not", allow_abbrev=False
+        "doctor",
+        parents=[debug],
+        help="show which kernels are available on which device, and why others are not",
+        allow_abbrev=False,
     )
     doctor.add_argument(
         "--check",
         action="store_true",
-        help="compare every kernel with the plain code; exit 2 where one differs",
+        help="compare every kernel with the plain code; exit status 2 if one differs",
     )
     doctor.set_defaults(run_command=_doctor)
     return parser, commands
@@ -143,7 +149,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
 
 def _pretrain_arguments(pretrain: argparse.ArgumentParser) -> None:
     pretrain.add_argument(
-        "recipe", metavar="RECIPE.toml", nargs="?", type=Path, help="default: a quick run on Python's sources"
+        "recipe", metavar="RECIPE.toml", nargs="?", type=Path, help="default: a quick run on the sources of Python"
     )
     add_flags(pretrain, Config)
     pretrain.set_defaults(run_command=_pretrain)
@@ -172,9 +178,51 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _completion(args: argparse.Namespace) -> None:
-    from evenstep.completion import script
+    print(completion(*build_parser(), args.shell))
 
-    print(script(*build_parser(), args.shell))
+
+def completion(parser: argparse.ArgumentParser, commands: Any, shell: str) -> str:
+    """The completion script of ``parser`` for ``shell``, with the values of options. ``commands`` is the action with
+    the parsers of the commands. EvenstepError without shtab, and for an unknown shell.
+
+    Adds choices to the options of the parser, which must not parse afterwards: argparse would check the choices itself,
+    with an error that does not name the nearest one.
+    """
+    try:
+        import shtab
+    except ImportError:
+        raise EvenstepError("completion needs the package shtab; pip install 'evenstep[train]'") from None
+    if shell not in shtab.SUPPORTED_SHELLS:
+        names = ", ".join(shtab.SUPPORTED_SHELLS)
+        raise EvenstepError(f"no completion for '{shell}'{nearest(shell, shtab.SUPPORTED_SHELLS)}; give {names}")
+    directories = (
+        "run", "runs", "directory", "resume", "out", "store", "stored", "data.cache_dir", "model.init", "model.path",
+        "tuned",
+    )  # fmt: skip
+    files = ("recipe", "tables", "data.tokenizer", "json", "plot", "data", "data.file", "data.template")
+    paths = dict.fromkeys(directories, shtab.DIRECTORY) | dict.fromkeys(files, shtab.FILE)
+    known = options(FineTuneConfig) | options()
+    choices = {key: field.metadata["choices"] for key, (field, _) in known.items()} | {
+        "mode": tuple(finetune_commands.MODES)
+    }
+    choices |= {key: ("true", "false") for key, (_, hint) in known.items() if bool in kinds(hint)}
+    choices |= {f"optim.{name}": values for name, values in CHOICES.items()} | {"shell": shtab.SUPPORTED_SHELLS}
+    for action in _actions(commands):
+        if action.dest in paths:
+            action.complete = paths[action.dest]
+        elif choices.get(action.dest) and action.nargs != 0:
+            action.choices = choices[action.dest]
+    return shtab.complete(parser, shell)
+
+
+def _actions(commands: Any) -> Iterator[Any]:
+    """The options of every command and of its subcommands."""
+    for command in commands.choices.values():
+        for action in command._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                yield from _actions(action)
+            else:
+                yield action
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -186,10 +234,10 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def split_options(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Take ``--section.key value`` pairs that are not ``known`` as flags (an official name of a hyperparameter, and
-    mistakes) out of the arguments.
+    """The arguments without the ``--section.key value`` pairs that are not ``known`` flags, and these pairs. They are
+    other hyperparameters of an optimizer, or mistakes.
 
-    argparse would leave the value of an unknown flag among the arguments, and take it for the recipe.
+    argparse would treat the value of an unknown flag as a positional argument, that is, as the recipe.
     """
     rest, extra = [], []
     words = iter(argv)
@@ -201,7 +249,7 @@ def split_options(argv: Sequence[str], known: set[str]) -> tuple[list[str], list
         if not equals:
             value = next(words, "")
             if not value or value.startswith("--"):  # a negative number has one dash
-                raise EvenstepError(f"--{key}: a value is missing")
+                raise EvenstepError(f"--{key} has no value; give --{key} VALUE")
         extra.append((key, value))
     return rest, extra
 
@@ -224,13 +272,13 @@ def run_program(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit status. Errors are one line on stderr, with ``--debug`` a stack trace."""
+    """Run the program; returns the exit status. An error is one line on stderr, with ``--debug`` a stack trace."""
     argv = sys.argv[1:] if argv is None else argv
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None or stream.closed:  # None when the shell closed it (>&-)
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the program
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that it has no code for is printed as an escape
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that the encoding does not have are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run_program(argv)
@@ -243,14 +291,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as problem:
         if _is_of_stdout(problem):
-            _silence_stdout()  # Python would try to write the rest when it ends
+            _silence_stdout()  # or Python would fail again when it flushes at exit
             problem = OutputError(f"error: the output cannot be written ({reason_of(problem)})")
         if "--debug" in argv:
             raise problem
         message, status = explain(problem)
         rank = os.environ.get("RANK", "")
         if status == 1 or not rank.isdigit() or int(rank) == getattr(problem, "rank", 0):
-            _complain(message)  # of several processes one tells what all of them see
+            _complain(message)  # only one of several processes prints an error that all have
         return status
     return 0
 
@@ -267,7 +315,7 @@ def _silence_stdout() -> None:
 
 
 def _is_of_stdout(problem: Exception) -> bool:
-    """Can stdout not be written, as on a full disk?"""
+    """Whether stdout cannot be written, for example on a full disk."""
     if not isinstance(problem, OSError):
         return False
     try:
@@ -278,12 +326,12 @@ def _is_of_stdout(problem: Exception) -> bool:
 
 
 def explain(problem: Exception) -> tuple[str, int]:
-    """One line for whatever went wrong, and the exit status."""
+    """The message of an exception, one line, and the exit status of the program."""
     status = getattr(problem, "exit_status", 2 if isinstance(problem, EvenstepError) else 1)
     if isinstance(problem, EvenstepError) or hasattr(problem, "exit_status"):
         return f"error: {problem}" if isinstance(problem, EvenstepError) else str(problem), status
     if isinstance(problem, ModuleNotFoundError):
-        return f"error: {problem.name} is not installed; pip install 'evenstep[train]'", status
+        return f"error: the package {problem.name} is not installed; pip install 'evenstep[train]'", status
     first = next(iter(str(problem).splitlines()), "")
     full = "the GPU's" if type(problem).__name__ == "OutOfMemoryError" else "the"
     if full != "the" or isinstance(problem, MemoryError) or "can't allocate memory" in first:

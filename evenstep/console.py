@@ -1,5 +1,5 @@
-"""Output for a terminal: tables, drawn by rich where it is installed and stdout is a terminal, and commands that can
-be pasted into a shell."""
+"""Output on a terminal: tables (drawn by rich if it is installed and stdout is a terminal), safe text, and the name of
+the program in commands for the shell."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Rows = Sequence[Sequence[str]]
 
 
 def program() -> str:
-    """The words that start this program from a shell in the working directory: ``evenstep`` where that is on PATH and
-    belongs to this Python, else its path."""
+    """The words that start this program from a shell in the working directory: ``evenstep`` if PATH finds the one of
+    this Python, else its path."""
     script = shutil.which("evenstep", path=str(Path(sys.executable).parent))
     found = shutil.which("evenstep")
     if script is None:
@@ -28,7 +28,8 @@ def program() -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters escaped, except newline and tab: a model may generate terminal commands."""
+    """``text`` with control characters escaped, except newline and tab: a model may generate escape sequences that
+    change the terminal."""
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode() for c in text
     )
@@ -42,8 +43,8 @@ def counted(number: int, noun: str) -> str:
 def print_table(
     title: str, heads: Sequence[str], rows: Rows, below: str = "", *, marked: Callable[[str], bool] = lambda name: False
 ) -> None:
-    """``marked`` says which rows stand out, by their first cell. A row whose second cell starts with ``skipped:`` is
-    written across the columns."""
+    """Print a table. ``marked`` selects highlighted rows by their first cell. The second cell of a row is written
+    across all columns if it starts with ``skipped:``."""
     if not (sys.stdout.isatty() and _rich(title, heads, rows, marked)):
         _plain(title, heads, rows)
     if below:
@@ -74,7 +75,7 @@ def _plain(title: str, heads: Sequence[str], rows: Rows) -> None:
 
 
 def _fitting(heads: Sequence[str], rows: Rows, width: int) -> int:
-    """How many columns, from the left, fit a terminal so wide without a number that is cut; texts may wrap."""
+    """The number of columns, from the left, that fit into ``width`` without cutting a number; texts may wrap."""
     room = width - 1
     for i, head in enumerate(heads):
         cells = [row[i] for row in rows if not _is_across(row)]
@@ -89,7 +90,7 @@ def _fitting(heads: Sequence[str], rows: Rows, width: int) -> int:
 
 
 def _rich(title: str, heads: Sequence[str], rows: Rows, marked: Callable[[str], bool]) -> bool:
-    """False when rich is not installed."""
+    """Print the table with rich; False if rich is not installed."""
     try:
         from rich.console import Console
         from rich.markup import escape

@@ -123,7 +123,7 @@ BAD = [
     (["pretrain", "--optim.lr", "-1"], ["optim.lr", "-1", "above 0"]),
     (["pretrain", "--optim.gamma1"], ["optim.gamma1", "expected one argument"]),
     (["pretrain", "--optim.gamma1", "--out", "x"], ["optim.gamma1", "expected one argument"]),
-    (["pretrain", "--optim.update_proj_gap", "--out", "x"], ["optim.update_proj_gap", "value is missing"]),
+    (["pretrain", "--optim.update_proj_gap", "--out", "x"], ["optim.update_proj_gap", "has no value"]),
     (["runs", "--resume"], ["'--resume'", "see evenstep runs --help"]),
     (["pretrain", "--bogus"], ["'--bogus'; see evenstep pretrain --help"]),
     (["generate", "{tmp}", "--seed", "99999999999999999999"], ["--seed", "at most"]),
@@ -134,7 +134,7 @@ BAD = [
     (["pretrain", "--model.size", "60mm"], ["60mm", "'60m'"]),
     (["pretrain", "--model.init", "{tmp}/no"], ["model.init", "{tmp}/no"]),
     (["pretrain", "nosuch.toml"], ["nosuch.toml", "no such file"]),
-    (["pretrain", "--resume"], ["--resume", "which run"]),
+    (["pretrain", "--resume"], ["--resume", "names no run"]),
     (["pretrain", "--resume", "{tmp}"], ["{tmp}", "not a run"]),
     (["pretrain", "--data.source", "text:{tmp}/none-*.txt"], ["none-*.txt"]),
     (["generate", "{tmp}/nowhere"], ["nowhere", "no such directory"]),
@@ -190,7 +190,7 @@ def test_the_commands_of_the_page_on_comparisons_are_valid(capsys, monkeypatch, 
     monkeypatch.chdir(ROOT)
     _, *words = shlex.split(command)
     status, out, err = call(capsys, *words, "--print-config")
-    assert status == 0 and "gamma1 =" not in out and "lacks: gamma1, gamma2" in err, err
+    assert status == 0 and "gamma1 =" not in out and "does not have: gamma1, gamma2" in err, err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the system for its memory")
@@ -235,7 +235,7 @@ def test_a_closed_stdout_is_no_error(tmp_path):
 
 def test_a_missing_extra_names_what_to_install():
     assert cli.explain(ModuleNotFoundError("No module named 'rich'", name="rich"))[0] == (
-        "error: rich is not installed; pip install 'evenstep[train]'"
+        "error: the package rich is not installed; pip install 'evenstep[train]'"
     )
 
 
@@ -259,7 +259,7 @@ def test_train_list_generate_resume(capsys, tmp_path, corpus):
     assert [line.split()[0] for line in head] == ["model", "optimizer", "data", "budget", "device", "folder"]
     assert "tiny" in head[0] and "stable_spam" in head[1] and str(corpus) in head[2] and "8 steps" in head[3]
 
-    assert call(capsys, "pretrain", *words)[2].startswith(f"evenstep: error: {out} holds a run already")
+    assert call(capsys, "pretrain", *words)[2].startswith(f"evenstep: error: {out} already has a run")
 
     status, text, _ = call(capsys, "runs", tmp_path / "runs")
     head, row = text.splitlines()
@@ -277,7 +277,7 @@ def test_train_list_generate_resume(capsys, tmp_path, corpus):
     status, text, err = call(capsys, "pretrain", "--resume", out, "--train.steps", "10")
     assert status == 0, err
     assert "resumed from" in text and "step 10/10" in text
-    assert "the learning rate rises from" in text and "now takes 10 steps and not 8" in text
+    assert "the learning rate rises from" in text and "now has 10 steps instead of 8" in text
     status, _, err = call(capsys, "pretrain", "--resume", "--out", out, "--optim.lr", "0.5")
     assert status == 2 and "another optim.lr" in err and f"--optim.lr 0.5 --out {out}-2" in err
     command = shlex.split(err.rpartition("with: ")[2])
@@ -285,7 +285,7 @@ def test_train_list_generate_resume(capsys, tmp_path, corpus):
     assert status == 0 and f"folder     {out}-2" in text and "lr 0.5" in text, err
 
     status, _, err = call(capsys, "pretrain", "--resume", out, "--out", tmp_path / "new", "--seed", "5")
-    assert status == 2 and f"--out {tmp_path / 'new'} is another" in err and not (tmp_path / "new").exists()
+    assert status == 2 and f"--out is {tmp_path / 'new'}" in err and not (tmp_path / "new").exists()
     command = shlex.split(err.rpartition("with: ")[2])
     assert call(capsys, *command[command.index("pretrain") :], "--train.steps", "9")[0] == 0
 

@@ -1,4 +1,4 @@
-"""The optimizers by name: where each class is, which package has it, and which rule turns a model into its groups.
+"""The optimizers by name: the class and the package of each, and the rule that turns a model into its groups.
 
 Training (``optim.name``), the comparisons and the step benchmark use the same table, `BASELINES`. A name with a colon,
 ``package.module:Class``, is any torch Optimizer whose first argument is the parameters; `register_optimizer` gives such
@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from evenstep.baselines import rules
 from evenstep.baselines.rules import Request, Rule
-from evenstep.errors import EvenstepError, nearest
+from evenstep.errors import EvenstepError, first_line, nearest
+from evenstep.version import __version__
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-# Arguments that are set here, and arguments that choose an implementation: neither is a hyperparameter.
+# Constructor arguments that are not hyperparameters: those that `build` and the rules set, and those that select an
+# implementation.
 _SET_BY_US = {
     *("self", "params", "model", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable"),
     *("maximize", "args", "num_embeds", "num_heads", "num_query_groups", "model_sharding"),
@@ -43,10 +45,10 @@ class Baseline:
         paper: where it was published.
         rule: turns a model into its groups.
         fixed: constructor arguments that the user does not choose.
-        chosen: defaults that differ from the library's, because the paper's setting does.
+        chosen: defaults of the paper, where they differ from those of the library.
         own: options that are not constructor arguments, with their defaults; the rule reads them.
-        pickled: a class in its state that torch.load has to be told is safe, ``module:class``.
-        note: shown in the list.
+        pickled: a class in its state that torch.load must accept as safe, ``module:class``.
+        note: a remark in the list.
     """
 
     home: str
@@ -67,8 +69,6 @@ class Baseline:
     def version(self) -> str | None:
         """The installed version of the package, None when it is not installed."""
         if self.package == "evenstep":
-            from evenstep import __version__
-
             return __version__
         try:
             return importlib.metadata.version(self.package)
@@ -76,9 +76,9 @@ class Baseline:
             return None
 
     def load(self) -> Callable[..., Optimizer]:
-        """The class. EvenstepError, one line, when its package is not installed or has no such class."""
+        """The class of the optimizer. EvenstepError when its package is not installed or has no such class."""
         try:
-            if self.pickled:
+            if self.pickled:  # torch.load(weights_only=True) refuses a class that it has not been told is safe
                 import torch
 
                 torch.serialization.add_safe_globals([_imported(self.pickled)])
@@ -91,11 +91,13 @@ class Baseline:
                 f"pip install {how}"
             ) from None
         except (AttributeError, ImportError) as problem:
-            first = next(iter(str(problem).splitlines()), type(problem).__name__)
-            raise EvenstepError(f"{self.home} cannot be loaded: {first}; give package.module:Class") from None
+            raise EvenstepError(
+                f"{self.home} cannot be loaded: {first_line(problem)}; give package.module:Class"
+            ) from None
 
     def hyperparameters(self) -> dict[str, Any]:
         """The keys of ``optim`` beside lr and weight_decay, with defaults (``inspect.Parameter.empty`` for none)."""
+        # The signature is the only list of hyperparameters: an update of a library needs no edit here.
         parameters = inspect.signature(self.load()).parameters
         found = {
             key: parameter.default
@@ -109,7 +111,8 @@ class Baseline:
     def build(
         self, model: Any, *, lr: float, weight_decay: float = 0.0, decay: str = "all", **options: Any
     ) -> Optimizer:
-        """The optimizer over the trainable parameters of ``model``; ``options`` are passed on without a check."""
+        """The optimizer over the trainable parameters of ``model``. ``options`` are not checked, see
+        `check_options`."""
         own = {**self.own, **{key: value for key, value in options.items() if key in self.own}}
         given = {key: value for key, value in options.items() if key not in self.own}
         fixed = dict(self.fixed)
@@ -157,17 +160,17 @@ BASELINES: dict[str, Baseline] = {
     ),
     "galore": Baseline(f"{_PO}:GaLore", _PO, "arXiv:2403.03507", rule=rules.projected, own=_GALORE, pickled=_PROJECTOR),
     "fira": Baseline(f"{_PO}:Fira", _PO, "arXiv:2410.01623", rule=rules.projected, own=_GALORE, pickled=_PROJECTOR),
-    "apollo": Baseline("evenstep.baselines.apollo:APOLLO", paper="arXiv:2412.05270", rule=rules.ranked),
+    "apollo": Baseline("evenstep.baselines.low_rank:APOLLO", paper="arXiv:2412.05270", rule=rules.ranked),
     "apollo_mini": Baseline(
-        "evenstep.baselines.apollo:APOLLO", paper="arXiv:2412.05270", rule=rules.ranked,
+        "evenstep.baselines.low_rank:APOLLO", paper="arXiv:2412.05270", rule=rules.ranked,
         chosen={"rank": 1, "scale_type": "tensor", "scale": 128.0}, note="rank 1, one factor a tensor",
     ),
     "peer_apollo": Baseline(
         f"{_PO}:APOLLO", _PO, "arXiv:2412.05270", rule=rules.projected, chosen={"scale_type": "channel"},
         own={**_GALORE, "scale": 1.0}, pickled=_PROJECTOR, note="its steps are of rank r, the paper's are not",
     ),
-    "lora": Baseline("evenstep.baselines.adapters:LoRA", paper="arXiv:2106.09685", rule=rules.ranked),
-    "relora": Baseline("evenstep.baselines.adapters:ReLoRA", paper="arXiv:2307.05695", rule=rules.ranked),
+    "lora": Baseline("evenstep.baselines.low_rank:LoRA", paper="arXiv:2106.09685", rule=rules.ranked),
+    "relora": Baseline("evenstep.baselines.low_rank:ReLoRA", paper="arXiv:2307.05695", rule=rules.ranked),
     "peer_spam": Baseline(
         f"{_PO}:SPAM", _PO, "arXiv:2501.06842", note="zeroes entries without a history, as the official code does"
     ),

@@ -1,4 +1,4 @@
-"""``evenstep optimizers [NAME]``: the list of optimizers, and how one of them treats the parameters of a model."""
+"""``evenstep optimizers [NAME]``: the list of optimizers, and the treatment of a model's parameters by one of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_optimizers(commands: Any, debug: argparse.ArgumentParser) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     if args.name is None:
-        print_table("", *overview(), f"in front of any (optim.before): {', '.join(TRANSFORMS)}")
+        print_table("", *overview(), f"gradient transforms before any of them (optim.before): {', '.join(TRANSFORMS)}")
         return
     chosen = baseline(args.name)
     check_options(args.name, {})

@@ -90,6 +90,7 @@ def projected(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     """
     hidden, rest = hidden_and_rest(request.model)
     own = dict(request.own)
+    # None: a quarter of the width, so that one configuration serves models of every size.
     own["rank"] = own["rank"] or default_rank(p for _, p in hidden)
     return request.build(cls, [{"params": hidden, **own}, {"params": rest}])
 
@@ -99,6 +100,7 @@ def ranked(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     last layer, vectors: Adam
     """
     hidden, rest = hidden_and_rest(request.model)
+    # The rank is an option of a group here, so that the embedding and the last layer can have rank 0.
     values = dict(request.values)
     rank = values.pop("rank", None) or default_rank(p for _, p in hidden)
     return dataclasses.replace(request, values=values).build(
@@ -165,6 +167,7 @@ def split(model: nn.Module) -> tuple[list[Any], list[Any]]:
     from evenstep.optim.groups import is_inner
 
     inner = is_inner(model)
+    # The order of the model's parameters is kept within both lists.
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [item for item in trained if inner(*item)], [item for item in trained if not inner(*item)]
 
@@ -178,6 +181,7 @@ def default_rank(matrices: Any) -> int:
 def split_by_decay(group: dict[str, Any]) -> Groups:
     """The matrices of a group with its weight decay, then its vectors without."""
     rest = {key: value for key, value in group.items() if key != "params"}
+    # Items are parameters or (name, parameter). The matrices come first: state dicts number parameters by this order.
     matrices = [item for item in group["params"] if _tensor(item).ndim >= 2]
     vectors = [item for item in group["params"] if _tensor(item).ndim < 2]
     parts: Groups = [{**rest, "params": matrices}] if matrices else []

@@ -95,7 +95,8 @@ def build_transforms(text: str) -> list[Any]:
     for name, arguments in parse(text):
         cls_name, fixed = TRANSFORMS[name]
         cls = getattr(known, cls_name)
-        # The constructor declares the arguments; those that the name implies cannot be given.
+        # The signature of the constructor is the list of arguments. Those that the name implies ("nullify" is SpikeClip
+        # with spikes="zero") cannot be given.
         allowed = [key for key in inspect.signature(cls).parameters if key not in fixed]
         for key in arguments:
             if key not in allowed:

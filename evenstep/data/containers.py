@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from evenstep.data.left_out import BadInput, LeftOut, printable
-from evenstep.errors import EvenstepError
+from evenstep.errors import EvenstepError, first_line
 
 ARCHIVE = ".zip"
 _BUFFER = 1 << 16
@@ -102,8 +102,7 @@ def not_readable(name: object, error: BaseException) -> BadInput:
     """The error for a file that raised ``error`` when it was opened or read."""
     why = getattr(error, "strerror", None)
     do = "check the file" if why else "it is damaged or cut short: get it again"
-    said = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return BadInput(DAMAGED, name, f"cannot read {name}: {why or said}; {do}")
+    return BadInput(DAMAGED, name, f"cannot read {name}: {why or first_line(error)}; {do}")
 
 
 def suffixes(name: str | os.PathLike[str]) -> tuple[str, list[str]]:

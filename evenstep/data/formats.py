@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from evenstep.data.containers import DAMAGED, NOT_TEXT, Part, not_readable, not_text, parts, suffixes
 from evenstep.data.left_out import BadInput, LeftOut, printable
-from evenstep.errors import EvenstepError
+from evenstep.errors import EvenstepError, first_line
 
 SECTION_CHARS = 16_384
 """Longest document of a plain text file. Text files have no document boundaries: a book or a log of any size is cut
@@ -290,8 +290,7 @@ def read_parquet(part: Part, fields: tuple[str, ...], left_out: LeftOut) -> Iter
     except EvenstepError:
         raise
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: names or texts that are not UTF-8
-        said = (str(error) or "damaged").splitlines()[0]
-        message = f"cannot read {part.name} as Parquet: {said}; get the file again"
+        message = f"cannot read {part.name} as Parquet: {first_line(error)}; get the file again"
         raise BadInput(DAMAGED, part.name, message) from error
 
 

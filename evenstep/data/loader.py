@@ -1,17 +1,16 @@
-"""The order of training: which tokens make batch number k, found without remembering the batches before it.
+"""The order of training: the tokens of batch number k, computed without the batches before it.
 
-A stream of N tokens holds n = (N - 1) // seq_len windows of seq_len + 1 tokens; neighbours share one token, the last
-target of the one being the first input of the next. One epoch visits every window once, in an order drawn from (seed,
-epoch).
+A stream of N tokens has n = (N - 1) // seq_len windows of seq_len + 1 tokens. Neighbours share one token: the last
+target of one window is the first input of the next. An epoch visits every window once, in an order that depends on
+(seed, epoch).
 
-The order is a keyed permutation instead of a shuffled list. A Feistel network turns an index of b bits into another
-index of b bits: it splits the bits into two halves and mixes a hash of one half into the other, several times over.
-Every such step can be undone, so no two indices meet, whatever the hash: it is a permutation by construction. n is
-rarely a power of two, so b is the smallest width that holds n, and an index that lands outside is sent through again
-until it lands inside ("cycle walking", fewer than two rounds on average), which leaves a permutation of 0..n-1. Hence
-window k of an epoch costs a few dozen integer operations and no memory, for any n, and the position, one integer, is
-all the state a checkpoint needs. The position counts sequences over all ranks, so a run may go on with another world
-size.
+The order is a keyed permutation instead of a shuffled list. A Feistel network maps an index of b bits to another index
+of b bits: it divides the bits into two halves and repeatedly mixes a hash of one half into the other. Every such step
+is invertible for any hash function, so the result is a permutation by construction. n is rarely a power of two, so b is
+the smallest width that can represent n, and an index outside of 0..n-1 is mapped again until it is inside ("cycle
+walking", fewer than two rounds on average), which gives a permutation of 0..n-1. Hence window k of an epoch costs a few
+dozen integer operations and no memory for any n, and the position, one integer, is the whole state in a checkpoint. The
+position counts sequences over all ranks, so a run may be resumed with another world size.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ import torch
 from evenstep.data.shards import TokenStream
 from evenstep.errors import EvenstepError
 
-_ROUNDS = 6  # four already make a good shuffle; two more for the narrow halves of small corpora
+_ROUNDS = 6  # four rounds already shuffle well; two more because the halves of small corpora have few bits
 _MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
 _HIGH = np.uint64(32)
 
@@ -51,6 +50,7 @@ class Permutation:
         return values.astype(np.int64)
 
     def _shuffle(self, values: np.ndarray) -> np.ndarray:
+        # Each line changes one half by a hash of the other half, which is unchanged: XOR with the same hash undoes it.
         high, low = values >> self._low, values & self._low_mask
         for first, second in zip(self._keys[::2], self._keys[1::2], strict=True):
             high = high ^ (_mix(low ^ first) & self._high_mask)
@@ -59,6 +59,7 @@ class Permutation:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
+    """A hash of 64-bit integers, uint64 [k] -> uint64 [k]: multiplications that wrap, and shifts of the high half."""
     x = x * _MULTIPLIERS[0]
     x = (x ^ (x >> _HIGH)) * _MULTIPLIERS[1]
     return x >> _HIGH
@@ -68,14 +69,19 @@ _permutation = lru_cache(maxsize=4)(Permutation)
 
 
 class BatchLoader:
-    """Endless batches of training windows, shuffled anew each epoch.
+    """Endless batches of training windows, reshuffled in each epoch.
 
-    stream: the tokens. seq_len: tokens a sequence. batch_size: sequences a batch over all ranks. seed: any int.
-    rank, world_size: this process takes rows ``rank * b .. (rank + 1) * b`` of each batch, b = batch_size / world_size,
-    so that the batch over all ranks is the same for every world_size. position: sequences consumed over all ranks; set
-    it to seek, at no cost.
+    Args:
+        stream: the tokens.
+        seq_len: tokens per sequence.
+        batch_size: sequences per batch, over all ranks.
+        seed: any integer; another seed gives another order.
+        rank, world_size: this process gets rows ``rank * b`` to ``(rank + 1) * b - 1`` of each batch, where b =
+            batch_size / world_size, so the batch over all ranks is the same for every world_size.
+        position: number of sequences consumed over all ranks. Setting it seeks in O(1).
 
-    EvenstepError when batch_size is not divisible by world_size and when the stream is smaller than one batch.
+    Raises:
+        EvenstepError: ``batch_size`` is not divisible by ``world_size``, or the stream is smaller than one batch.
     """
 
     def __init__(
@@ -100,17 +106,10 @@ class BatchLoader:
         if self.sequences_per_epoch < batch_size:
             raise EvenstepError(
                 f"the {stream.name} split has {len(stream):,} tokens; one batch of {batch_size} x {seq_len} needs "
-                f"{batch_size * seq_len + 1:,}: give more text, or lower batch_size or seq_len"
+                f"{batch_size * seq_len + 1:,}; give more text, or a smaller batch_size or seq_len"
             )
-        self.stream, self.seq_len, self.batch_size, self.seed, self.rank, self.world_size = (
-            stream,
-            seq_len,
-            batch_size,
-            seed,
-            rank,
-            world_size,
-        )
-        self.position = position
+        self.stream, self.seq_len, self.batch_size, self.seed = stream, seq_len, batch_size, seed
+        self.rank, self.world_size, self.position = rank, world_size, position
 
     @property
     def position(self) -> int:
@@ -123,8 +122,9 @@ class BatchLoader:
         self._position = int(value)
 
     def sequence_ids(self, start: int, stop: int) -> np.ndarray:
-        """Windows served at positions ``start .. stop - 1``: int64[stop - start]. Window w is tokens ``w * seq_len`` to
-        ``(w + 1) * seq_len``, both included. Changes nothing, so any stretch of a run can be looked up later."""
+        """The windows at positions ``start`` to ``stop - 1``, int64 [stop - start]. Window w has the tokens ``w *
+        seq_len`` to ``(w + 1) * seq_len``, both included. Does not change the position, so any part of a run can be
+        looked up."""
         positions = np.arange(start, stop, dtype=np.int64)
         epochs, within = np.divmod(positions, self.sequences_per_epoch)
         ids = np.empty_like(positions)
@@ -146,19 +146,27 @@ class BatchLoader:
 
 
 def eval_batches(stream: TokenStream, seq_len: int, batch_size: int, max_tokens: int | None = None) -> Iterator[Batch]:
-    """Every token after the first predicted exactly once, in order: (inputs, targets) as int64 CPU tensors [<=
-    batch_size, <= seq_len].
+    """Batches in which every token after the first is a target exactly once, in order: (inputs, targets), int64 CPU
+    tensors [<= batch_size, <= seq_len].
 
-    Full windows come first, the last batch of them with fewer rows if they do not come out even; what is left over is a
-    batch of one shorter row. ``max_tokens`` predicts only the first so many. Batches differ in size: weigh their losses
-    by their number of targets. EvenstepError, at once, for a stream of fewer than two tokens.
+    Full windows come first; their last batch may have fewer rows. The remaining tokens are a batch of one shorter row.
+    Batches differ in size, so a mean over them has to be weighted by the number of targets.
+
+    Args:
+        stream: the tokens.
+        seq_len: tokens per row.
+        batch_size: largest number of rows.
+        max_tokens: number of targets, the first ones; None: all.
+
+    Raises:
+        EvenstepError: at once, for a stream of fewer than two tokens.
     """
     _check_positive(seq_len=seq_len, batch_size=batch_size)
     if max_tokens is not None:
         _check_positive(max_tokens=max_tokens)
     if len(stream) < 2:
         raise EvenstepError(
-            f"the {stream.name} split has {len(stream)} tokens, nothing to evaluate; raise val_fraction or give "
+            f"the {stream.name} split has {len(stream)} tokens, too few to evaluate; give a larger val_fraction or "
             "more text"
         )
     targets = len(stream) - 1 if max_tokens is None else min(max_tokens, len(stream) - 1)

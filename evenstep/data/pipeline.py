@@ -75,7 +75,7 @@ class DataSpec:
     def __post_init__(self) -> None:
         prefix, _ = split_source(self.source)
         if self.excluded and prefix != "text":
-            raise EvenstepError(f"data.exclude leaves out files of text: sources, not of '{self.source}'; drop it")
+            raise EvenstepError(f"data.exclude applies to text: sources only, not to '{self.source}'; leave it out")
         if self.on_bad not in ON_BAD:
             raise EvenstepError(f"data.on_bad is {self.on_bad!r}; allowed are {' and '.join(ON_BAD)}")
         if not self.text_field.strip(" ,"):
@@ -218,7 +218,7 @@ def _open_shards(directory: Path, spec: DataSpec) -> TokenData:
     if spec.vocab_size is not None and data.vocab_size > spec.vocab_size:
         raise EvenstepError(
             f"the shards in {directory} have {data.vocab_size} tokens, more than data.vocab_size "
-            f"{spec.vocab_size}; raise or drop it"
+            f"{spec.vocab_size}; increase it or leave it out"
         )
     return data
 
@@ -228,7 +228,7 @@ def _given(path: str, vocab_size: int | None) -> Tokenizer:
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise EvenstepError(
             f"the tokenizer '{path}' has {tokenizer.vocab_size} tokens, more than data.vocab_size {vocab_size}; "
-            "raise or drop it"
+            "increase it or leave it out"
         )
     return tokenizer
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from evenstep.errors import EvenstepError
+from evenstep.errors import EvenstepError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
@@ -241,7 +241,7 @@ def _native(what: str) -> Iterator[None]:
     except (EvenstepError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise EvenstepError(f"{what}: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
+        raise EvenstepError(f"{what}: {first_line(error)}") from error
 
 
 def _tokenizers() -> Any:
@@ -266,8 +266,8 @@ def _configured_eos(directory: Path) -> str | None:
     try:
         eos = json.loads(_read(path)).get("eos_token")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise EvenstepError(f"{path} is not a JSON object; mend it or take it away") from error
+        raise EvenstepError(f"{path} is not a JSON object; correct or delete it") from error
     eos = eos.get("content") if isinstance(eos, dict) else eos
     if eos is not None and not isinstance(eos, str):
-        raise EvenstepError(f"{path}: eos_token is no text; mend it or take it away")
+        raise EvenstepError(f"{path}: eos_token is not a text; correct or delete it")
     return eos

@@ -1,4 +1,4 @@
-"""The command ``finetune``: its flags, made from `FineTuneConfig`, and what it calls."""
+"""The command ``finetune``: its flags, derived from `FineTuneConfig`, and the functions that it calls."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from evenstep.train.config_io import shipped
 from evenstep.train.flags import add_flags, chosen
 
 FINETUNE = """\
-Fine-tune MODEL on examples, one JSON object a line: instructions, prompts with responses, chats, choices, or texts with
-a label. MODEL is a run or checkpoint of ours, or a folder that transformers opens. A RECIPE.toml may say all of it;
-every option can be given as --section.key value, which wins.
+Fine-tune MODEL on examples, one JSON object per line: instructions, prompts with responses, chats, choices, or texts
+with a label. MODEL is a run or checkpoint of evenstep, or a directory that transformers can load. A RECIPE.toml may
+contain all options; --section.key value overrides an option of the recipe.
 """
 
 FINETUNE_EXAMPLES = """\
@@ -26,7 +26,7 @@ examples:
   evenstep finetune ./Llama-2-7b-hf --data commonsense_170k.json --mode sparse    SPAM, moments of 0.25 %
   evenstep finetune ./bert --data mails.jsonl --eval.data held_out.jsonl
   evenstep finetune recipes/finetune-llama2-7b-commonsense.toml ./Llama-2-7b-hf
-  evenstep finetune runs/NAME --eval.data boolq.jsonl,piqa.jsonl --evaluate    score, train nothing
+  evenstep finetune runs/NAME --eval.data boolq.jsonl,piqa.jsonl --evaluate    score without training
 """
 
 MODES: dict[str, dict[str, str]] = {
@@ -48,34 +48,34 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    finetune.add_argument("tuned", metavar="MODEL", nargs="*", help="the model; before it, a recipe may stand")
-    finetune.add_argument("--data", metavar="FILE", help="short for --data.file FILE")
+    finetune.add_argument("tuned", metavar="MODEL", nargs="*", help="the model, optionally preceded by a recipe")
+    finetune.add_argument("--data", metavar="FILE", help="same as --data.file FILE")
     finetune.add_argument(
         "--mode", metavar="MODE", help="full: all weights; lora: adapters; sparse: SPAM with moments of 0.25 %%"
     )
-    finetune.add_argument("--evaluate", action="store_true", help="score MODEL on eval.data, or on FILE; train nothing")
+    finetune.add_argument(
+        "--evaluate", action="store_true", help="score MODEL on eval.data, or on FILE, without training"
+    )
     add_flags(finetune, FineTuneConfig)
     finetune.set_defaults(run_command=_finetune)
 
 
 def _split(words: Sequence[str]) -> tuple[Path | None, str | None]:
-    """The recipe and the model of the words that are no flags."""
+    """The recipe and the model among the positional arguments."""
     recipes: list[str] = []
     models: list[str] = []
     for word in words:
         path = Path(word)
         (recipes if path.suffix == ".toml" and (path.is_file() or shipped(path)) else models).append(word)
     if len(recipes) > 1 or len(models) > 1:
-        raise EvenstepError(
-            f"one recipe and one model may be given, not {' '.join(words)}; see evenstep finetune --help"
-        )
+        raise EvenstepError(f"{' '.join(words)}: give at most one recipe and one model; see evenstep finetune --help")
     return (Path(recipes[0]) if recipes else None), (models[0] if models else None)
 
 
 def _finetune(args: argparse.Namespace) -> None:
     recipe, model = _split(args.tuned)
     if args.mode is not None and args.mode not in MODES:
-        raise EvenstepError(f"--mode {args.mode}: give one of {', '.join(MODES)}")
+        raise EvenstepError(f"--mode {args.mode} is unknown; give one of {', '.join(MODES)}")
     short = dict(MODES[args.mode]) if args.mode else {}
     short |= {key: value for key, value in (("model.path", model), ("data.file", args.data)) if value is not None}
     if args.evaluate and args.data is None and vars(args)["eval.data"]:

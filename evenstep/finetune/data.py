@@ -1,8 +1,8 @@
 """From examples to batches: the selection of examples, their tokens, the packing into rows, and the loader of rows.
 
-A document of n tokens gives n - 1 inputs, each with the token that follows it as its target where that is learned,
--100 elsewhere. Several documents may share a row; `positions` count from 0 in each, which keeps them apart (see
-`evenstep.models.ops.document_mask`), and -1 is padding. A batch is padded to its longest row.
+A document of n tokens has n - 1 inputs. The target of an input is the next token if that token is learned, else -100.
+Several documents may share a row. Their ``positions`` count from 0 in each document, which separates them (see
+`evenstep.models.ops.document_mask`), and are -1 for padding. A batch is padded to its longest row.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Document:
-    """The tokens of one example: ``inputs`` int32 [n], ``targets`` int32 [n]; of a text to classify, ``targets`` is 0-d
-    and holds its class."""
+    """The tokens of one example: ``inputs`` int32 [n] and ``targets`` int32 [n]. In classification ``targets`` is 0-d,
+    the number of the class."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -46,7 +46,7 @@ class Document:
 
     @property
     def counted(self) -> int:
-        """Number of targets that are learned."""
+        """The number of learned targets."""
         return int((self.targets != IGNORED).sum()) if self.targets.ndim else 1
 
 
@@ -54,9 +54,10 @@ Row = tuple[Document, ...]
 
 
 def pack(documents: Sequence[Document], length: int) -> list[Row]:
-    """Pack documents, each no longer than ``length``, into rows of at most that many tokens. The longest come first,
-    each into the fullest row that has room. Deterministic."""
-    open_rows: list[list[list[Document]]] = [[] for _ in range(length + 1)]  # by the room that is left
+    """Pack documents of at most ``length`` tokens into rows of at most ``length`` tokens, by best-fit decreasing: the
+    longest documents first, each into the fullest row with enough room. Deterministic."""
+    # open_rows[r] has the rows with room for r more tokens, so a search takes at most `length` steps, not all rows.
+    open_rows: list[list[list[Document]]] = [[] for _ in range(length + 1)]
     rows: list[list[Document]] = []
     for document in sorted(documents, key=len, reverse=True):
         size = len(document)
@@ -73,10 +74,11 @@ def pack(documents: Sequence[Document], length: int) -> list[Row]:
 
 
 def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """(inputs, targets): int64 CPU tensors [B, 2, T] (tokens, positions) and [B, T], or [B] of classes."""
+    """The batch of ``rows``: inputs int64 [B, 2, T], where [:, 0] are tokens and [:, 1] positions, and targets int64
+    [B, T], or [B] in classification. CPU tensors."""
     width = max(sum(map(len, row)) for row in rows)
     inputs = np.zeros((len(rows), 2, width), np.int64)
-    inputs[:, 1] = -1
+    inputs[:, 1] = -1  # padding
     classes = not rows[0][0].targets.ndim
     targets = np.full((len(rows),) if classes else (len(rows), width), IGNORED, np.int64)
     for i, row in enumerate(rows):
@@ -84,7 +86,7 @@ def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         for document in row:
             start, end = end, end + len(document)
             inputs[i, 0, start:end] = document.inputs
-            inputs[i, 1, start:end] = np.arange(len(document))
+            inputs[i, 1, start:end] = np.arange(len(document))  # restarts: this separates the documents of a row
             if classes:
                 targets[i] = document.targets
             else:
@@ -93,7 +95,7 @@ def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 
 
 def batches(rows: Sequence[Row], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of all rows in their order. The last batch may be smaller."""
+    """Batches of all rows in order. The last batch may be smaller."""
     for first in range(0, len(rows), size):
         yield collate(rows[first : first + size])
 
@@ -105,7 +107,7 @@ class RowLoader(BatchLoader):
         if len(rows) < batch_size:
             raise EvenstepError(
                 f"{len(rows)} rows are fewer than one batch of {batch_size}; give more examples, a smaller "
-                "train.batch_size, or --data.pack no, which makes a row of each example"
+                "train.batch_size, or --data.pack no (one row per example)"
             )
         if batch_size % world_size:
             raise EvenstepError(f"train.batch_size {batch_size} is not divisible by {world_size} processes")
@@ -115,11 +117,14 @@ class RowLoader(BatchLoader):
         self._counted = np.array([sum(document.counted for document in row) for row in rows])
         self._lengths = np.array([sum(map(len, row)) for row in rows])
         self.counted: list[int] = []
-        """Of this process's rows in the last batch: targets that count in each."""
+        """The number of learned targets in each row of this process, in the last batch."""
         self.total = self.tokens = 0
-        """Of the last batch over all processes: targets that count, and tokens."""
+        """The numbers of learned targets and of tokens of the last batch, over all processes."""
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
+        """The next batch of this process, see `collate`."""
+        # Every process computes the ids of the whole batch, so that it knows the number of learned targets of the
+        # others without a message.
         ids = self.sequence_ids(self.position, self.position + self.batch_size)
         share = self.batch_size // self.world_size
         mine = ids[self.rank * share : (self.rank + 1) * share]
@@ -145,8 +150,11 @@ class ValSet:
 
 
 class TuningData:
-    """What `evenstep.data.TokenData` is to pretraining. ``labels`` are the classes, none for a model that writes: the
-    model's own ``classes`` where it knows all of the data's, else the data's. ``bad``: what reading left out."""
+    """The data of a fine-tuning run, the counterpart of `evenstep.data.TokenData`.
+
+    ``labels`` are the classes, empty for a model that generates text: the ``classes`` of the model if they include all
+    classes of the data, else those of the data. ``bad`` lists the examples that were left out during reading.
+    """
 
     def __init__(
         self, config: FineTuneConfig, text: Text, train: list[Example], val: dict[str, list[Example]],
@@ -157,7 +165,9 @@ class TuningData:
         self.form = form_of(train[0])
         self.labels = labels_of([*train, *val.get(HELD_OUT, ())], classes)
         if len(self.labels) == 1:
-            raise EvenstepError(f"{config.data.file}: every label is {self.labels[0]!r}; give examples of two or more")
+            raise EvenstepError(
+                f"{config.data.file}: every label is {self.labels[0]!r}; give examples of at least two classes"
+            )
         self.bad: Bad = bad if bad is not None else {}
         self.dropped: dict[str, int] = {}
         _, self.train_documents = self._documents(train, config.data.file, config.data.too_long == "cut")
@@ -176,12 +186,12 @@ class TuningData:
         return [row for one in self.sets for row in one.rows]
 
     def pack(self) -> None:
-        """Pack the documents of training into few rows."""
+        """Pack the documents of training into as few rows as possible."""
         self.train = pack(self.train_documents, self.config.train.seq_len)
 
     def _documents(self, examples: list[Example], name: str, cut: bool) -> tuple[list[Example], list[Document]]:
-        """The examples that can be encoded, and the documents of those that fit, or of all, cut. What is left out is
-        counted under ``name``."""
+        """The examples that can be encoded, and their documents: with ``cut`` of all of them, shortened to fit, else of
+        those that fit. Examples that are left out are counted under ``name``."""
         make = self.classified if self.labels else self._written
         good, found = [], []
         for example in examples:
@@ -206,12 +216,12 @@ class TuningData:
             return f"none of the examples of {file} can be used: {bad[0]}"
         if self.config.data.too_long == "cut":
             return (
-                f"none of the {count} examples of {file} has a part of its answer in its first {length} tokens "
-                "(train.seq_len); give a longer one"
+                f"none of the {count} examples of {file} has a part of its answer in its first {length} tokens; give a "
+                "larger train.seq_len"
             )
         return (
-            f"none of the {count} examples of {file} fits into train.seq_len {length} tokens; give a longer one, or "
-            "--data.too_long cut"
+            f"none of the {count} examples of {file} fits into train.seq_len {length} tokens; give a larger "
+            "train.seq_len, or --data.too_long cut"
         )
 
     def _written(self, example: Example, cut: bool) -> Document | None:
@@ -223,7 +233,7 @@ class TuningData:
         return document if document.counted else None
 
     def classified(self, example: Example, cut: bool) -> Document | None:
-        """The row of a text and its class; None of one that is too long and may not be cut."""
+        """The document of a text and its class; None if the text is too long and may not be cut."""
         if example.label not in self.labels:
             hint = nearest(str(example.label), self.labels)
             raise EvenstepError(f"{example.where}: label {example.label!r} is not in {self.config.data.file}{hint}")
@@ -236,7 +246,7 @@ class TuningData:
         return Document(np.array(ids, np.int32), np.array(self.labels.index(str(example.label)), np.int32))
 
     def identity(self) -> str:
-        """A hash of every document. It differs for other examples, another template or another packing."""
+        """A hash of all documents, which changes with the examples, the template and the packing."""
         digest = hashlib.sha256(repr(self.labels).encode())
         for row in self.train:
             for document in row:
@@ -245,7 +255,7 @@ class TuningData:
         return digest.hexdigest()
 
     def describe(self) -> list[str]:
-        """Lines for the user: how many examples there are, and which were left out and why."""
+        """Lines for the user: the number of examples, and the number left out with the reasons."""
         rows, documents = len(self.train), len(self.train_documents)
         packed = f" in {rows:,} rows" if rows != documents else ""
         lines = [f"{documents:,} examples{packed}, {sum(len(one.rows) for one in self.sets):,} for validation"]
@@ -254,12 +264,12 @@ class TuningData:
             if not cut and name == self.config.data.file:
                 why = f"with more than {length} tokens (train.seq_len; --data.too_long cut keeps their beginning)"
             else:
-                why = f"whose first {length} tokens hold nothing of the answer (a longer train.seq_len keeps them)"
+                why = f"without a part of the answer in their first {length} tokens (a larger train.seq_len keeps them)"
             lines.append(f"left out{self._of_loss(name)}: {count:,} examples of {name} {why}")
         for name, found in self.bad.items():
             if found:
                 lines.append(
-                    f"left out: {len(found):,} bad examples of {name} (data.on_bad skip), the first: {found[0]}"
+                    f"left out: {len(found):,} invalid examples of {name} (data.on_bad skip), the first: {found[0]}"
                 )
         return lines
 
@@ -268,7 +278,7 @@ class TuningData:
 
 
 def labels_of(examples: Sequence[Example], classes: Sequence[str]) -> list[str]:
-    """The classes in the order of the model's outputs: numbers by size, other names alphabetically."""
+    """The classes in the order of the model's outputs: numbers by value, then other names alphabetically."""
     found = {example.label for example in examples if example.label is not None}
     if found and found <= {*classes}:
         return list(classes)
@@ -276,8 +286,8 @@ def labels_of(examples: Sequence[Example], classes: Sequence[str]) -> list[str]:
 
 
 def open_examples(config: FineTuneConfig, bad: Bad | None = None) -> tuple[list[Example], dict[str, list[Example]]]:
-    """The examples to train on, and those to validate on by the name of their file (or `HELD_OUT`). What data.on_bad
-    skips is put into ``bad``."""
+    """The examples for training, and those for validation by the name of their file (or `HELD_OUT`). Examples that
+    ``data.on_bad skip`` leaves out are listed in ``bad``."""
     data = config.data
     found: Bad = {} if bad is None else bad
 
@@ -289,17 +299,21 @@ def open_examples(config: FineTuneConfig, bad: Bad | None = None) -> tuple[list[
         names = [name.strip() for name in config.eval.data.split(",") if name.strip()]
         val = {name: read_examples(Path(name), bad=skipped(name)) for name in names}
     else:
-        order = np.random.default_rng(0).permutation(len(train))  # the same for every seed of the training
+        order = np.random.default_rng(0).permutation(len(train))  # independent of the seed of the run
         held = set(order[: int(data.val_fraction * len(train))].tolist())
         val = {HELD_OUT: [train[i] for i in sorted(held)]} if held else {}
         train = [example for i, example in enumerate(train) if i not in held]
     kinds = {example.label is None for examples in (train, *val.values()) for example in examples}
     if len(kinds) > 1:
-        raise EvenstepError("data.file and eval.data: some examples have a label and some an answer; give one kind")
+        raise EvenstepError(
+            "data.file and eval.data: some examples have a label and others an answer; give examples of one kind"
+        )
     wanted = config.model.kind
     if wanted != "auto" and (wanted == "classifier") != (train[0].label is not None):
         needs = "text and label" if wanted == "classifier" else "an answer"
-        raise EvenstepError(f"model.kind {wanted} needs examples with {needs}; {data.file} has others")
+        raise EvenstepError(
+            f"model.kind {wanted} needs examples with {needs}, which {data.file} does not have; leave it at auto"
+        )
     return train, val
 
 

@@ -1,5 +1,5 @@
-"""Files of examples: rows of any tabular file that pretraining reads, in one of a few formats. Errors name the file
-and the line."""
+"""Reading files of examples, in one of the formats `evenstep.finetune.config.FORMATS`. The files have the row formats
+of pretraining (.jsonl, .csv, ...). Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -20,19 +20,29 @@ _SAME_ROLE = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "function": "tool",
     "function_call": "assistant", "observation": "tool", "function_response": "tool", "ipython": "tool",
 }  # fmt: skip
-"""Roles of ShareGPT's files, of OpenAI's older function calls and of some templates."""
+"""Names of roles in ShareGPT's files, in OpenAI's older function calls and in some templates, and the role of each."""
 _NAMED = re.compile(r"Answer format:\s*(\S+)")
-"""How Commonsense170K and its test sets name the choices: ``Answer format: true/false``."""
+"""The line with the names of the choices in Commonsense170K and its test sets: ``Answer format: true/false``."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """``instruction`` and ``input`` go through the template of instructions, ``prompt`` is taken as it is, ``messages``
-    (role, content) go through that of chats; ``answer`` is what is learned. ``options`` are texts that could stand in
-    its place, ``correct`` which of them is right; ``names`` the words that stand for them in a generated answer.
+    """One example, with the fields of its format.
 
-    ``turns`` are the messages with all that a tokenizer's chat template may ask for (tool_calls, name, tool_call_id),
-    none where they have roles and contents alone; ``tools`` describes the tools that the assistant may call."""
+    Attributes:
+        where: the file and the line, for errors.
+        prompt: the text before the answer, used without a template; in classification the text.
+        answer: the text that is learned.
+        instruction, input: the fields of the template of instructions.
+        messages: (role, content) of each message of a chat.
+        options: the texts among which the answer is chosen.
+        correct: the index of the correct option.
+        names: the words that stand for the options in a generated answer.
+        label: the class.
+        turns: the messages with the further fields that a chat template may use (tool_calls, name, tool_call_id); empty
+            if the messages have only roles and contents.
+        tools: descriptions of the tools that the assistant may call.
+    """
 
     where: str
     prompt: str = ""
@@ -49,7 +59,7 @@ class Example:
 
 
 Bad = dict[str, list[str]]
-"""By name of file: what is wrong with each example that was left out."""
+"""Name of file -> the error of each example that was left out."""
 
 SKIP = "; --data.on_bad skip leaves such examples out"
 
@@ -57,9 +67,11 @@ SKIP = "; --data.on_bad skip leaves such examples out"
 def read_examples(
     path: Path, form: str = "auto", most: int | None = None, bad: list[str] | None = None
 ) -> list[Example]:
-    """The examples of a file, the first ``most`` of them. EvenstepError for a file that is missing, no JSON, or empty,
-    and for an example that lacks something, with its line (or number, in a .json list); with ``bad`` such examples are
-    left out, and their errors put there."""
+    """The first ``most`` examples of a file (None: all).
+
+    EvenstepError for a missing, unreadable or empty file, and for an invalid example, with its line, or its index in a
+    .json list. If ``bad`` is a list, invalid examples are left out and their errors are appended to it.
+    """
     found: list[Example] = []
     for where, item in _items(path, bad):
         try:
@@ -74,22 +86,22 @@ def read_examples(
         if most is not None and len(found) == most:
             break
     if not found and bad:
-        raise EvenstepError(f"{path}: all of its {len(bad):,} examples are bad, the first: {bad[0]}")
+        raise EvenstepError(f"{path}: all of its {len(bad):,} examples are invalid, the first: {bad[0]}")
     if not found:
-        raise EvenstepError(f"{path} holds no examples; give a file with one JSON object a line")
+        raise EvenstepError(f"{path} has no examples; give a file with one JSON object per line")
     return found
 
 
 def format_of(item: dict[str, Any], where: str) -> str:
-    """The format whose fields ``item`` has."""
+    """The format of an example, by the names of its fields. EvenstepError for unknown fields."""
     if choice_task(item):
         return "choices"
     for name, fields in _MARKS.items():
         if any(field <= item.keys() for field in fields):
             return name
     raise EvenstepError(
-        f"{where}: unknown format, its fields are {', '.join(map(str, item)) or 'none'}; docs/finetuning.md shows what "
-        f"{', '.join(FORMATS)} have"
+        f"{where}: unknown format with the fields {', '.join(map(str, item)) or 'none'}; docs/finetuning.md lists the "
+        f"fields of {', '.join(FORMATS)}"
     )
 
 
@@ -102,7 +114,7 @@ _MARKS: dict[str, tuple[set[str], ...]] = {
 
 
 class _BadRows(LeftOut):
-    """What the reader cannot use, as bad examples: an error, or told in ``bad``."""
+    """Rows that the reader cannot use, as invalid examples: an error, or appended to ``bad``."""
 
     def __init__(self, bad: list[str] | None):
         super().__init__()
@@ -111,7 +123,7 @@ class _BadRows(LeftOut):
     def bad(self, error: BadInput) -> None:
         where = f"{error.where.rpartition(':')[0]} line {error.number}"
         words = {
-            "rows that are not JSON": f"{where}: no JSON ({error.found})",
+            "rows that are not JSON": f"{where}: not JSON ({error.found})",
             "rows that are not JSON objects": f"{where}: expected a JSON object, got {error.found!r}",
         }
         problem = words.get(error.reason, str(error))
@@ -122,7 +134,7 @@ class _BadRows(LeftOut):
 
 def _items(path: Path, bad: list[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.exists():
-        raise EvenstepError(f"there is no {path}; give a file of rows, such as .jsonl, .json or .csv")
+        raise EvenstepError(f"{path} does not exist; give a file of examples, such as .jsonl, .json or .csv")
     for row in read_rows(path, _BadRows(bad)):
         yield f"{row.name} {'item' if row.in_list else 'line'} {row.number}", row.value
 
@@ -130,7 +142,7 @@ def _items(path: Path, bad: list[str] | None) -> Iterator[tuple[str, dict[str, A
 def _text(item: dict[str, Any], key: str, where: str, *, empty: bool = False) -> str:
     value = item.get(key)
     if value is None:
-        raise EvenstepError(f"{where}: '{key}' is missing; there are {', '.join(map(str, item))}")
+        raise EvenstepError(f"{where}: '{key}' is missing; the fields are {', '.join(map(str, item))}")
     if not isinstance(value, str):
         raise EvenstepError(f"{where}: '{key}' is {type(value).__name__}, expected a text")
     if not value.strip() and not empty:
@@ -142,7 +154,7 @@ def _encodable(value: str, key: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise EvenstepError(f"{where}: '{key}' holds half of a surrogate pair, which is no text") from None
+        raise EvenstepError(f"{where}: '{key}' contains half of a surrogate pair, which is not valid text") from None
     return value
 
 
@@ -153,7 +165,7 @@ def _instruction(item: dict[str, Any], where: str) -> Example:
     names = tuple(named[1].split("/")) if named and "answer" in item else ()
     right: Any = item.get("answer")
     if names and right not in names:
-        raise EvenstepError(f"{where}: 'answer' is {right!r}, which is none of {', '.join(names)}")
+        raise EvenstepError(f"{where}: 'answer' is {right!r}, expected one of {', '.join(names)}")
     options: tuple[str, ...] = ()
     if names and right in answer:
         before, _, after = answer.rpartition(str(right))
@@ -179,7 +191,7 @@ def _chat(item: dict[str, Any], where: str) -> Example:
         turns.insert(0, {"role": "system", "content": _text(item, "system", where)})
     last = turns[-1]["role"] if turns else "system"
     if last != "assistant":
-        raise EvenstepError(f"{where}: the last message is of the {last}; it must be the assistant's")
+        raise EvenstepError(f"{where}: the role of the last message is {last}; it has to be assistant")
     messages = tuple((turn["role"], _plain_turn(turn)) for turn in turns)
     more = any(len(turn) > 2 for turn in turns)
     return Example(
@@ -188,16 +200,18 @@ def _chat(item: dict[str, Any], where: str) -> Example:
 
 
 def _turn(turn: Any, where: str) -> dict[str, Any] | None:
-    """A message as chat templates take it; None for a system's without a word."""
+    """A message in the form that chat templates expect; None for an empty system message."""
     if not isinstance(turn, dict):
         raise EvenstepError(f"{where}: a message is {str(turn)[:40]!r}, expected role and content")
     key, content = ("role", "content") if "role" in turn else ("from", "value")
     said = turn.get(key)
     role = _SAME_ROLE.get(str(said), said)
     if role not in ROLES:
-        raise EvenstepError(f"{where}: a message's role is {said!r}, expected {', '.join(ROLES)}")
+        raise EvenstepError(f"{where}: the role of a message is {said!r}, expected {', '.join(ROLES)}")
     if turn.get("weight") not in (None, 1):
-        raise EvenstepError(f"{where}: a message has weight {turn['weight']!r}; every answer is learned, take it out")
+        raise EvenstepError(
+            f"{where}: a message has weight {turn['weight']!r}; all answers are learned, remove the weight"
+        )
     calls = _calls(turn, where) if role == "assistant" else []
     text = _content(turn, content, where, empty=bool(calls) or role not in ("user", "assistant"))
     if role == "system" and not text.strip():
@@ -209,7 +223,8 @@ def _turn(turn: Any, where: str) -> dict[str, Any] | None:
 
 
 def _content(turn: dict[str, Any], key: str, where: str, *, empty: bool) -> str:
-    """The text of a message: a text, or a list of parts that are texts. A refusal stands in the place of none."""
+    """The text of a message, whose content is a text or a list of parts that are texts. A refusal takes the place of a
+    missing content."""
     value = turn.get(key)
     if value is None and isinstance(turn.get("refusal"), str):
         value = turn["refusal"]
@@ -223,14 +238,14 @@ def _content(turn: dict[str, Any], key: str, where: str, *, empty: bool) -> str:
             kind = part.get("type", "text") if isinstance(part, dict) else "text"
             text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else part
             if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(text, str):
-                raise EvenstepError(f"{where}: '{key}' holds a part of type {kind!r}, expected texts alone")
+                raise EvenstepError(f"{where}: '{key}' has a part of type {kind!r}, expected only texts")
             texts.append(text)
         value = "".join(texts)
     return _text({**turn, key: value}, key, where, empty=empty)
 
 
 def _calls(turn: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """The tool calls of a message in the form of OpenAI's, with arguments as objects, as chat templates expect them."""
+    """The tool calls of a message in OpenAI's form, with arguments as objects, as chat templates expect them."""
     given = _parsed(turn.get("tool_calls")) or []
     if turn.get("function_call"):  # the older form
         given = [{"type": "function", "function": _parsed(turn["function_call"])}]
@@ -240,7 +255,9 @@ def _calls(turn: dict[str, Any], where: str) -> list[dict[str, Any]]:
     for call in given:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise EvenstepError(f"{where}: a tool call is {str(call)[:40]!r}, expected a function with name, arguments")
+            raise EvenstepError(
+                f"{where}: a tool call is {str(call)[:40]!r}, expected a function with name and arguments"
+            )
         arguments = _parsed(function.get("arguments"))
         _encodable(json.dumps([function["name"], arguments], ensure_ascii=False), "tool_calls", where)
         made = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
@@ -259,7 +276,7 @@ def _tools(item: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
 
 
 def _parsed(value: Any) -> Any:
-    """``value``, or what it holds where it is a text with JSON in it, as tables have it."""
+    """``value``, or its content if it is a JSON text of an object or a list, as in the cells of a table."""
     if isinstance(value, str):
         try:
             found = json.loads(value)
@@ -270,7 +287,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _plain_turn(turn: dict[str, Any]) -> str:
-    """The text of a message where no chat template writes its tool calls: each as a line of JSON."""
+    """The text of a message for the plain template, which writes each tool call as a line of JSON."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls", ())]
     return "\n".join([*([turn["content"]] if turn["content"].strip() or not calls else []), *calls])
 
@@ -298,9 +315,9 @@ _READERS: dict[str, Callable[[dict[str, Any], str], Example]] = {
 
 # ---- commonsense tasks with choices ----
 #
-# The eight commonsense tasks as their authors publish them: BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC (easy and
-# challenge) and OpenBookQA, told apart by their fields. The form in which LLM-Adapters distributes them (instruction,
-# output, answer) is read by `_instruction`.
+# The eight commonsense tasks in the files of their authors: BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC (easy and
+# challenge) and OpenBookQA, recognised by their fields. `_instruction` reads the form in which LLM-Adapters distributes
+# them (instruction, output, answer).
 
 Choices = tuple[str, list[Any], int]
 
@@ -311,17 +328,18 @@ def choice_task(item: dict[str, Any]) -> str | None:
 
 
 def read_choices(item: dict[str, Any], where: str) -> tuple[str, tuple[str, ...], int]:
-    """The prompt, the texts that may follow it, and which is right. EvenstepError for what is missing or empty."""
+    """The prompt, the texts that may follow it, and the index of the correct one. EvenstepError for a missing or empty
+    field."""
     task = choice_task(item)
     if task is None:
-        raise EvenstepError(f"{where}: fields of no known task of choices: {', '.join(map(str, item))}")
+        raise EvenstepError(f"{where}: no task of choices has the fields {', '.join(map(str, item))}")
     try:
         prompt, options, correct = _TASKS[task][1](item)
         texts = tuple(str(option) for option in options)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as problem:
         raise EvenstepError(f"{where}: not an example of {task} ({type(problem).__name__}: {problem})") from None
     if not 0 <= correct < len(texts):
-        raise EvenstepError(f"{where}: the right answer is number {correct + 1} of {len(texts)} choices")
+        raise EvenstepError(f"{where}: the correct answer is number {correct + 1} of {len(texts)} choices")
     if not prompt.strip() or not all(text.strip() for text in texts):
         raise EvenstepError(f"{where}: an example of {task} with an empty text")
     return prompt, texts, correct
@@ -358,7 +376,7 @@ def _winogrande(item: dict[str, Any]) -> Choices:
 
 
 def _arc(item: dict[str, Any]) -> Choices:
-    """ARC and OpenBookQA, as flat as the Hugging Face hub has them, or nested as in the authors' files."""
+    """ARC and OpenBookQA, in the flat form of the Hugging Face hub or nested as in the files of the authors."""
     question = item.get("question_stem", item.get("question"))
     options: Any = item.get("choices")
     if isinstance(question, dict):

@@ -1,8 +1,8 @@
-"""Models to fine-tune: how a path is resolved, how evenstep or transformers opens the model, with or without adapters,
-and evenstep.json, the description in the folder of a fine-tuned model.
+"""Models to fine-tune: resolving a path, loading the model by evenstep or transformers, adapters, and evenstep.json,
+the description of a fine-tuned model in its directory.
 
-Models of transformers are wrapped so that they have the interface of `evenstep.models.Llama` that a run needs,
-``loss(tokens, targets, positions=...)``. Their parameters have ``net.`` before their names.
+A wrapper gives models of transformers the interface of `evenstep.models.Llama` that a run needs, ``loss(tokens,
+targets, positions=...)``. It adds the prefix ``net.`` to the names of their parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evenstep.errors import EvenstepError
+from evenstep.errors import EvenstepError, first_line
 from evenstep.finetune.config import FineTuneConfig
 from evenstep.finetune.examples import Example
 from evenstep.models.ops import document_mask
@@ -28,7 +28,7 @@ from evenstep.optim.groups import HEADS
 from evenstep.train import weights
 from evenstep.train.checkpoint import MANIFEST
 from evenstep.train.hardware import pick_device
-from evenstep.train.weights import load_model
+from evenstep.train.weights import check_positions, load_model
 
 # ---- evenstep.json ----
 
@@ -38,8 +38,8 @@ FORMS = ("chat", "instruction", "plain")
 
 @dataclass(frozen=True)
 class Note:
-    """The library that opens the model, how its prompts were written (``form``, and ``template`` for instructions),
-    and the low-bit recipe that it was trained with."""
+    """The content of evenstep.json: the library that loads the model, the format of its prompts (``form``, and
+    ``template`` for instructions), and the low-bit recipe with which it was trained."""
 
     library: str
     form: str = "plain"
@@ -50,7 +50,7 @@ class Note:
         (folder / NOTE).write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def question(self, prompt: str) -> Example:
-        """``prompt`` as an example whose answer is to be written."""
+        """``prompt`` as an example without an answer, which the model generates."""
         if self.form == "chat":
             return Example("the prompt", messages=(("user", prompt),))
         return Example("the prompt", prompt=prompt, instruction=prompt if self.form == "instruction" else None)
@@ -61,7 +61,7 @@ def form_of(example: Example) -> str:
 
 
 def read_note(folder: Path) -> Note | None:
-    """None where there is no such file; EvenstepError for one that cannot be read."""
+    """The content of evenstep.json; None if there is no such file. EvenstepError when it cannot be read."""
     path = folder / NOTE
     try:
         note = Note(**json.loads(path.read_text(encoding="utf-8")))
@@ -73,7 +73,7 @@ def read_note(folder: Path) -> Note | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, RecursionError) as problem:
-        raise EvenstepError(f"{path} cannot be read ({problem}); mend it, or take it away") from None
+        raise EvenstepError(f"{path} cannot be read ({problem}); correct or delete it") from None
     return note
 
 
@@ -97,13 +97,15 @@ def hushed() -> Iterator[None]:
 
 
 class HubModel(nn.Module):
+    """The base class of the wrappers; ``net`` is the model of transformers."""
+
     def __init__(self, net: Any) -> None:
         super().__init__()
         self.net = net
 
     @property
     def config(self) -> Any:
-        """The numbers of the shape that a run and the rules of optimizers ask for."""
+        """The values of the shape that a run and the grouping rules of optimizers use."""
         own = self.net.config.get_text_config()
         heads = getattr(own, "num_attention_heads", None)
         return SimpleNamespace(
@@ -116,30 +118,35 @@ class HubModel(nn.Module):
         return sum(p.numel() for p in self.parameters()) - without
 
     def flops_per_token(self, seq_len: int) -> int:
-        """6 FLOP for each parameter of a matrix product; the products of attention are not counted."""
+        """6 FLOP for each parameter of a matrix product, without the products of attention."""
         return 6 * self.num_parameters(embeddings=False)
 
 
 MASKS = ("own", "layers", "one")
-"""Ways to keep documents apart, all with positions that restart. own: the model finds them by these positions, as
-transformers' own masks do (4.53 and later), each layer with its window or chunk. layers: the same masks made here, for
-models that do not pass their positions on to them. one: a mask for all layers, which knows no window."""
+"""Ways to separate documents in a row; the positions restart in each document in all of them.
+
+* own: the model derives its masks from the positions (transformers 4.53 and later), per layer with window or chunk.
+* layers: the same masks, created here, for models that do not pass their positions to the creation of masks.
+* one: one mask for all layers, for models without windows.
+"""
 
 
 class HubCausal(HubModel):
     packs = True
-    """Whether several documents may share a row. False: each row is one text, padded at its end."""
+    """Whether several documents may share a row. False: each row is one document, padded at its end."""
 
     masks = "own"
-    """How documents that share a row are kept apart, one of `MASKS`."""
+    """How documents in a row are separated, one of `MASKS`."""
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Logits [B, T, vocab], as `evenstep.models.Llama.forward` gives them."""
+        """Logits [B, T, vocab], as from `evenstep.models.Llama.forward`. ``tokens`` and ``positions`` are int64 [B, T];
+        position -1 is padding."""
         if positions is None:
             return self.net(input_ids=tokens, use_cache=False).logits
         if not self.packs:
-            # The model's own positions and masks: a causal model does not look at the padding, which comes last. A
-            # padding token would make transformers warn of a mask that is missing; the first token stands there.
+            # The model uses its own positions and masks: in a causal model the padding at the end of a row cannot
+            # influence the tokens before it. Padding is replaced by the first token, because transformers warns about
+            # a missing mask when it sees a padding token.
             return self.net(input_ids=torch.where(positions < 0, tokens[:, :1], tokens), use_cache=False).logits
         return self.net(
             input_ids=tokens, attention_mask=self._mask(positions), position_ids=positions.clamp(min=0), use_cache=False
@@ -160,27 +167,29 @@ class HubCausal(HubModel):
         mask = document_mask(positions)
         if self.net.config._attn_implementation == "sdpa":
             return mask
-        lowest = torch.finfo(dtype).min  # eager attention adds its mask
+        lowest = torch.finfo(dtype).min  # eager attention adds the mask to its scores
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
 
     def loss(
         self, tokens: Tensor, targets: Tensor, *, positions: Tensor, reduction: str = "mean", chunk: int | None = None
     ) -> Tensor:
-        """As `evenstep.models.Llama.loss`; ``chunk`` must be None."""
-        counts = targets != -100
+        """Like `evenstep.models.Llama.loss`; ``chunk`` must be None."""
+        counts = targets != -100  # bool [B, T]; [counts] keeps the rows of logits [number of learned targets, vocab]
         return F.cross_entropy(self(tokens, positions)[counts].float(), targets[counts], reduction=reduction)
 
 
 class HubClassifier(HubModel):
+    """A sequence classifier of transformers."""
+
     def pad_with(self, token: int) -> None:
-        """Pad with ``token`` where the model has no token of its own for it: a decoder looks for the last token before
-        the padding."""
+        """Use ``token`` as padding if the model has no padding token. A decoder classifies by the last token before the
+        padding, which it finds by the padding token."""
         own = self.net.config.get_text_config()
         if getattr(own, "pad_token_id", None) is None:
             own.pad_token_id = token
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Logits [B, classes] of one text a row."""
+        """Logits [B, classes] for one text per row. ``tokens`` and ``positions`` are int64 [B, T]."""
         here = positions >= 0
         padded = tokens.masked_fill(~here, self.net.config.get_text_config().pad_token_id or 0)
         return self.net(input_ids=padded, attention_mask=here.long()).logits
@@ -192,16 +201,17 @@ class HubClassifier(HubModel):
         return F.cross_entropy(self(tokens, positions).float(), targets, reduction=reduction)
 
 
-# ---- what a model can do, found by trying it ----
+# ---- abilities of a model, found by tests ----
 
 
 @torch.no_grad()
 def keeps_documents_apart(model: HubCausal, longest: int | None = None) -> bool:
-    """Whether documents that share a row get the logits that each has alone; sets ``model.packs`` and how it is done.
+    """Whether documents that share a row have the same logits as in separate rows. Sets ``model.packs`` and
+    ``model.masks``.
 
-    Not every architecture takes positions or a mask of documents, and some look only at a window or chunk, or carry a
-    state along the row. So rows of ``longest`` tokens, the longest that training will see, are compared with the same
-    documents alone, at every position. None: rows of up to 512 tokens.
+    Not every architecture accepts positions or a mask of documents; some attend to a window or a chunk only, and some
+    carry a state along the row. Therefore the logits are compared at every position, in rows of ``longest`` tokens, the
+    length of rows in training. None: rows of up to 512 tokens.
     """
     was_training = model.training
     model.eval()
@@ -210,7 +220,7 @@ def keeps_documents_apart(model: HubCausal, longest: int | None = None) -> bool:
             model.packs = True
             try:
                 model.packs = _same_as_alone(model, longest or min(512, positions_of(model.net) or 512))
-            except Exception:  # whatever a model raises for an argument that it does not have
+            except Exception:  # an argument that the model does not have: any type of exception
                 model.packs = False
             if model.packs:
                 break
@@ -220,11 +230,11 @@ def keeps_documents_apart(model: HubCausal, longest: int | None = None) -> bool:
 
 
 def _same_as_alone(model: HubCausal, longest: int) -> bool:
-    """The trial of `keeps_documents_apart`. Differences are measured by what they would be if documents saw each other,
-    which is small where attention changes logits little (in a model whose weights are still small, for one)."""
+    """The test of `keeps_documents_apart`. The scale of the allowed difference is the difference that attention between
+    documents would make, which is small if attention has little influence, as in a model with small weights."""
     few = max(1, min(5, longest // 6))
     layouts = [[longest], [few, longest - 3 * few, 2 * few], [longest // 3, longest // 2]]
-    # Rounding: 16-bit logits differ by some percent between two ways to compute the same attention.
+    # Rounding: 16-bit logits differ by a few percent between two ways to compute the same attention.
     share, floor = (1e-3, 1e-5) if model.net.dtype == torch.float32 else (0.2, 0.0)
     ids = ordinary_tokens(model.net, len(layouts) * longest).view(len(layouts), longest)
     positions = torch.full_like(ids, -1)
@@ -239,7 +249,8 @@ def _same_as_alone(model: HubCausal, longest: int) -> bool:
                 part = slice(start, start + length)
                 alone = model(ids[row : row + 1, part])[0].float()
                 off = (packed[i, part].float() - alone).norm(dim=-1)
-                # One position may stand out, where rounding sends its token to another expert; a leak is wider.
+                # The smaller of two neighbours: rounding may send one token to another expert of a mixture, which
+                # changes one position; attention between documents changes many.
                 worst.append(torch.minimum(off[:-1], off[1:]).max() if length > 1 else off.max())
                 sizes.append(alone.norm(dim=-1).median())
                 if start:
@@ -251,11 +262,11 @@ def _same_as_alone(model: HubCausal, longest: int) -> bool:
 
 @torch.no_grad()
 def sees_later_tokens(net: Any) -> bool:
-    """Whether logits depend on the tokens after them: so do those of an encoder. It is tried: what another second half
-    of a row changes in the first is compared with what another first half changes in the second."""
+    """Whether logits depend on later tokens, as in an encoder. The test compares the change in the first half of a row
+    when the second half is replaced with the change in the second half when the first half is replaced."""
     half = max(1, min(32, (positions_of(net) or 32) // 2) // 2)
     share = 1e-3 if net.dtype == torch.float32 else 0.1
-    for seed in range(3):  # rounding may send a token to another expert, but not each time
+    for seed in range(3):  # rounding may send a token to another expert, but not with every seed
         drawn = ordinary_tokens(net, 4 * half, seed).view(4, half)
         rows = torch.stack([torch.cat((drawn[a], drawn[b])) for a, b in ((0, 1), (0, 2), (3, 1))])
         logits = net(input_ids=rows, use_cache=False).logits.float()
@@ -267,7 +278,7 @@ def sees_later_tokens(net: Any) -> bool:
 
 
 def positions_of(net: Any) -> int | None:
-    """How many positions the model has; None where there is no limit."""
+    """The number of positions of the model; None if there is no limit."""
     own = net.config.get_text_config()
     return next((n for n in (getattr(own, name, None) for name in _POSITIONS) if isinstance(n, int) and n > 0), None)
 
@@ -276,8 +287,8 @@ _POSITIONS = ("max_position_embeddings", "max_target_positions")
 
 
 def ordinary_tokens(net: Any, count: int, seed: int = 0) -> Tensor:
-    """Tokens int64 [count] drawn from the vocabulary without those that the configuration names: padding, the end of a
-    text or the place of an image may be treated in a way of their own."""
+    """Random tokens int64 [count] without those that the configuration names: a model may treat padding, the end of a
+    text or the place of an image differently."""
     own, table = net.config.get_text_config(), net.get_input_embeddings()
     named = [{**config.to_dict()} for config in (net.config, own)]
     special = {v for facts in named for k, v in facts.items() if k.endswith(("_token_id", "_token_index"))
@@ -287,19 +298,20 @@ def ordinary_tokens(net: Any, count: int, seed: int = 0) -> Tensor:
     return draw.to(table.weight.device)
 
 
-# ---- which model, and how it is opened ----
+# ---- finding and loading a model ----
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder with ``config.json``, weights and tokenizer, and the library that opens it."""
+    """A directory with ``config.json``, weights and tokenizer, and the library that loads it."""
 
     folder: Path
     library: str
 
 
 def find_source(path: Path, library: str, say: Callable[[str], None]) -> Source:
-    """The source that ``path`` stands for, see `evenstep.train.weights.find_source`, and who opens it."""
+    """The directory that ``path`` stands for (see `evenstep.train.weights.find_source`), and the library that loads
+    it."""
     folder = weights.find_source(path, say, "model.path")
     if library != "auto":
         return Source(folder, library)
@@ -311,7 +323,7 @@ def find_source(path: Path, library: str, say: Callable[[str], None]) -> Source:
 
 
 def classes_of(folder: Path) -> list[str]:
-    """The names of the classes that a classifier was trained on, none of what is none."""
+    """The names of the classes of a classifier; empty for other models."""
     facts = _facts(folder)
     names = facts.get("id2label")
     if not _classifies(facts) or not isinstance(names, dict):
@@ -330,12 +342,12 @@ def _facts(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
-        raise EvenstepError(f"{folder / 'config.json'} cannot be read; it must be a JSON object") from None
+        raise EvenstepError(f"{folder / 'config.json'} cannot be read; it has to be a JSON object") from None
 
 
 def open_model(config: FineTuneConfig, source: Source, labels: Sequence[str], say: Callable[[str], None]) -> Any:
-    """The model on the CPU, every weight that is to be trained with ``requires_grad``; a classifier's new last layer is
-    drawn from ``config.seed``."""
+    """The model on the CPU; the weights to train have ``requires_grad``. A new last layer of a classifier is drawn from
+    ``config.seed``."""
     torch.manual_seed(config.seed)
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     if source.library == "evenstep":
@@ -352,15 +364,11 @@ def open_model(config: FineTuneConfig, source: Source, labels: Sequence[str], sa
 def _ours(config: FineTuneConfig, source: Source, labels: Sequence[str]) -> Any:
     if labels:
         raise EvenstepError(
-            f"{source.folder} is a model of ours, which writes text; put texts into classes with a transformers "
-            "classifier, or write the label as an answer (prompt, response)"
+            f"{source.folder} is a model of evenstep, which generates text; classify with a model of transformers, or "
+            "give the label as an answer (prompt, response)"
         )
     model = load_model(source.folder)
-    if config.train.seq_len > model.config.max_seq_len:
-        raise EvenstepError(
-            f"train.seq_len {config.train.seq_len} is longer than the {model.config.max_seq_len} positions of the "
-            f"model of {source.folder}; give at most that"
-        )
+    check_positions(config.train.seq_len, model.config.max_seq_len, source.folder)
     model.activation_checkpointing = config.train.activation_checkpointing
     return model
 
@@ -369,26 +377,23 @@ def _hub(
     config: FineTuneConfig, source: Source, labels: Sequence[str], dtype: torch.dtype, say: Callable[[str], None]
 ) -> Any:
     if config.train.compile:
-        raise EvenstepError("train.compile is for models of ours; leave it out for one of transformers")
+        raise EvenstepError("train.compile is only for models of evenstep; leave it out for a model of transformers")
     if isinstance(config.train.loss_chunk, int) and config.train.loss_chunk:
-        raise EvenstepError("train.loss_chunk is for models of ours; leave it out for one of transformers")
+        raise EvenstepError("train.loss_chunk is only for models of evenstep; leave it out for a model of transformers")
     net, new = load_hub(source.folder, labels, dtype)
     if new:
         say(f"new weights, drawn from seed {config.seed}: {', '.join(new)}")
     longest = positions_of(net)
-    if longest and config.train.seq_len > longest:
-        raise EvenstepError(
-            f"train.seq_len {config.train.seq_len} is longer than the {longest} positions of {source.folder}; "
-            "give at most that"
-        )
+    if longest:
+        check_positions(config.train.seq_len, longest, source.folder)
     if config.train.activation_checkpointing:
         net.gradient_checkpointing_enable({"use_reentrant": False})
     return HubClassifier(net) if labels else HubCausal(net)
 
 
 def load_hub(folder: Path, labels: Sequence[str], dtype: torch.dtype | str) -> tuple[Any, list[str]]:
-    """The model by transformers, a classifier where there are ``labels``, and the names of its weights that the folder
-    lacks, which are drawn: only a classifier may have such. EvenstepError for what cannot be opened."""
+    """A model of transformers, a classifier if there are ``labels``, and the names of its weights that the directory
+    does not have, which are drawn. Only a classifier may have such weights. EvenstepError when it cannot be loaded."""
     try:
         import transformers
     except ImportError:
@@ -405,11 +410,10 @@ def load_hub(folder: Path, labels: Sequence[str], dtype: torch.dtype | str) -> t
         try:
             net, report = kind.from_pretrained(folder, output_loading_info=True, **options)
         except Exception as problem:  # whatever its parsers raise
-            first = next(iter(str(problem).splitlines()), type(problem).__name__)
-            raise EvenstepError(f"transformers cannot open {folder}: {first}") from None
+            raise EvenstepError(f"transformers cannot open {folder}: {first_line(problem)}") from None
     new = sorted(report["missing_keys"])
     if new and not labels:
-        raise EvenstepError(f"{folder} lacks {new[0]} of a {type(net).__name__}; it is another model")
+        raise EvenstepError(f"{folder} has no {new[0]}, which a {type(net).__name__} needs; give another model")
     if not labels:
         _check_causal(net, folder)
     return net, new
@@ -419,16 +423,15 @@ _CLASSIFIES = "give a causal language model, or examples with text and label for
 
 
 def _check_writes(folder: Path, transformers: Any) -> None:
-    """EvenstepError for an architecture that is known to write no text of its own, before its weights are read."""
+    """EvenstepError for an architecture that is no causal language model, before its weights are read."""
     with hushed():
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         except Exception as problem:  # whatever its parsers raise
-            first = next(iter(str(problem).splitlines()), type(problem).__name__)
-            raise EvenstepError(f"transformers cannot open {folder}: {first}") from None
+            raise EvenstepError(f"transformers cannot open {folder}: {first_line(problem)}") from None
     if getattr(config, "is_encoder_decoder", False):
         raise EvenstepError(
-            f"{folder} is an encoder-decoder ({config.model_type}), which writes from another text; {_CLASSIFIES}"
+            f"{folder} is an encoder-decoder ({config.model_type}), not a causal language model; {_CLASSIFIES}"
         )
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise EvenstepError(f"transformers has no causal language model of type {config.model_type}; {_CLASSIFIES}")
@@ -439,30 +442,29 @@ def _check_causal(net: Any, folder: Path) -> None:
     was_training = net.training
     try:
         leaks = sees_later_tokens(net.eval())
-    except Exception as problem:  # whatever a model raises that wants more than tokens
-        first = next(iter(str(problem).splitlines()), type(problem).__name__)
-        raise EvenstepError(f"{folder}: {name} does not run on a row of tokens alone: {first}") from None
+    except Exception as problem:  # a model that needs more than tokens: any type
+        raise EvenstepError(f"{folder}: {name} does not run on a row of tokens alone: {first_line(problem)}") from None
     finally:
         net.train(was_training)
     if leaks:
-        raise EvenstepError(f"{folder} is a {name}, whose outputs see later tokens: it writes no text; {_CLASSIFIES}")
+        raise EvenstepError(f"{folder} is a {name}, whose outputs depend on later tokens; {_CLASSIFIES}")
 
 
 def open_to_write(source: Source) -> Any:
-    """The model in eval mode, to write text with. EvenstepError for one that puts texts into classes."""
+    """The model in eval mode, for generation. EvenstepError for a classifier."""
     if source.library == "evenstep":
         return load_model(source.folder).eval()
     if _classifies(_facts(source.folder)):
         raise EvenstepError(
-            f"{source.folder} puts texts into classes and writes none; evenstep finetune {source.folder} --data FILE "
-            "--evaluate scores it"
+            f"{source.folder} is a classifier and generates no text; score it with: evenstep finetune {source.folder} "
+            "--data FILE --evaluate"
         )
     return HubCausal(load_hub(source.folder, (), "auto")[0]).to(pick_device("auto")).eval()
 
 
 def add_lora(model: Any, config: FineTuneConfig, labels: Sequence[str]) -> None:
-    """Put peft's adapters into the linear layers, in place: they alone are trained then, and a classifier's last
-    layer. ``model.adapted`` is peft's model around it, outside of the module tree."""
+    """Add peft's adapters to the linear layers, in place. Only the adapters and the last layer of a classifier are
+    trained then. ``model.adapted`` is peft's wrapper of the model, outside of the module tree."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -476,13 +478,13 @@ def add_lora(model: Any, config: FineTuneConfig, labels: Sequence[str]) -> None:
     try:
         adapted = get_peft_model(net, lora)
     except ValueError as problem:
-        first = next(iter(str(problem).splitlines()), "")
-        raise EvenstepError(f"tune.targets {tune.targets}: {first}") from None
+        raise EvenstepError(f"tune.targets {tune.targets}: {first_line(problem)}") from None
+    # Not `model.adapted = ...`, which would register the module a second time and double the names of parameters.
     object.__setattr__(model, "adapted", adapted)
 
 
 def describe_lora(model: Any, config: FineTuneConfig) -> list[str]:
-    """What has an adapter, and which matrices are left as they are, with their share of the parameters."""
+    """Lines for the user: the layers with an adapter, and the frozen matrices with their share of the parameters."""
     net = getattr(model, "net", model)
     adapted = {path: module for path, module in net.named_modules() if hasattr(module, "lora_A")}
     names = sorted({path.rsplit(".", 1)[-1] for path in adapted})
@@ -502,14 +504,14 @@ def describe_lora(model: Any, config: FineTuneConfig) -> list[str]:
         frozen[name] = frozen.get(name, 0) + p.numel()
     if frozen:
         shares = (f"{name} {count / total:.1%}" for name, count in sorted(frozen.items(), key=lambda x: -x[1]))
-        lines.append(f"neither adapted nor trained, of all parameters: {', '.join(shares)}")
+        lines.append(f"frozen, without an adapter, as a share of all parameters: {', '.join(shares)}")
     if stacked:
-        lines.append("stacked: the weights of all experts are one parameter, no linear layers, which adapters go into")
+        lines.append("stacked: the weights of all experts are one parameter; only linear layers have adapters")
     return lines
 
 
 def linear_names(net: nn.Module) -> list[str]:
-    """The last names of the linear layers, the model's own last layer left out."""
+    """The last names of the linear layers, without the last layer of the model."""
     linear = [path for path, module in net.named_modules() if isinstance(module, nn.Linear) or _transposed(module)]
     return sorted({path.rsplit(".", 1)[-1] for path in linear} - set(HEADS))
 

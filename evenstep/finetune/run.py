@@ -1,4 +1,4 @@
-"""A fine-tuning run: the trainer with the task of `evenstep.finetune.task`, and ``evenstep finetune --evaluate``."""
+"""A fine-tuning run, which is the trainer with the task `FineTuning`, and ``evenstep finetune --evaluate``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from evenstep.train.trainer import Trainer
 
 
 class Tuning(Trainer):
-    """A run of a `FineTuneConfig`; ``data`` holds its examples, ``task`` the rest."""
+    """The run of a `FineTuneConfig`. ``data`` is a `evenstep.finetune.data.TuningData`."""
 
     TASK = FineTuning
     task: FineTuning
 
 
 class _Scoring(FineTuning):
-    """Scores the model as it is; nothing is trained, so there may be fewer rows than a batch has."""
+    """Only scores the model. There is no loader of batches, so there may be fewer rows than a batch has."""
 
     def make_loader(self) -> Any:
         return None
@@ -35,9 +35,9 @@ class _Scored(Tuning):
 
 
 def evaluate_only(config: FineTuneConfig, say: Callable[[str], None] = print_line) -> TuneResult:
-    """Score the model as it is on ``eval.data``, or on all of ``data.file``; prints the scores."""
+    """Score the model without training, on ``eval.data`` or on all of ``data.file``, and print the scores."""
     scored = dataclasses.replace(config.eval, data=config.eval.data or config.data.file)
-    config = dataclasses.replace(config, eval=scored, optim=TuneOptimConfig(name="sgd"))  # which has no state
+    config = dataclasses.replace(config, eval=scored, optim=TuneOptimConfig(name="sgd"))  # the optimizer without state
     with tempfile.TemporaryDirectory(prefix="evenstep-score-") as folder, open_world(config) as world:
         run = _Scored(dataclasses.replace(config, out=str(Path(folder, "run"))), world=world, say=say)
         result: TuneResult = run.evaluate()

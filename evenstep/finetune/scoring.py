@@ -1,10 +1,10 @@
-"""The answers of a fine-tuned model, and the scores of its task.
+"""Generation with a fine-tuned model, and the scores of its task. An example is correct by the score
 
-* ``exact``: the greedy answer is the expected one, up to whitespace. Where the example names its choices (``Answer
-  format: true/false``), the first of them in the answer counts, as in LLM-Adapters' evaluation.
-* ``choice``: of the texts that may follow the prompt, the correct one has the largest log-likelihood, divided by its
-  length in UTF-8 bytes (so that longer texts are not at a disadvantage), in tokens, or by nothing.
-* ``accuracy``: the likeliest class.
+* ``exact`` if the greedy answer equals the expected one, up to whitespace. If the example names its choices (``Answer
+  format: true/false``), the first of these names in the answer counts, as in the evaluation of LLM-Adapters;
+* ``choice`` if the correct option has the largest log-likelihood, divided by its length in UTF-8 bytes (so that longer
+  options are not at a disadvantage), by its length in tokens, or not divided;
+* ``accuracy`` if the most likely class is the correct one.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def write(
     model: Any, text: Text, prompts: Sequence[list[int]], most: int, *, temperature: float = 0.0, top_k: int = 0,
     seed: int = 0,
 ) -> list[list[int]]:  # fmt: skip
-    """The new tokens after each prompt, at most ``most``, without the one that ends them. ``temperature`` 0: always the
-    likeliest; otherwise one of the ``top_k`` likeliest (0: of all) is drawn. A prompt that leaves no room for an answer
-    loses its beginning.
+    """Generate at most ``most`` tokens after each prompt; returns them without the token that ended the text.
 
-    The same ``seed`` draws the same tokens of one machine; of models of transformers it sets torch's own.
+    With ``temperature`` 0 the most likely token is chosen, otherwise one of the ``top_k`` most likely tokens (0: of
+    all) is drawn. A prompt that leaves no room for an answer loses its beginning. The same ``seed`` draws the same
+    tokens on the same machine; for models of transformers it seeds torch's global generator.
     """
     if isinstance(model, Llama):
         return [
@@ -59,7 +59,7 @@ def write(
         prompts = [prompt[-max(1, room - most) :] for prompt in prompts]
     width = max(map(len, prompts))
     device = net.get_input_embeddings().weight.device
-    # Everything that a generation_config.json beside the model may set is given: it would decide otherwise.
+    # Every setting is given explicitly, because a generation_config.json of the model would override the defaults.
     how: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 50}
     if temperature:
         torch.manual_seed(seed)
@@ -67,6 +67,7 @@ def write(
     own = net.generation_config.eos_token_id
     ends = text.ends | set(own if isinstance(own, list) else [] if own is None else [own])
     out = net.generate(
+        # Padding on the left: generation continues at the end of every row.
         input_ids=torch.tensor([[text.eos_id] * (width - len(p)) + p for p in prompts], device=device),
         attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device),
         max_new_tokens=most, num_beams=1, top_p=1.0, repetition_penalty=1.0, eos_token_id=sorted(ends),
@@ -80,14 +81,17 @@ def _before(ids: list[int], ends: set[int]) -> list[int]:
 
 
 def generate_from(path: Path, sample: SampleConfig, seed: int, raw: bool, say: Callable[[str], None]) -> str:
-    """Text by a run, a checkpoint, or a model in Hugging Face layout.
+    """Text of a run, a checkpoint, or a model in Hugging Face layout.
 
-    A model that was fine-tuned on chats or instructions is asked in that format, one of transformers whose tokenizer
-    has a chat template in that, and the text is its answer; any other continues the prompt, and so do all with ``raw``.
-    EvenstepError for what cannot be opened or writes no text, and for an empty prompt where an answer is wanted.
+    A model that was fine-tuned on chats or instructions gets the prompt in that format, and a model of transformers
+    whose tokenizer has a chat template in the format of that template; the text is its answer. All other models, and
+    with ``raw`` every model, continue the prompt. EvenstepError for a model that cannot be loaded or generates no text,
+    and for an empty prompt if the model answers.
     """
     if not path.is_dir():
-        raise EvenstepError(f"{path}: no such directory; give a run (evenstep runs lists them), or a folder of a model")
+        raise EvenstepError(
+            f"{path}: no such directory; give a run (evenstep runs lists them) or the directory of a model"
+        )
     source = find_source(path, "auto", say)
     note = read_note(source.folder)
     if note is None and (source.folder / MANIFEST).is_file():
@@ -98,7 +102,7 @@ def generate_from(path: Path, sample: SampleConfig, seed: int, raw: bool, say: C
         note = Note(source.library, "chat" if chats else "plain")
     answers = note.form != "plain" and not raw
     if answers and not sample.prompt.strip():
-        raise EvenstepError(f"{path} answers; ask it something with --prompt TEXT, or give --raw to let it begin")
+        raise EvenstepError(f"{path} answers prompts; give --prompt TEXT, or --raw to generate without a prompt")
     asked = note if answers else Note(source.library)
     prompt = Encoder(text, asked.template).prompt(asked.question(sample.prompt)) or [text.eos_id]
     model = with_lowbit(open_to_write(source), note.lowbit, say)
@@ -114,7 +118,8 @@ def generate_from(path: Path, sample: SampleConfig, seed: int, raw: bool, say: C
 
 @dataclass(frozen=True)
 class TuneResult:
-    """``loss`` in nats per learned token (or per text that is classified); ``scores`` by name of file, in 0..1."""
+    """The result of a validation: ``loss`` in nats per learned token (per text in classification), and ``scores`` in
+    [0, 1] by the name of the file."""
 
     loss: float
     tokens: int
@@ -131,8 +136,8 @@ class TuneResult:
 
 
 def kind_of(asked: str, examples: Sequence[Example]) -> str:
-    """The score ``asked`` for, or the one that ``auto`` stands for. EvenstepError for one that the examples do not
-    allow."""
+    """The score to compute: ``asked``, or for ``auto`` the one that fits the examples. EvenstepError if the examples do
+    not allow it."""
     classes, options = examples[0].label is not None, all(example.options for example in examples)
     found = "accuracy" if classes else "choice" if options and not examples[0].names else "exact"
     if asked in ("auto", "none", found):
@@ -145,7 +150,7 @@ def kind_of(asked: str, examples: Sequence[Example]) -> str:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores the answers of ``model``, which is in eval mode and without gradients, by a batch at a time."""
+    """Scores ``model`` on examples, one batch at a time. The caller sets eval mode and disables gradients."""
 
     model: Any
     data: TuningData
@@ -153,7 +158,7 @@ class Scorer:
     batch_size: int
 
     def correct(self, kind: str, examples: Sequence[Example]) -> int:
-        """The number of ``examples`` that the model gets right."""
+        """The number of ``examples`` that are correct by the score ``kind``."""
         return {"exact": self._exact, "choice": self._choice, "accuracy": self._accuracy}[kind](examples)
 
     def _exact(self, examples: Sequence[Example]) -> int:
@@ -168,6 +173,7 @@ class Scorer:
             prompt = encoder.prompt(example)
             for option in example.options:
                 ids = encoder.option(option)
+                # A long prompt loses its beginning. n + 1 tokens are n inputs with n targets.
                 whole = np.array([*prompt, *ids], np.int32)[-config.train.seq_len - 1 :]
                 learned = np.arange(len(whole)) >= len(whole) - len(ids)
                 rows.append((Document.of(whole, learned),))
@@ -197,7 +203,7 @@ class Scorer:
 
 
 def answers(model: Any, data: TuningData, examples: Sequence[Example]) -> list[str]:
-    """The text that the model generates after the prompt of each example, greedily."""
+    """The greedy answer of the model to the prompt of each example."""
     prompts = [data.encoder.prompt(example) for example in examples]
     written = write(model, data.tokenizer, prompts, data.config.eval.max_new_tokens)
     return [data.tokenizer.decode(ids) for ids in written]
@@ -212,9 +218,10 @@ def is_right(answer: str, example: Example) -> bool:
 
 
 def log_likelihoods(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Log-likelihoods of the learned targets, summed over each row, fp32 [B]. ``inputs`` int64 [B, 2, T], ``targets``
-    int64 [B, T]."""
-    logits = model(inputs[:, 0], inputs[:, 1])
+    """Log-likelihoods of the learned targets, summed over each row, fp32 [B]. ``inputs`` is int64 [B, 2, T],
+    ``targets`` int64 [B, T]."""
+    logits = model(inputs[:, 0], inputs[:, 1])  # [B, T, vocab]
+    # Softmax over the learned rows alone, [N, vocab] in fp32: the whole logits in fp32 would take twice their memory.
     counts = targets != -100
     each = logits[counts].float().log_softmax(-1).gather(-1, targets[counts][:, None])[:, 0]
     rows = counts.nonzero()[:, 0]

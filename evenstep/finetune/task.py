@@ -1,4 +1,4 @@
-"""Fine-tuning as a task of the trainer: rows of examples, a given model, validation by the loss and by scores."""
+"""Fine-tuning as a task of the trainer: rows of examples, a given model, validation by loss and scores."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ T = TypeVar("T")
 
 
 class FineTuning(Task):
-    """The task of a `FineTuneConfig`. The model comes from ``model.path`` on a resume too: a checkpoint of adapters
-    holds the adapters alone."""
+    """The task of a `FineTuneConfig`. The model is loaded from ``model.path`` on a resume too, because a checkpoint of
+    adapters contains only the adapters."""
 
     config_type = FineTuneConfig
     config: FineTuneConfig
@@ -57,8 +57,8 @@ class FineTuning(Task):
     # ---- before the first step ----
 
     def resolve(self, config: Any, checkpoint: Path | None = None) -> FineTuneConfig:
-        """The configuration with the library and the kind of the model, and with a budget in steps. Opens the examples,
-        and the model, which decides whether examples are packed."""
+        """The configuration, completed by the library and the kind of the model and by the number of steps. Reads the
+        examples, and loads the model, which decides whether examples are packed."""
         path, library = Path(config.model.path), config.model.library
         self.source = self.world.on_rank_0(lambda: find_source(path, library, self.say))
         folder = self.source.folder
@@ -67,7 +67,7 @@ class FineTuning(Task):
         text = load_text(folder, self.source.library)
         self.data = data = TuningData(config, text, train, val, classes_of(folder), bad)
         self.score_kinds = {one.name: kind_of(config.eval.score, one.examples) for one in data.sets}
-        # On the device already: whether a model can pack is tried with the kernels that will train it.
+        # Moved to the device now: whether the model can pack is tested with the kernels that will train it.
         self.opened = open_model(config, self.source, data.labels, self.say).to(self.world.device)
         self._check_vocabulary()
         if isinstance(self.opened, HubClassifier):
@@ -85,14 +85,16 @@ class FineTuning(Task):
         words, known = self.data.tokenizer.vocab_size, self.opened.config.vocab_size
         if words > known:
             raise EvenstepError(
-                f"the tokenizer has {words} entries, the model of {self.source.folder} only {known}; "
-                "put the tokenizer that belongs to it beside it"
+                f"the tokenizer has {words} entries, but the model of {self.source.folder} only {known}; put the "
+                "tokenizer of the model into its directory"
             )
 
     def _may_pack(self, config: FineTuneConfig) -> bool:
         asked = config.data.pack
         if self.data.labels and asked == "yes":
-            raise EvenstepError("data.pack yes: texts that are classified have a row each; leave it out")
+            raise EvenstepError(
+                "data.pack yes cannot be used for classification, which has one text per row; leave it out"
+            )
         if self.data.labels:
             return False
         if not isinstance(self.opened, HubCausal):
@@ -104,8 +106,8 @@ class FineTuning(Task):
             return True
         name = type(self.opened.net).__name__
         if asked == "yes":
-            raise EvenstepError(f"data.pack yes: {name} does not keep examples in one row apart; give --data.pack no")
-        self.say(f"{name} does not keep examples in one row apart: each has a row of its own")
+            raise EvenstepError(f"data.pack yes: {name} cannot separate examples in one row; give --data.pack no")
+        self.say(f"{name} cannot separate examples in one row: each has a row of its own")
         return False
 
     def open_data(self, progress: Any) -> TuningData:
@@ -117,7 +119,7 @@ class FineTuning(Task):
         return self.loader
 
     def check_memory(self) -> None:
-        """Nothing to check: the model is in memory already."""
+        """Checks nothing: the model is in memory already."""
 
     def build_model(self, device: torch.device, *, blank: bool) -> Any:
         torch.manual_seed(self.config.seed)
@@ -134,8 +136,9 @@ class FineTuning(Task):
     # ---- a step ----
 
     def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
-        """Proportional to the number of learned targets, so that every token of an answer has the same weight, whatever
-        its row."""
+        """Proportional to the number of learned targets, so that every learned token has the same weight, independent
+        of its row and its process."""
+        # loss of the step = sum over micro batches of count / total * mean. DDP divides by data_size, which is undone.
         counted = self.loader.counted
         sums = [sum(counted[i : i + micro_batch_size]) for i in range(0, len(counted), micro_batch_size)]
         return [count * self.world.data_size / self.loader.total for count in sums]
@@ -149,7 +152,7 @@ class FineTuning(Task):
     # ---- validation ----
 
     def evaluate(self, evaluation: Evaluation) -> TuneResult:
-        """The loss over all validation rows, and the score of each file over ``eval.max_rows`` of its examples."""
+        """The loss over all validation rows, and the score of each file over its first ``eval.max_rows`` examples."""
         model = evaluation.model
         was_training = model.training
         model.eval()
@@ -168,8 +171,8 @@ class FineTuning(Task):
         return TuneResult(total / tokens if tokens else math.nan, tokens, kinds, scores)
 
     def _passes(self, items: Sequence[T], evaluation: Evaluation) -> Iterator[Sequence[T]]:
-        """This process's share of ``items``, one batch at a time. All processes have the same number of passes, because
-        they agree in each pass whether to stop; the last one may be empty on some of them."""
+        """The share of this process in ``items``, one batch at a time. All processes have the same number of passes,
+        because they agree in each pass whether to stop; the last pass may be empty in some of them."""
         size, world = evaluation.batch_size, self.world
         for start in evaluation.watch(range(0, len(items), size * world.data_size)):
             yield items[start + world.data_rank : start + size * world.data_size : world.data_size]
@@ -186,7 +189,7 @@ class FineTuning(Task):
         return sums[0], round(sums[1])
 
     def _score(self, examples: Sequence[Example], kind: str, evaluation: Evaluation) -> tuple[int, int]:
-        """The number of examples that are right, and the number of examples."""
+        """The number of correct examples, and the number of examples."""
         scorer = Scorer(evaluation.model, self.data, evaluation.device, evaluation.batch_size)
         chosen = examples[: self.config.eval.max_rows or None]
         right = sum(scorer.correct(kind, batch) for batch in self._passes(chosen, evaluation) if batch)
@@ -213,9 +216,9 @@ class FineTuning(Task):
         return self.data.identity()
 
     def conclusion(self, model: Any, out: Path, metrics: Metrics) -> dict[str, Any]:
-        """Write ``model/`` in Hugging Face layout with adapters merged, and the adapters as ``adapter/`` in the format
-        of peft. Merging changes the model, which is not trained any more. EvenstepError on a full disk."""
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)  # before adapters are merged
+        """Write ``model/`` in Hugging Face layout with merged adapters, and the adapters as ``adapter/`` in the format
+        of peft. Merging changes the model, which is no longer trained. EvenstepError on a full disk."""
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)  # before the merge
         adapted = getattr(model, "adapted", None)
         if adapted is not None:
             _replace_folder(out / "adapter", lambda folder: adapted.save_pretrained(folder))
@@ -251,14 +254,14 @@ class FineTuning(Task):
             f"{short_count(summary['tokens'])} tokens in {clock(summary['seconds'])}",
             "",
             f"written to {out}: {', '.join([*files, *products])}",
-            *([f"ask it:     {program()} generate {run} --prompt TEXT"] if not summary["classes"] else []),
+            *([f"generate:   {program()} generate {run} --prompt TEXT"] if not summary["classes"] else []),
             f"report:     {program()} report {run}",
-            f"go on:      {program()} finetune --resume {run} --train.steps {2 * summary['steps']}",
+            f"continue:   {program()} finetune --resume {run} --train.steps {2 * summary['steps']}",
         ]
 
 
 def _replace_folder(place: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder atomically: a reader finds the old content or the new content."""
+    """Replace a directory atomically: a reader finds either the old or the new content."""
     partial = place.with_name(f".{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -1,6 +1,7 @@
-"""Examples as tokens: one interface for the tokenizers of both libraries, the templates, and which tokens are learned.
+"""From examples to tokens: one interface for the tokenizers of both libraries, the templates, and the choice of the
+tokens that are learned.
 
-The plain templates, used where a tokenizer has none of its own (for chats) and for every instruction:
+The built-in templates, used for instructions, and for chats if the tokenizer has no chat template:
 
     ### Instruction:        ### System:
     ...                     ...
@@ -11,11 +12,12 @@ The plain templates, used where a tokenizer has none of its own (for chats) and 
     ### Response:           ### Assistant:
     the answer              the answer
 
-with the input left out where it is empty, and the end-of-text token after each answer. A developer's message is a
-system's, a tool's stands under "### Tool:", the tools there are under "### Tools:" at the beginning, a line of JSON
-each, and so do the calls in an answer. A tokenizer's own chat template that names no developer is given a system's
-message, too; one that leaves out a tool's message, a call or the tools is an error. A document starts as it did in
-pretraining: after an end-of-text token for models of ours, after the tokenizer's own first token for others.
+An empty input is left out, and an end-of-text token follows each answer. The message of a developer has the title of a
+system message, that of a tool the title "### Tool:". The available tools are listed under "### Tools:" at the
+beginning, one line of JSON each, and so are the tool calls in an answer. If the chat template of a tokenizer has no
+role "developer", it gets a system message. A chat template that omits the message of a tool, a tool call or the tools
+is an error. A document starts as in pretraining: after an end-of-text token for models of evenstep, and after the first
+token that the tokenizer adds for other models.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from evenstep.data import Tokenizer, load_tokenizer
-from evenstep.errors import EvenstepError
+from evenstep.errors import EvenstepError, first_line
 from evenstep.finetune.examples import Example
 
 Part = tuple[str, bool]
@@ -39,7 +41,8 @@ Part = tuple[str, bool]
 
 
 class Text(ABC):
-    """A tokenizer. ``start`` holds the first tokens of a document, ``ends`` the tokens that end an answer."""
+    """The interface of a tokenizer. ``start`` has the first tokens of a document, ``ends`` the tokens that end an
+    answer."""
 
     start: list[int]
     ends: set[int]
@@ -49,7 +52,8 @@ class Text(ABC):
 
     @abstractmethod
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """The tokens of ``text``, none added; ``special``: what is written like a special token is one."""
+        """The tokens of ``text``, without added tokens. With ``special``, the text of a special token becomes this
+        token; else it is encoded as text."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str: ...
@@ -58,15 +62,17 @@ class Text(ABC):
     def save(self, directory: str | Path) -> Any: ...
 
     def chat(self, example: Example) -> list[Part] | None:
-        """The parts of a chat by the tokenizer's own template, None where it has none."""
+        """The parts of a chat by the chat template of the tokenizer; None if it has no template."""
         return None
 
     def whole(self, text: str, most: int) -> list[int]:
-        """The tokens of a text that is classified, at most so many, with those that the model wants around it."""
+        """At most ``most`` tokens of a text for classification, with the special tokens that the model expects."""
         return (self.start + self.encode(text))[:most]
 
 
 class OurText(Text):
+    """A tokenizer of evenstep."""
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.start, self.ends, self.eos_id = [tokenizer.eos_id], {tokenizer.eos_id}, tokenizer.eos_id
@@ -91,8 +97,7 @@ class HubText(Text):
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as problem:  # whatever its parsers raise
-            first = next(iter(str(problem).splitlines()), type(problem).__name__)
-            raise EvenstepError(f"transformers finds no tokenizer in {folder}: {first}") from None
+            raise EvenstepError(f"transformers finds no tokenizer in {folder}: {first_line(problem)}") from None
         tokenizer = self.tokenizer
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if eos is None:
@@ -127,21 +132,24 @@ class HubText(Text):
                 continue
             before, after = self._rendered(turns[:i], example, ask=True), self._rendered(turns[: i + 1], example)
             if not before.startswith(done) or not after.startswith(before):
-                break  # it rewrites earlier turns
+                break  # the template changes earlier turns when later ones follow
             parts += [(before[len(done) :], False), (after[len(before) :], True)]
             done = after
         else:
-            if turns[-1]["role"] != "assistant":  # an answer is asked for
+            if turns[-1]["role"] != "assistant":  # a prompt without its answer
                 parts.append((self._rendered(turns, example, ask=True).removeprefix(done), False))
             return parts
         before, after = self._rendered(turns[:-1], example, ask=True), self._rendered(turns, example)
         if not after.startswith(before):
-            raise EvenstepError(f"{example.where}: the tokenizer's chat template hides where the last answer begins")
+            raise EvenstepError(
+                f"{example.where}: the chat template changes the messages before the last answer, so the tokens to "
+                "learn are unknown; give the tokenizer another template"
+            )
         return [(before, False), (after[len(before) :], True)]
 
     def _check_kept(self, turns: list[dict[str, Any]], example: Example) -> None:
-        """EvenstepError where the chat template leaves out a tool's message, a call, or the tools: not every template
-        knows them, and what is left out would be learned as if it had not been said."""
+        """EvenstepError if the chat template omits the message of a tool, a tool call, or the tools. Not every template
+        supports them, and the model would be trained on a conversation from which they are missing."""
         for i, turn in enumerate(turns):
             if turn["role"] == "tool" and turn["content"].strip():
                 what, without = "the messages of tools", {**turn, "content": ""}
@@ -158,16 +166,16 @@ class HubText(Text):
         said = self._rendered(turns, example)
         try:
             return said == self._rendered(others, other)
-        except EvenstepError:  # it looks for what is missing
+        except EvenstepError:  # the template uses the missing part
             return False
 
     def _leaves_out(self, what: str, example: Example) -> EvenstepError:
         return EvenstepError(
-            f"{example.where}: the tokenizer's chat template leaves out {what}; give the tokenizer one that knows them"
+            f"{example.where}: the tokenizer's chat template leaves out {what}; give it one that supports them"
         )
 
     def _turn_ends(self) -> set[int]:
-        """The special token that ends an answer in the tokenizer's own template, if it is one."""
+        """The special token that ends an answer in the chat template of the tokenizer, if there is one."""
         answer = "evenstep"
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
         try:
@@ -182,8 +190,9 @@ class HubText(Text):
         try:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, **given))
         except Exception as problem:  # jinja's own
-            first = next(iter(str(problem).splitlines()), type(problem).__name__)
-            raise EvenstepError(f"{example.where}: the tokenizer's chat template refuses it: {first}") from None
+            raise EvenstepError(
+                f"{example.where}: the tokenizer's chat template refuses it: {first_line(problem)}"
+            ) from None
 
     def whole(self, text: str, most: int) -> list[int]:
         found = self.tokenizer(text, truncation=True, max_length=most, split_special_tokens=True)
@@ -195,7 +204,8 @@ def load_text(folder: Path, library: str) -> Text:
 
 
 def read_template(path: str | None) -> str | None:
-    """The text of ``data.template``. EvenstepError when it cannot be read, or has no place for the instruction."""
+    """The template in the file ``path``, None for None. EvenstepError when it cannot be read or has no
+    ``{instruction}``."""
     if path is None:
         return None
     try:
@@ -203,18 +213,20 @@ def read_template(path: str | None) -> str | None:
     except (OSError, UnicodeDecodeError) as problem:
         raise EvenstepError(f"data.template: {path} cannot be read ({problem})") from None
     if "{instruction}" not in text:
-        raise EvenstepError(f"data.template: {path} has no {{instruction}}; write where it goes, and {{input}}")
+        raise EvenstepError(
+            f"data.template: {path} has no {{instruction}}; write {{instruction}} and {{input}} where they belong"
+        )
     return text
 
 
 class Encoder:
-    """Examples to tokens, by one tokenizer and template."""
+    """Converts examples to tokens with one tokenizer and one template."""
 
     def __init__(self, text: Text, template: str | None = None) -> None:
         self.text, self.template = text, template
 
     def parts(self, example: Example) -> tuple[list[Part], bool]:
-        """The texts of an example, and whether their special tokens are already written out."""
+        """The parts of an example, and whether their texts contain special tokens, as those of a chat template do."""
         if example.messages:
             own = self.text.chat(example)
             return (own, True) if own is not None else (_plain_chat(example), False)
@@ -229,11 +241,13 @@ class Encoder:
         return f"### Instruction:\n{instruction}\n\n{given}### Response:\n"
 
     def encode(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
-        """Its tokens int32 [n] and which of them are learned, bool [n]."""
+        """The tokens of an example, int32 [n], and whether each of them is learned, bool [n]."""
         parts, special = self.parts(example)
         ids = [] if special else list(self.text.start)
         learned = [False] * len(ids)
         for part, learn in parts:
+            # Parts are encoded one by one, so that no token spans the border between prompt and answer. The text of a
+            # chat template has its own end of an answer.
             tokens = self.text.encode(part, special=special)
             if learn and not special:
                 tokens = [*tokens, self.text.eos_id]
@@ -242,7 +256,7 @@ class Encoder:
         return np.array(ids, np.int32), np.array(learned, bool)
 
     def prompt(self, example: Example) -> list[int]:
-        """The tokens that an answer is generated from: all before the last answer."""
+        """The tokens from which an answer is generated: all tokens before the last answer."""
         parts, special = self.parts(example)
         ids = [] if special else list(self.text.start)
         for part, learn in parts[:-1] if parts[-1][1] else parts:
@@ -252,14 +266,14 @@ class Encoder:
         return ids
 
     def expected(self, example: Example) -> str:
-        """The answer as a model writes it: that of a chat template where it calls tools."""
+        """The answer as a model generates it: with tool calls, in the form of the chat template."""
         if not (example.turns and example.turns[-1].get("tool_calls")):
             return example.answer
         parts, special = self.parts(example)
         return self.text.decode(self.text.encode(parts[-1][0], special=special))
 
     def option(self, option: str) -> list[int]:
-        """The tokens of a text that may stand in an answer's place."""
+        """The tokens of one of the options of an example."""
         return self.text.encode(option)
 
 

@@ -2,7 +2,6 @@
 
 from evenstep.models.generate import generate
 from evenstep.models.hf import load_pretrained, save_pretrained
-from evenstep.models.llama import Llama, LlamaConfig
-from evenstep.models.sizes import SIZES, llama_config
+from evenstep.models.llama import SIZES, Llama, LlamaConfig, llama_config
 
 __all__ = ["SIZES", "Llama", "LlamaConfig", "generate", "llama_config", "load_pretrained", "save_pretrained"]

@@ -89,6 +89,7 @@ def generate(
     if top_k is not None and top_k < 1:
         raise EvenstepError(f"top_k is {top_k}: it must be at least 1, or None for the whole vocabulary")
 
+    # `context` has the tokens that the model sees; `pending` those that are not in the caches yet.
     device = model.lm_head.weight.device
     context = list(tokens[-limit:])
     new: list[int] = []
@@ -98,7 +99,9 @@ def generate(
         while len(new) < max_new_tokens:
             if not caches:
                 caches = [_LayerCache(limit) for _ in model.model.layers]
+            # [1, pending tokens, hidden]; only the last position predicts a new token, so the head computes one row.
             hidden = model.model(torch.tensor([pending], device=device), caches[0].length, caches)
+            # On the CPU, where `generator` is: the same seed draws the same tokens on every device.
             logits = model.lm_head(hidden[0, -1])[:vocab_size].float().cpu()
             token = _choose(logits, temperature, top_k, generator)
             if token == stop:
@@ -106,7 +109,7 @@ def generate(
             new.append(token)
             context.append(token)
             pending = [token]  # the next pass computes this token alone, from the cached keys and values
-            if len(context) > limit:
+            if len(context) > limit:  # rotary positions of cached keys are fixed, so the cache is computed again
                 context = context[-max(1, limit // 2) :]
                 pending, caches = context, []
     return new
@@ -116,6 +119,7 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: to
     if temperature == 0:
         return int(logits.argmax())
     if top_k is not None and top_k < len(logits):
+        # A softmax over the k kept logits equals the renormalised softmax over all.
         best, indices = logits.topk(top_k)
         return int(indices[torch.multinomial((best / temperature).softmax(0), 1, generator=generator)])
     return int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))

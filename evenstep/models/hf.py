@@ -79,6 +79,7 @@ def save_pretrained(model: Llama, directory: str | Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name in (_CONFIG, _WEIGHTS, _OWN_WEIGHTS, _INDEX):
         (directory / name).unlink(missing_ok=True)
+    # config.json is written last: a directory with it has its weights.
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, directory / (_WEIGHTS if pre else _OWN_WEIGHTS), metadata={"format": "pt"})
     save_config(model, directory)
@@ -141,6 +142,7 @@ def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = N
             f"the weights in {directory} do not fit its config.json: {len(weights)} tensors for {config.num_layers} "
             "layers"
         )
+    # On meta no weights are drawn or allocated; load_state_dict(assign=True) puts the loaded tensors in their place.
     with torch.device("meta"):
         model = Llama(config)
     wanted = model.state_dict()

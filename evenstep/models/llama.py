@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from evenstep.errors import EvenstepError, nearest
 from evenstep.models.ops import chunked_cross_entropy, document_mask, rms_norm, rotate
+
+# ---- the shape ----
 
 NORMS = ("pre", "post", "mix")
 
@@ -96,6 +98,64 @@ class LlamaConfig:
         ]
 
 
+# ---- the named sizes ----
+#
+# The shapes of the papers that evenstep follows. A name is roughly the number of parameters with a vocabulary of 32000
+# and an untied head (100m: 32100). ``tiny`` is evenstep's own, for a laptop: 1.4 million parameters with a vocabulary
+# of 2048, which learn something in three minutes on one core.
+
+_SHAPES = {  # hidden, intermediate, layers, heads
+    "tiny": (128, 384, 4, 4),
+    "9m": (128, 352, 4, 4),
+    "20m": (256, 688, 4, 4),
+    "35m": (384, 1024, 6, 8),
+    "40m": (416, 1024, 8, 8),
+    "60m": (512, 1376, 8, 8),
+    "71m": (512, 1368, 12, 8),
+    "100m": (640, 1708, 12, 10),
+    "130m": (768, 2048, 12, 12),
+    "250m": (768, 2560, 24, 16),
+    "350m": (1024, 2736, 24, 16),
+    "1b": (2048, 5461, 24, 32),
+    "3b": (2560, 6848, 32, 32),
+    "7b": (4096, 11008, 32, 32),
+}
+_FIELDS = ("hidden_size", "intermediate_size", "num_layers", "num_heads")
+
+SIZES: dict[str, dict[str, int]] = {name: dict(zip(_FIELDS, shape, strict=True)) for name, shape in _SHAPES.items()}
+
+
+def llama_config(size: str, vocab_size: int, **changes: Any) -> LlamaConfig:
+    """The configuration of a named size.
+
+    Args:
+        size: a name in ``SIZES``.
+        vocab_size: rows of the token table and of the head.
+        changes: other fields of `LlamaConfig`, by keyword.
+
+    Raises:
+        EvenstepError: a size or a field that does not exist, with the nearest name, or values that do not fit together.
+
+    Example:
+        >>> llama_config("60m", vocab_size=32000, num_layers=4).num_layers
+        4
+    """
+    if size not in SIZES:
+        raise EvenstepError(
+            f"unknown model size {size!r}: choose one of {', '.join(SIZES)}{nearest(size, list(SIZES))}"
+        )
+    allowed = [name for name in LlamaConfig.__dataclass_fields__ if name != "vocab_size"]
+    for name in changes:
+        if name not in allowed:
+            raise EvenstepError(
+                f"unknown model field {name!r}: choose from {', '.join(allowed)}{nearest(name, allowed)}"
+            )
+    return LlamaConfig(**{"vocab_size": vocab_size, **SIZES[size], **changes})
+
+
+# ---- the model ----
+
+
 class LayerCache(Protocol):
     """A cache of past keys and values: ``append`` adds the new ones [B, heads, T, head] and returns all of them."""
 
@@ -153,6 +213,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        # The products of gate and up are [B, T, intermediate].
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -170,6 +231,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
+        # The names of the norms are those of Hugging Face's Pre-LN block, also where the norm follows the sum.
         if self.post_norm:
             x = self.input_layernorm(x + self.self_attn(x, cos, sin, cache, mask))
             return self.post_attention_layernorm(x + self.mlp(x))
@@ -196,7 +258,7 @@ class LlamaBody(nn.Module):
         positions: Tensor | None = None,
     ) -> Tensor:
         # `positions` [B, T] is for packed rows of several documents; `start` is the number of tokens in the caches.
-        x = self.embed_tokens(tokens)
+        x = self.embed_tokens(tokens)  # [B, T, hidden]
         mask = None if positions is None else document_mask(positions)
         if positions is None:
             positions = torch.arange(start, start + tokens.shape[1], device=x.device)
@@ -205,6 +267,8 @@ class LlamaBody(nn.Module):
             if caches is not None:
                 x = block(x, cos, sin, caches[i])
             elif self.activation_checkpointing and torch.is_grad_enabled():
+                # Only x [B, T, hidden] is kept per block. The non-reentrant form works with DDP, FSDP and frozen
+                # weights.
                 x = checkpoint(block, x, cos, sin, None, mask, use_reentrant=False)
             else:
                 x = block(x, cos, sin, None, mask)
@@ -303,8 +367,9 @@ class Llama(nn.Module):
             raise EvenstepError(f"reduction is {reduction!r}: choose 'mean' or 'sum'")
         if chunk is not None and chunk < 1:
             raise EvenstepError(f"chunk is {chunk}: it is a number of rows of at least 1, or None for all at once")
+        # [B, T, hidden] -> [B * T, hidden] and [B * T]: a chunk is a number of rows, whatever their sequence.
         hidden, targets = self.model(tokens, positions=positions).flatten(0, 1), targets.flatten()
-        if positions is not None:
+        if positions is not None:  # in fine-tuning most targets are -100; their logits would be wasted work
             counts = targets != -100
             hidden, targets = hidden[counts], targets[counts]
         if chunk is None:

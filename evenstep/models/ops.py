@@ -31,6 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        # scale [..., 1] = (mean(x^2) + eps)^-1/2, one value per row; the backward pass needs only it, x and weight.
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
@@ -61,6 +62,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # roll by D/2 swaps the halves of each head. In 16 bits cos and sin promote the products to fp32.
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
@@ -123,5 +125,6 @@ def _checkpointed_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor
         checkpoint(part, h, t, use_reentrant=False)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
+    # Sums, not means: chunks may have different numbers of targets that count.
     total = torch.stack(parts).sum()
     return total if reduction == "sum" else total / (targets != -100).sum()

@@ -1,6 +1,6 @@
-"""Checkpoints on the disk: layout, names, manifest, verification, and the errors that say how to go on from one.
+"""Checkpoints on the disk: layout, manifest, atomic commit and verification.
 
-A checkpoint, written the same way by one process or many::
+A checkpoint has the same layout for any number of processes::
 
     RUN/checkpoints/step-000100/
         manifest.json                   {"format": 2, "step": 100, "world_size": 2, "files": {NAME: {"bytes", ...}}}
@@ -9,20 +9,20 @@ A checkpoint, written the same way by one process or many::
         config.json                     the shape of the model, as Hugging Face writes it
         tokenizer.json, ...             the tokenizer
 
-The shards are those of torch.distributed.checkpoint in its safetensors form (``hf_storage``): a tensor may be cut over
-several of them, each with the offsets of its pieces in its header, so any number of processes reads what any other
-number wrote. Their keys are ``model.NAME`` and ``optimizer.NAME.ENTRY``, where NAME is the name of a parameter. The
-other storage of torch.distributed.checkpoint keeps its metadata in a pickle, which can run code when it is read. Here
-only trainer.pt is pickled, and it is read by ``torch.load(weights_only=True)``: an untrusted checkpoint cannot run
-code.
+The shards are those of torch.distributed.checkpoint in its safetensors format (``hf_storage``). A tensor may be divided
+among several shards, whose headers contain the offsets of its pieces, so any number of processes can read what any
+other number has written. The keys are ``model.NAME`` and ``optimizer.NAME.ENTRY``, where NAME is the name of a
+parameter. The default storage of torch.distributed.checkpoint has its metadata in a pickle, which can run code when it
+is read. Here only trainer.pt is pickled, and it is read by ``torch.load(weights_only=True)``: an untrusted checkpoint
+cannot run code.
 
 A checkpoint is committed atomically. It is written to ``.step-N.partial``, forced to the disk, and renamed with its
-manifest inside, so the name ``step-*`` exists only for a complete one. Old checkpoints are deleted after that, never
-before. A reader verifies the manifest first and skips a truncated or altered checkpoint, naming it. The checksums
-detect accidents; they do not protect against somebody who also rewrites the manifest.
+manifest inside, so a name ``step-*`` exists only for a complete checkpoint. Old checkpoints are deleted after the
+rename, never before. A reader verifies the files against the manifest, and skips and reports a truncated or altered
+checkpoint. The checksums detect accidents; they do not protect against somebody who also rewrites the manifest.
 
-For other programs: `read_manifest` and `load_model_state`. `evenstep.train.saving` writes the tensors; nothing here
-imports torch until tensors are read.
+Other programs use `read_manifest` and `load_model_state`. `evenstep.train.saving` writes the tensors. This module does
+not import torch until tensors are read.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 def reason_of(problem: BaseException) -> str:
-    """The message of the operating system if a disk error caused the problem, else the first line of the problem."""
+    """The message of the operating system if a disk error caused ``problem``, else the first line of its message."""
     rank, problem = _first_failure(problem)
     disk = of_the_disk(problem)
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
@@ -59,8 +59,8 @@ def reason_of(problem: BaseException) -> str:
 
 
 def _first_failure(problem: BaseException) -> tuple[int, BaseException]:
-    """The rank and the exception of the process that failed, for torch.distributed.checkpoint's exception, which holds
-    rank -> (exception, stack). The rank is 0 where several failed; for any other exception, 0 and the exception."""
+    """The rank and the exception of the process that failed. For the exception of torch.distributed.checkpoint, which
+    contains rank -> (exception, stack), the rank is 0 if several processes failed. Any other exception has rank 0."""
     failures = getattr(problem, "failures", None)
     if not isinstance(failures, dict) or not failures:
         return 0, problem
@@ -105,17 +105,17 @@ def read_manifest(checkpoint: Path | str) -> dict[str, Any]:
                 f"--model.init {shlex.quote(str(checkpoint))}"
             )
         if manifest["format"] != FORMAT:
-            raise EvenstepError(f"{path}: format {manifest['format']!r} is not {FORMAT}; read it with a newer evenstep")
+            raise EvenstepError(f"{path} has format {manifest['format']!r}, not {FORMAT}; use a newer evenstep")
         for name, facts in manifest["files"].items():
             if not is_plain_name(name):
-                raise EvenstepError(f"{path} lists '{name}': a file outside of the checkpoint; do not trust it")
+                raise EvenstepError(f"{path} lists '{name}', a file outside of the checkpoint; do not trust it")
             if not isinstance(facts["bytes"], int) or not isinstance(facts["sha256"], str):
                 raise TypeError(f"{name} has no bytes and sha256")
         for key in ("step", "world_size"):
             if type(manifest[key]) is not int or manifest[key] < 0:
                 raise TypeError(f"{key} is no whole number")
     except FileNotFoundError:
-        raise EvenstepError(f"{checkpoint} has no {MANIFEST}: it is not a whole checkpoint of a run") from None
+        raise EvenstepError(f"{checkpoint} has no {MANIFEST}: it is not a complete checkpoint of a run") from None
     except EvenstepError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
@@ -163,7 +163,7 @@ def shard_metadata(directory: Path) -> dict[str, Any]:
     for name, facts in found.items():
         here = {chunk.offsets: chunk.sizes.numel() for chunk in facts.chunks}
         if sum(here.values()) != facts.size.numel():
-            raise EvenstepError(f"the shards in {directory} hold only a part of {name}; a shard is missing")
+            raise EvenstepError(f"the shards in {directory} contain only a part of {name}; a shard is missing")
     return found
 
 
@@ -175,10 +175,11 @@ def fill(directory: Path, tensors: dict[str, Tensor], *, single: bool = False) -
     known = shard_metadata(directory)
     for name, tensor in tensors.items():
         if name not in known:
-            raise EvenstepError(f"the checkpoint {directory} holds no {name}; it is of another model or optimizer")
+            raise EvenstepError(f"the checkpoint {directory} has no {name}; it is from another model or optimizer")
         if known[name].size != tensor.shape:
             raise EvenstepError(
-                f"the checkpoint {directory} holds {name} as {list(known[name].size)}, wanted is {list(tensor.shape)}"
+                f"the checkpoint {directory} has {name} with shape {list(known[name].size)}, not "
+                f"{list(tensor.shape)}; it is from another model or optimizer"
             )
     try:
         dcp.load(tensors, storage_reader=reader(directory), no_dist=single or not _distributed())
@@ -198,7 +199,7 @@ def read_whole(directory: Path, prefix: str) -> dict[str, Tensor]:
 
     wanted = {name: facts for name, facts in shard_metadata(directory).items() if name.startswith(prefix)}
     if not wanted:
-        raise EvenstepError(f"the shards in {directory} hold nothing named {prefix}...")
+        raise EvenstepError(f"the shards in {directory} have no tensors named {prefix}*; give another checkpoint")
     tensors = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in wanted.items()}
     fill(directory, tensors, single=True)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -216,11 +217,8 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Path:
-    """The newest checkpoint of the run whose files match its manifest; ``say`` gets one line for each that is passed
-    over.
-
-    EvenstepError when the run has none.
-    """
+    """The newest valid checkpoint of the run, whose files match its manifest. ``say`` is called with one line for each
+    invalid one that is skipped. EvenstepError when the run has no valid checkpoint."""
     candidates = list_checkpoints(run / "checkpoints")
     faults = []
     for path in candidates:
@@ -228,22 +226,20 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Path:
         if fault is None:
             return path
         faults.append(fault)
-        say(f"checkpoint {path} passed over: {fault}")
+        say(f"checkpoint {path} skipped: {fault}")
     if faults and all(_EARLIER in fault for fault in faults):
         raise EvenstepError(faults[0])
     if candidates:
         raise EvenstepError(
-            f"{run}: none of its {len(candidates)} checkpoints is whole; start again with another --out"
+            f"{run}: all of its {len(candidates)} checkpoints are damaged; start a new run with another --out"
         )
     if (run / "config.toml").is_file():
-        raise EvenstepError(f"{run} holds no checkpoint yet; {how_to_continue(run)}")
-    raise EvenstepError(
-        f"{run}: no checkpoint there; give the directory of a run that has saved one (evenstep runs lists runs)"
-    )
+        raise EvenstepError(f"{run} has no checkpoint yet; {how_to_continue(run)}")
+    raise EvenstepError(f"{run} has no checkpoints; give the directory of a run that has (evenstep runs lists runs)")
 
 
 def find_fault(path: Path) -> str | None:
-    """A short description of the fault of a checkpoint, or None. Reads every byte of it."""
+    """A short description of what is wrong with a checkpoint, or None. Reads all of its files."""
     try:
         files = read_manifest(path)["files"]
         if TRAINER not in files or not any(name.endswith(SHARD) for name in files):
@@ -260,7 +256,8 @@ def find_fault(path: Path) -> str | None:
 
 
 def file_fault(checkpoint: Path, name: str, facts: dict[str, Any]) -> str | None:
-    """The fault of one file of a checkpoint, or None. ``facts`` is its entry in the manifest."""
+    """A short description of what is wrong with one file of a checkpoint, or None. ``facts`` is its entry in the
+    manifest."""
     file = checkpoint / name
     try:
         if file.is_symlink() or not file.is_file():
@@ -268,7 +265,7 @@ def file_fault(checkpoint: Path, name: str, facts: dict[str, Any]) -> str | None
         if file.stat().st_size != facts["bytes"]:
             return f"has {file.stat().st_size} bytes, the manifest says {facts['bytes']}"
         if _sha256(file) != facts["sha256"]:
-            return "was altered (its SHA-256 is not the manifest's)"
+            return "was altered (its SHA-256 differs from the manifest)"
     except OSError as problem:
         return f"cannot be read ({problem.strerror})"
     return None
@@ -297,7 +294,7 @@ def facts_of(file: Path) -> dict[str, Any]:
 
 
 def commit(partial: Path, step: int, world_size: int, files: dict[str, dict[str, Any]], keep: int | None) -> Path:
-    """Turn ``partial`` into the checkpoint of ``step`` with ``files`` in its manifest, by one rename. Then delete all
+    """Turn ``partial`` into the checkpoint of ``step`` by one rename, with ``files`` in its manifest. Then delete all
     but the ``keep`` newest checkpoints (None: keep all)."""
     directory = partial.parent
     final = directory / f"step-{step:06d}"
@@ -306,8 +303,9 @@ def commit(partial: Path, step: int, world_size: int, files: dict[str, dict[str,
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    # Without this fsync a power failure could keep the rename and lose entries of the directory that it names.
     _sync_directory(partial)
-    if final.exists():  # an invalid one that a resume passed over, or the same step saved twice
+    if final.exists():  # an invalid one that a resume skipped, or the same step saved again
         shutil.rmtree(final)
     partial.rename(final)
     _sync_directory(directory)
@@ -318,7 +316,7 @@ def commit(partial: Path, step: int, world_size: int, files: dict[str, dict[str,
 
 
 def could_not_save(directory: Path, step: int, problem: BaseException) -> EvenstepError:
-    """The error of a failed save, in one line; torch and safetensors wrap disk errors in types of their own."""
+    """The error of a failed save. torch and safetensors wrap errors of the disk in exceptions of other types."""
     intact = "earlier checkpoints are intact, " if list_checkpoints(directory) else ""
     room = "make room and " if of_the_disk(problem) else ""
     return EvenstepError(
@@ -335,7 +333,7 @@ def how_to_continue(run: Path) -> str:
         tuned = False
     command = f"{program()} {'finetune' if tuned else 'pretrain'}"
     if list_checkpoints(run / "checkpoints"):
-        return f"go on with: {command} --resume {shlex.quote(str(run))}"
+        return f"continue with: {command} --resume {shlex.quote(str(run))}"
     return f"start it again with: {command} {shlex.quote(str(run / 'config.toml'))}"
 
 
@@ -348,12 +346,12 @@ def write_tensors(path: Path, content: Any) -> None:
 
 
 def read_tensors(path: Path) -> Any:
-    """``torch.load`` of tensors and plain values alone: a checkpoint from elsewhere cannot run code."""
+    """``torch.load`` of only tensors and plain values: an untrusted checkpoint cannot run code."""
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # of a damaged file, torch raises whatever its parsers do
+    except Exception as problem:  # a damaged file: torch's parsers raise exceptions of any type
         reason = reason_of(problem) if isinstance(problem, OSError) else "it is damaged, or holds more than tensors"
         raise EvenstepError(f"{path} cannot be read: {reason}") from problem
 
@@ -394,27 +392,27 @@ def _sync_directory(path: Path) -> None:
 
 
 def diverged(config: BaseConfig, step: int, what: str, rescued: Path | None = None) -> EvenstepError:
-    """The error of a run that met a NaN or an infinity at ``step``; ``rescued`` is the checkpoint of the weights
-    before it.
+    """The error of a run that met a NaN or an infinity at ``step``. ``rescued`` is a checkpoint of the weights before
+    that step.
 
-    After a transient fault the rescued weights are as good as before. But an update may have ruined them although they
+    After a transient fault the rescued weights are good. However, an earlier update may have ruined them although they
     are still finite, so the advice for a new run starts from the checkpoint before, or from scratch.
     """
     out = Path(config.out or "")
     kept = [path for path in list_checkpoints(out / "checkpoints") if path != rescued]
     facts = [f"{what} at step {step}, training stopped"]
     if rescued:
-        facts.append(f"the weights before that step are saved as {rescued}, though they may be ruined already")
+        facts.append(f"the weights before that step are saved as {rescued}, but may already be ruined")
     if kept:
         facts.append(f"the checkpoint before is {kept[0]}")
     if rescued or kept:
-        facts.append(f"after a passing fault go on with: {program()} {config.COMMAND} --resume {shlex.quote(str(out))}")
+        resume = f"{program()} {config.COMMAND} --resume {shlex.quote(str(out))}"
+        facts.append(f"after a transient fault continue with: {resume}")
     else:
         facts.append("no checkpoint was saved before it")
     command = [config.COMMAND, str(out / "config.toml")]
     command += ["--model.init", str(kept[0])] if kept and config.COMMAND == "pretrain" else []
     command += ["--optim.lr", f"{config.optim.lr / 10:g}", "--out", str(unused(out))]
-    facts.append(
-        f"else lower the rate in a new run (or lengthen schedule.warmup_steps): {program()} {shlex.join(command)}"
-    )
+    again = f"{program()} {shlex.join(command)}"
+    facts.append(f"otherwise lower the rate in a new run (or lengthen schedule.warmup_steps): {again}")
     return EvenstepError("; ".join(facts))

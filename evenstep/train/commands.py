@@ -1,4 +1,4 @@
-"""The commands ``runs``, ``plan``, ``export`` and ``inspect``: their flags, and what they call."""
+"""The commands ``runs``, ``plan``, ``export`` and ``inspect``: their flags, and the functions that they call."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from evenstep.errors import EvenstepError
 from evenstep.train.config import Config
-from evenstep.train.config_io import build, check_changes, read_toml, to_toml
+from evenstep.train.config_io import build, check_changes, config_file, read_toml, to_toml
 
 PLAN = """\
-Say what RECIPE.toml needs on so many GPUs before anything is started: memory of each process, bytes on the wire in a
-step for each parallel mode, whether it fits, and what to change if it does not. Takes --section.key value as pretrain
-does. No GPU is needed, and no data.
+Compute what RECIPE.toml needs on a number of GPUs before the run is started: the memory of each process, the bytes sent
+per step in each parallel mode, whether the run fits, and what to change if it does not. Accepts --section.key value
+like pretrain. Neither a GPU nor the data are needed.
 """
 
 PLAN_EXAMPLES = """\
@@ -21,17 +20,18 @@ examples:
   evenstep plan examples/cluster-7b.toml --gpus 64
   evenstep plan examples/cluster-7b.toml --gpus 8 --gpu-memory 40 --optim.state int8
   evenstep plan examples/cluster-7b.toml --gpus 64 --parallel.mode tp+fsdp --parallel.tensor 8
-  evenstep plan examples/cluster-7b.toml --gpus 8 --optimizers      every optimizer and format of its state
+  evenstep plan examples/cluster-7b.toml --gpus 8 --optimizers      all optimizers and state formats
 """
 
 EXPORT = """\
-Write the weights of RUN's newest whole checkpoint. --to hf makes a directory that transformers opens, with the
-tokenizer; --to safetensors one file with parameter names as keys. Any number of processes may have trained it.
+Write the weights of the newest valid checkpoint of RUN. --to hf writes a directory that transformers can load, with
+the tokenizer; --to safetensors writes one file with parameter names as keys. Any number of processes may have written
+the checkpoint.
 """
 
 INSPECT = """\
-Show what a checkpoint holds: step, tokens, how many processes wrote it, optimizer, files and tensors. Every checksum is
-verified; status 2 and the name of the file when one is wrong.
+Show the content of a checkpoint: step, tokens, number of processes that wrote it, optimizer, files and tensors. Every
+checksum is verified; if one does not match, the exit status is 2 and the error names the file.
 """
 
 
@@ -45,35 +45,52 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
         "parents": [debug], "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter
     }  # fmt: skip
     plan = commands.add_parser(
-        "plan", help="say what a recipe needs on so many GPUs", description=PLAN, epilog=PLAN_EXAMPLES, **shared
+        "plan",
+        help="compute the memory and the traffic of a run on a number of GPUs",
+        description=PLAN,
+        epilog=PLAN_EXAMPLES,
+        **shared,
     )
     plan.add_argument("recipe", metavar="RECIPE.toml", nargs="?", type=Path, help="default: as for pretrain")
-    plan.add_argument("--gpus", metavar="N", type=int, default=1, help="in all (default: %(default)s)")
-    plan.add_argument("--gpus-per-node", metavar="N", type=int, default=8, help="in one machine (default: %(default)s)")
+    plan.add_argument("--gpus", metavar="N", type=int, default=1, help="number of GPUs (default: %(default)s)")
     plan.add_argument(
-        "--gpu-memory", metavar="GB", type=float, default=80.0, help="of one, 10^9 bytes (default: %(default)s)"
+        "--gpus-per-node", metavar="N", type=int, default=8, help="GPUs per machine (default: %(default)s)"
     )
-    plan.add_argument("--optimizers", action="store_true", help="a table of every optimizer and format of its state")
     plan.add_argument(
-        "--check", action="store_true", help="build and cut it on torch's meta device as well, and compare the bytes"
+        "--gpu-memory",
+        metavar="GB",
+        type=float,
+        default=80.0,
+        help="memory of one GPU in 10^9 bytes (default: %(default)s)",
+    )
+    plan.add_argument("--optimizers", action="store_true", help="print a table of optimizers and state formats")
+    plan.add_argument(
+        "--check",
+        action="store_true",
+        help="also build and shard the whole model on the meta device, and compare the bytes",
     )
     plan.add_argument("--json", action="store_true", help="print all numbers as JSON")
     plan.set_defaults(run_command=_plan)
 
     export = commands.add_parser(
-        "export", help="write a run's weights for other programs", description=EXPORT, **shared
+        "export", help="write the weights of a run for other programs", description=EXPORT, **shared
     )
     export.add_argument("run", metavar="RUN", type=Path, help="directory of a run, or one of its checkpoints")
-    export.add_argument("--to", choices=("hf", "safetensors"), required=True, help="what to write")
-    export.add_argument("--out", metavar="DIR", type=Path, required=True, help="a directory that is new or empty")
+    export.add_argument("--to", choices=("hf", "safetensors"), required=True, help="the format")
+    export.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new or empty directory")
     export.set_defaults(run_command=_export)
 
     inspect = commands.add_parser(
-        "inspect", help="show what a checkpoint holds, and check it", description=INSPECT, **shared
+        "inspect", help="show the content of a checkpoint and verify it", description=INSPECT, **shared
     )
-    inspect.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="its directory, or a run (the newest one)")
-    inspect.add_argument("--all", action="store_true", help="list the optimizer's tensors one by one")
-    inspect.add_argument("--json", action="store_true", help="print everything as JSON")
+    inspect.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="the directory of a checkpoint, or a run (its newest checkpoint)",
+    )
+    inspect.add_argument("--all", action="store_true", help="list every tensor of the optimizer")
+    inspect.add_argument("--json", action="store_true", help="print the result as JSON")
     inspect.set_defaults(run_command=_inspect)
 
 
@@ -81,11 +98,11 @@ def _runs(args: argparse.Namespace) -> None:
     from evenstep.train.runs import list_runs, table
 
     rows = list_runs(args.directory)
-    print(table(rows) if rows else f"no runs in {args.directory}; evenstep pretrain makes one")
+    print(table(rows) if rows else f"no runs in {args.directory}; evenstep pretrain starts one")
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from evenstep.train.plan_report import plan
+    from evenstep.train.plan import plan
 
     plan(
         args.recipe,
@@ -113,17 +130,18 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def print_config(config: Any, directory: Path | None) -> None:
-    """The configuration as a recipe. EvenstepError for what a run of it would refuse: hyperparameters that the
-    optimizer does not have or take, a model to start from that is not there, changes that a resume does not allow."""
+    """Print the configuration as a recipe.
+
+    EvenstepError for a configuration that a run would refuse: hyperparameters that the optimizer does not have or
+    accept, a missing model to start from, or, for the run in ``directory``, changes that a resume does not allow.
+    """
     from evenstep.train.optimizers import try_optimizer
     from evenstep.train.task import with_shape_of
     from evenstep.train.weights import find_source
 
     try_optimizer(config.optim)
     if directory is not None:
-        if not (directory / "config.toml").is_file():
-            raise EvenstepError(f"{directory} is not a run: it has no config.toml; evenstep runs lists runs")
-        check_changes(directory, config, build(read_toml(directory / "config.toml"), type(config)))
+        check_changes(directory, config, build(read_toml(config_file(directory)), type(config)))
     if isinstance(config, Config) and config.model.init:
         with_shape_of(config, find_source(Path(config.model.init), lambda _: None))
     print(to_toml(config), end="")

@@ -1,8 +1,9 @@
-"""What a run is made of: one frozen dataclass per section, every option with its help, range and place in a resume.
+"""The configuration of a run: one frozen dataclass per section, one field per option.
 
-These classes are the single list of options. The flags of the command line, ``docs/configuration.md``, the checks of
-type and range, and the rules of what may change on ``--resume`` are all read from their fields. To add an option, add a
-field. Nothing here imports torch, so that ``evenstep --help`` stays fast.
+These classes are the only list of options. Each field has the help, the range and the resume rule of its option. The
+flags of the command line, ``docs/configuration.md``, the checks of type and range, and the rules of what may change on
+``--resume`` are derived from the fields. To add an option, add a field. Nothing here imports torch, so that
+``evenstep --help`` stays fast.
 """
 
 from __future__ import annotations
@@ -24,17 +25,25 @@ from evenstep.optim.options import RANGES, SCALE, SPAM, STABLE_SPAM, Option
 # ---- values: types, ranges, choices, counts ----
 
 LARGEST = 10**300
-"""Integers beyond it are no floats any more."""
+"""Larger integers are clamped to this value where an option is a float: conversion to float overflows at 1.8e308."""
 
 
 def kinds(hint: Any) -> tuple[type, ...]:
-    """The plain types of a hint: ``int | None`` -> (int, NoneType)."""
+    """The plain types of a type hint.
+
+    >>> kinds(int | None)
+    (<class 'int'>, <class 'NoneType'>)
+    """
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
 def parse_count(text: str) -> int:
-    """``"1.5B"`` -> 1500000000; K, M, B (or G) and T are powers of a thousand. ValueError when it is no whole
-    number."""
+    """The number that ``text`` stands for; K, M, B (or G) and T are powers of a thousand. ValueError unless it is a
+    whole number.
+
+    >>> parse_count("1.5B")
+    1500000000
+    """
     scale = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}.get(text[-1:].upper())
     value = float(text[:-1]) * scale if scale else float(text.replace("_", ""))
     if not math.isfinite(value) or round(value) != round(value, 6):
@@ -43,15 +52,15 @@ def parse_count(text: str) -> int:
 
 
 def checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
-    """``value`` as the option's type, in its range; EvenstepError names the option, what was given and what is
-    allowed."""
+    """``value`` converted to the type of the option ``key``. EvenstepError when the type or the range does not fit;
+    the error names the option, the given value and the allowed values."""
     allowed, choices = kinds(hint), meta["choices"]
     if meta["count"] and isinstance(value, str):
         try:
             value = parse_count(value)
         except ValueError:
             raise EvenstepError(
-                f"{key}: {_short(value)} is no count; give a whole number, or one like 20K, 100M, 1.5B"
+                f"{key}: {_short(value)} is not a count; give a whole number, such as 300, 20K, 100M or 1.5B"
             ) from None
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
         value = float(min(max(value, -LARGEST), LARGEST))
@@ -60,7 +69,9 @@ def checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
         names = " or ".join(words.get(kind.__name__, kind.__name__) for kind in allowed)
         raise EvenstepError(f"{key}: {_short(value)} is {type(value).__name__}, expected {names}")
     if isinstance(value, str) and not _is_unicode(value):
-        raise EvenstepError(f"{key}: {_short(value)} is not valid UTF-8, and config.toml has to hold it; rename it")
+        raise EvenstepError(
+            f"{key}: {_short(value)} is not valid UTF-8 and cannot be written to config.toml; rename it"
+        )
     form = meta.get("form")
     fits_form = form and isinstance(value, str) and re.fullmatch(form, value)
     if isinstance(value, str) and choices and value not in choices and not fits_form:
@@ -82,7 +93,7 @@ def checked(key: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
 
 
 def _short(value: Any) -> str:
-    """As Python writes it, the middle of what is very long left out."""
+    """``repr(value)``, without the middle of a very long text."""
     try:
         text = repr(value)
     except ValueError:  # of an integer with thousands of digits
@@ -93,13 +104,17 @@ def _short(value: Any) -> str:
 def _is_unicode(text: str) -> bool:
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # bytes of a path or an argument that are no UTF-8
+    except UnicodeEncodeError:  # Python decodes other bytes of an argument to lone surrogates
         return False
     return True
 
 
 def limits(meta: Mapping[str, Any]) -> str:
-    """The range or the choices of an option for help and docs, or nothing: `` (>= 0, <= 1)``."""
+    """The range or the choices of an option, as text for the help and the docs; empty where there are none.
+
+    >>> limits({"choices": None, "low": 0, "above": None, "high": 1})
+    ' (>= 0, <= 1)'
+    """
     if meta["choices"] and len(meta["choices"]) > 1:
         return f" ({' | '.join(meta['choices'])})"
     bounds = [(">=", meta["low"]), (">", meta["above"]), ("<=", meta["high"])]
@@ -112,13 +127,13 @@ def limits(meta: Mapping[str, Any]) -> str:
 MOST_STEPS = 10**12
 MOST_TOKENS = 10**18
 MOST_SEQUENCES = 2**20
-"""The largest values of options that count steps, tokens, and sequences of a batch (and tokens of a sequence): beyond
-what anybody trains, and small enough for every number that is made of them. Whether memory holds them is another
-question (`evenstep.train.task.Pretraining.check_memory`)."""
+"""The largest values of options that count steps, tokens, and sequences of a batch (or tokens of a sequence). They are
+far beyond any training, and small enough that no number derived from them overflows.
+`evenstep.train.task.Pretraining.check_memory` checks whether the memory suffices."""
 
 Resume = Literal["fixed", "rounding", "free"]
-"""May an option change on resume? fixed: no. rounding: yes, the last bits of the losses change. free: yes, nothing
-else moves."""
+"""Whether an option may change on resume. fixed: no. rounding: yes, but the last bits of the losses change with it.
+free: yes, without an effect on the steps that follow, or with the effect that the user asks for."""
 
 
 def option(
@@ -134,9 +149,19 @@ def option(
     joined: bool = False,
     resume: Resume = "fixed",
 ) -> Any:
-    """A dataclass field with its help; ``low``/``high`` are allowed values, ``above`` is not; ``count`` accepts 20K,
-    100M, 1.5B. ``form`` is a regular expression of texts that are allowed beside the choices. ``joined``: given several
-    times, the texts are joined by commas."""
+    """A dataclass field with the metadata of an option.
+
+    Args:
+        default: the default.
+        help: one line for ``--help`` and docs/configuration.md.
+        low, high: the smallest and the largest allowed value.
+        above: an exclusive lower bound.
+        choices: the allowed texts.
+        form: a regular expression of further allowed texts.
+        count: whether texts such as 20K, 100M and 1.5B are accepted.
+        joined: whether the flag may be given several times; its values are then joined by commas.
+        resume: whether the option may change on resume.
+    """
     metadata = {
         "help": help, "low": low, "above": above, "high": high, "choices": choices, "form": form, "count": count,
         "joined": joined, "resume": resume,
@@ -146,7 +171,8 @@ def option(
 
 @dataclass(frozen=True)
 class Section:
-    """Checks every field's type and range when built, from Python as from a file."""
+    """The base class of all sections. Construction checks the type and the range of every field, so that a
+    configuration from Python code is checked like one from a file."""
 
     TITLE: ClassVar[str] = ""
     SECTION: ClassVar[str] = ""
@@ -164,44 +190,47 @@ class Section:
 SIZE_NAMES = (
     "tiny", "9m", "20m", "35m", "40m", "60m", "71m", "100m", "130m", "250m", "350m", "1b", "3b", "7b",
 )  # fmt: skip
-"""The names in evenstep.models.SIZES, which needs torch."""
+"""The names in `evenstep.models.SIZES`, repeated here because importing it needs torch."""
 
 LOWBIT_NAMES = (
     "fp4-official", "int4-official", "int8-official", "a4w4", "fp4", "e1m2", "int4", "int3", "int2", "int8", "fp8",
     "mxfp4", "mxfp6", "mxfp8", "nvfp4", "nvfp4-train",
 )  # fmt: skip
-"""The names in evenstep.lowbit.RECIPES, which needs torch."""
+"""The names in `evenstep.lowbit.RECIPES`, repeated here because importing it needs torch."""
 
 
 @dataclass(frozen=True)
 class DataConfig(Section):
     TITLE = "the text and its tokens"
     SECTION = "data"
-    source: str = option("stdlib", "stdlib | kjv | text:GLOB | hf:NAME[:CONFIG] | shards:DIR")
-    tokenizer: str = option("bpe", "bpe (trained once on the source), or a tokenizer.json or SentencePiece .model file")
+    source: str = option("stdlib", "the corpus: stdlib, kjv, text:GLOB, hf:NAME[:CONFIG] or shards:DIR")
+    tokenizer: str = option(
+        "bpe", "the tokenizer: bpe (trained once on the source), a tokenizer.json or a SentencePiece .model file"
+    )
     vocab_size: int | None = option(
-        None, "entries of the vocabulary bpe trains (none: 4096), fewer for a short text; of a given tokenizer, the "
-        "most it may have", low=1, high=2**20,
+        None, "size of the bpe vocabulary (none: 4096; smaller if the text is short); for a given tokenizer, the "
+        "largest size allowed", low=1, high=2**20,
     )  # fmt: skip
-    val_fraction: float = option(0.02, "share of the documents kept for validation; 0: none", low=0, high=0.5)
+    val_fraction: float = option(0.02, "fraction of the documents held out for validation; 0: none", low=0, high=0.5)
     text_field: str = option(
-        "text", "the field that holds the text in .jsonl, .json, .csv, .parquet and hf: sources; several by commas: "
-        "the first that a row has",
+        "text", "the field with the text of a row in .jsonl, .json, .csv, .parquet and hf: sources; of several names, "
+        "separated by commas, the first that the row has",
     )  # fmt: skip
     max_tokens: int | None = option(
-        None, "stop preparing after this many tokens (none: the whole source)", low=1, high=MOST_TOKENS, count=True
+        None, "number of training tokens to prepare (none: the whole source)", low=1, high=MOST_TOKENS, count=True
     )
     cache_dir: str | None = option(
-        None, "where prepared tokens are kept (none: the user's cache directory)", resume="free"
+        None, "the directory of prepared tokens (none: the user's cache directory)", resume="free"
     )
-    # Free on resume, which compares the tokens: a folder may have come by files since, which these leave out.
+    # Free on resume: files may have been added to the folder since, and these options leave them out. The resume
+    # compares the tokens themselves.
     exclude: str | None = option(
-        None, "files of text: sources to leave out: globs, separated by commas or given several times", resume="free",
-        joined=True,
+        None, "globs of files that a text: source leaves out; separated by commas, or the option given several times",
+        resume="free", joined=True,
     )  # fmt: skip
     on_bad: str | None = option(
-        None, "a file or row that cannot be used: stop, or skip and count it (none: stop)", choices=("stop", "skip"),
-        resume="free",
+        None, "what to do with a file or row that cannot be used: stop, or skip it and count it (none: stop)",
+        choices=("stop", "skip"), resume="free",
     )  # fmt: skip
 
 
@@ -209,16 +238,18 @@ class DataConfig(Section):
 class ModelConfig(Section):
     TITLE = "the model"
     SECTION = "model"
-    size: str | None = option(None, "the shape (none: tiny; with model.init, that model's own)", choices=SIZE_NAMES)
+    size: str | None = option(None, "the named size (none: tiny, or the size of model.init)", choices=SIZE_NAMES)
     norm: str | None = option(
-        None, "where each block normalises (none: pre; with model.init, as that model does)",
+        None, "placement of the norms in each block (none: pre, or the placement in model.init)",
         choices=("pre", "post", "mix"),
     )  # fmt: skip
     norm_alpha: float | None = option(
-        None, "share of Post-LN blocks, used by norm mix alone (none: 0.25; with model.init, that model's own)",
+        None, "fraction of Post-LN blocks, only for model.norm mix (none: 0.25, or that of model.init)",
         low=0, high=1,
     )  # fmt: skip
-    init: str | None = option(None, "a directory in Hugging Face layout to start from")
+    init: str | None = option(
+        None, "a run, a checkpoint or a model in Hugging Face layout whose weights the run starts from"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -229,27 +260,29 @@ class ModelConfig(Section):
 
     @property
     def label(self) -> str:
-        """The size in names and tables; "custom" for a given model of no named shape."""
+        """The size in names and tables; "custom" for the shape of a given model that has no name."""
         return self.size or "custom"
 
 
 @dataclass(frozen=True)
 class OptimConfig(Section):
-    TITLE = "the optimizer (and its other hyperparameters by constructor name: --optim.gamma1 0.85)"
+    TITLE = "the optimizer (its other hyperparameters by the name of the constructor argument: --optim.gamma1 0.85)"
     SECTION = "optim"
     name: str = option(
-        "stable_spam", "the optimizer, or package.module:Class (evenstep optimizers tells of each)",
+        "stable_spam", "the optimizer by name, or package.module:Class ('evenstep optimizers' describes each)",
         choices=BASELINES.keys(), form=r"[\w.]+:\w+",
     )  # fmt: skip
-    before: str = option("", "gradient transforms in front of it, as 'adaclip + adagn(gamma1=0.7)'")
-    lr: float = option(1e-3, "the highest rate", above=0, high=1e38)
-    weight_decay: float = option(0.0, "decay of the parameters that optim.decay names", low=0, high=1e38)
+    before: str = option("", "gradient transforms before the optimizer, such as 'adaclip + adagn(gamma1=0.7)'")
+    lr: float = option(1e-3, "peak learning rate", above=0, high=1e38)
+    weight_decay: float = option(0.0, "weight decay of the parameters that optim.decay selects", low=0, high=1e38)
     decay: str = option(
-        "matrices", "which parameters decay: those of two or more dimensions, or all", choices=("matrices", "all")
+        "matrices",
+        "the parameters with weight decay: those of two or more dimensions, or all",
+        choices=("matrices", "all"),
     )
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Every other hyperparameter, by the name it has in the optimizer's constructor; checked against it by
-    train.optimizers."""
+    """Every other hyperparameter, by the name of the constructor argument. `evenstep.train.optimizers` checks the names
+    against the signature of the constructor."""
 
 
 @dataclass(frozen=True)
@@ -257,13 +290,13 @@ class ScheduleConfig(Section):
     TITLE = "the learning rate over time"
     SECTION = "schedule"
     name: str = option(
-        "cosine", "its shape after the warm-up (wsd: stable, then decay)", choices=("cosine", "wsd", "constant")
+        "cosine", "shape after the warm-up; wsd: constant, then linear decay", choices=("cosine", "wsd", "constant")
     )
     warmup_steps: int | None = option(
-        None, "steps of linear warm-up (none: a tenth of all steps)", low=0, high=MOST_STEPS, count=True
+        None, "number of steps of linear warm-up (none: a tenth of all steps)", low=0, high=MOST_STEPS, count=True
     )
-    min_lr_ratio: float = option(0.1, "the last learning rate as a share of the highest (cosine, wsd)", low=0, high=1)
-    decay_fraction: float = option(0.2, "share of the steps that wsd spends decaying", above=0, high=1)
+    min_lr_ratio: float = option(0.1, "final learning rate as a fraction of the peak (cosine, wsd)", low=0, high=1)
+    decay_fraction: float = option(0.2, "fraction of all steps in which wsd decays", above=0, high=1)
 
 
 @dataclass(frozen=True)
@@ -271,43 +304,45 @@ class TrainConfig(Section):
     TITLE = "the training"
     SECTION = "train"
     steps: int | None = option(
-        None,
-        "the budget in optimizer steps; give this or train.tokens",
-        low=1,
-        high=MOST_STEPS,
-        count=True,
+        None, "the budget in optimizer steps; either this or train.tokens", low=1, high=MOST_STEPS, count=True,
         resume="free",
-    )
+    )  # fmt: skip
     tokens: int | None = option(
-        None, "the budget in tokens: 20K, 100M, 1.5B", low=1, high=MOST_TOKENS, count=True, resume="free"
+        None, "the budget in tokens, such as 20K, 100M or 1.5B", low=1, high=MOST_TOKENS, count=True, resume="free"
     )
-    batch_size: int = option(8, "sequences per optimizer step, over all ranks", low=1, high=MOST_SEQUENCES)
+    batch_size: int = option(8, "sequences per optimizer step, over all processes", low=1, high=MOST_SEQUENCES)
     micro_batch_size: int | None = option(
-        None, "sequences in one forward pass (none: batch_size)", low=1, high=MOST_SEQUENCES, resume="rounding"
+        None, "sequences per forward pass (none: batch_size)", low=1, high=MOST_SEQUENCES, resume="rounding"
     )
     seq_len: int = option(256, "tokens per sequence", low=2, high=MOST_SEQUENCES)
     dtype: str = option(
-        "fp32", "number format; bf16-autocast keeps fp32 weights, bf16 does not",
+        "fp32", "number format: bf16-autocast computes in bf16 with fp32 weights, bf16 also has bf16 weights",
         choices=("fp32", "bf16-autocast", "bf16"),
     )  # fmt: skip
     device: str = option(
-        "auto", "auto takes the GPU when there is one", choices=("auto", "cpu", "cuda"), resume="rounding"
-    )
-    compile: bool = option(False, "compile the model: slower to start, faster to run", resume="rounding")
+        "auto", "the device; auto: the GPU if there is one, else the CPU", choices=("auto", "cpu", "cuda"),
+        resume="rounding",
+    )  # fmt: skip
+    compile: bool = option(False, "compile the model: a slower start, faster steps", resume="rounding")
     activation_checkpointing: bool = option(
-        False, "recompute activations in backward: less memory, more time", resume="rounding"
+        False, "recompute activations in the backward pass: less memory, more time", resume="rounding"
     )
     loss_chunk: int | str = option(
-        "auto", "rows of logits alive at once; 0: all; auto: 256 on a CPU, else all if they fit an eighth of memory",
+        "auto", "rows of logits in memory at once; 0: all; auto: 256 on a CPU in fp32, else all rows if they take at "
+        "most an eighth of the memory",
         low=0, high=10**12, choices=("auto",), resume="rounding",
     )  # fmt: skip
-    clip_norm: float = option(0.0, "clip the norm of all gradients together to this; 0: off", low=0, high=1e30)
+    clip_norm: float = option(
+        0.0, "largest norm of all gradients together, which are scaled down to it; 0: off", low=0, high=1e30
+    )
     on_nan: str = option(
-        "stop", "a loss that is not finite: end the run, leave its batch out, or go back to the last checkpoint and "
-        "leave it out then", choices=("stop", "skip", "rewind"), resume="free",
+        "stop", "what to do at a loss that is not finite: end the run, skip the batch, or rewind to the last "
+        "checkpoint and skip the batch from there", choices=("stop", "skip", "rewind"), resume="free",
     )  # fmt: skip
-    deterministic: bool = option(False, "refuse operations whose result may differ between two runs", resume="rounding")
-    threads: int = option(0, "CPU threads; 0: as torch decides (OMP_NUM_THREADS)", low=0, high=1024, resume="rounding")
+    deterministic: bool = option(False, "refuse operations whose result may differ between runs", resume="rounding")
+    threads: int = option(
+        0, "number of CPU threads; 0: torch's default (OMP_NUM_THREADS)", low=0, high=1024, resume="rounding"
+    )
 
 
 @dataclass(frozen=True)
@@ -315,28 +350,25 @@ class ParallelConfig(Section):
     TITLE = "several processes, started by torchrun"
     SECTION = "parallel"
     mode: str = option(
-        "none", "ddp: a copy in every process; fsdp: a part in each; hsdp: parts in a group, copies between groups; "
-        "tp+fsdp: each matrix over a few processes, parts over the others",
+        "none", "ddp: a replica in every process; fsdp: sharded over all processes; hsdp: sharded within a group, "
+        "replicated between groups; tp+fsdp: each matrix split over a few processes, and sharded over the others",
         choices=("none", "ddp", "fsdp", "hsdp", "tp+fsdp"), resume="rounding",
     )  # fmt: skip
     tensor: int | None = option(
-        None, "processes that share each matrix product, tp+fsdp alone (none: those of one machine)", low=1, high=2**20,
-        resume="rounding",
+        None, "number of processes that share a matrix product, only for tp+fsdp (none: those of one machine)", low=1,
+        high=2**20, resume="rounding",
     )  # fmt: skip
     replicate: int | None = option(
-        None,
-        "groups that each hold the whole model, hsdp alone (none: one a machine)",
-        low=1,
-        high=2**20,
-        resume="rounding",
-    )
+        None, "number of groups that each hold the whole model, only for hsdp (none: one per machine)", low=1,
+        high=2**20, resume="rounding",
+    )  # fmt: skip
     reshard: bool = option(
-        True, "free gathered weights after the forward pass, gather them again in the backward (all but ddp)",
+        True, "free the gathered weights after the forward pass and gather them again in the backward pass (not ddp)",
         resume="rounding",
     )  # fmt: skip
     timeout: float = option(
-        600.0, "seconds without progress after which the run ends and names the process that is missing", above=0,
-        high=30 * 86400, resume="free",
+        600.0, "seconds without progress after which the run ends with an error that names the missing process",
+        above=0, high=30 * 86400, resume="free",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -344,7 +376,7 @@ class ParallelConfig(Section):
         for name, mode in (("tensor", "tp+fsdp"), ("replicate", "hsdp")):
             if getattr(self, name) is not None and self.mode != mode:
                 raise EvenstepError(
-                    f"parallel.{name} {getattr(self, name)} has no meaning with parallel.mode {self.mode}; leave it "
+                    f"parallel.{name} {getattr(self, name)} has no effect with parallel.mode {self.mode}; leave it "
                     f"out, or give parallel.mode {mode}"
                 )
 
@@ -357,11 +389,12 @@ class EvalConfig(Section):
         100, "steps between validations; 0: only at the end", low=0, high=MOST_STEPS, count=True, resume="free"
     )
     max_tokens: int = option(
-        1_000_000, "validation tokens to use; 0: all", low=0, high=MOST_TOKENS, count=True, resume="free"
+        1_000_000, "number of validation tokens; 0: all", low=0, high=MOST_TOKENS, count=True, resume="free"
     )
     batch_size: int | None = option(
-        None, "sequences in one validation pass (none: micro_batch_size)", low=1, high=MOST_SEQUENCES, resume="free"
-    )
+        None, "sequences per forward pass of the validation (none: micro_batch_size)", low=1, high=MOST_SEQUENCES,
+        resume="free",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -369,68 +402,70 @@ class CheckpointConfig(Section):
     TITLE = "checkpoints"
     SECTION = "checkpoint"
     every: int = option(
-        500,
-        "steps between checkpoints; 0: only at the end and on interruption",
-        low=0,
-        high=MOST_STEPS,
-        count=True,
+        500, "steps between checkpoints; 0: only at the end and on interruption", low=0, high=MOST_STEPS, count=True,
         resume="free",
-    )
-    background: bool = option(True, "write them while the training goes on, from a copy in memory", resume="free")
-    keep: int = option(2, "how many of the newest checkpoints to keep", low=1, high=10**6, resume="free")
+    )  # fmt: skip
+    background: bool = option(True, "write checkpoints in the background, from a copy in memory", resume="free")
+    keep: int = option(2, "number of checkpoints to keep, the newest ones", low=1, high=10**6, resume="free")
 
 
 @dataclass(frozen=True)
 class LogConfig(Section):
     TITLE = "the log"
     SECTION = "log"
-    every: int = option(10, "steps between lines of metrics.jsonl", low=1, high=MOST_STEPS, resume="free")
-    curve: bool = option(True, "draw curve.png at the end", resume="free")
+    every: int = option(10, "steps between training records in metrics.jsonl", low=1, high=MOST_STEPS, resume="free")
+    curve: bool = option(True, "plot the losses as curve.png at the end", resume="free")
 
 
 @dataclass(frozen=True)
 class TelemetryConfig(Section):
-    TITLE = "what the optimizer saw (docs/telemetry.md)"
+    TITLE = "statistics of gradients, updates and spikes (docs/telemetry.md)"
     SECTION = "telemetry"
-    enabled: bool = option(True, "measure every step, and tell of spikes", resume="free")
+    enabled: bool = option(True, "measure every step and report spikes", resume="free")
     every: int = option(
-        10, "least steps between two lines with the numbers of all parameters", low=1, high=MOST_STEPS, resume="free"
-    )
+        10, "smallest number of steps between records with the values of all parameters", low=1, high=MOST_STEPS,
+        resume="free",
+    )  # fmt: skip
     samples: int = option(
-        64, "coordinates of each parameter whose GSS is followed; 0: none", low=0, high=2**16, resume="free"
-    )
+        64, "entries of each parameter for which the gradient spike score (GSS) is computed; 0: none", low=0,
+        high=2**16, resume="free",
+    )  # fmt: skip
     ratio: float = option(
-        10.0, "an event: a largest entry above this many times its recent mean", above=1, high=1e30, resume="free"
+        10.0, "spike event: a largest gradient entry above this multiple of its recent mean", above=1, high=1e30,
+        resume="free",
+    )  # fmt: skip
+    sigma: float = option(
+        7.0, "spike rate: number of standard deviations above the mean", above=0, high=1e30, resume="free"
     )
-    sigma: float = option(7.0, "spike rate: standard deviations above the mean", above=0, high=1e30, resume="free")
-    window: int = option(1000, "spike rate: steps of its mean and of the rate", low=2, high=100_000, resume="free")
-    tensorboard: bool = option(False, "also write for TensorBoard, into the run's directory", resume="free")
-    wandb: str = option("off", "also Weights & Biases", choices=("off", "offline", "online"), resume="free")
-    trackio: bool = option(False, "also trackio's local database", resume="free")
+    window: int = option(
+        1000, "spike rate: number of steps over which mean and rate are computed", low=2, high=100_000, resume="free"
+    )
+    tensorboard: bool = option(False, "also write TensorBoard files into the directory of the run", resume="free")
+    wandb: str = option("off", "also log to Weights & Biases", choices=("off", "offline", "online"), resume="free")
+    trackio: bool = option(False, "also log to the local database of trackio", resume="free")
 
 
 @dataclass(frozen=True)
 class SampleConfig(Section):
-    TITLE = "the text written at the end"
+    TITLE = "the text that the model generates at the end"
     SECTION = "sample"
-    prompt: str = option("", "how the text starts (empty: as a new document)", resume="free")
-    tokens: int = option(120, "tokens to generate; 0: no sample", low=0, high=10**6, resume="free")
-    temperature: float = option(0.8, "0: always the likeliest token", low=0, high=1e6, resume="free")
-    top_k: int = option(50, "choose among this many likeliest tokens; 0: all", low=0, high=2**20, resume="free")
+    prompt: str = option("", "the beginning of the text (empty: a new document)", resume="free")
+    tokens: int = option(120, "number of tokens to generate; 0: no sample", low=0, high=10**6, resume="free")
+    temperature: float = option(
+        0.8, "temperature of the sampling; 0: always the most likely token", low=0, high=1e6, resume="free"
+    )
+    top_k: int = option(
+        50, "sample from this number of most likely tokens; 0: from all", low=0, high=2**20, resume="free"
+    )
 
 
 # ---- the configuration of a run ----
 
-__all__ = [
-    "LOWBIT_NAMES", "SIZE_NAMES", "BaseConfig", "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LogConfig",
-    "ModelConfig", "OptimConfig", "ParallelConfig", "SampleConfig", "ScheduleConfig", "TelemetryConfig", "TrainConfig",
-    "options", "sections",
-]  # fmt: skip
-
 
 @dataclass(frozen=True)
 class BaseConfig(Section):
-    """What runs of every kind have. Raises EvenstepError, in one line, for whatever does not fit."""
+    """The options of runs of every kind. Construction raises EvenstepError, with one line, for values that do not fit
+    together."""
 
     TITLE = "the run"
     COMMAND: ClassVar[str] = "pretrain"
@@ -444,13 +479,13 @@ class BaseConfig(Section):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
-    seed: int = option(0, "seed of the initial weights and of the order of the data", low=0, high=2**31 - 1)
+    seed: int = option(0, "random seed of the initial weights and of the order of the data", low=0, high=2**31 - 1)
     lowbit: str | None = option(
-        None, "the low-bit recipe of the linear layers (none: high precision)", choices=LOWBIT_NAMES
+        None, "low-bit recipe of the linear layers (none: high precision)", choices=LOWBIT_NAMES
     )
-    out: str | None = option(None, "the run's directory (none: runs/DATE-NAME)", resume="free")
+    out: str | None = option(None, "directory of the run (none: runs/DATE-NAME)", resume="free")
     name: str | None = option(
-        None, "the run's name (none: the recipe's file name, or SIZE-OPTIMIZER[-LOWBIT])", resume="free"
+        None, "name of the run (none: the file name of the recipe, or SIZE-OPTIMIZER[-LOWBIT])", resume="free"
     )
 
     def __post_init__(self) -> None:
@@ -460,7 +495,7 @@ class BaseConfig(Section):
         if train.batch_size % self.micro_batch_size:
             raise EvenstepError(
                 f"train.batch_size {train.batch_size} is not divisible by train.micro_batch_size "
-                f"{self.micro_batch_size}; each forward pass takes the same number of sequences"
+                f"{self.micro_batch_size}; give a divisor, as all forward passes have the same number of sequences"
             )
         self.check_warmup()
 
@@ -468,14 +503,14 @@ class BaseConfig(Section):
         train = self.train
         if (train.steps is None) == (train.tokens is None):
             given = "neither is given" if train.steps is None else f"both are given ({train.steps} and {train.tokens})"
-            raise EvenstepError(f"train.steps and train.tokens: {given}; give the budget as one of them")
+            raise EvenstepError(f"train.steps and train.tokens: {given}; give the budget by exactly one of them")
 
     def check_warmup(self) -> None:
         warmup = self.schedule.warmup_steps
         if warmup is not None and warmup >= self.total_steps:
             raise EvenstepError(
-                f"schedule.warmup_steps {warmup} leaves nothing of the {self.total_steps} steps; "
-                "give fewer, or none for a tenth of them"
+                f"schedule.warmup_steps {warmup} is not below the {self.total_steps} steps of the run; give a smaller "
+                "number, or none for a tenth of the steps"
             )
 
     @property
@@ -508,14 +543,14 @@ class Config(BaseConfig):
 
 
 def sections(kind: type[BaseConfig] = Config) -> dict[str, type[Section]]:
-    """The sections of a kind of run by name, in the order of help and files."""
+    """The sections of a kind of run by name, in the order of the help and of config.toml."""
     hints = typing.get_type_hints(kind)
     return {f.name: hints[f.name] for f in dataclasses.fields(kind) if not f.metadata}
 
 
 def options(kind: type[BaseConfig] = Config) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
-    """Every option by its full name (``train.steps``, ``seed``) with its field and resolved type, in the order of
-    help and docs."""
+    """Every option by its full name (``train.steps``, ``seed``) with its field and its type hint, in the order of the
+    help and the docs."""
     found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
     classes: tuple[type[Section], ...] = (*sections(kind).values(), kind)
     for cls in classes:
@@ -529,33 +564,33 @@ def options(kind: type[BaseConfig] = Config) -> dict[str, tuple[dataclasses.Fiel
 # ---- hyperparameters of the optimizers used most ----
 
 _ADAM = (
-    Option("betas", (0.9, 0.999), "decay of the first and second moment"),
-    Option("eps", 1e-8, "added to the root of the second moment"),
-    Option("amsgrad", False, "divide by the largest second moment so far"),
+    Option("betas", (0.9, 0.999), "decay rates of the first and second moment"),
+    Option("eps", 1e-8, "added to the square root of the second moment"),
+    Option("amsgrad", False, "use the largest second moment so far (AMSGrad)"),
 )
 
 _DECLARED: dict[str, tuple[Option, ...]] = {
     "stable_spam": STABLE_SPAM,
-    "spam": (*SPAM, Option("density_of", "all", "parameters that density applies to: all, or the hidden matrices")),
+    "spam": (*SPAM, Option("density_of", "all", "the matrices to which density applies: all, or the hidden ones")),
     "scale": SCALE,
     "adamw": _ADAM,
-    "adam": (*_ADAM, Option("decoupled_weight_decay", False, "decay as AdamW does")),
+    "adam": (*_ADAM, Option("decoupled_weight_decay", False, "decoupled weight decay, as in AdamW")),
     "sgd": (
-        Option("momentum", 0.9, "decay of the sum of gradients"),
-        Option("dampening", 0, "share of a gradient that the sum leaves out"),
-        Option("nesterov", False, "Nesterov's momentum"),
+        Option("momentum", 0.9, "decay rate of the momentum buffer"),
+        Option("dampening", 0, "fraction of the gradient that is not added to the momentum buffer"),
+        Option("nesterov", False, "Nesterov momentum"),
     ),
 }
 
 _NOT_OFFERED = ("lr", "weight_decay", "maximize", "capturable")
-"""``lr`` and ``weight_decay`` are options of [optim] itself; the other two have no use in a run."""
+"""``lr`` and ``weight_decay`` are fields of `OptimConfig`; the other two have no use in a run."""
 
 HYPERPARAMETERS: dict[str, dict[str, Option]] = {
     name: {one.name: one for one in declared if one.name not in _NOT_OFFERED} for name, declared in _DECLARED.items()
 }
-"""Optimizer -> hyperparameter -> its declaration. Those of evenstep's own optimizers are declared in
-`evenstep.optim.options` alone, those of torch's here, for the help of the command line. Any other hyperparameter of a
-constructor is accepted too."""
+"""Optimizer -> hyperparameter -> its declaration, for the help of the command line. `evenstep.optim.options` declares
+the hyperparameters of evenstep's own optimizers; those of torch's optimizers are declared above. Every other argument
+of a constructor is accepted too."""
 
 
 def owners() -> dict[str, dict[str, Option]]:
@@ -568,7 +603,7 @@ def owners() -> dict[str, dict[str, Option]]:
 
 
 def _names(option: Option) -> tuple[str, ...]:
-    """The values that the shell completes, none where there are too many."""
+    """The values that the shell completes; empty where the values cannot be listed."""
     if isinstance(option.default, bool):
         return ("true", "false")
     if option.name == "density_of":
@@ -579,4 +614,4 @@ def _names(option: Option) -> tuple[str, ...]:
 CHOICES: dict[str, tuple[str, ...]] = {
     name: names for name, of in owners().items() if (names := _names(next(iter(of.values()))))
 }
-"""Hyperparameter -> the values it may have, of those that have a few."""
+"""Hyperparameter -> its allowed values, for the hyperparameters that have only a few."""

@@ -1,4 +1,4 @@
-"""Configurations from and to TOML, and the rules of what a resume may change.
+"""Reading and writing configurations as TOML, and the rules of what a resume may change.
 
 A recipe is a TOML file with the sections of `evenstep.train.config`; the command line overrides it. The resolved
 configuration is written into the directory of the run, and reading that file gives the same configuration again.
@@ -36,10 +36,10 @@ _WORDS = {"none": None, "true": True, "false": False}
 
 _PACKAGE = Path(__file__).parents[1]
 _RECIPES = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
-"""Where evenstep's own recipes are: in the package when it is installed, beside it in a clone."""
+"""The directories of the recipes that come with evenstep: inside the package (a wheel), or beside it (a clone)."""
 
 _BUDGETS = ("train.steps", "train.tokens", "train.epochs")
-"""Names of one budget. A later option overrides an earlier one."""
+"""The options that state the budget. One on the command line replaces the one of the recipe."""
 
 
 def load_config(
@@ -47,11 +47,15 @@ def load_config(
     overrides: Sequence[tuple[str, str]] = (),
     kind: type[BaseConfig] = Config,
 ) -> Any:
-    """The configuration of ``recipe`` (none: the defaults, a quick run) with ``overrides`` such as ``("train.steps",
-    "500")``, of a run of that ``kind``.
+    """The configuration of a run of that ``kind``.
 
-    EvenstepError, one line, for a file that is missing or no TOML, an unknown key (with the nearest known one), a
-    wrong type or range.
+    Args:
+        recipe: a TOML file; None: the defaults, which are a quick run.
+        overrides: options and their texts on the command line, such as ``("train.steps", "500")``.
+
+    Raises:
+        EvenstepError: a file that is missing or not TOML, an unknown key (the error names the nearest one), a wrong
+            type, or a value out of range.
     """
     tables = read_toml(recipe) if recipe is not None else {}
     if recipe is not None:
@@ -61,8 +65,8 @@ def load_config(
 
 
 def without_foreign_options(tables: Tables, overrides: Sequence[tuple[str, str]], where: Path) -> Tables:
-    """``tables`` of the file ``where`` without those hyperparameters of its optimizer that another one, which the
-    overrides choose instead, does not have. A line on stderr names them."""
+    """``tables`` of the file ``where``, without hyperparameters of its optimizer that do not exist in the optimizer
+    that the overrides choose instead. A line on stderr names the hyperparameters that are left out."""
     optim, name = tables.get("optim"), dict(overrides).get("optim.name")
     if not isinstance(optim, dict) or name in (None, optim.get("name", OptimConfig().name)):
         return tables
@@ -73,19 +77,20 @@ def without_foreign_options(tables: Tables, overrides: Sequence[tuple[str, str]]
 
     try:
         foreign = sorted({key.removeprefix("optim.") for key in own} - {*names_of_options(str(name))})
-    except EvenstepError:  # no such optimizer, or its package is missing: told of where it is built
+    except EvenstepError:  # the error of an unknown or missing optimizer is raised where the optimizer is built
         return tables
     if foreign and os.environ.get("RANK", "0") == "0":
         former = optim.get("name", OptimConfig().name)
         print(
-            f"evenstep: left out what {where} sets for {former} and {name} lacks: {', '.join(foreign)}", file=sys.stderr
+            f"evenstep: left out options of {former} in {where} that {name} does not have: {', '.join(foreign)}",
+            file=sys.stderr,
         )
     return {**tables, "optim": {key: value for key, value in optim.items() if key not in foreign}}
 
 
 def read_toml(path: Path) -> Tables:
-    """What the file says. ``recipes/NAME.toml`` is evenstep's own recipe where the working directory has no such
-    file. EvenstepError, one line, for a file that is missing or no TOML."""
+    """The content of a TOML file. A path ``recipes/NAME.toml`` that does not exist in the working directory is the
+    recipe of that name that comes with evenstep. EvenstepError for a file that is missing or not TOML."""
     try:
         return parse_toml((path if path.exists() else shipped(path) or path).read_bytes())
     except FileNotFoundError:
@@ -96,8 +101,16 @@ def read_toml(path: Path) -> Tables:
         raise EvenstepError(f"{path}: cannot be read ({problem.strerror})") from None
     except UnicodeDecodeError as problem:
         raise EvenstepError(f"{path}: cannot be read ({problem}); save it in UTF-8") from None
-    except (ValueError, RecursionError) as problem:  # the former also of a number with thousands of digits
+    except (ValueError, RecursionError) as problem:  # ValueError also for a number with thousands of digits
         raise EvenstepError(f"{path}: not valid TOML: {problem}") from None
+
+
+def config_file(directory: Path) -> Path:
+    """The file with the configuration of the run in ``directory``. EvenstepError when ``directory`` is not a run."""
+    path = directory / "config.toml"
+    if not path.is_file():
+        raise EvenstepError(f"{directory} is not a run: it has no config.toml; 'evenstep runs' lists runs")
+    return path
 
 
 def shipped(path: Path) -> Path | None:
@@ -108,8 +121,8 @@ def shipped(path: Path) -> Path | None:
 
 
 def expanded(path: Path) -> list[Path]:
-    """The files of a pattern that no shell has expanded, such as recipes/tables/*.toml where evenstep's own are
-    meant; a path without a star as it is."""
+    """The recipes of evenstep that match a glob such as recipes/tables/*.toml, which the shell did not expand because
+    the files are not in the working directory; any other path unchanged."""
     if "*" not in path.name or path.parts[:1] != ("recipes",):
         return [path]
     pattern = "/".join(path.parts[1:])
@@ -118,7 +131,7 @@ def expanded(path: Path) -> list[Path]:
 
 
 def override(tables: Tables, overrides: Sequence[tuple[str, str]], kind: type[BaseConfig] = Config) -> Tables:
-    """``tables`` with the texts of the command line put in, each read as its option's type."""
+    """``tables`` with the values of the command line, each parsed as the type of its option."""
     known = options(kind)
     result = {key: dict(value) if isinstance(value, dict) else value for key, value in tables.items()}
     named = {key for key, _ in overrides}
@@ -186,8 +199,12 @@ def unknown(key: str, kind: type[BaseConfig] = Config) -> EvenstepError:
 
 
 def from_text(text: str, allowed: tuple[type, ...], *, count: bool = False) -> Any:
-    """The command line's ``text`` as the first of the ``allowed`` types that reads it; ``none`` is None where None
-    is allowed."""
+    """The ``text`` of the command line as the first of the ``allowed`` types that it fits, else the text itself, which
+    the check of the option refuses. ``none`` is None if None is allowed; a ``count`` stays a text such as 20K.
+
+    >>> from_text("3e-4", (float,)), from_text("none", (int, type(None))), from_text("auto", (int, str))
+    (0.0003, None, 'auto')
+    """
     if type(None) in allowed and text.lower() == "none":
         return None
     if bool in allowed and text.lower() in ("true", "false"):
@@ -204,9 +221,12 @@ def from_text(text: str, allowed: tuple[type, ...], *, count: bool = False) -> A
 
 
 def literal(text: str) -> Any:
-    """A value whose type the optimizer's constructor knows: a number as Python writes it (``.3``, ``1e-8``), a count
-    (``5K``), ``true``, ``false`` or ``none``, a list of these (``0.9,0.95``, with or without brackets), else the
-    text."""
+    """The value of a hyperparameter, whose type is not declared: a number (``.3``, ``1e-8``), a count (``5K``),
+    ``true``, ``false`` or ``none``, a list of these (with or without brackets), or else the text.
+
+    >>> literal("0.9,0.95"), literal("5K"), literal("none"), literal("bf16")
+    ([0.9, 0.95], 5000, None, 'bf16')
+    """
     if text.startswith("[") and text.endswith("]"):
         return [literal(part.strip()) for part in text[1:-1].split(",") if part.strip()]
     if "," in text:
@@ -222,8 +242,8 @@ def literal(text: str) -> Any:
 
 
 def to_tables(config: BaseConfig) -> Tables:
-    """The configuration as nested tables of TOML's types; options that are None are left out, which reads back as
-    None."""
+    """The configuration as nested tables with the types of TOML. Options that are None are left out, as TOML has no
+    null."""
     tables: Tables = {}
     top = [f.name for f in dataclasses.fields(config) if f.metadata]
     for key in ("name", "out", *(name for name in top if name not in ("name", "out"))):
@@ -239,7 +259,7 @@ def to_tables(config: BaseConfig) -> Tables:
 
 
 def to_toml(config: BaseConfig) -> str:
-    """The configuration as TOML text; ``build(tomllib.loads(text))`` gives an equal configuration."""
+    """The configuration as TOML text. ``build(tomllib.loads(text))`` returns an equal configuration."""
     lines: list[str] = []
     for key, value in to_tables(config).items():
         if isinstance(value, dict):
@@ -256,22 +276,22 @@ def _toml(value: Any, key: str) -> str:
         return repr(value)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(item, key) for item in value) + "]"
-    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL, which JSON leaves as it is
+    if isinstance(value, str):  # JSON and TOML have the same escapes, except that JSON leaves DEL as it is
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
     raise EvenstepError(
-        f"{key}: {value!r} cannot be written to config.toml; give a number, a text, true, false or a list of these"
+        f"{key}: {value!r} cannot be written to config.toml; give a number, a text, true, false or a list of them"
     )
 
 
 def config_hash(config: BaseConfig) -> str:
-    """16 hex digits over everything that decides the result: equal for two runs that differ only in name and place."""
+    """A hash of all options except name and directory, 16 hex digits."""
+    # Stored results refer to this hash: a new option with a default of None is not in the text, and keeps old hashes.
     text = to_toml(dataclasses.replace(config, name=None, out=None))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def changed_options(old: BaseConfig, new: BaseConfig) -> dict[str, tuple[Any, Any]]:
-    """Options that differ and may not differ on resume, with both values; a change of ``train.steps`` and the like is
-    not listed."""
+    """The changed options that a resume must not change, with both values."""
     known = options(type(new))
     before, after = flat(old), flat(new)
     return {
@@ -282,7 +302,7 @@ def changed_options(old: BaseConfig, new: BaseConfig) -> dict[str, tuple[Any, An
 
 
 def flat(config: BaseConfig) -> dict[str, Any]:
-    """``{"train.steps": 300, ...}``, None left out."""
+    """The options by their full names, such as ``{"train.steps": 300, ...}``, without those that are None."""
     result: dict[str, Any] = {}
     for key, value in to_tables(config).items():
         if isinstance(value, dict):
@@ -296,34 +316,35 @@ def flat(config: BaseConfig) -> dict[str, Any]:
 
 
 def check_resume(directory: Path, config: BaseConfig, trainer: dict[str, Any]) -> None:
-    """EvenstepError when ``config`` asks for something that the run of the checkpoint cannot become."""
+    """EvenstepError when the run in ``directory`` cannot continue with ``config``. ``trainer`` is the content of the
+    trainer.pt of its checkpoint."""
     check_changes(directory, config, build(trainer["config"], type(config)))
     if config.total_steps < trainer["step"]:
         budget = "steps" if config.train.steps is not None else "tokens"
         raise EvenstepError(
             f"train.{budget} {getattr(config.train, budget)} ends at step {config.total_steps}, but {directory} has "
-            f"done {trainer['step']} already; give a larger budget, or leave it out"
+            f"already done {trainer['step']}; give a larger budget, or leave it out"
         )
 
 
 def check_changes(directory: Path, config: BaseConfig, old: BaseConfig) -> None:
-    """EvenstepError when ``config`` differs from that of the run in what decides the result."""
+    """EvenstepError when an option with the resume rule "fixed" differs between ``config`` and ``old``."""
     if changed := changed_options(old, config):
         values = ", ".join(f"{key} (it was {shown(was)}, given is {shown(now)})" for key, (was, now) in changed.items())
         words = [word for key, (_, now) in changed.items() for word in (f"--{key}", shown(now))]
-        # Weights fit no other shape, and mean nothing under other tokens.
+        # The weights fit neither another shape nor other tokens: the advice is a run without them.
         fit = not any(key.startswith("model.") or key in ("data.tokenizer", "data.vocab_size") for key in changed)
         command = new_run(config.COMMAND, directory, words, weights=fit)
         start = " from its weights" if fit and config.COMMAND == "pretrain" else ""
         raise EvenstepError(
-            f"{directory} was trained with another {values}; resuming keeps what decides the result: leave "
+            f"{directory} was trained with another {values}; a resume cannot change this: leave "
             f"{'it' if len(changed) == 1 else 'them'} out, or start a new run{start} with: {command}"
         )
 
 
 def new_run(command: str, run: Path, words: Sequence[str] = (), out: str | None = None, *, weights: bool = True) -> str:
-    """The command line of a new run as ``run`` with other options, from its ``weights`` where they fit. ``out``: None
-    for a folder that does not exist yet, beside that of the run."""
+    """The command of a new run with the configuration of ``run`` and further arguments ``words``, with its ``weights``
+    if they fit, in ``out`` (None: a new directory beside that of the run)."""
     start = [command, str(run / "config.toml")]
     if weights and command == "pretrain":  # fine-tuning names its model in the configuration
         start += ["--model.init", str(run)]

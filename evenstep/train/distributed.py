@@ -1,30 +1,30 @@
-"""Training one model in several processes: the processes, how the model is sharded, and which process has hung.
+"""Training one model in several processes: the processes, the sharding of the model, and the detection of a hang.
 
-`World` describes the processes that ``torchrun`` has started, which sets RANK, WORLD_SIZE and so on; without torchrun
-there is one process. Beside the process group for tensors (NCCL on GPUs, gloo on CPUs) there are two gloo groups:
-``control``, in which the training loops exchange small values, and ``saving``, for the threads that write checkpoints
-and may communicate at the same time.
+`World` describes the processes. ``torchrun`` starts them and sets RANK, WORLD_SIZE and so on; without torchrun there is
+one process. Besides the process group for tensors (NCCL on GPUs, gloo on CPUs) there are two gloo groups: ``control``,
+in which the training loops exchange small values, and ``saving``, for the threads that write checkpoints and may
+communicate at the same time.
 
-`Parallel` applies torch's DDP, FSDP2 and DTensor tensor parallelism from outside. Every process builds the whole model
-on its CPU from the same seed, so a run starts from the same weights as on a single process; that takes the model's size
-in host memory per process. Then each block is compiled and sharded by itself, and the other parameters (token
-embedding, final norm, head) are sharded with the root.
+`Parallel` applies torch's DDP, FSDP2 and DTensor tensor parallelism to a model that knows nothing of them. Every
+process builds the whole model on its CPU from the same seed, so that a run starts from the same weights as in a single
+process; this takes the size of the model in host memory per process. Then each block is compiled and sharded, and the
+other parameters (token embedding, final norm, head) are sharded with the root module.
 
-* ``ddp``: a replica in every process, gradients averaged.
-* ``fsdp``: parameters, gradients and optimizer state sharded over all processes; the weights of a block are gathered
-  before its forward and its backward pass.
-* ``hsdp``: fsdp within a group, gradients averaged between groups (``parallel.replicate`` of them).
-* ``tp+fsdp``: the matrices of attention and MLP are sharded over ``parallel.tensor`` processes (columns, then rows: two
-  all-reduces per block and pass), and over the remaining dimension as in fsdp. Embedding, norms and head are not
-  tensor-parallel: fsdp shards embedding and head over all processes, and every process computes their products.
+* ``ddp``: a replica in every process; gradients are averaged.
+* ``fsdp``: parameters, gradients and optimizer state are sharded over all processes. The weights of a block are
+  gathered before its forward and its backward pass.
+* ``hsdp``: fsdp within each of ``parallel.replicate`` groups; gradients are averaged between the groups.
+* ``tp+fsdp``: the matrices of attention and MLP are sharded over ``parallel.tensor`` processes (first by columns, then
+  by rows: two all-reduces per block and pass), and over the other processes as in fsdp. Embedding, norms and head are
+  not tensor-parallel: fsdp shards embedding and head over all processes, and every process computes their products.
 
 Gradients are reduced in fp32 whatever the dtype of the parameters. With gradient accumulation they are reduced once per
-step. Until then fsdp keeps them whole in every process: more memory for fewer messages.
+step; until then fsdp keeps them unsharded in every process, which trades memory for fewer messages.
 
 `Heartbeat` names the missing process when a collective hangs. A process that waits in a collective is blocked in C++,
-and torch's own timeouts end it without naming the process that it waits for. Therefore a thread in every process
-publishes its progress in torchrun's store. When its own process has made no progress for ``parallel.timeout`` seconds,
-the thread compares all processes, names the one that is furthest behind or whose thread is silent too, and exits, so
+and torch's timeouts end it without naming the process that it waits for. Therefore a thread in every process publishes
+the progress of its process in torchrun's store. When its process has made no progress for ``parallel.timeout`` seconds,
+the thread compares all processes, reports the one that is furthest behind or that no longer publishes, and exits, so
 that torchrun can restart all of them.
 """
 
@@ -60,7 +60,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class SharedError(EvenstepError):
-    """An error that all processes raise. ``rank`` is the process that prints it."""
+    """An error of one process that all processes raise. ``rank`` is the process that prints it."""
 
     def __init__(self, message: str, rank: int) -> None:
         super().__init__(message)
@@ -69,10 +69,10 @@ class SharedError(EvenstepError):
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together, and the place of this one among them. ``World(device)`` is one process alone.
+    """The processes of a run, and the rank of this process among them. ``World(device)`` is a single process.
 
-    Of each batch, this process reads part ``data_rank`` of ``data_size``. Processes that share matrix products
-    (``tensor`` of them) read the same part.
+    This process reads part ``data_rank`` of ``data_size`` of each batch. The ``tensor`` processes that share matrix
+    products read the same part.
 
     >>> world = World(torch.device("cpu"), rank=5, size=8, tensor=2)
     >>> world.data_rank, world.data_size
@@ -110,14 +110,20 @@ class World:
         ``work`` raised EvenstepError on one of them."""
         if self.control is None:
             return [work()]
-        result: Any = None
-        problem: str | None = None
+        result: T | None = None
+        problem: EvenstepError | None = None
         try:
             result = work()
         except EvenstepError as error:
-            problem = str(error)
+            problem = error
+        # Outside of the try block: a process that failed takes part in the exchange, or the others would wait forever.
+        return self._exchange(result, problem, group)
+
+    def _exchange(self, result: Any, problem: EvenstepError | None, group: Any = None) -> list[Any]:
+        """Send the result or the error of this process to all processes, and return the results of all of them.
+        SharedError with the error of the lowest rank that has one."""
         answers: list[Any] = [None] * self.size
-        dist.all_gather_object(answers, (problem, result), group=group or self.control)
+        dist.all_gather_object(answers, (problem and str(problem), result), group=group or self.control)
         for rank, (message, _) in enumerate(answers):
             if message is not None:
                 raise SharedError(message, rank)
@@ -125,8 +131,8 @@ class World:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """Either all processes leave the block normally, or all raise SharedError (one process alone: its own
-        error)."""
+        """Context that all processes leave in the same way: if one of them raises EvenstepError, all raise SharedError.
+        A single process raises its own error."""
         problem: EvenstepError | None = None
         try:
             yield
@@ -134,21 +140,17 @@ class World:
             if self.control is None:
                 raise
             problem = error
-
-        def outcome() -> None:
-            if problem is not None:
-                raise problem
-
         if self.control is not None:
-            self.gather(outcome)
+            self._exchange(None, problem)
 
     def on_rank_0(self, work: Callable[[], T]) -> T:
         """Run ``work`` on process 0, and return its result on every process."""
         return self.gather(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
     def rank_0_first(self, work: Callable[[], T]) -> T:
-        """Run ``work`` on process 0 first, then on the first process of each machine, then on the others, so that later
-        processes find the prepared files. It may take days. SharedError when it raises EvenstepError."""
+        """Run ``work`` on process 0, then on the first process of each machine, then on all others, so that later
+        processes find the files that earlier ones have prepared. It may take days. SharedError when it raises
+        EvenstepError."""
         if self.control is None:
             return work()
         result: list[T] = []
@@ -161,16 +163,12 @@ class World:
                 except EvenstepError as error:
                     problem = error
             self._wait_for(range(0, self.size, self.local_size) if turn else range(1), turn)
-
-            def outcome(problem: EvenstepError | None = problem) -> None:
-                if problem is not None:
-                    raise problem
-
-            self.gather(outcome)
+            self._exchange(None, problem)
         return result[0]
 
     def _wait_for(self, ranks: range, turn: int) -> None:
-        """Wait until ``ranks`` have come here. The store has no timeout of a few minutes, which collectives have."""
+        """Wait until ``ranks`` have reached this point. Uses the store, since a collective would time out after
+        minutes."""
         store: Any = dist.distributed_c10d._get_default_store()
         store.set(f"evenstep/turn/{turn}/{self.rank}", "done")
         store.wait([f"evenstep/turn/{turn}/{rank}" for rank in ranks], timedelta(days=30))
@@ -179,7 +177,7 @@ class World:
         """Sum ``tensor`` over the parts of the data, in place; unchanged when there is one part."""
         if self.control is not None and self.data_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.SUM)
-            if self.tensor > 1:
+            if self.tensor > 1:  # the default group counts each part ``tensor`` times
                 tensor /= self.tensor
         return tensor
 
@@ -200,17 +198,17 @@ def _environment(config: BaseConfig) -> dict[str, int]:
     if missing:
         if not launched():
             raise EvenstepError(
-                f"parallel.mode {mode} needs several processes: start them with torchrun --nproc-per-node N "
-                "-m evenstep pretrain ..., or give --parallel.mode none for one"
+                f"parallel.mode {mode} needs several processes; start them with torchrun --nproc-per-node N "
+                "-m evenstep pretrain ..., or give --parallel.mode none for a single process"
             )
         raise EvenstepError(
-            f"{missing[0]} is not in the environment, {'RANK' if 'RANK' in os.environ else 'WORLD_SIZE'} is; start the "
-            "processes with torchrun, which sets all of them"
+            f"{missing[0]} is not in the environment, but {'RANK' if 'RANK' in os.environ else 'WORLD_SIZE'} is; start "
+            "the processes with torchrun, which sets both"
         )
     try:
         return {name: int(os.environ[name]) for name in _VARIABLES if name != "MASTER_ADDR"}
     except ValueError as problem:
-        raise EvenstepError(f"the environment of torchrun is damaged: {problem}") from None
+        raise EvenstepError(f"a variable of torchrun's environment is not a number: {problem}") from None
 
 
 def check_world(config: BaseConfig, size: int, local_size: int) -> int:
@@ -219,8 +217,8 @@ def check_world(config: BaseConfig, size: int, local_size: int) -> int:
     parallel, train = config.parallel, config.train
     if parallel.mode == "none" and size > 1:
         raise EvenstepError(
-            f"parallel.mode is none, but there are {size} processes; give --parallel.mode ddp (a copy of the model in "
-            "each) or fsdp (a part in each)"
+            f"parallel.mode is none, but there are {size} processes; give --parallel.mode ddp (a replica in each) "
+            "or fsdp (a shard in each)"
         )
     tensor = (parallel.tensor or local_size) if parallel.mode == "tp+fsdp" else 1
     if size % tensor:
@@ -240,23 +238,25 @@ def check_world(config: BaseConfig, size: int, local_size: int) -> int:
     if (train.batch_size // data) % min(config.micro_batch_size, train.batch_size // data):
         raise EvenstepError(
             f"train.batch_size {train.batch_size} over {data} processes is {train.batch_size // data} sequences each, "
-            f"not divisible by train.micro_batch_size {config.micro_batch_size}; each pass takes as many"
+            f"not divisible by train.micro_batch_size {config.micro_batch_size}; give a divisor"
         )
     if tensor > 1 and config.lowbit:
         raise EvenstepError(
-            f"lowbit {config.lowbit} does not go with parallel.tensor {tensor}: the scales of a cut matrix are not "
-            "those of the whole; give parallel.mode fsdp"
+            f"lowbit {config.lowbit} cannot be used with parallel.tensor {tensor}: the scales of a part of a matrix "
+            "differ from those of the whole; give parallel.mode fsdp"
         )
     if tensor > 1 and config.optim.options.get("state") == "int8":
-        raise EvenstepError("optim.state int8 does not go with parallel.mode tp+fsdp; give bf16, or parallel.mode fsdp")
+        raise EvenstepError(
+            "optim.state int8 cannot be used with parallel.mode tp+fsdp; give bf16 or parallel.mode fsdp"
+        )
     return tensor
 
 
 def _store(patience: timedelta) -> Any:
-    """The store in which the processes find each other, under a prefix of this attempt.
+    """The store in which the processes find each other, under a prefix for this attempt.
 
-    torchrun's store outlives a restart (torch 2.13 makes one per agent, not one per attempt) and still holds the
-    addresses of processes that have ended. A new process that reads one of them cannot connect.
+    torchrun's store outlives a restart (torch 2.13 creates one per agent, not one per attempt) and still contains the
+    addresses of processes that have ended. A new process that read such an address could not connect.
     """
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
@@ -272,8 +272,8 @@ def _store(patience: timedelta) -> Any:
 
 @contextmanager
 def open_world(config: BaseConfig) -> Iterator[World]:
-    """Join the other processes, and leave the process group at the end. EvenstepError for an environment or a
-    configuration that does not fit, before anything waits for another process."""
+    """Context in which the process group exists. EvenstepError, before anything waits for another process, when the
+    environment and the configuration do not fit together."""
     if not launched() and config.parallel.mode == "none":
         yield World(pick_device(config.train.device))
         return
@@ -289,7 +289,7 @@ def open_world(config: BaseConfig) -> Iterator[World]:
         if local >= torch.cuda.device_count():
             raise EvenstepError(
                 f"process {local} of this machine has no GPU: torch sees {torch.cuda.device_count()}; give torchrun "
-                "--nproc-per-node that number"
+                f"--nproc-per-node {torch.cuda.device_count()}"
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -305,7 +305,7 @@ def open_world(config: BaseConfig) -> Iterator[World]:
     )
     try:
         yield world
-        world._wait_for(range(1), 3)  # the closing work of process 0 may take long
+        world._wait_for(range(1), 3)  # process 0 may take long to finish the run
         dist.barrier(group=world.control)
     finally:
         dist.destroy_process_group()
@@ -328,8 +328,8 @@ def check_cut(shape: LlamaConfig, tensor: int) -> None:
 
 
 class Parallel:
-    """Distributes the model of ``config`` over ``world``. A step calls `Parallel.loss`; validation calls
-    ``model.loss``."""
+    """Distributes the model of ``config`` over ``world``. A training step calls `Parallel.loss`, and validation calls
+    ``model.loss``, which reduces no gradients."""
 
     def __init__(self, config: Config, world: World) -> None:
         self.mode = config.parallel.mode if world.control is not None else "none"
@@ -339,7 +339,7 @@ class Parallel:
 
     @property
     def sharded(self) -> bool:
-        """Whether a process holds parts of tensors, not whole ones."""
+        """Whether a process holds shards of the parameters instead of whole ones."""
         return self.mode not in ("none", "ddp")
 
     def check(self, model: Llama) -> None:
@@ -354,7 +354,9 @@ class Parallel:
         self.model = model
         if self.mode == "tp+fsdp":
             self._shard_matrices(model)
-        if self.config.train.compile:  # block by block: one small graph serves all, the chunked loss cannot be compiled
+        if (
+            self.config.train.compile
+        ):  # block by block, so that one small graph serves all; the chunked loss cannot be compiled
             for block in model.model.layers:
                 block.compile(dynamic=False)
         if self.mode == "ddp":
@@ -390,9 +392,10 @@ class Parallel:
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
-        wrapped.broadcast_buffers = False  # as an argument it is deprecated from torch 2.13 on, where it got a new name
+        wrapped.broadcast_buffers = False  # torch 2.13 deprecates the constructor argument
         if self.config.train.dtype == "bf16":
-            # torch refuses annotations that are strings, which all of this file are; a lambda has none.
+            # torch checks the annotations of a hook and refuses strings, which `from __future__ import annotations`
+            # makes of all annotations in this file. A lambda has none.
             wrapped.register_comm_hook(None, lambda _, bucket: _average_in_fp32(bucket))
         return wrapped
 
@@ -427,13 +430,13 @@ class Parallel:
         reshard = self.config.parallel.reshard
         for block in model.model.layers:
             fully_shard(block, mesh=inner, reshard_after_forward=reshard, mp_policy=precision)
-        # The backward pass needs the root's weights first, right after the forward pass, so they stay gathered.
+        # The backward pass begins with the weights of the root, right after the forward pass: they stay gathered.
         fully_shard(model, mesh=outer, reshard_after_forward=False, mp_policy=precision)
         register_fsdp_forward_method(model, "loss")
 
 
 class _Loss(nn.Module):
-    """The loss as ``forward``, the only method that DDP synchronises."""
+    """The loss as ``forward``: DDP reduces gradients for this method alone."""
 
     def __init__(self, model: Llama) -> None:
         super().__init__()
@@ -444,7 +447,8 @@ class _Loss(nn.Module):
 
 
 def _average_in_fp32(bucket: Any) -> Any:
-    """DDP's bucket of 16-bit gradients, averaged in fp32."""
+    """Average a bucket of DDP's 16-bit gradients [numel of the bucket] in fp32: a sum in bf16 has 8 bits of precision,
+    and loses small gradients of single processes."""
     gradients = bucket.buffer()
     whole = gradients.float().div_(dist.get_world_size())
     pending = dist.all_reduce(whole, async_op=True).get_future()
@@ -455,10 +459,11 @@ def _average_in_fp32(bucket: Any) -> Any:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all tensors together, 0-d. DTensors count as whole tensors; there is one all-reduce per layout."""
+    """The 2-norm of all tensors together, 0-d. DTensors count as whole tensors; each layout takes one all-reduce."""
     layouts = [Layout.of(tensor) for tensor in tensors]
     if not any(layout.cuts for layout in layouts):
         return torch.nn.utils.get_total_norm([local(tensor) for tensor in tensors], foreach=True)
+    # A norm cannot be summed over shards, its square can: sum of squares per tensor, in fp32, then one root at the end.
     norms = torch._foreach_norm([local(tensor.detach()) for tensor in tensors])
     requests: dict[int, tuple[Reduction, ...]] = {
         i: (Reduction("sum", norm.float().square().reshape(1)),) for i, norm in enumerate(norms)
@@ -471,6 +476,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 def clip_(gradients: list[Tensor], largest: float) -> Tensor:
     """Scale the gradients so that their norm is at most ``largest``; returns the norm before."""
     norm = total_norm(gradients)
+    # No branch on the value, which would wait for the GPU; 1e-6 as in torch's clip_grad_norm_.
     scale = torch.clamp(largest / (norm + 1e-6), max=1.0)
     torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
     return norm
@@ -483,8 +489,8 @@ EXIT_STATUS = 75
 
 
 class Heartbeat:
-    """Detects a process that has hung. Call `beat` at every stage of a run, inside ``with Heartbeat(...):``. With one
-    process it does nothing."""
+    """Detects a process that hangs. The run calls `beat` at every stage, inside ``with Heartbeat(...):``. A single
+    process does nothing."""
 
     def __init__(self, world: World, timeout: float) -> None:
         self.world, self.timeout = world, timeout
@@ -494,14 +500,14 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
 
     def beat(self, step: int, place: str) -> None:
-        """Record that this process has reached ``place`` of ``step``. All processes pass the same places in the same
-        order."""
+        """Record that this process has reached the stage ``place`` of ``step``. All processes pass the same stages in
+        the same order, so their counts are comparable."""
         self.count += 1
         self.step, self.place = step, place
         self.moved = time.monotonic()
 
     def alive(self) -> None:
-        """Record that this process makes no progress for a good reason: it waits for its own disk."""
+        """Record that this process waits for its own disk and does not hang."""
         self.moved = time.monotonic()
 
     def __enter__(self) -> Heartbeat:
@@ -512,7 +518,7 @@ class Heartbeat:
             store = dist.PrefixStore(f"evenstep/heartbeat/{restarts()}", own.clone())
             self.moved = time.monotonic()
             self._over.clear()
-            self._publish(store, 0)  # at once, so that a process that hangs early is known by name
+            self._publish(store, 0)  # at once, so that the others know host and pid of a process that hangs early
             self._thread = threading.Thread(target=self._watch, args=(store,), daemon=True, name="heartbeat")
             self._thread.start()
         return self
@@ -523,7 +529,7 @@ class Heartbeat:
             self._thread.join(timeout=5)
 
     def _publish(self, store: Any, pulse: int) -> None:
-        with suppress(Exception):  # the store may go away first, when the run ends
+        with suppress(Exception):  # at the end of a run the store may be gone already
             store.set(str(self.world.rank), json.dumps([self.count, self.step, self.place, pulse, _name()]))
 
     # ---- in the thread ----
@@ -538,7 +544,7 @@ class Heartbeat:
             if still < self.timeout:
                 stalled_at = -1
                 continue
-            if stalled_at != self.count:  # wait one more period, so that all processes have published their place
+            if stalled_at != self.count:  # wait one period more, until all have published their stage
                 stalled_at, earlier = self.count, self._others(store)
                 continue
             message = self._explain(earlier, self._others(store), still)
@@ -556,7 +562,7 @@ class Heartbeat:
         return found
 
     def _explain(self, before: dict[int, list[Any]], now: dict[int, list[Any]], still: float) -> str:
-        """Which processes are missing, in one line; empty when another process reports it."""
+        """The report of the missing processes, one line. Processes that leave the report to another one exit here."""
         ranks = range(self.world.size)
         silent = [rank for rank in ranks if rank not in now or (before.get(rank) or [0] * 4)[3] == now[rank][3]]
         counts = {rank: now[rank][0] if rank in now else -1 for rank in ranks}
@@ -564,18 +570,18 @@ class Heartbeat:
         missing = sorted({*silent, *behind} - {self.world.rank}) or [self.world.rank] * bool(behind)
         reporters = [rank for rank in ranks if rank not in missing]
         if reporters and self.world.rank != reporters[0]:
-            time.sleep(1)  # let it report first
+            time.sleep(1)  # the reporting process prints first
             os._exit(EXIT_STATUS)
         where = f"at step {self.step} ({self.place}) for {still:.0f} s"
         if not missing:
-            return f"all {self.world.size} processes stand still {where}: the network between them may be down"
+            return f"all {self.world.size} processes make no progress {where}; check the network between them"
         names = [f"process {rank} {self._last(now.get(rank), rank in silent)}" for rank in missing]
         return f"waited {where}; missing: {', '.join(names)} (parallel.timeout {self.timeout:g})"
 
     @staticmethod
     def _last(fact: list[Any] | None, silent: bool) -> str:
         if fact is None:
-            return "(never heard of)"
+            return "(never started)"
         return f"on {fact[4]} (last at step {fact[1]}, {fact[2]}{'; it does not answer' if silent else ''})"
 
 

@@ -1,5 +1,5 @@
-"""The validation loss of a model, in which every token has the same weight whatever its batch, and text that a model
-generates.
+"""The validation loss of a model, in which every token has the same weight independent of its batch, and the generation
+of text from a trained model.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The arguments of a validation: the model, and how it runs. ``watch`` wraps the iterable of the validation; it
-    publishes progress to the heartbeat, and raises Stopped on a signal."""
+    """The arguments of a validation: the model and how it runs.
+
+    ``watch`` wraps the iterable over which the validation loops. It reports progress to the heartbeat, and raises
+    Stopped when a signal has arrived.
+    """
 
     model: Any
     parallel: Parallel
@@ -70,18 +73,25 @@ def evaluate(
     chunk: int | None,
     parallel: Parallel | None = None,
 ) -> EvalResult:
-    """Mean loss over every target token of ``batches`` (pairs of int64 [B, T]), in ``model.eval()`` mode; the previous
-    mode is restored afterwards.
+    """The mean loss over all target tokens of ``batches``, in ``model.eval()`` mode; the mode is restored afterwards.
 
-    ``bytes_per_token`` is the average of the whole split, so a validation on a part of it has the same unit. Sums are
-    float64, and stay on the device until the end. With ``parallel`` the processes share the batches; each one passes
-    all of them and gets the same result. EvenstepError when there is no batch.
+    Args:
+        model: has ``loss(inputs, targets, reduction="sum", chunk=...)``.
+        batches: pairs of int64 tensors [B, T], where B and T may differ between batches.
+        bytes_per_token: the average of the whole split, so that a validation on a part of it has the same unit.
+        device, autocast, chunk: where and how the loss is computed.
+        parallel: the processes that share the batches. Each one passes all batches and gets the same result.
+
+    Raises:
+        EvenstepError: there is no batch.
     """
     world = parallel.world if parallel else None
-    # FSDP keeps the tensors that it gathers, and one that was made in inference mode cannot be trained on.
+    # FSDP reuses the tensors that it gathers, and autograd refuses tensors that were created in inference mode.
     without_gradients = torch.no_grad() if parallel and parallel.sharded else torch.inference_mode()
     was_training = model.training
     model.eval()
+    # The sum stays on the device until the end, so that a GPU need not wait after every batch. In fp32 the sum of a
+    # million losses would lose the last digits.
     total = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
     try:
@@ -103,8 +113,9 @@ def evaluate(
 
 
 def batches_of_rank(batches: Iterable[Batch], world: World | None) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """This process's part of the batches, each with whether it counts. All processes get the same number of batches,
-    because sharded models run in lockstep: a process without a batch repeats that of another, marked False."""
+    """The batches of this process, each with whether it counts. All processes get the same number of batches, because
+    the forward pass of a sharded model has collectives: a process that has no batch left repeats that of another one,
+    marked False."""
     size, rank = (world.data_size, world.data_rank) if world else (1, 0)
     row: list[Batch] = []
     for batch in batches:
@@ -117,6 +128,7 @@ def batches_of_rank(batches: Iterable[Batch], world: World | None) -> Iterator[t
 
 
 def perplexity(loss: float) -> float:
+    """e^loss; infinity where it would overflow a float (at 709.8)."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -124,10 +136,9 @@ def perplexity(loss: float) -> float:
 
 
 def sample_text(model: Llama, tokenizer: Tokenizer, sample: SampleConfig, seed: int) -> str:
-    """The prompt and the text with which the model continues it; the same seed gives the same text. Empty for
-    ``tokens`` 0.
+    """The prompt and its continuation by the model; empty for ``tokens`` 0. The same seed gives the same text.
 
-    The text starts as a document does in training, after an end-of-text token, and ends at the next one.
+    The text starts after an end-of-text token, like a document in training, and ends at the next one.
     """
     if not sample.tokens:
         return ""
@@ -146,11 +157,10 @@ def sample_text(model: Llama, tokenizer: Tokenizer, sample: SampleConfig, seed: 
 
 
 def generate_from(run: Path, sample: SampleConfig, seed: int, say: Callable[[str], None]) -> str:
-    """Text from the newest whole checkpoint of a run, or from the checkpoint that ``run`` itself is. EvenstepError when
-    it is neither."""
+    """Text from the newest valid checkpoint of a run, or from a checkpoint. EvenstepError when ``run`` is neither."""
     if not run.is_dir():
         raise EvenstepError(f"{run}: no such directory; give the directory of a run (evenstep runs lists them)")
     checkpoint = run if (run / MANIFEST).is_file() else newest_checkpoint(run, say)
-    recipe = read_trainer(checkpoint)["config"].get("lowbit")  # text as it was trained and validated
+    recipe = read_trainer(checkpoint)["config"].get("lowbit")  # the precision of training and validation
     model = with_lowbit(load_model(checkpoint).eval(), recipe, say)
     return sample_text(model, load_tokenizer(checkpoint), sample, seed)

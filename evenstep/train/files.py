@@ -1,7 +1,7 @@
-"""The small files of a run, which are replaced atomically, and the lock of a run that trains.
+"""Atomic replacement of the small files of a run, the lock of a run that trains, and the directory of a new run.
 
-The folder of a run may come from an untrusted source and contain links. Nothing here writes through a link, and folders
-that are only listed (``evenstep runs``) are opened read-only.
+The directory of a run may come from an untrusted source and contain links. Nothing here writes through a link, and a
+directory that is only listed (``evenstep runs``) is opened read-only.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _TRIES = 4
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` to a file beside ``path``, and rename it. EvenstepError when the disk refuses, which leaves the
-    old file intact. If ``path`` is a link, the link is replaced and its target is left alone."""
+    """Write ``content`` to a file beside ``path`` and rename it. If ``path`` is a link, the link is replaced and its
+    target does not change. EvenstepError when the disk refuses; the old file stays intact."""
     beside = path.with_name(f".{path.name}.partial")
     try:
         beside.unlink(missing_ok=True)  # of a process that was killed, or a link
@@ -62,8 +62,8 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def check_creatable(directory: Path) -> None:
-    """EvenstepError when ``directory`` cannot be created or written to; leaves nothing behind. Checked early, because
-    the directory of a run is created after long work."""
+    """EvenstepError when ``directory`` cannot be created or written to. Creates nothing. Checked early, because the
+    directory of a run is created after long work."""
     there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
     try:
         tempfile.TemporaryDirectory(prefix=".evenstep-", dir=there).cleanup()
@@ -76,13 +76,13 @@ FILES = ("config.toml", "metrics.jsonl", "summary.json", "curve.png", "checkpoin
 
 
 def check_own(run: Path) -> None:
-    """EvenstepError when a file that a run writes is a link that leads out of its folder. The run would change and
-    delete files of others."""
+    """EvenstepError when a file that a run writes is a link that leads out of its directory: the run would change or
+    delete files elsewhere."""
     for name in FILES:
         if (run / name).is_symlink() and leaves(run, name):
             raise EvenstepError(
-                f"{run / name} is a link that leads out of the run's folder, where a run does not write; put what it "
-                "points at in its place (the folder of a run may itself be reached by a link)"
+                f"{run / name} is a link that leads out of the run's folder, where a run does not write; replace the "
+                "link by its target (the folder of the run itself may be a link)"
             )
 
 
@@ -90,10 +90,10 @@ def check_own(run: Path) -> None:
 
 
 class RunLock:
-    """The lock of a run's folder. The system releases it when this object is deleted or when the process ends, for
-    whatever reason.
+    """The lock of the directory of a run. The operating system releases it when this object is deleted or when the
+    process ends for any reason.
 
-    ``busy``: a run trains under the lock, so no other run of this process may use it.
+    ``busy``: a run of this process trains under the lock, so no other run of this process may use it.
     """
 
     def __init__(self, run: Path) -> None:
@@ -110,11 +110,11 @@ _held: WeakValueDictionary[tuple[int, int], RunLock] = WeakValueDictionary()
 
 
 def hold(run: Path) -> RunLock:
-    """The lock of the run, held for as long as the returned object exists. A lock that this process holds already is
+    """The lock of the run, held as long as the returned object exists. A lock that this process already holds is
     returned again, unless a run trains under it.
 
-    EvenstepError when another process holds the lock: two processes would truncate each other's log and checkpoints.
-    Nothing has been written in this case. A warning tells where the file system has no locks.
+    EvenstepError, before anything is written, when another process holds the lock: two processes would truncate each
+    other's log and checkpoints. On a file system without locks a warning is issued instead.
     """
     ours = _ours(run)
     if ours is not None:
@@ -138,25 +138,25 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def is_running(run: Path) -> bool:
-    """Whether a process trains this run now. Opens its lock read-only, and never through a link."""
+    """Whether a process trains this run. Opens the lock read-only, and not through a link."""
     return _trainer(run) is not None
 
 
 def check_free(run: Path) -> None:
-    """EvenstepError, with the process, when one trains this run now."""
+    """EvenstepError, which names the process, when a process trains this run."""
     who = _trainer(run)
     if who is not None:
         raise _refusal(run, who)
 
 
 def _trainer(run: Path) -> str | None:
-    """The process that trains the run, as its lock names it (may be empty); None when there is none."""
+    """The process that trains the run, from the content of the lock (may be empty); None if there is none."""
     ours = _ours(run)
     if ours is not None:
         return _me() if ours.busy else None
     try:
         descriptor = os.open(run / LOCK, os.O_RDONLY | _NOT_THROUGH_LINKS)
-    except OSError:  # there is none, it is a link, or another user's
+    except OSError:  # no lock, a link, or the file of another user
         return None
     try:
         if fcntl is not None and stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -189,7 +189,7 @@ def _take(run: Path) -> tuple[int, tuple[int, int]]:
     path = run / LOCK
     for attempt in range(_TRIES):
         if path.is_symlink():  # where the system has no O_NOFOLLOW
-            raise EvenstepError(f"{path} is a link; a lock is a file of the run's own folder: delete the link")
+            raise EvenstepError(f"{path} is a link, but a lock has to be a file in the run's folder; delete the link")
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NOT_THROUGH_LINKS, 0o666)
         except OSError as problem:
@@ -201,7 +201,8 @@ def _take(run: Path) -> tuple[int, tuple[int, int]]:
             if not stat.S_ISREG(facts.st_mode):
                 raise EvenstepError(f"{path} is not a regular file; delete it")
             if _locked(descriptor, run):
-                # Another process may have deleted the folder, and made it anew, since the file was opened.
+                # Another process may have deleted and recreated the directory since the file was opened. The lock of
+                # a deleted file excludes nobody.
                 with suppress(OSError):
                     if _key(os.lstat(path)) == _key(facts):
                         _sign(descriptor, facts)
@@ -226,7 +227,7 @@ def _locked(descriptor: int, run: Path) -> bool:
         if _is_taken(problem):
             return False
         warnings.warn(
-            f"{run}: the file system gives no locks ({problem.strerror}); let one process alone train there",
+            f"{run}: the file system has no locks ({problem.strerror}); make sure that only one process trains there",
             stacklevel=2,
         )
     return True
@@ -237,16 +238,16 @@ def _me() -> str:
 
 
 def _sign(descriptor: int, facts: os.stat_result) -> None:
-    """Write the holder into the lock file, for the error message of a process that is refused. Never into a file that
-    holds something else or has a second name (a hard link): it may be any file of the user."""
+    """Write the holder into the lock file, for the error message of other processes. Does not write into a file with
+    other content or with a second name (a hard link), which may be any file of the user."""
     if not hasattr(os, "pwrite") or facts.st_nlink != 1 or (facts.st_size and not _holder(descriptor)):
         return
-    with suppress(OSError):  # on a full disk it holds the lock all the same
+    with suppress(OSError):  # a full disk: the lock is held without a signature
         os.ftruncate(descriptor, os.pwrite(descriptor, f"{_me()}\n".encode(), 0))
 
 
 def _holder(descriptor: int) -> str:
-    """The process that signed the lock last; empty where none did."""
+    """The process that last signed the lock; empty if none did."""
     found = os.pread(descriptor, 300, 0).decode("utf-8", "replace") if hasattr(os, "pread") else ""
     return found.strip() if re.fullmatch(r"\d+ on [!-~]*\n", found) else ""
 
@@ -264,16 +265,16 @@ def default_name(config: BaseConfig) -> str:
 
 
 def fresh_directory(config: BaseConfig) -> Path:
-    """The directory of a new run, which is not created here. EvenstepError unless it is empty, missing, or holds a run
-    that stopped before its first checkpoint."""
+    """The directory of a new run; does not create it. EvenstepError unless it is missing, empty, or that of a run that
+    stopped before its first checkpoint."""
     new = Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{default_name(config)}"
     out = Path(config.out) if config.out else unused(new)
     check_free(out)
     if (out / "config.toml").exists():
         if list_checkpoints(out / "checkpoints"):
-            raise EvenstepError(f"{out} holds a run already; continue it with --resume {out}, or give another --out")
+            raise EvenstepError(f"{out} already has a run; continue it with --resume {out}, or give another --out")
         if (out / "summary.json").exists():
-            raise EvenstepError(f"{out} holds a finished run without its checkpoints; give another --out")
+            raise EvenstepError(f"{out} has a finished run without checkpoints; give another --out")
     elif out.exists() and (not out.is_dir() or any(path.name not in _LEFT_AT_START for path in out.iterdir())):
         raise EvenstepError(f"{out} exists and is not an empty directory; give another --out")
     check_creatable(out)
@@ -281,4 +282,4 @@ def fresh_directory(config: BaseConfig) -> Path:
 
 
 _LEFT_AT_START = (LOCK, ".config.toml.partial")
-"""Files left by a run that was killed before it had written anything."""
+"""Files of a run that was killed before it had written anything else."""

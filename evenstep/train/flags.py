@@ -20,14 +20,15 @@ from evenstep.train.config_io import build, load_config, new_run, override, read
 
 
 def add_flags(parser: argparse.ArgumentParser, kind: type[BaseConfig]) -> None:
-    """Every option of ``kind``, the hyperparameters of the optimizers, and what every such command has."""
+    """Add the flags of every option of ``kind``, of the hyperparameters of the optimizers, and of the configuration
+    itself (``--print-config``, ``--resume``)."""
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument(
         "--resume", metavar="RUN", nargs="?", const="",
-        help="go on with the run in this directory (none: --out; auto: --out where it was saved, else start)",
+        help="continue the run in this directory (without a value: in --out; auto: in --out if it has a checkpoint)",
     )  # fmt: skip
     parser.add_argument(
-        "--compile", dest="train.compile", action="store_const", const="true", help="short for --train.compile true"
+        "--compile", dest="train.compile", action="store_const", const="true", help="same as --train.compile true"
     )
     groups = {name: parser.add_argument_group(f"[{name}] {cls.TITLE}") for name, cls in sections(kind).items()}
     groups[""] = parser.add_argument_group(kind.TITLE)
@@ -51,7 +52,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[BaseConfig]) -> None:
 
 
 class Joined(argparse.Action):
-    """Of an option that is given several times: the texts, joined by commas."""
+    """An option that may be given several times; its values are joined by commas."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         before = getattr(namespace, self.dest, None)
@@ -66,10 +67,10 @@ def declared(kind: type[BaseConfig] = Config) -> set[str]:
 def chosen(
     args: argparse.Namespace, kind: type[BaseConfig], recipe: Path | None, short: Mapping[str, str] | None = None
 ) -> tuple[Any, Path | None]:
-    """The configuration that the flags ask for, and the run to go on with. ``short``: options that other arguments
-    stand for, which the flags override. The run's own configuration is in the recipe's place where none is given.
+    """The configuration that the command line describes, and the directory of the run to continue, or None.
 
-    EvenstepError for what does not fit.
+    ``short`` has options that other arguments stand for; flags override them. With ``--resume`` and without a recipe
+    the configuration of the run takes the place of the recipe. EvenstepError for values that do not fit.
     """
     given = [(key, value) for key, value in vars(args).items() if key in declared(kind) and value is not None]
     overrides = [*(short or {}).items(), *given, *args.extra]
@@ -78,11 +79,11 @@ def chosen(
         wanted = dict(given).get("out")
         out = args.resume or wanted
         if out is None:
-            raise EvenstepError("--resume: which run? give its directory, --resume RUN (evenstep runs lists runs)")
+            raise EvenstepError("--resume names no run; give its directory, --resume RUN (evenstep runs lists runs)")
         directory, saved = Path(out), Path(out, "config.toml")
         if wanted is not None and Path(wanted).resolve() != directory.resolve():
             raise EvenstepError(
-                f"--resume {out} goes on in that folder, --out {wanted} is another; leave --out out, or start a new "
+                f"--resume {out} continues in that directory, but --out is {wanted}; leave --out out, or start a new "
                 f"run from the weights with: {new_run(kind.COMMAND, directory, out=wanted)}"
             )
         if recipe is None and saved.is_file():
@@ -96,15 +97,15 @@ def chosen(
 _INTRO = """\
 # Configuration
 
-A recipe is a TOML file with the sections below; `evenstep pretrain RECIPE.toml --section.key value` replaces what
-the recipe says, and `--print-config` shows the result. `config.toml` in a run's directory is the resolved
-configuration. An unknown key is an error. Counts may be written as `20K`, `100M`, `1.5B` (in a recipe as a text). On
-the command line `none` clears an option that may be none.
+A recipe is a TOML file with the sections below. `evenstep pretrain RECIPE.toml --section.key value` overrides a value
+of the recipe, and `--print-config` shows the result. `config.toml` in the directory of a run is the resolved
+configuration. An unknown key is an error. Counts may be written as `20K`, `100M` or `1.5B` (as a string in a recipe).
+On the command line `none` clears an option that may be none.
 
-The last column says what `--resume` allows. **free**: may change. **rounding**: may change, and the last bits of the
-losses change with it. **fixed**: a resumed run keeps it; a change is refused by name. A larger `train.steps` or
-`train.tokens` trains on, and one below the steps done is refused; under a cosine or wsd schedule another budget gives
-other learning rates from that step on.
+The last column says whether `--resume` may change the option. **free**: yes. **rounding**: yes, but the last bits of
+the losses change with it. **fixed**: no; a change is an error that names the option. A larger `train.steps` or
+`train.tokens` continues the training, and a value below the steps already done is an error. With a cosine or wsd
+schedule a changed budget also changes the learning rates from that step on.
 """
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from evenstep import __version__
 from evenstep.errors import EvenstepError
+from evenstep.version import __version__
 
 # Dense peak in FLOP/s without sparsity, (fp32, bf16), from NVIDIA's data sheets; a GPU that is not listed gets no MFU.
 _PEAKS = {
@@ -55,6 +55,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
+    # The first key that occurs in the name wins, so longer names precede their prefixes: "H100 PCIe" before "H100".
     return next((peaks[dtype != "fp32"] for key, peaks in _PEAKS.items() if key in name), None)
 
 
@@ -105,6 +106,7 @@ def peak_memory(device: torch.device) -> int | None:
         import resource
     except ImportError:  # Windows
         return None
+    # ru_maxrss is in bytes on macOS and in KiB on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

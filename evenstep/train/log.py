@@ -1,8 +1,8 @@
 """The log of a run: metrics.jsonl, and the output on the terminal.
 
-metrics.jsonl has one JSON object per line, written immediately, and never two lines for the same moment of a run. A
-terminal shows a live bar with the newest numbers; files and pipes get one plain line per log step. Nothing here imports
-torch.
+metrics.jsonl has one JSON object per line. A line is written as soon as its record exists, and a resume removes the
+lines after its checkpoint, so no step appears twice. A terminal shows a live progress bar with the newest values; files
+and pipes get one plain line per log step. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ if TYPE_CHECKING:
 
 
 class Metrics:
-    """Appends records to a file. With ``last_step`` (on resume), later lines, and a line that a kill has torn, are
-    removed first.
+    """Appends records to a file. With ``last_step``, on a resume, the records of later steps and an incomplete last
+    line are removed first.
 
-    Records are those of training and validation, and those of telemetry, which have a ``kind``. ``last_train`` and
+    The file has records of training, of validation, and of telemetry, which have a ``kind``. ``last_train`` and
     ``last_validation`` are the newest training and validation records, None before the first.
     """
 
     def __init__(self, path: Path, last_step: int | None = None) -> None:
         self.path = path
-        self.seconds = 0.0  # of training, as the newest record has them
+        self.seconds = 0.0  # of training, from the newest record
         self.last_train: dict[str, Any] | None = None
         self.last_validation: dict[str, Any] | None = None
+        # The whole file is replaced by one rename, so that a kill during the resume cannot lose records.
         if last_step is not None and path.exists():
             kept = up_to(last_step, read_records(path))
             for record in kept:
@@ -65,6 +66,8 @@ class Metrics:
 
     def write(self, record: dict[str, Any]) -> None:
         try:
+            # Flushed per record, so that `evenstep watch` and a killed run have every line. No fsync: after a power
+            # failure the resumed run writes the missing lines again.
             self._file.write(to_line(record))
             self._file.flush()
         except OSError as problem:
@@ -78,7 +81,7 @@ class Metrics:
 
 
 class NoMetrics(Metrics):
-    """The log of a process that writes no file."""
+    """The log of a process other than process 0, which writes no file but remembers the newest records."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -92,8 +95,8 @@ class NoMetrics(Metrics):
 
 
 def resume_metrics(path: Path, step: int, world: World) -> Metrics:
-    """The log of a run resumed at ``step``, truncated to that step. Every process gets its newest records, because they
-    decide whether the next validation is due."""
+    """The log of a run that is resumed at ``step``, truncated to that step. Every process gets its newest records,
+    which decide whether the next validation is due."""
     metrics = Metrics(path, last_step=step) if world.is_main else NoMetrics()
     metrics.seconds, metrics.last_train, metrics.last_validation = world.on_rank_0(
         lambda: (metrics.seconds, metrics.last_train, metrics.last_validation)
@@ -102,8 +105,8 @@ def resume_metrics(path: Path, step: int, world: World) -> Metrics:
 
 
 def up_to(last_step: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records that a run resumed at ``last_step`` keeps. Telemetry writes the record of a step later than the step,
-    so its records behind those of a later step are removed too; the resumed run writes them again."""
+    """The records that a run resumed at ``last_step`` keeps. Telemetry writes the record of a step some steps later.
+    Its records that follow a record of a later step are removed too, because the resumed run writes them again."""
     kept, past = [], False
     for record in records:
         later = record["step"] > last_step
@@ -114,8 +117,8 @@ def up_to(last_step: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The training and validation records of the file in order, telemetry's left out; lines that are no JSON object
-    with a step (torn by a kill) are left out too."""
+    """The training and validation records of the file in order, without those of telemetry. Lines that are not a JSON
+    object with a step, such as the last line of a killed process, are left out."""
     return [record for record in read_records(path, telemetry=False) if "kind" not in record]
 
 
@@ -130,10 +133,10 @@ def silence(descriptor: int) -> None:
 
 
 def print_line(text: str, out: TextIO | None = None) -> None:
-    """Print a line at once. Characters that the encoding lacks are escaped.
+    """Print a line and flush it. Characters that the encoding does not have are escaped.
 
-    When the reader has gone (``| head``) or the disk is full, the output is discarded from then on and the run
-    continues: hours of training must not end for that.
+    When the reader of a pipe has gone (``| head``) or the disk is full, all further output is discarded and the run
+    continues: hours of training must not end because of the terminal.
     """
     out = out or sys.stdout
     try:
@@ -147,27 +150,35 @@ def print_line(text: str, out: TextIO | None = None) -> None:
 
 def fall_silent(out: TextIO, problem: Exception) -> None:
     """Discard the output from now on, and say so on stderr, if stderr can be written."""
-    why = "nobody reads the output any more"
+    why = "the reader of the output has gone"
     if not isinstance(problem, BrokenPipeError):
         why = f"the output cannot be written ({reason_of(problem)})"
     with suppress(OSError, ValueError):
         silence(out.fileno())
-        print(f"evenstep: {why}; training goes on without it", file=sys.stderr, flush=True)
+        print(f"evenstep: {why}; the training continues without output", file=sys.stderr, flush=True)
 
 
 def print_nothing(text: str) -> None:
-    """Print nothing: for all processes but the first."""
+    """Print nothing: the ``say`` of every process except process 0."""
 
 
 def clock(seconds: float) -> str:
-    """``3725`` -> ``1:02:05``."""
+    """Seconds as hours, minutes and seconds.
+
+    >>> clock(3725)
+    '1:02:05'
+    """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 def short_count(value: float) -> str:
-    """1500000 -> ``1.5M``."""
+    """A count with a suffix.
+
+    >>> short_count(1_500_000)
+    '1.5M'
+    """
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= size:
             return f"{value / size:.4g}{suffix}"
@@ -175,7 +186,7 @@ def short_count(value: float) -> str:
 
 
 def train_line(record: dict[str, Any], total: int) -> str:
-    """The one line of a training record of metrics.jsonl."""
+    """A training record of metrics.jsonl as one line; ``total`` is the number of steps of the run."""
     speed = record["tokens_per_second"]
     left = (total - record["step"]) * record["tokens"] / record["step"] / speed if speed else 0.0
     parts = [
@@ -186,7 +197,7 @@ def train_line(record: dict[str, Any], total: int) -> str:
         f"{speed:,.0f} tok/s",
         f"eta {clock(left)}",
     ]
-    if record.get("steps_to_reset", math.inf) <= total - record["step"]:  # else this run does not get there
+    if record.get("steps_to_reset", math.inf) <= total - record["step"]:  # otherwise the run ends before the reset
         parts.append(f"reset in {record['steps_to_reset']}")
     return "  ".join(parts)
 
@@ -201,7 +212,7 @@ def validation_line(record: dict[str, Any]) -> str:
 
 
 class LineProgress:
-    """Plain lines, flushed one by one: for files, pipes and logs. Use as a context manager around the loop."""
+    """Progress as plain lines, for files and pipes. A context manager around the training loop."""
 
     def __init__(self, total: int, out: TextIO | None = None) -> None:
         self.total = total
@@ -214,7 +225,7 @@ class LineProgress:
         return None
 
     def step(self, step: int, loss: float | None) -> None:
-        """Called after every optimizer step; ``loss`` is None where reading it would wait for the GPU."""
+        """Called after every optimizer step. ``loss`` is None where reading it would wait for the GPU."""
 
     def train(self, record: dict[str, Any]) -> None:
         self.say(train_line(record, self.total))
@@ -223,22 +234,22 @@ class LineProgress:
         self.say(validation_line(record))
 
     def parameters(self, names: list[str], record: dict[str, Any]) -> None:
-        """Called when the numbers of all parameters are there (telemetry's record of them)."""
+        """Called with telemetry's record of the values of all parameters."""
 
     def say(self, text: str) -> None:
         print_line(text, self.out)
 
 
 class NoProgress(LineProgress):
-    """For all processes but the first."""
+    """No output: for every process except process 0."""
 
     def say(self, text: str) -> None:
         print_nothing(text)
 
 
 class LiveProgress(LineProgress):
-    """A bar that moves every step (rich), with the newest numbers beside it; validations and messages scroll above
-    it."""
+    """A progress bar (rich) that moves with every step and shows the newest values. Validations and messages are
+    printed above it."""
 
     def __init__(self, total: int, out: TextIO | None = None, start: int = 0) -> None:
         super().__init__(total, out)
@@ -272,14 +283,14 @@ class LiveProgress(LineProgress):
         self._shown(self._bar.stop)
 
     def _shown(self, act: Callable[[], None]) -> None:
-        """A terminal that is gone, or cannot show a character, ends no training."""
+        """Call ``act``, which writes to the terminal. A closed terminal or an unsupported character is not an error."""
         try:
             act()
         except (OSError, ValueError) as problem:
             fall_silent(self.out, problem)
 
     def _update(self, completed: int, loss: float | None) -> None:
-        """Move the bar; beside it stand the loss and as many of the other numbers as there is room for."""
+        """Move the bar, and show beside it the loss and as many of the other values as fit."""
         if loss is None:
             return self._bar.update(self._task, completed=completed)
         text = f"loss {loss:.4f}"
@@ -309,14 +320,14 @@ class LiveProgress(LineProgress):
 
 
 _BESIDE = ("eta", "tok/s", "lr", "reset")
-"""What stands beside the bar, by the word that marks it; where there is no room the last ones are left out."""
+"""The values beside the bar, by a word of their text, in order of importance: the last ones are left out first."""
 
 _BAR_WIDTH = 8
-"""Columns that are kept for the bar itself."""
+"""Number of columns that are reserved for the bar itself."""
 
 
 def make_progress(total: int, start: int = 0, *, quiet: bool = False) -> LineProgress:
-    """The live bar when stdout is a terminal and rich is installed, plain lines otherwise; nothing when ``quiet``."""
+    """A live bar if stdout is a terminal and rich is installed, otherwise plain lines; no output if ``quiet``."""
     if quiet:
         return NoProgress(total)
     if sys.stdout.isatty():

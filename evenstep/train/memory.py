@@ -1,11 +1,11 @@
 """The memory of one process of a run, computed before the run starts.
 
 Parameters and optimizer state come from a dry run: the model and its optimizer are built on torch's meta device, where
-tensors have shapes and no memory, and are sharded by the code that trains, among processes that torch's fake backend
-stands in for. The blocks of a model are all alike, so one block is built and counted ``num_layers`` times.
+tensors have shapes and no memory. The code that trains shards them, and torch's fake backend stands in for the other
+processes. All blocks of a model have the same size, so one block is built and counted ``num_layers`` times.
 
-A dry run does not tell the activations, which need a formula. Counted are those that PyTorch keeps for the backward
-pass in eager mode with the fused attention and norm of a GPU; compiled blocks keep less.
+A dry run does not show the activations, for which there is a formula. It counts those that PyTorch keeps for the
+backward pass in eager mode with the fused attention and norm of a GPU; compiled blocks keep less.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from evenstep.baselines.catalog import baseline
-from evenstep.errors import EvenstepError
+from evenstep.errors import EvenstepError, first_line
 from evenstep.models import Llama, LlamaConfig
 from evenstep.optim.distributed import plain_parts
 from evenstep.train.config import Config
@@ -31,10 +31,10 @@ from evenstep.train.optimizers import build_optimizer
 # ---- the processes, and the tensors that they share ----
 
 SHARDED = ("fsdp", "hsdp", "tp+fsdp")
-"""Modes in which a process holds parts of tensors."""
+"""Modes in which a process holds shards of tensors."""
 
 BLOCK = "model.layers."
-"""How the names of the parameters of a block start."""
+"""Prefix of the names of the parameters of blocks."""
 
 
 @dataclass(frozen=True)
@@ -64,27 +64,26 @@ class Grid:
 def grid_of(config: Config, gpus: int, per_node: int) -> Grid:
     """The grid of ``gpus`` processes, ``per_node`` on each machine. EvenstepError when ``config`` does not fit it."""
     if gpus < 1 or per_node < 1:
-        raise EvenstepError(f"--gpus {gpus}, --gpus-per-node {per_node}: both must be at least 1")
+        raise EvenstepError(f"--gpus is {gpus} and --gpus-per-node {per_node}; give at least 1 for both")
     machine = min(gpus, per_node)
     tensor = check_world(config, gpus, machine)
     parallel = config.parallel
     replicate = (parallel.replicate or max(1, gpus // machine)) if parallel.mode == "hsdp" else 1
     if gpus % replicate:
         raise EvenstepError(
-            f"{gpus} GPUs with {machine} in a machine do not make equal groups; give parallel.replicate"
+            f"{gpus} GPUs with {machine} per machine cannot be divided into equal groups; give parallel.replicate"
         )
     if parallel.mode in SHARDED and config.optim.name == "spam" and config.optim.options.get("density", 1.0) != 1:
         raise EvenstepError(
-            f"optim.density {config.optim.options['density']} does not go with parallel.mode {parallel.mode}; give "
-            "density 1, or parallel.mode ddp"
+            f"optim.density {config.optim.options['density']} cannot be used with parallel.mode {parallel.mode}; give "
+            "optim.density 1 or parallel.mode ddp"
         )
     return Grid(parallel.mode, gpus, tensor, replicate)
 
 
 @dataclass(frozen=True)
 class Named:
-    """A parameter of the model. ``cut`` is the dimension along which tensor parallelism shards it, None for not at
-    all."""
+    """A parameter of the model. ``cut`` is the dimension along which tensor parallelism shards it, or None."""
 
     name: str
     shape: tuple[int, ...]
@@ -103,13 +102,13 @@ class Named:
         return self.name == "model.embed_tokens.weight"
 
     def on(self, grid: Grid) -> int:
-        """Number of entries that are left for one process by tensor parallelism, FSDP aside."""
+        """Number of entries that one process holds under tensor parallelism alone, without FSDP."""
         return self.numel if self.cut is None else self.numel // grid.tensor
 
 
 @functools.cache
 def model_tensors(shape: LlamaConfig) -> list[Named]:
-    """Every parameter of the model. The tensors of a block stand there once for each layer."""
+    """Every parameter of the model. The tensors of a block are repeated once per layer."""
     with torch.device("meta"):
         model = Llama(replace(shape, num_layers=1))
     found = []
@@ -125,7 +124,7 @@ def model_tensors(shape: LlamaConfig) -> list[Named]:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that process 0 holds, which has the largest part of each tensor."""
+    """Bytes in process 0, which has the largest shard of each tensor."""
 
     parameters: int
     state: int
@@ -135,7 +134,7 @@ _known: dict[tuple[Any, ...], Held] = {}
 
 
 def held(config: Config, shape: LlamaConfig, grid: Grid) -> Held:
-    """`dry_run` of one block. The result is kept, for a search asks for the same one again and again."""
+    """`dry_run` of one block. The result is cached, since a search repeats the same runs."""
     key = (shape, grid, config.train.dtype, repr(config.optim))
     if key not in _known:
         _known[key] = dry_run(config, shape, grid)
@@ -143,24 +142,23 @@ def held(config: Config, shape: LlamaConfig, grid: Grid) -> Held:
 
 
 def dry_run(config: Config, shape: LlamaConfig, grid: Grid, *, blocks: int = 1) -> Held:
-    """Build the model with so many ``blocks`` (1, or all of them) and its optimizer on the meta device, and count.
+    """Build the model with ``blocks`` blocks (1, or all of them) and its optimizer on the meta device, and count bytes.
 
-    EvenstepError for an optimizer whose state is not known before it runs on a real device, and when
-    torch.distributed is in use already.
+    EvenstepError for an optimizer whose state is only known once it runs on a real device, and when
+    torch.distributed is already initialised.
     """
     with fake_processes(grid) as world:
         model = meta_model(config, replace(shape, num_layers=blocks), grid, world)
         optimizer = build_optimizer(model, config.optim)
         try:
-            if not optimizer.state:  # torch's optimizers make their state in the first step
+            if not optimizer.state:  # torch's optimizers create their state in the first step
                 for p in model.parameters():
                     p.grad = torch.zeros_like(p)
                 optimizer.step()
-        except Exception as problem:  # whatever an optimizer raises that needs a real device
-            first = next(iter(str(problem).splitlines()), type(problem).__name__)
+        except Exception as problem:  # an optimizer that needs a real device may raise any type
             raise EvenstepError(
-                f"optim.name {config.optim.name}: the size of its state is not known before it runs ({first}); plan "
-                "with another optimizer"
+                f"optim.name {config.optim.name}: the size of its state is not known before it runs "
+                f"({first_line(problem)}); plan with another optimizer"
             ) from problem
         parameters = state = 0
         for name, p in model.named_parameters():
@@ -171,7 +169,7 @@ def dry_run(config: Config, shape: LlamaConfig, grid: Grid, *, blocks: int = 1) 
 
 
 def meta_model(config: Config, shape: LlamaConfig, grid: Grid, world: World) -> Llama:
-    """The model on the meta device, sharded as ``config`` says."""
+    """The model on the meta device, sharded according to ``config``."""
     with torch.device("meta"):
         model = Llama(shape)
     if config.train.dtype == "bf16":
@@ -182,13 +180,14 @@ def meta_model(config: Config, shape: LlamaConfig, grid: Grid, world: World) -> 
 
 
 def _bytes(value: Tensor) -> int:
-    """Bytes of this process's part of a tensor of the state; of 8-bit moments, those of codes and scales."""
+    """Bytes of the shard of a tensor in this process; for 8-bit moments, of the codes and the scales."""
     return sum(part.nbytes for part in plain_parts(value))
 
 
 @contextmanager
 def fake_processes(grid: Grid) -> Iterator[World]:
-    """This process as the first one of the grid; torch's fake backend plays the others, and sends nothing."""
+    """Context in which this process is the first one of the grid. torch's fake backend stands in for the other ones and
+    sends nothing."""
     if grid.mode not in SHARDED:
         yield World(torch.device("cpu"))
         return
@@ -196,7 +195,7 @@ def fake_processes(grid: Grid) -> Iterator[World]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        raise EvenstepError("the dry run needs torch.distributed for itself; run it in a process of its own")
+        raise EvenstepError("torch.distributed is already initialised; run the plan in a process of its own")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=grid.gpus)
     try:
         size = grid.gpus // grid.replicate
@@ -208,15 +207,15 @@ def fake_processes(grid: Grid) -> Iterator[World]:
 # ---- activations and logits, by formula ----
 
 CHUNK_BYTES = 64 * 2**20
-"""Bytes of logits alive at once when ``train.loss_chunk auto`` chunks the loss."""
+"""Bytes of logits in memory at once when ``train.loss_chunk auto`` chunks the loss."""
 
 LOGIT_BYTES = 12
-"""Bytes for each logit alive at once: its fp32 copy for the softmax, the gradient, and the temporaries of the loss."""
+"""Bytes per logit in memory: its fp32 copy for the softmax, the gradient, and the temporaries of the loss."""
 
 
 def chunk_rows(rows: int, vocab_size: int, memory: float) -> int | None:
-    """Rows of logits alive at once out of ``rows`` under ``train.loss_chunk auto``, on a device of ``memory`` bytes;
-    None for all of them.
+    """The number of rows of logits that are computed at once under ``train.loss_chunk auto``, on a device of ``memory``
+    bytes; None for all ``rows``.
 
     >>> chunk_rows(8 * 256, 32_000, 80e9) is None
     True
@@ -240,16 +239,18 @@ def compute_bytes(config: Config) -> int:
 
 
 def activation_bytes(config: Config, shape: LlamaConfig, grid: Grid, tokens: int) -> int:
-    """Bytes that a forward pass over so many tokens keeps for the backward pass."""
+    """Bytes that a forward pass over ``tokens`` tokens keeps for the backward pass."""
     compute = compute_bytes(config)
-    # Autocast leaves the residual stream in the format of the parameters, FSDP casts it.
+    # The residual stream has the dtype of the parameters under autocast, and the compute dtype under FSDP.
     stream = compute if grid.mode in SHARDED else weight_bytes(config)
     hidden, cut = shape.hidden_size, (4 * shape.hidden_size + 4 * shape.intermediate_size) // grid.tensor
-    # Of a block: the inputs of two norms; their outputs, which the matrices read; queries, keys, values and the output
-    # of attention; gate, silu(gate), up and their product; and the fp32 statistics of norms and softmax.
+    # Bytes per token in a block: the inputs of the two norms (stream dtype); their outputs, which the matrices read;
+    # q, k, v and the output of attention (4 x hidden); gate, silu(gate), up and their product (4 x intermediate); and
+    # the fp32 statistics of two norms and of the softmax of each head. Tensor parallelism divides what is between the
+    # column-parallel and the row-parallel matrices, and the heads.
     block = 2 * hidden * stream + (2 * hidden + cut) * compute + 4 * (2 + shape.num_heads // grid.tensor)
     last = hidden * (stream + compute) + 4
-    if config.train.activation_checkpointing:  # the inputs of all blocks, and one block that is computed again
+    if config.train.activation_checkpointing:  # the inputs of all blocks, and one recomputed block
         return tokens * (shape.num_layers * hidden * stream + block + last)
     return tokens * (shape.num_layers * block + last)
 
@@ -258,19 +259,19 @@ def activation_bytes(config: Config, shape: LlamaConfig, grid: Grid, tokens: int
 
 
 def least_memory(config: Config, shape: LlamaConfig, processes: int, per_node: int) -> dict[str, int]:
-    """Bytes that a process needs at the least, by purpose. Logits, which come in chunks, and communication are left
-    out; so is the state of optimizers for which a dry run does not tell it."""
+    """A lower bound of the bytes that a process needs, by purpose. It leaves out logits, which are computed in chunks,
+    communication, and the state of optimizers that cannot run on the meta device."""
     grid = grid_of(config, processes, per_node)
     sequences = config.train.batch_size // grid.data
     tokens = min(config.micro_batch_size, sequences) * config.train.seq_len
-    # Torch's fake backend cannot run beside a real one, so the numbers of a whole model are divided.
+    # torch's fake backend cannot be used beside a real one, so the bytes of a whole model are divided instead.
     parts = grid.gpus // grid.replicate if grid.mode in SHARDED else 1
     parameters = sum(t.numel for t in model_tensors(shape)) * weight_bytes(config) // parts
     state = 0
     if baseline(config.optim.name).package in ("evenstep", "torch"):  # others may need a real device
-        with suppress(EvenstepError, TypeError):  # building the real optimizer will say why
+        with suppress(EvenstepError, TypeError):  # the real optimizer will raise the same error, with advice
             state = held(config, shape, Grid("none", 1)).state // parts
-    # Gradients and activations do not all exist at once: the larger of the two.
+    # Gradients grow while the backward pass frees activations: the peak is at least the larger of the two.
     activations = activation_bytes(config, shape, grid, tokens)
     most = {"activations": activations} if activations > parameters else {"gradients": parameters}
     batch = 2 * 8 * sequences * config.train.seq_len  # int64 inputs and targets

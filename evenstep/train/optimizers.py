@@ -1,8 +1,8 @@
-"""The optimizer of a run, built from ``[optim]``, and its learning rate over time.
+"""The optimizer of a run, built from ``[optim]``, and its learning rate schedule.
 
 `evenstep.baselines.catalog` lists the optimizers. Hyperparameters are checked against the signature of the constructor,
-so a new optimizer needs no list of options here. The learning rate is a function of the step alone, so a resumed run
-needs no state for it.
+so a new optimizer needs no list of options here. The learning rate depends only on the step, so a checkpoint does not
+contain a state of the schedule.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from evenstep.baselines.catalog import baseline, check_options
 from evenstep.baselines.transforms import add_transforms, build_transforms
-from evenstep.errors import EvenstepError
+from evenstep.errors import EvenstepError, first_line
 from evenstep.train.config import BaseConfig, ScheduleConfig
 
 if TYPE_CHECKING:
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 
 def check_optimizer(config: OptimConfig) -> None:
-    """EvenstepError for an option that the optimizer's constructor does not have, a package that is not installed, or
-    transforms that cannot be; imports torch, builds nothing."""
+    """EvenstepError for an option that the constructor of the optimizer does not have, a package that is not installed,
+    or invalid transforms. Does not build the optimizer."""
     check_options(config.name, config.options)
     build_transforms(config.before)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """The optimizer of ``config`` over every trainable parameter of ``model``, behind its transforms.
+    """The optimizer of ``config`` over every trainable parameter of ``model``, with its gradient transforms.
 
-    ``decay = "matrices"``: parameters of fewer than two dimensions go to a group of their own with weight_decay 0,
-    as norms and biases are scales and offsets that have no reason to be small. EvenstepError for options or values
-    the constructor refuses.
+    With ``decay = "matrices"``, parameters of fewer than two dimensions are in a separate group with weight_decay 0:
+    norms and biases are scales and offsets, for which small values are no simpler. EvenstepError for options or values
+    that the constructor refuses.
     """
     check_optimizer(config)
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
@@ -47,13 +47,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     except EvenstepError:
         raise
     except (ValueError, TypeError) as problem:
-        first = next(iter(str(problem).splitlines()), type(problem).__name__)
-        raise EvenstepError(f"optim: {config.name} refuses its options: {first}") from problem
+        raise EvenstepError(f"optim: {config.name} refuses its options: {first_line(problem)}") from problem
     return add_transforms(optimizer, config.before)
 
 
 def try_optimizer(config: OptimConfig) -> None:
-    """EvenstepError for options and values that the constructor refuses, found without building the model."""
+    """EvenstepError for options and values that the constructor refuses. Builds a tiny model on the meta device instead
+    of the model of the run."""
     check_optimizer(config)
     if baseline(config.name).package not in ("evenstep", "torch"):  # others may need a real device
         return
@@ -65,9 +65,11 @@ def try_optimizer(config: OptimConfig) -> None:
 
 
 class LearningRates:
-    """Scales every group's own rate by the schedule's factor."""
+    """Multiplies the learning rate of every group by the factor of the schedule. Groups may have different rates, such
+    as Muon's ``adam_lr``."""
 
     def __init__(self, optimizer: Optimizer) -> None:
+        # Taken before a state is loaded: saved groups contain the rate of their step, not the peak.
         self.base = [group["lr"] for group in optimizer.param_groups]
 
     def set(self, optimizer: Optimizer, factor: float) -> None:
@@ -79,14 +81,20 @@ class LearningRates:
 
 
 def lr_factor(schedule: ScheduleConfig, step: int, total_steps: int, warmup_steps: int) -> float:
-    """Factor for optimizer step ``step`` (1-based) of ``total_steps``.
+    """The factor of the learning rate in optimizer step ``step`` (1-based) of ``total_steps``.
 
-    Warm-up: step / warmup_steps, so the first step already moves and the last warm-up step has the full rate. After
-    it, with x = (step - warmup) / (total - warmup) in (0, 1]:
-    cosine: min + (1 - min) (1 + cos(pi x)) / 2, exactly ``min_lr_ratio`` on the last step;
-    wsd: 1, then linear down to ``min_lr_ratio`` over the last ``decay_fraction`` of all steps;
-    constant: 1.
-    Steps beyond the total keep the last value.
+    * Warm-up: step / warmup_steps, so the first step has a rate above zero and the last warm-up step the full rate.
+    * After the warm-up, with x = (step - warmup) / (total - warmup) in (0, 1]:
+
+      - cosine: min + (1 - min) (1 + cos(pi x)) / 2, exactly ``min_lr_ratio`` in the last step;
+      - wsd: 1, then linear to ``min_lr_ratio`` over the last ``decay_fraction`` of all steps;
+      - constant: 1.
+
+    Steps beyond the total have the last value.
+
+    >>> schedule = ScheduleConfig(name="cosine", min_lr_ratio=0.1)
+    >>> [round(lr_factor(schedule, step, 100, 10), 3) for step in (1, 10, 55, 100)]
+    [0.1, 1.0, 0.55, 0.1]
     """
     if step <= warmup_steps:
         return step / warmup_steps
@@ -100,6 +108,7 @@ def _cosine(schedule: ScheduleConfig, step: int, total: int, warmup: int) -> flo
 
 
 def _wsd(schedule: ScheduleConfig, step: int, total: int, warmup: int) -> float:
+    # The decay starts after the warm-up, even if decay_fraction and the warm-up together exceed the run.
     decay_steps = min(max(1, round(schedule.decay_fraction * total)), total - warmup)
     remaining = (total - step) / decay_steps
     return min(1.0, schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * remaining)
@@ -113,8 +122,8 @@ _SHAPES = {"cosine": _cosine, "wsd": _wsd, "constant": _constant}
 
 
 def rising_rate(old: BaseConfig, new: BaseConfig, done: int) -> str | None:
-    """A warning for a run that is resumed at step ``done`` with another budget, where it trains at a higher learning
-    rate than it had reached: the schedule is stretched over all steps. None where it does not."""
+    """A warning if a run that is resumed at step ``done`` with another budget continues at a higher learning rate than
+    it had reached, because the schedule is stretched over all steps; else None."""
     if done >= new.total_steps or done < new.warmup_steps:
         return None
     had = old.optim.lr * lr_factor(old.schedule, max(1, done), old.total_steps, old.warmup_steps)
@@ -122,6 +131,6 @@ def rising_rate(old: BaseConfig, new: BaseConfig, done: int) -> str | None:
     if now <= had * 1.01:
         return None
     return (
-        f"the learning rate rises from {had:.2e} to {now:.2e}: schedule {new.schedule.name} now takes "
-        f"{new.total_steps:,} steps and not {old.total_steps:,}"
+        f"the learning rate rises from {had:.2e} to {now:.2e}: schedule {new.schedule.name} now has "
+        f"{new.total_steps:,} steps instead of {old.total_steps:,}"
     )

@@ -1,5 +1,5 @@
-"""Runs on the disk: the list of ``evenstep runs``, the content of a checkpoint for ``evenstep inspect``, and the
-text of data rows for ``evenstep rows``. Listing runs needs no torch.
+"""Runs on the disk: ``evenstep runs`` lists them, ``evenstep inspect`` describes a checkpoint, and ``evenstep rows``
+prints rows of the training data. Listing runs does not import torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from evenstep.paths import check_own_file, read_own
 from evenstep.toml import parse_toml
 from evenstep.train.checkpoint import MANIFEST, TRAINER, file_fault, list_checkpoints, read_manifest, read_trainer
 from evenstep.train.config import Config
-from evenstep.train.config_io import build, read_toml
+from evenstep.train.config_io import build, config_file, read_toml
 from evenstep.train.files import is_running
 from evenstep.train.log import print_nothing, read_metrics
 
@@ -34,13 +34,15 @@ class RunRow:
 
 
 def list_runs(directory: Path) -> list[RunRow]:
-    """The runs in ``directory`` (or the one it is), the newest first. EvenstepError when the directory does not exist.
+    """The runs in ``directory``, the newest first; ``directory`` may also be a run itself. EvenstepError when it does
+    not exist.
 
-    ``status``: finished, running (a process holds its lock), interrupted otherwise, or unreadable.
+    The status is "running" if a process holds the lock of the run, "finished" if the run has a summary, "unreadable"
+    if one of its files is damaged or is a link out of its directory, and "interrupted" otherwise.
     """
     if not directory.is_dir():
         raise EvenstepError(
-            f"{directory}: no such directory; evenstep pretrain makes runs/, or give the one with your runs"
+            f"{directory}: no such directory; give the directory of your runs (evenstep pretrain creates runs/)"
         )
     configs = [path for path in (directory / "config.toml", *directory.glob("*/config.toml")) if os.path.lexists(path)]
     return [_row(path) for path in sorted(configs, key=_changed, reverse=True)]
@@ -70,7 +72,7 @@ def _row(config: Path) -> RunRow:
 
 
 def table(rows: list[RunRow]) -> str:
-    """The rows as text in aligned columns, with a head."""
+    """The rows as text in aligned columns, with a header line."""
     cells = [("name", "when", "size", "optimizer", "steps", "val loss", "status")]
     for row in rows:
         loss = "-" if row.val_loss is None else f"{row.val_loss:.4f}"
@@ -90,34 +92,41 @@ def table(rows: list[RunRow]) -> str:
 
 
 def inspect(path: Path, *, everything: bool, as_json: bool) -> None:
-    """Print what the checkpoint ``path`` holds, or the newest one of a run. EvenstepError, after that, when a file of
-    it is broken, and for what is neither."""
+    """Print the content of the checkpoint ``path``, or of the newest checkpoint of the run ``path``.
+
+    EvenstepError when ``path`` is neither, and, after printing, when a file of the checkpoint is damaged.
+    """
     checkpoint, others = _checkpoint(path)
     facts = facts_of_checkpoint(checkpoint)
     print(json.dumps(facts, indent=1) if as_json else "\n".join([*_lines(facts, everything), *others]))
     broken = [f"{name} {fault}" for name, fault in facts["faults"].items()]
     if broken:
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise EvenstepError(f"{checkpoint} is not whole: {broken[0]}{more}; resume passes it over")
+        raise EvenstepError(f"{checkpoint} is damaged: {broken[0]}{more}; a resume skips it")
 
 
 def _checkpoint(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint, and a line on others of its run."""
+    """The checkpoint, and lines about the older checkpoints of its run."""
     if not path.is_dir():
         raise EvenstepError(f"{path}: no such directory; give a run or one of its checkpoints")
     if (path / MANIFEST).exists():
         return path, []
     found = list_checkpoints(path / "checkpoints")
     if not found:
-        raise EvenstepError(f"{path} is neither a checkpoint ({MANIFEST} is missing) nor a run with checkpoints")
+        raise EvenstepError(
+            f"{path} is neither a checkpoint ({MANIFEST} is missing) nor a run with checkpoints; give one of them"
+        )
     older = ", ".join(other.name for other in found[1:])
-    return found[0], ["", f"older ones of this run: {older}"] if older else []
+    return found[0], ["", f"older checkpoints of this run: {older}"] if older else []
 
 
 def facts_of_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """Everything as plain values: ``step``, ``tokens``, ``world_size``, ``optimizer``, ``files`` and ``tensors`` (by
-    name: shape, dtype, bytes), ``faults`` (by file: what is wrong). What cannot be read is None or missing, and is
-    among the faults. EvenstepError when the manifest cannot be read."""
+    """The content of a checkpoint as plain values.
+
+    The keys are ``step``, ``tokens``, ``world_size``, ``model``, ``optimizer``, ``files`` (name -> bytes), ``tensors``
+    (name -> shape, dtype, bytes) and ``faults`` (file -> description). An entry that cannot be read is None or empty,
+    and its file is listed in ``faults``. EvenstepError when the manifest cannot be read.
+    """
     manifest = read_manifest(checkpoint)
     faults = {name: file_fault(checkpoint, name, facts) for name, facts in sorted(manifest["files"].items())}
     found: dict[str, Any] = {
@@ -134,7 +143,7 @@ def facts_of_checkpoint(checkpoint: Path) -> dict[str, Any]:
     for name, read in ((TRAINER, _read_trainer), ("the shards", _read_shards)):
         try:
             found |= read(checkpoint)
-        except Exception as problem:  # of a broken file; it raises whatever its parser does
+        except Exception as problem:  # a damaged file: the parsers raise exceptions of any type
             found["faults"].setdefault(name, "cannot be read: " + next(iter(str(problem).splitlines()), "no reason"))
     return found
 
@@ -168,7 +177,7 @@ def _read_shards(checkpoint: Path) -> dict[str, Any]:
 
 def _lines(facts: dict[str, Any], everything: bool) -> list[str]:
     count, whole = len(facts["files"]), _size(sum(facts["files"].values()))
-    state = f"{len(facts['faults'])} faults" if facts["faults"] else "every checksum is right"
+    state = f"{len(facts['faults'])} faults" if facts["faults"] else "all checksums match"
     tokens = "unknown" if facts["tokens"] is None else f"{facts['tokens']:,}"
     by = f"{facts['world_size']} process{'es' * (facts['world_size'] > 1)}"
     optimizer = ", ".join(f"{key} {value}" for key, value in (facts["optimizer"] or {"name": "unknown"}).items())
@@ -210,26 +219,29 @@ def _size(size: float) -> str:
 
 
 def parse_rows(text: str) -> tuple[int, int]:
-    """``"264-272"`` -> (264, 272), the first row and one past the last, as events give them; ``"264"`` is one row."""
+    """The first row and one past the last row of A-B, the notation of spike events. A single number is one row.
+
+    >>> parse_rows("264-272"), parse_rows("264")
+    ((264, 272), (264, 265))
+    """
     first, dash, past = text.partition("-")
     if not (first.isascii() and first.isdigit() and (not dash or (past.isascii() and past.isdigit()))):
-        raise EvenstepError(f"rows '{text}': give A-B, the first row and one past the last, such as 264-272")
+        raise EvenstepError(
+            f"'{text}' is not a range of rows; give A-B, the first row and one past the last, such as 264-272"
+        )
     start, stop = int(first), int(past) if dash else int(first) + 1
     if not start < stop < 2**62:
-        raise EvenstepError(f"rows '{text}' are none: B of A-B is one past the last row, and must be above A")
+        raise EvenstepError(f"'{text}' contains no rows: B of A-B is one past the last row; give a B above A")
     return start, stop
 
 
 def rows_of(directory: Path, start: int, stop: int) -> Iterator[tuple[str, str]]:
-    """A head and the text of each of the rows ``start`` to ``stop - 1`` of the run in ``directory``, which may be one
-    of pretraining or of fine-tuning.
+    """A header and the text of each of the rows ``start`` to ``stop - 1`` of a pretraining or fine-tuning run.
 
-    Rows are counted as a run reads them, from 0 and over all epochs. EvenstepError, at once, where there is no run, or
-    its data are not what they were.
+    Rows are numbered from 0 in the order in which the run reads them, over all epochs. EvenstepError, before the first
+    row, when ``directory`` is not a run, or when its data have changed.
     """
-    if not (directory / "config.toml").is_file():
-        raise EvenstepError(f"{directory} is not a run: it has no config.toml; evenstep runs lists runs")
-    tables = read_toml(directory / "config.toml")
+    tables = read_toml(config_file(directory))
     model = tables.get("model")
     if isinstance(model, dict) and "path" in model:
         return _tuning_rows(tables, start, stop)
@@ -244,8 +256,8 @@ def _training_rows(directory: Path, config: Config, start: int, stop: int) -> It
     newest = next(iter(list_checkpoints(directory / "checkpoints")), None)
     if newest is not None and read_trainer(newest)["data"] != data_identity(data):
         raise EvenstepError(
-            f"{directory} was trained on other tokens than {config.data.source} gives now (the text has changed); "
-            "bring back the text"
+            f"{directory} was trained on other tokens than {config.data.source} has now (the text has changed); "
+            "restore the text"
         )
     length = config.train.seq_len
     loader = BatchLoader(data.train, length, config.train.batch_size, config.seed)
@@ -272,7 +284,7 @@ def _tuning_rows(tables: dict[str, Any], start: int, stop: int) -> Iterator[tupl
     from evenstep.train.distributed import World
 
     task = FineTuning(World(torch.device("cpu")), print_nothing)
-    config = task.resolve(build(tables, FineTuneConfig))  # opens the model, which decides how rows are packed
+    config = task.resolve(build(tables, FineTuneConfig))  # loads the model, which decides whether rows are packed
     data = task.data
     loader = RowLoader(data.train, config.train.batch_size, config.seed)
 

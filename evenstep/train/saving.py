@@ -1,12 +1,12 @@
-"""The tensors of a checkpoint: named, staged on the CPU, written in the background, and read back.
+"""The tensors of a checkpoint: their names, the background writer, and reading them back.
 
 The tensors of the model are named ``model.NAME``, those of the optimizer ``optimizer.NAME.ENTRY``. Entries of the
-optimizer's state that are not tensors of a parameter, and the options of its groups, go into trainer.pt.
+optimizer's state that are not tensors of a parameter, and the options of its groups, are stored in trainer.pt.
 
-`Saver.save` copies the tensors (into pinned memory on a GPU machine) and returns. A thread writes the copies by
-torch.distributed.checkpoint, has every process hash its own shards, and lets process 0 write the manifest and rename
+`Saver.save` copies the tensors to the CPU (into pinned memory if there is a GPU) and returns. A thread writes the
+copies with torch.distributed.checkpoint. Every process hashes its own shards; process 0 writes the manifest and renames
 the directory. The next save waits for the previous one. An error in the background is raised by the next `wait`, on
-every process alike.
+all processes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from evenstep.optim.state import keep_dtypes
 from evenstep.train.checkpoint import SHARD, begin, commit, could_not_save, facts_of, fill, quiet_dcp, shard_metadata
 from evenstep.train.distributed import World
 
-# ---- state tensors that hold codes and scales (torchao's, and ours of state="int8") ----
+# ---- quantised state tensors: codes and scales (torchao's classes, also used for state="int8") ----
 
 _CLASSES = {
     "OptimState8bit": "torchao.optim.subclass_8bit",
@@ -40,21 +40,21 @@ _CLASSES = {
     "OptimStateFp8": "torchao.optim.subclass_fp8",
 }
 _PARTS = ("codes", "scale")
-"""The parts of such a tensor that change; each is a tensor of its own in a shard. The table of code values belongs to
-the class."""
+"""The tensors inside a quantised tensor that a checkpoint stores, each under its own key. The table of code values is a
+constant of the class."""
 
 
 def packed_facts(value: Any) -> dict[str, Any] | None:
-    """The arguments with which `empty_packed` rebuilds a tensor of codes and scales; None for plain tensors.
-    EvenstepError for an unknown tensor subclass."""
+    """The arguments with which `empty_packed` recreates a quantised tensor; None for plain tensors. EvenstepError for
+    an unknown tensor subclass."""
     if not isinstance(value, Tensor) or not is_traceable_wrapper_subclass(local(value)):
         return None
     part: Any = local(value)
     name, module = type(part).__name__, type(part).__module__
     if _CLASSES.get(name) != module:
         raise EvenstepError(
-            f"a checkpoint cannot hold a {module}.{name}, a tensor made of others, in an optimizer's "
-            "state; take an optimizer that keeps plain tensors, or torchao's"
+            f"a checkpoint cannot store the tensor subclass {module}.{name} of an optimizer's state; choose an "
+            "optimizer whose state has plain tensors, or one of torchao"
         )
     return {
         "class": name,
@@ -65,20 +65,22 @@ def packed_facts(value: Any) -> dict[str, Any] | None:
 
 
 def packed_tensors(value: Tensor) -> dict[str, Tensor]:
-    """The plain tensors inside a tensor of codes and scales, by name, sharing its memory."""
+    """The plain tensors inside a quantised tensor, by name; they share its memory."""
     return {name: shard_like(value, getattr(local(value), name)) for name in _PARTS}
 
 
 def empty_packed(p: Tensor, facts: dict[str, Any]) -> Tensor | None:
-    """Zeros for the parameter ``p`` in the class and format of ``facts``, sharded as ``p`` is; None where a shard is
-    not a whole number of blocks. EvenstepError for a class that is unknown or not installed."""
+    """A quantised tensor of zeros for the parameter ``p``, with the class and format of ``facts`` and the sharding of
+    ``p``. None if a shard is not a whole number of blocks. EvenstepError for a class that is unknown or not
+    installed."""
+    # A block of `block` consecutive entries has one scale. A shard that ends within a block has no scale of its own.
     part, block, name = local(p), facts["block"], facts["class"]
     if part.numel() * num_shards(p) != p.numel() or not part.numel() or part.numel() % block:
         return None
     try:
         cls = getattr(importlib.import_module(_CLASSES[name]), name)
     except (KeyError, ImportError):
-        raise EvenstepError(f"the checkpoint holds an optimizer's state as {name}; pip install torchao") from None
+        raise EvenstepError(f"the checkpoint stores optimizer state as {name}; pip install torchao") from None
     signed = () if facts["signed"] is None else (facts["signed"],)
     return shard_like(p, cls.zeros(part.shape, *signed, block, part.device, dtype=facts["dtype"]))
 
@@ -87,8 +89,8 @@ def empty_packed(p: Tensor, facts: dict[str, Any]) -> Tensor | None:
 
 
 def write(directory: Path, tensors: dict[str, Tensor], group: Any) -> None:
-    """Write ``tensors`` into shards in ``directory``. Each process of ``group`` (None: this one alone) writes its own
-    parts."""
+    """Write ``tensors`` into shards in ``directory``. Each process of ``group`` writes its own shards; None: a single
+    process."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
@@ -101,7 +103,8 @@ def write(directory: Path, tensors: dict[str, Tensor], group: Any) -> None:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the model by key, sharing their memory. A tied weight has the first of its names only."""
+    """The tensors of the model by key; they share the memory of the model. A tied weight appears under its first name
+    only, because safetensors refuses keys that share memory."""
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}
     return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
@@ -114,12 +117,13 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of the state by key, sharing their memory, and the rest of ``optimizer.state_dict()``: ``groups``
-    (options, and the names of the parameters), ``values`` (what is no tensor, by name and entry), ``packed`` (tensors
-    of codes and scales, by name and entry), ``loose`` (state that belongs to no parameter) and ``more`` (keys beside
-    ``state`` and ``param_groups``).
+    """The tensors of the state by key, which share its memory, and the rest of ``optimizer.state_dict()``.
 
-    EvenstepError for state that a checkpoint cannot hold.
+    The rest has the keys ``groups`` (options, and names of the parameters instead of numbers), ``values`` (entries that
+    are not tensors: name -> entry -> value), ``packed`` (name -> entry -> `packed_facts` of a quantised tensor),
+    ``loose`` (state that belongs to no parameter) and ``more`` (keys other than ``state`` and ``param_groups``).
+
+    EvenstepError for state that a checkpoint cannot store.
     """
     names, saved = _names(model, optimizer), optimizer.state_dict()
     params = dict(model.named_parameters())
@@ -136,8 +140,8 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str,
             if not isinstance(value, Tensor):
                 if is_sharded(params[name]) and next(tensors_in(value), None) is not None:
                     raise EvenstepError(
-                        f"the state '{entry}' of {name} holds tensors inside a {type(value).__name__}, of which every "
-                        "process has others; a checkpoint of several processes cannot hold it: take parallel.mode ddp"
+                        f"the state '{entry}' of {name} has tensors inside a {type(value).__name__}, which differ "
+                        "between processes and cannot be stored in a checkpoint; give parallel.mode ddp"
                     )
                 rest["values"].setdefault(name, {})[entry] = value
             elif (facts := packed_facts(value)) is not None:
@@ -158,8 +162,10 @@ def _is_of_parameter(key: Any, names: list[str]) -> bool:
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: Path, rest: dict[str, Any]) -> None:
-    """Restore a saved state, whatever number of processes wrote it. ``rest`` is the second result of
-    `optimizer_tensors`. Groups may be divided differently: each parameter gets the options that it had."""
+    """Restore a saved state, written by any number of processes. ``rest`` is the second result of `optimizer_tensors`.
+
+    The groups of ``optimizer`` may be divided differently; each group gets the saved options of its first parameter.
+    """
     names, fresh = _names(model, optimizer), optimizer.state_dict()
     params = dict(model.named_parameters())
     present = {name: fresh["state"].get(i, {}) for i, name in enumerate(names)}
@@ -179,8 +185,8 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: Path, rest
             )
             if value is None or not found.keys() <= entries.get(name, {}).keys():
                 raise EvenstepError(
-                    f"the 8-bit state of {name} in {directory} is cut for another number of processes; resume "
-                    "with as many as saved it"
+                    f"the 8-bit state of {name} in {directory} is sharded for another number of processes; resume with "
+                    "the number that wrote it"
                 )
             here[entry] = value
             parts |= found.keys()
@@ -202,13 +208,14 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: Path, rest
 
 
 def _packed(present: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The packed tensors of a fresh state, for checkpoints of an older version that do not list them."""
+    """The `packed_facts` of a new state, for checkpoints of an older version, which do not contain them."""
     found = {name: {entry: packed_facts(value) for entry, value in state.items()} for name, state in present.items()}
     return {name: {entry: facts for entry, facts in state.items() if facts} for name, state in found.items()}
 
 
 def _target(p: Tensor, present: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The tensor into which a plain tensor of the state of ``p`` is read."""
+    """The tensor into which a plain tensor of the state of ``p`` is read: the present one if its shape fits, else a new
+    one, sharded like ``p`` if it has the shape of ``p``."""
     if isinstance(present, Tensor) and present.shape == shape and packed_facts(present) is None:
         return present.detach()
     if shape == p.shape and shape:
@@ -225,7 +232,7 @@ def _entries(directory: Path, names: list[str]) -> dict[str, dict[str, tuple[tor
         parts = key.removeprefix("optimizer.").split(".")
         cut = next((k for k in range(len(parts) - 1, 0, -1) if ".".join(parts[:k]) in known), None)
         if cut is None:
-            raise EvenstepError(f"the checkpoint {directory} holds {key}, and the model has no such parameter")
+            raise EvenstepError(f"the checkpoint {directory} has {key}, but the model has no such parameter")
         found.setdefault(".".join(parts[:cut]), {})[".".join(parts[cut:])] = (facts.size, facts.properties.dtype)
     return found
 
@@ -234,7 +241,7 @@ def _entries(directory: Path, names: list[str]) -> dict[str, dict[str, tuple[tor
 
 
 class Saver:
-    """Writes the checkpoints of one run into ``directory``; every process makes one, and calls it at the same steps."""
+    """Writes the checkpoints of a run into ``directory``. Every process has a Saver and calls it at the same steps."""
 
     def __init__(self, directory: Path, world: World, alive: Callable[[], None] = lambda: None) -> None:
         require_safetensors()  # without it the first checkpoint would end the run
@@ -243,7 +250,7 @@ class Saver:
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
         self.alive = alive
-        """Called every few seconds while `wait` waits."""
+        """Called every few seconds during `wait`, so that a slow disk is not taken for a hang."""
         self.last: int | None = None
         """The step of the newest save."""
 
@@ -256,10 +263,18 @@ class Saver:
         *,
         wait: bool,
     ) -> Path:
-        """Start the checkpoint of ``step``; returns where it will be, or is with ``wait``. ``write_small`` fills a
-        directory with what is no tensor, on process 0, at once. ``keep``: as for `evenstep.train.checkpoint.commit`.
+        """Start writing the checkpoint of ``step``; returns its directory, which is complete at once with ``wait``,
+        else after `wait`.
 
-        EvenstepError, on all processes, when this save or the one before fails; earlier checkpoints are intact.
+        Args:
+            step: the number of the step.
+            tensors: the tensors by key. They may be overwritten as soon as this method returns.
+            write_small: writes the other files into a directory. Called on process 0, before this method returns.
+            keep: the number of checkpoints to keep, see `evenstep.train.checkpoint.commit`.
+            wait: whether to wait until the checkpoint is committed.
+
+        Raises:
+            EvenstepError: on all processes, when this save or the previous one fails. Earlier checkpoints are intact.
         """
         self.wait()
         partial = self.directory / f".step-{step:06d}.partial"
@@ -282,8 +297,8 @@ class Saver:
     def _staged(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
         """Copies of the tensors on the CPU, and a function that waits until they are complete.
 
-        Work that is queued on the GPU after this may overwrite the tensors, and nothing waits for it. The next save
-        reuses the memory of the copies.
+        The copies are queued on the GPU's stream, so work that is queued later may overwrite the tensors, and the
+        training does not wait. The next save reuses the memory of the copies, as pinned memory is slow to allocate.
         """
         kept, self._copies = self._copies, {}
         for name, x in tensors.items():
@@ -305,7 +320,7 @@ class Saver:
         world = self.world
 
         def own_files() -> dict[str, Any]:
-            whole()
+            whole()  # the copies from the GPU have to be complete before their bytes are written
             write(partial, copies, world.saving)
             mine = sorted(partial.glob(f"shard-{world.rank + 1:05d}-*{SHARD}"))
             small = [path for path in sorted(partial.iterdir()) if path.suffix != SHARD] if world.rank == 0 else []
@@ -316,6 +331,8 @@ class Saver:
             commit(partial, step, world.size, files, keep)
 
         try:
+            # Two gathers in the group of the saving threads: the rename must not start before every shard is on the
+            # disk, and no process may take the checkpoint for complete before the rename.
             found = world.gather(lambda: self._guarded(step, own_files), world.saving)
             world.gather(lambda: self._guarded(step, lambda: rename(found)) if world.rank == 0 else None, world.saving)
         finally:
@@ -328,7 +345,7 @@ class Saver:
             return work()
         except EvenstepError:
             raise
-        except (Exception, dcp.api.CheckpointException) as problem:  # the latter is no Exception
+        except (Exception, dcp.api.CheckpointException) as problem:  # the latter derives from BaseException
             raise could_not_save(self.directory, step, problem) from problem
 
     def _clean(self, partial: Path) -> None:
@@ -358,6 +375,6 @@ class Saver:
 
 
 def _alike(copy: Tensor, x: Tensor) -> bool:
-    """Whether a copy of ``x`` fits in the place of an earlier one."""
+    """Whether the memory of ``copy`` can be reused for a copy of ``x``."""
     same = copy.dtype == x.dtype and copy.shape == x.shape and type(copy) is type(x)
     return same and (not is_sharded(x) or (copy.placements, copy.device_mesh) == (x.placements, x.device_mesh))  # type: ignore[attr-defined]

@@ -1,4 +1,5 @@
-"""The text around a run: the lines before its first step, and its summary, curve and closing lines at the end."""
+"""The beginning and the end of a run: the header before its first step; summary.json, curve.png and the closing lines
+after the last one."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ T = TypeVar("T")
 
 
 def header(config: Any, model: Any, trained: int, data: str, world: World, micro_batch_size: int) -> list[str]:
-    """The lines printed before the first step: model, optimizer, data, budget, device and folder. ``trained`` is the
-    number of parameters that are trained, ``data`` describes the data."""
+    """The lines printed before the first step: model, optimizer, data, budget, device and directory. ``trained`` is the
+    number of parameters that are trained, ``data`` a description of the data."""
     train, optim = config.train, config.optim
     size = f"{config.model.label}, {short_count(model.num_parameters())} parameters"
     if trained < model.num_parameters():
@@ -110,8 +111,11 @@ def finish(
     closing: Callable[[Path, dict[str, Any], list[str]], list[str]],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write summary.json, the sample and the picture of the loss (titled ``curve``; None for no picture), and print the
-    ``closing`` lines; returns the summary."""
+    """Write summary.json with the sample, plot the losses, and print the closing lines; returns the summary.
+
+    ``sample`` generates the text; ``curve`` is the title of the plot, None for no plot; ``closing`` makes the lines
+    from the directory, the summary and the names of the files.
+    """
     files = ["config.toml", "metrics.jsonl", "summary.json", "checkpoints/"]
 
     def write() -> dict[str, Any]:
@@ -119,7 +123,7 @@ def finish(
         replace_text(out / "summary.json", json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
         return clean
 
-    # The result is written before the sample and the curve, which cannot fail the run.
+    # The summary is written before the sample and the plot, so that neither an error nor a kill can lose the result.
     clean = write()
     if summary.get("sample", "") is None:
         summary["sample"] = attempt("sample", sample, say)
@@ -134,7 +138,8 @@ def finish(
 
 
 def attempt(what: str, make: Callable[[], T], say: Callable[[str], None]) -> T | None:
-    """The result of ``make``. If it raises any exception, print a line with the reason and return None."""
+    """The result of ``make``; None, after printing the reason, if it raises. For parts of the output whose failure must
+    not end a run."""
     try:
         return make()
     except Exception as problem:
@@ -143,7 +148,9 @@ def attempt(what: str, make: Callable[[], T], say: Callable[[str], None]) -> T |
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Exponential mean over about a twentieth of the values, with bias correction. Up to 20 values stay unchanged."""
+    """Exponential moving average over about a twentieth of the values, with bias correction. Up to 20 values stay
+    unchanged."""
+    # `mass` is the sum of the weights so far, by which the mean is divided: the bias correction of Adam.
     weight = 1 - min(1.0, 20 / max(1, len(values)))
     result, mean, mass = [], 0.0, 0.0
     for value in values:
@@ -154,8 +161,8 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def draw_curve(metrics: Path, picture: Path, title: str) -> bool:
-    """Training loss (raw and smoothed) and validation loss over the tokens seen, as a PNG. EvenstepError without
-    matplotlib."""
+    """Plot the training loss (raw and smoothed) and the validation loss over the number of tokens, as a PNG.
+    EvenstepError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as problem:
@@ -163,7 +170,7 @@ def draw_curve(metrics: Path, picture: Path, title: str) -> bool:
     records = read_metrics(metrics)
     train = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
     val = [(r["tokens"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")  # no pyplot: nothing global, no display
+    figure = Figure(figsize=(8, 4.5), layout="constrained")  # pyplot would have global state and may need a display
     axes = figure.add_subplot()
     if train:
         tokens, losses = [x for x, _ in train], [y for _, y in train]
@@ -186,6 +193,7 @@ def draw_curve(metrics: Path, picture: Path, title: str) -> bool:
     axes.spines[["top", "right"]].set_visible(False)
     if train or val:
         axes.legend(frameon=False)
+    # Rendered in memory and renamed into place, so that a full disk leaves no half picture.
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=130)
     replace_bytes(picture, drawn.getvalue())
@@ -203,7 +211,7 @@ def _validation(summary: dict[str, Any]) -> str:
 
 
 def closing_lines(out: Path, summary: dict[str, Any], files: list[str]) -> list[str]:
-    """The block printed after the last step: numbers, sample, files, and the commands that come next."""
+    """The lines printed after the last step: results, sample, files, and commands to continue with."""
     run = shlex.quote(str(out))
     prompt = f" --prompt {shlex.quote(summary['prompt'])}" if summary["prompt"] else ""
     speed = summary["tokens_per_second"]
@@ -224,6 +232,6 @@ def closing_lines(out: Path, summary: dict[str, Any], files: list[str]) -> list[
         "",
         f"written to {out}: {', '.join(files)}",
         f"report:     {program()} report {run}",
-        f"more text:  {program()} generate {run}{prompt}",
-        f"go on:      {program()} pretrain --resume {run} --train.steps {2 * summary['steps']}",
+        f"generate:   {program()} generate {run}{prompt}",
+        f"continue:   {program()} pretrain --resume {run} --train.steps {2 * summary['steps']}",
     ]

@@ -1,6 +1,5 @@
-"""What a trainer trains. `Task` is the interface; `Pretraining` trains a language model on a stream of tokens.
-
-`evenstep.finetune.task` has the other one.
+"""The interface `Task` between a trainer and the data, model, loss and validation of a run, and `Pretraining`, the task
+of training a language model on a stream of tokens. `evenstep.finetune.task` has the other task.
 """
 
 from __future__ import annotations
@@ -27,18 +26,17 @@ from evenstep.train.log import Metrics, short_count
 from evenstep.train.memory import LOGIT_BYTES, chunk_rows, least_memory
 from evenstep.train.saving import model_tensors
 from evenstep.train.summary import closing_lines
-from evenstep.train.weights import find_source, load_model, with_lowbit
+from evenstep.train.weights import check_positions, find_source, load_model, with_lowbit
 
 CPU_ROWS = 256
-"""Rows of logits alive at once on a CPU: fewer waste matrix products, more leave the cache
-(benchmarks/throughput.py).
-"""
+"""Rows of logits in memory at once on a CPU: with fewer rows the matrix products are slow, with more the logits do not
+stay in the cache (measured by benchmarks/throughput.py)."""
 
 
 class Task(ABC):
-    """Data, model, loss and validation of a run, called by a `Trainer` in the order in which they stand here.
+    """Data, model, loss and validation of a run. A `Trainer` calls the methods in the order of this class.
 
-    ``config`` and ``data`` are set by `resolve` and `open_data`. Every process has a task of its own, and all call the
+    `resolve` sets ``config``, and `open_data` sets ``data``. Every process has its own task, and all processes call the
     same methods in the same order.
     """
 
@@ -56,16 +54,16 @@ class Task(ABC):
 
     @abstractmethod
     def resolve(self, config: Any, checkpoint: Path | None = None) -> Any:
-        """The configuration completed by values that only the data or the model decide, such as the shape of a given
-        model. ``checkpoint``: the one that is resumed."""
+        """The configuration, completed by values that depend on the data or the model, such as the shape of a given
+        model. ``checkpoint`` is the one that is resumed, or None."""
 
     @abstractmethod
     def open_data(self, progress: Any) -> Any:
-        """Prepare the data and keep it as ``data``."""
+        """Prepare the data, and set ``data``."""
 
     @abstractmethod
     def make_loader(self) -> Any:
-        """Create the loader of this process's batches, and keep it as ``loader``."""
+        """Create the loader of the batches of this process, and set ``loader``."""
 
     @abstractmethod
     def check_memory(self) -> None:
@@ -77,7 +75,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss_chunk(self, model: Any) -> int | None:
-        """The number of rows of logits that exist at once; None for all rows."""
+        """The number of rows of logits in memory at once; None for all rows."""
 
     @abstractmethod
     def describe_data(self) -> str:
@@ -87,11 +85,13 @@ class Task(ABC):
 
     @abstractmethod
     def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
-        """The weight of the mean loss of each micro batch in the loss of the step."""
+        """The weight of each micro batch's mean loss in the loss of the step. The weights of all micro batches of a
+        process add up to 1 on average over the processes."""
 
     @abstractmethod
     def loss(self, model_loss: Callable[..., Tensor], inputs: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
-        """The mean loss of a micro batch, 0-d. ``model_loss`` is ``model.loss``, or its DDP wrapper."""
+        """The mean loss of a micro batch, 0-d. ``model_loss`` is ``model.loss`` or its DDP wrapper; ``inputs`` and
+        ``targets`` are rows of what the loader returned, int64 [b, T] in pretraining."""
 
     @abstractmethod
     def step_tokens(self) -> int:
@@ -101,10 +101,10 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, evaluation: Evaluation) -> Any:
-        """Validate; the result has ``fields()``, which go into metrics.jsonl."""
+        """Validate the model. The method ``fields()`` of the result returns the entries of metrics.jsonl."""
 
     def tensors(self, model: Any) -> dict[str, Tensor]:
-        """The tensors of the model that a checkpoint holds, by key."""
+        """The tensors of the model in a checkpoint, by key."""
         return model_tensors(model)
 
     def save_shape(self, model: Any, directory: Path) -> None:
@@ -113,12 +113,12 @@ class Task(ABC):
 
     @abstractmethod
     def data_identity(self) -> str:
-        """A hash of the data: a run is not resumed on other data."""
+        """A hash of the data; a run is not resumed on data with another hash."""
 
     @abstractmethod
     def conclusion(self, model: Any, out: Path, metrics: Metrics) -> dict[str, Any]:
-        """Write the files that the run leaves for other programs; returns the entries of summary.json that are specific
-        to the task. An entry ``sample`` that is None is filled by `sample` afterwards."""
+        """Write the files for other programs; returns the entries of summary.json that are specific to the task. If the
+        entry ``sample`` is None, `sample` provides its value afterwards."""
 
     def sample(self, model: Any, checkpoint: Path | None) -> str:
         """Text that the model generates, or the model saved in ``checkpoint`` if one is given."""
@@ -159,8 +159,8 @@ class Pretraining(Task):
         return self.loader
 
     def check_memory(self) -> None:
-        """Compare the least memory of the run with that of the machine. On CPUs only, where the system would kill the
-        process without a message; a GPU raises an error."""
+        """EvenstepError if a lower bound of the memory of the run exceeds that of the machine. Checked on CPUs only,
+        where the system would kill the process without a message; a GPU raises an error."""
         config, world, words = self.config, self.world, self.data.vocab_size
         if world.device.type != "cpu":
             return
@@ -179,6 +179,7 @@ class Pretraining(Task):
     def build_model(self, device: torch.device, *, blank: bool) -> Llama:
         config, source, vocab_size = self.config, self.source, self.data.vocab_size
         if source is None:
+            # All processes draw the same weights; parallel modes shard them afterwards.
             torch.manual_seed(config.seed)
             model = Llama(
                 llama_config(
@@ -190,24 +191,22 @@ class Pretraining(Task):
                 )
             )
         elif blank:
+            # The checkpoint overwrites every weight, so drawing them would be wasted time.
             with torch.device("meta"):
                 model = Llama(read_config(source))
             model.to_empty(device="cpu")
             torch.manual_seed(config.seed)
         else:
             model = load_model(source)
-            torch.manual_seed(config.seed)
+            torch.manual_seed(config.seed)  # for what is drawn in training, as in the branch above
         if vocab_size > model.config.vocab_size:
             raise EvenstepError(
-                f"the tokenizer has {vocab_size} entries, the model of {source} only {model.config.vocab_size}; "
-                "give the tokenizer that belongs to it (data.tokenizer), or a smaller data.vocab_size"
+                f"the tokenizer has {vocab_size} entries, but the model of {source} only {model.config.vocab_size}; "
+                "give the tokenizer of the model (data.tokenizer), or a smaller data.vocab_size"
             )
-        if config.train.seq_len > model.config.max_seq_len:
-            raise EvenstepError(
-                f"train.seq_len {config.train.seq_len} is longer than the {model.config.max_seq_len} positions "
-                f"of the model of {source}; give at most that"
-            )
+        check_positions(config.train.seq_len, model.config.max_seq_len, source)
         model.activation_checkpointing = config.train.activation_checkpointing
+        # bf16-autocast keeps fp32 weights, and casts them in each matrix product.
         dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
         return with_lowbit(model.to(device=device, dtype=dtype), config.lowbit, self.say)
 
@@ -231,7 +230,7 @@ class Pretraining(Task):
         return self.config.tokens_per_step
 
     def evaluate(self, evaluation: Evaluation) -> EvalResult:
-        """Token-weighted loss on the validation split, at most ``eval.max_tokens`` of it."""
+        """The token-weighted loss on the validation split, or on its first ``eval.max_tokens`` tokens."""
         config, val = self.config, self.data.val
         batches = eval_batches(val, config.train.seq_len, evaluation.batch_size, config.eval.max_tokens or None)
         return evaluate(
@@ -251,6 +250,7 @@ class Pretraining(Task):
         return {"prompt": self.config.sample.prompt, "sample": None}
 
     def sample(self, model: Any, checkpoint: Path | None) -> str:
+        # Only the checkpoint of a sharded model is given: it is loaded whole, in the precision of training.
         if self.config.sample.tokens and checkpoint is not None:
             model = with_lowbit(load_model(checkpoint).eval(), self.config.lowbit, lambda _: None)
         return sample_text(model, self.data.tokenizer, self.config.sample, self.config.seed)
@@ -259,9 +259,9 @@ class Pretraining(Task):
 
 
 def load_data(config: Config, progress: Any = None) -> TokenData:
-    """The tokens of ``[data]``, prepared where they are not in the cache yet."""
+    """The tokens of the corpus of ``[data]``, prepared now if they are not in the cache."""
     data = config.data
-    # The split has its own fixed seed: runs of different seeds validate on the same documents.
+    # The split does not depend on the seed of the run: runs with different seeds validate on the same documents.
     spec = DataSpec(
         source=data.source,
         tokenizer=data.tokenizer,
@@ -277,19 +277,20 @@ def load_data(config: Config, progress: Any = None) -> TokenData:
 
 
 def data_identity(data: TokenData) -> str:
-    """A hash of the counts and of both ends of the token stream. It is fast for any corpus, and differs for another
-    text."""
+    """A hash of the counts and of both ends of the token stream: fast for a corpus of any size, and sensitive to almost
+    every change of the text."""
     train, val = data.train, data.val
     digest = hashlib.sha256(repr((len(train), len(val), train.num_bytes, val.num_bytes)).encode())
+    # Little-endian uint32 on every machine, for uint16 and uint32 shards alike: the hash is stored in checkpoints.
     for start in (0, max(0, len(train) - 65536)):
         digest.update(train.read(start, min(start + 65536, len(train))).astype("<u4").tobytes())
     return digest.hexdigest()
 
 
 def with_shape_of(config: Config, source: Path) -> Config:
-    """``config`` with the shape of the model in ``source``; EvenstepError when it asks for another one.
+    """``config`` with the shape of the model in ``source``. EvenstepError when ``config`` states another shape.
 
-    ``model.size`` becomes None for a shape that has no name.
+    ``model.size`` is None for a shape that has no name.
     """
     shape = read_config(source)
     names = (name for name, size in SIZES.items() if all(getattr(shape, key) == value for key, value in size.items()))
@@ -300,19 +301,19 @@ def with_shape_of(config: Config, source: Path) -> Config:
         given = getattr(config.model, key)
         if given not in (None, value):
             raise EvenstepError(
-                f"model.{key} {given} contradicts the model in {source}, which has {value or 'a shape of its own'}; "
+                f"model.{key} {given} contradicts the model in {source}, which has {value or 'an unnamed shape'}; "
                 "leave it out"
             )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **options))
 
 
 def loss_chunk(config: Any, vocab_size: int, device: torch.device, say: Callable[[str], None]) -> int | None:
-    """Rows of logits alive at once, None for all.
+    """The number of rows of logits in memory at once; None for all.
 
-    The rule of ``auto``: on a CPU in fp32 always 256 rows, which stay in cache and are the fastest way too. Elsewhere
-    the whole logits of one forward pass, their fp32 copy for the softmax and their gradient take about 12 bytes a
-    value; while that is below an eighth of the device's memory they stay whole, which is faster, above it they come in
-    chunks of 64 MiB. The total memory decides, not what happens to be free, so a resumed run decides the same.
+    The rule of ``auto``: on a CPU in fp32 always 256 rows, which stay in the cache and are fastest. Elsewhere, the
+    logits of a forward pass with their fp32 copy for the softmax and their gradient take about 12 bytes per value. If
+    that is below an eighth of the memory of the device, they are computed at once, which is faster; otherwise in chunks
+    of 64 MiB. The rule uses the total memory instead of the free memory, so that a resumed run decides the same.
     """
     given = config.train.loss_chunk
     if isinstance(given, int):
@@ -324,7 +325,7 @@ def loss_chunk(config: Any, vocab_size: int, device: torch.device, say: Callable
     if chunk is not None:
         whole = rows * vocab_size * LOGIT_BYTES
         say(
-            f"loss in chunks of {chunk} rows: whole logits would take {whole / 2**30:.1f} GiB "
-            "(train.loss_chunk 0 keeps them whole; a smaller train.micro_batch_size also helps)"
+            f"loss in chunks of {chunk} rows: all logits at once would take {whole / 2**30:.1f} GiB "
+            "(train.loss_chunk 0 computes them at once; a smaller train.micro_batch_size also helps)"
         )
     return chunk

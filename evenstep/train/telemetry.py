@@ -1,4 +1,4 @@
-"""The telemetry of a run: its monitor, the sinks that its configuration asks for, and its lines in the terminal."""
+"""The telemetry of a run: the SpikeMonitor, and the sinks that the configuration selects."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from evenstep.train.interrupts import Interrupted
 from evenstep.train.log import LineProgress
 
 DRAIN_STEPS = 1000
-"""The largest number of steps whose values stay on the device before they are read; they take memory."""
+"""The largest number of steps whose values stay on the device before they are read, which bounds their memory."""
 
 
 class LowBitNoise:
-    """The quantisation error of every low-bit layer, in the form that `SpikeMonitor` takes: ``saturation``,
-    ``underflow`` and ``error`` of the weight and, where the recipe quantises gradients, ``gradient_error``.
+    """The quantisation error of every low-bit layer, in the form that `SpikeMonitor` accepts: ``saturation``,
+    ``underflow`` and ``error`` of the weight and, if the recipe quantises gradients, ``gradient_error``.
 
-    Measured at every drain, where it takes up to a tenth of a step. Gradients exist within the backward pass alone:
-    those of log steps are observed, in eager mode. Named recipes round weights to the nearest, and the rounding of
-    gradients draws from a generator of its own, so the run is bitwise the same without telemetry.
+    The errors of weights are measured at every drain, which takes up to a tenth of a step. The gradients of a layer
+    exist only during the backward pass, so they are observed in log steps, in eager mode. Named recipes round weights
+    to nearest, and gradients are rounded with a separate generator, so telemetry does not change a bit of the run.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -39,7 +39,7 @@ class LowBitNoise:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Around a forward and backward pass."""
+        """Context of a forward and backward pass."""
         with observe_gradients(self.model, self.generator) as gradients:
             yield
         self.gradients = gradients
@@ -55,8 +55,8 @@ class LowBitNoise:
 
 
 class RunTelemetry:
-    """Made with the run; ``monitor`` is None where ``telemetry.enabled`` is false. ``write_metrics`` writes a record
-    into metrics.jsonl."""
+    """The telemetry of a `Trainer`. ``monitor`` is None if ``telemetry.enabled`` is false. ``write_metrics`` writes a
+    record to metrics.jsonl."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class RunTelemetry:
         self.monitor = None
         self.noise = None
         telemetry = config.telemetry
-        # A process holds only a part of a sharded matrix, whose scales are those of the whole.
+        # A process has only a shard of a matrix, but the scales of the format belong to the whole matrix.
         if config.lowbit and telemetry.enabled and not sharded:
             self.noise = LowBitNoise(model, device)
         if telemetry.enabled:
@@ -92,34 +92,38 @@ class RunTelemetry:
             )
 
     def watching(self, log_step: bool) -> AbstractContextManager[None]:
-        """Around the forward and backward pass of a step."""
+        """Context of the forward and backward pass of a step."""
         if self.noise is None or not log_step or self.config.train.compile:
             return nullcontext()
         return self.noise.watching()
 
     def observe(self, loss: Tensor, position: int, step: int) -> None:
-        """Before the optimizer's step number ``step``: its loss, and the loader's position before its batch."""
+        """Called before the optimizer's step number ``step``, with the loss and the loader's position before the
+        batch."""
         if self.monitor:
             self.monitor.observe(loss, rows=(position, position + self.config.train.batch_size), step=step)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record of any kind into metrics.jsonl and the other sinks."""
+        """Write a record of any kind to metrics.jsonl and the other sinks."""
         self.write_metrics(record)
         for sink in self.sinks:
             sink.write(record)
 
     def close(self) -> None:
-        """Part of the interface of a sink. Does nothing: the run closes its files, `live` its sinks."""
+        """Required of a sink. Does nothing: the trainer closes metrics.jsonl, and `live` closes the other sinks."""
 
     def settle(self, *, last: bool) -> None:
-        """Write the observed steps. ``last``: also the newest one, which otherwise waits for the next step."""
+        """Write the records of observed steps. ``last``: including the newest step, which otherwise waits for the next
+        one."""
         if self.monitor:
             self.monitor.flush() if last else self.monitor.drain()
 
     @contextmanager
     def live(self, progress: LineProgress, out: Path, *, quiet: bool, is_saved: Callable[[], bool]) -> Iterator[None]:
-        """Context of the training: sinks are open, and events are printed. The last steps are not lost however it ends:
-        they are in the checkpoint if the current step ``is_saved``, and are written here otherwise."""
+        """Context of the training, in which the sinks are open and events are printed. The last steps are never lost:
+        they are in the checkpoint if the current step ``is_saved``, and are written at the end of the context if
+        not."""
+        # Only process 0 writes to sinks.
         self.sinks = [] if quiet else self._open(out)
         if self.monitor:
             self.monitor.say, self.monitor.show = progress.say, progress.parameters
@@ -151,11 +155,12 @@ class RunTelemetry:
         return self.monitor.state_dict() if self.monitor else None
 
     def load(self, state: dict[str, Any] | None, step: int) -> None:
-        """Continue from ``step``. ``state`` None: the checkpoint has no telemetry, which then starts with this step."""
+        """Continue from ``step``. ``state`` is None if the checkpoint has no telemetry, which then starts at this
+        step."""
         if not self.monitor:
             return
         self.monitor.seen.clear()
         self.monitor.step = step
-        # Another kind of parallelism may have put the parameters into another order.
+        # The statistics are listed by the position of the parameter, whose order may differ in another parallel mode.
         if state is not None and list(state["names"]) == self.monitor.names:
             self.monitor.load_state_dict(state)

@@ -1,13 +1,13 @@
 """The training loop. `Trainer.fit` trains to the end of the budget; `Trainer.step` does one optimizer step.
 
-Read this file from top to bottom: what a trainer owns (`Trainer._build`), the loop (`Trainer.train`), one step, the
+The file reads from top to bottom: the parts of a trainer (`Trainer._build`), the loop (`Trainer.train`), one step, the
 log, validation, checkpoints and resume, batches that are not finite, and the end of a run. A
 `evenstep.train.task.Task` provides the data, the model, the loss and the validation.
 
 A resumed run equals an uninterrupted one bit for bit on a CPU. The learning rate is a function of the step, the data
-are a function of the loader's position, and a checkpoint holds everything else that changes: weights, optimizer state,
-random states, and the sums for the next line of the log. On a GPU a step never waits for the device, except every
-``log.every``-th, which reads the loss.
+are a function of the loader's position, and a checkpoint contains everything else that changes: weights, optimizer
+state, random states, and the sums for the next training record. On a GPU a step does not wait for the device, except
+every ``log.every``-th step, which reads the loss.
 
 With several processes, each one has its own Trainer, and all processes call the same methods in the same order.
 """
@@ -44,7 +44,7 @@ from evenstep.train.checkpoint import (
     write_tensors,
 )
 from evenstep.train.config import BaseConfig
-from evenstep.train.config_io import build, check_resume, new_run, read_toml, to_tables, to_toml
+from evenstep.train.config_io import build, check_resume, config_file, new_run, read_toml, to_tables, to_toml
 from evenstep.train.distributed import Heartbeat, Parallel, World, clip_, launched, open_world, restarts, total_norm
 from evenstep.train.evaluate import Evaluation
 from evenstep.train.files import RunLock, check_own, default_name, fresh_directory, hold, locked, replace_text
@@ -72,7 +72,8 @@ BAD_BATCH_LIMIT = 10
 or the learning rate, not to the data."""
 
 SAVE_FAILED = 1000
-"""The vote of a process whose background save has failed. It is larger than every signal number, and therefore wins."""
+"""The vote of a process whose background save has failed. It is larger than every signal number, so it wins the
+vote."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,8 @@ class StepResult:
 
 @dataclasses.dataclass
 class Window:
-    """Sums over the steps since the last training line of the log. A checkpoint holds the loss, but not the times."""
+    """Sums over the steps since the last training record. A checkpoint contains the sum of losses and the number of
+    steps, but not the times."""
 
     loss: Tensor
     steps: int = 0
@@ -118,10 +120,10 @@ class Trainer:
         say: called with each line of text that is meant for the user. Default: print it.
         data_progress: called with the progress of the data's preparation.
 
-    Raises EvenstepError, one line, where the data, model, optimizer, directory and checkpoint do not fit together.
+    Raises EvenstepError when data, model, optimizer, directory and checkpoint do not fit together.
 
-    Process 0 holds the lock of the directory from before the first write to the end of `fit`; without `fit`, for as
-    long as the object exists.
+    Process 0 holds the lock of the directory from before the first write to the end of `fit`; without `fit`, as long as
+    the object exists.
     """
 
     TASK: ClassVar[type[Task]] = Pretraining
@@ -138,8 +140,10 @@ class Trainer:
         world = world or World(pick_device(config.train.device))
         task = self.TASK(world, say if world.is_main else print_nothing)
         config = task.resolve(config)
+        # Process 0 chooses the directory: its name contains the time, and the processes may see different files.
         out = world.on_rank_0(lambda: str(fresh_directory(config)))
         config = dataclasses.replace(config, out=out, name=default_name(config))
+        # Nothing is written before the whole run is built, so that an error leaves no empty run behind.
         self._build(config, task, data_progress, blank=False)
         world.on_rank_0(self._create_directory)
         self.metrics = Metrics(self.out / "metrics.jsonl") if world.is_main else NoMetrics()
@@ -169,16 +173,19 @@ class Trainer:
         self.saver = Saver(self.out / "checkpoints", world, alive=self.heart.alive)
         set_up_torch(config.train.threads, config.train.deterministic)
 
+        # The order matters: the loader checks the data before the memory is estimated, and both come before the model,
+        # whose construction takes long.
         self.data = task.open_data(data_progress if world.is_main else None)
         self.tokenizer = self.data.tokenizer
         self.parallel = Parallel(config, world)
         with world.raise_on_all_ranks():
             self.loader = task.make_loader()
             task.check_memory()
-            # FSDP moves each block to its device after sharding it; the whole model may not fit there.
+            # FSDP moves each block to the GPU after sharding it; the whole model may not fit there.
             first = torch.device("cpu") if self.parallel.mode in ("fsdp", "hsdp") else self.device
             self.model = task.build_model(first, blank=blank)
             self.parallel.check(self.model)
+        # The optimizer is built from the sharded parameters. Frozen weights, as beside LoRA adapters, are left out.
         self.parallel.apply(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -189,22 +196,23 @@ class Trainer:
             self.optimizer,
             self.device,
             sharded=self.parallel.sharded,
+            # Not the bound method: the log is opened later, and a rewind replaces it.
             write_metrics=lambda record: self.metrics.write(record),
         )
         self.micro_batch_size = min(config.micro_batch_size, config.train.batch_size // world.data_size)
         self.chunk = task.loss_chunk(self.model)
-        # FSDP gathers the weights in bf16 already, which leaves nothing for autocast to cast.
+        # FSDP gathers the weights in bf16 already, so autocast has nothing to cast.
         casts = config.train.dtype == "bf16-autocast" and not self.parallel.sharded
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=casts)
 
         self.step_number = 0
         self.tokens = 0
         self.seconds = 0.0
-        """Of training, with the time before a resume."""
+        """Time of training, including the time before a resume."""
         self.step_seconds = 0.0
-        """Of the steps alone."""
+        """Time of the steps alone, without validation and checkpoints."""
         self.skipped: list[tuple[int, int]] = []
-        """Ranges of data rows that are left out because their loss or gradient was not finite."""
+        """Ranges of rows of the data that are skipped because their loss or gradient was not finite."""
         self.bad_batches = 0
         self.bad_since: int | None = None
         self.saved: Path | None = None
@@ -212,6 +220,7 @@ class Trainer:
         self.window = self.new_window()
 
     def new_window(self) -> Window:
+        # fp64: the sum of thousands of losses must not depend on how often the log is written.
         return Window(torch.zeros((), dtype=torch.float64, device=self.device))
 
     # ---- the loop ----
@@ -219,16 +228,17 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the end of the budget with log, validation and checkpoints.
 
-        Returns the content of summary.json on process 0, an empty dictionary on the others.
+        After SIGINT, SIGTERM or SIGHUP the current step is finished or the current validation abandoned, a checkpoint
+        is saved, and Interrupted is raised with the command that continues the run.
 
-        SIGINT, SIGTERM and SIGHUP finish the current step or abandon the current validation, save a checkpoint, and
-        raise Interrupted with the command that continues the run.
+        Returns:
+            The content of summary.json on process 0, an empty dictionary on the others.
         """
         with locked(self.out) if self.world.is_main else nullcontext():
-            self.lock = None  # `locked` holds it now, and releases it at the end of this block
+            self.lock = None  # `locked` has the lock now and releases it at the end of this block
             with self.heart:
                 self._fit()
-            return self._finish() if self.world.is_main else {}  # the others wait outside of the heartbeat
+            return self._finish() if self.world.is_main else {}  # the others wait in open_world
 
     def _fit(self) -> None:
         self._since = time.perf_counter() - self.seconds
@@ -240,6 +250,7 @@ class Trainer:
                 sinks = self.telemetry.live(progress, self.out, quiet=quiet, is_saved=lambda: self.saved is not None)
                 with progress, sinks:
                     self.train(progress, stop)
+                # The collective of the last vote is still pending, and has to end before the process group does.
                 votes.close()
                 self.saver.wait()
             except KeyboardInterrupt:
@@ -250,19 +261,22 @@ class Trainer:
         self.seconds = time.perf_counter() - self._since
 
     def train(self, progress: LineProgress, stop: Interrupts) -> None:
-        """From the current step to the end of the budget: validate, step, log, save."""
+        """The loop from the current step to the end of the budget: validate, step, log, save.
+
+        The validation of a step precedes the next step, so that a resumed run repeats it if it was interrupted.
+        """
         config, total = self.config, self.config.total_steps
         while True:
-            # Processes agree on a signal, or on a failed save, so that all of them stop at the same step.
+            # The processes agree on a signal or a failed save, so that all of them stop at the same step.
             agreed = stop.poll(SAVE_FAILED if self.saver.failed() else 0)
             at_end = self.step_number >= total
             if agreed is None and (at_end or _due(self.step_number, config.eval.every)):
                 self._validate(progress, stop)
             if stop.agreed == SAVE_FAILED:
-                self.saver.wait()  # raises
-                # It did not raise: the save of another process failed, and has been repeated since.
+                self.saver.wait()  # raises the error of the save
+                # It did not raise: the failed save was that of another process, and has been repeated since.
                 stop.agreed = stop.signal
-            if stop.agreed is not None:
+            if stop.agreed is not None:  # also when the signal came during the validation
                 saved = self.saved or self.save_finite(wait=True)
                 self.saver.wait()
                 where = f"stopped after step {self.step_number} of {total}, saved {saved}"
@@ -270,7 +284,7 @@ class Trainer:
             if at_end:
                 return
             result = self.step()
-            # Reading the loss would make a GPU wait; there the bar shows the one of the last log step.
+            # Reading the loss would wait for the GPU; there the bar shows the loss of the last log step.
             progress.step(result.step, result.loss.item() if self.device.type == "cpu" else None)
             self.seconds = time.perf_counter() - self._since
             if self.is_log_step(result.step):
@@ -283,15 +297,16 @@ class Trainer:
     def step(self) -> StepResult:
         """Read a batch, run forward and backward in micro batches, and update the weights.
 
-        The loss is the mean over the tokens of all processes, however the batch is split. ``train.on_nan`` decides
-        about a loss that is NaN or infinite. ``stop`` raises EvenstepError: on a CPU before the weights change, with a
-        checkpoint of them beside the earlier ones; on a GPU at the next log step. ``skip`` and ``rewind`` read the loss
-        and the norm in each step; after a rewind the step done is an earlier one.
+        The loss is the mean over the tokens of all processes, independent of how the batch is divided. ``train.on_nan``
+        decides what happens at a loss that is NaN or infinite. ``stop`` raises EvenstepError: on a CPU before the
+        weights change, with a checkpoint of them; on a GPU at the next log step. ``skip`` and ``rewind`` read the loss
+        and the norm in every step. After a rewind, this method does an earlier step.
         """
         config, began = self.config, time.perf_counter()
         data_seconds = 0.0
-        while True:
+        while True:  # until a batch is usable: `skip` reads another one, `rewind` also goes back to an earlier step
             number = self.step_number + 1
+            # A function of the step alone: after a rewind or a resume the rates are right without a state.
             factor = lr_factor(config.schedule, number, config.total_steps, config.warmup_steps)
             self.rates.set(self.optimizer, factor)
             position = self._pass_over_skipped()
@@ -300,19 +315,21 @@ class Trainer:
             inputs, targets = self.loader.next_batch()
             data_seconds += time.perf_counter() - asked
             self.heart.beat(number, "forward and backward")
+            # [rows of this process, T]; the copy to a GPU is asynchronous.
             inputs, targets = uploaded(inputs, self.device), uploaded(targets, self.device)
             with self.telemetry.watching(self.is_log_step(number)):
                 loss = self._accumulate(inputs, targets)
             norm = self._gradient_norm(number)
             if self._is_usable(loss, norm, number, position):
                 break
+        # Before the step: telemetry pairs this loss with the statistics that the optimizer is about to compute.
         self.telemetry.observe(loss, position, number)
         self.heart.beat(number, "the optimizer's step")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
         self.step_number = number
-        self.saved = None
+        self.saved = None  # the newest checkpoint is of an earlier step now
         tokens = self.task.step_tokens()
         self.tokens += tokens
         elapsed = time.perf_counter() - began
@@ -323,26 +340,30 @@ class Trainer:
     def _accumulate(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Run all micro batches forward and backward; returns the mean loss over the tokens of all processes, detached.
 
-        ``inputs`` and ``targets`` have the shapes that the task's loader gives, rows first.
+        ``inputs`` and ``targets`` are int64 [B, T] in pretraining, where B is the rows of this process; fine-tuning has
+        shapes of its own, rows first.
         """
         size, losses = self.micro_batch_size, []
         weights = self.task.loss_weights(targets, size)
         for i, (x, y, weight) in enumerate(zip(inputs.split(size), targets.split(size), weights, strict=True)):
-            # Gradients are reduced between processes with the last micro batch only.
+            # Gradients accumulate in p.grad over the micro batches [b, T]; only the last one reduces them between
+            # processes. The weight of a micro batch is its share of the targets, so that the sum is the mean loss.
             with self.parallel.accumulating(last=i == len(weights) - 1):
                 with self.autocast:
                     loss = self.task.loss(self.parallel.loss, x, y, self.chunk) * weight
                 loss.backward()
             losses.append(loss.detach())
+        # The losses are weighted, so their sum is the mean over the rows of this process, 0-d.
         mean = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        if self.world.data_size > 1:  # every process has the same number of tokens
+        if self.world.data_size > 1:  # DDP and FSDP average the gradients; every process has as many tokens
             mean = self.world.sum(mean / self.world.data_size)
         return mean
 
     def _gradient_norm(self, number: int) -> Tensor | None:
-        """The norm of all gradients together, before clipping; None where nothing needs it."""
+        """The norm of all gradients together before clipping, 0-d; None in steps that do not use it."""
         clip = self.config.train.clip_norm
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        # The norm takes a pass over all gradients, so steps that neither clip nor report it do without.
         if clip:
             return clip_(gradients, clip)
         needed = self.is_log_step(number) or self.config.train.on_nan != "stop"
@@ -360,17 +381,18 @@ class Trainer:
         return header(self.config, self.model, trained, data, self.world, self.micro_batch_size)
 
     def _log(self, result: StepResult, progress: LineProgress) -> None:
-        """Write a line of training to metrics.jsonl. Its loss is the mean over the steps since the last one.
+        """Write a training record to metrics.jsonl. Its loss is the mean over the steps since the last record.
 
-        ``data_share`` is the share of the time spent waiting for batches; ``memory`` the peak in bytes; ``mfu`` (on a
-        GPU) the model's FLOP/s divided by the GPU's peak; ``steps_to_reset`` is present where the optimizer resets its
-        moments.
+        ``data_share`` is the fraction of the time spent waiting for batches, ``memory`` the peak in bytes, ``mfu`` (on
+        a GPU) the model's FLOP/s divided by the peak of the GPU. ``steps_to_reset`` is present if the optimizer resets
+        its moments.
         """
         window, waiting = self.window, time.perf_counter()
         loss = window.loss.item() / window.steps  # waits for the GPU
-        if not math.isfinite(loss):
-            self.saver.wait()
+        if not math.isfinite(loss):  # on a GPU the first place where the loss is read
+            self.saver.wait()  # the error names the checkpoints that exist
             raise diverged(self.config, result.step, f"the loss is {loss}")
+        # On a GPU the steps only queue their work. The time of this wait belongs to them.
         waited = time.perf_counter() - waiting
         self.step_seconds += waited
         seconds = window.seconds + waited
@@ -399,8 +421,8 @@ class Trainer:
     # ---- validation ----
 
     def evaluate(self, stop: Interrupts | None = None) -> Any:
-        """Validate the model, which is left in training mode; returns the result of `Task.evaluate`. A signal to
-        ``stop`` ends the validation between two batches, with Stopped."""
+        """Validate the model; returns the result of `Task.evaluate`. After a signal to ``stop`` the validation raises
+        Stopped between two batches."""
 
         def watch(items: Iterable[T]) -> Iterator[T]:
             for item in stop.watch(items) if stop else items:
@@ -427,11 +449,11 @@ class Trainer:
     # ---- checkpoints ----
 
     def save(self, *, keep_all: bool = False, wait: bool = True) -> Path:
-        """Write a checkpoint of the current step; returns its directory, which is complete once `Saver.wait` returns
-        (at once with ``wait``).
+        """Write a checkpoint of the current step; returns its directory, which is complete at once with ``wait``, else
+        when `Saver.wait` returns.
 
-        ``keep_all`` deletes no earlier checkpoint, because this one may be worthless. EvenstepError on a full disk,
-        which leaves earlier checkpoints intact.
+        With ``keep_all`` no earlier checkpoint is deleted: the weights of this one may be ruined. EvenstepError on a
+        full disk; earlier checkpoints stay intact.
         """
         self.heart.beat(self.step_number, "saving")
         self.telemetry.settle(last=keep_all or self.step_number == self.config.total_steps)
@@ -447,8 +469,8 @@ class Trainer:
         return self.saved
 
     def save_finite(self, *, wait: bool) -> Path:
-        """Save, unless the weights are lost. The loss is that of the weights before the last update, so the weights
-        themselves are checked too."""
+        """Save a checkpoint, or raise EvenstepError if loss or weights are not finite. The weights are checked too,
+        because the loss was computed before the last update."""
         loss = self.window.loss.item()
         problem = None if math.isfinite(loss) else f"the loss is {loss}"
         if problem is None and not self.weights_are_finite():
@@ -462,14 +484,14 @@ class Trainer:
         return math.isfinite(total_norm(self.parameters).item())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the model that a checkpoint holds."""
+        """The tensors of the model in a checkpoint."""
         return self.task.tensors(self.model)
 
     def _state(self, optimizer: dict[str, Any]) -> dict[str, Any]:
         """The content of trainer.pt: everything that changes during a run, except the tensors of the model and of the
-        optimizer. ``optimizer`` is the part of its state that is no tensor. Random states are gathered from all
-        processes."""
+        optimizer. ``optimizer`` is the rest of its state. Random states are gathered from all processes."""
         telemetry = self.telemetry.state()
+        # What differs between processes, and is restored only if as many processes resume.
         own = {"rng": rng_state(), "probe": telemetry.pop("probe") if telemetry else None}
         return {
             "step": self.step_number,
@@ -491,8 +513,9 @@ class Trainer:
     def _write_small(self, state: dict[str, Any], directory: Path) -> None:
         """Write the files of a checkpoint other than its shards and manifest.
 
-        The first trainer.pt of a process is read back: an optimizer's state may hold objects that can be pickled and
-        that a safe load refuses. EvenstepError in this case.
+        The first trainer.pt is read back. The state of an optimizer may contain objects that can be pickled, but that
+        ``torch.load(weights_only=True)`` refuses. EvenstepError in this case, so that a run does not train for days
+        before its first resume fails.
         """
         self.task.save_shape(self.model, directory)
         self.tokenizer.save(directory)
@@ -505,9 +528,9 @@ class Trainer:
             refused = re.search(r"GLOBAL (\S+)", str(problem.__cause__))
             what = refused[1] if refused else "objects"
             raise EvenstepError(
-                f"optim.name {self.config.optim.name}: its state holds {what}, which a checkpoint cannot give back, so "
-                "that no run could go on from it; take an optimizer whose state_dict() holds tensors and plain values "
-                "alone"
+                f"optim.name {self.config.optim.name}: its state contains {what}, which cannot be loaded from a "
+                "checkpoint, so the run could not be resumed; choose an optimizer whose state_dict() has only tensors "
+                "and plain values"
             ) from problem
 
     # ---- resume ----
@@ -522,17 +545,16 @@ class Trainer:
         say: Callable[[str], None] = print_line,
         data_progress: Any = None,
     ) -> Trainer:
-        """The run of ``directory`` at its newest whole checkpoint. ``config`` (default: that of the run) may change
+        """The run of ``directory`` at its newest valid checkpoint. ``config`` (default: that of the run) may change
         options whose resume rule allows it.
 
-        A larger ``train.steps`` continues the training; under a cosine or wsd schedule it also changes the learning
-        rates from here on. A budget below the steps already done is refused. Nothing is written before everything has
-        been checked.
+        A larger ``train.steps`` continues the training; with a cosine or wsd schedule it also changes the learning
+        rates from this step on. EvenstepError for a budget below the steps already done, and for every change that the
+        resume rules forbid. Nothing is written before everything has been checked.
         """
         directory = Path(directory)
-        if not (directory / "config.toml").is_file():
-            raise EvenstepError(f"{directory} is not a run: it has no config.toml; evenstep runs lists runs")
-        config = config or build(read_toml(directory / "config.toml"), cls.TASK.config_type)
+        saved = config_file(directory)
+        config = config or build(read_toml(saved), cls.TASK.config_type)
         config = dataclasses.replace(config, out=str(directory), name=config.name or directory.name)
         world = world or World(pick_device(config.train.device))
         say = say if world.is_main else print_nothing
@@ -555,8 +577,8 @@ class Trainer:
             run._restore(checkpoint, trainer)
         run.saved = checkpoint
         if world.is_main:
-            replace_text(directory / "config.toml", to_toml(config))
-            (directory / "summary.json").unlink(missing_ok=True)  # of an earlier end
+            replace_text(saved, to_toml(config))
+            (directory / "summary.json").unlink(missing_ok=True)  # written when the run ended before
         run.metrics = resume_metrics(run.out / "metrics.jsonl", run.step_number, world)
         run.seconds = max(run.seconds, run.metrics.seconds)  # the log may be ahead of the checkpoint
         left = config.total_steps - run.step_number
@@ -567,20 +589,18 @@ class Trainer:
 
     def _restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Load the checkpoint into this run, whose model has the same shape. ``state`` is the content of its
-        trainer.pt.
-
-        EvenstepError when the text or the tokenizer differ from those of the checkpoint.
-        """
+        trainer.pt. EvenstepError when the data or the tokenizer differ from those of the checkpoint."""
         if state["tokenizer"] != self.tokenizer.fingerprint:
             raise EvenstepError(
-                f"{checkpoint} was trained with another tokenizer than '{self.config.data.tokenizer}' is now; bring "
-                f"back the one it had, or start a new run with: {self._new_run(weights=False)}"
+                f"{checkpoint} was trained with another tokenizer than '{self.config.data.tokenizer}' is now; restore "
+                f"the former one, or start a new run with: {self._new_run(weights=False)}"
             )
         if state["data"] != self.task.data_identity():
             raise EvenstepError(
-                f"{checkpoint} was trained on other tokens than {self.config.data.source} gives now (the text has "
-                f"changed); bring back the text, or start a new run from its weights with: {self._new_run()}"
+                f"{checkpoint} was trained on other tokens than {self.config.data.source} has now (the text has "
+                f"changed); restore the text, or start a new run from its weights with: {self._new_run()}"
             )
+        # In place: the parameters of a sharded model keep their layout, whatever number of processes wrote the shards.
         fill(checkpoint, self.tensors())
         load_optimizer(self.model, self.optimizer, checkpoint, state["optimizer"])
         self.step_number, self.tokens = state["step"], state["tokens"]
@@ -595,7 +615,7 @@ class Trainer:
         self.telemetry.load(telemetry and telemetry | {"probe": own["probe"] if own else None}, self.step_number)
         if own:
             set_rng_state(own["rng"])
-        else:  # another number of processes: a new seed, the same for all replicas of a parameter
+        else:  # another number of processes: a new seed, the same in all of them, so that replicas stay equal
             torch.manual_seed(hash((self.config.seed, self.step_number)) % 2**63)
 
     def _new_run(self, *, weights: bool = True) -> str:
@@ -604,17 +624,17 @@ class Trainer:
     # ---- batches whose loss or gradient is not finite: train.on_nan ----
 
     def _pass_over_skipped(self) -> int:
-        """Move the loader past rows that are left out since a rewind or a resume; returns its position."""
+        """Move the loader past the rows that are skipped, after a rewind or a resume; returns its position."""
         for start, stop in sorted(self.skipped):
             if start <= self.loader.position < stop:
                 self.loader.position = stop
         return self.loader.position
 
     def _is_usable(self, loss: Tensor, norm: Tensor | None, number: int, position: int) -> bool:
-        """Whether the optimizer may use these gradients. False: another batch has to be read. EvenstepError: the run
-        ends.
+        """Whether the optimizer may use these gradients. False: the step has to read another batch. EvenstepError: the
+        run ends.
 
-        All processes see the same loss, which is the mean over all of them, and therefore decide the same.
+        The loss and the norm are those of all processes together, so all processes decide the same.
         """
         policy = self.config.train.on_nan
         if policy == "stop" and self.device.type != "cpu":
@@ -626,12 +646,16 @@ class Trainer:
         what = f"the loss is {value}" if not math.isfinite(value) else f"the norm of the gradients is {gradients}"
         self.optimizer.zero_grad(set_to_none=True)
         if policy == "stop":
+            # The weights have not changed since the last step: save them with the position before the bad batch, so
+            # that a resume tries it again.
             self.loader.position = position
             self.saver.wait()
             rescue = self.step_number > 0 and self.weights_are_finite()
             rescued = (self.saved or self.save(keep_all=True)) if rescue else None
             raise diverged(self.config, number, what, rescued)
         rows = (position, position + self.config.train.batch_size)
+        # Bad batches are counted from the newest checkpoint. A rewind repeats its steps, and would repeat them forever
+        # if every batch were bad.
         self.bad_batches = self.bad_batches + 1 if self.saver.last == self.bad_since else 1
         self.bad_since = self.saver.last
         if self.bad_batches > BAD_BATCH_LIMIT:
@@ -639,33 +663,35 @@ class Trainer:
             raise diverged(self.config, number, times)
         if policy == "skip":
             self.skipped.append(rows)
-            self.say(f"step {number}: {what}; sequences {rows[0]} to {rows[1] - 1} are left out")
+            self.say(f"step {number}: {what}; sequences {rows[0]} to {rows[1] - 1} are skipped")
         else:
             self._rewind(number, what, rows)
         return False
 
     def _rewind(self, number: int, what: str, rows: tuple[int, int]) -> None:
-        """Return to the newest whole checkpoint, and leave out the ``rows`` of the data from there on."""
+        """Return to the newest valid checkpoint, and skip the ``rows`` of the data from there on."""
         self.saver.wait()
         try:
             checkpoint = Path(self.world.on_rank_0(lambda: str(newest_checkpoint(self.out, self.say))))
         except EvenstepError:
             raise diverged(self.config, number, f"{what}, and there is no checkpoint to go back to") from None
+        # `_restore` replaces the list by that of the checkpoint, which does not know the rows skipped since.
         skipped = [*self.skipped, rows]
         with self.world.raise_on_all_ranks():
             self._restore(checkpoint, read_trainer(checkpoint))
         self.skipped = sorted(set(skipped) | set(self.skipped))
         self.saved = checkpoint
+        # The log forgets the steps that will be repeated.
         self.metrics.close()
         self.metrics = resume_metrics(self.out / "metrics.jsonl", self.step_number, self.world)
         self.say(
-            f"step {number}: {what}; back to {checkpoint}, sequences {rows[0]} to {rows[1] - 1} are left out from here"
+            f"step {number}: {what}; back to {checkpoint}, sequences {rows[0]} to {rows[1] - 1} are skipped from here"
         )
 
     # ---- the end ----
 
     def _finish(self) -> dict[str, Any]:
-        """Write summary.json, curve.png and the files of the task, print the closing lines; returns the summary."""
+        """Write summary.json, curve.png and the files of the task, and print the closing lines; returns the summary."""
         facts = run_facts(
             self.config,
             model=self.model,
@@ -681,7 +707,7 @@ class Trainer:
             skipped=self.skipped,
         )
         facts |= self.task.conclusion(self.model, self.out, self.metrics)
-        # A sharded model cannot generate text by itself, so the checkpoint just written is loaded for the sample.
+        # Process 0 alone cannot run a sharded model, so the sample comes from the checkpoint just written.
         reloaded = self.saved if self.parallel.sharded else None
         return finish(
             self.out,
@@ -702,15 +728,15 @@ Run = Trainer
 
 
 def train(config: BaseConfig, directory: Path | None, *, auto: bool = False, trainer: type[Trainer] = Trainer) -> None:
-    """Train as ``evenstep pretrain`` and ``evenstep finetune`` do, in this process as one or as one of several.
+    """The body of ``evenstep pretrain`` and ``evenstep finetune``, in a single process or in one of several.
 
-    Starts the run of ``config``, or continues the one in ``directory``. ``auto`` continues the run in ``config.out``
-    if it has a checkpoint; so do processes that torchrun has restarted after a failure.
+    Starts the run of ``config``, or continues the run in ``directory``. With ``auto``, and in processes that torchrun
+    has restarted after a failure, the run in ``config.out`` is continued if it has a checkpoint.
     """
     may_restart = launched() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
     if directory is None and config.out is None and (auto or may_restart):
         why = "--resume auto" if auto else "torchrun --max-restarts"
-        raise EvenstepError(f"{why} needs --out DIR, where the run is found again")
+        raise EvenstepError(f"{why} needs --out DIR, the directory in which the run is continued")
     with open_world(config) as world:
         if directory is None and (auto or restarts() > 0):
             out = Path(config.out or "")

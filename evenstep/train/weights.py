@@ -1,4 +1,4 @@
-"""Weights on the disk: how to find and load those of a run, a checkpoint or a folder in Hugging Face layout, and
+"""Weights on the disk: finding and loading those of a run, a checkpoint or a directory in Hugging Face layout, and
 ``evenstep export``, which writes them for other programs.
 """
 
@@ -19,37 +19,43 @@ from evenstep.train.config_io import read_toml
 from evenstep.train.files import check_creatable
 
 PRODUCT = "model"
-"""The folder of a fine-tuning run that holds its model, in Hugging Face layout."""
+"""The directory inside a fine-tuning run that contains its final model, in Hugging Face layout."""
 
 
 def find_source(path: Path, say: Callable[[str], None], option: str = "model.init") -> Path:
-    """The directory with ``config.json`` and weights that ``path`` stands for: ``path`` itself, the newest whole
-    checkpoint of a pretraining run, or the model of a fine-tuning run. ``say`` gets a line for each damaged checkpoint
-    that is passed over. EvenstepError, which names ``option``, when ``path`` is none of these."""
+    """The directory with ``config.json`` and weights that ``path`` stands for: ``path`` itself, the newest valid
+    checkpoint of a pretraining run, or the final model of a fine-tuning run.
+
+    ``say`` is called with one line for each damaged checkpoint that is skipped. EvenstepError, which names ``option``,
+    when ``path`` is none of these.
+    """
     if not path.is_dir():
         raise EvenstepError(
             f"{option}: there is no directory {path}; give a run, a checkpoint, or a model in Hugging Face layout"
         )
     if (path / "config.json").is_file():
         return path
+    # A checkpoint without config.json: FineTuning.save_shape writes one only for a complete model of evenstep.
     if (path / MANIFEST).is_file():
-        raise EvenstepError(f"{path} holds a part of a model alone (adapters, or one of transformers); give its run")
+        raise EvenstepError(
+            f"{path} has no complete model of evenstep (adapters, or a model of transformers); give its run"
+        )
     if not (path / "config.toml").is_file() or "tune" not in read_toml(path / "config.toml"):
         return newest_checkpoint(path, say)
     if not (path / PRODUCT / "config.json").is_file():
-        raise EvenstepError(f"{path} is a fine-tuning run that has not ended; {how_to_continue(path)}")
+        raise EvenstepError(f"{path} is a fine-tuning run that is not finished; {how_to_continue(path)}")
     return path / PRODUCT
 
 
 def load_model(source: Path) -> Llama:
-    """The model of a checkpoint, or in Hugging Face layout, on the CPU, in the dtype it was saved in. EvenstepError for
-    what cannot be read."""
+    """The model of a checkpoint or of a directory in Hugging Face layout, on the CPU, in its saved dtype. EvenstepError
+    when it cannot be read."""
     return load_pretrained(source, load_model_state(source) if _sharded(source) else None)
 
 
 def _sharded(source: Path) -> bool:
-    """Whether this is a checkpoint of the current layout. Earlier ones had a manifest and weights in Hugging Face
-    layout."""
+    """Whether ``source`` is a checkpoint of the current layout. Earlier checkpoints also have a manifest, but weights
+    in Hugging Face layout."""
     try:
         manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
         return "model.safetensors" not in manifest["files"] and "evenstep.safetensors" not in manifest["files"]
@@ -57,8 +63,17 @@ def _sharded(source: Path) -> bool:
         return False
 
 
+def check_positions(seq_len: int, positions: int, source: Path | None) -> None:
+    """EvenstepError when sequences are longer than the ``positions`` of the model from ``source``."""
+    if seq_len > positions:
+        raise EvenstepError(
+            f"train.seq_len {seq_len} is longer than the {positions} positions of the model of {source}; give at most "
+            f"{positions}"
+        )
+
+
 def with_lowbit(model: Llama, recipe: str | None, say: Callable[[str], None]) -> Llama:
-    """``model`` with its linear layers quantised by ``recipe``; its weights and their names do not change."""
+    """``model`` with its linear layers quantised by ``recipe``, in place; weights and their names do not change."""
     if recipe is None:
         return model
     report = lowbit_report(quantize_(model, recipe))
@@ -76,13 +91,18 @@ WEIGHTS = "model.safetensors"
 
 
 def export(source: Path, to: str, out: Path, say: Callable[[str], None]) -> None:
-    """Write the weights of a run's newest whole checkpoint, or of the checkpoint ``source``, into the new directory
-    ``out``, all of it or nothing.
+    """Write the weights of a checkpoint, or of the newest valid checkpoint of a run, for other programs.
 
-    ``to`` "hf": what ``transformers.AutoModelForCausalLM.from_pretrained`` opens, with the tokenizer. "safetensors":
-    one file, parameter names as keys. Weights keep their dtype. However many processes wrote the checkpoint, one reads
-    it. EvenstepError for a source without weights or with a broken file, a directory that holds something, and for "hf"
-    of a model that transformers does not have.
+    Args:
+        source: a run or a checkpoint, written by any number of processes.
+        to: "hf": a directory that ``transformers.AutoModelForCausalLM.from_pretrained`` loads, with the tokenizer;
+            "safetensors": one file with parameter names as keys. Weights keep their dtype.
+        out: a new or empty directory. It is renamed into place when it is complete.
+        say: called with lines for the user.
+
+    Raises:
+        EvenstepError: a source without weights or with a damaged file, a directory that is not empty, or, for "hf", a
+            model that transformers does not have.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise EvenstepError(f"{out} exists and is not an empty directory; give another --out")
@@ -92,14 +112,15 @@ def export(source: Path, to: str, out: Path, say: Callable[[str], None]) -> None
     found = find_source(source, say)
     fault = find_fault(found) if (found / MANIFEST).exists() else None
     if fault:
-        raise EvenstepError(f"{found} is not whole: {fault}; give an earlier checkpoint (evenstep inspect shows them)")
+        raise EvenstepError(f"{found} is damaged: {fault}; give an earlier checkpoint (evenstep inspect lists them)")
     try:
         model = load_model(found)
     except EvenstepError as problem:
         if (found / MANIFEST).exists():
             raise
-        raise EvenstepError(f"{problem} ({found} is in Hugging Face layout already)") from problem
+        raise EvenstepError(f"{problem} ({found} already is in Hugging Face layout)") from problem
     write = _WRITERS[to]
+    # Written beside `out`, on the same file system, and renamed: a killed export leaves no incomplete directory there.
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as parent:
@@ -120,24 +141,26 @@ def _to_hf(model: Llama, source: Path, directory: Path) -> None:
 
     if model.config.norm != "pre":
         raise EvenstepError(
-            f"transformers has no LLaMA with norm '{model.config.norm}'; give --to safetensors for its weights alone"
+            f"transformers has no LLaMA with norm '{model.config.norm}'; give --to safetensors for the weights alone"
         )
     write_hf(model, load_tokenizer(source), directory)
 
 
 def write_hf(model: Llama, tokenizer: Any, directory: Path) -> None:
-    """Weights, shape and tokenizer (anything with ``save`` and ``eos_id``) as transformers opens them."""
+    """Write weights, shape and tokenizer in the layout that transformers loads. ``tokenizer`` has ``save`` and
+    ``eos_id``."""
     save_pretrained(model, directory)
     tokenizer.save(directory)
     path = directory / "config.json"
+    # Without this key transformers' generate() would not stop at the end of a document.
     config = json.loads(path.read_text(encoding="utf-8")) | {"eos_token_id": tokenizer.eos_id}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _to_safetensors(model: Llama, source: Path, directory: Path) -> None:
+    # safetensors refuses tensors that are not contiguous.
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     require_safetensors().save_file(weights, directory / WEIGHTS, metadata={"format": "pt", "norm": model.config.norm})
 
 
 _WRITERS: dict[str, Callable[[Llama, Path, Path], None]] = {"hf": _to_hf, "safetensors": _to_safetensors}
-TARGETS = tuple(_WRITERS)

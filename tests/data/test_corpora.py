@@ -160,9 +160,9 @@ def test_unknown_sources_suggest_the_nearest():
         split_source("stdlb")
     refused("hf:", "needs a dataset")
     refused("text:", "needs a file")
-    refused("kjv:genesis", "takes nothing after its name")
-    refused("stdlib:os", "takes nothing after its name")
-    refused("shards:x", "holds tokens")
+    refused("kjv:genesis", "has no argument")
+    refused("stdlib:os", "has no argument")
+    refused("shards:x", "has tokens")
 
 
 def test_bad_files_are_named(tmp_path):

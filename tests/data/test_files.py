@@ -422,7 +422,7 @@ def test_what_was_left_out_is_told_and_kept(tmp_path):
     (tmp_path / "in" / "a.jsonl").write_text('{"body": 1}\n')
     with pytest.raises(EvenstepError, match=r"no text in the corpus.*left out: 1 files or rows without a field"):
         prepare(spec)
-    with pytest.raises(EvenstepError, match=r"data\.exclude leaves out files of text: sources"):
+    with pytest.raises(EvenstepError, match=r"data\.exclude applies to text: sources only"):
         DataSpec("kjv", exclude="*.md")
     with pytest.raises(EvenstepError, match=r"data\.on_bad is 'ignore'; allowed are stop and skip"):
         DataSpec("kjv", on_bad="ignore")
@@ -504,7 +504,7 @@ def test_paths_are_found_from_the_working_directory(tmp_path):
 def test_fine_tuning_skips_what_the_reader_cannot_use(tmp_path):
     good = '{"prompt": "p", "response": "r"}'
     path = written(tmp_path / "a.jsonl.gz", gzip.compress(f"{good}\n{{broken\n[1]\n{good}\n".encode()))
-    with pytest.raises(EvenstepError, match=r"a\.jsonl\.gz line 2: no JSON.*data\.on_bad skip"):
+    with pytest.raises(EvenstepError, match=r"a\.jsonl\.gz line 2: not JSON.*data\.on_bad skip"):
         read_examples(path)
     bad = []
     assert len(read_examples(path, bad=bad)) == 2 and len(bad) == 2

@@ -164,7 +164,7 @@ def test_the_smallest_corpus_that_fills_a_batch_is_enough(folder):
 
 
 def test_nothing_to_evaluate_is_said_before_the_first_batch(folder):
-    with pytest.raises(EvenstepError, match="nothing to evaluate"):
+    with pytest.raises(EvenstepError, match="too few to evaluate"):
         eval_batches(stream_of(folder, 0), 10, 8)
     with pytest.raises(EvenstepError, match="max_tokens is 0"):
         eval_batches(stream_of(folder, 50), 10, 8, max_tokens=0)

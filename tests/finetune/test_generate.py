@@ -115,7 +115,7 @@ def test_what_writes_no_text_is_refused_in_one_line(hub, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text("[tune]\n")
     capsys.readouterr()
-    for place, message in (("bert", "puts texts into classes"), ("run", "has not ended")):
+    for place, message in (("bert", "is a classifier"), ("run", "is not finished")):
         assert main(["generate", str(tmp_path / place), "--prompt", "a"]) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1

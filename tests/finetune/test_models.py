@@ -136,16 +136,16 @@ def saved(folder, kind, auto="AutoModelForMaskedLM", **shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "electra", "roformer"])
 def test_encoders_write_no_text(kind, dtype, tmp_path):
-    with pytest.raises(EvenstepError, match="outputs see later tokens") as raised:
+    with pytest.raises(EvenstepError, match="outputs depend on later tokens") as raised:
         load_hub(saved(tmp_path, kind), (), dtype)
     assert "\n" not in str(raised.value)
-    with pytest.raises(EvenstepError, match="outputs see later tokens"):
+    with pytest.raises(EvenstepError, match="outputs depend on later tokens"):
         open_to_write(Source(tmp_path, "transformers"))
 
 
 def test_a_permutation_model_writes_no_text(tmp_path):
     saved(tmp_path, "xlnet", "AutoModelForCausalLM", d_model=32, n_layer=2, n_head=2, d_inner=48)
-    with pytest.raises(EvenstepError, match="outputs see later tokens"):
+    with pytest.raises(EvenstepError, match="outputs depend on later tokens"):
         load_hub(tmp_path, (), torch.float32)
 
 
@@ -221,6 +221,6 @@ def test_lora_tells_what_it_does_not_adapt(tmp_path):
     Tuning(config(folder_of("mixtral", tmp_path), tmp_path / "x", tune={"adapter": "lora", "rank": 2}), say=told.append)
     (adapted,) = (line for line in told if line.startswith("LoRA of rank 2"))
     assert adapted.endswith("k_proj, o_proj, q_proj, v_proj")
-    (left,) = (line for line in told if line.startswith("neither adapted nor trained"))
+    (left,) = (line for line in told if line.startswith("frozen, without an adapter"))
     assert "experts.down_proj (stacked)" in left and "lm_head" in left and "q_proj" not in left
     assert any(line.startswith("stacked: ") for line in told)

@@ -123,5 +123,5 @@ def test_two_processes_train_as_one_and_write_once(names, model, tmp_path):
 
 @pytest.mark.parametrize("mode", ["fsdp", "hsdp", "tp+fsdp"])
 def test_a_model_is_not_cut_over_processes(mode, model, tmp_path):
-    with pytest.raises(EvenstepError, match="fine-tuning has none and ddp"):
+    with pytest.raises(EvenstepError, match="cannot be used for fine-tuning; give none or ddp"):
         config(model, tmp_path / "run", mode)

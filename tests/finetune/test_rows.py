@@ -107,12 +107,12 @@ def test_bad_lines_are_refused_by_their_number(name, tmp_path):
 
 def test_unknown_formats_and_files_are_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"colour": "red"}\n')
-    with pytest.raises(EvenstepError, match="line 1: unknown format, its fields are colour"):
+    with pytest.raises(EvenstepError, match="line 1: unknown format with the fields colour"):
         read_examples(tmp_path / "x.jsonl")
     (tmp_path / "x.jsonl").write_text("{\n")
-    with pytest.raises(EvenstepError, match="line 1: no JSON"):
+    with pytest.raises(EvenstepError, match="line 1: not JSON"):
         read_examples(tmp_path / "x.jsonl")
-    with pytest.raises(EvenstepError, match="there is no"):
+    with pytest.raises(EvenstepError, match="does not exist"):
         read_examples(tmp_path / "y.jsonl")
 
 
@@ -227,14 +227,14 @@ BAD_CHATS = {
     "no answer": ([USER, {"role": "assistant", "content": None}], "line 2: 'content' is missing"),
     "an empty list": ([USER, {"role": "assistant", "content": []}], "line 2: 'content' is empty"),
     "no calls": ([USER, {"role": "assistant", "content": None, "tool_calls": []}], "line 2: 'content' is missing"),
-    "a picture": ([picture("image_url"), ANSWER], "line 2: 'content' holds a part of type 'image_url'"),
-    "a system alone": ([{"role": "system", "content": "be short"}], "line 2: the last message is of the system"),
+    "a picture": ([picture("image_url"), ANSWER], "line 2: 'content' has a part of type 'image_url'"),
+    "a system alone": ([{"role": "system", "content": "be short"}], "line 2: the role of the last message is system"),
     "a system without a word": (
         [{"role": "system", "content": ""}],
-        "line 2: the last message is of the system",
+        "line 2: the role of the last message is system",
     ),
-    "the user last": ([USER, ANSWER, USER], "line 2: the last message is of the user"),
-    "a role": ([{"role": "critic", "content": "x"}, ANSWER], "line 2: a message's role is 'critic'"),
+    "the user last": ([USER, ANSWER, USER], "line 2: the role of the last message is user"),
+    "a role": ([{"role": "critic", "content": "x"}, ANSWER], "line 2: the role of a message is 'critic'"),
     "a call of nothing": ([USER, {**CALLING, "tool_calls": [{"id": "1"}]}], "line 2: a tool call is"),
     "an answer not to be learned": ([USER, {**ANSWER, "weight": 0}], "line 2: a message has weight 0"),
 }
@@ -260,5 +260,5 @@ def test_bad_lines_of_every_format_are_left_out(tmp_path):
     (example,) = read_examples(tmp_path / "x.jsonl", bad=bad)
     assert example.answer == "b" and len(bad) == 5
     (tmp_path / "x.jsonl").write_text("\n".join(lines[:3]))
-    with pytest.raises(EvenstepError, match=r"all of its 3 examples are bad, the first: .* line 1: no JSON"):
+    with pytest.raises(EvenstepError, match=r"all of its 3 examples are invalid, the first: .* line 1: not JSON"):
         read_examples(tmp_path / "x.jsonl", bad=[])

@@ -170,7 +170,7 @@ def test_a_cut_that_leaves_no_answer_is_told_without_advising_itself(hub, tmp_pa
     told = []
     run = Tuning(config(hub, tmp_path / "x.jsonl", tmp_path / "run", **more), say=told.append)
     (line,) = (line for line in told if line.startswith("left out"))
-    assert "left out: 3 examples" in line and "hold nothing of the answer" in line and "too_long" not in line
+    assert "left out: 3 examples" in line and "without a part of the answer" in line and "too_long" not in line
     assert len(run.data.train_documents) == 8
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[8:]))
     with pytest.raises(EvenstepError, match="has a part of its answer in its first 32 tokens") as raised:
@@ -193,8 +193,8 @@ def test_bad_examples_stop_a_run_or_are_skipped_and_counted(hub, tmp_path):
     run = Tuning(config(hub, tmp_path / "x.jsonl", tmp_path / "run", **more), say=told.append)
     summary = run.fit()
     assert summary["examples"] == 12 and summary["left_out"] == 2
-    assert sum("bad examples" in line for line in told) == 2
-    assert any("left out: 2 bad examples" in line and "line 13: 'response' is empty" in line for line in told)
+    assert sum("invalid examples" in line for line in told) == 2
+    assert any("left out: 2 invalid examples" in line and "line 13: 'response' is empty" in line for line in told)
 
 
 def test_what_a_chat_template_refuses_is_skipped(hub, tmp_path):

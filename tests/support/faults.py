@@ -145,7 +145,7 @@ def _spoil(corpus: Path, out: Path, spoil, word: str, **more: str) -> int:
     with job(corpus, out, **more) as running:
         running.wait_for(lambda: "resumed from" in running.said())
         said = running.said()
-        assert f"{path} passed over" in said and word in said and f"resumed from {before}" in said, said[-2000:]
+        assert f"{path} skipped" in said and word in said and f"resumed from {before}" in said, said[-2000:]
         running.wait_for(lambda: newest(out) >= step and find_fault(path) is None)  # saved again
         running.kill_all()
     all_whole(out)

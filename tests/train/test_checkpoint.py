@@ -80,9 +80,9 @@ def test_a_damaged_manifest_is_a_fault_like_any_other(place, content):
 def test_no_whole_checkpoint_is_one_clear_line(place, tmp_path):
     for path in list_checkpoints(place):
         truncate(path / "config.json")
-    with pytest.raises(EvenstepError, match="none of its 2 checkpoints is whole"):
+    with pytest.raises(EvenstepError, match="all of its 2 checkpoints are damaged"):
         newest_checkpoint(place.parent, silent)
-    with pytest.raises(EvenstepError, match="no checkpoint there"):
+    with pytest.raises(EvenstepError, match="has no checkpoints"):
         newest_checkpoint(tmp_path / "elsewhere", silent)
 
 

@@ -239,7 +239,7 @@ def test_what_the_new_optimizer_lacks_is_left_out_and_named(tmp_path, capsys, te
     config = load_config(tmp_path / "r.toml", [("optim.name", name)])
     assert (config.optim.name, config.optim.options) == (name, kept)
     err = capsys.readouterr().err
-    assert err.endswith(f"{name} lacks: {told}\n") if told else err == ""
+    assert err.endswith(f"{name} does not have: {told}\n") if told else err == ""
 
 
 def test_what_the_command_line_gives_is_not_left_out(tmp_path, capsys):

@@ -115,7 +115,7 @@ def test_inspect_tells_what_is_there(run, newest, capsys):
     status, out, err = call(capsys, "inspect", run)
     assert (status, err) == (0, "")
     assert "step 4, 256 tokens, written by 1 process," in out and "stable_spam" in out
-    assert "every checksum is right" in out and "older ones of this run: step-000002" in out
+    assert "all checksums match" in out and "older checkpoints of this run: step-000002" in out
     assert "model.lm_head.weight" in out and "[300, 128]" in out and "float32" in out
     assert "optimizer: exp_avg of 39 parameters" in out
     facts = json.loads(call(capsys, "inspect", newest, "--json")[1])

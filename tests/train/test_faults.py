@@ -125,7 +125,7 @@ def test_skip_leaves_the_batch_out_and_does_the_step_with_the_next(corpus, tmp_p
     run = poisoned(Run(quick(corpus, tmp_path / "run", train__on_nan="skip"), say=said.append), {8, 12})
     summary = run.fit()
     assert run.skipped == [(8, 12), (12, 16)] and summary["skipped_sequences"] == 8 and summary["steps"] == 8
-    assert run.loader.position == 10 * 4 and "sequences 8 to 11 are left out" in said[0]
+    assert run.loader.position == 10 * 4 and "sequences 8 to 11 are skipped" in said[0]
     plain = Run(quick(corpus, tmp_path / "plain"), say=silent)
     expected = [plain.step().loss.item() for _ in range(2)]
     plain.loader.position = 16
@@ -178,7 +178,7 @@ def test_all_processes_skip_together(corpus, tmp_path, mode):
 
 REFUSED = [
     ({"RANK": "0"}, {"parallel.mode": "ddp"}, "WORLD_SIZE is not in the environment"),
-    ({}, {"parallel.mode": "fsdp"}, "needs several processes: start them with torchrun"),
+    ({}, {"parallel.mode": "fsdp"}, "needs several processes; start them with torchrun"),
     ({"WORLD": "2"}, {}, "parallel.mode is none, but there are 2 processes"),
     ({"WORLD": "3"}, {"parallel.mode": "ddp"}, "batch_size 4 is not divisible by the 3 processes"),
     (
@@ -188,13 +188,13 @@ REFUSED = [
     ),
     ({"WORLD": "4"}, {"parallel.mode": "tp+fsdp", "parallel.tensor": "3"}, "parallel.tensor 3 does not divide"),
     ({"WORLD": "4"}, {"parallel.mode": "hsdp", "parallel.replicate": "3"}, "parallel.replicate 3 does not divide"),
-    ({}, {"parallel.mode": "ddp", "parallel.tensor": "2"}, "parallel.tensor 2 has no meaning with parallel.mode ddp"),
+    ({}, {"parallel.mode": "ddp", "parallel.tensor": "2"}, "parallel.tensor 2 has no effect with parallel.mode ddp"),
     (
         {"WORLD": "2"},
         {"parallel.mode": "tp+fsdp", "parallel.tensor": "2", "lowbit": "fp4"},
-        "lowbit fp4 does not go with",
+        "lowbit fp4 cannot be used with",
     ),
-    ({"RANK": "x", "WORLD": "2"}, {"parallel.mode": "ddp"}, "environment of torchrun is damaged"),
+    ({"RANK": "x", "WORLD": "2"}, {"parallel.mode": "ddp"}, "torchrun's environment is not a number"),
     ({"TORCHELASTIC_MAX_RESTARTS": "3", "WORLD": "2"}, {"parallel.mode": "ddp", "out": None}, "needs --out"),
 ]
 

@@ -46,7 +46,7 @@ def test_what_is_for_show_fails_no_run(corpus, tmp_path, monkeypatch, part):
     monkeypatch.setattr(owner, name, broken)
     said = []
     found = Run(short(corpus, tmp_path / "run"), say=said.append).fit()
-    assert words in said and any("go on:" in line for line in said)
+    assert words in said and any("continue:" in line for line in said)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["val_loss"] == found["val_loss"] > 0
     assert list_runs(tmp_path / "run")[0].status == "finished"
 

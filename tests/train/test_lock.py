@@ -123,7 +123,7 @@ def test_a_start_after_another_run_has_come_and_gone_is_refused(corpus, finished
     monkeypatch.setattr(
         "evenstep.train.files.check_creatable", lambda _: out.exists() or shutil.copytree(finished, out)
     )
-    with pytest.raises(EvenstepError, match="holds a run already"):
+    with pytest.raises(EvenstepError, match="already has a run"):
         Run(quick(corpus, out), say=silent)
 
 
@@ -210,7 +210,7 @@ def test_a_file_system_without_locks_is_told_of_and_no_other_process(tmp_path, m
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(files.fcntl, "flock", refuse)
-    with pytest.warns(UserWarning, match="gives no locks"), locked(tmp_path):
+    with pytest.warns(UserWarning, match="has no locks"), locked(tmp_path):
         pass
     assert not is_running(tmp_path)
 
@@ -397,7 +397,7 @@ def test_of_two_processes_one_trains_and_its_files_are_whole(corpus, tmp_path, r
         else:
             assert sorted(statuses) == [0, 2], said
             told = said[statuses.index(2)]
-            assert "is being trained by another process (process" in told or "holds a run already" in told
+            assert "is being trained by another process (process" in told or "already has a run" in told
             refused += "another process" in told
         steps = [record["step"] for record in read_metrics(out / "metrics.jsonl") if "loss" in record]
         assert steps == list(range(1, 31)), (i, steps)

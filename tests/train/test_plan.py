@@ -277,7 +277,7 @@ def test_what_cannot_be_cut_is_refused():
         planned(parallel__mode="fsdp", optim__name="spam", **{"optim.density": "0.5"})
     with pytest.raises(EvenstepError, match=r"parallel\.tensor 8 does not divide the model's num heads 4"):
         planned(parallel__mode="tp+fsdp", **{"parallel.tensor": "8"})
-    with pytest.raises(EvenstepError, match="--gpus 0"):
+    with pytest.raises(EvenstepError, match="--gpus is 0"):
         planned(gpus=0)
     assert replace(planned(gpus=1), gpu_memory=1.0).fits is False
 

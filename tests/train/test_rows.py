@@ -64,7 +64,7 @@ def test_no_run_and_another_text_are_refused(trained, tmp_path):
     kept = corpus.read_text()
     try:
         corpus.write_text("".join(line + "\n" for line in reversed(kept.splitlines())))
-        with pytest.raises(EvenstepError, match=r"other tokens than .* gives now"):
+        with pytest.raises(EvenstepError, match=r"other tokens than .* has now"):
             rows_of(folder / "run", 0, 1)
     finally:
         corpus.write_text(kept)

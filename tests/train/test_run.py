@@ -408,7 +408,7 @@ def test_the_log_holds_the_mean_loss_since_the_last_line(corpus, tmp_path):
 def test_an_existing_run_is_not_overwritten(corpus, tmp_path):
     Run(quick(corpus, tmp_path / "run"), say=silent).save()
     before = (tmp_path / "run" / "config.toml").read_bytes()
-    with pytest.raises(EvenstepError, match=r"holds a run already.*--resume.*--out"):
+    with pytest.raises(EvenstepError, match=r"already has a run.*--resume.*--out"):
         Run(quick(corpus, tmp_path / "run", seed="7"), say=silent)
     assert (tmp_path / "run" / "config.toml").read_bytes() == before
     (tmp_path / "mine").mkdir()
@@ -431,7 +431,7 @@ def test_training_starts_from_a_given_model(corpus, tmp_path):
     second = Run(quick(corpus, tmp_path / "second", model__init=str(where)), say=silent)
     assert_same_tensors(dict(first.model.named_parameters()), dict(second.model.named_parameters()), "model")
     assert second.step_number == 0
-    with pytest.raises(EvenstepError, match=r"tokenizer has 320 entries, the model .* only 300"):
+    with pytest.raises(EvenstepError, match=r"tokenizer has 320 entries, but the model .* only 300"):
         Run(quick(corpus, tmp_path / "third", model__init=str(where), data__vocab_size="320"), say=silent)
 
 

@@ -91,7 +91,7 @@ def test_the_rescue_before_a_nan_deletes_nothing_and_the_advice_works(corpus, tm
         run.fit()
     message = str(caught.value)
     assert kept(out) == ["step-000002", "step-000003"]
-    assert "step-000003, though they may be ruined" in message and "good" not in message
+    assert "step-000003, but may already be ruined" in message and "good" not in message
     assert "the checkpoint before is" in message and "step-000002" in message
     words = advised(message)
     assert words[words.index("--model.init") + 1].endswith("step-000002") and float(words[4]) == 0.0003
