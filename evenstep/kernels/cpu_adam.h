@@ -161,8 +161,8 @@ static inline __attribute__((always_inline)) void adam_turn(float *__restrict p,
   }
 }
 
-// At most SPAN entries. Square roots for SPAM's clipping are computed only for turns in which g^2 > theta v somewhere; the
-// test is slightly too strict (1.0001), which costs time but changes no result.
+// At most SPAN entries. Square roots for SPAM's clipping are computed only for turns in which g^2 > theta v somewhere. The
+// factor 1.0001 covers the rounding of this test: it computes a root too many now and then, and changes no result.
 template <bool CAP, bool SIMPLE>
 static void adam_chunk(float *__restrict p, const float *__restrict g, float *__restrict m, float *__restrict v, int64_t n, const Numbers &numbers, bool zero_history, Sums &sums) {
   const Numbers c = numbers;

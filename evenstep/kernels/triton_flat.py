@@ -12,7 +12,7 @@ a loop over tiles of ``TILE`` entries. Arguments that the kernels share:
 
 Memory: entries that a program writes are read by no other program of the launch, and each program has its own column of
 ``out``. So there are no races and no atomics, and results are the same on every run. Launches on one stream run in
-order, which is all that one kernel needs of the one before.
+order, so each kernel sees the results of its predecessor.
 
 Overflow: tables are int64, so a position within a tensor (``start``, ``offsets``) is int64, and tensors may have more
 than 2^31 entries. Numbers of chunks and of tensors are int32.

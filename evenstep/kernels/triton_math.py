@@ -165,7 +165,7 @@ def close_moment(
 
 @device_function
 def nearest_code(x: tl.tensor, map: tl.tensor, SIGNED: tl.constexpr) -> tl.tensor:
-    """The code of the nearest of torchao's 256 ascending values for |x| <= 1; torchao's choice between two as near.
+    """The code of the nearest of torchao's 256 ascending values for |x| <= 1. Ties are broken as in torchao.
 
     A search through the map would take ten dependent reads at addresses that differ between threads, and these, not
     memory, would set the pace. But the values are known: 2^i of them, twice as many without a sign, lie evenly from

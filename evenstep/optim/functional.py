@@ -397,9 +397,9 @@ ROBUST_RATIO, ROBUST_RISE, ROBUST_START = 2.0, 0.1, 10  # as in kernels/cpu_adam
 
 
 def robust_input(x: Tensor, ema: Tensor, n: Tensor, gamma: float | Tensor) -> Tensor:
-    """The value that enters a running mean in place of ``x`` with ``robust=True``, all ``[k]``: at most twice the
-    bias-corrected mean of the values before it, or as much as raises that mean by a tenth if this is more, once there
-    are `ROBUST_START` of them.
+    """The value that enters a running mean in place of ``x`` with ``robust=True``, all ``[k]``. The bound is twice the
+    bias-corrected mean of the earlier values, or the value that raises this mean by 10 %, whichever is larger. It
+    applies once there are `ROBUST_START` earlier values.
 
     A spike then moves the mean little, however large it is. A lasting rise is still followed, by a factor of 1.1 or
     more per update. The rule is evenstep's own and not in the paper.

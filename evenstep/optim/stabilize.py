@@ -7,8 +7,8 @@ are kept beside the state (an extra key in ``state[p]`` would make torch's optim
 that parameter) and are merged into ``state_dict`` under prefixed keys (see chain.py).
 
 A tensor whose gradient is not finite should not be stepped, but the base cannot be told so without reading the
-gradient's finiteness from the device. Of an exact skip, no such read, and no extra memory, any two are possible; the
-option ``nonfinite`` chooses.
+gradient's finiteness from the device. At most two of these are possible: an exact skip, no device read, no extra
+memory. The option ``nonfinite`` chooses.
 
 Read in this order: `stabilize` (the options), `Stabilized._step`, chain.py (one pass through the transforms),
 base_optimizer.py (the swap of gradients, resets, undoing a step).

@@ -44,9 +44,9 @@ class StableSPAM(EvenOptimizer):
         variant: ``"paper"`` (default), or ``"official"`` for the published code's trajectory step by step: one counter
             for statistics and moments, which after a reset inflates AdaClip's limit; the reset step still uses the old
             moments; the schedule is periodic.
-        robust: from the 11th update on, a value enters the running means of AdaClip and AdaGN as at most twice the
-            bias-corrected mean, or as much as raises it by a tenth. A spike then does not shrink the steps after it.
-            Default False (the paper).
+        robust: bound the values that enter the running means of AdaClip and AdaGN, so that a spike does not shrink the
+            steps after it: from the 11th update on, the bound is twice the bias-corrected mean, or the value that
+            raises it by 10 %, whichever is larger. Default False (the paper).
         maximize: ascend instead of descend. Default False.
         capturable: keep the clock on the device, so that the step can be captured in a CUDA graph. Default False.
         rounding: how results enter 16-bit parameters: ``"nearest"`` (default), ``"stochastic"`` or ``"kahan"`` (2 more

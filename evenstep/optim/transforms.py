@@ -121,8 +121,9 @@ class AdaClip(Transform):
 
     Args:
         gamma3: decay of the running mean, in [0, 1). Default 0.999 (paper).
-        robust: from the 11th update on, the largest entry enters T as at most twice the limit so far, or as much as
-            raises the limit by a tenth. Default False (paper).
+        robust: bound the largest entry as it enters T, so that a spike hardly raises the limit: from the 11th update
+            on, the bound is twice the limit so far, or the value that raises it by 10 %, whichever is larger. Default
+            False (paper).
 
     Raises:
         ValueError: an option is out of range.
@@ -172,8 +173,9 @@ class AdaGN(Transform):
         gamma1: decay of the mean of the norm, in [0, 1). Default 0.7 (paper, 4-bit; 0.85 for BF16).
         gamma2: decay of the mean square of the norm, in [0, 1). Default 0.9 (paper, 4-bit; 0.99999 for BF16).
         eps: added to the root, at least 0. Default 1e-8 (official code).
-        robust: from the 11th update on, a norm enters both means as at most twice mu_hat, or as much as raises mu_hat
-            by a tenth. A spike then does not shrink the steps after it. Default False (paper).
+        robust: bound the norm as it enters both means, so that a spike does not shrink the steps after it: from the
+            11th update on, the bound is twice mu_hat, or the norm that raises mu_hat by 10 %, whichever is larger.
+            Default False (paper).
 
     Raises:
         ValueError: a value is out of range.

@@ -83,7 +83,7 @@ TRAINER = "trainer.pt"
 FORMAT = 2
 SHARD = ".safetensors"
 _NAME = re.compile(r"step-(\d+)")
-_PARTIAL = re.compile(r"\.step-\d+\.partial")
+_LEFT_BEHIND = re.compile(r"\.step-\d+\.(partial|former)")
 _EARLIER = "it is in a layout from before the first release, which cannot be resumed"
 
 # ---- reading ----
@@ -276,10 +276,10 @@ def file_fault(checkpoint: Path, name: str, facts: dict[str, Any]) -> str | None
 
 def begin(directory: Path, step: int) -> Path:
     """Create the directory into which the checkpoint of ``step`` is written, beside its final place in ``directory``.
-    Deletes partial checkpoints of processes that were killed."""
+    Deletes what processes that were killed have left: partial checkpoints, and former ones that were replaced."""
     directory.mkdir(parents=True, exist_ok=True)
     for path in directory.iterdir():
-        if _PARTIAL.fullmatch(path.name):
+        if _LEFT_BEHIND.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
     partial = directory / f".step-{step:06d}.partial"
     partial.mkdir()
@@ -305,10 +305,16 @@ def commit(partial: Path, step: int, world_size: int, files: dict[str, dict[str,
         os.fsync(file.fileno())
     # Without this fsync a power failure could keep the rename and lose entries of the directory that it names.
     _sync_directory(partial)
-    if final.exists():  # an invalid one that a resume skipped, or the same step saved again
-        shutil.rmtree(final)
+    # A checkpoint of the same step (invalid, or saved before) is renamed first, and deleted only after the new one has
+    # its name.
+    former = directory / f".step-{step:06d}.former"
+    if final.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        final.rename(former)
     partial.rename(final)
     _sync_directory(directory)
+    _sync_directory(directory.parent)  # holds the entry of ``directory``, which the first save creates
+    shutil.rmtree(former, ignore_errors=True)
     for old in list_checkpoints(directory)[keep:] if keep else []:
         if old != final:
             shutil.rmtree(old, ignore_errors=True)

@@ -47,6 +47,8 @@ def replace_bytes(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)  # of a process that was killed, or a link
         with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename, which could otherwise survive a power failure alone
         os.replace(beside, path)
     except OSError as problem:
         with suppress(OSError):

@@ -68,7 +68,7 @@ def test_a_budget_below_the_steps_done_is_refused_and_nothing_is_written(corpus,
         overrides = dict(quick_overrides(corpus, out, **change))
         if "train.tokens" in overrides:
             del overrides["train.steps"]
-        with pytest.raises(EvenstepError, match=f"{word} ends at step 4.*has done 8"):
+        with pytest.raises(EvenstepError, match=f"{word} ends at step 4.*has already done 8"):
             Run.resume(out, load_config(None, list(overrides.items())), say=silent)
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
