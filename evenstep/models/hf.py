@@ -1,4 +1,5 @@
-"""Models in the Hugging Face layout: ``model.safetensors`` and ``config.json`` of a ``LlamaForCausalLM``.
+"""Models in the Hugging Face layout: ``model.safetensors`` and ``config.json`` of a ``LlamaForCausalLM``, or, with
+QK-norm, of a ``Qwen3ForCausalLM``, which is a LLaMA with this norm.
 
 Post-LN and Mix-LN models have no Hugging Face equivalent. They are saved with ``model_type`` "evenstep_llama", the keys
 ``evenstep_norm`` and ``evenstep_norm_alpha``, and the weights in ``evenstep.safetensors``. With the usual file name,
@@ -92,11 +93,21 @@ def save_config(model: Llama, directory: str | Path) -> None:
 
 def _to_hf(model: Llama) -> dict[str, Any]:
     config = model.config
-    pre = config.norm == "pre"
+    own = {
+        "evenstep_norm": config.norm,
+        "evenstep_norm_alpha": config.norm_alpha,
+        "evenstep_qk_norm": config.qk_norm,
+    }
+    kind: dict[str, Any]
+    if config.norm != "pre":
+        kind = {"architectures": ["EvenstepLlama"], "model_type": "evenstep_llama", **own}
+    elif config.qk_norm:  # without head_dim, transformers assumes 128 for this type
+        head = config.hidden_size // config.num_heads
+        kind = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": head}
+    else:
+        kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     return {
-        "architectures": ["LlamaForCausalLM" if pre else "EvenstepLlama"],
-        "model_type": "llama" if pre else "evenstep_llama",
-        **({} if pre else {"evenstep_norm": config.norm, "evenstep_norm_alpha": config.norm_alpha}),
+        **kind,
         **{theirs: getattr(config, ours) for ours, theirs in _NAMES.items()},
         "num_key_value_heads": config.num_heads,
         "rope_theta": config.rope_theta,
@@ -164,10 +175,12 @@ def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = N
 
 def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
     """The configuration that ``config.json`` describes; EvenstepError for a part that this LLaMA does not have."""
-    if hf.get("model_type") not in ("llama", "evenstep_llama"):
+    if hf.get("model_type") not in ("llama", "qwen3", "evenstep_llama"):
+        given = _short(hf.get("model_type"))
         raise EvenstepError(
-            f"{directory} holds a model of type {_short(hf.get('model_type'))}: only 'llama' can be loaded"
+            f"{directory} holds a model of type {given}: only 'llama' can be loaded, and 'qwen3' of its shape"
         )
+    qwen = hf["model_type"] == "qwen3"
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [name for name in sizes if name not in hf]
     if missing:
@@ -186,9 +199,12 @@ def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
     rope = new or {"rope_theta": hf.get("rope_theta", 10000.0), **old}
     unsupported = {
         "grouped-query attention (num_key_value_heads)": (hf.get("num_key_value_heads") or heads) != heads,
-        "a head_dim other than hidden_size / num_attention_heads": (hf.get("head_dim") or hf["hidden_size"] // heads)
+        "a head_dim other than hidden_size / num_attention_heads": (
+            hf.get("head_dim") or (128 if qwen else hf["hidden_size"] // heads)
+        )
         * heads
         != hf["hidden_size"],
+        "sliding-window attention (use_sliding_window)": hf.get("use_sliding_window", False),
         "attention_bias": hf.get("attention_bias", False),
         "mlp_bias": hf.get("mlp_bias", False),
         "scaled rotary positions (rope_scaling)": rope.get("rope_type", rope.get("type", "default")) != "default",
@@ -203,6 +219,7 @@ def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
         rope_theta=rope.get("rope_theta", 10000.0),
         norm=hf.get("evenstep_norm", "pre"),
         norm_alpha=hf.get("evenstep_norm_alpha", 0.25),
+        qk_norm=qwen or hf.get("evenstep_qk_norm", False),
     )
 
 

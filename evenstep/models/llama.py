@@ -51,6 +51,8 @@ class LlamaConfig:
         norm: ``pre`` (default), ``post`` or ``mix``.
         norm_alpha: share of Post-LN blocks with ``mix``, default 0.25 (Mix-LN's).
         init_std: standard deviation of the initial weights, default 0.02 (LLaMA's).
+        qk_norm: apply RMSNorm to the query and the key of each head before the rotation (QK-norm, arXiv:2010.04245), so
+            that attention logits cannot grow with the weights. Default False (LLaMA's).
 
     Raises:
         EvenstepError: a value out of range, or values that do not fit together.
@@ -67,6 +69,7 @@ class LlamaConfig:
     norm: str = "pre"
     norm_alpha: float = 0.25
     init_std: float = 0.02
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_seq_len"):
@@ -88,6 +91,8 @@ class LlamaConfig:
             )
         if not isinstance(self.norm_alpha, int | float) or not 0 <= self.norm_alpha <= 1:
             raise EvenstepError(f"norm_alpha is {self.norm_alpha!r}: it must be between 0 and 1")
+        if not isinstance(self.qk_norm, bool):
+            raise EvenstepError(f"qk_norm is {self.qk_norm!r}: it must be True or False")
 
     @property
     def num_post_norm(self) -> int:
@@ -186,14 +191,19 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(4)
         )
+        # One weight per coordinate of a head, shared by all heads, as in Qwen3 and Gemma 3.
+        norms = (RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None for _ in range(2))
+        self.q_norm, self.k_norm = norms
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
         # [B, T, hidden] -> [B, T, heads, head] for the rotation -> [B, heads, T, head] for attention.
         heads = (*x.shape[:2], -1, self.head_size)
-        q = rotate(self.q_proj(x).view(heads), cos, sin).transpose(1, 2)
-        k = rotate(self.k_proj(x).view(heads), cos, sin).transpose(1, 2)
+        q, k = self.q_proj(x).view(heads), self.k_proj(x).view(heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)

@@ -247,6 +247,10 @@ class ModelConfig(Section):
         None, "fraction of Post-LN blocks, only for model.norm mix (none: 0.25, or that of model.init)",
         low=0, high=1,
     )  # fmt: skip
+    qk_norm: bool | None = option(
+        None, "normalise queries and keys of each head before attention, against growing attention logits "
+        "(none: false, or as in model.init)",
+    )  # fmt: skip
     init: str | None = option(
         None, "a run, a checkpoint or a model in Hugging Face layout whose weights the run starts from"
     )
@@ -254,7 +258,7 @@ class ModelConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.init is None:
-            for name, default in (("size", "tiny"), ("norm", "pre"), ("norm_alpha", 0.25)):
+            for name, default in (("size", "tiny"), ("norm", "pre"), ("norm_alpha", 0.25), ("qk_norm", False)):
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, default)
 

@@ -325,6 +325,12 @@ def check_cut(shape: LlamaConfig, tensor: int) -> None:
                 f"parallel.tensor {tensor} does not divide the model's {name.replace('_', ' ')} "
                 f"{getattr(shape, name)}; give a divisor of it"
             )
+    # Each process of a group has some of the heads, and the gradients of the weights that all heads share would differ.
+    if shape.qk_norm and tensor > 1:
+        raise EvenstepError(
+            f"model.qk_norm true cannot be used with parallel.tensor {tensor}: all heads share its weights; give "
+            "parallel.mode fsdp"
+        )
 
 
 class Parallel:

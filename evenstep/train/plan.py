@@ -371,7 +371,8 @@ def shape_of(config: Config) -> LlamaConfig:
     if config.model.init:
         return read_config(config.model.init)
     changes = {
-        "max_seq_len": config.train.seq_len, "norm": config.model.norm, "norm_alpha": config.model.norm_alpha
+        "max_seq_len": config.train.seq_len, "norm": config.model.norm, "norm_alpha": config.model.norm_alpha,
+        "qk_norm": bool(config.model.qk_norm),
     }  # fmt: skip
     return llama_config(config.model.label, _words(config), **changes)
 

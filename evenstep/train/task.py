@@ -188,6 +188,7 @@ class Pretraining(Task):
                     max_seq_len=config.train.seq_len,
                     norm=config.model.norm,
                     norm_alpha=config.model.norm_alpha,
+                    qk_norm=bool(config.model.qk_norm),
                 )
             )
         elif blank:
@@ -294,15 +295,15 @@ def with_shape_of(config: Config, source: Path) -> Config:
     """
     shape = read_config(source)
     names = (name for name, size in SIZES.items() if all(getattr(shape, key) == value for key, value in size.items()))
-    options: dict[str, Any] = {"size": next(names, None), "norm": shape.norm}
+    options: dict[str, Any] = {"size": next(names, None), "norm": shape.norm, "qk_norm": shape.qk_norm}
     if shape.norm == "mix":
         options["norm_alpha"] = shape.norm_alpha
     for key, value in options.items():
         given = getattr(config.model, key)
         if given not in (None, value):
             raise EvenstepError(
-                f"model.{key} {given} contradicts the model in {source}, which has {value or 'an unnamed shape'}; "
-                "leave it out"
+                f"model.{key} {given} contradicts the model in {source}, which has "
+                f"{'an unnamed shape' if value is None else value}; leave it out"
             )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **options))
 

@@ -77,6 +77,37 @@ def test_we_compute_their_logits_and_gradients_from_their_files(transformers, tm
             torch.testing.assert_close(g, want[name], rtol=1e-3, atol=1e-5)
 
 
+def test_qk_norm_is_that_of_qwen3_in_both_directions(transformers, tmp_path):
+    model = small(qk_norm=True, **SHAPE)
+    tokens, targets = batch()
+    save_pretrained(model, tmp_path / "ours")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(theirs).__name__ == "Qwen3ForCausalLM"
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "norm" in name:
+                p.uniform_(0.5, 1.5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load_pretrained(tmp_path / "theirs")
+    assert model.config.qk_norm and model.config.rope_theta == 100.0
+    logits = theirs(tokens).logits
+    torch.testing.assert_close(model(tokens), logits, rtol=0, atol=1e-5)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    want = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, g in grads(model, model.loss(tokens, targets)).items():
+        torch.testing.assert_close(g, want[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_qwen3_of_another_shape_is_refused(tmp_path):
+    saved(tmp_path, qk_norm=True)
+    for change, words in (({"head_dim": None}, "head_dim"), ({"use_sliding_window": True}, "sliding-window attention")):
+        before = (tmp_path / "config.json").read_text()
+        edit_config(tmp_path, **change)
+        with pytest.raises(EvenstepError, match=f"uses .*{words}"):
+            load_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text(before)
+
+
 def test_sharded_and_tied_models_load(transformers, tmp_path):
     theirs = their_model(transformers, tie_word_embeddings=True)
     theirs.save_pretrained(tmp_path, max_shard_size="8KB")
@@ -94,12 +125,15 @@ def test_a_config_of_an_older_transformers_loads(tmp_path):
 
 
 @pytest.mark.parametrize("norm", ["pre", "post", "mix"])
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_our_own_round_trip_is_exact(norm, dtype, tmp_path):
-    model = small(norm=norm, norm_alpha=0.7, **SHAPE).to(dtype)
+def test_our_own_round_trip_is_exact(norm, qk_norm, dtype, tmp_path):
+    model = small(norm=norm, norm_alpha=0.7, qk_norm=qk_norm, **SHAPE).to(dtype)
     save_pretrained(model, tmp_path / "new" / "place")
     again = load_pretrained(tmp_path / "new" / "place")
-    assert again.config == model.config or norm == "pre"  # norm_alpha means nothing to a Pre-LN model and is not kept
+    assert again.config == model.config or (
+        norm == "pre" and again.config.qk_norm == qk_norm
+    )  # norm_alpha means nothing to a Pre-LN model and is not kept
     assert all(
         torch.equal(p, q) and p.dtype == q.dtype for p, q in zip(model.parameters(), again.parameters(), strict=True)
     )
@@ -119,7 +153,7 @@ def test_post_norm_models_do_not_open_as_something_else(transformers, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt2"}, "holds a model of type 'gpt2': only 'llama' can be loaded"),
+        ({"model_type": "gpt2"}, "holds a model of type 'gpt2': only 'llama' can be loaded, and 'qwen3' of its"),
         ({"num_key_value_heads": 2}, "uses grouped-query attention"),
         ({"head_dim": 16}, "uses a head_dim other than"),
         ({"attention_bias": True}, "uses attention_bias"),

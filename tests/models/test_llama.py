@@ -218,6 +218,7 @@ def test_flops_per_token_follow_the_formula():
         ({"vocab_size": 0}, "vocab_size is 0: it must be a whole number of at least 1"),
         ({"num_layers": 2.0}, "num_layers is 2.0"),
         ({"norm_eps": 0.0}, "norm_eps is 0.0: it must be a positive number"),
+        ({"qk_norm": 1}, "qk_norm is 1: it must be True or False"),
     ],
 )
 def test_a_shape_that_does_not_fit_is_one_clear_line(changes, words):

@@ -275,6 +275,14 @@ def test_what_cannot_be_cut_is_refused():
         planned(gpus=24, parallel__mode="fsdp")
     with pytest.raises(EvenstepError, match=r"density 0\.5.*ddp"):
         planned(parallel__mode="fsdp", optim__name="spam", **{"optim.density": "0.5"})
+    with pytest.raises(EvenstepError, match=r"model\.qk_norm true cannot be used with parallel\.tensor 2.*fsdp"):
+        make_plan(
+            load_config(None, [("parallel.mode", "tp+fsdp"), ("parallel.tensor", "2")]),
+            llama_config("9m", 32000, qk_norm=True),
+            16,
+            4,
+            80e9,
+        )
     with pytest.raises(EvenstepError, match=r"parallel\.tensor 8 does not divide the model's num heads 4"):
         planned(parallel__mode="tp+fsdp", **{"parallel.tensor": "8"})
     with pytest.raises(EvenstepError, match="--gpus is 0"):

@@ -9,6 +9,7 @@ import sys
 import tomllib
 
 import pytest
+import torch
 from train_support import flags, quick, quick_overrides, write_corpus
 
 from evenstep import cli
@@ -224,9 +225,14 @@ def test_a_given_model_is_recorded_and_not_contradicted(corpus, tmp_path):
     del asked["model.size"]
     second = Run(load_config(None, list(asked.items())), say=silent)
     written = tomllib.loads((tmp_path / "second" / "config.toml").read_text())["model"]
-    assert written == {"size": "tiny", "norm": "mix", "norm_alpha": 0.5, "init": where}
+    assert written == {"size": "tiny", "norm": "mix", "norm_alpha": 0.5, "qk_norm": False, "init": where}
     assert second.config.name == "tiny-adamw"
-    for change in {"model__size": "9m"}, {"model__norm": "post"}, {"model__norm_alpha": "0.25"}:
+    for change in (
+        {"model__size": "9m"},
+        {"model__norm": "post"},
+        {"model__norm_alpha": "0.25"},
+        {"model__qk_norm": "true"},
+    ):
         name = next(iter(change)).replace("__", ".")
         with pytest.raises(EvenstepError, match=f"{name} .* contradicts the model in .*leave it out"):
             Run(quick(corpus, tmp_path / "third", model__init=where, **change), say=silent)
@@ -234,6 +240,18 @@ def test_a_given_model_is_recorded_and_not_contradicted(corpus, tmp_path):
     for path in sorted(first.out.rglob("*"), reverse=True):  # a resume needs the checkpoint alone
         path.rmdir() if path.is_dir() else path.unlink()
     assert Run.resume(tmp_path / "second", say=silent).config.model == second.config.model
+
+
+def test_qk_norm_is_trained_saved_and_exported(corpus, tmp_path):
+    run = Run(quick(corpus, tmp_path / "run", model__qk_norm="true"), say=silent)
+    norms = [p for name, p in run.model.named_parameters() if "q_norm" in name or "k_norm" in name]
+    before = [p.detach().clone() for p in norms]
+    run.fit()
+    assert len(norms) == 2 * run.model.config.num_layers
+    assert not any(torch.equal(p, q) for p, q in zip(norms, before, strict=True))
+    resumed = Run.resume(tmp_path / "run", say=silent)
+    assert resumed.model.config.qk_norm
+    assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), resumed.model.parameters(), strict=True))
 
 
 # ---- what is checked before the long work ----
