@@ -342,7 +342,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(tmp_path, corpus):
         time.sleep(0.2)
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=120)
-    assert running.returncode == 130 and b"what was running is saved" in err
+    assert running.returncode == 130 and b"every run is saved" in err
     stopped = [p.parent for p in (tmp_path / "a").glob("cells/*/checkpoints")]
     assert stopped and not any((run / "summary.json").exists() for run in stopped)
 
