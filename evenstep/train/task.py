@@ -295,9 +295,12 @@ def with_shape_of(config: Config, source: Path) -> Config:
     """
     shape = read_config(source)
     names = (name for name, size in SIZES.items() if all(getattr(shape, key) == value for key, value in size.items()))
-    options: dict[str, Any] = {"size": next(names, None), "norm": shape.norm, "qk_norm": shape.qk_norm}
+    options: dict[str, Any] = {"size": next(names, None), "norm": shape.norm}
     if shape.norm == "mix":
         options["norm_alpha"] = shape.norm_alpha
+    # Recorded only where it matters: the configurations of earlier runs do not have the option.
+    if shape.qk_norm or config.model.qk_norm:
+        options["qk_norm"] = shape.qk_norm
     for key, value in options.items():
         given = getattr(config.model, key)
         if given not in (None, value):

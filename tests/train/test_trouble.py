@@ -225,7 +225,7 @@ def test_a_given_model_is_recorded_and_not_contradicted(corpus, tmp_path):
     del asked["model.size"]
     second = Run(load_config(None, list(asked.items())), say=silent)
     written = tomllib.loads((tmp_path / "second" / "config.toml").read_text())["model"]
-    assert written == {"size": "tiny", "norm": "mix", "norm_alpha": 0.5, "qk_norm": False, "init": where}
+    assert written == {"size": "tiny", "norm": "mix", "norm_alpha": 0.5, "init": where}
     assert second.config.name == "tiny-adamw"
     for change in (
         {"model__size": "9m"},
