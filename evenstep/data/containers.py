@@ -145,6 +145,9 @@ def _members(path: Path, raw: BinaryIO, readable: Callable[[str], bool], left_ou
     if size > BOMB_BYTES and size > BOMB_RATIO * path.stat().st_size:
         raise _bomb(str(path), size)
     for info in members:
+        if not info.filename:  # of a damaged directory; `is_dir` would fail on it
+            left_out.bad(BadInput(DAMAGED, path, f"{path} has a member without a name; pack the archive again"))
+            continue
         name = f"{path}/{info.filename}"
         if info.is_dir() or not _is_wanted(info, name, readable, left_out):
             continue

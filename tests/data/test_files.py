@@ -515,3 +515,16 @@ def test_fine_tuning_skips_what_the_reader_cannot_use(tmp_path):
     with pytest.raises(EvenstepError, match="damaged or cut short"):
         read_examples(path)
     assert len(read_examples(path, bad=bad)) > 100 and len(bad) == 3
+
+
+def test_a_member_without_a_name_is_one_line(tmp_path):
+    with zipfile.ZipFile(tmp_path / "texts.zip", "w") as archive:
+        archive.writestr("a", "text " * 100)
+    content = (tmp_path / "texts.zip").read_bytes()
+    # The central directory says that the name has no letters; the letter becomes a part of the extra field.
+    start = content.index(b"PK\x01\x02")
+    damaged = bytearray(content)
+    damaged[start + 28 : start + 32] = b"\x00\x00\x01\x00"
+    (tmp_path / "texts.zip").write_bytes(damaged)
+    with pytest.raises(EvenstepError, match=r"has a member without a name; pack the archive again"):
+        prepare(DataSpec(source=f"text:{tmp_path}/texts.zip", cache_dir=str(tmp_path / "cache")))
