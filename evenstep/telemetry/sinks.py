@@ -15,10 +15,10 @@ from contextvars import Context
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from evenstep.errors import EvenstepError
+from evenstep.errors import EvenstepError, first_line
 from evenstep.telemetry.lines import event_line
 from evenstep.telemetry.schema import Record, to_line
-from evenstep.telemetry.trouble import reason, warn
+from evenstep.telemetry.trouble import warn
 
 
 class Sink(Protocol):
@@ -203,7 +203,7 @@ class Guarded:
             act()
         except Exception as problem:  # network clients, disks and databases raise exceptions of any class
             name, self.sink = type(self.sink).__name__, None
-            warn(f"{name} could not {what} ({reason(problem)}); training goes on without it")
+            warn(f"{name} could not {what} ({first_line(problem)}); training goes on without it")
 
     def write(self, record: Record) -> None:
         if self.sink is not None:
@@ -269,5 +269,5 @@ def opened(build: Callable[[], Sink], extra: str) -> Guarded | None:
     except ModuleNotFoundError as problem:
         raise EvenstepError(f"telemetry: {problem.name} is not installed; pip install '{extra}'") from None
     except Exception as problem:
-        warn(f"{extra} could not be started ({reason(problem)}); training goes on without it")
+        warn(f"{extra} could not be started ({first_line(problem)}); training goes on without it")
         return None

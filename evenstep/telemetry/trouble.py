@@ -6,13 +6,10 @@ from __future__ import annotations
 import sys
 import warnings
 
+from evenstep.errors import first_line
+
 OURS = ("evenstep", "torch", "contextlib", "functools")
 """Packages whose lines a warning never points at."""
-
-
-def reason(problem: BaseException) -> str:
-    """The first line of an exception's text, or its type where it has no text."""
-    return next(iter(str(problem).splitlines()), "") or type(problem).__name__
 
 
 def warn(text: str) -> None:
@@ -43,4 +40,6 @@ class Troubles:
 
     def failed(self, what: str, problem: Exception) -> None:
         """Warn that the monitor could not do ``what`` because of ``problem``."""
-        self.tell(what, f"could not {what} ({type(problem).__name__}: {reason(problem)}); training goes on without it")
+        self.tell(
+            what, f"could not {what} ({type(problem).__name__}: {first_line(problem)}); training goes on without it"
+        )
