@@ -377,7 +377,7 @@ class AGC(Transform):
             # g_u <- clipping max(||w_u||, eps) / ||g_u|| g_u where ||g_u|| is above that limit
             weight, size = answer.sqrt().chunk(2)
             limit = self.clipping * weight.clamp(min=self.eps)
-            factor = torch.where(size > limit, limit / size, torch.ones_like(size)).to(g.dtype)
+            factor = shrinking(size, limit).to(g.dtype)
             # [m] as [m, 1, ...], or 0-d for a vector
             g.mul_(factor.view(-1, *[1] * (g.dim() - 1)) if g.dim() > 1 else factor.view(()))
         grads = yield from grads.replaced(values)
@@ -418,11 +418,15 @@ def global_norm(grads: Gradients) -> Steps[tuple[Gradients, Tensor, Tensor]]:
     return grads, peak_and_norm(norms)[1], finite.amin() > 0
 
 
+def shrinking(norm: Tensor, limit: Tensor | float) -> Tensor:
+    """The factor that brings ``norm`` down to ``limit``, elementwise: min(1, limit / norm)."""
+    # where and not clamp: a norm of 0 makes limit / norm Inf
+    return torch.where(norm > limit, limit / norm, torch.ones_like(norm))
+
+
 def limited(grads: Gradients, norm: Tensor, limit: Tensor | float) -> Gradients:
     """All gradients scaled so that their global ``norm`` is at most ``limit``."""
-    # where and not clamp: a norm of 0 makes limit / norm Inf
-    gain = torch.where(norm > limit, limit / norm, torch.ones_like(norm)).to(grads.dtype)
-    return grads.amplified(gain.expand_as(grads.peak))
+    return grads.amplified(shrinking(norm, limit).to(grads.dtype).expand_as(grads.peak))
 
 
 class NormClip(Transform):
@@ -565,9 +569,8 @@ class AdaGC(Transform):
         norm, known, warm = grads.norm, mean > 0, n <= self.warmup_steps  # [k] each
         # Warm-up: h = min(1, lambda_abs / ||g||), the norm of all gradients. Later: h_i = min(1, lambda_rel gamma_i /
         # ||g_i||).
-        shared = torch.where(whole > self.max_norm, self.max_norm / whole, 1.0).to(grads.dtype)
-        limit = self.ratio * mean
-        own = torch.where(known & (norm > limit), limit / norm, 1.0)
+        shared = shrinking(whole, self.max_norm).to(grads.dtype)  # 0-d
+        own = shrinking(norm, torch.where(known, self.ratio * mean, torch.inf))  # [k]
         gain = torch.where(warm, shared, own)
         # Warm-up: gamma = min(gamma, ||h g||). Later: gamma = beta gamma + (1 - beta) ||h g||. The first norm above 0
         # starts it: a gamma of 0 would make every later gradient 0.
