@@ -121,6 +121,27 @@ def test_kahan_keeps_what_rounding_lost():
     assert p.item() == pytest.approx(0.9, abs=4e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kahan_compiled_by_inductor_keeps_what_rounding_lost(dtype):
+    """Inductor drops conversions to 16 bits inside of a kernel, and with them the rounding error."""
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(100, generator=generator).to(dtype)
+    lost = torch.zeros_like(p)
+    expected, expected_lost = p.clone(), lost.clone()
+
+    def subtract(p, update, lost):
+        write_kahan(p, p.float() - update, lost, torch.ones(()))
+
+    compiled = torch.compile(subtract, backend="inductor")
+    for _ in range(3):
+        update = torch.randn(100, generator=generator) * 0.01
+        compiled(p, update, lost)
+        subtract(expected, update, expected_lost)
+        assert torch.equal(p, expected) and torch.equal(lost, expected_lost)
+    assert lost.abs().max() > 0
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
 @every_optimizer
 def test_resume_is_bitwise_exact(make, rounding):
