@@ -73,7 +73,7 @@ class SpikeGuard:
         optimizer: any ``torch.optim.Optimizer``, sharded parameters (FSDP2, tensor parallelism) included.
         ladder: actions in the order in which they are tried, of ``"skip"``, ``"lower_lr"``, ``"rewind"``, ``"stop"``.
         sigma: deviations above the median from which the loss, the logarithm of the norm of all gradients, or that of
-            one gradient is a spike (default 8).
+            one gradient is a spike (default 8). With ``math.inf`` only a step that is not finite is bad.
         norm_ratio: besides, a norm of all gradients is a spike only where it exceeds its median by this factor
             (default 3), and that of one gradient by three times the factor.
         loss_rise: besides, a loss is a spike only where it exceeds its median by this many units (default 0.5; nats
@@ -91,6 +91,9 @@ class SpikeGuard:
             step. The newest is kept. It takes as much host memory as the model and the optimizer's state on the device,
             and twice that while it is replaced. Where there is none yet, a bad step is skipped.
         check_every: steps between two reads of the device for a ladder without ``"skip"`` (default 10).
+        rewind: goes back to a state from before the first bad step and returns the number of steps taken by then, for
+            a trainer that has snapshots of its own. None (default): the guard takes snapshots and restores them. A
+            guard whose state is saved with those of the trainer keeps its place on the ladder in a rewind.
         data: data loaders that go back with a rewind: objects with ``state_dict()`` and ``load_state_dict()`` whose
             state, when `step` is called, is the position after this step's rows.
         schedulers: learning-rate schedulers, a GradScaler: such objects that the loop advances after a step was taken
@@ -130,11 +133,13 @@ class SpikeGuard:
         check_every: int = 10,
         data: Iterable[Any] = (),
         schedulers: Iterable[Any] = (),
+        rewind: Callable[[], int] | None = None,
         process_group: Any = None,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
         self.ladder = _checked_ladder(ladder)
-        _check("sigma", sigma, above=0.0)
+        if sigma != math.inf:
+            _check("sigma", sigma, above=0.0)
         _check("norm_ratio", norm_ratio, above=1.0)
         _check("loss_rise", loss_rise, least=0.0)
         _check("floor", floor, least=0.0)
@@ -153,7 +158,7 @@ class SpikeGuard:
         self.skips, self.patience, self.budget = skips, patience, budget
         self.lr_factor, self.lr_steps = lr_factor, lr_steps
         self.snapshot_every, self.check_every = snapshot_every, 1 if "skip" in self.ladder else check_every
-        self.process_group, self.on_event = process_group, on_event
+        self.rewind, self.process_group, self.on_event = rewind, process_group, on_event
 
         self.events: deque[Event] = deque(maxlen=1000)
         self.stopped = False
@@ -171,7 +176,7 @@ class SpikeGuard:
         self._calm = 0  # steps since the last bad one
         self._bad: list[tuple[int, Hashable]] = []  # step and rows of the bad steps since the ladder's start
         self._actions = 0
-        self._low_until = 0  # the learning rates are lowered before this step
+        self._low = 0  # steps that are still to be taken at lowered learning rates
 
     def step(self, loss: Tensor | float, rows: Hashable = None, *, take: Callable[[], object] | None = None) -> bool:
         """Take the optimizer's step, or act instead. Call it after ``backward``, where the loop called
@@ -193,7 +198,7 @@ class SpikeGuard:
         if self._snapshot is not None and not self._snapshot[0].is_complete:
             self._snapshot[0].complete(self.schedulers)
         self._waiting.append((self.num_steps, rows, self._numbers(loss)))
-        rewinds = "rewind" in self.ladder
+        rewinds = "rewind" in self.ladder and self.rewind is None
         due = len(self._waiting) >= self.check_every or (rewinds and self._snapshot is None)
         if due and not self._judge():
             return False
@@ -205,6 +210,17 @@ class SpikeGuard:
             if not self._bad and not self.stopped:
                 self._take_snapshot()
         return True
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether no bad step is remembered and none waits for its verdict, so that a snapshot taken now is from before
+        the next bad step."""
+        return not self._bad and not self._waiting
+
+    @property
+    def lr_scale(self) -> float:
+        """The factor of the learning rates in the next step: 1, or ``lr_factor`` after ``"lower_lr"``."""
+        return self.lr_factor if self._low else 1.0
 
     def wanted(self, rows: Hashable) -> bool:
         """False for rows of a bad step that a rewind leaves out. Ask before training on rows that may come again."""
@@ -268,7 +284,9 @@ class SpikeGuard:
         loss, norm = numbers[:2]
         if not np.isfinite(numbers).all():
             names = [self._name(i) for i in np.flatnonzero(~np.isfinite(numbers[2:]))[:3]]
-            return f"gradients of {', '.join(names)} are not finite" if names else "the loss is not finite"
+            return "the loss is not finite" if loss == math.inf else f"gradients of {', '.join(names)} are not finite"
+        if self.sigma == math.inf:
+            return None
         # Norms are compared by their logarithms: they change by factors while a training settles.
         values = np.append(loss, np.log(np.maximum(numbers[1:], max(self.floor, 1e-30))))
         median, spread, known = self._baseline.usual()
@@ -308,7 +326,7 @@ class SpikeGuard:
         if action == "rewind":
             event["to"] = self._rewind()
         elif action == "lower_lr":
-            self._low_until = self.num_steps + 1 + self.lr_steps
+            self._low = self.lr_steps
         elif action == "stop":
             self.stopped = True
         self.events.append(event)
@@ -322,7 +340,7 @@ class SpikeGuard:
             return "stop" if self.ladder[-1] == "stop" else None
         while self._uses >= self._allowed(self.ladder[self._rung]) and self._rung + 1 < len(self.ladder):
             self._rung, self._uses = self._rung + 1, 0
-        if self.ladder[self._rung] == "rewind" and self._snapshot is None:
+        if self.ladder[self._rung] == "rewind" and self._snapshot is None and self.rewind is None:
             return "skip"
         self._uses += 1
         self._actions += 1
@@ -336,12 +354,17 @@ class SpikeGuard:
         ladder remembers a bad one."""
         self.excluded |= {rows for _, rows in self._bad if rows is not None}
         self._bad = []
-        assert self._snapshot is not None
-        snapshot, baseline = self._snapshot
-        snapshot.restore()
-        self._baseline.load(baseline)
-        self.num_steps = snapshot.step
-        return snapshot.step
+        if self.rewind is not None:
+            place = self._place()
+            self.num_steps = self.rewind()  # may load a former state of this guard: only its medians are to change
+            self._go_to(place)
+        else:
+            assert self._snapshot is not None
+            snapshot, baseline = self._snapshot
+            snapshot.restore()
+            self._baseline.load(baseline)
+            self.num_steps = snapshot.step
+        return self.num_steps
 
     def _take_snapshot(self) -> None:
         taken = Snapshot(self.num_steps, self.model, self.optimizer, self.data)
@@ -350,9 +373,10 @@ class SpikeGuard:
     @contextlib.contextmanager
     def _learning_rates(self) -> Iterator[None]:
         """The rates during a step. They are put back after it, so that schedulers see their own."""
-        if self.num_steps >= self._low_until:
+        if not self._low:
             yield
             return
+        self._low -= 1
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"] * self.lr_factor
@@ -365,28 +389,45 @@ class SpikeGuard:
     # ---- saving ----
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs to judge and act as this one would. Snapshots are not in it: the first step
-        after a resume takes one. The steps that wait for their verdict are judged first."""
+        """What a resumed training needs to judge and act as this one would, in types that
+        ``torch.load(weights_only=True)`` reads. Snapshots are not in it: the first step after a resume takes one. The
+        steps that wait for their verdict are judged first."""
         self._judge()
         return {
+            "names": [self._name(i) for i in range(len(self._probe.params))],
             "baseline": self._baseline.state(),
-            "events": list(self.events),
-            "excluded": sorted(self.excluded, key=repr),
-            "counters": [self.num_steps, self._rung, self._uses, self._calm, self._actions, self._low_until],
-            "bad": list(self._bad),
-            "stopped": self.stopped,
+            "num_steps": self.num_steps,
+            "place": self._place(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that `state_dict` returned. Snapshots of the model are not part of it."""
+        """Restore the state that `state_dict` returned. ValueError for a state of other parameters or another window,
+        which changes nothing."""
+        names = [self._name(i) for i in range(len(self._probe.params))]
+        if state["names"] != names:
+            raise ValueError(f"SpikeGuard: the saved state is of {len(state['names'])} other parameters; start anew")
         self._baseline.load(state["baseline"])
-        self.events = deque(state["events"], maxlen=1000)
-        self.excluded = set(state["excluded"])
-        self.num_steps, self._rung, self._uses, self._calm, self._actions, self._low_until = state["counters"]
-        self._bad = [tuple(one) for one in state["bad"]]
-        self.stopped = state["stopped"]
+        self.num_steps = state["num_steps"]
+        self._go_to(state["place"])
         self._waiting = []
         self._snapshot = None
+
+    def _place(self) -> dict[str, Any]:
+        """The place on the ladder, and what has been done so far: everything that a rewind does not undo."""
+        return {
+            "counters": [self._rung, self._uses, self._calm, self._actions, self._low],
+            "bad": list(self._bad),
+            "excluded": sorted(self.excluded, key=repr),
+            "events": list(self.events),
+            "stopped": self.stopped,
+        }
+
+    def _go_to(self, place: dict[str, Any]) -> None:
+        self._rung, self._uses, self._calm, self._actions, self._low = place["counters"]
+        self._bad = [tuple(one) for one in place["bad"]]
+        self.excluded = set(place["excluded"])
+        self.events = deque(place["events"], maxlen=1000)
+        self.stopped = place["stopped"]
 
 
 class _Baseline:
@@ -420,17 +461,19 @@ class _Baseline:
         return *self._usual, self.count >= self.min_history
 
     def state(self) -> dict[str, Any]:
-        usual = None if self._usual is None else [x.copy() for x in self._usual]
-        return {"values": self.values.copy(), "count": self.count, "usual": usual}
+        usual = None if self._usual is None else [torch.tensor(x) for x in self._usual]
+        return {"values": torch.tensor(self.values), "count": self.count, "usual": usual}
 
     def load(self, state: dict[str, Any]) -> None:
-        if state["values"].shape != self.values.shape:
+        values = state["values"].numpy()
+        if values.shape != self.values.shape:
             raise ValueError(
-                f"SpikeGuard: the saved window has the shape {state['values'].shape}, this one {self.values.shape}; "
-                "load it with the same window and the same parameters"
+                f"SpikeGuard: the saved window has the shape {values.shape}, this one {self.values.shape}; load it "
+                "with the same window and the same parameters"
             )
-        self.values, self.count = state["values"].copy(), state["count"]
-        self._usual = None if state["usual"] is None else (state["usual"][0].copy(), state["usual"][1].copy())
+        self.values, self.count = values.copy(), state["count"]
+        usual = state["usual"]
+        self._usual = None if usual is None else (usual[0].numpy().copy(), usual[1].numpy().copy())
 
 
 def _checked_ladder(ladder: Sequence[str]) -> tuple[str, ...]:

@@ -321,6 +321,13 @@ def commit(partial: Path, step: int, world_size: int, files: dict[str, dict[str,
     return final
 
 
+def delete_newer(directory: Path, step: int) -> None:
+    """Delete the checkpoints of later steps than ``step``, which a rewind has undone."""
+    for path in list_checkpoints(directory):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def could_not_save(directory: Path, step: int, problem: BaseException) -> EvenstepError:
     """The error of a failed save. torch and safetensors wrap errors of the disk in exceptions of other types."""
     intact = "earlier checkpoints are intact, " if list_checkpoints(directory) else ""

@@ -341,7 +341,8 @@ class TrainConfig(Section):
     )
     on_nan: str = option(
         "stop", "what to do at a loss that is not finite: end the run, skip the batch, or rewind to the last "
-        "checkpoint and skip the batch from there", choices=("stop", "skip", "rewind"), resume="free",
+        "checkpoint and skip the batch from there; guard.ladder also reacts to finite spikes",
+        choices=("stop", "skip", "rewind"), resume="free",
     )  # fmt: skip
     deterministic: bool = option(False, "refuse operations whose result may differ between runs", resume="rounding")
     threads: int = option(
@@ -450,6 +451,44 @@ class TelemetryConfig(Section):
 
 
 @dataclass(frozen=True)
+class GuardConfig(Section):
+    TITLE = "the reaction to spikes (docs/guard.md)"
+    SECTION = "guard"
+    ladder: str = option(
+        "off", "actions in the order in which they are tried, separated by commas: skip the batch, lower_lr, rewind to "
+        "a snapshot, stop; all: skip,lower_lr,rewind,stop",
+        choices=("off", "all"), form="(skip)?(,?lower_lr)?(,?rewind)?(,?stop)?", resume="free",
+    )  # fmt: skip
+    sigma: float = option(
+        8.0, "spike: deviations above the median from which the loss or a gradient norm is bad", above=0, high=1e30,
+        resume="free",
+    )  # fmt: skip
+    norm_ratio: float = option(
+        3.0, "spike: smallest factor between a gradient norm and its median", above=1, high=1e30, resume="free"
+    )
+    loss_rise: float = option(
+        0.5, "spike: smallest difference between a loss and its median, in nats", low=0, high=1e30, resume="free"
+    )
+    budget: int = option(20, "number of actions in the whole run", low=1, high=10**6, resume="free")
+    snapshot_every: int = option(
+        100, "steps between snapshots in host memory for rewind; 0: rewind to the last checkpoint", low=0,
+        high=MOST_STEPS, count=True, resume="free",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ladder.startswith(",") or not self.ladder:
+            raise EvenstepError(f"guard.ladder: {self.ladder!r} is not a list of actions; give skip,rewind,stop or off")
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """The actions of the ladder in their order; empty if it is off."""
+        if self.ladder == "off":
+            return ()
+        return tuple(("skip,lower_lr,rewind,stop" if self.ladder == "all" else self.ladder).split(","))
+
+
+@dataclass(frozen=True)
 class SampleConfig(Section):
     TITLE = "the text that the model generates at the end"
     SECTION = "sample"
@@ -483,6 +522,7 @@ class BaseConfig(Section):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     seed: int = option(0, "random seed of the initial weights and of the order of the data", low=0, high=2**31 - 1)
     lowbit: str | None = option(
         None, "low-bit recipe of the linear layers (none: high precision)", choices=LOWBIT_NAMES
@@ -502,6 +542,11 @@ class BaseConfig(Section):
                 f"{self.micro_batch_size}; give a divisor, as all forward passes have the same number of sequences"
             )
         self.check_warmup()
+        if self.guard.actions and train.on_nan != "stop":
+            raise EvenstepError(
+                f"train.on_nan {train.on_nan} has no effect with guard.ladder {self.guard.ladder}, which also decides "
+                "about a loss that is not finite; leave one of them out"
+            )
 
     def check_budget(self) -> None:
         train = self.train

@@ -1,7 +1,7 @@
 """The training loop. `Trainer.fit` trains to the end of the budget; `Trainer.step` does one optimizer step.
 
 The file reads from top to bottom: the parts of a trainer (`Trainer._build`), the loop (`Trainer.train`), one step, the
-log, validation, checkpoints and resume, batches that are not finite, and the end of a run. A
+log, validation, checkpoints and resume, bad steps, and the end of a run. A
 `evenstep.train.task.Task` provides the data, the model, the loss and the validation.
 
 A resumed run equals an uninterrupted one bit for bit on a CPU. The learning rate is a function of the step, the data
@@ -15,6 +15,7 @@ With several processes, each one has its own Trainer, and all processes call the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,9 +33,11 @@ from evenstep.data import prepare_display
 from evenstep.errors import EvenstepError
 from evenstep.kernels import uploaded
 from evenstep.telemetry.clocks import steps_to_reset
-from evenstep.telemetry.snapshot import rng_state, set_rng_state
+from evenstep.telemetry.guard import Event, SpikeGuard
+from evenstep.telemetry.snapshot import Snapshot, rng_state, set_rng_state
 from evenstep.train.checkpoint import (
     TRAINER,
+    delete_newer,
     diverged,
     fill,
     how_to_continue,
@@ -68,8 +71,8 @@ from evenstep.train.telemetry import RunTelemetry
 T = TypeVar("T")
 
 BAD_BATCH_LIMIT = 10
-"""Number of non-finite batches without a checkpoint in between after which the run ends. So many point to the weights
-or the learning rate, not to the data."""
+"""Number of non-finite batches without a checkpoint in between after which ``train.on_nan`` ends the run. So many point
+to the weights or the learning rate, not to the data."""
 
 SAVE_FAILED = 1000
 """The vote of a process whose background save has failed. It is larger than every signal number, so it wins the
@@ -212,11 +215,14 @@ class Trainer:
         self.step_seconds = 0.0
         """Time of the steps alone, without validation and checkpoints."""
         self.skipped: list[tuple[int, int]] = []
-        """Ranges of rows of the data that are skipped because their loss or gradient was not finite."""
+        """Ranges of rows of the data that are skipped because their loss or gradient was bad."""
+        self.guard = self._make_guard()
+        self.snapshot: Snapshot | None = None
         self.bad_batches = 0
         self.bad_since: int | None = None
         self.saved: Path | None = None
         """The checkpoint of the current step, if there is one."""
+        self._grad_norm: Tensor | None = None
         self.window = self.new_window()
 
     def new_window(self) -> Window:
@@ -283,13 +289,20 @@ class Trainer:
                 raise Interrupted(f"{where}; {how_to_continue(self.out)}", stop.agreed)
             if at_end:
                 return
+            if self._snapshot_is_due():
+                self._take_snapshot()
             result = self.step()
             # Reading the loss would wait for the GPU; there the bar shows the loss of the last log step.
             progress.step(result.step, result.loss.item() if self.device.type == "cpu" else None)
             self.seconds = time.perf_counter() - self._since
+            save = _due(result.step, config.checkpoint.every) or result.step == total
+            if self.guard and (save or self.is_log_step(result.step)):
+                self.guard.flush()  # neither the log nor a checkpoint may contain a step that a rewind will undo
+                if self.step_number != result.step:
+                    continue
             if self.is_log_step(result.step):
                 self._log(result, progress)
-            if _due(result.step, config.checkpoint.every) or result.step == total:
+            if save:
                 self.save_finite(wait=not config.checkpoint.background)
 
     # ---- one step ----
@@ -297,14 +310,14 @@ class Trainer:
     def step(self) -> StepResult:
         """Read a batch, run forward and backward in micro batches, and update the weights.
 
-        The loss is the mean over the tokens of all processes, independent of how the batch is divided. ``train.on_nan``
-        decides what happens at a loss that is NaN or infinite. ``stop`` raises EvenstepError: on a CPU before the
-        weights change, with a checkpoint of them; on a GPU at the next log step. ``skip`` and ``rewind`` read the loss
-        and the norm in every step. After a rewind, this method does an earlier step.
+        The loss is the mean over the tokens of all processes, independent of how the batch is divided. The guard
+        (``guard.ladder``, ``train.on_nan``) decides what happens at a bad step: it reads another batch, and after a
+        rewind, this method does an earlier step. Without a guard, a loss that is not finite raises EvenstepError: on a
+        CPU before the weights change, with a checkpoint of them; on a GPU at the next log step.
         """
         config, began = self.config, time.perf_counter()
         data_seconds = 0.0
-        while True:  # until a batch is usable: `skip` reads another one, `rewind` also goes back to an earlier step
+        while True:  # until the optimizer's step is taken
             number = self.step_number + 1
             # A function of the step alone: after a rewind or a resume the rates are right without a state.
             factor = lr_factor(config.schedule, number, config.total_steps, config.warmup_steps)
@@ -319,13 +332,17 @@ class Trainer:
             inputs, targets = uploaded(inputs, self.device), uploaded(targets, self.device)
             with self.telemetry.watching(self.is_log_step(number)):
                 loss = self._accumulate(inputs, targets)
-            norm = self._gradient_norm(number)
-            if self._is_usable(loss, norm, number, position):
+            update = functools.partial(self._update, loss, number, position)
+            if self.guard is None:
+                self._check_loss(loss, number, position)
+                update()
                 break
-        # Before the step: telemetry pairs this loss with the statistics that the optimizer is about to compute.
-        self.telemetry.observe(loss, position, number)
-        self.heart.beat(number, "the optimizer's step")
-        self.optimizer.step()
+            factor *= self.guard.lr_scale
+            # The guard judges the gradients as they are before clipping.
+            if self.guard.step(loss, (position, position + config.train.batch_size), take=update):
+                break
+            self.guard.num_steps = self.step_number  # the step is done again
+            self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.zero_grad(set_to_none=True)
 
         self.step_number = number
@@ -335,7 +352,15 @@ class Trainer:
         elapsed = time.perf_counter() - began
         self.window.add(loss, tokens, elapsed, data_seconds)
         self.step_seconds += elapsed
-        return StepResult(number, loss, config.optim.lr * factor, norm)
+        return StepResult(number, loss, config.optim.lr * factor, self._grad_norm)
+
+    def _update(self, loss: Tensor, number: int, position: int) -> None:
+        """Clip the gradients and take the optimizer's step."""
+        self._grad_norm = self._gradient_norm(number)
+        # Before the step: telemetry pairs this loss with the statistics that the optimizer is about to compute.
+        self.telemetry.observe(loss, position, number)
+        self.heart.beat(number, "the optimizer's step")
+        self.optimizer.step()
 
     def _accumulate(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Run all micro batches forward and backward; returns the mean loss over the tokens of all processes, detached.
@@ -366,8 +391,7 @@ class Trainer:
         # The norm takes a pass over all gradients, so steps that neither clip nor report it do without.
         if clip:
             return clip_(gradients, clip)
-        needed = self.is_log_step(number) or self.config.train.on_nan != "stop"
-        return total_norm(gradients) if needed else None
+        return total_norm(gradients) if self.is_log_step(number) else None
 
     def is_log_step(self, number: int) -> bool:
         return number % self.config.log.every == 0 or number == self.config.total_steps
@@ -487,12 +511,8 @@ class Trainer:
         """The tensors of the model in a checkpoint."""
         return self.task.tensors(self.model)
 
-    def _state(self, optimizer: dict[str, Any]) -> dict[str, Any]:
-        """The content of trainer.pt: everything that changes during a run, except the tensors of the model and of the
-        optimizer. ``optimizer`` is the rest of its state. Random states are gathered from all processes."""
-        telemetry = self.telemetry.state()
-        # What differs between processes, and is restored only if as many processes resume.
-        own = {"rng": rng_state(), "probe": telemetry.pop("probe") if telemetry else None}
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes during a run except model, optimizer and random states."""
         return {
             "step": self.step_number,
             "tokens": self.tokens,
@@ -502,11 +522,34 @@ class Trainer:
             "step_seconds": self.step_seconds,
             "window_loss": self.window.loss.cpu(),
             "window_steps": self.window.steps,
+            "telemetry": self.telemetry.state(),
+            "guard": self.guard.state_dict() if self.guard else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
+        self.step_number, self.tokens = state["step"], state["tokens"]
+        self.seconds, self.step_seconds = state["seconds"], state["step_seconds"]
+        self.loader.position = state["position"]
+        self.skipped = [(start, stop) for start, stop in state["skipped"]]
+        self.window.loss.copy_(state["window_loss"])
+        self.window.steps = state["window_steps"]
+        self.telemetry.load(state["telemetry"], self.step_number)
+        if self.guard:
+            self._load_guard(state.get("guard"))
+
+    def _state(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """The content of trainer.pt: everything that changes during a run, except the tensors of the model and of the
+        optimizer. ``optimizer`` is the rest of its state. Random states are gathered from all processes."""
+        state = self.state_dict()
+        telemetry = state["telemetry"]
+        # What differs between processes, and is restored only if as many processes resume.
+        own = {"rng": rng_state(), "probe": telemetry.pop("probe") if telemetry else None}
+        return state | {
             "tokenizer": self.tokenizer.fingerprint,
             "data": self.task.data_identity(),
             "config": to_tables(self.config),
             "optimizer": optimizer,
-            "telemetry": telemetry,
             "processes": self.world.gather(lambda: own),
         }
 
@@ -603,16 +646,10 @@ class Trainer:
         # In place: the parameters of a sharded model keep their layout, whatever number of processes wrote the shards.
         fill(checkpoint, self.tensors())
         load_optimizer(self.model, self.optimizer, checkpoint, state["optimizer"])
-        self.step_number, self.tokens = state["step"], state["tokens"]
-        self.seconds, self.step_seconds = state["seconds"], state["step_seconds"]
-        self.loader.position = state["position"]
-        self.skipped = [(start, stop) for start, stop in state["skipped"]]
-        self.window.loss.copy_(state["window_loss"])
-        self.window.steps = state["window_steps"]
         processes = state["processes"]
         own = processes[self.world.rank] if len(processes) == self.world.size else None
         telemetry = state["telemetry"]
-        self.telemetry.load(telemetry and telemetry | {"probe": own["probe"] if own else None}, self.step_number)
+        self.load_state_dict(state | {"telemetry": telemetry and telemetry | {"probe": own["probe"] if own else None}})
         if own:
             set_rng_state(own["rng"])
         else:  # another number of processes: a new seed, the same in all of them, so that replicas stay equal
@@ -621,7 +658,33 @@ class Trainer:
     def _new_run(self, *, weights: bool = True) -> str:
         return new_run(self.config.COMMAND, self.out, weights=weights)
 
-    # ---- batches whose loss or gradient is not finite: train.on_nan ----
+    # ---- bad steps: guard.* and train.on_nan ----
+
+    def _make_guard(self) -> SpikeGuard | None:
+        """The guard that the configuration asks for; None if a loss that is not finite just ends the run."""
+        guard, on_nan = self.config.guard, self.config.train.on_nan
+        make = functools.partial(
+            SpikeGuard, self.model, self.optimizer, rewind=self._rewind, on_event=self._on_bad_step
+        )
+        if guard.actions:
+            return make(
+                ladder=guard.actions, sigma=guard.sigma, norm_ratio=guard.norm_ratio, loss_rise=guard.loss_rise,
+                budget=guard.budget, check_every=1 if self.device.type == "cpu" else self.config.log.every,
+            )  # fmt: skip
+        if on_nan == "stop":
+            return None
+        # No finite step is bad, and `_on_bad_step` limits the number of bad ones.
+        return make(ladder=(on_nan,), sigma=math.inf, budget=10**9, check_every=1)
+
+    def _load_guard(self, state: dict[str, Any] | None) -> None:
+        assert self.guard is not None
+        self.guard.num_steps = self.step_number
+        try:
+            if state is not None:
+                self.guard.load_state_dict(state)
+        except ValueError as problem:
+            self.say(f"{problem}; the guard starts with no history")
+        self.guard.stopped = False  # a run that the guard stopped may be resumed
 
     def _pass_over_skipped(self) -> int:
         """Move the loader past the rows that are skipped, after a rewind or a resume; returns its position."""
@@ -630,63 +693,95 @@ class Trainer:
                 self.loader.position = stop
         return self.loader.position
 
-    def _is_usable(self, loss: Tensor, norm: Tensor | None, number: int, position: int) -> bool:
-        """Whether the optimizer may use these gradients. False: the step has to read another batch. EvenstepError: the
-        run ends.
+    def _check_loss(self, loss: Tensor, number: int, position: int) -> None:
+        """End the run at a loss that is not finite. On a GPU `_log` does it: reading the loss of every step would wait
+        for the device. The loss is that of all processes together, so all of them decide the same."""
+        if self.device.type == "cpu" and not math.isfinite(loss.item()):
+            self.optimizer.zero_grad(set_to_none=True)
+            self._stop(number, f"the loss is {loss.item()}", position)
 
-        The loss and the norm are those of all processes together, so all processes decide the same.
-        """
-        policy = self.config.train.on_nan
-        if policy == "stop" and self.device.type != "cpu":
-            return True  # reading the loss would wait for the device; `_log` checks it
-        value = loss.item()
-        gradients = norm.item() if policy != "stop" and norm is not None else 0.0
-        if math.isfinite(value) and math.isfinite(gradients):
-            return True
-        what = f"the loss is {value}" if not math.isfinite(value) else f"the norm of the gradients is {gradients}"
-        self.optimizer.zero_grad(set_to_none=True)
-        if policy == "stop":
-            # The weights have not changed since the last step: save them with the position before the bad batch, so
-            # that a resume tries it again.
+    def _stop(self, number: int, what: str, position: int | None) -> NoReturn:
+        """End the run at the bad step ``number``. ``position``: where its rows begin, if its gradients have not been
+        applied."""
+        self.saver.wait()
+        rescued = None
+        # The weights have not changed since the last step: save them with the position before the bad batch, so that a
+        # resume tries it again.
+        if position is not None and self.step_number > 0 and self.weights_are_finite():
             self.loader.position = position
-            self.saver.wait()
-            rescue = self.step_number > 0 and self.weights_are_finite()
-            rescued = (self.saved or self.save(keep_all=True)) if rescue else None
-            raise diverged(self.config, number, what, rescued)
-        rows = (position, position + self.config.train.batch_size)
-        # Bad batches are counted from the newest checkpoint. A rewind repeats its steps, and would repeat them forever
-        # if every batch were bad.
+            rescued = self.saved or self.save(keep_all=True)
+        raise diverged(self.config, number, what, rescued)
+
+    def _on_bad_step(self, event: Event) -> None:
+        """Called by the guard after it has acted: leave the rows out, and write down what was done. All processes have
+        the same events."""
+        guard = self.guard
+        assert guard is not None
+        action, number, what, rows = event["action"], event["step"] + 1, event["reason"], event["rows"]
+        # Bad batches are counted from the newest checkpoint. A rewind to it repeats its steps, and would repeat them
+        # forever if every batch were bad.
         self.bad_batches = self.bad_batches + 1 if self.saver.last == self.bad_since else 1
         self.bad_since = self.saver.last
-        if self.bad_batches > BAD_BATCH_LIMIT:
-            times = f"{what}, for the {self.bad_batches}th time since the last checkpoint"
-            raise diverged(self.config, number, times)
-        if policy == "skip":
-            self.skipped.append(rows)
-            self.say(f"step {number}: {what}; sequences {rows[0]} to {rows[1] - 1} are skipped")
+        if self.bad_batches > (guard.budget if self.config.guard.actions else BAD_BATCH_LIMIT):
+            what = f"{what}, for the {self.bad_batches}th time since the last checkpoint"
+            action = "stop"
+        if action == "stop":
+            self._stop(number, what, rows[0] if number == self.step_number + 1 else None)
+        here = f"sequences {rows[0]} to {rows[1] - 1} are skipped"
+        if action == "rewind":
+            excluded: set[Any] = guard.excluded
+            self.skipped = sorted({*self.skipped, *excluded})
+            self._drop_undone_steps()
+            self.say(f"step {number}: {what}; back to {self.saved}, {here} from here")
         else:
-            self._rewind(number, what, rows)
-        return False
+            self.skipped.append(rows)
+            slower = f"; the next {guard.lr_steps} steps use {guard.lr_factor:g} of the learning rate"
+            self.say(f"step {number}: {what}; {here}{slower if action == 'lower_lr' else ''}")
+        record = {"step": self.step_number, "bad_step": number, "action": action, "reason": what, "rows": list(rows)}
+        self.telemetry.write({"kind": "guard", **record})
 
-    def _rewind(self, number: int, what: str, rows: tuple[int, int]) -> None:
-        """Return to the newest valid checkpoint, and skip the ``rows`` of the data from there on."""
+    def _snapshot_is_due(self) -> bool:
+        every = self.config.guard.snapshot_every
+        if self.guard is None or "rewind" not in self.config.guard.actions or not every:
+            return False
+        if self.snapshot is None:
+            return True
+        # A snapshot has to be from before the first bad step that the guard remembers.
+        self.guard.flush()
+        return _due(self.step_number, every) and self.snapshot.step != self.step_number and self.guard.is_calm
+
+    def _take_snapshot(self) -> None:
+        self.snapshot = Snapshot(self.step_number, self.model, self.optimizer, data=[self])
+        self.snapshot.complete(())
+
+    def _rewind(self) -> int:
+        """Return to the snapshot in memory or, without one, to the newest valid checkpoint; returns its step."""
         self.saver.wait()
+        if self.snapshot is not None:
+            self.snapshot.restore()
+            self.saved = None
+            return self.step_number
+        number = self.step_number + 1
         try:
             checkpoint = Path(self.world.on_rank_0(lambda: str(newest_checkpoint(self.out, self.say))))
         except EvenstepError:
-            raise diverged(self.config, number, f"{what}, and there is no checkpoint to go back to") from None
-        # `_restore` replaces the list by that of the checkpoint, which does not know the rows skipped since.
-        skipped = [*self.skipped, rows]
+            what = "the step is bad, and there is no checkpoint to go back to"
+            raise diverged(self.config, number, what) from None
+        skipped = self.skipped  # the checkpoint does not know the rows that were skipped since
         with self.world.raise_on_all_ranks():
             self._restore(checkpoint, read_trainer(checkpoint))
-        self.skipped = sorted(set(skipped) | set(self.skipped))
+        self.skipped = sorted({*skipped, *self.skipped})
         self.saved = checkpoint
-        # The log forgets the steps that will be repeated.
+        return self.step_number
+
+    def _drop_undone_steps(self) -> None:
+        """Make the files of the run those of the present step, after a rewind. A crash at any moment leaves a run that
+        resumes either before or after the rewind."""
+        if self.saved is None:  # from a snapshot: newer checkpoints are of steps that are undone
+            self.save(keep_all=True)
+            self.world.on_rank_0(lambda: delete_newer(self.out / "checkpoints", self.step_number))
         self.metrics.close()
         self.metrics = resume_metrics(self.out / "metrics.jsonl", self.step_number, self.world)
-        self.say(
-            f"step {number}: {what}; back to {checkpoint}, sequences {rows[0]} to {rows[1] - 1} are skipped from here"
-        )
 
     # ---- the end ----
 

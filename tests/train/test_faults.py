@@ -141,7 +141,7 @@ def test_rewind_goes_back_and_leaves_the_batch_out_then(corpus, tmp_path):
     run = poisoned(Run(quick(corpus, tmp_path / "run", train__on_nan="rewind", **options), say=said.append), {20})
     run.fit()
     assert run.skipped == [(20, 24)] and run.loader.position == 10 * 4
-    assert any("step 6: the loss is nan; back to" in line and "step-000004" in line for line in said)
+    assert any("step 6: the loss is not finite; back to" in line and "step-000004" in line for line in said)
     assert list(by_step(tmp_path / "run")) == list(range(1, 10))
     plain = Run(quick(corpus, tmp_path / "plain", **options), say=silent)
     expected = []
