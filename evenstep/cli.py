@@ -156,13 +156,13 @@ def _pretrain_arguments(pretrain: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(args: argparse.Namespace) -> None:
-    config, directory = chosen(args, Config, args.recipe)
+    config, start = chosen(args, Config, args.recipe)
     if args.print_config:
-        return print_config(config, directory)
+        return print_config(config, start)
 
     from evenstep.train.trainer import train
 
-    train(config, directory, auto=args.resume == "auto")
+    train(config, start, auto=args.resume == "auto")
 
 
 def _generate(args: argparse.Namespace) -> None:

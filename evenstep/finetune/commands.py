@@ -80,9 +80,9 @@ def _finetune(args: argparse.Namespace) -> None:
     short |= {key: value for key, value in (("model.path", model), ("data.file", args.data)) if value is not None}
     if args.evaluate and args.data is None and vars(args)["eval.data"]:
         short["data.file"] = vars(args)["eval.data"].split(",")[0].strip()
-    config, directory = chosen(args, FineTuneConfig, recipe, short)
+    config, start = chosen(args, FineTuneConfig, recipe, short)
     if args.print_config:
-        return print_config(config, directory)
+        return print_config(config, start)
 
     from evenstep.finetune.run import Tuning, evaluate_only
     from evenstep.train.trainer import train
@@ -90,4 +90,4 @@ def _finetune(args: argparse.Namespace) -> None:
     if args.evaluate:
         evaluate_only(config)
     else:
-        train(config, directory, auto=args.resume == "auto", trainer=Tuning)
+        train(config, start, auto=args.resume == "auto", trainer=Tuning)

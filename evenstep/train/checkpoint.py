@@ -36,7 +36,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evenstep.console import program
 from evenstep.errors import EvenstepError
@@ -80,6 +80,7 @@ def of_the_disk(problem: BaseException) -> OSError | None:
 
 MANIFEST = "manifest.json"
 TRAINER = "trainer.pt"
+PARENT = "parent.json"
 FORMAT = 2
 SHARD = ".safetensors"
 _NAME = re.compile(r"step-(\d+)")
@@ -214,6 +215,39 @@ def list_checkpoints(directory: Path) -> list[Path]:
         return []
     found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+class Parent(NamedTuple):
+    """The checkpoint of another run from which a run goes on. ``step`` is None for the newest valid one."""
+
+    run: Path
+    step: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> Parent:
+        """The run and the step of RUN@STEP, or of RUN alone.
+
+        >>> Parent.parse("runs/base@400").step
+        400
+        """
+        match = re.fullmatch(r"(.+)@(\d+)", text)
+        return cls(Path(text), None) if match is None or Path(text).is_dir() else cls(Path(match[1]), int(match[2]))
+
+    def find(self, say: Callable[[str], None]) -> Path:
+        """The directory of the checkpoint. EvenstepError when the run has none, none of this step, or it is damaged."""
+        if self.step is None:
+            return newest_checkpoint(self.run, say)
+        steps = [int(path.name.removeprefix("step-")) for path in list_checkpoints(self.run / "checkpoints")]
+        if self.step not in steps:
+            kept = ", ".join(map(str, sorted(steps))) or "none"
+            raise EvenstepError(
+                f"{self.run} has no checkpoint of step {self.step}; it has those of steps {kept} (checkpoint.keep says "
+                "how many are kept)"
+            )
+        checkpoint = self.run / "checkpoints" / f"step-{self.step:06d}"
+        if fault := find_fault(checkpoint):
+            raise EvenstepError(f"{checkpoint} is damaged: {fault}; give another step")
+        return checkpoint
 
 
 def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Path:

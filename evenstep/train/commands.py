@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from evenstep.train.checkpoint import Parent
 from evenstep.train.config import Config
 from evenstep.train.config_io import build, check_changes, config_file, read_toml, to_toml
 
@@ -129,19 +130,19 @@ def _inspect(args: argparse.Namespace) -> None:
     inspect(args.checkpoint, everything=args.all, as_json=args.json)
 
 
-def print_config(config: Any, directory: Path | None) -> None:
+def print_config(config: Any, start: Path | Parent | None) -> None:
     """Print the configuration as a recipe.
 
     EvenstepError for a configuration that a run would refuse: hyperparameters that the optimizer does not have or
-    accept, a missing model to start from, or, for the run in ``directory``, changes that a resume does not allow.
+    accept, a missing model to start from, or, for the run in ``start``, changes that a resume does not allow.
     """
     from evenstep.train.optimizers import try_optimizer
     from evenstep.train.task import with_shape_of
     from evenstep.train.weights import find_source
 
     try_optimizer(config.optim)
-    if directory is not None:
-        check_changes(directory, config, build(read_toml(config_file(directory)), type(config)))
+    if isinstance(start, Path):
+        check_changes(start, config, build(read_toml(config_file(start)), type(config)))
     if isinstance(config, Config) and config.model.init:
         with_shape_of(config, find_source(Path(config.model.init), lambda _: None))
     print(to_toml(config), end="")

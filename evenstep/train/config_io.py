@@ -319,12 +319,31 @@ def check_resume(directory: Path, config: BaseConfig, trainer: dict[str, Any]) -
     """EvenstepError when the run in ``directory`` cannot continue with ``config``. ``trainer`` is the content of the
     trainer.pt of its checkpoint."""
     check_changes(directory, config, build(trainer["config"], type(config)))
-    if config.total_steps < trainer["step"]:
+    check_steps_left(directory, config, trainer["step"])
+
+
+def check_steps_left(directory: Path, config: BaseConfig, done: int) -> None:
+    """EvenstepError when the budget of ``config`` ends before step ``done``, which ``directory`` has reached."""
+    if config.total_steps < done:
         budget = "steps" if config.train.steps is not None else "tokens"
         raise EvenstepError(
             f"train.{budget} {getattr(config.train, budget)} ends at step {config.total_steps}, but {directory} has "
-            f"already done {trainer['step']}; give a larger budget, or leave it out"
+            f"already done {done}; give a larger budget, or leave it out"
         )
+
+
+def check_parent(directory: Path, config: BaseConfig, trainer: dict[str, Any]) -> None:
+    """EvenstepError when a run with ``config`` cannot go on from a checkpoint of the run in ``directory``: the weights
+    fit neither another shape nor other tokens. ``trainer`` is the content of the trainer.pt of the checkpoint."""
+    changed = changed_options(build(trainer["config"], type(config)), config)
+    for key, (was, now) in changed.items():
+        if key.startswith("model.") or key in ("data.tokenizer", "data.vocab_size"):
+            again = new_run(config.COMMAND, directory, [f"--{key}", shown(now)], weights=False)
+            raise EvenstepError(
+                f"{directory} was trained with {key} {shown(was)}, and its weights do not fit {shown(now)}; leave it "
+                f"out, or start a new run with: {again}"
+            )
+    check_steps_left(directory, config, trainer["step"])
 
 
 def check_changes(directory: Path, config: BaseConfig, old: BaseConfig) -> None:

@@ -13,8 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from evenstep.errors import EvenstepError
+from evenstep.paths import unused
+from evenstep.train.checkpoint import Parent
 from evenstep.train.config import HYPERPARAMETERS, BaseConfig, Config, kinds, limits, options, owners, sections
-from evenstep.train.config_io import build, load_config, new_run, override, read_toml, shown, without_foreign_options
+from evenstep.train.config_io import (
+    build,
+    config_file,
+    load_config,
+    override,
+    read_toml,
+    shown,
+    without_foreign_options,
+)
 
 # ---- flags ----
 
@@ -25,7 +35,8 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[BaseConfig]) -> None:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument(
         "--resume", metavar="RUN", nargs="?", const="",
-        help="continue the run in this directory (without a value: in --out; auto: in --out if it has a checkpoint)",
+        help="continue the run in this directory (without a value: in --out; auto: in --out if it has a checkpoint); "
+        "with RUN or RUN@STEP and another --out, a new run goes on from that checkpoint with changed options",
     )  # fmt: skip
     parser.add_argument(
         "--compile", dest="train.compile", action="store_const", const="true", help="same as --train.compile true"
@@ -66,30 +77,37 @@ def declared(kind: type[BaseConfig] = Config) -> set[str]:
 
 def chosen(
     args: argparse.Namespace, kind: type[BaseConfig], recipe: Path | None, short: Mapping[str, str] | None = None
-) -> tuple[Any, Path | None]:
-    """The configuration that the command line describes, and the directory of the run to continue, or None.
+) -> tuple[Any, Path | Parent | None]:
+    """The configuration that the command line describes, and the directory of the run to continue, the checkpoint of
+    another run to go on from, or None.
 
     ``short`` has options that other arguments stand for; flags override them. With ``--resume`` and without a recipe
     the configuration of the run takes the place of the recipe. EvenstepError for values that do not fit.
     """
     given = [(key, value) for key, value in vars(args).items() if key in declared(kind) and value is not None]
     overrides = [*(short or {}).items(), *given, *args.extra]
-    directory = None
+    start: Path | Parent | None = None
     if args.resume is not None and args.resume != "auto":
         wanted = dict(given).get("out")
         out = args.resume or wanted
         if out is None:
             raise EvenstepError("--resume names no run; give its directory, --resume RUN (evenstep runs lists runs)")
-        directory, saved = Path(out), Path(out, "config.toml")
-        if wanted is not None and Path(wanted).resolve() != directory.resolve():
+        parent = Parent.parse(out)
+        start = parent.run
+        if wanted is not None and Path(wanted).resolve() != parent.run.resolve():
+            start = parent
+        elif parent.step is not None:
             raise EvenstepError(
-                f"--resume {out} continues in that directory, but --out is {wanted}; leave --out out, or start a new "
-                f"run from the weights with: {new_run(kind.COMMAND, directory, out=wanted)}"
+                f"--resume {out} goes back to an earlier step, which would undo the later ones; give a new directory "
+                f"for it, --out {unused(parent.run)}"
             )
-        if recipe is None and saved.is_file():
-            tables = without_foreign_options(read_toml(saved), overrides, saved)
-            return build(override(tables, overrides, kind), kind), directory
-    return load_config(recipe, overrides, kind), directory
+        saved = parent.run / "config.toml"
+        if recipe is None and (saved.is_file() or start is parent):
+            tables = read_toml(config_file(parent.run))
+            if start is parent:
+                tables.pop("name", None)  # the name of the parent
+            return build(override(without_foreign_options(tables, overrides, saved), overrides, kind), kind), start
+    return load_config(recipe, overrides, kind), start
 
 
 # ---- the reference page ----

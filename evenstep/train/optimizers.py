@@ -8,7 +8,7 @@ contain a state of the schedule.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,7 @@ from evenstep.baselines.catalog import baseline, check_options
 from evenstep.baselines.transforms import add_transforms, build_transforms
 from evenstep.errors import EvenstepError, first_line
 from evenstep.train.config import BaseConfig, ScheduleConfig
+from evenstep.train.config_io import shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -119,6 +120,18 @@ def _constant(schedule: ScheduleConfig, step: int, total: int, warmup: int) -> f
 
 
 _SHAPES = {"cosine": _cosine, "wsd": _wsd, "constant": _constant}
+
+
+def changed_state(old: OptimConfig, new: OptimConfig) -> str | None:
+    """The first option because of which the state of an optimizer with the options ``old`` does not serve one with the
+    options ``new``, with both values; None if the state serves. Numbers such as the learning rate may differ."""
+    pairs: dict[str, tuple[Any, Any]] = {"name": (old.name, new.name), "before": (old.before, new.before)}
+    pairs |= {key: (old.options.get(key), new.options.get(key)) for key in sorted({*old.options, *new.options})}
+    for key, (was, now) in pairs.items():
+        shapes = [x for x in (was, now) if isinstance(x, str | bool)]
+        if was != now and (shapes or key == "density"):
+            return f"optim.{key} was {shown(was)} and is {shown(now)}"
+    return None
 
 
 def rising_rate(old: BaseConfig, new: BaseConfig, done: int) -> str | None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ from typing import Any
 from evenstep.errors import EvenstepError
 from evenstep.paths import check_own_file, read_own
 from evenstep.toml import parse_toml
-from evenstep.train.checkpoint import MANIFEST, TRAINER, file_fault, list_checkpoints, read_manifest, read_trainer
+from evenstep.train.checkpoint import (
+    MANIFEST,
+    PARENT,
+    TRAINER,
+    file_fault,
+    list_checkpoints,
+    read_manifest,
+    read_trainer,
+)
 from evenstep.train.config import Config
 from evenstep.train.config_io import build, config_file, read_toml
 from evenstep.train.files import is_running
@@ -31,6 +40,9 @@ class RunRow:
     steps: int
     val_loss: float | None
     status: str
+    parent: Path | None = None
+    """The run from whose checkpoint this one went on."""
+    path: Path | None = None
 
 
 def list_runs(directory: Path) -> list[RunRow]:
@@ -45,7 +57,20 @@ def list_runs(directory: Path) -> list[RunRow]:
             f"{directory}: no such directory; give the directory of your runs (evenstep pretrain creates runs/)"
         )
     configs = [path for path in (directory / "config.toml", *directory.glob("*/config.toml")) if os.path.lexists(path)]
-    return [_row(path) for path in sorted(configs, key=_changed, reverse=True)]
+    return _as_tree([_row(path) for path in sorted(configs, key=_changed, reverse=True)])
+
+
+def _as_tree(rows: list[RunRow]) -> list[RunRow]:
+    """Each row followed by those of its children, whose names are indented."""
+    known = {row.path for row in rows}
+
+    def below(parent: Path | None, depth: int) -> Iterator[RunRow]:
+        for row in rows:
+            if parent == row.parent or (parent is None and row.parent not in known):
+                yield replace(row, name="  " * (depth - 1) + "+ " + row.name) if depth else row
+                yield from below(row.path, depth + 1)
+
+    return list(below(None, 0))
 
 
 def _changed(path: Path) -> float:
@@ -64,11 +89,15 @@ def _row(config: Path) -> RunRow:
         size, optimizer = tables["model"].get("size", "custom"), tables["optim"]["name"]
         finished = os.path.lexists(run / "summary.json") and bool(json.loads(read_own(run, "summary.json")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return RunRow(run.name, when, "", "", 0, None, "unreadable")
+        return RunRow(run.name, when, "", "", 0, None, "unreadable", None, run.resolve())
     status = "running" if is_running(run) else "finished" if finished else "interrupted"
+    parent = None
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        parent = Path(json.loads(read_own(run, PARENT))["run"])
     losses = [record["val_loss"] for record in records if record.get("val_loss") is not None]
     steps = max((record["step"] for record in records), default=0)
-    return RunRow(run.name, when, size, optimizer, steps, losses[-1] if losses else None, status)
+    loss = losses[-1] if losses else None
+    return RunRow(run.name, when, size, optimizer, steps, loss, status, parent, run.resolve())
 
 
 def table(rows: list[RunRow]) -> str:

@@ -16,19 +16,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
+from evenstep.baselines.catalog import allow_known_state
 from evenstep.data import prepare_display
 from evenstep.errors import EvenstepError
 from evenstep.kernels import uploaded
@@ -36,7 +39,9 @@ from evenstep.telemetry.clocks import steps_to_reset
 from evenstep.telemetry.guard import Event, SpikeGuard
 from evenstep.telemetry.snapshot import Snapshot, rng_state, set_rng_state
 from evenstep.train.checkpoint import (
+    PARENT,
     TRAINER,
+    Parent,
     delete_newer,
     diverged,
     fill,
@@ -47,7 +52,16 @@ from evenstep.train.checkpoint import (
     write_tensors,
 )
 from evenstep.train.config import BaseConfig
-from evenstep.train.config_io import build, check_resume, config_file, new_run, read_toml, to_tables, to_toml
+from evenstep.train.config_io import (
+    build,
+    check_parent,
+    check_resume,
+    config_file,
+    new_run,
+    read_toml,
+    to_tables,
+    to_toml,
+)
 from evenstep.train.distributed import Heartbeat, Parallel, World, clip_, launched, open_world, restarts, total_norm
 from evenstep.train.evaluate import Evaluation
 from evenstep.train.files import RunLock, check_own, default_name, fresh_directory, hold, locked, replace_text
@@ -62,7 +76,14 @@ from evenstep.train.log import (
     print_nothing,
     resume_metrics,
 )
-from evenstep.train.optimizers import LearningRates, build_optimizer, check_optimizer, lr_factor, rising_rate
+from evenstep.train.optimizers import (
+    LearningRates,
+    build_optimizer,
+    changed_state,
+    check_optimizer,
+    lr_factor,
+    rising_rate,
+)
 from evenstep.train.saving import Saver, load_optimizer, optimizer_tensors
 from evenstep.train.summary import attempt, finish, header, run_facts
 from evenstep.train.task import Pretraining, Task
@@ -122,6 +143,8 @@ class Trainer:
         world: the processes that train together; None for this process alone.
         say: called with each line of text that is meant for the user. Default: print it.
         data_progress: called with the progress of the data's preparation.
+        parent: the checkpoint of another run to go on from. The options may differ; the state of the optimizer and the
+            position in the data are taken over where they fit, and ``say`` is called with a line where they do not.
 
     Raises EvenstepError when data, model, optimizer, directory and checkpoint do not fit together.
 
@@ -139,19 +162,31 @@ class Trainer:
         world: World | None = None,
         say: Callable[[str], None] = print_line,
         data_progress: Any = None,
+        parent: Parent | None = None,
     ) -> None:
         world = world or World(pick_device(config.train.device))
         task = self.TASK(world, say if world.is_main else print_nothing)
-        config = task.resolve(config)
+        checkpoint = Path(world.on_rank_0(lambda: str(parent.find(task.say)))) if parent else None
+        if parent and checkpoint:
+            allow_known_state()
+            check_parent(parent.run, config, read_trainer(checkpoint))
+        config = task.resolve(config, checkpoint)
         # Process 0 chooses the directory: its name contains the time, and the processes may see different files.
         out = world.on_rank_0(lambda: str(fresh_directory(config)))
         config = dataclasses.replace(config, out=out, name=default_name(config))
         # Nothing is written before the whole run is built, so that an error leaves no empty run behind.
-        self._build(config, task, data_progress, blank=False)
-        world.on_rank_0(self._create_directory)
-        self.metrics = Metrics(self.out / "metrics.jsonl") if world.is_main else NoMetrics()
+        self._build(config, task, data_progress, blank=checkpoint is not None)
+        if parent and checkpoint:
+            with world.raise_on_all_ranks():
+                self._adopt(checkpoint)
+        world.on_rank_0(lambda: self._create_directory(parent))
+        if parent is None:
+            self.metrics = Metrics(self.out / "metrics.jsonl") if world.is_main else NoMetrics()
+        else:  # at once: the new run depends on no file of the other one
+            self.metrics = resume_metrics(self.out / "metrics.jsonl", self.step_number, world)
+            self.save()
 
-    def _create_directory(self) -> None:
+    def _create_directory(self, parent: Parent | None) -> None:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
@@ -163,6 +198,11 @@ class Trainer:
         if (self.out / "config.toml").exists():
             self.say(f"{self.out} stopped before its first checkpoint; it starts again")
             (self.out / "metrics.jsonl").unlink(missing_ok=True)
+        if parent:
+            facts = {"run": str(parent.run.resolve()), "step": self.step_number}
+            replace_text(self.out / PARENT, json.dumps(facts, indent=1) + "\n")
+            with suppress(FileNotFoundError):
+                shutil.copyfile(parent.run / "metrics.jsonl", self.out / "metrics.jsonl")
         replace_text(self.out / "config.toml", to_toml(self.config))
 
     def _build(self, config: Any, task: Task, data_progress: Any, *, blank: bool) -> None:
@@ -650,10 +690,40 @@ class Trainer:
         own = processes[self.world.rank] if len(processes) == self.world.size else None
         telemetry = state["telemetry"]
         self.load_state_dict(state | {"telemetry": telemetry and telemetry | {"probe": own["probe"] if own else None}})
-        if own:
-            set_rng_state(own["rng"])
+        self._restore_random_state(processes)
+
+    def _restore_random_state(self, processes: list[dict[str, Any]]) -> None:
+        if len(processes) == self.world.size:
+            set_rng_state(processes[self.world.rank]["rng"])
         else:  # another number of processes: a new seed, the same in all of them, so that replicas stay equal
             torch.manual_seed(hash((self.config.seed, self.step_number)) % 2**63)
+
+    def _adopt(self, checkpoint: Path) -> None:
+        """Go on from the ``checkpoint`` of another run, whose options may be others."""
+        state = read_trainer(checkpoint)
+        old = build(state["config"], type(self.config))
+        if state["tokenizer"] != self.tokenizer.fingerprint:
+            raise EvenstepError(
+                f"{checkpoint} was trained with another tokenizer than '{self.config.data.tokenizer}' is now; restore "
+                "the former one"
+            )
+        fill(checkpoint, self.tensors())
+        changed = changed_state(old.optim, self.config.optim)
+        if changed:
+            self.say(f"the optimizer starts with an empty state: {changed}")
+        else:
+            groups, names = self.optimizer.param_groups, self.optimizer.defaults
+            chosen = [{key: group[key] for key in names} for group in groups]
+            load_optimizer(self.model, self.optimizer, checkpoint, state["optimizer"])
+            # The clocks of the saved groups stay, but the hyperparameters are those of this run.
+            for group, hyperparameters in zip(self.optimizer.param_groups, chosen, strict=True):
+                group.update(hyperparameters)
+        same_rows = state["data"] == self.task.data_identity() and old.train.seq_len == self.config.train.seq_len
+        if not same_rows:
+            self.say("the data are read from the beginning: they are not those of the other run")
+            state |= {"position": 0, "skipped": []}
+        self.load_state_dict(state | {"telemetry": None})
+        self._restore_random_state(state["processes"])
 
     def _new_run(self, *, weights: bool = True) -> str:
         return new_run(self.config.COMMAND, self.out, weights=weights)
@@ -822,25 +892,28 @@ Run = Trainer
 """The name of `Trainer` in evenstep 0.1."""
 
 
-def train(config: BaseConfig, directory: Path | None, *, auto: bool = False, trainer: type[Trainer] = Trainer) -> None:
+def train(
+    config: BaseConfig, start: Path | Parent | None, *, auto: bool = False, trainer: type[Trainer] = Trainer
+) -> None:
     """The body of ``evenstep pretrain`` and ``evenstep finetune``, in a single process or in one of several.
 
-    Starts the run of ``config``, or continues the run in ``directory``. With ``auto``, and in processes that torchrun
+    Starts the run of ``config``, continues the run in the directory ``start``, or starts a run that goes on from the
+    checkpoint ``start`` of another run. With ``auto``, and in processes that torchrun
     has restarted after a failure, the run in ``config.out`` is continued if it has a checkpoint.
     """
     may_restart = launched() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
-    if directory is None and config.out is None and (auto or may_restart):
+    if start is None and config.out is None and (auto or may_restart):
         why = "--resume auto" if auto else "torchrun --max-restarts"
         raise EvenstepError(f"{why} needs --out DIR, the directory in which the run is continued")
     with open_world(config) as world:
-        if directory is None and (auto or restarts() > 0):
+        if not isinstance(start, Path) and (auto or restarts() > 0):
             out = Path(config.out or "")
-            directory = out if world.on_rank_0(lambda: bool(list_checkpoints(out / "checkpoints"))) else None
+            start = out if world.on_rank_0(lambda: bool(list_checkpoints(out / "checkpoints"))) else start
         with prepare_display() as show:
-            if directory is None:
-                run = trainer(config, world=world, data_progress=show)
+            if isinstance(start, Path):
+                run = trainer.resume(start, config, world=world, data_progress=show)
             else:
-                run = trainer.resume(directory, config, world=world, data_progress=show)
+                run = trainer(config, world=world, data_progress=show, parent=start)
         for line in attempt("description of the run", run.header, run.say) or ():
             run.say(line)
         run.fit()
