@@ -807,8 +807,8 @@ class Trainer:
             self.skipped.append(rows)
             slower = f"; the next {guard.lr_steps} steps use {guard.lr_factor:g} of the learning rate"
             self.say(f"step {number}: {what}; {here}{slower if action == 'lower_lr' else ''}")
-        record = {"step": self.step_number, "bad_step": number, "action": action, "reason": what, "rows": list(rows)}
-        self.telemetry.write({"kind": "guard", **record})
+        facts = {"bad_step": number, "action": action, "reason": what, "rows": list(rows)}
+        self.telemetry.write({"kind": "event", "event": "guard", "step": self.step_number, **facts})
 
     def _snapshot_is_due(self) -> bool:
         every = self.config.guard.snapshot_every

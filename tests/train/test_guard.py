@@ -58,9 +58,9 @@ def assert_same(run, expected):
         assert torch.equal(p, q)
 
 
-def records(out, kind):
+def actions(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line.get("kind") == kind]
+    return [line for line in lines if line.get("event") == "guard"]
 
 
 @pytest.mark.parametrize("factor", [1000.0, float("nan")], ids=["finite", "nan"])
@@ -73,7 +73,7 @@ def test_a_run_with_bad_batches_equals_one_that_never_saw_them(corpus, tmp_path,
     expected = never_saw(corpus, tmp_path / "plain", bad)
     assert_same(run, expected)
     assert summary["steps"] == 44 and summary["skipped_sequences"] == 2 * SIZE
-    found = records(run.out, "guard")
+    found = actions(run.out)
     assert [record["rows"][0] for record in found] == bad
     assert {record["action"] for record in found} == {"rewind" if ladder == "rewind" else "skip"}
     if ladder == "rewind":
@@ -87,7 +87,7 @@ def test_steps_that_are_judged_late_are_undone(corpus, tmp_path):
     run = guarded(corpus, tmp_path / "run", "rewind", bad, log__every="5", eval__every="10")
     run.guard.check_every = 5
     run.fit()
-    assert [record["bad_step"] for record in records(run.out, "guard")] == [27]
+    assert [record["bad_step"] for record in actions(run.out)] == [27]
     assert_same(run, never_saw(corpus, tmp_path / "plain", bad, log__every="5", eval__every="10"))
 
 
@@ -177,7 +177,7 @@ def test_a_lowered_rate_is_in_the_log_and_ends(corpus, tmp_path):
 def test_a_calm_run_is_the_same_with_and_without_a_guard(corpus, tmp_path):
     run = guarded(corpus, tmp_path / "run", "all", [])
     run.fit()
-    assert not run.guard.events and not records(run.out, "guard")
+    assert not run.guard.events and not actions(run.out)
     assert_same(run, never_saw(corpus, tmp_path / "plain", []))
 
 
