@@ -2,10 +2,13 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from parallel_support import by_step, silent, train
+from parallel_support import ROOT, by_step, silent, train
 from train_support import quick, write_corpus
 
 from evenstep.errors import EvenstepError
@@ -136,6 +139,62 @@ def test_a_run_killed_after_a_rewind_resumes_as_if_it_had_not_been(corpus, tmp_p
     assert [event["action"] for event in again.guard.events] == ["rewind"]
     harmed(again, bad).fit()
     assert_same(again, never_saw(corpus, tmp_path / "plain", bad))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.train.test_guard import OPTIONS, SIZE, harmed, silent
+from train_support import quick
+from evenstep.train.checkpoint import list_checkpoints
+from evenstep.train.trainer import Run
+
+corpus, out, at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+if list_checkpoints(out / "checkpoints"):
+    run = Run.resume(out, say=silent)
+else:
+    run = Run(quick(corpus, out, **OPTIONS, guard__ladder="skip,rewind,stop"), say=silent)
+harmed(run, {position * SIZE for position in (29, 31, 33, 36)})
+calls = 0
+
+def count(event, arguments):
+    # Every system call of Python that changes a file, while the run rewinds and in the steps after it.
+    global calls
+    writes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
+    if event == "open" and isinstance(arguments[1], str):
+        writes = set(arguments[1]) & set("wax+")
+    if rewinding and writes:
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+rewinding, real = False, run._rewind
+
+def rewind():
+    global rewinding
+    rewinding = True
+    return real()
+
+run.guard.rewind = rewind
+sys.addaudithook(count)
+run.fit()
+print("calls", calls)
+"""
+
+
+@pytest.mark.slow
+def test_kills_during_rewinds_lose_nothing(corpus, tmp_path):
+    """A process that is killed at each of its first 20 changes of a file after the start of a rewind, and goes on."""
+    bad = [position * SIZE for position in (29, 31, 33, 36)]
+    expected = by_step(never_saw(corpus, tmp_path / "plain", bad).out)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"}
+    for at in range(1, 21):
+        out = tmp_path / f"run-{at}"
+        for limit in (at, 10**9):
+            words = [sys.executable, "-c", KILLED, str(corpus), str(out), str(limit)]
+            done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+            assert done.returncode == (0 if limit == 10**9 else -9), done.stderr[-2000:]
+        assert by_step(out) == expected, at
 
 
 def test_the_end_of_the_ladder_stops_with_a_checkpoint_and_the_run_can_go_on(corpus, tmp_path):
