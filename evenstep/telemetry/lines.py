@@ -90,7 +90,8 @@ def _warning(event: Event) -> str:
     head = f" head {worst['head']}" if "head" in worst else ""
     others = f" and {more} more" if more else ""
     name = QUANTITIES.get(event["quantity"], event["quantity"])
-    where = f"in {short(worst['name'])}{head}{others}"
+    # Not `short`, which keeps the whole name where its last part is a number, as that of a block is.
+    where = f"in {worst['name'].removeprefix('model.').removesuffix('.weight')}{head}{others}"
     return f"warning: {name} {_number(worst['value'])}, usually {_number(worst['usual'])}, {where}"
 
 
