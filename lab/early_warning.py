@@ -5,12 +5,14 @@ rate that is raised from some step on, a little in each step, until attention lo
 of `evenstep pretrain` with its defaults. Printed are the step of the first warning and the steps at which the loss
 moves, by three measures:
 
-* rise: the mean loss of the last 20 steps is 0.2 nats above its lowest value so far;
+* rise: the mean loss of the last 50 steps is 0.2 nats above its lowest value so far;
+* blip: the same with a mean of 20 steps, whose own noise is near 0.05 nats;
 * twin: the mean loss of the last 20 steps is 0.2 nats above that of the calm run at the same step;
 * event: the event ``loss_spike`` of the telemetry, 7 standard deviations above the mean of the last 1000 steps.
 
-The calm run must have no warning. The exit status is 1 if it has one, or if a warning comes later than 50 steps before
-the rise.
+The rate alone makes the loss of the raised run worse than that of its twin, long before anything is unstable; the rise
+is the measure of an instability. The calm run must have no warning. The exit status is 1 if it has one, or if the first
+warning of the other comes later than 50 steps before the rise.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ AHEAD = 50
 MOVED = 0.2
 """Nats by which a loss has moved."""
 
-SMOOTH = 20
-"""Steps over which a loss is averaged."""
+SLOW, QUICK = 50, 20
+"""Steps over which a loss is averaged: batches of 512 tokens are noisy."""
 
 
 @dataclass
@@ -82,10 +84,10 @@ class Result:
     def warnings(self) -> list[dict[str, Any]]:
         return [record for record in self.records if record.get("event") == "warning"]
 
-    def smooth(self) -> list[float]:
-        """Mean loss of the last `SMOOTH` steps, for each step; infinity before there are so many."""
-        means = [math.inf] * min(SMOOTH - 1, len(self.losses))
-        return means + [sum(self.losses[i - SMOOTH : i]) / SMOOTH for i in range(SMOOTH, len(self.losses) + 1)]
+    def smooth(self, n: int) -> list[float]:
+        """Mean loss of the last ``n`` steps, for each step; infinity before there are so many."""
+        means = [math.inf] * min(n - 1, len(self.losses))
+        return means + [sum(self.losses[i - n : i]) / n for i in range(n, len(self.losses) + 1)]
 
 
 def train(setting: Setting, seed: int, corpus: DataSpec) -> Result:
@@ -112,10 +114,10 @@ def train(setting: Setting, seed: int, corpus: DataSpec) -> Result:
     return result
 
 
-def rise(result: Result) -> int | None:
-    """The first step at which the smooth loss is `MOVED` above its lowest value so far."""
+def rise(result: Result, n: int) -> int | None:
+    """The first step at which the mean loss of ``n`` steps is `MOVED` above its lowest value so far."""
     lowest = math.inf
-    for step, loss in enumerate(result.smooth(), 1):
+    for step, loss in enumerate(result.smooth(n), 1):
         if loss > lowest + MOVED and math.isfinite(lowest):
             return step
         lowest = min(lowest, loss)
@@ -124,7 +126,7 @@ def rise(result: Result) -> int | None:
 
 def above(result: Result, calm: Result) -> int | None:
     """The first step at which the smooth loss is `MOVED` above that of the calm run."""
-    both = zip(result.smooth(), calm.smooth(), strict=False)
+    both = zip(result.smooth(QUICK), calm.smooth(QUICK), strict=False)
     return next((step for step, (loss, other) in enumerate(both, 1) if loss > other + MOVED), None)
 
 
@@ -140,10 +142,11 @@ def study(seeds: list[int], calm: Setting, raised: Setting, corpus: DataSpec) ->
                 "calm_warnings": [event_line(one) for one in twin.warnings()],
                 "warning": warning and warning["step"],
                 "warnings": [event_line(one) for one in result.warnings()],
-                "rise": rise(result),
+                "rise": rise(result, SLOW),
+                "blip": rise(result, QUICK),
                 "twin": above(result, twin),
                 "event": event and event["step"],
-                "calm_loss": twin.smooth()[-1],
+                "calm_loss": twin.smooth(QUICK)[-1],
                 "losses": result.losses,
             }
         )
@@ -175,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
             (row,) = study([seed], Setting(steps=args.calm), raised, corpus)
             rows.append(row)
             kept = kept and passed(row)
-            numbers = ", ".join(f"{key} {row[key] or 'never'}" for key in ("warning", "rise", "twin", "event"))
+            numbers = ", ".join(f"{key} {row[key] or 'never'}" for key in ("warning", "rise", "blip", "twin", "event"))
             calm = "; ".join(row["calm_warnings"]) or "no warning"
             print(f"seed {seed}: {numbers}; calm run: {calm}, loss {row['calm_loss']:.3f}", flush=True)
             print("\n".join(f"  {line}" for line in row["warnings"][:6]), flush=True)
