@@ -131,8 +131,8 @@ def main() -> None:
         every = TelemetryConfig().activations
         cost = activations_cost(Llama(llama_config(args.size, vocab_size=4096)), args.activations, every)
         print(
-            f"{args.size}: a measured step takes {cost['ratio']:.3f} times as long as another, {cost['seconds']:.3f} s; "
-            f"with one in {every} that is {cost['share']:.2%} a step"
+            f"{args.size}: a measured step takes {cost['ratio']:.3f} times as long as one of {cost['seconds']:.3f} s, "
+            f"one in {every}: {cost['share']:.2%} a step"
         )
         return
     model = Llama(llama_config(args.size, vocab_size=32000))
