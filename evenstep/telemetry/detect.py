@@ -1,6 +1,6 @@
 """Events, found on the host in the numbers of each step. Needs NumPy and no torch.
 
-There are two rules, and neither is the paper's GSS, which is measured per coordinate (probe.py):
+`Detector` has two rules, and neither is the paper's GSS, which is measured per coordinate (probe.py):
 
 * A tensor **spikes** when the largest entry of its gradient exceeds ``ratio`` times the mean of that entry over the
   last 100 steps, and more than twice the entry of the step before. The second condition excludes the growing gradients
@@ -20,12 +20,15 @@ gradients are not. In that case `Detector.weighed` reports once since which step
 
 Values above a limit enter the means at the limit, so that one spike does not hide the next. No value is judged before
 20 values are known.
+
+`Warnings` judges what the forward pass and the weights show before an instability reaches the loss.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -237,7 +240,7 @@ class Detector:
 
     def _tensor(self, row: dict[str, Vector], i: int, *columns: str) -> dict[str, Any]:
         return {"name": self.names[i]} | {
-            column: float(f"{row[column][i]:.4g}") for column in columns if np.isfinite(row[column][i])
+            column: _four(row[column][i]) for column in columns if np.isfinite(row[column][i])
         }
 
     def _largest(self, row: dict[str, Vector]) -> Event:
@@ -346,6 +349,115 @@ class Detector:
         self.previous = np.array(state["previous"])
         for name in ("peaks", "levels", "flags"):
             getattr(self, name).load(state[name])
+
+
+# ---- early warnings ----
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A quantity is unusual when it is above ``least`` and above ``growth`` times its median over the last samples.
+
+    The first number alone would warn of a pretrained model that was always there, the second of a young model whose
+    numbers all grow from near zero.
+    """
+
+    least: float
+    growth: float
+
+
+LIMITS: dict[str, Limit] = {
+    # A softmax over logits 50 apart is one-hot up to e^-50. QK-clip (MuonClip, arXiv:2507.20534) acts at 100.
+    "attention_max": Limit(50.0, 1.5),
+    "logit_max": Limit(100.0, 2.0),
+    "rms": Limit(10.0, 3.0),
+    "kurtosis": Limit(200.0, 4.0),
+    "dead": Limit(0.5, 2.0),
+    "saturated": Limit(0.5, 2.0),
+    # Adam's updates are near 0.001 of the weights in a healthy run, and above 0.1 in none.
+    "update_ratio": Limit(0.1, 3.0),
+}
+"""Quantity, as in the records, -> its limit."""
+
+SAMPLES = 40
+"""Number of samples of which the median is taken."""
+
+FEW = 5
+"""Samples that must be known before a quantity is judged."""
+
+CALM = 0.5
+"""A warning ends, and may be repeated, when the quantity is below this share of both its limits."""
+
+
+class Warnings:
+    """Warns of a quantity that grows beyond its limit, once until it is usual again.
+
+    >>> warnings = Warnings()
+    >>> for step, logit in enumerate([20.0, 21.0, 19.0, 22.0, 20.0, 80.0, 90.0]):
+    ...     for event in warnings.feed(step, "attention_max", ["layers.0"], np.array([logit])):
+    ...         print(event["step"], event["tensors"])
+    5 [{'name': 'layers.0', 'value': 80.0, 'usual': 20.0}]
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[str, list[str]] = {}
+        self.history: dict[str, NDArray[np.float64]] = {}  # quantity -> its last samples [n, names], oldest first
+        self.open: dict[str, list[str]] = {}  # quantity -> names that are above the limit and have been reported
+
+    def feed(
+        self, step: int, quantity: str, names: list[str], values: Vector, heads: NDArray[np.int64] | None = None
+    ) -> list[Event]:
+        """Judge one sample of a quantity of `LIMITS`, and return its event, if there is one.
+
+        Args:
+            step: the step at which it was measured.
+            quantity: a key of `LIMITS`.
+            names: the ``n`` blocks or parameters.
+            values: the quantity of each, ``[n]``, NaN where it is unknown.
+            heads: for each of them the attention head that has this value.
+        """
+        limit = LIMITS[quantity]
+        if self.names.get(quantity) != names:
+            self.names[quantity], self.open[quantity] = names, []
+            self.history[quantity] = np.full((0, len(names)), np.nan)
+        history = self.history[quantity]
+        known = np.isfinite(history)
+        usual = np.full(len(names), np.nan)
+        enough = known.sum(0) >= FEW
+        if enough.any():
+            usual[enough] = np.nanmedian(np.where(known, history, np.nan)[:, enough], 0)
+        # NaN, where the median is not known or the pass was not finite, compares as False.
+        above = (values > limit.least) & (values > limit.growth * usual)
+        calm = (values < CALM * limit.least) | (values < CALM * limit.growth * usual)
+        was = np.isin(names, self.open[quantity])
+        self.open[quantity] = [name for name, on in zip(names, above | (was & ~calm), strict=True) if on]
+        self.history[quantity] = np.concatenate([history, values[None]])[-SAMPLES:]
+        new = np.flatnonzero(above & ~was)
+        if not len(new):
+            return []
+        worst = new[np.argsort(-values[new])][:SHOWN]
+        tensors = [{"name": names[i], "value": _four(values[i]), "usual": _four(usual[i])} for i in worst]
+        if heads is not None:
+            tensors = [tensor | {"head": int(heads[i])} for tensor, i in zip(tensors, worst, strict=True)]
+        facts = {"quantity": quantity, "count": len(new), "tensors": tensors}
+        return [{"kind": "event", "event": "warning", "step": step, **facts}]
+
+    def state(self) -> dict[str, Any]:
+        """All that later warnings depend on, as text and arrays."""
+        text = json.dumps({"names": self.names, "open": self.open})
+        return {"text": text, "history": {name: values.copy() for name, values in self.history.items()}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        text = json.loads(state["text"])
+        known = [name for name in text["names"] if name in LIMITS]
+        self.names, self.open = ({name: text[key][name] for name in known} for key in ("names", "open"))
+        self.history = {name: np.array(state["history"][name]) for name in known}
+
+
+def _four(value: Any) -> float:
+    """``value`` with four significant digits."""
+    return float(f"{value:.4g}")
 
 
 def lowbit_events(record: Record, useless: set[str]) -> tuple[list[Event], set[str]]:

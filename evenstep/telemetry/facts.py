@@ -30,6 +30,7 @@ FACTS: dict[str, str] = {
     "skipped": "steps on which a gradient was not finite",
     "weights_nonfinite": "1 if weights became NaN or infinite, else 0",
     "resets": "moment resets",
+    "warnings": "early warnings: attention, activations, output logits or updates grew beyond their limits",
     "clipped": "largest share of a tensor's entries clipped in one record",
     "gradient_error": "largest relative quantisation error of a layer's gradients",
 }
@@ -123,7 +124,13 @@ def _ratio(event: Record) -> float:
     return max((float(ratio) for ratio in ratios if is_number(ratio)), default=0.0)
 
 
-_COUNTED = {"spikes": "spike", "loss_spikes": "loss_spike", "skipped": "skipped", "resets": "reset"}
+_COUNTED = {
+    "spikes": "spike",
+    "loss_spikes": "loss_spike",
+    "skipped": "skipped",
+    "resets": "reset",
+    "warnings": "warning",
+}
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,

@@ -73,6 +73,28 @@ def _weights(event: Event) -> str:
     return f"weights are {what} since step {event['since']} in {_tensors(event)}"
 
 
+QUANTITIES = {
+    "attention_max": "attention logit",
+    "logit_max": "output logit",
+    "rms": "RMS of activations",
+    "kurtosis": "kurtosis of activations",
+    "dead": "share of dead units",
+    "saturated": "share of saturated units",
+    "update_ratio": "update over weight",
+}
+"""Quantity of a warning -> its name in a line."""
+
+
+def _warning(event: Event) -> str:
+    worst, more = event["tensors"][0], event.get("count", 1) - 1
+    head = f" head {worst['head']}" if "head" in worst else ""
+    others = f" and {more} more" if more else ""
+    name = QUANTITIES.get(event["quantity"], event["quantity"])
+    # Not `short`, which keeps the whole name where its last part is a number, as that of a block is.
+    where = f"in {worst['name'].removeprefix('model.').removesuffix('.weight')}{head}{others}"
+    return f"warning: {name} {_number(worst['value'])}, usually {_number(worst['usual'])}, {where}"
+
+
 LINES: dict[str, Callable[[Event], str]] = {
     "spike": _spike,
     "loss_spike": _loss_spike,
@@ -83,6 +105,7 @@ LINES: dict[str, Callable[[Event], str]] = {
     "stays_nonfinite": lambda event: f"gradients have not been finite since step {event['since']}",
     "reset": lambda event: "moments reset",
     "guard": lambda event: f"guard: {event['action']} at step {event['bad_step']}, {event['reason']}",
+    "warning": _warning,
     "useless": lambda event: f"gradient below sqrt(3) times its quantisation noise in {_tensors(event)}",
 }
 """Kind of an event -> the text of its line, after the step."""

@@ -24,13 +24,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from evenstep.errors import EvenstepError
+from evenstep.telemetry.activations import ActivationProbe, Sample
 from evenstep.telemetry.clocks import resets
-from evenstep.telemetry.detect import Detector, Event, lowbit_events
+from evenstep.telemetry.detect import LIMITS, Detector, Event, Warnings, lowbit_events
 from evenstep.telemetry.lines import event_line
 from evenstep.telemetry.options import Rows, checked_loss, checked_options, checked_rows, checked_step
 from evenstep.telemetry.probe import Probe
-from evenstep.telemetry.records import Records, lowbit_record
-from evenstep.telemetry.schema import COLUMNS, LOWBIT_KEYS, VERSION, Record
+from evenstep.telemetry.records import Records, activations_record, lowbit_record
+from evenstep.telemetry.schema import COLUMNS, HEAD_KEYS, LOWBIT_KEYS, VERSION, Record
 from evenstep.telemetry.sinks import Sink, as_sinks, guarded
 from evenstep.telemetry.subject import bare, parameter_names, plain_name, plain_names, watched
 from evenstep.telemetry.trouble import Troubles
@@ -82,6 +83,8 @@ class SpikeMonitor:
         sigma, window: standard deviations and steps of the spike rate. Default 7 and 1000 (OLMo 2, arXiv:2501.00656).
         parameters_every: least number of steps between two records with the numbers of every parameter. Default 10.
         lowbit: returns the state of quantised layers, called at every transfer; see `LowBit`.
+        activations: steps between two measurements inside the forward pass (`evenstep.telemetry.activations`), which
+            give early warnings; 0 (default) for none.
 
     Attributes:
         step: number of the newest step.
@@ -121,9 +124,18 @@ class SpikeMonitor:
         window: int = 1000,
         parameters_every: int = 10,
         lowbit: LowBit | None = None,
+        activations: int = 0,
     ) -> None:
-        given = {"every": every, "say": say, "samples": samples, "ratio": ratio, "sigma": sigma, "window": window}
-        options = checked_options("SpikeMonitor", given | {"parameters_every": parameters_every, "lowbit": lowbit})
+        given: dict[str, Any] = {
+            "every": every,
+            "say": say,
+            "samples": samples,
+            "ratio": ratio,
+            "sigma": sigma,
+            "window": window,
+        }
+        given |= {"parameters_every": parameters_every, "lowbit": lowbit, "activations": activations}
+        options = checked_options("SpikeMonitor", given)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"SpikeMonitor: expected a torch optimizer, got {type(optimizer).__name__}")
         if not callable(getattr(model, "named_parameters", None)):
@@ -150,6 +162,7 @@ class SpikeMonitor:
         self.names = parameter_names(model, optimizer)
         limits = {"ratio": options["ratio"], "sigma": options["sigma"], "window": window}
         self.detector = Detector(self.names, **limits, eps=_eps(optimizer))
+        self.warnings = Warnings()
         self.records = Records(len(self.names), options["parameters_every"])
         # The buffer on the device, filled row by row: numbers of each step [every, columns, k]; losses and those
         # learning rates that are on the device [2, every].
@@ -166,6 +179,14 @@ class SpikeMonitor:
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
+        self.activations_every: int = options["activations"]
+        self.activations = self._attached(model) if self.activations_every else None
+
+    def _attached(self, model: nn.Module) -> ActivationProbe | None:
+        probe = self._try("attach to the forward pass", lambda: ActivationProbe(model, self.troubles), None)
+        if probe is not None:
+            probe.arm(self.activations_every == 1)
+        return probe
 
     # ---- at every step ----
 
@@ -185,6 +206,16 @@ class SpikeMonitor:
         if step is not None and self.seen and observed["step"] != self.step + 1:
             self.drain()  # a record holds its first step and a list of values: numbers must not jump within it
         self.observed = observed
+
+    def arm(self, on: bool = True) -> None:
+        """Measure the next forward pass if it belongs to a step that is sampled, and forget what has been measured
+        since the last step. ``on=False``: measure no pass until the step is done.
+
+        A loop that repeats a batch, or that runs other passes of the model in training mode between steps, calls this
+        around the pass of the step. All others need not: each step prepares the next one.
+        """
+        if self.activations is not None:
+            self.activations.arm(on and (self.step + 1) % self.activations_every == 0)
 
     def _try(self, what: str, act: Callable[[], T], instead: T) -> T:
         """The result of ``act``. If it raises: one warning that the monitor could not do ``what``, and ``instead``."""
@@ -253,6 +284,9 @@ class SpikeMonitor:
         step = observed.get("step")
         self.step = self.step + 1 if step is None else step
         fact = {"step": self.step, "rows": observed.get("rows"), "lr": None}
+        if self.activations is not None:
+            fact["activations"] = self._try("keep its numbers of the forward pass", self.activations.take, None)
+            self.arm()
 
         def read() -> bool:
             i, loss = len(self.seen), observed.get("loss")
@@ -317,9 +351,13 @@ class SpikeMonitor:
         values = self._try("ask lowbit for its numbers", self._lowbit_values, nothing) if self.lowbit else nothing
         parts = [self.probe.agree(self.rows[:n]).flatten(), self.losses[:, :n].flatten()]
         parts += [self.probe.weigh().flatten()] if weigh else []
-        parts += [value for _, _, value in values]
+        samples: list[tuple[dict[str, Any], Sample]] = [
+            (fact, sample) for fact in self.seen if (sample := fact.pop("activations", None)) is not None
+        ]
+        parts += [value for _, _, value in values] + [sample[1].to(self.losses) for _, sample in samples]
         numbers = torch.cat(parts).cpu().numpy().astype("float64")
-        # 2. The same parts as NumPy arrays: rows [n, columns, k], losses and rates [n], weights [2, k], low-bit values.
+        # 2. The same parts as NumPy arrays: rows [n, columns, k], losses and rates [n], weights [2, k], low-bit values,
+        # and the numbers of the sampled forward passes.
         rows = numbers[: self.rows[:n].numel()].reshape(n, len(COLUMNS), -1)
         rest = numbers[rows.size :]
         losses, rates, rest = rest[:n], rest[n : 2 * n], rest[2 * n :]
@@ -340,6 +378,7 @@ class SpikeMonitor:
             self.records.add(fact, columns, float(loss))
         if weights is None and self.detector.unsure:  # a gradient was not finite: are the weights still?
             weights = self.probe.weigh().cpu().numpy().astype("float64")
+        rest, passes = rest[: len(values)], rest[len(values) :]
         if weights is not None:
             self.weighed, self.records.weight_rms = self.step, weights[0]
             events += self.detector.weighed(self.step, *np.where(self.probe.trained(), weights, 0.0))
@@ -347,6 +386,15 @@ class SpikeMonitor:
         written = [self.records.window(self.detector.spike_rates()[-1])]
         if self.records.due():
             written += self.records.parameters(self.detector.spike_rates()[:-1])
+        for fact, (layout, _) in samples:
+            sizes = [size for _, _, size in layout]
+            mine, passes = np.split(passes, [sum(sizes)])
+            vectors = np.split(mine, np.cumsum(sizes)[:-1])
+            measured = [(name, key, x) for (name, key, _), x in zip(layout, vectors, strict=True)]
+            written.append(activations_record(fact["step"], [(name, key, x.tolist()) for name, key, x in measured]))
+            events += self._pass_warnings(fact, measured)
+        if self.activations_every:
+            events += self._update_warnings(rows[:, COLUMNS.index("update_rms")])
         if values:
             named = [(plain_name(layer), key, x) for (layer, key, _), x in zip(values, rest, strict=True)]
             record = lowbit_record(self.step, named)
@@ -370,6 +418,36 @@ class SpikeMonitor:
                         f"lowbit {key}", f"lowbit gives '{layer}' the unknown key '{key}'; known are {known}"
                     )
         return values
+
+    def _pass_warnings(self, fact: dict[str, Any], measured: list[tuple[str, str, Any]]) -> list[Event]:
+        """The warnings of a forward pass, ``measured``: (module, key, vector)."""
+        events = []
+        for quantity in LIMITS:
+            found = [(name, x) for name, key, x in measured if key == quantity]
+            if not found:
+                continue
+            names, vectors = [name for name, _ in found], [x for _, x in found]
+            heads = np.array([int(x.argmax()) for x in vectors]) if quantity in HEAD_KEYS else None
+            largest = np.array([x.max() for x in vectors])
+            events += self.warnings.feed(fact["step"], quantity, names, largest, heads)
+        rows = {"rows": list(fact["rows"])} if fact["rows"] else {}
+        return [event | rows for event in events]
+
+    def _update_warnings(self, updates: Any) -> list[Event]:
+        """The warnings of updates that are large for their weights, from the RMS of updates ``[n, k]``."""
+        known = np.isfinite(updates)
+        mean = np.divide(
+            np.where(known, updates, 0.0).sum(0), known.sum(0), where=known.any(0), out=np.full(known.shape[1], np.nan)
+        )
+        # Norms and biases begin at one or at zero, where the ratio means little.
+        matrices = np.array([not is_lazy(p) and p.dim() >= 2 for p in self.probe.params])
+        ratio = np.divide(
+            mean,
+            self.records.weight_rms,
+            where=matrices & (self.records.weight_rms > 0),
+            out=np.full_like(mean, np.nan),
+        )
+        return self.warnings.feed(self.step, "update_ratio", self.names, ratio)
 
     def _publish(self, written: list[Record], events: list[Event]) -> None:
         """Pass records and events to the sinks, to ``show`` and to ``say``."""
@@ -415,6 +493,8 @@ class SpikeMonitor:
         """
         for handle in self._handles:
             handle.remove()
+        if self.activations is not None:
+            self.activations.close()
         if self._handles:
             self._handles = []
             if flush:
@@ -455,6 +535,7 @@ class SpikeMonitor:
             "probe": self.probe.state(),
             "detector": _saved(self.detector.state()),
             "records": _saved(self.records.state()),
+            "warnings": _saved(self.warnings.state()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -470,6 +551,9 @@ class SpikeMonitor:
             self.probe.load(state["probe"])
         self.detector.load(_loaded(state["detector"]))
         self.records.load(_loaded(state["records"]))
+        if "warnings" in state:  # states of older versions have none
+            self.warnings.load(_loaded(state["warnings"]))
+        self.arm()
 
 
 def _eps(optimizer: Optimizer) -> Any:

@@ -71,6 +71,7 @@ CHECKS: dict[str, Check] = {
     "sigma": _above(0),
     "window": _whole(1),
     "parameters_every": _whole(1),
+    "activations": _whole(0),
     "say": _callable_or_none("a function of one line of text, such as print"),
     "lowbit": _callable_or_none("a function that returns {layer: {key: number}}"),
 }

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evenstep.telemetry.schema import COLUMNS, LARGEST, Record
+from evenstep.telemetry.schema import COLUMNS, HEAD_KEYS, LARGEST, Record
 
 Vector = NDArray[np.float64]
 """One number for each of the ``k`` watched parameters; NaN where the number is unknown."""
@@ -119,6 +119,16 @@ class Records:
         self.started, self.pending = bool(state["started"]), list(state["pending"])
         self.weight_rms = np.array(state["weight_rms"])
         self._largest, self._sum, self._count = (dict(state[name]) for name in ("largest", "sum", "count"))
+
+
+def activations_record(step: int, values: list[tuple[str, str, list[float]]]) -> Record:
+    """The ``activations`` record of ``values``: (module, key, numbers), with the keys of `schema.HEAD_KEYS` (a number
+    for each head), `schema.BLOCK_KEYS` and `schema.OUTPUT_KEYS` (a single number)."""
+    modules: dict[str, dict[str, Any]] = {}
+    for module, key, numbers in values:
+        short = digits(numbers)
+        modules.setdefault(module, {})[key] = short if key in HEAD_KEYS else short[0]
+    return {"kind": "activations", "step": step, "modules": modules}
 
 
 def lowbit_record(step: int, values: list[tuple[str, str, float]]) -> Record:

@@ -32,8 +32,9 @@ STEP_LISTS = ("losses", "norms", "norms_after", "lrs")
 class RunLog:
     """What is known of a run.
 
-    ``train`` and ``validation`` are the records of the log, ``windows``, ``events`` and ``lowbit`` those of telemetry,
-    all in the order of their steps. The ``parameters`` records are kept as arrays: ``first`` and ``last`` are the steps
+    ``train`` and ``validation`` are the records of the log, ``windows``, ``events``, ``lowbit`` and ``activations``
+    those of telemetry, all in the order of their steps.
+    The ``parameters`` records are kept as arrays: ``first`` and ``last`` are the steps
     ``[n]`` of each record, and ``columns`` maps a name to its values ``[n, k]``, NaN where they are missing.
     """
 
@@ -50,6 +51,7 @@ class RunLog:
     windows: list[Record] = field(default_factory=list)
     events: list[Record] = field(default_factory=list)
     lowbit: list[Record] = field(default_factory=list)
+    activations: list[Record] = field(default_factory=list)
     first: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     last: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     columns: dict[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -159,6 +161,7 @@ def _read_metrics(run: RunLog, path: Path) -> None:
     unreadable, misfits, unknown, total = 0, 0, set(), 0
     parameters: list[Record] = []
     readers = {"start": _start, "window": _window, "parameters": _parameters, "event": _event, "lowbit": _lowbit}
+    readers["activations"] = _activations
     for record in iter_records(path):
         total += 1
         if record is None:
@@ -201,7 +204,7 @@ def _start(run: RunLog, record: Record, parameters: list[Record]) -> bool:
     if not isinstance(names, list):
         return False
     # A run that was resumed from a checkpoint repeats steps in the same file: the repeated steps replace the old ones.
-    kept = (run.train, run.validation, run.windows, run.events, run.lowbit, parameters)
+    kept = (run.train, run.validation, run.windows, run.events, run.lowbit, run.activations, parameters)
     if any(line["step"] > record["step"] for lines in kept for line in lines):
         for lines in kept:
             lines[:] = [line for line in lines if line["step"] <= record["step"]]
@@ -251,6 +254,14 @@ def _lowbit(run: RunLog, record: Record, _: list[Record]) -> bool:
     if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
         return False
     run.lowbit.append(record)
+    return True
+
+
+def _activations(run: RunLog, record: Record, _: list[Record]) -> bool:
+    modules = record.get("modules")
+    if not isinstance(modules, dict) or not all(isinstance(module, dict) for module in modules.values()):
+        return False
+    run.activations.append(record)
     return True
 
 

@@ -33,6 +33,12 @@ other columns."""
 LOWBIT_KEYS = ("saturation", "underflow", "error", "gradient_error")
 """Keys of a quantised layer: shares of entries that saturated or became zero, and relative errors in the 2-norm."""
 
+HEAD_KEYS = ("attention_max", "attention_logsumexp", "attention_entropy")
+BLOCK_KEYS = ("rms", "kurtosis", "dead", "saturated")
+OUTPUT_KEYS = ("logit_rms", "logit_max", "logsumexp")
+"""Keys of a module in an ``activations`` record: vectors over the heads of a block, numbers of a block, and numbers of
+the output head (activations.py)."""
+
 GSS_THRESHOLD = 50.0
 """A coordinate spikes when |g| is more than this multiple of its mean over time (SPAM, arXiv:2501.06842, section 2)."""
 

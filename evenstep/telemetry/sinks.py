@@ -175,6 +175,12 @@ def scalars(record: Record) -> dict[str, Any]:
     if kind == "lowbit":
         layers = record["layers"].items()
         return {f"lowbit/{name}/{key}": x for name, layer in layers for key, x in layer.items() if _number(x)}
+    if kind == "activations":  # a vector of heads is replaced by its maximum
+        numbers = {f"{name}/{key}": x for name, module in record["modules"].items() for key, x in module.items()}
+        largest = {
+            key: max(filter(_number, x), default=None) if isinstance(x, list) else x for key, x in numbers.items()
+        }
+        return {f"activations/{key}": x for key, x in largest.items() if _number(x)}
     if kind is not None:
         return {}
     group = "validation" if "val_loss" in record else "train"

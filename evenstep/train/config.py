@@ -445,6 +445,10 @@ class TelemetryConfig(Section):
     window: int = option(
         1000, "spike rate: number of steps over which mean and rate are computed", low=2, high=100_000, resume="free"
     )
+    activations: int = option(
+        20, "steps between two measurements of attention, activations and output logits, for early warnings; 0: none",
+        low=0, high=MOST_STEPS, resume="free",
+    )  # fmt: skip
     tensorboard: bool = option(False, "also write TensorBoard files into the directory of the run", resume="free")
     wandb: str = option("off", "also log to Weights & Biases", choices=("off", "offline", "online"), resume="free")
     trackio: bool = option(False, "also log to the local database of trackio", resume="free")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,17 @@ class RunTelemetry:
                 window=telemetry.window,
                 parameters_every=telemetry.every,
                 lowbit=self.noise,
+                activations=telemetry.activations,
             )
 
-    def watching(self, log_step: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def watching(self, log_step: bool) -> Iterator[None]:
         """Context of the forward and backward pass of a step."""
-        if self.noise is None or not log_step or self.config.train.compile:
-            return nullcontext()
-        return self.noise.watching()
+        if self.monitor:
+            self.monitor.arm()
+        watches_noise = self.noise is not None and log_step and not self.config.train.compile
+        with self.noise.watching() if watches_noise else nullcontext():
+            yield
 
     def observe(self, loss: Tensor, position: int, step: int) -> None:
         """Called before the optimizer's step number ``step``, with the loss and the loader's position before the

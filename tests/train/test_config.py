@@ -49,6 +49,7 @@ eval.every eval.max_tokens eval.batch_size
 checkpoint.every checkpoint.background checkpoint.keep
 log.every log.curve
 telemetry.enabled telemetry.every telemetry.samples telemetry.ratio telemetry.sigma telemetry.window
+telemetry.activations
 telemetry.tensorboard telemetry.wandb telemetry.trackio
 guard.ladder guard.sigma guard.norm_ratio guard.loss_rise guard.budget guard.snapshot_every
 sample.prompt sample.tokens sample.temperature sample.top_k
