@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -109,17 +109,24 @@ class Baseline:
         return {**found, **{k: v for k, v in self.chosen.items() if k in found}, **self.own}
 
     def build(
-        self, model: Any, *, lr: float, weight_decay: float = 0.0, decay: str = "all", **options: Any
+        self,
+        model: Any,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        decay: str = "all",
+        lr_scales: Mapping[str, float] | None = None,
+        **options: Any,
     ) -> Optimizer:
-        """The optimizer over the trainable parameters of ``model``. ``options`` are not checked, see
-        `check_options`."""
+        """The optimizer over the trainable parameters of ``model``. ``lr_scales`` has the multipliers of the learning
+        rate of the "embedding" and the "last" layer. ``options`` are not checked, see `check_options`."""
         own = {**self.own, **{key: value for key, value in options.items() if key in self.own}}
         given = {key: value for key, value in options.items() if key not in self.own}
         fixed = dict(self.fixed)
         if next(model.parameters()).device.type == "meta":  # `evenstep plan` builds it there; fused kernels refuse it
             fixed.pop("fused", None)
         values = {**self.chosen, **fixed, **given}
-        return self.rule(self.load(), Request(model, lr, weight_decay, decay, values, own))
+        return self.rule(self.load(), Request(model, lr, weight_decay, decay, values, own, lr_scales or {}))
 
 
 def allow_known_state() -> None:

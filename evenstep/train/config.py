@@ -147,6 +147,7 @@ def option(
     form: str | None = None,
     count: bool = False,
     joined: bool = False,
+    key: str | None = None,
     resume: Resume = "fixed",
 ) -> Any:
     """A dataclass field with the metadata of an option.
@@ -160,13 +161,19 @@ def option(
         form: a regular expression of further allowed texts.
         count: whether texts such as 20K, 100M and 1.5B are accepted.
         joined: whether the flag may be given several times; its values are then joined by commas.
+        key: the name of the option in its section, for a name with a dot; None: the name of the field.
         resume: whether the option may change on resume.
     """
     metadata = {
         "help": help, "low": low, "above": above, "high": high, "choices": choices, "form": form, "count": count,
-        "joined": joined, "resume": resume,
+        "joined": joined, "key": key, "resume": resume,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
+
+
+def key_of(field: dataclasses.Field[Any]) -> str:
+    """The name of an option in its section: ``lr_scale.embedding`` for the field ``lr_scale_embedding``."""
+    return field.metadata["key"] or field.name
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,7 @@ class Section:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
             if f.metadata:
-                key = f"{self.SECTION}.{f.name}" if self.SECTION else f.name
+                key = f"{self.SECTION}.{key_of(f)}" if self.SECTION else key_of(f)
                 object.__setattr__(self, f.name, checked(key, getattr(self, f.name), hints[f.name], f.metadata))
 
 
@@ -278,6 +285,12 @@ class OptimConfig(Section):
     )  # fmt: skip
     before: str = option("", "gradient transforms before the optimizer, such as 'adaclip + adagn(gamma1=0.7)'")
     lr: float = option(1e-3, "peak learning rate", above=0, high=1e38)
+    lr_scale_embedding: float | None = option(
+        None, "multiplier of the learning rate of the embedding (none: 1)", above=0, high=1e6, key="lr_scale.embedding"
+    )
+    lr_scale_last: float | None = option(
+        None, "multiplier of the learning rate of the output layer (none: 1)", above=0, high=1e6, key="lr_scale.last"
+    )
     weight_decay: float = option(0.0, "weight decay of the parameters that optim.decay selects", low=0, high=1e38)
     decay: str = option(
         "matrices",
@@ -287,6 +300,12 @@ class OptimConfig(Section):
     options: Mapping[str, Any] = field(default_factory=dict)
     """Every other hyperparameter, by the name of the constructor argument. `evenstep.train.optimizers` checks the names
     against the signature of the constructor."""
+
+    @property
+    def lr_scales(self) -> dict[str, float]:
+        """The kinds of layers ("embedding", "last") with another learning rate, and its multiplier."""
+        given = {"embedding": self.lr_scale_embedding, "last": self.lr_scale_last}
+        return {kind: scale for kind, scale in given.items() if scale is not None and scale != 1}
 
 
 @dataclass(frozen=True)
@@ -561,7 +580,7 @@ def options(kind: type[BaseConfig] = Config) -> dict[str, tuple[dataclasses.Fiel
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             if f.metadata:
-                found[f"{cls.SECTION}.{f.name}" if cls.SECTION else f.name] = (f, hints[f.name])
+                found[f"{cls.SECTION}.{key_of(f)}" if cls.SECTION else key_of(f)] = (f, hints[f.name])
     return found
 
 

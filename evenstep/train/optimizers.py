@@ -35,14 +35,20 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """The optimizer of ``config`` over every trainable parameter of ``model``, with its gradient transforms.
 
     With ``decay = "matrices"``, parameters of fewer than two dimensions are in a separate group with weight_decay 0:
-    norms and biases are scales and offsets, for which small values are no simpler. EvenstepError for options or values
+    norms and biases are scales and offsets, for which small values are no simpler. The embedding and the output layer
+    are in groups of their own where ``lr_scale`` gives them another learning rate. EvenstepError for options or values
     that the constructor refuses.
     """
     check_optimizer(config)
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
     try:
         optimizer = baseline(config.name).build(
-            model, lr=config.lr, weight_decay=config.weight_decay, decay=config.decay, **values
+            model,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            decay=config.decay,
+            lr_scales=config.lr_scales,
+            **values,
         )
     except EvenstepError:
         raise
@@ -66,7 +72,7 @@ def try_optimizer(config: OptimConfig) -> None:
 
 class LearningRates:
     """Multiplies the learning rate of every group by the factor of the schedule. Groups may have different rates, such
-    as Muon's ``adam_lr``."""
+    as Muon's ``adam_lr``, and those of ``optim.lr_scale``."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         # Taken before a state is loaded: saved groups contain the rate of their step, not the peak.
