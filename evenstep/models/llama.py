@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from evenstep.errors import EvenstepError, nearest
-from evenstep.models.ops import chunked_cross_entropy, document_mask, rms_norm, rotate
+from evenstep.models.ops import chunked_cross_entropy, cross_entropy_and_z_loss, document_mask, rms_norm, rotate
 
 # ---- the shape ----
 
@@ -353,7 +353,7 @@ class Llama(nn.Module):
 
     def loss(
         self, tokens: Tensor, targets: Tensor, *, reduction: str = "mean", chunk: int | None = None,
-        positions: Tensor | None = None,
+        positions: Tensor | None = None, z_loss: float | None = None,
     ) -> Tensor:  # fmt: skip
         """Cross entropy in nats, a 0-d fp32 tensor; the logits are cast to fp32 first.
 
@@ -369,6 +369,8 @@ class Llama(nn.Module):
                 chunked loss allows one ``backward()`` and no second derivatives, since it may compute its gradients in
                 the forward pass.
             positions: for packed rows, as in `forward`. The head then computes only the rows whose target counts.
+            z_loss: coefficient of the z-loss, mean or sum of logsumexp(logits)^2, which keeps the logits near zero;
+                PaLM's is 1e-4. If given, the result is a tensor [2], cross entropy and z-loss. None (default): without.
 
         Raises:
             EvenstepError: another ``reduction``, or a ``chunk`` below 1.
@@ -382,9 +384,12 @@ class Llama(nn.Module):
         if positions is not None:  # in fine-tuning most targets are -100; their logits would be wasted work
             counts = targets != -100
             hidden, targets = hidden[counts], targets[counts]
-        if chunk is None:
-            return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction=reduction)
-        return chunked_cross_entropy(hidden, self.lm_head, targets, reduction, chunk)
+        if chunk is not None:
+            return chunked_cross_entropy(hidden, self.lm_head, targets, reduction, chunk, z_loss)
+        logits = self.lm_head(hidden)
+        if z_loss is not None:
+            return cross_entropy_and_z_loss(logits, targets, z_loss, reduction)
+        return F.cross_entropy(logits.float(), targets, reduction=reduction)
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """The number of parameters; with ``embeddings=False``, without the token table and the head."""

@@ -358,6 +358,10 @@ class TrainConfig(Section):
     clip_norm: float = option(
         0.0, "largest norm of all gradients together, which are scaled down to it; 0: off", low=0, high=1e30
     )
+    z_loss: float | None = option(
+        None, "coefficient of the z-loss, the mean of logsumexp(logits)^2, which keeps logits near zero; PaLM: 1e-4 "
+        "(none: off)", above=0, high=1e6,
+    )  # fmt: skip
     on_nan: str = option(
         "stop", "what to do at a loss that is not finite: end the run, skip the batch, or rewind to the last "
         "checkpoint and skip the batch from there", choices=("stop", "skip", "rewind"), resume="free",

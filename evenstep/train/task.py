@@ -86,12 +86,16 @@ class Task(ABC):
     @abstractmethod
     def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
         """The weight of each micro batch's mean loss in the loss of the step. The weights of all micro batches of a
-        process add up to 1 on average over the processes."""
+        process add up to 1 on average over the processes. Called once per step, before the first `loss`."""
 
     @abstractmethod
     def loss(self, model_loss: Callable[..., Tensor], inputs: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
         """The mean loss of a micro batch, 0-d. ``model_loss`` is ``model.loss`` or its DDP wrapper; ``inputs`` and
         ``targets`` are rows of what the loader returned, int64 [b, T] in pretraining."""
+
+    def step_record(self) -> dict[str, float]:
+        """Further entries of the training record of the last step. All processes call it."""
+        return {}
 
     @abstractmethod
     def step_tokens(self) -> int:
@@ -138,6 +142,8 @@ class Pretraining(Task):
     loader: BatchLoader
     source: Path | None = None
     """The directory of the weights to start from, or of the checkpoint that is resumed."""
+    z_losses: list[Tensor]
+    """The z-loss of each micro batch of the step, times its share of the rows of this process."""
 
     def resolve(self, config: Any, checkpoint: Path | None = None) -> Any:
         self.source = checkpoint
@@ -222,10 +228,22 @@ class Pretraining(Task):
         )
 
     def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
+        self.z_losses = []
         return [y.numel() / targets.numel() for y in targets.split(micro_batch_size)]
 
     def loss(self, model_loss: Callable[..., Tensor], inputs: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
-        return model_loss(inputs, targets, chunk=chunk)
+        coefficient = self.config.train.z_loss
+        if coefficient is None:
+            return model_loss(inputs, targets, chunk=chunk)
+        loss, z_loss = model_loss(inputs, targets, chunk=chunk, z_loss=coefficient)
+        self.z_losses.append(z_loss.detach() * (len(inputs) * self.world.data_size / self.config.train.batch_size))
+        # The value is the cross entropy alone, which the log, the guard and comparisons use; the gradient is of both.
+        return loss + (z_loss - z_loss.detach())
+
+    def step_record(self) -> dict[str, float]:
+        if not self.z_losses:
+            return {}
+        return {"z_loss": self.world.sum(torch.stack(self.z_losses).sum() / self.world.data_size).item()}
 
     def step_tokens(self) -> int:
         return self.config.tokens_per_step

@@ -385,7 +385,7 @@ class Trainer:
 
         ``data_share`` is the fraction of the time spent waiting for batches, ``memory`` the peak in bytes, ``mfu`` (on
         a GPU) the model's FLOP/s divided by the peak of the GPU. ``steps_to_reset`` is present if the optimizer resets
-        its moments.
+        its moments, ``z_loss`` (of the last step) with train.z_loss.
         """
         window, waiting = self.window, time.perf_counter()
         loss = window.loss.item() / window.steps  # waits for the GPU
@@ -414,6 +414,7 @@ class Trainer:
             record["mfu"] = flops / (peak * self.world.size)
         if (reset := steps_to_reset(self.optimizer)) is not None:
             record["steps_to_reset"] = reset
+        record |= self.task.step_record()
         self.telemetry.write(record)
         progress.train(record)
         self.window = self.new_window()

@@ -43,7 +43,8 @@ model.size model.norm model.norm_alpha model.qk_norm model.init
 optim.name optim.before optim.lr optim.lr_scale.embedding optim.lr_scale.last optim.weight_decay optim.decay
 schedule.name schedule.warmup_steps schedule.min_lr_ratio schedule.decay_fraction
 train.steps train.tokens train.batch_size train.micro_batch_size train.seq_len train.dtype train.device train.compile
-train.activation_checkpointing train.loss_chunk train.clip_norm train.on_nan train.deterministic train.threads
+train.activation_checkpointing train.loss_chunk train.clip_norm train.z_loss train.on_nan
+train.deterministic train.threads
 parallel.mode parallel.tensor parallel.replicate parallel.reshard parallel.timeout
 eval.every eval.max_tokens eval.batch_size
 checkpoint.every checkpoint.background checkpoint.keep

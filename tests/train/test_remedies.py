@@ -1,0 +1,97 @@
+"""The options of the trainer against growing logits and weights: each trains, is logged, and resumes bit for bit."""
+
+import parallel_support
+import pytest
+import torch
+from train_support import quick, write_corpus
+
+from evenstep.errors import EvenstepError
+from evenstep.finetune.config import FineTuneConfig
+from evenstep.train.config_io import load_config
+from evenstep.train.log import read_metrics
+from evenstep.train.trainer import Run
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("safetensors")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+def silent(_: str) -> None:
+    pass
+
+
+# The options that change a step, beside those that test_run.py resumes.
+OPTIONS = {
+    "z_loss": {"train__z_loss": "1e-3", "train__micro_batch_size": "2"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(corpus, tmp_path, name):
+    whole = Run(quick(corpus, tmp_path / "whole", **OPTIONS[name]), say=silent)
+    losses = [whole.step().loss.item() for _ in range(8)]
+    first = Run(quick(corpus, tmp_path / "cut", **OPTIONS[name]), say=silent)
+    head = [first.step().loss.item() for _ in range(3)]
+    first.save()
+    second = Run.resume(tmp_path / "cut", say=silent)
+    assert head + [second.step().loss.item() for _ in range(5)] == losses
+    pairs = zip(whole.model.parameters(), second.model.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+    plain = Run(quick(corpus, tmp_path / "plain"), say=silent)
+    assert [plain.step().loss.item() for _ in range(8)] != losses  # the option has an effect
+
+
+# ---- z-loss ----
+
+
+def test_the_printed_loss_is_the_cross_entropy_and_the_z_loss_is_logged_beside_it(corpus, tmp_path):
+    plain = Run(quick(corpus, tmp_path / "plain", train__steps="4"), say=silent)
+    plain.fit()
+    options = {"train__steps": "4", "train__z_loss": "0.01", "train__micro_batch_size": "2"}
+    run = Run(quick(corpus, tmp_path / "run", **options), say=silent)
+    run.fit()
+    one, other = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "run"))
+    # The first step starts from the same weights.
+    assert other[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6) and "z_loss" not in one[0]
+    # At the start all logits are near 0, so that logsumexp is near log V.
+    expected = 0.01 * torch.tensor(run.model.config.vocab_size).log().item() ** 2
+    assert other[0]["z_loss"] == pytest.approx(expected, rel=0.02)
+    assert run.evaluate().loss == pytest.approx(other[-1]["val_loss"])
+
+
+def test_the_z_loss_pulls_the_normaliser_towards_one(corpus, tmp_path):
+    def normaliser(**options):
+        run = Run(quick(corpus, tmp_path / str(len(options)), **options), say=silent)
+        for _ in range(8):
+            run.step()
+        inputs, _ = run.loader.next_batch()
+        return run.model(inputs).logsumexp(-1).abs().mean().item()
+
+    assert normaliser(train__z_loss="1") < normaliser() - 0.1
+
+
+def test_fine_tuning_has_no_z_loss():
+    given = [("model.path", "m"), ("data.file", "f"), ("train.z_loss", "1e-4")]
+    with pytest.raises(EvenstepError, match=r"train\.z_loss 0\.0001 cannot be used for fine-tuning; leave it out"):
+        load_config(None, given, FineTuneConfig)
+
+
+# ---- several processes ----
+
+
+def test_two_processes_give_the_losses_of_one(corpus, tmp_path):
+    options = {"train__z_loss": "0.01", "optim__lr_scale__embedding": "3", "train__micro_batch_size": "2"}
+    Run(quick(corpus, tmp_path / "one", **options), say=silent).fit()
+    jobs = [(tmp_path / mode, options | {"parallel__mode": mode}, False, None) for mode in ("ddp", "fsdp")]
+    parallel_support.train(2, corpus, *jobs)
+    whole = read_metrics(tmp_path / "one" / "metrics.jsonl")
+    for mode in ("ddp", "fsdp"):
+        shared = read_metrics(tmp_path / mode / "metrics.jsonl")
+        assert len(shared) == len(whole)
+        for one, other in zip(whole, shared, strict=True):
+            for key in {"loss", "val_loss", "z_loss"} & one.keys():
+                assert other[key] == pytest.approx(one[key], rel=1e-4), (mode, key)
