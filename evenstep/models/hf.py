@@ -1,9 +1,9 @@
 """Models in the Hugging Face layout: ``model.safetensors`` and ``config.json`` of a ``LlamaForCausalLM``, or, with
 QK-norm, of a ``Qwen3ForCausalLM``, which is a LLaMA with this norm.
 
-Post-LN and Mix-LN models have no Hugging Face equivalent. They are saved with ``model_type`` "evenstep_llama", the keys
-``evenstep_norm`` and ``evenstep_norm_alpha``, and the weights in ``evenstep.safetensors``. With the usual file name,
-``LlamaForCausalLM.from_pretrained`` would only warn, load them as a Pre-LN model and compute something else.
+Post-LN and Mix-LN models and those with a soft-cap have no Hugging Face equivalent. They are saved with ``model_type``
+"evenstep_llama", keys such as ``evenstep_norm``, and the weights in ``evenstep.safetensors``. With the usual file name,
+``LlamaForCausalLM.from_pretrained`` would only warn, load them as a LLaMA and compute something else.
 """
 
 from __future__ import annotations
@@ -38,6 +38,22 @@ _NAMES = {  # ours -> Hugging Face's
 }
 
 
+_OWN = ("norm", "norm_alpha", "qk_norm", "attention_softcap", "logit_softcap")
+"""Fields that are saved as ``evenstep_NAME`` for a model that transformers does not have."""
+
+
+def missing_in_transformers(config: LlamaConfig) -> str | None:
+    """The part of the architecture that no LLaMA of transformers has, in words; None for a model that it can load.
+
+    >>> missing_in_transformers(LlamaConfig(64, 16, 32, 2, 2, norm="post"))
+    "norm 'post'"
+    """
+    if config.norm != "pre":
+        return f"norm '{config.norm}'"
+    caps = [name for name in ("attention_softcap", "logit_softcap") if getattr(config, name) is not None]
+    return f"{caps[0]} {getattr(config, caps[0]):g}" if caps else None
+
+
 def require_safetensors() -> Any:
     """``safetensors.torch``; EvenstepError when it is not installed."""
     try:
@@ -52,7 +68,7 @@ def require_safetensors() -> Any:
 def save_pretrained(model: Llama, directory: str | Path) -> None:
     """Write a model into a directory, in the layout of Hugging Face.
 
-    A Pre-LN model can be loaded by ``transformers``; see the head of this file for the others. Tensors keep their
+    The usual model can be loaded by ``transformers``; see the head of this file for the others. Tensors keep their
     dtype. The weights are written first and ``config.json`` last, without protection against a killed process: a caller
     that needs it writes into a new directory and renames that.
 
@@ -76,13 +92,13 @@ def save_pretrained(model: Llama, directory: str | Path) -> None:
     """
     directory = Path(directory)
     save_file = require_safetensors().save_file
-    pre = model.config.norm == "pre"
+    own = missing_in_transformers(model.config) is not None
     directory.mkdir(parents=True, exist_ok=True)
     for name in (_CONFIG, _WEIGHTS, _OWN_WEIGHTS, _INDEX):
         (directory / name).unlink(missing_ok=True)
     # config.json is written last: a directory with it has its weights.
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, directory / (_WEIGHTS if pre else _OWN_WEIGHTS), metadata={"format": "pt"})
+    save_file(weights, directory / (_OWN_WEIGHTS if own else _WEIGHTS), metadata={"format": "pt"})
     save_config(model, directory)
 
 
@@ -93,13 +109,9 @@ def save_config(model: Llama, directory: str | Path) -> None:
 
 def _to_hf(model: Llama) -> dict[str, Any]:
     config = model.config
-    own = {
-        "evenstep_norm": config.norm,
-        "evenstep_norm_alpha": config.norm_alpha,
-        "evenstep_qk_norm": config.qk_norm,
-    }
     kind: dict[str, Any]
-    if config.norm != "pre":
+    if missing_in_transformers(config) is not None:
+        own = {f"evenstep_{name}": getattr(config, name) for name in _OWN}
         kind = {"architectures": ["EvenstepLlama"], "model_type": "evenstep_llama", **own}
     elif config.qk_norm:  # without head_dim, transformers assumes 128 for this type
         head = config.hidden_size // config.num_heads
@@ -144,7 +156,7 @@ def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = N
     hf = _read_json(directory / _CONFIG)
     config = _from_hf(hf, directory)
     if weights is None:
-        weights = _read_weights(directory, _WEIGHTS if config.norm == "pre" else _OWN_WEIGHTS)
+        weights = _read_weights(directory, _OWN_WEIGHTS if missing_in_transformers(config) else _WEIGHTS)
     if hf.get("tie_word_embeddings") and "model.embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     # A config.json may claim millions of layers, which would take very long to build.
@@ -217,9 +229,7 @@ def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
     return LlamaConfig(
         **{ours: hf[theirs] for ours, theirs in _NAMES.items() if theirs in hf},
         rope_theta=rope.get("rope_theta", 10000.0),
-        norm=hf.get("evenstep_norm", "pre"),
-        norm_alpha=hf.get("evenstep_norm_alpha", 0.25),
-        qk_norm=qwen or hf.get("evenstep_qk_norm", False),
+        **{"qk_norm": qwen, **{name: hf[f"evenstep_{name}"] for name in _OWN if f"evenstep_{name}" in hf}},
     )
 
 

@@ -27,7 +27,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from evenstep.errors import EvenstepError, nearest
-from evenstep.models.ops import chunked_cross_entropy, cross_entropy_and_z_loss, document_mask, rms_norm, rotate
+from evenstep.models.ops import (
+    chunked_cross_entropy,
+    cross_entropy_and_z_loss,
+    document_mask,
+    rms_norm,
+    rotate,
+    softcap,
+    softcapped_attention,
+)
 
 # ---- the shape ----
 
@@ -53,6 +61,9 @@ class LlamaConfig:
         init_std: standard deviation of the initial weights, default 0.02 (LLaMA's).
         qk_norm: apply RMSNorm to the query and the key of each head before the rotation (QK-norm, arXiv:2010.04245), so
             that attention logits cannot grow with the weights. Default False (LLaMA's).
+        attention_softcap: bound of the attention logits, c * tanh(logit / c) (Gemma 2, arXiv:2408.00118: 50). Default
+            None: no bound (LLaMA's).
+        logit_softcap: the same bound for the logits of the head (Gemma 2: 30). Default None.
 
     Raises:
         EvenstepError: a value out of range, or values that do not fit together.
@@ -70,13 +81,16 @@ class LlamaConfig:
     norm_alpha: float = 0.25
     init_std: float = 0.02
     qk_norm: bool = False
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_seq_len"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise EvenstepError(f"{name} is {value!r}: it must be a whole number of at least 1")
-        for name in ("norm_eps", "rope_theta", "init_std"):
+        optional = [name for name in ("attention_softcap", "logit_softcap") if getattr(self, name) is not None]
+        for name in ("norm_eps", "rope_theta", "init_std", *optional):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise EvenstepError(f"{name} is {value!r}: it must be a positive number")
@@ -188,6 +202,7 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_size = config.hidden_size // config.num_heads
+        self.softcap = config.attention_softcap
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(4)
         )
@@ -209,7 +224,13 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         # A cache is filled by one causal pass and then extended one token at a time. A single query sees every key:
         # is_causal would align it with the first key instead of the last one.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
+        causal = mask is None and x.shape[1] > 1
+        if self.softcap is None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        else:
+            if causal:
+                mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+            y = softcapped_attention(q, k, v, self.softcap, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -349,7 +370,12 @@ class Llama(nn.Module):
         ``positions``, int64 [B, T], is for rows that contain several documents: it counts from 0 in each document, and
         is -1 for padding. No document sees another. None: one document per row.
         """
-        return self.lm_head(self.model(tokens, positions=positions))
+        return self.logits(self.model(tokens, positions=positions))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits [..., vocab] of hidden states [..., hidden] after the final norm."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits if self.config.logit_softcap is None else softcap(logits, self.config.logit_softcap)
 
     def loss(
         self, tokens: Tensor, targets: Tensor, *, reduction: str = "mean", chunk: int | None = None,
@@ -385,8 +411,9 @@ class Llama(nn.Module):
             counts = targets != -100
             hidden, targets = hidden[counts], targets[counts]
         if chunk is not None:
-            return chunked_cross_entropy(hidden, self.lm_head, targets, reduction, chunk, z_loss)
-        logits = self.lm_head(hidden)
+            head = self.lm_head if self.config.logit_softcap is None else self.logits
+            return chunked_cross_entropy(hidden, head, targets, reduction, chunk, z_loss)
+        logits = self.logits(hidden)
         if z_loss is not None:
             return cross_entropy_and_z_loss(logits, targets, z_loss, reduction)
         return F.cross_entropy(logits.float(), targets, reduction=reduction)

@@ -8,6 +8,7 @@ and on a GPU the plain formula is left to the compiler or to PyTorch's own fused
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,24 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors  # the transpose of a rotation is the rotation by the opposite angle
         return _rotate(grad, cos, -sin), None, None
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap), which bounds ``x`` smoothly (Gemma 2, arXiv:2408.00118)."""
+    return cap * torch.tanh(x / cap)
+
+
+def softcapped_attention(q: Tensor, k: Tensor, v: Tensor, cap: float, mask: Tensor | None) -> Tensor:
+    """Attention whose logits q k^T / sqrt(D) are soft-capped before the mask and the softmax, as in Gemma 2.
+
+    ``q`` is [B, heads, Tq, D], ``k`` and ``v`` are [B, heads, Tk, D]. ``mask``, bool, broadcasts to [B, heads, Tq, Tk]
+    and is True where a query sees a key; None: every query sees every key. PyTorch's fused attention has no soft-cap,
+    so the logits are materialised: 8 bytes each are kept for the backward pass.
+    """
+    logits = softcap(q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]), cap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf)
+    return logits.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def document_mask(positions: Tensor) -> Tensor:

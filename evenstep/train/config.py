@@ -241,6 +241,11 @@ class DataConfig(Section):
     )  # fmt: skip
 
 
+REMEDIES = ("qk_norm", "attention_softcap", "logit_softcap")
+"""Options of the model that early configurations do not have. A run that starts from a given model records them only
+where they are not the default."""
+
+
 @dataclass(frozen=True)
 class ModelConfig(Section):
     TITLE = "the model"
@@ -258,6 +263,14 @@ class ModelConfig(Section):
         None, "normalise queries and keys of each head before attention, against growing attention logits "
         "(none: false, or as in model.init)",
     )  # fmt: skip
+    attention_softcap: float | None = option(
+        None, "bound c of attention logits, c tanh(logit / c); Gemma 2: 50; takes more memory and time (none: off, or "
+        "as in model.init)", above=0, high=1e6,
+    )  # fmt: skip
+    logit_softcap: float | None = option(
+        None, "bound c of the output logits, c tanh(logit / c); Gemma 2: 30 (none: off, or as in model.init)", above=0,
+        high=1e6,
+    )  # fmt: skip
     init: str | None = option(
         None, "a run, a checkpoint or a model in Hugging Face layout whose weights the run starts from"
     )
@@ -268,6 +281,12 @@ class ModelConfig(Section):
             for name, default in (("size", "tiny"), ("norm", "pre"), ("norm_alpha", 0.25), ("qk_norm", False)):
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, default)
+
+    @property
+    def variant(self) -> dict[str, Any]:
+        """The fields of `evenstep.models.LlamaConfig` that these options set, beside those of the size."""
+        given = {"norm": self.norm, "norm_alpha": self.norm_alpha, **{name: getattr(self, name) for name in REMEDIES}}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def label(self) -> str:

@@ -22,11 +22,19 @@ from torch import Tensor
 
 from evenstep.baselines.catalog import baseline
 from evenstep.errors import EvenstepError, first_line
-from evenstep.models import Llama, LlamaConfig
+from evenstep.models import Llama, LlamaConfig, llama_config
 from evenstep.optim.distributed import plain_parts
 from evenstep.train.config import Config
 from evenstep.train.distributed import COLUMNS, ROWS, Parallel, World, check_world
 from evenstep.train.optimizers import build_optimizer
+
+# ---- the shape of the model ----
+
+
+def model_shape(config: Config, vocab_size: int) -> LlamaConfig:
+    """The shape of a new model of ``config``."""
+    return llama_config(config.model.label, vocab_size, max_seq_len=config.train.seq_len, **config.model.variant)
+
 
 # ---- the processes, and the tensors that they share ----
 
@@ -249,6 +257,8 @@ def activation_bytes(config: Config, shape: LlamaConfig, grid: Grid, tokens: int
     # the fp32 statistics of two norms and of the softmax of each head. Tensor parallelism divides what is between the
     # column-parallel and the row-parallel matrices, and the heads.
     block = 2 * hidden * stream + (2 * hidden + cut) * compute + 4 * (2 + shape.num_heads // grid.tensor)
+    if shape.attention_softcap is not None:  # no fused attention: 8 bytes for each of the logits of all keys
+        block += 8 * config.train.seq_len * shape.num_heads // grid.tensor
     last = hidden * (stream + compute) + 4
     if config.train.activation_checkpointing:  # the inputs of all blocks, and one recomputed block
         return tokens * (shape.num_layers * hidden * stream + block + last)

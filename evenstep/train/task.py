@@ -16,14 +16,14 @@ from torch import Tensor
 
 from evenstep.data import BatchLoader, DataSpec, TokenData, eval_batches, prepare
 from evenstep.errors import EvenstepError
-from evenstep.models import SIZES, Llama, llama_config
+from evenstep.models import SIZES, Llama, LlamaConfig
 from evenstep.models.hf import read_config, save_config
-from evenstep.train.config import BaseConfig, Config
+from evenstep.train.config import REMEDIES, BaseConfig, Config
 from evenstep.train.distributed import World
 from evenstep.train.evaluate import EvalResult, Evaluation, evaluate, sample_text
 from evenstep.train.hardware import memory_limit, total_memory
 from evenstep.train.log import Metrics, short_count
-from evenstep.train.memory import LOGIT_BYTES, chunk_rows, least_memory
+from evenstep.train.memory import LOGIT_BYTES, chunk_rows, least_memory, model_shape
 from evenstep.train.saving import model_tensors
 from evenstep.train.summary import closing_lines
 from evenstep.train.weights import check_positions, find_source, load_model, with_lowbit
@@ -170,7 +170,7 @@ class Pretraining(Task):
         config, world, words = self.config, self.world, self.data.vocab_size
         if world.device.type != "cpu":
             return
-        shape = read_config(self.source) if self.source else llama_config(config.model.label, words)
+        shape = read_config(self.source) if self.source else model_shape(config, words)
         needs, limit = least_memory(config, shape, world.size, world.local_size), memory_limit()
         if sum(needs.values()) * world.local_size <= limit:
             return
@@ -187,16 +187,7 @@ class Pretraining(Task):
         if source is None:
             # All processes draw the same weights; parallel modes shard them afterwards.
             torch.manual_seed(config.seed)
-            model = Llama(
-                llama_config(
-                    config.model.label,
-                    vocab_size,
-                    max_seq_len=config.train.seq_len,
-                    norm=config.model.norm,
-                    norm_alpha=config.model.norm_alpha,
-                    qk_norm=bool(config.model.qk_norm),
-                )
-            )
+            model = Llama(model_shape(config, vocab_size))
         elif blank:
             # The checkpoint overwrites every weight, so drawing them would be wasted time.
             with torch.device("meta"):
@@ -316,16 +307,15 @@ def with_shape_of(config: Config, source: Path) -> Config:
     options: dict[str, Any] = {"size": next(names, None), "norm": shape.norm}
     if shape.norm == "mix":
         options["norm_alpha"] = shape.norm_alpha
-    # Recorded only where it matters: the configurations of earlier runs do not have the option.
-    if shape.qk_norm or config.model.qk_norm:
-        options["qk_norm"] = shape.qk_norm
+    for name in REMEDIES:
+        default = LlamaConfig.__dataclass_fields__[name].default
+        if getattr(shape, name) != default or getattr(config.model, name):
+            options[name] = getattr(shape, name)
     for key, value in options.items():
         given = getattr(config.model, key)
         if given not in (None, value):
-            raise EvenstepError(
-                f"model.{key} {given} contradicts the model in {source}, which has "
-                f"{'an unnamed shape' if value is None else value}; leave it out"
-            )
+            has = ("an unnamed shape" if key == "size" else "none") if value is None else value
+            raise EvenstepError(f"model.{key} {given} contradicts the model in {source}, which has {has}; leave it out")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **options))
 
 

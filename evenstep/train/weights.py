@@ -13,7 +13,7 @@ from typing import Any
 from evenstep.errors import EvenstepError
 from evenstep.lowbit import lowbit_report, quantize_
 from evenstep.models import Llama, load_pretrained, save_pretrained
-from evenstep.models.hf import require_safetensors
+from evenstep.models.hf import missing_in_transformers, require_safetensors
 from evenstep.train.checkpoint import MANIFEST, find_fault, how_to_continue, load_model_state, newest_checkpoint
 from evenstep.train.config_io import read_toml
 from evenstep.train.files import check_creatable
@@ -139,10 +139,8 @@ def export(source: Path, to: str, out: Path, say: Callable[[str], None]) -> None
 def _to_hf(model: Llama, source: Path, directory: Path) -> None:
     from evenstep.data import load_tokenizer
 
-    if model.config.norm != "pre":
-        raise EvenstepError(
-            f"transformers has no LLaMA with norm '{model.config.norm}'; give --to safetensors for the weights alone"
-        )
+    if (part := missing_in_transformers(model.config)) is not None:
+        raise EvenstepError(f"transformers has no LLaMA with {part}; give --to safetensors for the weights alone")
     write_hf(model, load_tokenizer(source), directory)
 
 

@@ -124,6 +124,37 @@ def test_a_config_of_an_older_transformers_loads(tmp_path):
     assert load_pretrained(tmp_path).config.rope_theta == 100.0
 
 
+SOFTCAPS = {"attention_softcap": 2.5, "logit_softcap": 0.5}
+
+
+@pytest.mark.parametrize("name", SOFTCAPS)
+def test_models_with_a_softcap_are_kept_under_a_type_of_our_own(transformers, name, tmp_path):
+    model = small(**{name: SOFTCAPS[name]}, qk_norm=True, **SHAPE)
+    save_pretrained(model, tmp_path)
+    assert load_pretrained(tmp_path).config == model.config
+    with pytest.raises(ValueError, match="evenstep_llama"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_softcapped_attention_is_that_of_gemma_2(transformers):
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    from evenstep.models.ops import softcapped_attention
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 6, 8, dtype=torch.float64).mul_(3).requires_grad_() for _ in range(3))
+    seen = torch.ones(6, 6, dtype=torch.bool).tril()
+    module = torch.nn.Module()
+    module.num_key_value_groups = 1
+    added = torch.zeros(6, 6, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+    theirs, _ = eager_attention_forward(module, q, k, v, added, dropout=0.0, scaling=8**-0.5, softcap=2.5)
+    want = torch.autograd.grad(theirs.square().sum(), (q, k, v))
+    ours = softcapped_attention(q, k, v, 2.5, seen)
+    torch.testing.assert_close(ours.transpose(1, 2), theirs, rtol=1e-6, atol=1e-6)  # both have softmax in fp32
+    for got, wanted in zip(torch.autograd.grad(ours.square().sum(), (q, k, v)), want, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("norm", ["pre", "post", "mix"])
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

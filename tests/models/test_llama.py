@@ -219,6 +219,8 @@ def test_flops_per_token_follow_the_formula():
         ({"num_layers": 2.0}, "num_layers is 2.0"),
         ({"norm_eps": 0.0}, "norm_eps is 0.0: it must be a positive number"),
         ({"qk_norm": 1}, "qk_norm is 1: it must be True or False"),
+        ({"attention_softcap": 0}, "attention_softcap is 0: it must be a positive number"),
+        ({"logit_softcap": -1.0}, "logit_softcap is -1.0: it must be a positive number"),
     ],
 )
 def test_a_shape_that_does_not_fit_is_one_clear_line(changes, words):
@@ -232,3 +234,28 @@ def test_unknown_names_suggest_the_nearest():
         llama_config("130", 100)
     with pytest.raises(EvenstepError, match=r"unknown model field 'norm_apha': .*did you mean 'norm_alpha'"):
         llama_config("tiny", 100, norm_apha=0.5)
+
+
+# ---- soft-caps ----
+
+
+def test_a_large_softcap_changes_nothing_and_a_small_one_bounds_the_logits():
+    tokens, targets = batch()
+    plain, wide = small(), small(attention_softcap=1e6, logit_softcap=1e6)
+    torch.testing.assert_close(wide(tokens), plain(tokens), rtol=0, atol=1e-4)
+    narrow = small(logit_softcap=0.5)
+    assert narrow(tokens).abs().max() <= 0.5 < plain(tokens).abs().max()
+    torch.testing.assert_close(narrow(tokens), 0.5 * torch.tanh(plain(tokens) / 0.5))
+    assert not torch.allclose(small(attention_softcap=0.1)(tokens), plain(tokens), atol=1e-2)
+    for model in (wide, narrow):  # the chunked loss has the same logits
+        torch.testing.assert_close(model.loss(tokens, targets, chunk=5), model.loss(tokens, targets))
+
+
+def test_softcapped_attention_is_causal_and_keeps_documents_apart():
+    model = small(attention_softcap=1.0)
+    tokens, _ = batch()
+    changed = tokens.clone()
+    changed[:, 8:] = 3
+    assert torch.equal(model(tokens)[:, :8], model(changed)[:, :8])
+    packed = model(tokens, positions=torch.tensor([[*range(5), *range(7)]] * 2))
+    torch.testing.assert_close(packed[:, 5:], model(tokens[:, 5:]), rtol=0, atol=1e-5)

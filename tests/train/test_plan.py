@@ -118,9 +118,10 @@ def kept(model, tokens):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-@pytest.mark.parametrize("size", ["60m", "1b"])
-def test_activations_are_what_autograd_keeps(size, dtype, checkpointing, monkeypatch):
+@pytest.mark.parametrize("size, softcap", [("60m", None), ("1b", None), ("60m", "50")])
+def test_activations_are_what_autograd_keeps(size, softcap, dtype, checkpointing, monkeypatch):
     more = {"train.dtype": dtype, "train.activation_checkpointing": checkpointing}
+    more |= {"model.attention_softcap": softcap} if softcap else {}
     plan = planned(size, 1, **more)
     with torch.device("meta"):
         model = Llama(plan.shape).to(torch.bfloat16 if dtype == "bf16" else torch.float32)

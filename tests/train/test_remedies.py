@@ -3,13 +3,14 @@
 import parallel_support
 import pytest
 import torch
-from train_support import quick, write_corpus
+from train_support import quick, quick_overrides, write_corpus
 
 from evenstep.errors import EvenstepError
 from evenstep.finetune.config import FineTuneConfig
 from evenstep.train.config_io import load_config
 from evenstep.train.log import read_metrics
 from evenstep.train.trainer import Run
+from evenstep.train.weights import export
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
@@ -27,6 +28,7 @@ def silent(_: str) -> None:
 # The options that change a step, beside those that test_run.py resumes.
 OPTIONS = {
     "z_loss": {"train__z_loss": "1e-3", "train__micro_batch_size": "2"},
+    "softcaps": {"model__attention_softcap": "0.5", "model__logit_softcap": "5", "train__z_loss": "1e-3"},
 }
 
 
@@ -80,11 +82,29 @@ def test_fine_tuning_has_no_z_loss():
         load_config(None, given, FineTuneConfig)
 
 
+# ---- the shape of the model ----
+
+
+def test_a_run_keeps_its_softcaps_and_its_export_says_what_is_missing(corpus, tmp_path):
+    options = {"model__attention_softcap": "20", "model__logit_softcap": "30"}
+    run = Run(quick(corpus, tmp_path / "run", **options), say=silent)
+    run.fit()
+    assert (run.model.config.attention_softcap, run.model.config.logit_softcap) == (20.0, 30.0)
+    given = quick_overrides(corpus, tmp_path / "next", model__init=str(tmp_path / "run"))
+    given = [(key, value) for key, value in given if key != "model.size"]
+    assert Run(load_config(None, given), say=silent).model.config == run.model.config
+    with pytest.raises(EvenstepError, match=r"model\.logit_softcap 9\.0 contradicts the model in .*, which has 30\.0"):
+        Run(load_config(None, [*given, ("model.logit_softcap", "9"), ("out", str(tmp_path / "other"))]), say=silent)
+    with pytest.raises(EvenstepError, match=r"no LLaMA with attention_softcap 20; give --to safetensors"):
+        export(tmp_path / "run", "hf", tmp_path / "hf", silent)
+
+
 # ---- several processes ----
 
 
 def test_two_processes_give_the_losses_of_one(corpus, tmp_path):
     options = {"train__z_loss": "0.01", "optim__lr_scale__embedding": "3", "train__micro_batch_size": "2"}
+    options |= {"model__attention_softcap": "0.5", "model__logit_softcap": "5"}
     Run(quick(corpus, tmp_path / "one", **options), say=silent).fit()
     jobs = [(tmp_path / mode, options | {"parallel__mode": mode}, False, None) for mode in ("ddp", "fsdp")]
     parallel_support.train(2, corpus, *jobs)
