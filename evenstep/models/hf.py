@@ -38,7 +38,7 @@ _NAMES = {  # ours -> Hugging Face's
 }
 
 
-_OWN = ("norm", "norm_alpha", "qk_norm", "attention_softcap", "logit_softcap")
+_OWN = ("norm", "norm_alpha", "qk_norm", "attention_softcap", "logit_softcap", "tie_embeddings")
 """Fields that are saved as ``evenstep_NAME`` for a model that transformers does not have."""
 
 
@@ -97,9 +97,14 @@ def save_pretrained(model: Llama, directory: str | Path) -> None:
     for name in (_CONFIG, _WEIGHTS, _OWN_WEIGHTS, _INDEX):
         (directory / name).unlink(missing_ok=True)
     # config.json is written last: a directory with it has its weights.
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, directory / (_OWN_WEIGHTS if own else _WEIGHTS), metadata={"format": "pt"})
+    save_file(own_tensors(model), directory / (_OWN_WEIGHTS if own else _WEIGHTS), metadata={"format": "pt"})
     save_config(model, directory)
+
+
+def own_tensors(model: Llama) -> dict[str, Tensor]:
+    """The contiguous tensors of a model by name; a tied head is left out, since safetensors refuses shared memory."""
+    left_out = {"lm_head.weight"} if model.config.tie_embeddings else set()
+    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in left_out}
 
 
 def save_config(model: Llama, directory: str | Path) -> None:
@@ -121,12 +126,14 @@ def _to_hf(model: Llama) -> dict[str, Any]:
     return {
         **kind,
         **{theirs: getattr(config, ours) for ours, theirs in _NAMES.items()},
-        "num_key_value_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads or config.num_heads,
         "rope_theta": config.rope_theta,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tie_embeddings,
+        # A tied model of other programs is loaded with a head of its own.
+        **({"evenstep_tie_embeddings": True} if config.tie_embeddings else {}),
         "bos_token_id": None,  # without these keys transformers assumes 1 and 2
         "eos_token_id": None,
         "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
@@ -142,15 +149,16 @@ def read_config(directory: str | Path) -> LlamaConfig:
 def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = None) -> Llama:
     """Load a model that `save_pretrained` or ``transformers`` saved, on the CPU, in the saved dtype.
 
-    The weights may be in one file or in shards with an index. A tied head becomes a copy of the token table.
+    The weights may be in one file or in shards with an index. A tied head becomes a copy of the token table, unless
+    evenstep has trained the model with a tied head.
 
     Args:
         directory: contains ``config.json`` and the weights.
         weights: tensors by parameter name, used instead of the files; then only ``config.json`` is read.
 
     Raises:
-        EvenstepError: missing, unreadable or mismatched files, or a model with grouped-query attention, biases, scaled
-            rotary positions, another activation or another architecture.
+        EvenstepError: missing, unreadable or mismatched files, or a model with biases, scaled rotary positions, another
+            activation or another architecture.
     """
     directory = Path(directory)
     hf = _read_json(directory / _CONFIG)
@@ -182,6 +190,7 @@ def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = N
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise EvenstepError(f"the weights in {directory} do not fit its config.json: {problems[0]}{more}")
     model.load_state_dict(weights, assign=True)
+    model.tie()
     return model
 
 
@@ -210,7 +219,6 @@ def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
         raise EvenstepError(f"{directory / _CONFIG}: rope_scaling and rope_parameters must be objects")
     rope = new or {"rope_theta": hf.get("rope_theta", 10000.0), **old}
     unsupported = {
-        "grouped-query attention (num_key_value_heads)": (hf.get("num_key_value_heads") or heads) != heads,
         "a head_dim other than hidden_size / num_attention_heads": (
             hf.get("head_dim") or (128 if qwen else hf["hidden_size"] // heads)
         )
@@ -226,7 +234,9 @@ def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
         raise EvenstepError(
             f"the model in {directory} uses {found[0]}, which this LLaMA does not have: choose a model without it"
         )
+    kv_heads = hf.get("num_key_value_heads") or heads
     return LlamaConfig(
+        kv_heads=None if kv_heads == heads else kv_heads,
         **{ours: hf[theirs] for ours, theirs in _NAMES.items() if theirs in hf},
         rope_theta=rope.get("rope_theta", 10000.0),
         **{"qk_norm": qwen, **{name: hf[f"evenstep_{name}"] for name in _OWN if f"evenstep_{name}" in hf}},

@@ -64,6 +64,9 @@ class LlamaConfig:
         attention_softcap: bound of the attention logits, c * tanh(logit / c) (Gemma 2, arXiv:2408.00118: 50). Default
             None: no bound (LLaMA's).
         logit_softcap: the same bound for the logits of the head (Gemma 2: 30). Default None.
+        kv_heads: number of heads of keys and values, a divisor of ``num_heads``; each serves num_heads / kv_heads heads
+            of queries (grouped-query attention, arXiv:2305.13245). Default None: ``num_heads``.
+        tie_embeddings: the head has the weight of the token table. Default False (LLaMA's).
 
     Raises:
         EvenstepError: a value out of range, or values that do not fit together.
@@ -83,9 +86,12 @@ class LlamaConfig:
     qk_norm: bool = False
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    kv_heads: int | None = None
+    tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_seq_len"):
+        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_seq_len"]
+        for name in [*sizes, "kv_heads"] if self.kv_heads is not None else sizes:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise EvenstepError(f"{name} is {value!r}: it must be a whole number of at least 1")
@@ -99,14 +105,22 @@ class LlamaConfig:
                 f"hidden_size {self.hidden_size} does not split into {self.num_heads} heads of even width: "
                 f"make it a multiple of {2 * self.num_heads}"
             )
+        if self.kv_heads is not None and self.num_heads % self.kv_heads:
+            raise EvenstepError(f"kv_heads {self.kv_heads} does not divide the {self.num_heads} heads: give a divisor")
         if self.norm not in NORMS:
             raise EvenstepError(
                 f"norm is {self.norm!r}: choose one of {', '.join(NORMS)}{nearest(str(self.norm), NORMS)}"
             )
         if not isinstance(self.norm_alpha, int | float) or not 0 <= self.norm_alpha <= 1:
             raise EvenstepError(f"norm_alpha is {self.norm_alpha!r}: it must be between 0 and 1")
-        if not isinstance(self.qk_norm, bool):
-            raise EvenstepError(f"qk_norm is {self.qk_norm!r}: it must be True or False")
+        for name in ("qk_norm", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise EvenstepError(f"{name} is {getattr(self, name)!r}: it must be True or False")
+
+    @property
+    def kv_size(self) -> int:
+        """The width of all keys, and of all values, of a token."""
+        return self.hidden_size // self.num_heads * (self.kv_heads or self.num_heads)
 
     @property
     def num_post_norm(self) -> int:
@@ -194,7 +208,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions, x [B, T, hidden] -> [B, T, hidden].
+    """Causal multi-head or grouped-query attention with rotary positions, x [B, T, hidden] -> [B, T, hidden].
 
     ``mask``, bool [B, 1, T, T], replaces the causal mask.
     """
@@ -203,8 +217,9 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size = config.hidden_size // config.num_heads
         self.softcap = config.attention_softcap
+        sizes = (config.hidden_size, config.kv_size, config.kv_size, config.hidden_size)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(4)
+            nn.Linear(config.hidden_size, size, bias=False) for size in sizes
         )
         # One weight per coordinate of a head, shared by all heads, as in Qwen3 and Gemma 3.
         norms = (RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None for _ in range(2))
@@ -213,7 +228,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        # [B, T, hidden] -> [B, T, heads, head] for the rotation -> [B, heads, T, head] for attention.
+        # [B, T, hidden] -> [B, T, heads, head] for the rotation -> [B, heads, T, head] for attention. k and v have a
+        # head for each group of query heads.
         heads = (*x.shape[:2], -1, self.head_size)
         q, k = self.q_proj(x).view(heads), self.k_proj(x).view(heads)
         if self.q_norm is not None and self.k_norm is not None:
@@ -226,7 +242,8 @@ class Attention(nn.Module):
         # is_causal would align it with the first key instead of the last one.
         causal = mask is None and x.shape[1] > 1
         if self.softcap is None:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+            grouped = k.shape[1] < q.shape[1]
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         else:
             if causal:
                 mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
@@ -339,8 +356,15 @@ class Llama(nn.Module):
         self.config = config
         self.model = LlamaBody(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
         if not self.lm_head.weight.is_meta:  # there is nothing to draw, and drawing on meta imports torch's compiler
             self.init_weights()
+
+    def tie(self) -> None:
+        """Give the head the weight of the token table, if the configuration says so: again after ``to_empty()`` or an
+        assigned state, which replace the parameters of each layer."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -420,8 +444,8 @@ class Llama(nn.Module):
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """The number of parameters; with ``embeddings=False``, without the token table and the head."""
-        vocabulary = 0 if embeddings else self.model.embed_tokens.weight.numel() + self.lm_head.weight.numel()
-        return sum(p.numel() for p in self.parameters()) - vocabulary
+        vocabulary = {self.model.embed_tokens.weight, self.lm_head.weight} if not embeddings else set()
+        return sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in vocabulary)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of a forward and backward pass per token, as in PaLM (arXiv:2204.02311).
@@ -433,7 +457,7 @@ class Llama(nn.Module):
         """
         c = self.config
         matrices = (
-            c.num_layers * (4 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size)
+            c.num_layers * c.hidden_size * (2 * c.hidden_size + 2 * c.kv_size + 3 * c.intermediate_size)
             + c.vocab_size * c.hidden_size
         )
         return 6 * matrices + 12 * c.num_layers * c.hidden_size * seq_len

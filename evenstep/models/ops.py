@@ -89,10 +89,11 @@ def softcap(x: Tensor, cap: float) -> Tensor:
 def softcapped_attention(q: Tensor, k: Tensor, v: Tensor, cap: float, mask: Tensor | None) -> Tensor:
     """Attention whose logits q k^T / sqrt(D) are soft-capped before the mask and the softmax, as in Gemma 2.
 
-    ``q`` is [B, heads, Tq, D], ``k`` and ``v`` are [B, heads, Tk, D]. ``mask``, bool, broadcasts to [B, heads, Tq, Tk]
-    and is True where a query sees a key; None: every query sees every key. PyTorch's fused attention has no soft-cap,
-    so the logits are materialised: 8 bytes each are kept for the backward pass.
+    ``q`` is [B, heads, Tq, D], ``k`` and ``v`` are [B, groups, Tk, D], each for heads / groups heads. ``mask``, bool,
+    broadcasts to [B, heads, Tq, Tk] and is True where a query sees a key; None: every query sees every key. PyTorch's
+    fused attention has no soft-cap, so the logits are materialised: 8 bytes each are kept for the backward pass.
     """
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     logits = softcap(q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]), cap)
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf)

@@ -241,7 +241,7 @@ class DataConfig(Section):
     )  # fmt: skip
 
 
-REMEDIES = ("qk_norm", "attention_softcap", "logit_softcap")
+VARIANTS = ("qk_norm", "attention_softcap", "logit_softcap", "kv_heads", "tie_embeddings")
 """Options of the model that early configurations do not have. A run that starts from a given model records them only
 where they are not the default."""
 
@@ -271,6 +271,13 @@ class ModelConfig(Section):
         None, "bound c of the output logits, c tanh(logit / c); Gemma 2: 30 (none: off, or as in model.init)", above=0,
         high=1e6,
     )  # fmt: skip
+    kv_heads: int | None = option(
+        None, "number of heads of keys and values, a divisor of the number of heads: grouped-query attention (none: as "
+        "many as heads, or as in model.init)", low=1, high=2**16,
+    )  # fmt: skip
+    tie_embeddings: bool | None = option(
+        None, "give the output layer the weight of the embedding (none: false, or as in model.init)"
+    )
     init: str | None = option(
         None, "a run, a checkpoint or a model in Hugging Face layout whose weights the run starts from"
     )
@@ -285,7 +292,7 @@ class ModelConfig(Section):
     @property
     def variant(self) -> dict[str, Any]:
         """The fields of `evenstep.models.LlamaConfig` that these options set, beside those of the size."""
-        given = {"norm": self.norm, "norm_alpha": self.norm_alpha, **{name: getattr(self, name) for name in REMEDIES}}
+        given = {"norm": self.norm, "norm_alpha": self.norm_alpha, **{name: getattr(self, name) for name in VARIANTS}}
         return {name: value for name, value in given.items() if value is not None}
 
     @property

@@ -189,7 +189,7 @@ def build(tables: Tables, kind: type[BaseConfig] = Config, *, quick_budget: bool
         else:
             raise unknown(key, kind)
     for section, cls in of.items():
-        given = dict(parts.get(section, {}))
+        given: Tables = dict(parts.get(section, {}))
         if section == "optim":
             extra = {name: given.pop(name) for name in list(given) if f"optim.{name}" not in known and "." not in name}
             given["options"] = extra

@@ -18,7 +18,7 @@ from evenstep.data import BatchLoader, DataSpec, TokenData, eval_batches, prepar
 from evenstep.errors import EvenstepError
 from evenstep.models import SIZES, Llama, LlamaConfig
 from evenstep.models.hf import read_config, save_config
-from evenstep.train.config import REMEDIES, BaseConfig, Config
+from evenstep.train.config import VARIANTS, BaseConfig, Config
 from evenstep.train.distributed import World
 from evenstep.train.evaluate import EvalResult, Evaluation, evaluate, sample_text
 from evenstep.train.hardware import memory_limit, total_memory
@@ -193,6 +193,7 @@ class Pretraining(Task):
             with torch.device("meta"):
                 model = Llama(read_config(source))
             model.to_empty(device="cpu")
+            model.tie()
             torch.manual_seed(config.seed)
         else:
             model = load_model(source)
@@ -307,7 +308,7 @@ def with_shape_of(config: Config, source: Path) -> Config:
     options: dict[str, Any] = {"size": next(names, None), "norm": shape.norm}
     if shape.norm == "mix":
         options["norm_alpha"] = shape.norm_alpha
-    for name in REMEDIES:
+    for name in VARIANTS:
         default = LlamaConfig.__dataclass_fields__[name].default
         if getattr(shape, name) != default or getattr(config.model, name):
             options[name] = getattr(shape, name)

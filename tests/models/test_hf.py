@@ -98,6 +98,26 @@ def test_qk_norm_is_that_of_qwen3_in_both_directions(transformers, tmp_path):
         torch.testing.assert_close(g, want[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_grouped_queries_and_a_tied_head_are_those_of_transformers(transformers, qk_norm, tmp_path):
+    model = small(qk_norm=qk_norm, kv_heads=2, tie_embeddings=True, **SHAPE)
+    assert model.model.layers[0].self_attn.k_proj.weight.shape == (16, 32)
+    save_pretrained(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM")
+    tokens, targets = batch()
+    logits = theirs(tokens).logits
+    torch.testing.assert_close(model(tokens), logits, rtol=0, atol=1e-5)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    want = {name: p.grad for name, p in theirs.named_parameters()}
+    got = grads(model, model.loss(tokens, targets))
+    assert got.keys() == want.keys() and "lm_head.weight" not in got
+    for name, g in got.items():
+        torch.testing.assert_close(g, want[name], rtol=1e-3, atol=1e-5)
+    again = load_pretrained(tmp_path)
+    assert again.config == model.config and again.lm_head.weight is again.model.embed_tokens.weight
+
+
 def test_a_qwen3_of_another_shape_is_refused(tmp_path):
     saved(tmp_path, qk_norm=True)
     for change, words in (({"head_dim": None}, "head_dim"), ({"use_sliding_window": True}, "sliding-window attention")):
@@ -185,7 +205,6 @@ def test_post_norm_models_do_not_open_as_something_else(transformers, tmp_path):
     ("changes", "words"),
     [
         ({"model_type": "gpt2"}, "holds a model of type 'gpt2': only 'llama' can be loaded, and 'qwen3' of its"),
-        ({"num_key_value_heads": 2}, "uses grouped-query attention"),
         ({"head_dim": 16}, "uses a head_dim other than"),
         ({"attention_bias": True}, "uses attention_bias"),
         ({"mlp_bias": True}, "uses mlp_bias"),

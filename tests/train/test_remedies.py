@@ -29,6 +29,7 @@ def silent(_: str) -> None:
 OPTIONS = {
     "z_loss": {"train__z_loss": "1e-3", "train__micro_batch_size": "2"},
     "softcaps": {"model__attention_softcap": "0.5", "model__logit_softcap": "5", "train__z_loss": "1e-3"},
+    "grouped and tied": {"model__kv_heads": "2", "model__tie_embeddings": "true"},
 }
 
 
@@ -99,12 +100,27 @@ def test_a_run_keeps_its_softcaps_and_its_export_says_what_is_missing(corpus, tm
         export(tmp_path / "run", "hf", tmp_path / "hf", silent)
 
 
+def test_a_tied_run_is_exported_with_one_table(corpus, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    options = {"model__kv_heads": "1", "model__tie_embeddings": "true", "train__steps": "2"}
+    run = Run(quick(corpus, tmp_path / "run", **options), say=silent)
+    run.fit()
+    export(tmp_path / "run", "hf", tmp_path / "hf", silent)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(theirs(tokens).logits, run.model(tokens), rtol=0, atol=1e-5)
+    export(tmp_path / "run", "safetensors", tmp_path / "st", silent)
+    with pytest.raises(EvenstepError, match="last layer lm_head shares the weight of the embedding"):
+        Run(quick(corpus, tmp_path / "scale", **options, optim__name="scale"), say=silent)
+
+
 # ---- several processes ----
 
 
 def test_two_processes_give_the_losses_of_one(corpus, tmp_path):
     options = {"train__z_loss": "0.01", "optim__lr_scale__embedding": "3", "train__micro_batch_size": "2"}
-    options |= {"model__attention_softcap": "0.5", "model__logit_softcap": "5"}
+    options |= {"model__attention_softcap": "0.5", "model__logit_softcap": "5", "model__kv_heads": "2"}
+    options |= {"model__tie_embeddings": "true"}
     Run(quick(corpus, tmp_path / "one", **options), say=silent).fit()
     jobs = [(tmp_path / mode, options | {"parallel__mode": mode}, False, None) for mode in ("ddp", "fsdp")]
     parallel_support.train(2, corpus, *jobs)
