@@ -36,6 +36,7 @@ class Request:
         values: constructor arguments.
         own: options that the rule reads itself.
         lr_scales: kind of a layer ("embedding", "last") -> multiplier of its learning rate; none: 1.
+        ends_apart: put the embedding and the last layer into groups of their own also without multipliers.
     """
 
     model: nn.Module
@@ -45,18 +46,19 @@ class Request:
     values: dict[str, Any]
     own: dict[str, Any]
     lr_scales: Mapping[str, float] = field(default_factory=dict)
+    ends_apart: bool = False
 
     def build(self, cls: Callable[..., Optimizer], groups: Groups, **more: Any) -> Optimizer:
         """The optimizer over ``groups``, without empty ones; ``more`` are further constructor arguments."""
         values = {**self.values, **more}
         groups = [group for group in groups if group["params"]]
-        return cls(self.decayed(self.scaled(groups)), **{"lr": self.lr, "weight_decay": self.weight_decay, **values})
+        return cls(
+            self.decayed(self.split_ends(groups)), **{"lr": self.lr, "weight_decay": self.weight_decay, **values}
+        )
 
-    def scale_of(self) -> dict[int, float]:
-        """id of a parameter -> multiplier of its learning rate, for those with another one than 1. EvenstepError for a
-        layer that the model does not have."""
-        if not self.lr_scales:
-            return {}
+    def ends(self) -> dict[int, str]:
+        """id of a parameter -> "embedding" or "last", for the layers at the ends of the model. EvenstepError when a
+        layer that ``lr_scales`` names does not exist."""
         from evenstep.optim.groups import edge_weights
 
         weights = edge_weights(self.model)
@@ -64,23 +66,20 @@ class Request:
             if not weights[kind]:
                 what = {"embedding": "no trained embedding", "last": "no trained output layer of its own"}[kind]
                 raise EvenstepError(f"optim.lr_scale.{kind} {scale:g}: the model has {what}; leave the option out")
-        return {id(p): scale for kind, scale in self.lr_scales.items() for p in weights[kind]}
+        return {id(p): kind for kind, members in weights.items() for p in members}
 
-    def scaled(self, groups: Groups) -> Groups:
-        """``groups`` divided into those with the common learning rate and those with a multiple of it."""
-        scale_of = self.scale_of()
-        if not scale_of:
+    def split_ends(self, groups: Groups) -> Groups:
+        """``groups`` in which the embedding and the last layer, with their learning rates, have groups of their own."""
+        if not self.lr_scales and not self.ends_apart:
             return groups
-        parts: Groups = []
+        ends, parts = self.ends(), []
         for group in groups:
-            members: dict[float, list[Any]] = {}
+            members: dict[str | None, list[Any]] = {}
             for item in group["params"]:
-                members.setdefault(scale_of.get(id(_tensor(item)), 1.0), []).append(item)
-            rate = group.get("lr", self.lr)
-            parts += [
-                {**group, "params": items} | ({} if scale == 1 else {"lr": rate * scale})
-                for scale, items in members.items()
-            ]
+                members.setdefault(ends.get(id(_tensor(item))), []).append(item)
+            for kind, items in members.items():
+                rate = {"lr": group.get("lr", self.lr) * self.lr_scales[kind]} if kind in self.lr_scales else {}
+                parts.append({**group, "params": items, **rate})
         return parts
 
     def decayed(self, groups: Groups) -> Groups:
@@ -166,9 +165,9 @@ def blocks(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     config: Any = getattr(request.model, "config", None)
     heads = {"num_embeds": config.hidden_size, "num_heads": config.num_heads} if config else {}
     optimizer = cls(request.model, lr=request.lr, weight_decay=request.weight_decay, **heads, **request.values)
-    scale_of = request.scale_of()
+    ends = request.ends() if request.lr_scales else {}
     for group in optimizer.param_groups:  # the library makes one group per parameter
-        group["lr"] *= scale_of.get(id(group["params"][0]), 1.0)
+        group["lr"] *= request.lr_scales.get(ends.get(id(group["params"][0]), ""), 1.0)
     return optimizer
 
 

@@ -323,9 +323,18 @@ class OptimConfig(Section):
         "the parameters with weight decay: those of two or more dimensions, or all",
         choices=("matrices", "all"),
     )
+    decay_correction: bool | None = option(
+        None, "multiply the weight decay by lr / peak lr, except in the embedding and the output layer: AdamC "
+        "(none: false)",
+    )  # fmt: skip
     options: Mapping[str, Any] = field(default_factory=dict)
     """Every other hyperparameter, by the name of the constructor argument. `evenstep.train.optimizers` checks the names
     against the signature of the constructor."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decay_correction and not self.weight_decay:
+            raise EvenstepError("optim.decay_correction true has no effect without optim.weight_decay; give both")
 
     @property
     def lr_scales(self) -> dict[str, float]:

@@ -189,7 +189,7 @@ class Trainer:
         self.parallel.apply(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.rates = LearningRates(self.optimizer)
+        self.rates = LearningRates(self.optimizer, self.model if config.optim.decay_correction else None)
         self.telemetry = RunTelemetry(
             config,
             self.model,

@@ -152,3 +152,32 @@ def test_a_scale_of_a_layer_that_the_model_does_not_have_is_refused():
         build_optimizer(tied, OptimConfig(name="adamw", lr_scale_last=2.0))
     with pytest.raises(EvenstepError, match=r"optim\.lr_scale\.embedding 2: .*no trained embedding"):
         build_optimizer(nn.Sequential(nn.Linear(2, 2)), OptimConfig(name="adamw", lr_scale_embedding=2.0))
+
+
+@pytest.mark.parametrize("name", ["adamw", "stable_spam", "spam", "scale", "muon", "adafactor"])
+def test_the_corrected_decay_is_that_of_adamc(name):
+    """In a step without a gradient a hidden matrix shrinks by lr^2 / lr_max * decay, the last layer by lr * decay."""
+    m = model()
+    config = OptimConfig(name=name, lr=0.1, weight_decay=0.5, decay_correction=True, lr_scale_last=2.0)
+    optimizer = build_optimizer(m, config)
+    before = {path: p.detach().double() for path, p in m.named_parameters()}
+    LearningRates(optimizer, m).set(optimizer, 0.25)
+    for p in m.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    q, head = "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"
+    after = {path: p.detach().double() for path, p in m.named_parameters()}
+    torch.testing.assert_close(after[q], before[q] * (1 - 0.025**2 / 0.1 * 0.5), rtol=1e-6, atol=0)
+    torch.testing.assert_close(after[head], before[head] * (1 - 2 * 0.025 * 0.5), rtol=1e-6, atol=0)
+    embedding = "model.embed_tokens.weight"
+    torch.testing.assert_close(after[embedding], before[embedding] * (1 - 0.025 * 0.5), rtol=1e-6, atol=0)
+
+
+def test_a_corrected_decay_without_effect_is_refused():
+    with pytest.raises(EvenstepError, match=r"optim\.decay_correction true has no effect without optim\.weight_decay"):
+        OptimConfig(decay_correction=True)
+    config = OptimConfig(name="sgd", decay_correction=True, weight_decay=0.1)
+    with pytest.raises(
+        EvenstepError, match=r"decoupled weight decay, which sgd does not have; give one of stable_spam"
+    ):
+        check_optimizer(config)
