@@ -74,9 +74,9 @@ class Request:
             return groups
         ends, parts = self.ends(), []
         for group in groups:
-            members: dict[str | None, list[Any]] = {}
+            members: dict[str, list[Any]] = {}
             for item in group["params"]:
-                members.setdefault(ends.get(id(_tensor(item))), []).append(item)
+                members.setdefault(ends.get(id(_tensor(item)), ""), []).append(item)
             for kind, items in members.items():
                 rate = {"lr": group.get("lr", self.lr) * self.lr_scales[kind]} if kind in self.lr_scales else {}
                 parts.append({**group, "params": items, **rate})

@@ -33,8 +33,8 @@ def check_optimizer(config: OptimConfig) -> None:
     if config.decay_correction and not baseline(config.name).decoupled:
         able = ", ".join(name for name, one in BASELINES.items() if one.decoupled)
         raise EvenstepError(
-            f"optim.decay_correction true is for decoupled weight decay, which {config.name} does not have; give one of "
-            f"{able}"
+            f"optim.decay_correction true is for decoupled weight decay, which {config.name} does not have; give one "
+            f"of {able}"
         )
 
 
