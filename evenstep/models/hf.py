@@ -9,6 +9,7 @@ Post-LN and Mix-LN models and those with a soft-cap have no Hugging Face equival
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ _NAMES = {  # ours -> Hugging Face's
     "init_std": "initializer_range",
 }
 
+
+_READ = {
+    *_NAMES.values(),
+    *("model_type", "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act"),
+    *("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "max_sequence_length"),
+}
+_WITHOUT_EFFECT = {
+    *("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "transformers_version"),
+    *("use_cache", "pretraining_tp", "_name_or_path", "sliding_window", "max_window_layers", "layer_types"),
+}
+"""Keys of a config.json that `read_shape` uses, and those that do not change what a new model computes."""
 
 _OWN = ("norm", "norm_alpha", "qk_norm", "attention_softcap", "logit_softcap", "tie_embeddings")
 """Fields that are saved as ``evenstep_NAME`` for a model that transformers does not have."""
@@ -143,7 +155,33 @@ def _to_hf(model: Llama) -> dict[str, Any]:
 def read_config(directory: str | Path) -> LlamaConfig:
     """The shape of the model in ``directory``, without reading its weights; EvenstepError as `load_pretrained`."""
     directory = Path(directory)
-    return _from_hf(_read_json(directory / _CONFIG), directory)
+    return _from_hf(_read_json(directory / _CONFIG), directory / _CONFIG, directory)
+
+
+def read_shape(path: str | Path) -> LlamaConfig:
+    """The shape that a configuration file of transformers describes, for a new model.
+
+    The maximal length is ``max_position_embeddings``, or else ``max_sequence_length`` (GaLore's files). A tied output
+    layer stays tied.
+
+    Raises:
+        EvenstepError: a file that cannot be read, another architecture, or a key that would have an effect in
+            transformers and has none here.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise EvenstepError(f"there is no file {path}: give a configuration of transformers, such as llama_130m.json")
+    hf = _read_json(path)
+    known = {*_READ, *_WITHOUT_EFFECT, *(f"evenstep_{name}" for name in _OWN)}
+    for key, value in hf.items():
+        if key not in known and value not in (0, None, False):  # such as attention_dropout 0.0
+            raise EvenstepError(
+                f"{path} sets {key} to {_short(value)}, which this LLaMA does not have; remove the line to train "
+                "without it"
+            )
+    if "max_sequence_length" in hf:
+        hf = {"max_position_embeddings": hf["max_sequence_length"], **hf}
+    return replace(_from_hf(hf, path, path), tie_embeddings=bool(hf.get("tie_word_embeddings", False)))
 
 
 def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = None) -> Llama:
@@ -162,7 +200,7 @@ def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = N
     """
     directory = Path(directory)
     hf = _read_json(directory / _CONFIG)
-    config = _from_hf(hf, directory)
+    config = _from_hf(hf, directory / _CONFIG, directory)
     if weights is None:
         weights = _read_weights(directory, _OWN_WEIGHTS if missing_in_transformers(config) else _WEIGHTS)
     if hf.get("tie_word_embeddings") and "model.embed_tokens.weight" in weights:
@@ -194,29 +232,30 @@ def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = N
     return model
 
 
-def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
-    """The configuration that ``config.json`` describes; EvenstepError for a part that this LLaMA does not have."""
+def _from_hf(hf: dict[str, Any], path: Path, model: Path) -> LlamaConfig:
+    """The configuration that the content ``hf`` of the file ``path`` describes; EvenstepError for a part that this
+    LLaMA does not have. ``model`` is the model in errors."""
     if hf.get("model_type") not in ("llama", "qwen3", "evenstep_llama"):
         given = _short(hf.get("model_type"))
         raise EvenstepError(
-            f"{directory} holds a model of type {given}: only 'llama' can be loaded, and 'qwen3' of its shape"
+            f"{model} holds a model of type {given}: only 'llama' can be loaded, and 'qwen3' of its shape"
         )
     qwen = hf["model_type"] == "qwen3"
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [name for name in sizes if name not in hf]
     if missing:
-        raise EvenstepError(f"{directory / _CONFIG} has no {missing[0]!r}: it is not the configuration of a LLaMA")
+        raise EvenstepError(f"{path} has no {missing[0]!r}: it is not the configuration of a LLaMA")
     for name in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
         value = hf.get(name)
         if value is None and name not in sizes:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise EvenstepError(f"{directory / _CONFIG}: {name} is {_short(value)}; it must be a positive whole number")
+            raise EvenstepError(f"{path}: {name} is {_short(value)}; it must be a positive whole number")
     heads = hf["num_attention_heads"]
     # transformers 5 has all rotary settings in rope_parameters; earlier versions have rope_theta and rope_scaling.
     old, new = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
     if not isinstance(old, dict) or not isinstance(new, dict):
-        raise EvenstepError(f"{directory / _CONFIG}: rope_scaling and rope_parameters must be objects")
+        raise EvenstepError(f"{path}: rope_scaling and rope_parameters must be objects")
     rope = new or {"rope_theta": hf.get("rope_theta", 10000.0), **old}
     unsupported = {
         "a head_dim other than hidden_size / num_attention_heads": (
@@ -232,7 +271,7 @@ def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
     }
     if found := [name for name, there in unsupported.items() if there]:
         raise EvenstepError(
-            f"the model in {directory} uses {found[0]}, which this LLaMA does not have: choose a model without it"
+            f"the model in {model} uses {found[0]}, which this LLaMA does not have: choose a model without it"
         )
     kv_heads = hf.get("num_key_value_heads") or heads
     return LlamaConfig(

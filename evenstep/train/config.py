@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from evenstep.baselines.catalog import BASELINES
@@ -251,6 +252,9 @@ class ModelConfig(Section):
     TITLE = "the model"
     SECTION = "model"
     size: str | None = option(None, "the named size (none: tiny, or the size of model.init)", choices=SIZE_NAMES)
+    config: str | None = option(
+        None, "a LLaMA configuration of transformers (JSON) whose shape the model has, in place of model.size"
+    )
     norm: str | None = option(
         None, "placement of the norms in each block (none: pre, or the placement in model.init)",
         choices=("pre", "post", "mix"),
@@ -284,7 +288,10 @@ class ModelConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init is None:
+        for name in ("size", "init"):
+            if self.config is not None and getattr(self, name) is not None:
+                raise EvenstepError(f"model.config and model.{name} both state the shape of the model; leave one out")
+        if self.init is None and self.config is None:
             for name, default in (("size", "tiny"), ("norm", "pre"), ("norm_alpha", 0.25), ("qk_norm", False)):
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, default)
@@ -298,7 +305,7 @@ class ModelConfig(Section):
     @property
     def label(self) -> str:
         """The size in names and tables; "custom" for the shape of a given model that has no name."""
-        return self.size or "custom"
+        return self.size or ("custom" if self.config is None else Path(self.config).stem)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from evenstep.baselines.catalog import baseline
 from evenstep.errors import EvenstepError, first_line
 from evenstep.models import Llama, LlamaConfig, llama_config
+from evenstep.models.hf import read_shape
 from evenstep.optim.distributed import plain_parts
 from evenstep.train.config import Config
 from evenstep.train.distributed import COLUMNS, ROWS, Parallel, World, check_world
@@ -32,7 +33,15 @@ from evenstep.train.optimizers import build_optimizer
 
 
 def model_shape(config: Config, vocab_size: int) -> LlamaConfig:
-    """The shape of a new model of ``config``."""
+    """The shape of a new model of ``config``, for a tokenizer of ``vocab_size`` entries."""
+    if config.model.config is not None:
+        shape = replace(read_shape(config.model.config), **config.model.variant)
+        if vocab_size > shape.vocab_size:
+            raise EvenstepError(
+                f"the tokenizer has {vocab_size} entries, but model.config {config.model.config} only "
+                f"{shape.vocab_size}; give another data.tokenizer, or data.vocab_size {shape.vocab_size}"
+            )
+        return shape
     return llama_config(config.model.label, vocab_size, max_seq_len=config.train.seq_len, **config.model.variant)
 
 

@@ -203,7 +203,7 @@ class Pretraining(Task):
                 f"the tokenizer has {vocab_size} entries, but the model of {source} only {model.config.vocab_size}; "
                 "give the tokenizer of the model (data.tokenizer), or a smaller data.vocab_size"
             )
-        check_positions(config.train.seq_len, model.config.max_seq_len, source)
+        check_positions(config.train.seq_len, model.config.max_seq_len, source or config.model.config)
         model.activation_checkpointing = config.train.activation_checkpointing
         # bf16-autocast keeps fp32 weights, and casts them in each matrix product.
         dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32

@@ -63,7 +63,7 @@ def _sharded(source: Path) -> bool:
         return False
 
 
-def check_positions(seq_len: int, positions: int, source: Path | None) -> None:
+def check_positions(seq_len: int, positions: int, source: Path | str | None) -> None:
     """EvenstepError when sequences are longer than the ``positions`` of the model from ``source``."""
     if seq_len > positions:
         raise EvenstepError(

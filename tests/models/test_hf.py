@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from evenstep.errors import EvenstepError
-from evenstep.models import load_pretrained, save_pretrained
+from evenstep.models import Llama, LlamaConfig, load_pretrained, save_pretrained
+from evenstep.models.hf import read_shape
 from tests.models.test_llama import batch, grads, small
 
 pytest.importorskip("safetensors")
@@ -116,6 +117,58 @@ def test_grouped_queries_and_a_tied_head_are_those_of_transformers(transformers,
         torch.testing.assert_close(g, want[name], rtol=1e-3, atol=1e-5)
     again = load_pretrained(tmp_path)
     assert again.config == model.config and again.lm_head.weight is again.model.embed_tokens.weight
+
+
+GALORE = {
+    "architectures": ["LLaMAForCausalLM"], "bos_token_id": 0, "eos_token_id": 1, "hidden_act": "silu",
+    "hidden_size": 32, "intermediate_size": 44, "initializer_range": 0.02, "max_sequence_length": 1024,
+    "model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 3, "pad_token_id": -1,
+    "rms_norm_eps": 1e-06, "transformers_version": "4.28.1", "use_cache": True, "vocab_size": 61,
+}  # fmt: skip
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_published_configuration_file_is_the_shape_of_a_new_model(tmp_path):
+    shape = read_shape(write_json(tmp_path / "llama_tiny.json", GALORE))
+    assert shape == LlamaConfig(61, 32, 44, 3, 4, max_seq_len=1024, norm_eps=1e-6, init_std=0.02)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3"])
+def test_a_configuration_of_transformers_has_the_parameters_of_its_model(transformers, name, tmp_path):
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=61, hidden_size=32, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-5, max_position_embeddings=64,
+    )  # fmt: skip
+    config.to_json_file(tmp_path / "c.json")
+    theirs = getattr(transformers, f"{name}ForCausalLM")(config)
+    ours = Llama(read_shape(tmp_path / "c.json"))
+    ours.load_state_dict(theirs.state_dict())
+    assert {n: p.shape for n, p in ours.named_parameters()} == {n: p.shape for n, p in theirs.named_parameters()}
+    tokens, _ = batch()
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"attention_dropout": 0.1}, "sets attention_dropout to 0.1, which this LLaMA does not have"),
+        ({"embedding_multiplier": 12.0}, "sets embedding_multiplier to 12.0"),
+        ({"attention_bias": True}, "uses attention_bias, which this LLaMA does not have"),
+        ({"hidden_act": "gelu"}, "uses hidden_act 'gelu'"),
+        ({"model_type": "gemma2"}, "holds a model of type 'gemma2'"),
+        ({"hidden_size": "32"}, "hidden_size is '32'"),
+    ],
+)
+def test_a_configuration_that_cannot_be_honoured_is_refused(change, words, tmp_path):
+    with pytest.raises(EvenstepError) as caught:
+        read_shape(write_json(tmp_path / "c.json", GALORE | change))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(EvenstepError, match=r"there is no file .*nothing\.json"):
+        read_shape(tmp_path / "nothing.json")
 
 
 def test_a_qwen3_of_another_shape_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """The options of the trainer against growing logits and weights: each trains, is logged, and resumes bit for bit."""
 
+import json
+
 import parallel_support
 import pytest
 import torch
@@ -7,8 +9,10 @@ from train_support import quick, quick_overrides, write_corpus
 
 from evenstep.errors import EvenstepError
 from evenstep.finetune.config import FineTuneConfig
+from evenstep.train.config import ModelConfig
 from evenstep.train.config_io import load_config
 from evenstep.train.log import read_metrics
+from evenstep.train.plan import shape_of
 from evenstep.train.trainer import Run
 from evenstep.train.weights import export
 
@@ -113,6 +117,43 @@ def test_a_tied_run_is_exported_with_one_table(corpus, tmp_path):
     export(tmp_path / "run", "safetensors", tmp_path / "st", silent)
     with pytest.raises(EvenstepError, match="last layer lm_head shares the weight of the embedding"):
         Run(quick(corpus, tmp_path / "scale", **options, optim__name="scale"), say=silent)
+
+
+def test_a_published_configuration_is_trained_planned_and_resumed(corpus, tmp_path):
+    shape = {
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 44, "num_attention_heads": 4,
+        "num_hidden_layers": 2, "num_key_value_heads": 2, "max_sequence_length": 64, "vocab_size": 320,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    path = tmp_path / "llama_tiny.json"
+    path.write_text(json.dumps(shape))
+    given = dict(quick_overrides(corpus, tmp_path / "run", model__config=str(path), model__qk_norm="true"))
+    del given["model.size"]
+    config = load_config(None, [*given.items()])
+    run = Run(config, say=silent)
+    expected = {"vocab_size": 320, "num_layers": 2, "kv_heads": 2, "tie_embeddings": True, "qk_norm": True}
+    assert {name: getattr(run.model.config, name) for name in expected} == expected
+    assert run.config.name == "llama_tiny-adamw" and shape_of(config) == run.model.config
+    run.fit()
+    path.unlink()  # a resume needs the checkpoint alone
+    assert Run.resume(tmp_path / "run", say=silent).model.config == run.model.config
+
+
+def test_a_configuration_that_does_not_fit_is_refused(corpus, tmp_path):
+    with pytest.raises(EvenstepError, match=r"model\.config and model\.size both state the shape"):
+        ModelConfig(config="c.json", size="tiny")
+    path = tmp_path / "c.json"
+    shape = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 44, "num_attention_heads": 4}
+    path.write_text(json.dumps(shape | {"num_hidden_layers": 2, "max_sequence_length": 8, "vocab_size": 100}))
+    given = dict(quick_overrides(corpus, tmp_path / "run", model__config=str(path)))
+    del given["model.size"]
+    with pytest.raises(EvenstepError, match=r"tokenizer has \d+ entries, but model\.config .* only 100; give"):
+        Run(load_config(None, [*given.items()]), say=silent)
+    path.write_text(json.dumps(shape | {"num_hidden_layers": 2, "max_sequence_length": 8, "vocab_size": 400}))
+    with pytest.raises(
+        EvenstepError, match=r"train\.seq_len 16 is longer than the 8 positions of .*c\.json"
+    ):
+        Run(load_config(None, [*given.items()]), say=silent)
 
 
 # ---- several processes ----
