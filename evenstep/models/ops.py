@@ -100,6 +100,18 @@ def softcapped_attention(q: Tensor, k: Tensor, v: Tensor, cap: float, mask: Tens
     return logits.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
+def largest_logits(q: Tensor, k: Tensor, queries: int) -> Tensor:
+    """The largest causal attention logit q k / sqrt(D) of each head, fp32 [heads], over ``queries`` evenly spaced
+    positions. ``q`` is [B, heads, T, D], ``k`` [B, groups, T, D]; the work is queries / T of that of attention."""
+    length = q.shape[2]
+    # The last position is among them: it sees all keys.
+    rows = torch.linspace(length - 1, 0, min(queries, length), device=q.device).round().long()
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    logits = (q[:, :, rows] @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])  # [B, heads, queries, T]
+    hidden = torch.arange(length, device=q.device) > rows[:, None]
+    return logits.masked_fill(hidden, -math.inf).amax((0, 2, 3))
+
+
 def document_mask(positions: Tensor) -> Tensor:
     """The attention mask of packed rows, bool [B, 1, T, T]: True where a query (third dimension) sees a key (fourth).
 
