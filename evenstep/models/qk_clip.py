@@ -48,6 +48,7 @@ def max_attention_logits(model: Llama, tokens: Tensor, queries: int = 16) -> Ten
             pending.clear()
 
     handles = []
+    block: Any
     for block in model.model.layers:
         attention = block.self_attn
         for norm, projection in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)):
@@ -99,12 +100,11 @@ def qk_clip(model: Llama, max_logits: Tensor, tau: float = 100.0) -> Tensor:
     gamma = (tau / max_logits.float()).where(max_logits > tau, 1.0)
     shared = config.kv_heads not in (None, config.num_heads)
     head = config.hidden_size // config.num_heads
+    block: Any
     for block, factor in zip(model.model.layers, gamma, strict=True):
         attention = block.self_attn
         if hasattr(attention.q_proj.weight, "device_mesh"):
-            raise EvenstepError(
-                "QK-clip needs whole weights, and those of this model are sharded: use parallel.mode ddp"
-            )
+            raise EvenstepError("QK-clip needs whole weights, and those of this model are sharded: train it with DDP")
         # The rows of a projection [heads * D, hidden] are its heads, one after the other.
         rows = factor.repeat_interleave(head)[:, None]
         if shared:

@@ -41,7 +41,7 @@ def test_the_largest_logit_of_every_head_is_found(shape):
     found = max_attention_logits(model, tokens, queries=99)
     assert found.shape == (3, 4) and not found.requires_grad
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
-    assert (max_attention_logits(model, tokens, queries=3) <= found).all()
+    assert (max_attention_logits(model, tokens, queries=3) <= found + 1e-5).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
