@@ -44,7 +44,8 @@ def max_attention_logits(model: Llama, tokens: Tensor, queries: int = 16) -> Ten
         heads = out.view(*tokens.shape, -1, cos.shape[-1])  # [B, T, heads, D]
         pending.append(rotate(heads, cos, sin).transpose(1, 2))
         if len(pending) == 2:
-            found.append(largest_logits(*pending, queries))
+            q, k = pending
+            found.append(largest_logits(q, k, queries))
             pending.clear()
 
     handles = []

@@ -349,6 +349,12 @@ class OptimConfig(Section):
         given = {"embedding": self.lr_scale_embedding, "last": self.lr_scale_last}
         return {kind: scale for kind, scale in given.items() if scale is not None and scale != 1}
 
+    @property
+    def scales_in_words(self) -> str:
+        """`lr_scales` for the lines before a run and of a plan, such as " (embedding x 10)"; empty without any."""
+        words = ", ".join(f"{kind} x {scale:g}" for kind, scale in self.lr_scales.items())
+        return f" ({words})" if words else ""
+
 
 @dataclass(frozen=True)
 class ScheduleConfig(Section):

@@ -455,8 +455,11 @@ def _head(made: Plan) -> str:
     gpus = f"{grid.gpus} GPU{'s' * (grid.gpus > 1)}"
     tokens = train.batch_size * train.seq_len
     micro = min(config.micro_batch_size, train.batch_size // grid.data)
+    scales = config.optim.scales_in_words
+    rate = f"lr {config.optim.lr:g}{scales}, " if scales else ""
     return (
-        f"{config.model.label} ({sum_of(made)} parameters) on {gpus}, {how}; {config.optim.name}, {train.dtype}; "
+        f"{config.model.label} ({sum_of(made)} parameters) on {gpus}, {how}; {config.optim.name}, "
+        f"{rate}{train.dtype}; "
         f"{tokens:,} tokens per step, {made.passes} x {micro} sequences of {train.seq_len} per process"
     )
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from train_support import quick, quick_overrides, write_corpus
 
+from evenstep.cli import main
 from evenstep.errors import EvenstepError
 from evenstep.finetune.config import FineTuneConfig
 from evenstep.train.config import ModelConfig
@@ -51,6 +52,14 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(corpus, tmp_path, name):
     assert all(torch.equal(p, q) for p, q in pairs)
     plain = Run(quick(corpus, tmp_path / "plain"), say=silent)
     assert [plain.step().loss.item() for _ in range(8)] != losses  # the option has an effect
+
+
+def test_the_scales_are_shown_before_a_run_and_by_a_plan(corpus, tmp_path, capsys):
+    options = {"optim__lr_scale__embedding": "10", "optim__lr_scale__last": "0.5"}
+    run = Run(quick(corpus, tmp_path / "run", **options), say=silent)
+    assert "adamw, lr 0.003 (embedding x 10, last x 0.5), cosine" in "\n".join(run.header())
+    main(["plan", "--gpus", "1", "--optim.lr_scale.embedding", "10"])
+    assert "stable_spam, lr 0.001 (embedding x 10), fp32" in capsys.readouterr().out
 
 
 # ---- z-loss ----
@@ -150,9 +159,7 @@ def test_a_configuration_that_does_not_fit_is_refused(corpus, tmp_path):
     with pytest.raises(EvenstepError, match=r"tokenizer has \d+ entries, but model\.config .* only 100; give"):
         Run(load_config(None, [*given.items()]), say=silent)
     path.write_text(json.dumps(shape | {"num_hidden_layers": 2, "max_sequence_length": 8, "vocab_size": 400}))
-    with pytest.raises(
-        EvenstepError, match=r"train\.seq_len 16 is longer than the 8 positions of .*c\.json"
-    ):
+    with pytest.raises(EvenstepError, match=r"train\.seq_len 16 is longer than the 8 positions of .*c\.json"):
         Run(load_config(None, [*given.items()]), say=silent)
 
 
