@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ class Baseline:
         own: options that are not constructor arguments, with their defaults; the rule reads them.
         pickled: a class in its state that torch.load must accept as safe, ``module:class``.
         note: a remark in the list.
+        decoupled: whether a step multiplies a parameter by 1 - lr * weight_decay, as AdamW does.
     """
 
     home: str
@@ -60,6 +61,7 @@ class Baseline:
     own: dict[str, Any] = field(default_factory=dict)
     pickled: str = ""
     note: str = ""
+    decoupled: bool = False
 
     @property
     def extra(self) -> str | None:
@@ -109,17 +111,26 @@ class Baseline:
         return {**found, **{k: v for k, v in self.chosen.items() if k in found}, **self.own}
 
     def build(
-        self, model: Any, *, lr: float, weight_decay: float = 0.0, decay: str = "all", **options: Any
+        self,
+        model: Any,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        decay: str = "all",
+        lr_scales: Mapping[str, float] | None = None,
+        ends_apart: bool = False,
+        **options: Any,
     ) -> Optimizer:
-        """The optimizer over the trainable parameters of ``model``. ``options`` are not checked, see
-        `check_options`."""
+        """The optimizer over the trainable parameters of ``model``. ``lr_scales`` has the multipliers of the learning
+        rate of the "embedding" and the "last" layer; ``ends_apart`` puts both into groups of their own in any case.
+        ``options`` are not checked, see `check_options`."""
         own = {**self.own, **{key: value for key, value in options.items() if key in self.own}}
         given = {key: value for key, value in options.items() if key not in self.own}
         fixed = dict(self.fixed)
         if next(model.parameters()).device.type == "meta":  # `evenstep plan` builds it there; fused kernels refuse it
             fixed.pop("fused", None)
         values = {**self.chosen, **fixed, **given}
-        return self.rule(self.load(), Request(model, lr, weight_decay, decay, values, own))
+        return self.rule(self.load(), Request(model, lr, weight_decay, decay, values, own, lr_scales or {}, ends_apart))
 
 
 def allow_known_state() -> None:
@@ -139,19 +150,21 @@ _PROJECTOR = f"{_PO}.optimizer.utils.galore:GaLoreProjector"
 _GALORE = {"rank": None, "update_proj_gap": 200, "scale": 0.25, "projection_type": "std"}
 
 BASELINES: dict[str, Baseline] = {
-    "stable_spam": Baseline("evenstep.optim:StableSPAM", paper="arXiv:2502.17055"),
+    "stable_spam": Baseline("evenstep.optim:StableSPAM", paper="arXiv:2502.17055", decoupled=True),
     "spam": Baseline(
-        "evenstep.optim:SPAM", paper="arXiv:2501.06842", rule=rules.sparse, own={"density_of": "all"},
+        "evenstep.optim:SPAM", paper="arXiv:2501.06842", rule=rules.sparse, own={"density_of": "all"}, decoupled=True,
         note="the published code has its density in the linear layers of attention and MLP alone (density_of hidden)",
     ),
-    "scale": Baseline("evenstep.optim:SCALE", paper="arXiv:2506.16659", rule=rules.roles),
-    "adamw": Baseline("torch.optim:AdamW", "torch", "arXiv:1711.05101", fixed={"fused": True}),
+    "scale": Baseline("evenstep.optim:SCALE", paper="arXiv:2506.16659", rule=rules.roles, decoupled=True),
+    "adamw": Baseline("torch.optim:AdamW", "torch", "arXiv:1711.05101", fixed={"fused": True}, decoupled=True),
     "adam": Baseline("torch.optim:Adam", "torch", "arXiv:1412.6980", fixed={"fused": True}),
-    "adafactor": Baseline("torch.optim:Adafactor", "torch", "arXiv:1804.04235", note="without a first moment"),
+    "adafactor": Baseline(
+        "torch.optim:Adafactor", "torch", "arXiv:1804.04235", note="without a first moment", decoupled=True,
+    ),
     "muon": Baseline(
         "torch.optim:Muon", "torch", "arXiv:2502.16982", rule=rules.muon,
         chosen={"adjust_lr_fn": "match_rms_adamw"}, own={"adam_lr": None, "adam_betas": (0.9, 0.999)},
-        note="scaled so that one rate serves both (match_rms_adamw)",
+        note="scaled so that one rate serves both (match_rms_adamw)", decoupled=True,
     ),
     "sgd": Baseline("torch.optim:SGD", "torch", chosen={"momentum": 0.9}),
     "lion": Baseline(f"{_PO}:Lion", _PO, "arXiv:2302.06675"),
@@ -160,10 +173,12 @@ BASELINES: dict[str, Baseline] = {
     ),
     "galore": Baseline(f"{_PO}:GaLore", _PO, "arXiv:2403.03507", rule=rules.projected, own=_GALORE, pickled=_PROJECTOR),
     "fira": Baseline(f"{_PO}:Fira", _PO, "arXiv:2410.01623", rule=rules.projected, own=_GALORE, pickled=_PROJECTOR),
-    "apollo": Baseline("evenstep.baselines.low_rank:APOLLO", paper="arXiv:2412.05270", rule=rules.ranked),
+    "apollo": Baseline(
+        "evenstep.baselines.low_rank:APOLLO", paper="arXiv:2412.05270", rule=rules.ranked, decoupled=True,
+    ),
     "apollo_mini": Baseline(
         "evenstep.baselines.low_rank:APOLLO", paper="arXiv:2412.05270", rule=rules.ranked,
-        chosen={"rank": 1, "scale_type": "tensor", "scale": 128.0}, note="rank 1, one factor a tensor",
+        chosen={"rank": 1, "scale_type": "tensor", "scale": 128.0}, note="rank 1, one factor a tensor", decoupled=True,
     ),
     "peer_apollo": Baseline(
         f"{_PO}:APOLLO", _PO, "arXiv:2412.05270", rule=rules.projected, chosen={"scale_type": "channel"},

@@ -9,8 +9,8 @@ Torch is imported where it is needed, so that the list of names costs nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from evenstep.errors import EvenstepError
@@ -35,6 +35,8 @@ class Request:
         decay: "matrices" sets weight_decay to 0 for parameters of fewer than two dimensions; "all" does not.
         values: constructor arguments.
         own: options that the rule reads itself.
+        lr_scales: kind of a layer ("embedding", "last") -> multiplier of its learning rate; none: 1.
+        ends_apart: put the embedding and the last layer into groups of their own also without multipliers.
     """
 
     model: nn.Module
@@ -43,12 +45,42 @@ class Request:
     decay: str
     values: dict[str, Any]
     own: dict[str, Any]
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
+    ends_apart: bool = False
 
     def build(self, cls: Callable[..., Optimizer], groups: Groups, **more: Any) -> Optimizer:
         """The optimizer over ``groups``, without empty ones; ``more`` are further constructor arguments."""
         values = {**self.values, **more}
         groups = [group for group in groups if group["params"]]
-        return cls(self.decayed(groups), **{"lr": self.lr, "weight_decay": self.weight_decay, **values})
+        return cls(
+            self.decayed(self.split_ends(groups)), **{"lr": self.lr, "weight_decay": self.weight_decay, **values}
+        )
+
+    def ends(self) -> dict[int, str]:
+        """id of a parameter -> "embedding" or "last", for the layers at the ends of the model. EvenstepError when a
+        layer that ``lr_scales`` names does not exist."""
+        from evenstep.optim.groups import edge_weights
+
+        weights = edge_weights(self.model)
+        for kind, scale in self.lr_scales.items():
+            if not weights[kind]:
+                what = {"embedding": "no trained embedding", "last": "no trained output layer of its own"}[kind]
+                raise EvenstepError(f"optim.lr_scale.{kind} {scale:g}: the model has {what}; leave the option out")
+        return {id(p): kind for kind, members in weights.items() for p in members}
+
+    def split_ends(self, groups: Groups) -> Groups:
+        """``groups`` in which the embedding and the last layer, with their learning rates, have groups of their own."""
+        if not self.lr_scales and not self.ends_apart:
+            return groups
+        ends, parts = self.ends(), []
+        for group in groups:
+            members: dict[str, list[Any]] = {}
+            for item in group["params"]:
+                members.setdefault(ends.get(id(_tensor(item)), ""), []).append(item)
+            for kind, items in members.items():
+                rate = {"lr": group.get("lr", self.lr) * self.lr_scales[kind]} if kind in self.lr_scales else {}
+                parts.append({**group, "params": items, **rate})
+        return parts
 
     def decayed(self, groups: Groups) -> Groups:
         """``groups`` divided into those with weight decay and those without, as ``decay`` says."""
@@ -117,7 +149,7 @@ def muon(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     hidden, rest = hidden_and_rest(request.model)
     own = request.own
     # AdamW has its own learning rate; None: the same as Muon's, whose updates are scaled to match AdamW's.
-    adam = Request(request.model, own["adam_lr"] or request.lr, request.weight_decay, request.decay, {}, {})
+    adam = dataclasses.replace(request, lr=own["adam_lr"] or request.lr, values={}, own={})
     orthogonal = request.build(cls, [{"params": hidden}])
     if not rest:
         return orthogonal
@@ -132,7 +164,11 @@ def blocks(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     # The library needs the number of heads to find the rows of a head in the query and key matrices.
     config: Any = getattr(request.model, "config", None)
     heads = {"num_embeds": config.hidden_size, "num_heads": config.num_heads} if config else {}
-    return cls(request.model, lr=request.lr, weight_decay=request.weight_decay, **heads, **request.values)
+    optimizer = cls(request.model, lr=request.lr, weight_decay=request.weight_decay, **heads, **request.values)
+    ends = request.ends() if request.lr_scales else {}
+    for group in optimizer.param_groups:  # the library makes one group per parameter
+        group["lr"] *= request.lr_scales.get(ends.get(id(group["params"][0]), ""), 1.0)
+    return optimizer
 
 
 def optimi(cls: Callable[..., Optimizer], request: Request) -> Optimizer:

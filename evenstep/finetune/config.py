@@ -185,6 +185,8 @@ class FineTuneConfig(BaseConfig):
             raise EvenstepError("data.file is empty; give --data FILE.jsonl with the examples")
         if self.parallel.mode not in ("none", "ddp"):
             raise EvenstepError(f"parallel.mode {self.parallel.mode} cannot be used for fine-tuning; give none or ddp")
+        if self.train.z_loss is not None:
+            raise EvenstepError(f"train.z_loss {self.train.z_loss:g} cannot be used for fine-tuning; leave it out")
         if self.lowbit and self.tune.adapter != "none":
             raise EvenstepError(
                 f"lowbit {self.lowbit} cannot be used with tune.adapter {self.tune.adapter}; leave one of them out"

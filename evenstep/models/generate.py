@@ -102,7 +102,7 @@ def generate(
             # [1, pending tokens, hidden]; only the last position predicts a new token, so the head computes one row.
             hidden = model.model(torch.tensor([pending], device=device), caches[0].length, caches)
             # On the CPU, where `generator` is: the same seed draws the same tokens on every device.
-            logits = model.lm_head(hidden[0, -1])[:vocab_size].float().cpu()
+            logits = model.logits(hidden[0, -1])[:vocab_size].float().cpu()
             token = _choose(logits, temperature, top_k, generator)
             if token == stop:
                 break

@@ -1,14 +1,15 @@
 """Models in the Hugging Face layout: ``model.safetensors`` and ``config.json`` of a ``LlamaForCausalLM``, or, with
 QK-norm, of a ``Qwen3ForCausalLM``, which is a LLaMA with this norm.
 
-Post-LN and Mix-LN models have no Hugging Face equivalent. They are saved with ``model_type`` "evenstep_llama", the keys
-``evenstep_norm`` and ``evenstep_norm_alpha``, and the weights in ``evenstep.safetensors``. With the usual file name,
-``LlamaForCausalLM.from_pretrained`` would only warn, load them as a Pre-LN model and compute something else.
+Post-LN and Mix-LN models and those with a soft-cap have no Hugging Face equivalent. They are saved with ``model_type``
+"evenstep_llama", keys such as ``evenstep_norm``, and the weights in ``evenstep.safetensors``. With the usual file name,
+``LlamaForCausalLM.from_pretrained`` would only warn, load them as a LLaMA and compute something else.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,33 @@ _NAMES = {  # ours -> Hugging Face's
 }
 
 
+_READ = {
+    *_NAMES.values(),
+    *("model_type", "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act"),
+    *("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "max_sequence_length"),
+}
+_WITHOUT_EFFECT = {
+    *("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "transformers_version"),
+    *("use_cache", "pretraining_tp", "_name_or_path", "sliding_window", "max_window_layers", "layer_types"),
+}
+"""Keys of a config.json that `read_shape` uses, and those that do not change what a new model computes."""
+
+_OWN = ("norm", "norm_alpha", "qk_norm", "attention_softcap", "logit_softcap", "tie_embeddings")
+"""Fields that are saved as ``evenstep_NAME`` for a model that transformers does not have."""
+
+
+def missing_in_transformers(config: LlamaConfig) -> str | None:
+    """The part of the architecture that no LLaMA of transformers has, in words; None for a model that it can load.
+
+    >>> missing_in_transformers(LlamaConfig(64, 16, 32, 2, 2, norm="post"))
+    "norm 'post'"
+    """
+    if config.norm != "pre":
+        return f"norm '{config.norm}'"
+    caps = [name for name in ("attention_softcap", "logit_softcap") if getattr(config, name) is not None]
+    return f"{caps[0]} {getattr(config, caps[0]):g}" if caps else None
+
+
 def require_safetensors() -> Any:
     """``safetensors.torch``; EvenstepError when it is not installed."""
     try:
@@ -52,7 +80,7 @@ def require_safetensors() -> Any:
 def save_pretrained(model: Llama, directory: str | Path) -> None:
     """Write a model into a directory, in the layout of Hugging Face.
 
-    A Pre-LN model can be loaded by ``transformers``; see the head of this file for the others. Tensors keep their
+    The usual model can be loaded by ``transformers``; see the head of this file for the others. Tensors keep their
     dtype. The weights are written first and ``config.json`` last, without protection against a killed process: a caller
     that needs it writes into a new directory and renames that.
 
@@ -76,14 +104,19 @@ def save_pretrained(model: Llama, directory: str | Path) -> None:
     """
     directory = Path(directory)
     save_file = require_safetensors().save_file
-    pre = model.config.norm == "pre"
+    own = missing_in_transformers(model.config) is not None
     directory.mkdir(parents=True, exist_ok=True)
     for name in (_CONFIG, _WEIGHTS, _OWN_WEIGHTS, _INDEX):
         (directory / name).unlink(missing_ok=True)
     # config.json is written last: a directory with it has its weights.
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, directory / (_WEIGHTS if pre else _OWN_WEIGHTS), metadata={"format": "pt"})
+    save_file(own_tensors(model), directory / (_OWN_WEIGHTS if own else _WEIGHTS), metadata={"format": "pt"})
     save_config(model, directory)
+
+
+def own_tensors(model: Llama) -> dict[str, Tensor]:
+    """The contiguous tensors of a model by name; a tied head is left out, since safetensors refuses shared memory."""
+    left_out = {"lm_head.weight"} if model.config.tie_embeddings else set()
+    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in left_out}
 
 
 def save_config(model: Llama, directory: str | Path) -> None:
@@ -93,13 +126,9 @@ def save_config(model: Llama, directory: str | Path) -> None:
 
 def _to_hf(model: Llama) -> dict[str, Any]:
     config = model.config
-    own = {
-        "evenstep_norm": config.norm,
-        "evenstep_norm_alpha": config.norm_alpha,
-        "evenstep_qk_norm": config.qk_norm,
-    }
     kind: dict[str, Any]
-    if config.norm != "pre":
+    if missing_in_transformers(config) is not None:
+        own = {f"evenstep_{name}": getattr(config, name) for name in _OWN}
         kind = {"architectures": ["EvenstepLlama"], "model_type": "evenstep_llama", **own}
     elif config.qk_norm:  # without head_dim, transformers assumes 128 for this type
         head = config.hidden_size // config.num_heads
@@ -109,12 +138,14 @@ def _to_hf(model: Llama) -> dict[str, Any]:
     return {
         **kind,
         **{theirs: getattr(config, ours) for ours, theirs in _NAMES.items()},
-        "num_key_value_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads or config.num_heads,
         "rope_theta": config.rope_theta,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tie_embeddings,
+        # A tied model of other programs is loaded with a head of its own.
+        **({"evenstep_tie_embeddings": True} if config.tie_embeddings else {}),
         "bos_token_id": None,  # without these keys transformers assumes 1 and 2
         "eos_token_id": None,
         "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
@@ -124,27 +155,54 @@ def _to_hf(model: Llama) -> dict[str, Any]:
 def read_config(directory: str | Path) -> LlamaConfig:
     """The shape of the model in ``directory``, without reading its weights; EvenstepError as `load_pretrained`."""
     directory = Path(directory)
-    return _from_hf(_read_json(directory / _CONFIG), directory)
+    return _from_hf(_read_json(directory / _CONFIG), directory / _CONFIG, directory)
+
+
+def read_shape(path: str | Path) -> LlamaConfig:
+    """The shape that a configuration file of transformers describes, for a new model.
+
+    The maximal length is ``max_position_embeddings``, or else ``max_sequence_length`` (GaLore's files). A tied output
+    layer stays tied.
+
+    Raises:
+        EvenstepError: a file that cannot be read, another architecture, or a key that would have an effect in
+            transformers and has none here.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise EvenstepError(f"there is no file {path}: give a configuration of transformers, such as llama_130m.json")
+    hf = _read_json(path)
+    known = {*_READ, *_WITHOUT_EFFECT, *(f"evenstep_{name}" for name in _OWN)}
+    for key, value in hf.items():
+        if key not in known and value not in (0, None, False):  # such as attention_dropout 0.0
+            raise EvenstepError(
+                f"{path} sets {key} to {_short(value)}, which this LLaMA does not have; remove the line to train "
+                "without it"
+            )
+    if "max_sequence_length" in hf:
+        hf = {"max_position_embeddings": hf["max_sequence_length"], **hf}
+    return replace(_from_hf(hf, path, path), tie_embeddings=bool(hf.get("tie_word_embeddings", False)))
 
 
 def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = None) -> Llama:
     """Load a model that `save_pretrained` or ``transformers`` saved, on the CPU, in the saved dtype.
 
-    The weights may be in one file or in shards with an index. A tied head becomes a copy of the token table.
+    The weights may be in one file or in shards with an index. A tied head becomes a copy of the token table, unless
+    evenstep has trained the model with a tied head.
 
     Args:
         directory: contains ``config.json`` and the weights.
         weights: tensors by parameter name, used instead of the files; then only ``config.json`` is read.
 
     Raises:
-        EvenstepError: missing, unreadable or mismatched files, or a model with grouped-query attention, biases, scaled
-            rotary positions, another activation or another architecture.
+        EvenstepError: missing, unreadable or mismatched files, or a model with biases, scaled rotary positions, another
+            activation or another architecture.
     """
     directory = Path(directory)
     hf = _read_json(directory / _CONFIG)
-    config = _from_hf(hf, directory)
+    config = _from_hf(hf, directory / _CONFIG, directory)
     if weights is None:
-        weights = _read_weights(directory, _WEIGHTS if config.norm == "pre" else _OWN_WEIGHTS)
+        weights = _read_weights(directory, _OWN_WEIGHTS if missing_in_transformers(config) else _WEIGHTS)
     if hf.get("tie_word_embeddings") and "model.embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     # A config.json may claim millions of layers, which would take very long to build.
@@ -170,35 +228,36 @@ def load_pretrained(directory: str | Path, weights: dict[str, Tensor] | None = N
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise EvenstepError(f"the weights in {directory} do not fit its config.json: {problems[0]}{more}")
     model.load_state_dict(weights, assign=True)
+    model.tie()
     return model
 
 
-def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
-    """The configuration that ``config.json`` describes; EvenstepError for a part that this LLaMA does not have."""
+def _from_hf(hf: dict[str, Any], path: Path, model: Path) -> LlamaConfig:
+    """The configuration that the content ``hf`` of the file ``path`` describes; EvenstepError for a part that this
+    LLaMA does not have. ``model`` is the model in errors."""
     if hf.get("model_type") not in ("llama", "qwen3", "evenstep_llama"):
         given = _short(hf.get("model_type"))
         raise EvenstepError(
-            f"{directory} holds a model of type {given}: only 'llama' can be loaded, and 'qwen3' of its shape"
+            f"{model} holds a model of type {given}: only 'llama' can be loaded, and 'qwen3' of its shape"
         )
     qwen = hf["model_type"] == "qwen3"
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [name for name in sizes if name not in hf]
     if missing:
-        raise EvenstepError(f"{directory / _CONFIG} has no {missing[0]!r}: it is not the configuration of a LLaMA")
+        raise EvenstepError(f"{path} has no {missing[0]!r}: it is not the configuration of a LLaMA")
     for name in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
         value = hf.get(name)
         if value is None and name not in sizes:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise EvenstepError(f"{directory / _CONFIG}: {name} is {_short(value)}; it must be a positive whole number")
+            raise EvenstepError(f"{path}: {name} is {_short(value)}; it must be a positive whole number")
     heads = hf["num_attention_heads"]
     # transformers 5 has all rotary settings in rope_parameters; earlier versions have rope_theta and rope_scaling.
     old, new = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
     if not isinstance(old, dict) or not isinstance(new, dict):
-        raise EvenstepError(f"{directory / _CONFIG}: rope_scaling and rope_parameters must be objects")
+        raise EvenstepError(f"{path}: rope_scaling and rope_parameters must be objects")
     rope = new or {"rope_theta": hf.get("rope_theta", 10000.0), **old}
     unsupported = {
-        "grouped-query attention (num_key_value_heads)": (hf.get("num_key_value_heads") or heads) != heads,
         "a head_dim other than hidden_size / num_attention_heads": (
             hf.get("head_dim") or (128 if qwen else hf["hidden_size"] // heads)
         )
@@ -212,14 +271,14 @@ def _from_hf(hf: dict[str, Any], directory: Path) -> LlamaConfig:
     }
     if found := [name for name, there in unsupported.items() if there]:
         raise EvenstepError(
-            f"the model in {directory} uses {found[0]}, which this LLaMA does not have: choose a model without it"
+            f"the model in {model} uses {found[0]}, which this LLaMA does not have: choose a model without it"
         )
+    kv_heads = hf.get("num_key_value_heads") or heads
     return LlamaConfig(
+        kv_heads=None if kv_heads == heads else kv_heads,
         **{ours: hf[theirs] for ours, theirs in _NAMES.items() if theirs in hf},
         rope_theta=rope.get("rope_theta", 10000.0),
-        norm=hf.get("evenstep_norm", "pre"),
-        norm_alpha=hf.get("evenstep_norm_alpha", 0.25),
-        qk_norm=qwen or hf.get("evenstep_qk_norm", False),
+        **{"qk_norm": qwen, **{name: hf[f"evenstep_{name}"] for name in _OWN if f"evenstep_{name}" in hf}},
     )
 
 

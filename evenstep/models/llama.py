@@ -27,7 +27,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from evenstep.errors import EvenstepError, nearest
-from evenstep.models.ops import chunked_cross_entropy, document_mask, rms_norm, rotate
+from evenstep.models.ops import (
+    chunked_cross_entropy,
+    cross_entropy_and_z_loss,
+    document_mask,
+    rms_norm,
+    rotate,
+    softcap,
+    softcapped_attention,
+)
 
 # ---- the shape ----
 
@@ -53,6 +61,12 @@ class LlamaConfig:
         init_std: standard deviation of the initial weights, default 0.02 (LLaMA's).
         qk_norm: apply RMSNorm to the query and the key of each head before the rotation (QK-norm, arXiv:2010.04245), so
             that attention logits cannot grow with the weights. Default False (LLaMA's).
+        attention_softcap: bound of the attention logits, c * tanh(logit / c) (Gemma 2, arXiv:2408.00118: 50). Default
+            None: no bound (LLaMA's).
+        logit_softcap: the same bound for the logits of the head (Gemma 2: 30). Default None.
+        kv_heads: number of heads of keys and values, a divisor of ``num_heads``; each serves num_heads / kv_heads heads
+            of queries (grouped-query attention, arXiv:2305.13245). Default None: ``num_heads``.
+        tie_embeddings: the head has the weight of the token table. Default False (LLaMA's).
 
     Raises:
         EvenstepError: a value out of range, or values that do not fit together.
@@ -70,13 +84,19 @@ class LlamaConfig:
     norm_alpha: float = 0.25
     init_std: float = 0.02
     qk_norm: bool = False
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    kv_heads: int | None = None
+    tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_seq_len"):
+        sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_seq_len"]
+        for name in [*sizes, "kv_heads"] if self.kv_heads is not None else sizes:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise EvenstepError(f"{name} is {value!r}: it must be a whole number of at least 1")
-        for name in ("norm_eps", "rope_theta", "init_std"):
+        optional = [name for name in ("attention_softcap", "logit_softcap") if getattr(self, name) is not None]
+        for name in ("norm_eps", "rope_theta", "init_std", *optional):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise EvenstepError(f"{name} is {value!r}: it must be a positive number")
@@ -85,14 +105,22 @@ class LlamaConfig:
                 f"hidden_size {self.hidden_size} does not split into {self.num_heads} heads of even width: "
                 f"make it a multiple of {2 * self.num_heads}"
             )
+        if self.kv_heads is not None and self.num_heads % self.kv_heads:
+            raise EvenstepError(f"kv_heads {self.kv_heads} does not divide the {self.num_heads} heads: give a divisor")
         if self.norm not in NORMS:
             raise EvenstepError(
                 f"norm is {self.norm!r}: choose one of {', '.join(NORMS)}{nearest(str(self.norm), NORMS)}"
             )
         if not isinstance(self.norm_alpha, int | float) or not 0 <= self.norm_alpha <= 1:
             raise EvenstepError(f"norm_alpha is {self.norm_alpha!r}: it must be between 0 and 1")
-        if not isinstance(self.qk_norm, bool):
-            raise EvenstepError(f"qk_norm is {self.qk_norm!r}: it must be True or False")
+        for name in ("qk_norm", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise EvenstepError(f"{name} is {getattr(self, name)!r}: it must be True or False")
+
+    @property
+    def kv_size(self) -> int:
+        """The width of all keys, and of all values, of a token."""
+        return self.hidden_size // self.num_heads * (self.kv_heads or self.num_heads)
 
     @property
     def num_post_norm(self) -> int:
@@ -180,7 +208,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions, x [B, T, hidden] -> [B, T, hidden].
+    """Causal multi-head or grouped-query attention with rotary positions, x [B, T, hidden] -> [B, T, hidden].
 
     ``mask``, bool [B, 1, T, T], replaces the causal mask.
     """
@@ -188,8 +216,10 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_size = config.hidden_size // config.num_heads
+        self.softcap = config.attention_softcap
+        sizes = (config.hidden_size, config.kv_size, config.kv_size, config.hidden_size)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(4)
+            nn.Linear(config.hidden_size, size, bias=False) for size in sizes
         )
         # One weight per coordinate of a head, shared by all heads, as in Qwen3 and Gemma 3.
         norms = (RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None for _ in range(2))
@@ -198,7 +228,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        # [B, T, hidden] -> [B, T, heads, head] for the rotation -> [B, heads, T, head] for attention.
+        # [B, T, hidden] -> [B, T, heads, head] for the rotation -> [B, heads, T, head] for attention. k and v have a
+        # head for each group of query heads.
         heads = (*x.shape[:2], -1, self.head_size)
         q, k = self.q_proj(x).view(heads), self.k_proj(x).view(heads)
         if self.q_norm is not None and self.k_norm is not None:
@@ -209,7 +240,14 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         # A cache is filled by one causal pass and then extended one token at a time. A single query sees every key:
         # is_causal would align it with the first key instead of the last one.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1)
+        causal = mask is None and x.shape[1] > 1
+        if self.softcap is None:
+            grouped = k.shape[1] < q.shape[1]
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        else:
+            if causal:
+                mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+            y = softcapped_attention(q, k, v, self.softcap, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -318,8 +356,15 @@ class Llama(nn.Module):
         self.config = config
         self.model = LlamaBody(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
         if not self.lm_head.weight.is_meta:  # there is nothing to draw, and drawing on meta imports torch's compiler
             self.init_weights()
+
+    def tie(self) -> None:
+        """Give the head the weight of the token table, if the configuration says so: again after ``to_empty()`` or an
+        assigned state, which replace the parameters of each layer."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -349,11 +394,16 @@ class Llama(nn.Module):
         ``positions``, int64 [B, T], is for rows that contain several documents: it counts from 0 in each document, and
         is -1 for padding. No document sees another. None: one document per row.
         """
-        return self.lm_head(self.model(tokens, positions=positions))
+        return self.logits(self.model(tokens, positions=positions))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits [..., vocab] of hidden states [..., hidden] after the final norm."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits if self.config.logit_softcap is None else softcap(logits, self.config.logit_softcap)
 
     def loss(
         self, tokens: Tensor, targets: Tensor, *, reduction: str = "mean", chunk: int | None = None,
-        positions: Tensor | None = None,
+        positions: Tensor | None = None, z_loss: float | None = None,
     ) -> Tensor:  # fmt: skip
         """Cross entropy in nats, a 0-d fp32 tensor; the logits are cast to fp32 first.
 
@@ -369,6 +419,8 @@ class Llama(nn.Module):
                 chunked loss allows one ``backward()`` and no second derivatives, since it may compute its gradients in
                 the forward pass.
             positions: for packed rows, as in `forward`. The head then computes only the rows whose target counts.
+            z_loss: coefficient of the z-loss, mean or sum of logsumexp(logits)^2, which keeps the logits near zero;
+                PaLM's is 1e-4. If given, the result is a tensor [2], cross entropy and z-loss. None (default): without.
 
         Raises:
             EvenstepError: another ``reduction``, or a ``chunk`` below 1.
@@ -382,14 +434,18 @@ class Llama(nn.Module):
         if positions is not None:  # in fine-tuning most targets are -100; their logits would be wasted work
             counts = targets != -100
             hidden, targets = hidden[counts], targets[counts]
-        if chunk is None:
-            return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction=reduction)
-        return chunked_cross_entropy(hidden, self.lm_head, targets, reduction, chunk)
+        if chunk is not None:
+            head = self.lm_head if self.config.logit_softcap is None else self.logits
+            return chunked_cross_entropy(hidden, head, targets, reduction, chunk, z_loss)
+        logits = self.logits(hidden)
+        if z_loss is not None:
+            return cross_entropy_and_z_loss(logits, targets, z_loss, reduction)
+        return F.cross_entropy(logits.float(), targets, reduction=reduction)
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """The number of parameters; with ``embeddings=False``, without the token table and the head."""
-        vocabulary = 0 if embeddings else self.model.embed_tokens.weight.numel() + self.lm_head.weight.numel()
-        return sum(p.numel() for p in self.parameters()) - vocabulary
+        vocabulary = {self.model.embed_tokens.weight, self.lm_head.weight} if not embeddings else set()
+        return sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in vocabulary)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of a forward and backward pass per token, as in PaLM (arXiv:2204.02311).
@@ -401,7 +457,7 @@ class Llama(nn.Module):
         """
         c = self.config
         matrices = (
-            c.num_layers * (4 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size)
+            c.num_layers * c.hidden_size * (2 * c.hidden_size + 2 * c.kv_size + 3 * c.intermediate_size)
             + c.vocab_size * c.hidden_size
         )
         return 6 * matrices + 12 * c.num_layers * c.hidden_size * seq_len

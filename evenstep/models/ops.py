@@ -8,6 +8,8 @@ and on a GPU the plain formula is left to the compiler or to PyTorch's own fused
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,6 +81,37 @@ class _Rotate(torch.autograd.Function):
         return _rotate(grad, cos, -sin), None, None
 
 
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap), which bounds ``x`` smoothly (Gemma 2, arXiv:2408.00118)."""
+    return cap * torch.tanh(x / cap)
+
+
+def softcapped_attention(q: Tensor, k: Tensor, v: Tensor, cap: float, mask: Tensor | None) -> Tensor:
+    """Attention whose logits q k^T / sqrt(D) are soft-capped before the mask and the softmax, as in Gemma 2.
+
+    ``q`` is [B, heads, Tq, D], ``k`` and ``v`` are [B, groups, Tk, D], each for heads / groups heads. ``mask``, bool,
+    broadcasts to [B, heads, Tq, Tk] and is True where a query sees a key; None: every query sees every key. PyTorch's
+    fused attention has no soft-cap, so the logits are materialised: 8 bytes each are kept for the backward pass.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    logits = softcap(q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]), cap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf)
+    return logits.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def largest_logits(q: Tensor, k: Tensor, queries: int) -> Tensor:
+    """The largest causal attention logit q k / sqrt(D) of each head, fp32 [heads], over ``queries`` evenly spaced
+    positions. ``q`` is [B, heads, T, D], ``k`` [B, groups, T, D]; the work is queries / T of that of attention."""
+    length = q.shape[2]
+    # The last position is among them: it sees all keys.
+    rows = torch.linspace(length - 1, 0, min(queries, length), device=q.device).round().long()
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    logits = (q[:, :, rows] @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])  # [B, heads, queries, T]
+    hidden = torch.arange(length, device=q.device) > rows[:, None]
+    return logits.masked_fill(hidden, -math.inf).amax((0, 2, 3))
+
+
 def document_mask(positions: Tensor) -> Tensor:
     """The attention mask of packed rows, bool [B, 1, T, T]: True where a query (third dimension) sees a key (fourth).
 
@@ -97,28 +130,84 @@ def document_mask(positions: Tensor) -> Tensor:
     return (documents[..., :, None] == documents[..., None, :]) & ones.tril()
 
 
-def chunked_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, reduction: str, rows: int) -> Tensor:
-    """Cross entropy of ``head(hidden)``, 0-d fp32, with ``rows`` rows of logits in memory at once.
+def cross_entropy_and_z_loss(logits: Tensor, targets: Tensor, z_loss: float, reduction: str) -> Tensor:
+    """The cross entropy of ``logits`` [N, V] (in fp32) and the z-loss z * logsumexp(logits)^2 of PaLM
+    (arXiv:2204.02311, section 5), fp32 [2]. ``targets`` are int64 [N]; -100 does not count.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0]])
+        >>> cross_entropy_and_z_loss(logits, torch.tensor([1]), z_loss=0.1, reduction="mean")  # log 2, 0.1 (log 2)^2
+        tensor([0.6931, 0.0480])
+    """
+    sums = _CrossEntropyAndZLoss.apply(logits.float(), targets, z_loss)
+    return sums if reduction == "sum" else sums / (targets != -100).sum()
+
+
+class _CrossEntropyAndZLoss(torch.autograd.Function):
+    """One backward pass for both sums, so that their gradient is the only tensor [N, V] beside the logits: autograd
+    would keep a softmax for each."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:
+        lse = logits.logsumexp(1)  # [N], the log of the softmax's normaliser Z
+        counts = (targets != -100).to(lse.dtype)  # a product: selecting rows would wait for a GPU
+        picked = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+        ctx.save_for_backward(logits, targets, lse)
+        ctx.z_loss = z_loss
+        return torch.stack((((lse - picked) * counts).sum(), z_loss * (lse.square() * counts).sum()))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # With p = softmax(x): d lse / dx = p, so dx = (g0 + 2 z g1 lse) p - g0 onehot(target), in rows that count.
+        logits, targets, lse = ctx.saved_tensors
+        counts = (targets != -100).to(lse.dtype)
+        scale = (grad[0] + 2 * ctx.z_loss * grad[1] * lse) * counts
+        dx = torch.sub(logits, lse[:, None]).exp_().mul_(scale[:, None])
+        dx.scatter_add_(1, targets.clamp(min=0)[:, None], (-grad[0] * counts)[:, None])
+        return dx, None, None
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    reduction: str,
+    rows: int,
+    z_loss: float | None = None,
+) -> Tensor:
+    """Cross entropy of ``head(hidden)``, 0-d fp32, with ``rows`` rows of logits in memory at once. With ``z_loss`` the
+    result has the z-loss too, as in `cross_entropy_and_z_loss`.
 
     ``hidden`` is [N, D], ``targets`` int64 [N]. In fp32 with a plain ``nn.Linear`` this is
     ``torch.nn.functional.linear_cross_entropy`` (PyTorch 2.13), which computes the gradients in the forward pass. In 16
-    bits that function rounds the loss to 16 bits too (4.6757 becomes 4.6562). There, and in older versions of PyTorch,
-    the chunks are recomputed in the backward pass, at the cost of one more product with the head. The gradient of the
-    head is then summed over the chunks in its own dtype (error in bf16: 0.3 % whole, 0.5 % in 16 chunks, 0.9 % in 64).
+    bits that function rounds the loss to 16 bits too (4.6757 becomes 4.6562). There, with a z-loss, and in older
+    versions of PyTorch, the chunks are recomputed in the backward pass, at the cost of one more product with the head.
+    The gradient of the head is then summed over the chunks in its own dtype (error in bf16: 0.3 % whole, 0.5 % in 16
+    chunks, 0.9 % in 64).
     """
     fp32 = hidden.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
-    if fp32 and type(head) is nn.Linear and hasattr(nn, "LinearCrossEntropyOptions"):
+    if fp32 and z_loss is None and type(head) is nn.Linear and hasattr(nn, "LinearCrossEntropyOptions"):
         options = nn.LinearCrossEntropyOptions(
             batch_chunk_size=rows,
             acc_policy="compact",  # in fp32 all policies compute the same, and this one needs no second weight gradient
             allow_retain_graph=torch.compiler.is_compiling(),  # under torch.compile it is forced, with a warning
         )
         return F.linear_cross_entropy(hidden, head.weight, targets, reduction=reduction, options=options)
-    return _checkpointed_cross_entropy(hidden, head, targets, reduction, rows)
+    return _checkpointed_cross_entropy(hidden, head, targets, reduction, rows, z_loss)
 
 
-def _checkpointed_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, reduction: str, rows: int) -> Tensor:
+def _checkpointed_cross_entropy(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    reduction: str,
+    rows: int,
+    z_loss: float | None,
+) -> Tensor:
     def part(h: Tensor, t: Tensor) -> Tensor:
+        if z_loss is not None:
+            return cross_entropy_and_z_loss(head(h), t, z_loss, "sum")
         return F.cross_entropy(head(h).float(), t, reduction="sum")
 
     parts = [
@@ -126,5 +215,5 @@ def _checkpointed_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     # Sums, not means: chunks may have different numbers of targets that count.
-    total = torch.stack(parts).sum()
+    total = torch.stack(parts).sum(0)
     return total if reduction == "sum" else total / (targets != -100).sum()

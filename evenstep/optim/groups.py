@@ -115,6 +115,18 @@ def is_inner(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
     return inner
 
 
+def edge_weights(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The trainable matrices at both ends of the model: ``"embedding"``, the weights of ``nn.Embedding`` (also where a
+    last layer is tied to one), and ``"last"``, the other matrices that `is_inner` leaves out."""
+    inner, owner = is_inner(model), _owners(model)
+    found: dict[str, list[nn.Parameter]] = {"embedding": [], "last": []}
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.dim() >= 2 and not inner(name, p):
+            kind = "embedding" if isinstance(owner[name], nn.Embedding | nn.EmbeddingBag) else "last"
+            found[kind].append(p)
+    return found
+
+
 def has_head(model: nn.Module) -> bool:
     """Whether the model has a last layer that `is_inner` recognises: by its name, or tied to the embedding."""
     # remove_duplicate=False: a tied module may be found under its second name alone.

@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from evenstep.baselines.catalog import BASELINES
@@ -147,6 +148,7 @@ def option(
     form: str | None = None,
     count: bool = False,
     joined: bool = False,
+    key: str | None = None,
     resume: Resume = "fixed",
 ) -> Any:
     """A dataclass field with the metadata of an option.
@@ -160,13 +162,19 @@ def option(
         form: a regular expression of further allowed texts.
         count: whether texts such as 20K, 100M and 1.5B are accepted.
         joined: whether the flag may be given several times; its values are then joined by commas.
+        key: the name of the option in its section, for a name with a dot; None: the name of the field.
         resume: whether the option may change on resume.
     """
     metadata = {
         "help": help, "low": low, "above": above, "high": high, "choices": choices, "form": form, "count": count,
-        "joined": joined, "resume": resume,
+        "joined": joined, "key": key, "resume": resume,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
+
+
+def key_of(field: dataclasses.Field[Any]) -> str:
+    """The name of an option in its section: ``lr_scale.embedding`` for the field ``lr_scale_embedding``."""
+    return field.metadata["key"] or field.name
 
 
 @dataclass(frozen=True)
@@ -181,7 +189,7 @@ class Section:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
             if f.metadata:
-                key = f"{self.SECTION}.{f.name}" if self.SECTION else f.name
+                key = f"{self.SECTION}.{key_of(f)}" if self.SECTION else key_of(f)
                 object.__setattr__(self, f.name, checked(key, getattr(self, f.name), hints[f.name], f.metadata))
 
 
@@ -234,11 +242,19 @@ class DataConfig(Section):
     )  # fmt: skip
 
 
+VARIANTS = ("qk_norm", "attention_softcap", "logit_softcap", "kv_heads", "tie_embeddings")
+"""Options of the model that early configurations do not have. A run that starts from a given model records them only
+where they are not the default."""
+
+
 @dataclass(frozen=True)
 class ModelConfig(Section):
     TITLE = "the model"
     SECTION = "model"
     size: str | None = option(None, "the named size (none: tiny, or the size of model.init)", choices=SIZE_NAMES)
+    config: str | None = option(
+        None, "a LLaMA configuration of transformers (JSON) whose shape the model has, in place of model.size"
+    )
     norm: str | None = option(
         None, "placement of the norms in each block (none: pre, or the placement in model.init)",
         choices=("pre", "post", "mix"),
@@ -251,21 +267,45 @@ class ModelConfig(Section):
         None, "normalise queries and keys of each head before attention, against growing attention logits "
         "(none: false, or as in model.init)",
     )  # fmt: skip
+    attention_softcap: float | None = option(
+        None, "bound c of attention logits, c tanh(logit / c); Gemma 2: 50; takes more memory and time (none: off, or "
+        "as in model.init)", above=0, high=1e6,
+    )  # fmt: skip
+    logit_softcap: float | None = option(
+        None, "bound c of the output logits, c tanh(logit / c); Gemma 2: 30 (none: off, or as in model.init)", above=0,
+        high=1e6,
+    )  # fmt: skip
+    kv_heads: int | None = option(
+        None, "number of heads of keys and values, a divisor of the number of heads: grouped-query attention (none: as "
+        "many as heads, or as in model.init)", low=1, high=2**16,
+    )  # fmt: skip
+    tie_embeddings: bool | None = option(
+        None, "give the output layer the weight of the embedding (none: false, or as in model.init)"
+    )
     init: str | None = option(
         None, "a run, a checkpoint or a model in Hugging Face layout whose weights the run starts from"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init is None:
+        for name in ("size", "init"):
+            if self.config is not None and getattr(self, name) is not None:
+                raise EvenstepError(f"model.config and model.{name} both state the shape of the model; leave one out")
+        if self.init is None and self.config is None:
             for name, default in (("size", "tiny"), ("norm", "pre"), ("norm_alpha", 0.25), ("qk_norm", False)):
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, default)
 
     @property
+    def variant(self) -> dict[str, Any]:
+        """The fields of `evenstep.models.LlamaConfig` that these options set, beside those of the size."""
+        given = {"norm": self.norm, "norm_alpha": self.norm_alpha, **{name: getattr(self, name) for name in VARIANTS}}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
     def label(self) -> str:
         """The size in names and tables; "custom" for the shape of a given model that has no name."""
-        return self.size or "custom"
+        return self.size or ("custom" if self.config is None else Path(self.config).stem)
 
 
 @dataclass(frozen=True)
@@ -278,15 +318,42 @@ class OptimConfig(Section):
     )  # fmt: skip
     before: str = option("", "gradient transforms before the optimizer, such as 'adaclip + adagn(gamma1=0.7)'")
     lr: float = option(1e-3, "peak learning rate", above=0, high=1e38)
+    lr_scale_embedding: float | None = option(
+        None, "multiplier of the learning rate of the embedding (none: 1)", above=0, high=1e6, key="lr_scale.embedding"
+    )
+    lr_scale_last: float | None = option(
+        None, "multiplier of the learning rate of the output layer (none: 1)", above=0, high=1e6, key="lr_scale.last"
+    )
     weight_decay: float = option(0.0, "weight decay of the parameters that optim.decay selects", low=0, high=1e38)
     decay: str = option(
         "matrices",
         "the parameters with weight decay: those of two or more dimensions, or all",
         choices=("matrices", "all"),
     )
+    decay_correction: bool | None = option(
+        None, "multiply the weight decay by lr / peak lr, except in the embedding and the output layer: AdamC "
+        "(none: false)",
+    )  # fmt: skip
     options: Mapping[str, Any] = field(default_factory=dict)
     """Every other hyperparameter, by the name of the constructor argument. `evenstep.train.optimizers` checks the names
     against the signature of the constructor."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decay_correction and not self.weight_decay:
+            raise EvenstepError("optim.decay_correction true has no effect without optim.weight_decay; give both")
+
+    @property
+    def lr_scales(self) -> dict[str, float]:
+        """The kinds of layers ("embedding", "last") with another learning rate, and its multiplier."""
+        given = {"embedding": self.lr_scale_embedding, "last": self.lr_scale_last}
+        return {kind: scale for kind, scale in given.items() if scale is not None and scale != 1}
+
+    @property
+    def scales_in_words(self) -> str:
+        """`lr_scales` for the lines before a run and of a plan, such as " (embedding x 10)"; empty without any."""
+        words = ", ".join(f"{kind} x {scale:g}" for kind, scale in self.lr_scales.items())
+        return f" ({words})" if words else ""
 
 
 @dataclass(frozen=True)
@@ -339,6 +406,10 @@ class TrainConfig(Section):
     clip_norm: float = option(
         0.0, "largest norm of all gradients together, which are scaled down to it; 0: off", low=0, high=1e30
     )
+    z_loss: float | None = option(
+        None, "coefficient of the z-loss, the mean of logsumexp(logits)^2, which keeps logits near zero; PaLM: 1e-4 "
+        "(none: off)", above=0, high=1e6,
+    )  # fmt: skip
     on_nan: str = option(
         "stop", "what to do at a loss that is not finite: end the run, skip the batch, or rewind to the last "
         "checkpoint and skip the batch from there; guard.ladder also reacts to finite spikes",
@@ -610,7 +681,7 @@ def options(kind: type[BaseConfig] = Config) -> dict[str, tuple[dataclasses.Fiel
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             if f.metadata:
-                found[f"{cls.SECTION}.{f.name}" if cls.SECTION else f.name] = (f, hints[f.name])
+                found[f"{cls.SECTION}.{key_of(f)}" if cls.SECTION else key_of(f)] = (f, hints[f.name])
     return found
 
 

@@ -24,6 +24,7 @@ from evenstep.train.config import (
     BaseConfig,
     Config,
     OptimConfig,
+    key_of,
     kinds,
     options,
     parse_count,
@@ -67,6 +68,7 @@ def load_config(
 def without_foreign_options(tables: Tables, overrides: Sequence[tuple[str, str]], where: Path) -> Tables:
     """``tables`` of the file ``where``, without hyperparameters of its optimizer that do not exist in the optimizer
     that the overrides choose instead. A line on stderr names the hyperparameters that are left out."""
+    tables = dotted(tables, Config)
     optim, name = tables.get("optim"), dict(overrides).get("optim.name")
     if not isinstance(optim, dict) or name in (None, optim.get("name", OptimConfig().name)):
         return tables
@@ -86,6 +88,18 @@ def without_foreign_options(tables: Tables, overrides: Sequence[tuple[str, str]]
             file=sys.stderr,
         )
     return {**tables, "optim": {key: value for key, value in optim.items() if key not in foreign}}
+
+
+def dotted(tables: Tables, kind: type[BaseConfig]) -> Tables:
+    """A copy of ``tables`` in which options with a dot in their name are one key. TOML reads the line
+    ``lr_scale.last = 2.0`` of the section [optim] as ``{"optim": {"lr_scale": {"last": 2.0}}}``."""
+    inner = {key.rpartition(".")[0] for key in options(kind) if key.count(".") > 1}
+    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tables.items()}
+    for section, _, name in (key.partition(".") for key in inner):
+        table = result.get(section)
+        if isinstance(table, dict) and isinstance(table.get(name), Mapping):
+            table.update({f"{name}.{key}": value for key, value in table.pop(name).items()})
+    return result
 
 
 def read_toml(path: Path) -> Tables:
@@ -133,10 +147,10 @@ def expanded(path: Path) -> list[Path]:
 def override(tables: Tables, overrides: Sequence[tuple[str, str]], kind: type[BaseConfig] = Config) -> Tables:
     """``tables`` with the values of the command line, each parsed as the type of its option."""
     known = options(kind)
-    result = {key: dict(value) if isinstance(value, dict) else value for key, value in tables.items()}
+    result = dotted(tables, kind)
     named = {key for key, _ in overrides}
     for key, text in overrides:
-        section, _, name = key.rpartition(".")
+        section, _, name = key.partition(".") if "." in key else ("", "", key)
         if key in known:
             field, hint = known[key]
             value = from_text(text, kinds(hint), count=field.metadata["count"])
@@ -165,7 +179,7 @@ def build(tables: Tables, kind: type[BaseConfig] = Config, *, quick_budget: bool
     """
     known, of = options(kind), sections(kind)
     parts: dict[str, Any] = {}
-    for key, value in tables.items():
+    for key, value in dotted(tables, kind).items():
         if key in of:
             if not isinstance(value, Mapping):
                 raise EvenstepError(f"{key}: expected a section [{key}], got {value!r}")
@@ -175,16 +189,17 @@ def build(tables: Tables, kind: type[BaseConfig] = Config, *, quick_budget: bool
         else:
             raise unknown(key, kind)
     for section, cls in of.items():
-        given = dict(parts.get(section, {}))
+        given: Tables = dict(parts.get(section, {}))
         if section == "optim":
-            extra = {name: given.pop(name) for name in list(given) if f"optim.{name}" not in known}
+            extra = {name: given.pop(name) for name in list(given) if f"optim.{name}" not in known and "." not in name}
             given["options"] = extra
         for name in given:
             if f"{section}.{name}" not in known and name != "options":
                 raise unknown(f"{section}.{name}", kind)
         if section == "train" and quick_budget and not given.keys() & {"steps", "tokens"}:
             given["steps"] = Config().train.steps
-        parts[section] = cls(**given)
+        fields = {key_of(f): f.name for f in dataclasses.fields(cls) if f.metadata}
+        parts[section] = cls(**{fields.get(name, name): value for name, value in given.items()})
     return kind(**parts)
 
 
@@ -251,7 +266,7 @@ def to_tables(config: BaseConfig) -> Tables:
             tables[key] = getattr(config, key)
     for section, cls in sections(type(config)).items():
         part = getattr(config, section)
-        values = {f.name: getattr(part, f.name) for f in dataclasses.fields(cls) if f.metadata}
+        values = {key_of(f): getattr(part, f.name) for f in dataclasses.fields(cls) if f.metadata}
         options = dict(getattr(part, "options", {}))
         values |= {key: list(item) if isinstance(item, tuple) else item for key, item in options.items()}
         tables[section] = {name: value for name, value in values.items() if value is not None}

@@ -325,6 +325,10 @@ def check_cut(shape: LlamaConfig, tensor: int) -> None:
                 f"parallel.tensor {tensor} does not divide the model's {name.replace('_', ' ')} "
                 f"{getattr(shape, name)}; give a divisor of it"
             )
+    if (shape.kv_heads or shape.num_heads) % tensor:
+        raise EvenstepError(
+            f"parallel.tensor {tensor} does not divide the model's kv heads {shape.kv_heads}; give a divisor of it"
+        )
     # Each process of a group has some of the heads, and the gradients of the weights that all heads share would differ.
     if shape.qk_norm and tensor > 1:
         raise EvenstepError(

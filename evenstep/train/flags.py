@@ -51,7 +51,7 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[BaseConfig]) -> None:
         optional: Any = {"nargs": "?", "const": "true"} if bool in kinds(hint) else {}
         if field.metadata["joined"]:
             optional = {"action": Joined}
-        groups[key.rpartition(".")[0]].add_argument(
+        groups[section_of(key)].add_argument(
             f"--{key}", dest=key, metavar=names[0].upper(), help=text.replace("%", "%%"), **optional
         )
     own = parser.add_argument_group("[optim] hyperparameters, with the default of each optimizer that has it")
@@ -60,6 +60,15 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[BaseConfig]) -> None:
         defaults = ", ".join(f"{optimizer} {shown(one.default)}" for optimizer, one in of.items())
         text = f"{meanings} (default: {defaults})".replace("%", "%%")
         own.add_argument(f"--optim.{name}", dest=f"optim.{name}", metavar="VALUE", help=text)
+
+
+def section_of(key: str) -> str:
+    """The section of an option; empty for an option of the top level.
+
+    >>> section_of("optim.lr_scale.last"), section_of("seed")
+    ('optim', '')
+    """
+    return key.partition(".")[0] if "." in key else ""
 
 
 class Joined(argparse.Action):
@@ -135,7 +144,7 @@ def configuration_page() -> str:
         title = f"## [{section}] {sections()[section].TITLE}" if section else f"## {Config.TITLE} (top level)"
         lines += [title, "", "| option | type | default | meaning | resume |", "|---|---|---|---|---|"]
         for key, (field, hint) in known.items():
-            if key.rpartition(".")[0] != section:
+            if section_of(key) != section:
                 continue
             meta = field.metadata
             kind = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds(hint))

@@ -22,11 +22,28 @@ from torch import Tensor
 
 from evenstep.baselines.catalog import baseline
 from evenstep.errors import EvenstepError, first_line
-from evenstep.models import Llama, LlamaConfig
+from evenstep.models import Llama, LlamaConfig, llama_config
+from evenstep.models.hf import read_shape
 from evenstep.optim.distributed import plain_parts
 from evenstep.train.config import Config
 from evenstep.train.distributed import COLUMNS, ROWS, Parallel, World, check_world
 from evenstep.train.optimizers import build_optimizer
+
+# ---- the shape of the model ----
+
+
+def model_shape(config: Config, vocab_size: int) -> LlamaConfig:
+    """The shape of a new model of ``config``, for a tokenizer of ``vocab_size`` entries."""
+    if config.model.config is not None:
+        shape = replace(read_shape(config.model.config), **config.model.variant)
+        if vocab_size > shape.vocab_size:
+            raise EvenstepError(
+                f"the tokenizer has {vocab_size} entries, but model.config {config.model.config} only "
+                f"{shape.vocab_size}; give another data.tokenizer, or data.vocab_size {shape.vocab_size}"
+            )
+        return shape
+    return llama_config(config.model.label, vocab_size, max_seq_len=config.train.seq_len, **config.model.variant)
+
 
 # ---- the processes, and the tensors that they share ----
 
@@ -243,12 +260,16 @@ def activation_bytes(config: Config, shape: LlamaConfig, grid: Grid, tokens: int
     compute = compute_bytes(config)
     # The residual stream has the dtype of the parameters under autocast, and the compute dtype under FSDP.
     stream = compute if grid.mode in SHARDED else weight_bytes(config)
-    hidden, cut = shape.hidden_size, (4 * shape.hidden_size + 4 * shape.intermediate_size) // grid.tensor
+    # Soft-capped attention repeats grouped keys and values for all heads.
+    keys = shape.kv_size if shape.attention_softcap is None else shape.hidden_size
+    hidden, cut = shape.hidden_size, (2 * shape.hidden_size + 2 * keys + 4 * shape.intermediate_size) // grid.tensor
     # Bytes per token in a block: the inputs of the two norms (stream dtype); their outputs, which the matrices read;
-    # q, k, v and the output of attention (4 x hidden); gate, silu(gate), up and their product (4 x intermediate); and
-    # the fp32 statistics of two norms and of the softmax of each head. Tensor parallelism divides what is between the
-    # column-parallel and the row-parallel matrices, and the heads.
+    # q and the output of attention (2 x hidden), k and v (2 x keys); gate, silu(gate), up and their product (4 x
+    # intermediate); and the fp32 statistics of two norms and of the softmax of each head. Tensor parallelism divides
+    # what is between the column-parallel and the row-parallel matrices, and the heads.
     block = 2 * hidden * stream + (2 * hidden + cut) * compute + 4 * (2 + shape.num_heads // grid.tensor)
+    if shape.attention_softcap is not None:  # no fused attention: 8 bytes for each of the logits of all keys
+        block += 8 * config.train.seq_len * shape.num_heads // grid.tensor
     last = hidden * (stream + compute) + 4
     if config.train.activation_checkpointing:  # the inputs of all blocks, and one recomputed block
         return tokens * (shape.num_layers * hidden * stream + block + last)

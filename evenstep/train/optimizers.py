@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evenstep.baselines.catalog import baseline, check_options
+from evenstep.baselines.catalog import BASELINES, baseline, check_options
 from evenstep.baselines.transforms import add_transforms, build_transforms
 from evenstep.errors import EvenstepError, first_line
+from evenstep.optim.groups import edge_weights
 from evenstep.train.config import BaseConfig, ScheduleConfig
 from evenstep.train.config_io import shown
 
@@ -30,20 +31,33 @@ def check_optimizer(config: OptimConfig) -> None:
     or invalid transforms. Does not build the optimizer."""
     check_options(config.name, config.options)
     build_transforms(config.before)
+    if config.decay_correction and not baseline(config.name).decoupled:
+        able = ", ".join(name for name, one in BASELINES.items() if one.decoupled)
+        raise EvenstepError(
+            f"optim.decay_correction true is for decoupled weight decay, which {config.name} does not have; give one "
+            f"of {able}"
+        )
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """The optimizer of ``config`` over every trainable parameter of ``model``, with its gradient transforms.
 
     With ``decay = "matrices"``, parameters of fewer than two dimensions are in a separate group with weight_decay 0:
-    norms and biases are scales and offsets, for which small values are no simpler. EvenstepError for options or values
+    norms and biases are scales and offsets, for which small values are no simpler. The embedding and the output layer
+    are in groups of their own where ``lr_scale`` gives them another learning rate. EvenstepError for options or values
     that the constructor refuses.
     """
     check_optimizer(config)
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
     try:
         optimizer = baseline(config.name).build(
-            model, lr=config.lr, weight_decay=config.weight_decay, decay=config.decay, **values
+            model,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            decay=config.decay,
+            lr_scales=config.lr_scales,
+            ends_apart=bool(config.decay_correction),
+            **values,
         )
     except EvenstepError:
         raise
@@ -67,15 +81,28 @@ def try_optimizer(config: OptimConfig) -> None:
 
 class LearningRates:
     """Multiplies the learning rate of every group by the factor of the schedule. Groups may have different rates, such
-    as Muon's ``adam_lr``."""
+    as Muon's ``adam_lr``, and those of ``optim.lr_scale``.
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    With a ``model`` the weight decay is multiplied too, except that of the embedding and the last layer: AdamC
+    (arXiv:2506.02285). A matrix before a norm then shrinks by the factor 1 - lr^2 / lr_max * weight_decay, which keeps
+    the ratio of its gradient to its norm while the rate decays; with AdamW gradients grow at the end of a run."""
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module | None = None) -> None:
+        ends = edge_weights(model) if model is not None else {}
+        kept = {id(p) for members in ends.values() for p in members}
+        # None: the weight decay of the group does not change.
+        self.decay = [
+            group["weight_decay"] if model is not None and id(group["params"][0]) not in kept else None
+            for group in optimizer.param_groups
+        ]
         # Taken before a state is loaded: saved groups contain the rate of their step, not the peak.
         self.base = [group["lr"] for group in optimizer.param_groups]
 
     def set(self, optimizer: Optimizer, factor: float) -> None:
-        for group, rate in zip(optimizer.param_groups, self.base, strict=True):
+        for group, rate, decay in zip(optimizer.param_groups, self.base, self.decay, strict=True):
             group["lr"] = rate * factor
+            if decay is not None:
+                group["weight_decay"] = decay * factor
 
 
 # ---- the schedule ----

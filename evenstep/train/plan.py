@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from evenstep.errors import EvenstepError
-from evenstep.models import LlamaConfig, llama_config
+from evenstep.models import LlamaConfig
 from evenstep.models.hf import read_config
 from evenstep.train.config import Config, ParallelConfig
 from evenstep.train.config_io import load_config
@@ -38,6 +38,7 @@ from evenstep.train.memory import (
     dry_run,
     grid_of,
     held,
+    model_shape,
     model_tensors,
     weight_bytes,
 )
@@ -370,11 +371,7 @@ def shape_of(config: Config) -> LlamaConfig:
     4096."""
     if config.model.init:
         return read_config(config.model.init)
-    changes = {
-        "max_seq_len": config.train.seq_len, "norm": config.model.norm, "norm_alpha": config.model.norm_alpha,
-        "qk_norm": bool(config.model.qk_norm),
-    }  # fmt: skip
-    return llama_config(config.model.label, _words(config), **changes)
+    return model_shape(config, _words(config))
 
 
 def _words(config: Config) -> int:
@@ -458,8 +455,11 @@ def _head(made: Plan) -> str:
     gpus = f"{grid.gpus} GPU{'s' * (grid.gpus > 1)}"
     tokens = train.batch_size * train.seq_len
     micro = min(config.micro_batch_size, train.batch_size // grid.data)
+    scales = config.optim.scales_in_words
+    rate = f"lr {config.optim.lr:g}{scales}, " if scales else ""
     return (
-        f"{config.model.label} ({sum_of(made)} parameters) on {gpus}, {how}; {config.optim.name}, {train.dtype}; "
+        f"{config.model.label} ({sum_of(made)} parameters) on {gpus}, {how}; {config.optim.name}, "
+        f"{rate}{train.dtype}; "
         f"{tokens:,} tokens per step, {made.passes} x {micro} sequences of {train.seq_len} per process"
     )
 

@@ -40,7 +40,7 @@ def header(config: Any, model: Any, trained: int, data: str, world: World, micro
     passes = train.batch_size // world.data_size // micro_batch_size
     split = f" in {passes} passes" if passes > 1 else ""
     processes = f", {world.size} processes ({config.parallel.mode})" if world.size > 1 else ""
-    rate = f"lr {optim.lr:g}, {config.schedule.name}, {config.warmup_steps:,} warm-up steps"
+    rate = f"lr {optim.lr:g}{optim.scales_in_words}, {config.schedule.name}, {config.warmup_steps:,} warm-up steps"
     lines = {
         "model": size + lowbit,
         "optimizer": f"{transforms}{optim.name}, {rate}",

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from evenstep.data import BatchLoader, DataSpec, TokenData, eval_batches, prepare
 from evenstep.errors import EvenstepError
-from evenstep.models import SIZES, Llama, llama_config
+from evenstep.models import SIZES, Llama, LlamaConfig
 from evenstep.models.hf import read_config, save_config
-from evenstep.train.config import BaseConfig, Config
+from evenstep.train.config import VARIANTS, BaseConfig, Config
 from evenstep.train.distributed import World
 from evenstep.train.evaluate import EvalResult, Evaluation, evaluate, sample_text
 from evenstep.train.hardware import memory_limit, total_memory
 from evenstep.train.log import Metrics, short_count
-from evenstep.train.memory import LOGIT_BYTES, chunk_rows, least_memory
+from evenstep.train.memory import LOGIT_BYTES, chunk_rows, least_memory, model_shape
 from evenstep.train.saving import model_tensors
 from evenstep.train.summary import closing_lines
 from evenstep.train.weights import check_positions, find_source, load_model, with_lowbit
@@ -86,12 +86,16 @@ class Task(ABC):
     @abstractmethod
     def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
         """The weight of each micro batch's mean loss in the loss of the step. The weights of all micro batches of a
-        process add up to 1 on average over the processes."""
+        process add up to 1 on average over the processes. Called once per step, before the first `loss`."""
 
     @abstractmethod
     def loss(self, model_loss: Callable[..., Tensor], inputs: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
         """The mean loss of a micro batch, 0-d. ``model_loss`` is ``model.loss`` or its DDP wrapper; ``inputs`` and
         ``targets`` are rows of what the loader returned, int64 [b, T] in pretraining."""
+
+    def step_record(self) -> dict[str, float]:
+        """Further entries of the training record of the last step. All processes call it."""
+        return {}
 
     @abstractmethod
     def step_tokens(self) -> int:
@@ -138,6 +142,8 @@ class Pretraining(Task):
     loader: BatchLoader
     source: Path | None = None
     """The directory of the weights to start from, or of the checkpoint that is resumed."""
+    z_losses: list[Tensor]
+    """The z-loss of each micro batch of the step, times its share of the rows of this process."""
 
     def resolve(self, config: Any, checkpoint: Path | None = None) -> Any:
         self.source = checkpoint
@@ -164,7 +170,7 @@ class Pretraining(Task):
         config, world, words = self.config, self.world, self.data.vocab_size
         if world.device.type != "cpu":
             return
-        shape = read_config(self.source) if self.source else llama_config(config.model.label, words)
+        shape = read_config(self.source) if self.source else model_shape(config, words)
         needs, limit = least_memory(config, shape, world.size, world.local_size), memory_limit()
         if sum(needs.values()) * world.local_size <= limit:
             return
@@ -181,21 +187,13 @@ class Pretraining(Task):
         if source is None:
             # All processes draw the same weights; parallel modes shard them afterwards.
             torch.manual_seed(config.seed)
-            model = Llama(
-                llama_config(
-                    config.model.label,
-                    vocab_size,
-                    max_seq_len=config.train.seq_len,
-                    norm=config.model.norm,
-                    norm_alpha=config.model.norm_alpha,
-                    qk_norm=bool(config.model.qk_norm),
-                )
-            )
+            model = Llama(model_shape(config, vocab_size))
         elif blank:
             # The checkpoint overwrites every weight, so drawing them would be wasted time.
             with torch.device("meta"):
                 model = Llama(read_config(source))
             model.to_empty(device="cpu")
+            model.tie()
             torch.manual_seed(config.seed)
         else:
             model = load_model(source)
@@ -205,7 +203,7 @@ class Pretraining(Task):
                 f"the tokenizer has {vocab_size} entries, but the model of {source} only {model.config.vocab_size}; "
                 "give the tokenizer of the model (data.tokenizer), or a smaller data.vocab_size"
             )
-        check_positions(config.train.seq_len, model.config.max_seq_len, source)
+        check_positions(config.train.seq_len, model.config.max_seq_len, source or config.model.config)
         model.activation_checkpointing = config.train.activation_checkpointing
         # bf16-autocast keeps fp32 weights, and casts them in each matrix product.
         dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
@@ -222,10 +220,22 @@ class Pretraining(Task):
         )
 
     def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
+        self.z_losses = []
         return [y.numel() / targets.numel() for y in targets.split(micro_batch_size)]
 
     def loss(self, model_loss: Callable[..., Tensor], inputs: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
-        return model_loss(inputs, targets, chunk=chunk)
+        coefficient = self.config.train.z_loss
+        if coefficient is None:
+            return model_loss(inputs, targets, chunk=chunk)
+        loss, z_loss = model_loss(inputs, targets, chunk=chunk, z_loss=coefficient)
+        self.z_losses.append(z_loss.detach() * (len(inputs) * self.world.data_size / self.config.train.batch_size))
+        # The value is the cross entropy alone, which the log, the guard and comparisons use; the gradient is of both.
+        return loss + (z_loss - z_loss.detach())
+
+    def step_record(self) -> dict[str, float]:
+        if not self.z_losses:
+            return {}
+        return {"z_loss": self.world.sum(torch.stack(self.z_losses).sum() / self.world.data_size).item()}
 
     def step_tokens(self) -> int:
         return self.config.tokens_per_step
@@ -298,16 +308,15 @@ def with_shape_of(config: Config, source: Path) -> Config:
     options: dict[str, Any] = {"size": next(names, None), "norm": shape.norm}
     if shape.norm == "mix":
         options["norm_alpha"] = shape.norm_alpha
-    # Recorded only where it matters: the configurations of earlier runs do not have the option.
-    if shape.qk_norm or config.model.qk_norm:
-        options["qk_norm"] = shape.qk_norm
+    for name in VARIANTS:
+        default = LlamaConfig.__dataclass_fields__[name].default
+        if getattr(shape, name) != default or getattr(config.model, name):
+            options[name] = getattr(shape, name)
     for key, value in options.items():
         given = getattr(config.model, key)
         if given not in (None, value):
-            raise EvenstepError(
-                f"model.{key} {given} contradicts the model in {source}, which has "
-                f"{'an unnamed shape' if value is None else value}; leave it out"
-            )
+            has = ("an unnamed shape" if key == "size" else "none") if value is None else value
+            raise EvenstepError(f"model.{key} {given} contradicts the model in {source}, which has {has}; leave it out")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **options))
 
 

@@ -232,7 +232,7 @@ class Trainer:
         self.parallel.apply(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.rates = LearningRates(self.optimizer)
+        self.rates = LearningRates(self.optimizer, self.model if config.optim.decay_correction else None)
         self.telemetry = RunTelemetry(
             config,
             self.model,
@@ -449,7 +449,7 @@ class Trainer:
 
         ``data_share`` is the fraction of the time spent waiting for batches, ``memory`` the peak in bytes, ``mfu`` (on
         a GPU) the model's FLOP/s divided by the peak of the GPU. ``steps_to_reset`` is present if the optimizer resets
-        its moments.
+        its moments, ``z_loss`` (of the last step) with train.z_loss.
         """
         window, waiting = self.window, time.perf_counter()
         loss = window.loss.item() / window.steps  # waits for the GPU
@@ -478,6 +478,7 @@ class Trainer:
             record["mfu"] = flops / (peak * self.world.size)
         if (reset := steps_to_reset(self.optimizer)) is not None:
             record["steps_to_reset"] = reset
+        record |= self.task.step_record()
         self.telemetry.write(record)
         progress.train(record)
         self.window = self.new_window()

@@ -13,7 +13,7 @@ from typing import Any
 from evenstep.errors import EvenstepError
 from evenstep.lowbit import lowbit_report, quantize_
 from evenstep.models import Llama, load_pretrained, save_pretrained
-from evenstep.models.hf import require_safetensors
+from evenstep.models.hf import missing_in_transformers, own_tensors, require_safetensors
 from evenstep.train.checkpoint import MANIFEST, find_fault, how_to_continue, load_model_state, newest_checkpoint
 from evenstep.train.config_io import read_toml
 from evenstep.train.files import check_creatable
@@ -63,7 +63,7 @@ def _sharded(source: Path) -> bool:
         return False
 
 
-def check_positions(seq_len: int, positions: int, source: Path | None) -> None:
+def check_positions(seq_len: int, positions: int, source: Path | str | None) -> None:
     """EvenstepError when sequences are longer than the ``positions`` of the model from ``source``."""
     if seq_len > positions:
         raise EvenstepError(
@@ -139,10 +139,8 @@ def export(source: Path, to: str, out: Path, say: Callable[[str], None]) -> None
 def _to_hf(model: Llama, source: Path, directory: Path) -> None:
     from evenstep.data import load_tokenizer
 
-    if model.config.norm != "pre":
-        raise EvenstepError(
-            f"transformers has no LLaMA with norm '{model.config.norm}'; give --to safetensors for the weights alone"
-        )
+    if (part := missing_in_transformers(model.config)) is not None:
+        raise EvenstepError(f"transformers has no LLaMA with {part}; give --to safetensors for the weights alone")
     write_hf(model, load_tokenizer(source), directory)
 
 
@@ -158,9 +156,8 @@ def write_hf(model: Llama, tokenizer: Any, directory: Path) -> None:
 
 
 def _to_safetensors(model: Llama, source: Path, directory: Path) -> None:
-    # safetensors refuses tensors that are not contiguous.
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    require_safetensors().save_file(weights, directory / WEIGHTS, metadata={"format": "pt", "norm": model.config.norm})
+    metadata = {"format": "pt", "norm": model.config.norm}
+    require_safetensors().save_file(own_tensors(model), directory / WEIGHTS, metadata=metadata)
 
 
 _WRITERS: dict[str, Callable[[Llama, Path, Path], None]] = {"hf": _to_hf, "safetensors": _to_safetensors}

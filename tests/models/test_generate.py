@@ -23,10 +23,12 @@ def watch(model):
 
 
 @pytest.mark.parametrize("norm", ["pre", "mix"])
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(
+    "variant", [{}, {"qk_norm": True}, {"attention_softcap": 1.0, "logit_softcap": 2.0, "kv_heads": 2}]
+)
 @pytest.mark.parametrize("seed", range(3))
-def test_greedy_equals_decoding_without_a_cache(norm, qk_norm, seed):
-    model = small(seed, norm=norm, qk_norm=qk_norm, max_seq_len=64)
+def test_greedy_equals_decoding_without_a_cache(norm, variant, seed):
+    model = small(seed, norm=norm, max_seq_len=64, **variant)
     assert generate(model, [3, 1, 4, 1, 5], 50, temperature=0) == uncached(model, [3, 1, 4, 1, 5], 50)
 
 

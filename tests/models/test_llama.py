@@ -219,6 +219,11 @@ def test_flops_per_token_follow_the_formula():
         ({"num_layers": 2.0}, "num_layers is 2.0"),
         ({"norm_eps": 0.0}, "norm_eps is 0.0: it must be a positive number"),
         ({"qk_norm": 1}, "qk_norm is 1: it must be True or False"),
+        ({"tie_embeddings": None}, "tie_embeddings is None: it must be True or False"),
+        ({"kv_heads": 3}, "kv_heads 3 does not divide the 4 heads: give a divisor"),
+        ({"kv_heads": 0}, "kv_heads is 0: it must be a whole number of at least 1"),
+        ({"attention_softcap": 0}, "attention_softcap is 0: it must be a positive number"),
+        ({"logit_softcap": -1.0}, "logit_softcap is -1.0: it must be a positive number"),
     ],
 )
 def test_a_shape_that_does_not_fit_is_one_clear_line(changes, words):
@@ -232,3 +237,50 @@ def test_unknown_names_suggest_the_nearest():
         llama_config("130", 100)
     with pytest.raises(EvenstepError, match=r"unknown model field 'norm_apha': .*did you mean 'norm_alpha'"):
         llama_config("tiny", 100, norm_apha=0.5)
+
+
+# ---- soft-caps ----
+
+
+def test_a_large_softcap_changes_nothing_and_a_small_one_bounds_the_logits():
+    tokens, targets = batch()
+    plain, wide = small(), small(attention_softcap=1e6, logit_softcap=1e6)
+    torch.testing.assert_close(wide(tokens), plain(tokens), rtol=0, atol=1e-4)
+    narrow = small(logit_softcap=0.5)
+    assert narrow(tokens).abs().max() <= 0.5 < plain(tokens).abs().max()
+    torch.testing.assert_close(narrow(tokens), 0.5 * torch.tanh(plain(tokens) / 0.5))
+    assert not torch.allclose(small(attention_softcap=0.1)(tokens), plain(tokens), atol=1e-2)
+    for model in (wide, narrow):  # the chunked loss has the same logits
+        torch.testing.assert_close(model.loss(tokens, targets, chunk=5), model.loss(tokens, targets))
+
+
+def test_softcapped_attention_is_causal_and_keeps_documents_apart():
+    model = small(attention_softcap=1.0)
+    tokens, _ = batch()
+    changed = tokens.clone()
+    changed[:, 8:] = 3
+    assert torch.equal(model(tokens)[:, :8], model(changed)[:, :8])
+    packed = model(tokens, positions=torch.tensor([[*range(5), *range(7)]] * 2))
+    torch.testing.assert_close(packed[:, 5:], model(tokens[:, 5:]), rtol=0, atol=1e-5)
+
+
+# ---- grouped queries and a tied head ----
+
+
+def test_grouped_queries_are_those_of_repeated_keys_with_and_without_a_softcap():
+    tokens, _ = batch()
+    for cap in (None, 1.0):
+        grouped, whole = small(kv_heads=2, attention_softcap=cap), small(attention_softcap=cap)
+        state = grouped.state_dict()
+        for name in [name for name in state if "k_proj" in name or "v_proj" in name]:
+            state[name] = state[name].view(2, 8, 32).repeat_interleave(2, 0).flatten(0, 1)  # [groups, head, hidden]
+        whole.load_state_dict(state)
+        torch.testing.assert_close(grouped(tokens), whole(tokens), rtol=0, atol=1e-5)
+
+
+def test_a_tied_model_counts_its_table_once():
+    tied, plain = small(tie_embeddings=True), small()
+    assert plain.num_parameters() - tied.num_parameters() == 61 * 32
+    assert plain.num_parameters(embeddings=False) == tied.num_parameters(embeddings=False)
+    matrices = sum(m.weight.numel() for m in small(kv_heads=2).modules() if isinstance(m, torch.nn.Linear))
+    assert small(kv_heads=2).flops_per_token(16) == 6 * matrices + 12 * 3 * 32 * 16

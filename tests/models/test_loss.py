@@ -116,3 +116,25 @@ def test_wrong_options_are_one_clear_line():
         small().loss(*batch(), reduction="none")
     with pytest.raises(EvenstepError, match="chunk is 0: it is a number of rows of at least 1"):
         small().loss(*batch(), chunk=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_the_z_loss_is_that_of_palm(path, reduction, chunk):
+    """Values and gradients equal those of autograd on the plain formula in float64."""
+    model = small()
+    tokens, targets = batch()
+    targets = targets.clone()
+    targets[0, :3] = -100
+    cross_entropy, z_loss = got = model.loss(tokens, targets, reduction=reduction, chunk=chunk, z_loss=0.3)
+    gradients = grads(model, got.sum())
+
+    exact = small().double()
+    rows, counts = exact(tokens).flatten(0, 1), targets.flatten() != -100
+    lse = rows.logsumexp(1)[counts].square()
+    want = torch.nn.functional.cross_entropy(rows, targets.flatten(), reduction=reduction)
+    want_z = 0.3 * (lse.mean() if reduction == "mean" else lse.sum())
+    torch.testing.assert_close(cross_entropy.double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(z_loss.double(), want_z, rtol=1e-6, atol=0)
+    for name, g in grads(exact, want + want_z).items():
+        torch.testing.assert_close(gradients[name].double(), g, rtol=1e-4, atol=1e-5)

@@ -39,11 +39,14 @@ ROOT = Path(__file__).parents[2]
 OPTION_NAMES = """
 data.source data.tokenizer data.vocab_size data.val_fraction data.text_field data.max_tokens data.cache_dir
 data.exclude data.on_bad
-model.size model.norm model.norm_alpha model.qk_norm model.init
-optim.name optim.before optim.lr optim.weight_decay optim.decay
+model.size model.config model.norm model.norm_alpha model.qk_norm model.attention_softcap model.logit_softcap
+model.kv_heads model.tie_embeddings model.init
+optim.name optim.before optim.lr optim.lr_scale.embedding optim.lr_scale.last optim.weight_decay optim.decay
+optim.decay_correction
 schedule.name schedule.warmup_steps schedule.min_lr_ratio schedule.decay_fraction
 train.steps train.tokens train.batch_size train.micro_batch_size train.seq_len train.dtype train.device train.compile
-train.activation_checkpointing train.loss_chunk train.clip_norm train.on_nan train.deterministic train.threads
+train.activation_checkpointing train.loss_chunk train.clip_norm train.z_loss train.on_nan
+train.deterministic train.threads
 parallel.mode parallel.tensor parallel.replicate parallel.reshard parallel.timeout
 eval.every eval.max_tokens eval.batch_size
 checkpoint.every checkpoint.background checkpoint.keep
@@ -328,6 +331,26 @@ def test_an_optimizers_option_is_read_as_what_it_looks_like(text, value):
 def test_a_table_in_the_optimizers_section_is_named():
     with pytest.raises(EvenstepError, match=r"optim\.x: .*cannot be written"):
         to_toml(build({"optim": {"x": {"a": 1}}, "train": {"steps": 1}}))
+
+
+def test_an_option_with_a_dot_in_its_name(tmp_path):
+    text = "[train]\nsteps = 1\n[optim.lr_scale]\nembedding = 10\n"
+    (tmp_path / "r.toml").write_text(text)
+    config = load_config(tmp_path / "r.toml", [("optim.lr_scale.last", "0.5"), ("optim.name", "adamw")])
+    assert config.optim.lr_scales == {"embedding": 10.0, "last": 0.5}
+    assert "\nlr_scale.embedding = 10.0\nlr_scale.last = 0.5\n" in to_toml(config)
+    assert build(tomllib.loads(to_toml(config))) == config
+    with pytest.raises(
+        EvenstepError, match=r"unknown option 'optim\.lr_scale\.las'; did you mean 'optim\.lr_scale\.last'"
+    ):
+        load_config(None, [("optim.lr_scale.las", "2")])
+    with pytest.raises(EvenstepError, match=r"optim\.lr_scale\.last: 0\.0 is out of range; it must be above 0"):
+        load_config(None, [("optim.lr_scale.last", "0")])
+
+
+def test_scales_of_one_change_nothing():
+    assert OptimConfig(lr_scale_last=1.0).lr_scales == {}
+    assert config_hash(Config()) == config_hash(Config(optim=OptimConfig(lr_scale_last=None)))
 
 
 def test_the_model_is_tiny_unless_one_is_given():

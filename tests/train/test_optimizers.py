@@ -107,3 +107,77 @@ def test_steps_to_reset_reads_int_and_tensor_clocks(clock):
     assert steps_to_reset(optimizer) == 3
     optimizer.param_groups[0].update(reset_interval=0)
     assert steps_to_reset(optimizer) is None
+
+
+@pytest.mark.parametrize("name", [*AVAILABLE, "muon", "lion", "galore", "lora", "adam_mini", "optimi_adamw"])
+def test_the_embedding_and_the_last_layer_have_their_own_rates(name):
+    if BASELINES[name].version() is None:
+        pytest.skip(f"{BASELINES[name].package} is not installed")
+    m, scales = model(), {"lr_scale_embedding": 10.0, "lr_scale_last": 0.5}
+    plain = build_optimizer(m, OptimConfig(name=name, lr=0.01, weight_decay=0.1))
+    scaled = build_optimizer(m, OptimConfig(name=name, lr=0.01, weight_decay=0.1, **scales))
+
+    def rates(optimizer):
+        return {
+            id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+        }
+
+    before, after = rates(plain), rates(scaled)
+    for path, p in m.named_parameters():
+        factor = {"model.embed_tokens.weight": 10.0, "lm_head.weight": 0.5}.get(path, 1.0)
+        assert after[id(p)] == (pytest.approx(before[id(p)][0] * factor), before[id(p)][1]), path
+    LearningRates(scaled).set(scaled, 0.25)
+    assert rates(scaled)[id(m.lm_head.weight)][0] == pytest.approx(0.25 * 0.5 * before[id(m.lm_head.weight)][0])
+
+
+def test_a_scaled_rate_is_the_step_of_that_rate():
+    changes = {}
+    for scale in (1.0, 10.0):
+        torch.manual_seed(0)
+        m = model()
+        optimizer = build_optimizer(m, OptimConfig(name="adamw", lr=1e-4, lr_scale_embedding=scale))
+        before = [p.detach().clone() for p in m.parameters()]
+        for p in m.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        changes[scale] = [(q - p).abs().max().item() for p, q in zip(before, m.parameters(), strict=True)]
+    assert changes[10.0][0] == pytest.approx(10 * changes[1.0][0], rel=1e-3)
+    assert changes[10.0][1:] == changes[1.0][1:]
+
+
+def test_a_scale_of_a_layer_that_the_model_does_not_have_is_refused():
+    tied = model()
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    with pytest.raises(EvenstepError, match=r"optim\.lr_scale\.last 2: .*no trained output layer of its own"):
+        build_optimizer(tied, OptimConfig(name="adamw", lr_scale_last=2.0))
+    with pytest.raises(EvenstepError, match=r"optim\.lr_scale\.embedding 2: .*no trained embedding"):
+        build_optimizer(nn.Sequential(nn.Linear(2, 2)), OptimConfig(name="adamw", lr_scale_embedding=2.0))
+
+
+@pytest.mark.parametrize("name", ["adamw", "stable_spam", "spam", "scale", "muon", "adafactor"])
+def test_the_corrected_decay_is_that_of_adamc(name):
+    """In a step without a gradient a hidden matrix shrinks by lr^2 / lr_max * decay, the last layer by lr * decay."""
+    m = model()
+    config = OptimConfig(name=name, lr=0.1, weight_decay=0.5, decay_correction=True, lr_scale_last=2.0)
+    optimizer = build_optimizer(m, config)
+    before = {path: p.detach().double() for path, p in m.named_parameters()}
+    LearningRates(optimizer, m).set(optimizer, 0.25)
+    for p in m.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    q, head = "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"
+    after = {path: p.detach().double() for path, p in m.named_parameters()}
+    torch.testing.assert_close(after[q], before[q] * (1 - 0.025**2 / 0.1 * 0.5), rtol=1e-6, atol=0)
+    torch.testing.assert_close(after[head], before[head] * (1 - 2 * 0.025 * 0.5), rtol=1e-6, atol=0)
+    embedding = "model.embed_tokens.weight"
+    torch.testing.assert_close(after[embedding], before[embedding] * (1 - 0.025 * 0.5), rtol=1e-6, atol=0)
+
+
+def test_a_corrected_decay_without_effect_is_refused():
+    with pytest.raises(EvenstepError, match=r"optim\.decay_correction true has no effect without optim\.weight_decay"):
+        OptimConfig(decay_correction=True)
+    config = OptimConfig(name="sgd", decay_correction=True, weight_decay=0.1)
+    with pytest.raises(
+        EvenstepError, match=r"decoupled weight decay, which sgd does not have; give one of stable_spam"
+    ):
+        check_optimizer(config)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, llama_config
 from evenstep.train.config_io import load_config
-from evenstep.train.memory import dry_run, fake_processes, meta_model
+from evenstep.train.memory import dry_run, fake_processes, meta_model, model_shape
 from evenstep.train.optimizers import build_optimizer
 from evenstep.train.plan import USABLE, advice, make_plan
 from tests.test_cli_program import call
@@ -34,7 +34,7 @@ def count(plan):
 def planned(size="9m", gpus=16, memory=80e9, vocab=32000, **options):
     options = {"model.size": size, "train.batch_size": "64", "train.micro_batch_size": "2", **options}
     config = load_config(None, [(key.replace("__", "."), value) for key, value in options.items()])
-    return make_plan(config, llama_config(size, vocab), gpus, 4, memory)
+    return make_plan(config, model_shape(config, vocab), gpus, 4, memory)
 
 
 # ---- bytes that stay ----
@@ -69,6 +69,14 @@ def test_large_and_uneven_shards_are_those_of_a_dry_run(size, gpus):
     assert (counted.parameters, counted.state) == (plan.memory["parameters"], plan.memory["optimizer state"])
 
 
+def test_grouped_queries_and_a_tied_head_are_those_of_a_dry_run():
+    variant = {"model.kv_heads": "2", "model.tie_embeddings": "true", "optim.lr_scale.embedding": "3"}
+    plan = planned("tiny", 2, parallel__mode="fsdp", **variant)
+    counted = count(plan)
+    assert (counted.parameters, counted.state) == (plan.memory["parameters"], plan.memory["optimizer state"])
+    assert plan.memory["parameters"] < planned("tiny", 2, parallel__mode="fsdp").memory["parameters"]
+
+
 @pytest.mark.parametrize(("state", "where"), [("fp32", "all"), ("fp32", "hidden"), ("int8", "all")])
 def test_sparse_moments_and_masks_are_those_of_a_dry_run(state, where):
     options = {"optim.density": "0.25", "optim.state": state, "optim.density_of": where}
@@ -90,7 +98,7 @@ class FusedNorm(torch.autograd.Function):
 
 @contextmanager
 def kernels_of_a_gpu(monkeypatch):
-    def attention(q, k, v, attn_mask=None, is_causal=False):
+    def attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
 
     with monkeypatch.context() as patch:
@@ -118,9 +126,10 @@ def kept(model, tokens):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
-@pytest.mark.parametrize("size", ["60m", "1b"])
-def test_activations_are_what_autograd_keeps(size, dtype, checkpointing, monkeypatch):
+@pytest.mark.parametrize("size, variant", [("60m", ""), ("1b", ""), ("60m", "softcap"), ("60m", "grouped")])
+def test_activations_are_what_autograd_keeps(size, variant, dtype, checkpointing, monkeypatch):
     more = {"train.dtype": dtype, "train.activation_checkpointing": checkpointing}
+    more |= {"softcap": {"model.attention_softcap": "50"}, "grouped": {"model.kv_heads": "2"}}.get(variant, {})
     plan = planned(size, 1, **more)
     with torch.device("meta"):
         model = Llama(plan.shape).to(torch.bfloat16 if dtype == "bf16" else torch.float32)

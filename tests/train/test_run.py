@@ -62,6 +62,8 @@ RESUMES = [
     ("stable_spam", {"optim__reset_interval": "5", "optim__total_steps": "12"}, 7),
     ("spam", {"optim__reset_interval": "5", "optim__warmup_steps": "4", "optim__density": "0.25"}, 6),
     ("scale", {"train__micro_batch_size": "2"}, 4),
+    ("stable_spam", {"optim__lr_scale__embedding": "10", "optim__lr_scale__last": "0.5"}, 5),
+    ("muon", {"optim__lr_scale__embedding": "3", "optim__weight_decay": "0.1"}, 5),
 ]
 
 
