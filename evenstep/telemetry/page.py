@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-import shlex
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evenstep.errors import EvenstepError
-from evenstep.telemetry.facts import FACTS, facts, verdict
+from evenstep.telemetry.diagnosis import diagnose, level_of, loss_summary, rows_command
+from evenstep.telemetry.facts import FACTS, facts
 from evenstep.telemetry.lines import event_line, short
 from evenstep.telemetry.runlog import RunLog, Series, is_number, matrix
 
@@ -82,7 +82,7 @@ def payload(runs: list[RunLog], *, live: bool = False) -> dict[str, Any]:
 
 def _run(run: RunLog, cells: int) -> dict[str, Any]:
     found = facts(run)
-    level, sentences = verdict(run)
+    findings = diagnose(run)
     events = sorted(run.events, key=_size, reverse=True)
     notes = list(run.notes)
     if len(events) > EVENTS:
@@ -91,9 +91,10 @@ def _run(run: RunLog, cells: int) -> dict[str, Any]:
         "name": run.name,
         "optimizer": run.optimizer,
         "notes": notes,
-        "level": level,
-        "verdict": sentences,
-        "rows_command": f"evenstep rows {shlex.quote(str(run.path))}" if "data" in run.config else None,
+        "level": level_of(findings),
+        "verdict": [*(finding.text for finding in findings), *filter(None, [loss_summary(run)] if findings else [])],
+        "findings": [finding.as_json() for finding in findings],
+        "rows_command": rows_command(run),
         "facts": {name: _rounded(value) for name, value in found.items()},
         "config": [[name, _text(value)] for name, value in _flat(run.config)],
         "hardware": [[name, _text(run.summary[name])] for name in _HARDWARE if name in run.summary],

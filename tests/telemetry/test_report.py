@@ -248,7 +248,7 @@ def test_the_rate_of_a_loop_of_ones_own_is_that_of_its_windows(tmp_path):
     assert run.rates() == ([1, 4, 5, 7], [0.5, 0.5, 0.4, 0.2])
     assert payload([run])["runs"][0]["curves"]["lr"] == {"x": [1, 4, 5, 7], "y": [0.5, 0.5, 0.4, 0.2]}
     run = write_lines(tmp_path / "m.jsonl", *lines, {"step": 8, "lr": 0.9})
-    assert run.rates() == ([8], [0.9])  # a trainer's own lines
+    assert run.rates() == ([1, 4, 5, 7, 8], [0.5, 0.5, 0.4, 0.2, 0.9])  # a trainer's own line, where no window has one
 
 
 def test_updates_over_weights_do_not_jump_where_weights_were_looked_at(tmp_path):
@@ -283,12 +283,12 @@ VERDICTS = {
     "stays": (
         [event("stays_nonfinite", 40, since=30, rows=[3, 4])],
         "bad",
-        "from step 30; the first bad data rows are 3-4",
+        "from step 30; the first bad batch is rows 3-4",
     ),
     "nan": (
         [SPIKE, event("weights_nonfinite", 40, since=31, rows=[264, 272], count=1, tensors=[{"name": "a"}])],
         "bad",
-        "The weights are not finite since step 31; the first bad data rows are 264-272.",
+        "Weights are NaN since step 31; the first bad batch is rows 264-272.",
     ),
 }  # fmt: skip
 
@@ -544,7 +544,7 @@ def test_the_page_says_first_what_went_wrong_and_a_click_shows_where(browser, tm
     assert first.get_attribute("id") == "verdict" and "bad" in first.find_element("tag name", "p").get_attribute(
         "class"
     )
-    assert first.text.startswith("The weights are not finite since step 261; the first bad data rows are 8320-8352.")
+    assert first.text.startswith("Weights are NaN since step 261; the first bad batch is rows 8320-8352.")
     legend = browser.find_element("css selector", "#loss").text
     assert all(kind in legend for kind in ("gradient not finite", "weights not finite", "loss spike", "spike"))
     assert browser.find_element("id", "rows").text.endswith(f"evenstep rows {run} 8320-8352")
