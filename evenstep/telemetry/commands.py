@@ -1,4 +1,4 @@
-"""The commands ``report``, ``watch``, ``rows`` and ``study``: their options, and the functions that they call.
+"""The commands ``report``, ``diagnose``, ``watch``, ``rows`` and ``study``: their options, and the functions that they call.
 
 Every command imports what it needs when it runs, so that ``evenstep --help`` loads neither torch nor NumPy.
 """
@@ -21,6 +21,20 @@ examples:
   evenstep report runs/NAME --fail-on 'spike_rate>0.02'        status 1 if the condition holds, for CI
 """
 
+DIAGNOSE = """\
+Say in words how a run went: what happened first, where, because of what, what followed from it, and what to try.
+Reads a run of evenstep, a metrics.jsonl, the trainer_state.json of transformers, a TensorBoard folder, a W&B offline
+run, or a CSV file with a column of steps and one of losses, and says what a log lacks. evenstep report draws the same
+logs as a page.
+"""
+
+DIAGNOSE_EXAMPLES = """\
+examples:
+  evenstep diagnose runs/NAME
+  evenstep diagnose output/checkpoint-500/trainer_state.json
+  evenstep diagnose lightning_logs/version_0/metrics.csv --json
+"""
+
 ROWS = """\
 Print the text of data rows of RUN. Rows are given as events name them: "data rows 264-272" are rows 264 to 271. The
 text is decoded from the run's tokens, which are prepared again if they are no longer in the cache.
@@ -39,7 +53,9 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     report = commands.add_parser(
         "report", help="make a page of a run's telemetry", description=REPORT, epilog=REPORT_EXAMPLES, **shared
     )
-    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="directory of a run, or a metrics.jsonl")
+    report.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="directory of a run, or a log as for diagnose"
+    )
     report.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in the (first) run's directory")
     report.add_argument(
         "--fail-on",
@@ -49,6 +65,17 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
         help="exit with status 1 if it holds for a run, such as 'spike_rate>0.02'; may be repeated",
     )
     report.set_defaults(run_command=_report)
+
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="say in words what went wrong in a run, and why",
+        description=DIAGNOSE,
+        epilog=DIAGNOSE_EXAMPLES,
+        **shared,
+    )
+    diagnose.add_argument("run", metavar="RUN|FILE", type=Path, help="directory of a run, or a log of another trainer")
+    diagnose.add_argument("--json", action="store_true", help="print the findings as JSON")
+    diagnose.set_defaults(run_command=_diagnose)
 
     watch = commands.add_parser(
         "watch",
@@ -83,11 +110,11 @@ def _report(args: argparse.Namespace) -> None:
     from evenstep.errors import EvenstepError
     from evenstep.paths import leaves
     from evenstep.telemetry.facts import check_conditions, parse_condition
+    from evenstep.telemetry.foreign import load_log
     from evenstep.telemetry.page import write_report
-    from evenstep.telemetry.runlog import load_run
 
     conditions = [parse_condition(text) for text in args.fail_on]
-    runs = [load_run(path) for path in args.runs]
+    runs = [load_log(path) for path in args.runs]
     first = runs[0].path
     place = first if first.is_dir() else first.parent
     if args.out is None and leaves(place, "report.html"):
@@ -99,6 +126,15 @@ def _report(args: argparse.Namespace) -> None:
         for note in run.notes:
             print(f"{run.name}: {note}")
     check_conditions(conditions, runs)
+
+
+def _diagnose(args: argparse.Namespace) -> None:
+    from evenstep.console import printable
+    from evenstep.telemetry.diagnosis import as_json, as_text
+    from evenstep.telemetry.foreign import load_log
+
+    run = load_log(args.run)
+    print(as_json(run) if args.json else printable(as_text(run)))
 
 
 def _watch(args: argparse.Namespace) -> None:

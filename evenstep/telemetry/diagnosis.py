@@ -18,6 +18,7 @@ and losses that did not recover come first. All functions are pure. Needs NumPy 
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Iterable, Sequence
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 
 from evenstep.telemetry.lines import event_line, short
 from evenstep.telemetry.runlog import RunLog, is_number
-from evenstep.telemetry.schema import Record
+from evenstep.telemetry.schema import Record, finite
 
 WINDOW = 50
 """Losses before a step that its loss is compared with."""
@@ -72,6 +73,9 @@ LASTING = 3
 
 WARNED = 200
 """Steps before an incident within which early warnings are named."""
+
+ALL = "all parameters"
+"""Name in the events of logs that only hold the norm of all gradients (foreign.py)."""
 
 SHOWN = 3
 """Steps or names that a sentence lists."""
@@ -239,6 +243,46 @@ def rows_command(run: RunLog, rows: Sequence[int] | None = None) -> str | None:
     if "data" not in run.config:
         return None
     return f"evenstep rows {shlex.quote(str(run.path))}" + (f" {rows[0]}-{rows[1]}" if rows else "")
+
+
+# ---- the diagnosis as text ----
+
+
+def as_text(run: RunLog) -> str:
+    """The diagnosis of a run for a terminal: a paragraph for each finding with what to try, then the notes of the log.
+
+    >>> from evenstep.telemetry.runlog import run_of
+    >>> print(as_text(run_of([{"kind": "window", "first": 1, "step": 3, "losses": [3.0, 2.5, 2.0]}], "example")))
+    Calm: no gradient or loss spiked, and all of them were finite.
+    <BLANKLINE>
+    The loss went from 3 to 2 in 3 steps.
+    """
+    findings = diagnose(run)
+    paragraphs = []
+    for finding in findings:
+        lines = [finding.text]
+        lines += [f"  Try: {finding.advice}"] if finding.advice else []
+        command = rows_command(run, finding.rows) if finding.rows else None
+        lines += [f"  Text of the rows: {command}"] if command else []
+        paragraphs.append("\n".join(lines))
+    if not findings:
+        paragraphs.append(f"Nothing can be said yet: more than {ENOUGH} losses, or telemetry, are needed.")
+    last = [*filter(None, [loss_summary(run)]), *(f"Note: {note}." for note in run.notes)]
+    return "\n\n".join([*paragraphs, *(["\n".join(last)] if last else [])])
+
+
+def as_json(run: RunLog) -> str:
+    """The diagnosis as JSON: ``run``, ``level``, ``findings`` (the fields of `Finding`, and ``text``), ``loss``, a
+    sentence, and the ``notes`` of the log."""
+    findings = diagnose(run)
+    data = {
+        "run": str(run.path),
+        "level": level_of(findings),
+        "findings": [finding.as_json() for finding in findings],
+        "loss": loss_summary(run),
+        "notes": run.notes,
+    }
+    return json.dumps(finite(data), indent=2, ensure_ascii=False)
 
 
 # ---- marks: rises of the loss and of the learning rate ----
@@ -532,7 +576,7 @@ def lost_weights(
         kind = "written"
         head.append(f"the optimizer skipped these gradients, so {_some(facts)} was not finite before them")
         rows = None
-    elif len(first) == 1 and first[0].get("count") == 1:
+    elif len(first) == 1 and _is_single(first[0]):
         kind, names = "overflow", _names(first[0])
         loss = losses.get(since, math.nan)
         finite = f", and the loss of that step was finite ({loss:.4g})" if math.isfinite(loss) else ""
@@ -577,12 +621,13 @@ def nonfinite_finding(run: RunLog, events: Sequence[Record], losses: Losses, end
         rows = f", rows {_rows(first)[0]}-{_rows(first)[1]}" if _rows(first) else ""  # type: ignore[index]
         verb = "skipped" if first["event"] == "skipped" else "applied"
         what = f"The gradient of {_some(first)}" if _names(first) else "A gradient"
-        head = f"{what} was not finite at step {steps[0]}{rows}, and was {verb}."
+        done = "" if _names(first)[:1] == (ALL,) else f", and was {verb}"
+        head = f"{what} was not finite at step {steps[0]}{rows}{done}."
     sentences = [head, f"Gradients were not finite on {_times(count, 'step')}."]
     if len(steps) > 1:
         sentences.append(f"The others were at {_listed(steps[1:])}.")
     names = list(_names(first))
-    kind = "overflow" if first is not None and first.get("count") == 1 and steps[0] not in bad_losses else "nonfinite"
+    kind = "overflow" if first is not None and _is_single(first) and steps[0] not in bad_losses else "nonfinite"
     rows_found = _rows(first) if first is not None else None
     return [
         Finding("nonfinite", "spikes", sentences, ADVICE[kind], steps[0], rows_found, names, len(own), {"steps": count})
@@ -617,7 +662,7 @@ def spike_findings(events: Sequence[Record], *, followed: bool = False) -> list[
         where = f", rows {rows[0]}-{rows[1]}" if (rows := _rows(spike)) else ""
         text = f"{_spiking(spike)} spiked x{_factor(_ratio(spike))} at step {spike['step']}{where}."
         sentences = [text[0].upper() + text[1:], *consequences(count), *calm]
-        kind = "update" if spike.get("count", 1) == 1 else "batch"
+        kind = "batch" if spike.get("rows") and not _is_single(spike) else "update"
         findings.append(
             Finding(
                 "spike", "spikes", sentences, ADVICE[kind], spike["step"], rows, list(_names(spike)), count + 1,
@@ -775,9 +820,16 @@ def _some(event: Record) -> str:
     return short(names[0]) + (f" and {more} more tensor{'s' if more > 1 else ''}" if more > 0 else "")
 
 
+def _is_single(event: Record) -> bool:
+    """Whether an event concerns one tensor alone."""
+    return bool(event.get("count") == 1 and _names(event)[:1] != (ALL,))
+
+
 def _spiking(event: Record) -> str:
     """The subject of a sentence about a gradient spike."""
-    alone = event.get("count", 1) == 1
+    if _names(event)[:1] == (ALL,):
+        return "the norm of all gradients"
+    alone = _is_single(event)
     return f"the gradient of {_some(event)} alone" if alone else f"the gradients of {_some(event)}"
 
 

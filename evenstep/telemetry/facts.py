@@ -41,7 +41,7 @@ def facts(run: RunLog) -> dict[str, float]:
         values = run.series(name)[1]
         if values:
             found[name] = values[-1]
-    if run.windows:
+    if run.windows or run.events:
         rates = [w["spike_rate"] for w in run.windows if is_number(w.get("spike_rate"))]
         found |= {"spike_rate": max(rates)} if rates else {}
         kinds = [event["event"] for event in run.events]
