@@ -30,7 +30,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from evenstep.telemetry.lines import event_line, short
-from evenstep.telemetry.runlog import RunLog, is_number
+from evenstep.telemetry.runlog import RunLog, Series, is_number
 from evenstep.telemetry.schema import Record, finite
 
 WINDOW = 50
@@ -56,7 +56,7 @@ RECOVERED = 5
 
 REACH = 20
 """Steps after the end of an incident within which further events are its consequences, and steps before it within
-which a change of the learning rate is its cause."""
+which a change of the learning rate is its cause. In a log of one in 10 steps, these are 20 of its records."""
 
 JUMP = 3.0
 """A learning rate jumps when it grows by at least this factor from one record to the next. A linear warm-up at most
@@ -157,20 +157,20 @@ ADVICE: dict[str, str] = {
     "rate": "Look at the schedule of the learning rate at that step; a longer warm-up or a lower rate after a restart"
     " avoids the jump.",
     "growth": "Give a lower peak learning rate or a longer warm-up (optim.lr, optim.warmup).",
-    "batch": "Read these rows; leave out documents like them, or bound their effect with StableSPAM, a clipped norm"
+    "batch": "Read the text of that batch; leave out documents like it, or bound their effect with StableSPAM, a clipped norm"
     " (train.clip_norm) or SpikeGuard.",
     "update": "Bound the gradient of a single tensor: StableSPAM or AdaClip clip entries, AdaGC clips tensors;"
     " SpikeGuard skips such steps.",
     "warning": "Normalise queries and keys (model.qk_norm) if attention logits grow, or lower the learning rate.",
     "unexplained": "Lower the learning rate, or rewind to a checkpoint before this step and leave its batch out"
     " (SpikeGuard with the action rewind).",
-    "weights_nonfinite": "Go back to a checkpoint before that step. If its rows are ordinary text, a weight was"
+    "weights_nonfinite": "Go back to a checkpoint before that step. If its batch is ordinary text, a weight was"
     " already not finite, which this log cannot show.",
     "written": "The optimizer did not write these values. Look for code that writes weights: initialisation,"
     " resizing of embeddings, merging, conversion between dtypes, or a defective device.",
     "overflow": "The loss was finite, so the backward pass overflowed or divided by zero: look at this tensor's layer,"
     " at its dtype and at the loss scale.",
-    "nonfinite": "Read these rows; train.on_nan or SpikeGuard skip such batches before they reach the weights.",
+    "nonfinite": "Read the text of that batch; train.on_nan or SpikeGuard leave such batches out.",
     "spikes": "Nothing needs to be done while the loss does not follow.",
     "lowbit": "Keep these layers in higher precision, or use a recipe that leaves gradients unquantised.",
     "drift": "Lower the learning rate, decay it earlier, or go back to the checkpoint with the lowest loss.",
@@ -192,31 +192,26 @@ def diagnose(run: RunLog) -> list[Finding]:
     >>> print(diagnose(run_of([window], "example"))[0].sentences[0])
     Loss rose at 31; the learning rate had risen 100 times at 30.
     """
-    losses = losses_by_step(run)
-    events = sorted(run.events, key=lambda event: event["step"])  # stable: keeps the order within a step
-    rises = all_rises(losses, events)
-    jumps = rate_jumps(*run.rates())
-    lost = lost_weights(run, losses, events, rises, jumps)
+    log = Evidence.of(run)
+    rises = all_rises(log.losses, log.events)
+    lost = lost_weights(log, rises)
     end = lost.step if lost is not None and lost.step is not None else math.inf
-    before = [event for event in events if event["step"] < end]
-    incidents = rise_incidents([rise for rise in rises if rise.step < end], before, losses, jumps, run)
+    incidents = rise_incidents(log, [rise for rise in rises if rise.step < end], end)
     covered = {id(event) for incident in incidents for event in incident.events}
-    rest = [event for event in before if id(event) not in covered]
+    rest = [event for event in log.events if event["step"] < end and id(event) not in covered]
     findings = [lost] if lost is not None else []
-    if lost is None or not any(incident.is_open for incident in incidents):
-        findings += rise_findings(incidents)
-    else:  # an incident that leads to the loss of the weights is part of that finding
-        findings += rise_findings([incident for incident in incidents if not incident.is_open])
-    findings += nonfinite_finding(run, rest, losses, end)
-    findings += spike_findings(rest, followed=not losses)
+    # An open incident before the loss of the weights led to it, and is told there.
+    findings += rise_findings([incident for incident in incidents if lost is None or not incident.is_open])
+    findings += nonfinite_finding(run, rest, log.losses, end)
+    findings += spike_findings(rest, followed=not log.losses)
     findings += lowbit_finding(rest)
-    findings += guard_finding(events)
+    findings += guard_finding(log.events)
     findings += warning_findings(rest)
     if not any(finding.level == "bad" for finding in findings):
-        findings = with_drift(findings, drift_finding(losses))
+        findings = with_drift(findings, drift_finding(log.losses))
     order = {level: i for i, level in enumerate(LEVELS)}
     findings.sort(key=lambda finding: order[finding.level])  # stable: within a level, the order above
-    enough = bool(run.windows) or len(losses) > ENOUGH
+    enough = bool(run.windows) or len(log.losses) > ENOUGH
     return findings or ([CALM] if enough else [])
 
 
@@ -350,14 +345,15 @@ def _usual(x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.floa
 def all_rises(losses: Losses, events: Iterable[Record]) -> list[Rise]:
     """The rises in the losses, and those of ``loss_spike`` events that they do not cover, by step."""
     rises = loss_rises(losses)
-    recovered = {e.get("since"): e["step"] for e in events if e["event"] == "recovered"}
+    ends = [event for event in events if event["event"] == "recovered"]
+    recovered = {event["since"]: event["step"] for event in ends if is_number(event.get("since"))}
     for event in events:
         step = event["step"]
         covered = any(rise.step - 2 <= step <= (math.inf if rise.until is None else rise.until) for rise in rises)
         if event["event"] == "loss_spike" and not covered:
             until = recovered.get(step)
-            if until is None:  # written by a version whose ``recovered`` event has another ``since``
-                until = next((at for at in sorted(recovered.values()) if at >= step), None)
+            if until is None:  # an event without a ``since``
+                until = next((event["step"] for event in ends if event["step"] >= step), None)
             rises.append(Rise(step, until, _number(event, "loss_before"), _number(event, "loss_after")))
     return sorted(rises, key=lambda rise: rise.step)
 
@@ -409,71 +405,135 @@ class Incident:
         return max((height for height in heights if math.isfinite(height)), default=0.0)
 
 
-def rise_incidents(
-    rises: Sequence[Rise], events: Sequence[Record], losses: Losses, jumps: Sequence[Jump], run: RunLog
-) -> list[Incident]:
-    """The incidents of the ``rises``, in their order. A rise within `REACH` steps of the last one belongs to it."""
+_ASIDE = ("reset", "recovered", "guard", "useless")
+"""Events that are no consequences of an incident: they are planned, or told otherwise."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What causes are looked for in: the ``events`` of a log and its ``losses``, by step, the ``rates`` with their
+    ``jumps``, and ``stride``, the steps between two losses."""
+
+    events: list[Record]
+    losses: Losses
+    rates: Series
+    jumps: list[Jump]
+    stride: int
+
+    @classmethod
+    def of(cls, run: RunLog) -> Evidence:
+        """The evidence of a run."""
+        losses, rates = losses_by_step(run), run.rates()
+        events = sorted(run.events, key=lambda event: event["step"])  # stable: keeps the order within a step
+        stride = int(np.median(np.diff([*losses]))) if len(losses) > 1 else 1
+        return cls(events, losses, rates, rate_jumps(*rates), max(1, stride))
+
+    @property
+    def reach(self) -> int:
+        """`REACH` in steps of this log."""
+        return REACH * self.stride
+
+    def jump_before(self, step: int) -> Jump | None:
+        """The newest jump of the learning rate within `reach` of ``step``."""
+        return next((jump for jump in reversed(self.jumps) if step - self.reach <= jump.step <= step), None)
+
+    def within(self, first: float, last: float) -> list[Record]:
+        """The events of the steps ``first`` to ``last``, without those that are no consequences."""
+        return [event for event in self.events if first <= event["step"] <= last and event["event"] not in _ASIDE]
+
+    def loss_after(self, step: int) -> float:
+        """The first loss after ``step``, NaN for none."""
+        return next(
+            (self.losses[at] for at in range(step + 1, step + 2 * self.stride + 1) if at in self.losses), math.nan
+        )
+
+
+def rise_incidents(log: Evidence, rises: Sequence[Rise], end: float = math.inf) -> list[Incident]:
+    """The incidents of the ``rises``, in their order, with their events before step ``end``. A rise within
+    `Evidence.reach` of the end of the last one belongs to it."""
     groups: list[list[Rise]] = []
     for rise in rises:
         last = groups[-1][-1] if groups else None
-        if last is not None and (last.until is None or rise.step <= last.until + REACH):
+        if last is not None and (last.until is None or rise.step <= last.until + log.reach):
             groups[-1].append(rise)
         else:
             groups.append([rise])
     incidents = []
     for group in groups:
-        cause = cause_of(group[0], events, losses, jumps, run)
-        until = group[-1].until
-        first, last_step = min(cause.step, group[0].step), math.inf if until is None else until + REACH
-        # The spikes of the step to blame and everything after it, but no event of another kind from before it.
-        own = [e for e in events if first <= e["step"] <= last_step and e["event"] not in _ASIDE]
+        cause, until = cause_of(log, group[0]), group[-1].until
+        last_step = math.inf if until is None else until + log.reach
+        own = log.within(min(cause.step, group[0].step), min(last_step, end - 1))
         incidents.append(Incident(cause, group, own))
     return incidents
 
 
-_ASIDE = ("reset", "recovered", "guard", "useless")
-"""Events that are no consequences of an incident: they are planned, or told otherwise."""
+def cause_of(log: Evidence, rise: Rise) -> Cause:
+    """The cause of a rise of the loss. The rules are tried in this order, because each of the first three is evidence
+    of its own and a spike is usual in a young run."""
+    rules = (_rate_cause, _batch_cause, _warning_cause, _update_cause, _growth_cause)
+    return next((cause for rule in rules if (cause := rule(log, rise)) is not None), _unexplained(log, rise))
 
 
-def cause_of(rise: Rise, events: Sequence[Record], losses: Losses, jumps: Sequence[Jump], run: RunLog) -> Cause:
-    """The cause of a rise of the loss, from what the log holds of the steps before and of the step itself."""
-    step = rise.step
-    jump = next((one for one in reversed(jumps) if step - REACH <= one.step <= step), None)
-    if jump is not None:
-        numbers = {"factor": jump.factor, "rate": jump.rate, "rate_step": jump.step}
-        clause = f"the learning rate had risen {_factor(jump.factor)} times at {jump.step}"
-        return Cause("rate", clause, jump.step, numbers=numbers)
-    at_step = [event for event in events if event["step"] == step]
-    rows = next((rows for rows in map(_rows, at_step) if rows), None)
-    # 1. One of the two updates before: the loss of a step is that of the weights before its own update.
-    spikes = [event for event in events if event["event"] == "spike" and step - 2 <= event["step"] < step]
-    spike = max(spikes, key=_ratio, default=None)
-    if spike is not None:
-        clause = f"{_spiking(spike)} had spiked x{_factor(_ratio(spike))} at {spike['step']}"
-        return Cause("update", clause, spike["step"], _rows(spike), _names(spike), {"ratio": _ratio(spike)})
-    # 2. The batch of the step itself: its loss is high before the weights change, and that of the next batch is not.
-    after = [loss for at, loss in losses.items() if at > step][:1]
-    own = losses.get(step, math.nan)
-    if after and math.isfinite(own) and after[0] - rise.before < 0.5 * (own - rise.before):
-        which = f" (rows {rows[0]}-{rows[1]})" if rows else ""
-        clause = f"the batch of that step{which} differs from the others: the loss of the next one was {after[0]:.4g}"
-        return Cause("batch", clause, step, rows, tuple(name for event in at_step for name in _names(event)))
-    growth = growth_before(step, *run.rates())
-    if growth is not None:
-        clause = f"the learning rate had grown {_factor(growth.factor)} times since {growth.since}"
-        return Cause("growth", clause, step, rows, numbers={"factor": growth.factor, "rate": growth.rate})
-    warnings = (event for event in events if event["event"] not in RULED)
-    warning = next((event for event in warnings if step - WARNED <= event["step"] <= step), None)
-    if warning is not None:
-        clause = f"the first warning was at {warning['step']}: {_line(warning)}"
-        return Cause("warning", clause, step, _rows(warning), _names(warning))
+def _rate_cause(log: Evidence, rise: Rise) -> Cause | None:
+    jump = log.jump_before(rise.step)
+    if jump is None:
+        return None
+    numbers = {"factor": jump.factor, "rate": jump.rate, "rate_step": jump.step}
+    clause = f"the learning rate had risen {_factor(jump.factor)} times at {jump.step}"
+    return Cause("rate", clause, jump.step, numbers=numbers)
+
+
+def _batch_cause(log: Evidence, rise: Rise) -> Cause | None:
+    """The batch of the step itself: its loss is high before the weights change, and that of the next batch is not."""
+    own, after = log.losses.get(rise.step, math.nan), log.loss_after(rise.step)
+    if not after - rise.before < 0.5 * (own - rise.before):  # False for a NaN
+        return None
+    at_step = log.within(rise.step, rise.step)
+    rows = _first_rows(at_step)
+    which = f" (rows {rows[0]}-{rows[1]})" if rows else ""
+    clause = f"the batch of that step{which} differs from the others: the loss of the next one was {after:.4g}"
+    return Cause("batch", clause, rise.step, rows, tuple(name for event in at_step for name in _names(event)))
+
+
+def _warning_cause(log: Evidence, rise: Rise) -> Cause | None:
+    """An early warning before the loss moved."""
+    warnings = [event for event in log.within(rise.step - WARNED, rise.step) if event["event"] not in RULED]
+    if not warnings:
+        return None
+    first = warnings[0]
+    clause = f"{rise.step - first['step']} steps before, at {first['step']}, came the first warning: {_line(first)}"
+    return Cause("warning", clause, first["step"], _rows(first), _names(first))
+
+
+def _update_cause(log: Evidence, rise: Rise) -> Cause | None:
+    """One of the two updates before: the loss of a step is that of the weights before its own update."""
+    events = log.within(rise.step - 2 * log.stride, rise.step - 1)
+    spike = max((event for event in events if event["event"] == "spike"), key=_ratio, default=None)
+    if spike is None:
+        return None
+    clause = f"{_spiking(spike)} had spiked x{_factor(_ratio(spike))} at {spike['step']}"
+    return Cause("update", clause, spike["step"], _rows(spike), _names(spike), {"ratio": _ratio(spike)})
+
+
+def _growth_cause(log: Evidence, rise: Rise) -> Cause | None:
+    growth = growth_before(rise.step, *log.rates)
+    if growth is None:
+        return None
+    clause = f"the learning rate had grown {_factor(growth.factor)} times since {growth.since}"
+    return Cause("growth", clause, rise.step, numbers={"factor": growth.factor, "rate": growth.rate})
+
+
+def _unexplained(log: Evidence, rise: Rise) -> Cause:
+    """No cause: the gradients of the step itself, which are as likely a consequence."""
+    at_step = log.within(rise.step, rise.step)
+    rows = _first_rows(at_step)
     spike = max((event for event in at_step if event["event"] == "spike"), key=_ratio, default=None)
     if spike is not None:
         clause = f"{_spiking(spike)} spiked x{_factor(_ratio(spike))} on the same step"
-        return Cause("unexplained", clause, step, rows, _names(spike), {"ratio": _ratio(spike)})
+        return Cause("unexplained", clause, rise.step, rows, _names(spike), {"ratio": _ratio(spike)})
     named = next((event for event in at_step if _names(event)), None)
     where = f"; the largest gradient was that of {short(_names(named)[0])}" if named is not None else ""
-    return Cause("unexplained", f"nothing in the log before it explains it{where}", step, rows, _names(named))
+    return Cause("unexplained", f"nothing in the log before it explains it{where}", rise.step, rows, _names(named))
 
 
 def rise_findings(incidents: Sequence[Incident]) -> list[Finding]:
@@ -535,63 +595,54 @@ def consequences(count: int) -> list[str]:
 # ---- weights, losses and gradients that are not finite ----
 
 
-def lost_weights(
-    run: RunLog, losses: Losses, events: Sequence[Record], rises: Sequence[Rise], jumps: Sequence[Jump]
-) -> Finding | None:
+def lost_weights(log: Evidence, rises: Sequence[Rise]) -> Finding | None:
     """The finding of weights that are not finite, or of gradients or losses that stay so until the end of the log."""
-    event = next((e for kind in ("weights_nonfinite", "stays_nonfinite") for e in events if e["event"] == kind), None)
-    trailing = _trailing(losses)
+    kinds = ("weights_nonfinite", "stays_nonfinite")
+    event = next((event for kind in kinds for event in log.events if event["event"] == kind), None)
+    trailing = _trailing(log.losses)
     if event is None and not trailing:
         return None
-    facts: Record = (
-        event if event is not None else {"event": "loss_nonfinite", "step": trailing[0], "since": trailing[0]}
-    )
+    facts: Record = event or {"event": "loss_nonfinite", "step": trailing[0], "since": trailing[0]}
     since = int(facts["since"]) if is_number(facts.get("since")) else int(facts["step"])
-    rows = _rows(facts)
-    first = [e for e in events if e["step"] == since and e["event"] in ("nonfinite", "skipped")]
-    later = [e for e in events if e["step"] >= since and e["event"] not in _ASIDE and e not in first and e is not event]
     what = {
         "weights_nonfinite": f"Weights are {'NaN' if facts.get('nan', True) else 'infinite'} since step {since}",
         "stays_nonfinite": f"Gradients were not finite on many steps in a row from step {since}",
         "loss_nonfinite": f"The loss is not finite since step {since}",
     }
     head = [what[facts["event"]]]
-    kind, names = "weights_nonfinite", _names(facts)
-    # 1. What came before: a jump of the rate, or a loss that had risen already.
-    jump = next((one for one in reversed(jumps) if since - REACH <= one.step <= since), None)
-    rise = next((r for r in rises if r.step < since and (r.until is None or r.until + REACH >= since)), None)
-    if jump is None and rise is not None:
-        jump = next((one for one in reversed(jumps) if rise.step - REACH <= one.step <= rise.step), None)
-    if rise is not None:
-        head.append(f"the loss had risen at {rise.step}")
-    if jump is not None:
-        kind = "rate"
+    first = [e for e in log.within(since, since) if e["event"] in ("nonfinite", "skipped")]
+    rise = next((r for r in rises if r.step < since and (r.until is None or r.until + log.reach >= since)), None)
+    rows, kind, names, begin = _rows(facts) or _first_rows(first), "weights_nonfinite", _names(facts), since
+    numbers: dict[str, float] = {"since": since}
+    if rise is not None:  # 1. The loss had risen before, for a cause of its own.
+        cause = cause_of(log, rise)
+        head += [f"the loss had risen at {rise.step}", cause.clause]
+        kind, begin, numbers = cause.kind, min(cause.step, rise.step), numbers | cause.numbers
+    elif (jump := log.jump_before(since)) is not None:  # 2. So had the learning rate.
         head.append(f"the learning rate had risen {_factor(jump.factor)} times at {jump.step}")
-    elif rise is not None:
-        cause = cause_of(rise, events, losses, jumps, run)
-        kind = cause.kind
-        head.append(cause.clause)
-    # 2. Otherwise the step itself: a tensor alone, weights that no gradient was applied to, or the batch.
-    elif first and all(e["event"] == "skipped" for e in first) and facts["event"] == "weights_nonfinite":
-        kind = "written"
+        kind, begin, numbers = "rate", jump.step, numbers | {"factor": jump.factor, "rate_step": jump.step}
+    elif first and facts["event"] == "weights_nonfinite" and all(e["event"] == "skipped" for e in first):
+        # 3. No gradient was applied, so that none can have spoiled the weights.
         head.append(f"the optimizer skipped these gradients, so {_some(facts)} was not finite before them")
-        rows = None
-    elif len(first) == 1 and _is_single(first[0]):
-        kind, names = "overflow", _names(first[0])
-        loss = losses.get(since, math.nan)
+        kind, rows = "written", None
+    elif len(first) == 1 and _is_single(first[0]):  # 4. One gradient, of a backward pass that began with a finite loss.
+        loss = log.losses.get(since, math.nan)
         finite = f", and the loss of that step was finite ({loss:.4g})" if math.isfinite(loss) else ""
         head.append(f"the first gradient that was not finite is that of {_some(first[0])} alone{finite}")
+        kind, names = "overflow" if finite else kind, _names(first[0])
     if rows:
         head.append(f"the first bad batch is rows {rows[0]}-{rows[1]}")
-    if later:
-        head.append(consequences(len(later))[0].lower().rstrip("."))
-    advice = ADVICE[kind] if kind != "rate" else f"Go back to a checkpoint before step {jump.step if jump else since}."
-    numbers = {"since": since, **({"factor": jump.factor, "rate_step": jump.step} if jump else {})}
-    where = [f"They are in {_some(facts)}."] if facts["event"] == "weights_nonfinite" and _names(facts) else []
-    sentences = ["; ".join(head) + ".", *where]
-    return Finding(
-        facts["event"], "bad", sentences, advice, since, rows, list(names), len(first) + len(later) + 1, numbers
-    )
+    own = log.within(begin, math.inf)
+    told = {id(one) for one in [*first, event, *(e for e in own if rise is not None and _begins(e, rise, cause))]}
+    later = [one for one in own if id(one) not in told]
+    head += [text.lower().rstrip(".") for text in consequences(len(later))]
+    sentences = ["; ".join(head) + "."]
+    if facts["event"] == "weights_nonfinite" and _names(facts):
+        sentences.append(f"They are in {_some(facts)}.")
+    advice = ADVICE[kind]
+    if begin < since:
+        advice = f"Go back to a checkpoint before step {begin}. {advice}"
+    return Finding(facts["event"], "bad", sentences, advice, since, rows, list(names), len(own), numbers)
 
 
 def _trailing(losses: Losses) -> list[int]:
@@ -623,7 +674,7 @@ def nonfinite_finding(run: RunLog, events: Sequence[Record], losses: Losses, end
         what = f"The gradient of {_some(first)}" if _names(first) else "A gradient"
         done = "" if _names(first)[:1] == (ALL,) else f", and was {verb}"
         head = f"{what} was not finite at step {steps[0]}{rows}{done}."
-    sentences = [head, f"Gradients were not finite on {_times(count, 'step')}."]
+    sentences = [head, f"{'Gradients were' if own else 'The loss was'} not finite on {_times(count, 'step')}."]
     if len(steps) > 1:
         sentences.append(f"The others were at {_listed(steps[1:])}.")
     names = list(_names(first))
@@ -846,6 +897,10 @@ def _rows(event: Record | None) -> list[int] | None:
     rows = (event or {}).get("rows")
     fits = isinstance(rows, list) and len(rows) == 2 and all(is_number(row) for row in rows)
     return [int(row) for row in rows] if fits and isinstance(rows, list) else None
+
+
+def _first_rows(events: Iterable[Record]) -> list[int] | None:
+    return next((rows for rows in map(_rows, events) if rows), None)
 
 
 def _line(event: Record) -> str:
