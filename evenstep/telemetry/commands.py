@@ -1,4 +1,4 @@
-"""The commands ``report``, ``diagnose``, ``watch``, ``rows`` and ``study``: their options, and the functions that they call.
+"""The commands ``report``, ``diagnose``, ``watch``, ``rows`` and ``study``: their options and functions.
 
 Every command imports what it needs when it runs, so that ``evenstep --help`` loads neither torch nor NumPy.
 """
@@ -53,9 +53,7 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     report = commands.add_parser(
         "report", help="make a page of a run's telemetry", description=REPORT, epilog=REPORT_EXAMPLES, **shared
     )
-    report.add_argument(
-        "runs", metavar="RUN", nargs="+", type=Path, help="directory of a run, or a log as for diagnose"
-    )
+    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="directory of a run, or a log (see diagnose)")
     report.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in the (first) run's directory")
     report.add_argument(
         "--fail-on",

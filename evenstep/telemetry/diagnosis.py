@@ -157,8 +157,8 @@ ADVICE: dict[str, str] = {
     "rate": "Look at the schedule of the learning rate at that step; a longer warm-up or a lower rate after a restart"
     " avoids the jump.",
     "growth": "Give a lower peak learning rate or a longer warm-up (optim.lr, optim.warmup).",
-    "batch": "Read the text of that batch; leave out documents like it, or bound their effect with StableSPAM, a clipped norm"
-    " (train.clip_norm) or SpikeGuard.",
+    "batch": "Read the text of that batch; leave out documents like it, or bound their effect with StableSPAM, a"
+    " clipped norm (train.clip_norm) or SpikeGuard.",
     "update": "Bound the gradient of a single tensor: StableSPAM or AdaClip clip entries, AdaGC clips tensors;"
     " SpikeGuard skips such steps.",
     "warning": "Normalise queries and keys (model.qk_norm) if attention logits grow, or lower the learning rate.",

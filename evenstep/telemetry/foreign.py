@@ -11,6 +11,7 @@ TensorBoard and W&B files are read with their packages, which are imported when 
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import re
@@ -71,11 +72,9 @@ def _load(path: Path) -> RunLog:
             return load_run(path)
         if state := _newest_trainer_state(path):
             return _as_run(path, state, _read_trainer_state(state))
-        if files := sorted(path.rglob("*.wandb")):
-            newest = max(files, key=lambda file: file.stat().st_mtime)
+        if (newest := _newest(path, "*.wandb")) is not None:
             return _as_run(path, newest, _read_wandb(newest))
-        if files := sorted(path.rglob("*tfevents*")):
-            newest = max(files, key=lambda file: file.stat().st_mtime)
+        if (newest := _newest(path, "*tfevents*")) is not None:
             return _as_run(path, newest.parent, _read_tensorboard(newest.parent))
         raise EvenstepError(f"{path} holds no log that evenstep reads; give {FORMATS}")
     readers: dict[str, Callable[[Path], list[Row]]] = {
@@ -102,6 +101,12 @@ def _newest_trainer_state(directory: Path) -> Path | None:
         if file.parent.name.rpartition("-")[2].isdecimal()
     }
     return numbered[max(numbered)] if numbered else None
+
+
+def _newest(directory: Path, pattern: str) -> Path | None:
+    """The newest file of a pattern in a directory or up to two levels below it."""
+    files = [file for place in ("", "*/", "*/*/") for file in directory.glob(place + pattern) if file.is_file()]
+    return max(files, key=lambda file: file.stat().st_mtime, default=None)
 
 
 # ---- rows of the formats ----
@@ -135,9 +140,7 @@ def _read_tensorboard(path: Path) -> list[Row]:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
         from tensorboard.util.tensor_util import make_ndarray
     except ImportError:
-        raise EvenstepError(
-            f"{path}: a TensorBoard log needs the package tensorboard; pip install tensorboard"
-        ) from None
+        raise EvenstepError(f"{path}: a TensorBoard log needs tensorboard; pip install tensorboard") from None
     events = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     rows: dict[int, Row] = {}
@@ -154,12 +157,12 @@ def _read_tensorboard(path: Path) -> list[Row]:
 
 def _read_wandb(path: Path) -> list[Row]:
     try:
-        from wandb.proto import wandb_internal_pb2
+        messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     except ImportError:
-        raise EvenstepError(f"{path}: a W&B run needs the package wandb; pip install wandb") from None
+        raise EvenstepError(f"{path}: a W&B run needs wandb; pip install wandb") from None
     rows = []
     for data in _leveldb_records(path.read_bytes()):
-        record: Any = wandb_internal_pb2.Record()
+        record = messages.Record()
         try:
             record.ParseFromString(data)
         except Exception:  # DecodeError, whose module depends on the version of protobuf
