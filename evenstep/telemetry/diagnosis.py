@@ -161,7 +161,7 @@ ADVICE: dict[str, str] = {
     " clipped norm (train.clip_norm) or SpikeGuard.",
     "update": "Bound the gradient of a single tensor: StableSPAM or AdaClip clip entries, AdaGC clips tensors;"
     " SpikeGuard skips such steps.",
-    "warning": "Normalise queries and keys (model.qk_norm) if attention logits grow, or lower the learning rate.",
+    "warning": "Lower the learning rate; if attention logits grow, normalise queries and keys (model.qk_norm).",
     "unexplained": "Lower the learning rate, or rewind to a checkpoint before this step and leave its batch out"
     " (SpikeGuard with the action rewind).",
     "weights_nonfinite": "Go back to a checkpoint before that step. If its batch is ordinary text, a weight was"
@@ -203,7 +203,7 @@ def diagnose(run: RunLog) -> list[Finding]:
     # An open incident before the loss of the weights led to it, and is told there.
     findings += rise_findings([incident for incident in incidents if lost is None or not incident.is_open])
     findings += nonfinite_finding(run, rest, log.losses, end)
-    findings += spike_findings(rest, followed=not log.losses)
+    findings += spike_findings(rest, others=bool(findings), followed=not log.losses)
     findings += lowbit_finding(rest)
     findings += guard_finding(log.events)
     findings += warning_findings(rest)
@@ -688,9 +688,9 @@ def nonfinite_finding(run: RunLog, events: Sequence[Record], losses: Losses, end
 # ---- gradient spikes, low-bit layers, the guard, warnings, slow divergence ----
 
 
-def spike_findings(events: Sequence[Record], *, followed: bool = False) -> list[Finding]:
-    """Findings of gradient spikes outside of incidents: each outstanding one, and all others together. ``followed``:
-    it is not known that the loss did not follow them."""
+def spike_findings(events: Sequence[Record], *, others: bool = False, followed: bool = False) -> list[Finding]:
+    """Findings of gradient spikes outside of incidents: each outstanding one, and all others together. ``others``:
+    spikes within incidents have been told. ``followed``: it is not known that the loss did not follow them."""
     calm = [] if followed else ["The loss did not follow."]
     spikes = [event for event in events if event["event"] == "spike"]
     findings, rest = [], []
@@ -724,7 +724,7 @@ def spike_findings(events: Sequence[Record], *, followed: bool = False) -> list[
         worst = max(rest, key=_ratio)
         names = _names(worst)
         at = f", at most x{_factor(_ratio(worst))} ({short(names[0])}, step {worst['step']})" if names else ""
-        sentences = [f"Gradients spiked on {_times(len(rest), 'step' if not findings else 'other step')}{at}."]
+        sentences = [f"Gradients spiked on {_times(len(rest), 'other step' if others or findings else 'step')}{at}."]
         often = [name for name, count in _counts(rest) if count > 2 and count > len(rest) / 3][:SHOWN]
         if often:
             sentences.append(f"Most often in {', '.join(short(name) for name in often)}.")
@@ -777,21 +777,19 @@ def guard_finding(events: Sequence[Record]) -> list[Finding]:
 
 
 def warning_findings(events: Sequence[Record]) -> list[Finding]:
-    """A finding for each kind of early warning, and of any other event that this module has no rule for."""
-    kinds = dict.fromkeys(event["event"] for event in events if event["event"] not in RULED)
+    """A finding for each quantity of early warnings, and for each kind of event that this module has no rule for."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for event in events:
+        if event["event"] not in RULED:
+            groups.setdefault((event["event"], str(event.get("quantity", ""))), []).append(event)
     findings = []
-    for kind in kinds:
-        own = [event for event in events if event["event"] == kind]
+    for (kind, _), own in groups.items():
         first = own[0]
-        sentences = [f"Step {first['step']}: {_line(first)}."]
+        sentences = [f"Early warning at step {first['step']}: {_line(first)}."]
         if len(own) > 1:
             sentences.append(f"The same was reported {_times(len(own) - 1, 'later time')}.")
-        findings.append(
-            Finding(
-                str(kind), "spikes", sentences, ADVICE["warning"], first["step"], _rows(first), list(_names(first)),
-                len(own),
-            )
-        )  # fmt: skip
+        rows, names, count = _rows(first), list(_names(first)), len(own)
+        findings.append(Finding(kind, "spikes", sentences, ADVICE["warning"], first["step"], rows, names, count))
     return findings
 
 
@@ -909,4 +907,4 @@ def _line(event: Record) -> str:
         line = event_line({key: value for key, value in event.items() if key != "rows"})
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         return str(event["event"])
-    return line.removeprefix(f"step {event['step']} ")
+    return line.removeprefix(f"step {event['step']} ").removeprefix("warning: ")

@@ -149,7 +149,8 @@ def _curves(run: RunLog) -> dict[str, Any]:
             if values is not None and values.size:
                 there = np.isfinite(values).any(1)
                 found[f"{column}_{name}"] = run.last[there].tolist(), reduce(values[there], axis=1).tolist()
-    return {name: _thinned(*series) for name, series in found.items() if series[0]}
+    # A series of zeros, such as the spike rate of a calm run, is no chart.
+    return {name: _thinned(*series) for name, series in found.items() if any(series[1])}
 
 
 def _thinned(steps: list[float], values: list[float]) -> dict[str, list[float]]:
@@ -254,7 +255,8 @@ def _event(event: dict[str, Any]) -> dict[str, Any]:
     return {
         "step": event["step"],
         "event": event["event"],
-        "where": ", ".join(short(str(tensor["name"])) for tensor in event.get("tensors", [])),
+        "where": ", ".join(short(str(tensor["name"])) for tensor in event.get("tensors", []))
+        or str(event.get("reason", "")),
         "count": event["count"] if is_number(event.get("count")) else 0,
         "size": _rounded(size) if 0 <= size < float("inf") else None,
         "before": _known(event.get("loss_before")),

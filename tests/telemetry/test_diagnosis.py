@@ -112,7 +112,7 @@ def test_events_after_a_rise_are_its_consequences_and_those_before_it_are_not():
     events = [spike(30, 12.0), spike(43, 20.0), spike(44, 30.0), event("reset", 45), spike(46, 15.0)]
     findings = diagnose(run(changed(s42=[7.0, 6.9, 6.5, 5.0, 4.0]), events))
     assert "The 3 later events are consequences." in findings[0].sentences and findings[0].events == 3
-    assert findings[1].sentences[0] == "Gradients spiked on 1 step, at most x12 (layers.1.mlp.up, step 30)."
+    assert findings[1].sentences[0] == "Gradients spiked on 1 other step, at most x12 (layers.1.mlp.up, step 30)."
     assert len(findings) == 2
 
 
@@ -131,11 +131,14 @@ def test_a_growing_rate_is_named_where_no_jump_is():
 
 
 def test_an_early_warning_before_the_loss_is_the_cause():
-    warning = event("attention_logits", 20, tensors=[{"name": "layers.0"}])
+    tensor = {"name": "layers.0", "value": 80.0, "usual": 20.0, "head": 1}
+    warning = event("warning", 20, quantity="attention_max", count=1, tensors=[tensor])
     found = first(changed(s50=[5.0, 5.5, 6.0] + [6.0] * 8), [warning, spike(49, 12.0)])
-    assert found.sentences[0].startswith("Loss rose at 50; 30 steps before, at 20, came the first warning")
-    [alone] = diagnose(run(events=[warning, warning | {"step": 25}]))
-    assert alone.sentences[-1] == "The same was reported 1 later time."
+    assert found.sentences[0].startswith("Loss rose at 50; 30 steps before, at 20, came the first warning: ")
+    assert "qk_norm" in found.advice
+    one, other = diagnose(run(events=[warning, warning | {"step": 25}, warning | {"quantity": "rms"}]))
+    assert one.sentences[0].startswith("Early warning at step 20: ")
+    assert one.sentences[1:] == ["The same was reported 1 later time."] and other.events == 1
 
 
 def test_a_rise_that_nothing_explains_says_so():
