@@ -502,7 +502,7 @@ def _warning_cause(log: Evidence, rise: Rise) -> Cause | None:
         return None
     first = warnings[0]
     clause = f"{rise.step - first['step']} steps before, at {first['step']}, came the first warning: {_line(first)}"
-    return Cause("warning", clause, first["step"], _rows(first), _names(first))
+    return Cause("warning", clause, first["step"], rows_of_event(first), _names(first))
 
 
 def _update_cause(log: Evidence, rise: Rise) -> Cause | None:
@@ -512,7 +512,7 @@ def _update_cause(log: Evidence, rise: Rise) -> Cause | None:
     if spike is None:
         return None
     clause = f"{_spiking(spike)} had spiked x{_factor(_ratio(spike))} at {spike['step']}"
-    return Cause("update", clause, spike["step"], _rows(spike), _names(spike), {"ratio": _ratio(spike)})
+    return Cause("update", clause, spike["step"], rows_of_event(spike), _names(spike), {"ratio": _ratio(spike)})
 
 
 def _growth_cause(log: Evidence, rise: Rise) -> Cause | None:
@@ -612,7 +612,12 @@ def lost_weights(log: Evidence, rises: Sequence[Rise]) -> Finding | None:
     head = [what[facts["event"]]]
     first = [e for e in log.within(since, since) if e["event"] in ("nonfinite", "skipped")]
     rise = next((r for r in rises if r.step < since and (r.until is None or r.until + log.reach >= since)), None)
-    rows, kind, names, begin = _rows(facts) or _first_rows(first), "weights_nonfinite", _names(facts), since
+    rows, kind, names, begin = (
+        rows_of_event(facts) or _first_rows(first),
+        "weights_nonfinite",
+        _names(facts),
+        since,
+    )
     numbers: dict[str, float] = {"since": since}
     if rise is not None:  # 1. The loss had risen before, for a cause of its own.
         cause = cause_of(log, rise)
@@ -666,10 +671,11 @@ def nonfinite_finding(run: RunLog, events: Sequence[Record], losses: Losses, end
     # Windows also count steps without an event of their own; with lost weights they would count the steps after it.
     count = max(int(counted), len(steps)) if math.isinf(end) else len(steps)
     first = next((event for event in own if event["step"] == steps[0]), None)
+    own_rows = rows_of_event(first)
     if first is None:
         head = f"The loss was not finite at step {steps[0]}."
     else:
-        rows = f", rows {_rows(first)[0]}-{_rows(first)[1]}" if _rows(first) else ""  # type: ignore[index]
+        rows = f", rows {own_rows[0]}-{own_rows[1]}" if own_rows else ""
         verb = "skipped" if first["event"] == "skipped" else "applied"
         what = f"The gradient of {_some(first)}" if _names(first) else "A gradient"
         done = "" if _names(first)[:1] == (ALL,) else f", and was {verb}"
@@ -679,9 +685,8 @@ def nonfinite_finding(run: RunLog, events: Sequence[Record], losses: Losses, end
         sentences.append(f"The others were at {_listed(steps[1:])}.")
     names = list(_names(first))
     kind = "overflow" if first is not None and _is_single(first) and steps[0] not in bad_losses else "nonfinite"
-    rows_found = _rows(first) if first is not None else None
     return [
-        Finding("nonfinite", "spikes", sentences, ADVICE[kind], steps[0], rows_found, names, len(own), {"steps": count})
+        Finding("nonfinite", "spikes", sentences, ADVICE[kind], steps[0], own_rows, names, len(own), {"steps": count})
     ]
 
 
@@ -710,7 +715,7 @@ def spike_findings(events: Sequence[Record], *, others: bool = False, followed: 
         rest = sorted([*rest, *(spike for spike, _ in large[1:])], key=lambda spike: spike["step"])
         large = large[:1]
     for spike, count in sorted(large, key=lambda one: -_ratio(one[0])):
-        where = f", rows {rows[0]}-{rows[1]}" if (rows := _rows(spike)) else ""
+        where = f", rows {rows[0]}-{rows[1]}" if (rows := rows_of_event(spike)) else ""
         text = f"{_spiking(spike)} spiked x{_factor(_ratio(spike))} at step {spike['step']}{where}."
         sentences = [text[0].upper() + text[1:], *consequences(count), *calm]
         kind = "batch" if spike.get("rows") and not _is_single(spike) else "update"
@@ -732,7 +737,7 @@ def spike_findings(events: Sequence[Record], *, others: bool = False, followed: 
         numbers = {"steps": len(rest), "ratio": _ratio(worst)}
         findings.append(
             Finding(
-                "spikes", "spikes", sentences, ADVICE["spikes"], worst["step"], _rows(worst), list(names),
+                "spikes", "spikes", sentences, ADVICE["spikes"], worst["step"], rows_of_event(worst), list(names),
                 len(rest) + following, numbers,
             )
         )  # fmt: skip
@@ -773,7 +778,7 @@ def guard_finding(events: Sequence[Record]) -> list[Finding]:
     first = own[0]
     reason = f": {first['reason']}" if first.get("reason") else ""
     sentences = [f"The guard {done}, first at step {first['step']}{reason}."]
-    return [Finding("guard", "spikes", sentences, "", first["step"], _rows(first), [], len(own), dict(counts))]
+    return [Finding("guard", "spikes", sentences, "", first["step"], rows_of_event(first), [], len(own), dict(counts))]
 
 
 def warning_findings(events: Sequence[Record]) -> list[Finding]:
@@ -788,7 +793,7 @@ def warning_findings(events: Sequence[Record]) -> list[Finding]:
         sentences = [f"Early warning at step {first['step']}: {_line(first)}."]
         if len(own) > 1:
             sentences.append(f"The same was reported {_times(len(own) - 1, 'later time')}.")
-        rows, names, count = _rows(first), list(_names(first)), len(own)
+        rows, names, count = rows_of_event(first), list(_names(first)), len(own)
         findings.append(Finding(kind, "spikes", sentences, ADVICE["warning"], first["step"], rows, names, count))
     return findings
 
@@ -891,14 +896,15 @@ def _number(event: Record, key: str) -> float:
     return float(event[key]) if is_number(event.get(key)) else math.nan
 
 
-def _rows(event: Record | None) -> list[int] | None:
+def rows_of_event(event: Record | None) -> list[int] | None:
+    """The data rows of an event, the first and one past the last; None without valid ones."""
     rows = (event or {}).get("rows")
     fits = isinstance(rows, list) and len(rows) == 2 and all(is_number(row) for row in rows)
     return [int(row) for row in rows] if fits and isinstance(rows, list) else None
 
 
 def _first_rows(events: Iterable[Record]) -> list[int] | None:
-    return next((rows for rows in map(_rows, events) if rows), None)
+    return next((rows for rows in map(rows_of_event, events) if rows), None)
 
 
 def _line(event: Record) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evenstep.errors import EvenstepError
-from evenstep.telemetry.diagnosis import diagnose, level_of, loss_summary, rows_command
+from evenstep.telemetry.diagnosis import diagnose, level_of, loss_summary, rows_command, rows_of_event
 from evenstep.telemetry.facts import FACTS, facts
 from evenstep.telemetry.lines import event_line, short
 from evenstep.telemetry.runlog import RunLog, Series, is_number, matrix
@@ -93,7 +93,7 @@ def _run(run: RunLog, cells: int) -> dict[str, Any]:
         "notes": notes,
         "level": level_of(findings),
         "verdict": [*(finding.text for finding in findings), *filter(None, [loss_summary(run)] if findings else [])],
-        "findings": [finding.as_json() for finding in findings],
+        "findings": [finding.as_json() | {"texts": _texts(run, finding.rows)} for finding in findings],
         "rows_command": rows_command(run),
         "facts": {name: _rounded(value) for name, value in found.items()},
         "config": [[name, _text(value)] for name, value in _flat(run.config)],
@@ -101,7 +101,7 @@ def _run(run: RunLog, cells: int) -> dict[str, Any]:
         "curves": _curves(run),
         "heat": _heat(run.names, run.first, run.last, run.columns, FIELDS, cells),
         "lowbit": _lowbit(run, cells),
-        "events": sorted((_event(event) for event in events[:EVENTS]), key=lambda event: event["step"]),
+        "events": sorted((_event(run, event) for event in events[:EVENTS]), key=lambda event: event["step"]),
         "steps": run.steps,
     }
 
@@ -244,14 +244,17 @@ def _size(event: dict[str, Any]) -> float:
     return max((float(ratio) for ratio in ratios if is_number(ratio)), default=0.0)
 
 
-def _event(event: dict[str, Any]) -> dict[str, Any]:
+def _texts(run: RunLog, rows: list[int] | None) -> list[tuple[int, str]]:
+    return run.texts.get((rows[0], rows[1]), []) if rows else []
+
+
+def _event(run: RunLog, event: dict[str, Any]) -> dict[str, Any]:
     try:
         line = event_line(event)
     # The event may be damaged, or come from another version.
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         line = f"step {event['step']} {event['event']}"
-    size, rows = _size(event), event.get("rows")
-    fits = isinstance(rows, list) and len(rows) == 2 and all(is_number(row) for row in rows)
+    size, rows = _size(event), rows_of_event(event)
     return {
         "step": event["step"],
         "event": event["event"],
@@ -261,7 +264,8 @@ def _event(event: dict[str, Any]) -> dict[str, Any]:
         "size": _rounded(size) if 0 <= size < float("inf") else None,
         "before": _known(event.get("loss_before")),
         "after": _known(event.get("loss_after")),
-        "rows": rows if fits else None,
+        "rows": rows,
+        "texts": _texts(run, rows),
         "line": line,
     }
 

@@ -34,7 +34,8 @@ class RunLog:
 
     ``train`` and ``validation`` are the records of the log, ``windows``, ``events`` and ``lowbit`` those of telemetry,
     all in the order of their steps. The ``parameters`` records are kept as arrays: ``first`` and ``last`` are the steps
-    ``[n]`` of each record, and ``columns`` maps a name to its values ``[n, k]``, NaN where they are missing.
+    ``[n]`` of each record, and ``columns`` maps a name to its values ``[n, k]``, NaN where they are missing. ``texts``
+    maps data rows (first, and one past the last) to numbers of rows and their texts, where these have been looked up.
     """
 
     name: str
@@ -53,6 +54,7 @@ class RunLog:
     first: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     last: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     columns: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    texts: dict[tuple[int, int], list[tuple[int, str]]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:

@@ -112,7 +112,7 @@ E.eventSection = (runs) => {
     ...(runs.length > 1 ? [{ name: "run", title: "run" }] : []),
     { name: "step", title: "step", number: true },
     { name: "event", title: "event", text: (row) => E.KINDS[row.event] ?? row.event },
-    { name: "size", title: "times its mean", number: true },
+    { name: "size", title: "× mean", number: true },
     { name: "where", title: "where", text: whereCell },
     { name: "before", title: "loss before", number: true },
     { name: "after", title: "loss after", number: true },
