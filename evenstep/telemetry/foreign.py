@@ -120,9 +120,7 @@ def _read_trainer_state(path: Path) -> list[Row]:
     history = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(history, list):
         raise EvenstepError(f"{path} has no log_history; give trainer_state.json as transformers writes it")
-    # The last entry holds the mean loss of the whole training.
-    entries = [entry for entry in history if isinstance(entry, dict) and "train_runtime" not in entry]
-    return [_numbers(entry.items()) for entry in entries]
+    return [_numbers(entry.items()) for entry in history if isinstance(entry, dict)]
 
 
 def _read_csv(path: Path) -> list[Row]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 import sys
 
 import numpy as np
@@ -28,7 +29,7 @@ from evenstep.telemetry.diagnosis import (
     rate_jumps,
     spike_findings,
 )
-from evenstep.telemetry.foreign import load_log
+from evenstep.telemetry.foreign import _leveldb_records, load_log
 from evenstep.telemetry.runlog import run_of
 
 # ---- rules, on recorded numbers ----
@@ -191,7 +192,7 @@ def test_why_weights_are_lost(name):
 def test_weights_that_a_rate_jump_ruined_name_the_jump():
     lost = event("weights_nonfinite", 55, since=50, rows=[5, 6], count=1, tensors=[{"name": "a"}])
     losses = [*changed(s42=[9.0] * 8)[:49], *[None] * 11]
-    found = first(losses, [spike(42, 80.0), lost], lrs=[1e-3] * 40 + [1.0] * 20)
+    [found] = diagnose(run(losses, [spike(42, 80.0), lost], lrs=[1e-3] * 40 + [1.0] * 20))
     assert found.sentences[0].startswith(
         "Weights are NaN since step 50; the loss had risen at 42; the learning rate had risen 1000 times at 41"
     )
@@ -435,6 +436,17 @@ def test_wandb_offline(tmp_path, monkeypatch):
     own.finish()
     log = load_log(tmp_path)
     assert diagnose(log)[0].sentences[0] == SENTENCE and len(log.train) == 60
+
+
+def test_records_of_a_wandb_file_that_cross_its_blocks():
+    header, block = struct.Struct("<IHB"), 32768
+    whole = b"a" * (block - 7 - 7 - 3)  # leaves 3 bytes in the first block, too few for a header
+    pieces = b"b" * (block - 7), b"c" * (block - 7), b"d" * 5
+    data = b":W&B" + b"\xe1\xbe\x00" + header.pack(0, len(whole), 1) + whole + bytes(3)
+    for kind, piece in zip((2, 3, 4), pieces, strict=True):
+        data += header.pack(0, len(piece), kind) + piece
+    assert list(_leveldb_records(data)) == [whole, b"".join(pieces)]
+    assert list(_leveldb_records(b":W&B")) == []
 
 
 @pytest.mark.parametrize(("module", "file"), [("tensorboard", "events.out.tfevents.1"), ("wandb", "run.wandb")])
