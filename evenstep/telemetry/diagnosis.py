@@ -776,9 +776,11 @@ def guard_finding(events: Sequence[Record]) -> list[Finding]:
     verbs = {"skip": "skipped a step", "lower_lr": "lowered the rate", "rewind": "rewound", "stop": "stopped the run"}
     done = " and ".join(f"{verbs.get(action, action)} {_times(count)}" for action, count in counts.items())
     first = own[0]
+    # The step of the log is the one that training goes on from; after a rewind it is before the bad one.
+    step = int(first["bad_step"]) if is_number(first.get("bad_step")) else first["step"]
     reason = f": {first['reason']}" if first.get("reason") else ""
-    sentences = [f"The guard {done}, first at step {first['step']}{reason}."]
-    return [Finding("guard", "spikes", sentences, "", first["step"], rows_of_event(first), [], len(own), dict(counts))]
+    sentences = [f"The guard {done}, first at step {step}{reason}."]
+    return [Finding("guard", "spikes", sentences, "", step, rows_of_event(first), [], len(own), dict(counts))]
 
 
 def warning_findings(events: Sequence[Record]) -> list[Finding]:

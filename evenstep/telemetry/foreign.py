@@ -71,7 +71,7 @@ def _load(path: Path) -> RunLog:
         if any((path / name).exists() for name in ("metrics.jsonl", "config.toml")):
             return load_run(path)
         if state := _newest_trainer_state(path):
-            return _as_run(path, state, _read_trainer_state(state))
+            return _with_guard(_as_run(path, state, _read_trainer_state(state)), state)
         if (newest := _newest(path, "*.wandb")) is not None:
             return _as_run(path, newest, _read_wandb(newest))
         if (newest := _newest(path, "*tfevents*")) is not None:
@@ -84,7 +84,8 @@ def _load(path: Path) -> RunLog:
         ".wandb": _read_wandb,
     }
     if path.suffix in readers:
-        return _as_run(path, path, readers[path.suffix](path))
+        run = _as_run(path, path, readers[path.suffix](path))
+        return _with_guard(run, path) if path.suffix == ".json" else run
     if "tfevents" in path.name:
         return _as_run(path, path, _read_tensorboard(path))
     return load_run(path)
@@ -113,6 +114,11 @@ def _newest(directory: Path, pattern: str) -> Path | None:
 
 
 def _read_trainer_state(path: Path) -> list[Row]:
+    return [_numbers(entry.items()) for entry in _history(path)]
+
+
+def _history(path: Path) -> list[dict[str, Any]]:
+    """The entries of the log of a trainer_state.json."""
     try:
         state = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (ValueError, RecursionError):
@@ -120,7 +126,17 @@ def _read_trainer_state(path: Path) -> list[Row]:
     history = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(history, list):
         raise EvenstepError(f"{path} has no log_history; give trainer_state.json as transformers writes it")
-    return [_numbers(entry.items()) for entry in history if isinstance(entry, dict)]
+    return [entry for entry in history if isinstance(entry, dict)]
+
+
+def _with_guard(run: RunLog, path: Path) -> RunLog:
+    """``run`` with the decisions that the callback of a `SpikeGuard` has added to trainer_state.json."""
+    for entry in _history(path):
+        if isinstance(entry.get("guard"), str) and is_step(entry.get("step")):
+            facts = {"action": entry["guard"], "reason": str(entry.get("guard_reason", "")), "bad_step": entry["step"]}
+            run.events.append({"kind": "event", "event": "guard", "step": entry["step"], **facts})
+    run.events.sort(key=lambda event: event["step"])
+    return run
 
 
 def _read_csv(path: Path) -> list[Row]:

@@ -82,7 +82,7 @@ LINES: dict[str, Callable[[Event], str]] = {
     "weights_nonfinite": _weights,
     "stays_nonfinite": lambda event: f"gradients have not been finite since step {event['since']}",
     "reset": lambda event: "moments reset",
-    "guard": lambda event: f"guard: {event['action']}, {event['reason']}",
+    "guard": lambda event: f"guard: {event['action']} at step {event['bad_step']}, {event['reason']}",
     "useless": lambda event: f"gradient below sqrt(3) times its quantisation noise in {_tensors(event)}",
 }
 """Kind of an event -> the text of its line, after the step."""

@@ -29,6 +29,7 @@ from evenstep.telemetry.diagnosis import diagnose, level_of, loss_summary, rows_
 from evenstep.telemetry.facts import FACTS, facts
 from evenstep.telemetry.lines import event_line, short
 from evenstep.telemetry.runlog import RunLog, Series, is_number, matrix
+from evenstep.telemetry.schema import is_step
 
 SCRIPTS = ("uplot.min.js", "format.js", "charts.js", "heat.js", "tables.js", "page.js")
 STYLES = ("uplot.min.css", "page.css")
@@ -256,7 +257,7 @@ def _event(run: RunLog, event: dict[str, Any]) -> dict[str, Any]:
         line = f"step {event['step']} {event['event']}"
     size, rows = _size(event), rows_of_event(event)
     return {
-        "step": event["step"],
+        "step": event["bad_step"] if is_step(event.get("bad_step")) else event["step"],
         "event": event["event"],
         "where": ", ".join(short(str(tensor["name"])) for tensor in event.get("tensors", []))
         or str(event.get("reason", "")),

@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import subprocess
 import sys
 
 import numpy as np
@@ -233,7 +234,7 @@ def test_spikes_without_an_effect_are_grouped_and_an_outstanding_one_is_not():
 
 def test_what_a_guard_did_is_told():
     events = [
-        event("guard", 30 + i, action=action, reason="the loss is 9, usually 2", rows=[1, 2])
+        event("guard", 20 + i, bad_step=30 + i, action=action, reason="the loss is 9, usually 2", rows=[1, 2])
         for i, action in enumerate(["skip", "skip", "rewind"])
     ]
     [found] = diagnose(run(events=events))
@@ -377,6 +378,7 @@ SENTENCE = "Loss rose at 410; the learning rate had risen 100 times at 400."
 
 def test_trainer_state_of_transformers(tmp_path):
     entries = [{"step": s, "loss": x, "learning_rate": lr, "grad_norm": g, "epoch": 0.1} for s, x, lr, g in history()]
+    entries += [{"step": 405, "guard": "skip", "guard_reason": "the loss is 9, usually 3"}]
     entries += [{"step": 600, "eval_loss": 4.0}, {"step": 600, "train_runtime": 9.0, "train_loss": 99.0}]
     checkpoint = tmp_path / "out" / "checkpoint-600"
     checkpoint.mkdir(parents=True)
@@ -389,6 +391,7 @@ def test_trainer_state_of_transformers(tmp_path):
         assert log.series("val_loss") == ([600], [4.0]) and max(log.losses()[1]) < 99
         assert "It lacks the numbers of single tensors and data rows" in log.notes[0]
         assert "of one in 10 steps" in log.notes[0]
+        assert "The guard skipped a step once, first at step 405: the loss is 9, usually 3." in as_text(log)
 
 
 def test_a_nan_of_transformers_is_found(tmp_path):
@@ -424,16 +427,22 @@ def test_tensorboard(tmp_path):
     assert diagnose(load_log(tmp_path))[0].sentences[0] == SENTENCE
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_wandb_offline(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    own = wandb.init(project="x", dir=str(tmp_path), mode="offline", reinit="create_new")
-    for step, loss, rate, norm in history():
-        padding = {f"other/{i}": "x" * 40 for i in range(20)}  # records that cross the blocks of 32 KiB
-        names = {"train/loss": loss, "train/learning_rate": rate, "train/grad_norm": norm, "train/global_step": step}
-        own.log(names | padding)
-    own.finish()
+WANDB = """
+import json, sys, wandb
+own = wandb.init(project="x", dir=sys.argv[1], mode="offline", settings=wandb.Settings(silent=True))
+for step, loss, rate, norm in json.load(sys.stdin):
+    padding = {f"other/{i}": "x" * 40 for i in range(20)}  # records that cross the blocks of 32 KiB
+    names = {"train/loss": loss, "train/learning_rate": rate, "train/grad_norm": norm, "train/global_step": step}
+    own.log(names | padding)
+own.finish()
+"""
+
+
+def test_wandb_offline(tmp_path):
+    pytest.importorskip("wandb")
+    # A process of its own: wandb writes the last block of the file when the program ends.
+    command = [sys.executable, "-c", WANDB, str(tmp_path)]
+    subprocess.run(command, input=json.dumps([*history()]), text=True, check=True, capture_output=True, timeout=120)
     log = load_log(tmp_path)
     assert diagnose(log)[0].sentences[0] == SENTENCE and len(log.train) == 60
 

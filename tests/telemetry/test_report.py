@@ -607,7 +607,7 @@ def test_the_table_of_events_is_whole_at_any_width(browser, tmp_path, width):
     try:
         run = write_run(tmp_path / "run")
         (run / "config.toml").write_text('[data]\nsource = "stdlib"\n')
-        guard = event("guard", 103, action="skip", reason="the loss is 9, usually 2", rows=[1, 2])
+        guard = event("guard", 100, bad_step=103, action="skip", reason="the loss is 9, usually 2", rows=[1, 2])
         with open(run / "metrics.jsonl", "a") as file:
             file.write(json.dumps(guard) + "\n")
         shown(browser, tmp_path, run)
