@@ -1,4 +1,4 @@
-"""The commands ``report``, ``watch``, ``rows`` and ``study``: their options, and the functions that they call.
+"""The commands ``report``, ``diagnose``, ``watch``, ``rows`` and ``study``: their options and functions.
 
 Every command imports what it needs when it runs, so that ``evenstep --help`` loads neither torch nor NumPy.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evenstep.telemetry.runlog import RunLog
 
 REPORT = """\
 Write one HTML file that shows RUN, or several runs side by side: losses, spikes, gradient norms, clipping, moment
@@ -19,6 +22,20 @@ examples:
   evenstep report runs/NAME                                    writes runs/NAME/report.html
   evenstep report runs/a runs/b --out compare.html             two runs side by side
   evenstep report runs/NAME --fail-on 'spike_rate>0.02'        status 1 if the condition holds, for CI
+"""
+
+DIAGNOSE = """\
+Say in words how a run went: what happened first, where, because of what, what followed from it, and what to try.
+Reads a run of evenstep, a metrics.jsonl, the trainer_state.json of transformers, a TensorBoard folder, a W&B offline
+run, or a CSV file with a column of steps and one of losses, and says what a log lacks. evenstep report draws the same
+logs as a page.
+"""
+
+DIAGNOSE_EXAMPLES = """\
+examples:
+  evenstep diagnose runs/NAME
+  evenstep diagnose output/checkpoint-500/trainer_state.json
+  evenstep diagnose lightning_logs/version_0/metrics.csv --json
 """
 
 ROWS = """\
@@ -39,7 +56,7 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     report = commands.add_parser(
         "report", help="make a page of a run's telemetry", description=REPORT, epilog=REPORT_EXAMPLES, **shared
     )
-    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="directory of a run, or a metrics.jsonl")
+    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="directory of a run, or a log (see diagnose)")
     report.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in the (first) run's directory")
     report.add_argument(
         "--fail-on",
@@ -49,6 +66,17 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
         help="exit with status 1 if it holds for a run, such as 'spike_rate>0.02'; may be repeated",
     )
     report.set_defaults(run_command=_report)
+
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="say in words what went wrong in a run, and why",
+        description=DIAGNOSE,
+        epilog=DIAGNOSE_EXAMPLES,
+        **shared,
+    )
+    diagnose.add_argument("run", metavar="RUN|FILE", type=Path, help="directory of a run, or a log of another trainer")
+    diagnose.add_argument("--json", action="store_true", help="print the findings as JSON")
+    diagnose.set_defaults(run_command=_diagnose)
 
     watch = commands.add_parser(
         "watch",
@@ -83,11 +111,13 @@ def _report(args: argparse.Namespace) -> None:
     from evenstep.errors import EvenstepError
     from evenstep.paths import leaves
     from evenstep.telemetry.facts import check_conditions, parse_condition
+    from evenstep.telemetry.foreign import load_log
     from evenstep.telemetry.page import write_report
-    from evenstep.telemetry.runlog import load_run
 
     conditions = [parse_condition(text) for text in args.fail_on]
-    runs = [load_run(path) for path in args.runs]
+    runs = [load_log(path) for path in args.runs]
+    for run in runs:
+        _look_up_texts(run)
     first = runs[0].path
     place = first if first.is_dir() else first.parent
     if args.out is None and leaves(place, "report.html"):
@@ -99,6 +129,47 @@ def _report(args: argparse.Namespace) -> None:
         for note in run.notes:
             print(f"{run.name}: {note}")
     check_conditions(conditions, runs)
+
+
+TEXTS = 20
+"""Largest number of events of a report that show the text of their data rows."""
+
+TEXT_ROWS, TEXT_LENGTH = 4, 240
+"""Rows of an event that a report shows, and characters of each."""
+
+
+def _look_up_texts(run: RunLog) -> None:
+    """Set ``run.texts``: the beginnings of the rows of its findings and first events. Only for a run whose tokens are
+    in the cache; for all others the report shows the command that prints the rows."""
+    from evenstep.errors import EvenstepError
+    from evenstep.telemetry.diagnosis import diagnose, rows_command, rows_of_event
+
+    if rows_command(run) is None:
+        return
+    found = [*(finding.rows for finding in diagnose(run)), *map(rows_of_event, run.events)]
+    ranges = list(dict.fromkeys((rows[0], rows[1]) for rows in found if rows and 0 <= rows[0] < rows[1]))[:TEXTS]
+    if not ranges:
+        return
+    try:
+        from evenstep.train.runs import prepared_rows
+
+        read = prepared_rows(run.path)
+        if read is None:
+            return
+        for start, stop in ranges:
+            texts = [text[:TEXT_LENGTH] for _, text in read(start, min(stop, start + TEXT_ROWS))]
+            run.texts[start, stop] = list(enumerate(texts, start))
+    except (EvenstepError, OSError, ValueError, ImportError):
+        run.texts = {}  # the command tells why
+
+
+def _diagnose(args: argparse.Namespace) -> None:
+    from evenstep.console import printable
+    from evenstep.telemetry.diagnosis import as_json, as_text
+    from evenstep.telemetry.foreign import load_log
+
+    run = load_log(args.run)
+    print(as_json(run) if args.json else printable(as_text(run)))
 
 
 def _watch(args: argparse.Namespace) -> None:

@@ -1,5 +1,5 @@
-"""How a run went, in a few numbers and sentences: for the head of the report, for the comparison of runs, and for
-conditions in continuous integration (``evenstep report --fail-on``)."""
+"""How a run went, in a few numbers: for the head of the report, for the comparison of runs, and for conditions in
+continuous integration (``evenstep report --fail-on``). diagnosis.py says it in words."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from evenstep.errors import EvenstepError, nearest
-from evenstep.telemetry.lines import short
 from evenstep.telemetry.runlog import RunLog, is_number
-from evenstep.telemetry.schema import Record
 
 FACTS: dict[str, str] = {
     "steps": "steps done",
@@ -44,7 +42,7 @@ def facts(run: RunLog) -> dict[str, float]:
         values = run.series(name)[1]
         if values:
             found[name] = values[-1]
-    if run.windows:
+    if run.windows or run.events:
         rates = [w["spike_rate"] for w in run.windows if is_number(w.get("spike_rate"))]
         found |= {"spike_rate": max(rates)} if rates else {}
         kinds = [event["event"] for event in run.events]
@@ -64,64 +62,6 @@ def facts(run: RunLog) -> dict[str, float]:
     errors = [layer.get("gradient_error") for record in run.lowbit for layer in record["layers"].values()]
     known = [error for error in errors if is_number(error)]
     return found | ({"gradient_error": max(known)} if known else {})
-
-
-def verdict(run: RunLog) -> tuple[str, list[str]]:
-    """How the run went, in words.
-
-    Returns:
-        A level, ``"good"``, ``"spikes"``, ``"bad"`` or, without telemetry, ``""``; and sentences, the worst first.
-    """
-    found, bad, said = facts(run), [], []
-    for event in run.events:
-        since, rows = event.get("since"), event.get("rows")
-        where = (
-            f"; the first bad data rows are {rows[0]}-{rows[1]}" if isinstance(rows, list) and len(rows) == 2 else ""
-        )
-        if event["event"] == "weights_nonfinite":
-            bad.append(f"The weights are not finite since step {since}{where}. Go back to a checkpoint before it.")
-        elif event["event"] == "stays_nonfinite":
-            bad.append(f"Gradients were not finite on many steps in a row from step {since}{where}.")
-    skipped, loss_spikes = int(found.get("skipped", 0)), int(found.get("loss_spikes", 0))
-    if skipped and not bad:
-        said.append(f"Gradients were not finite on {_times(skipped, 'step')}.")
-    if found.get("unrecovered"):
-        bad.append("The loss has not recovered from its last spike.")
-    elif loss_spikes:
-        within = _times(int(found["recovery_steps"]), "step")
-        said.append(f"The loss spiked {_times(loss_spikes)} and recovered within {within}.")
-    spikes = [event for event in run.events if event["event"] == "spike"]
-    if spikes:
-        worst = max(spikes, key=_ratio)
-        name = next((short(str(tensor["name"])) for tensor in worst.get("tensors", [])), "")
-        at = f", at most x{_ratio(worst):.0f} ({name}, step {worst['step']})" if name else ""
-        said.append(f"Gradients spiked on {_times(len(spikes), 'step')}{at}.")
-    if run.windows and not bad and not said:
-        said.append("Calm: no gradient or loss spiked, and all of them were finite.")
-        level = "good"
-    else:
-        level = "bad" if bad else "spikes" if said else ""
-    losses = run.losses()[1]
-    if len(losses) > 1:
-        few = max(1, min(20, len(losses) // 2))
-        ends = f"from {_level(losses[:few])} to {_level(losses[-few:])}"
-        said.append(f"The loss went {ends} in {_times(run.steps, 'step')}.")
-    return level, [*bad[:2], *said]
-
-
-def _times(n: int, what: str = "") -> str:
-    if what:
-        return f"{n:,} {what}{'' if n == 1 else 's'}"
-    return "once" if n == 1 else f"{n:,} times"
-
-
-def _level(values: list[float]) -> str:
-    return f"{float(np.median(values)):.4g}"
-
-
-def _ratio(event: Record) -> float:
-    ratios = [tensor.get("ratio") for tensor in event.get("tensors", [])]
-    return max((float(ratio) for ratio in ratios if is_number(ratio)), default=0.0)
 
 
 _COUNTED = {

@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-import shlex
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -26,9 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evenstep.errors import EvenstepError
-from evenstep.telemetry.facts import FACTS, facts, verdict
+from evenstep.telemetry.diagnosis import diagnose, level_of, loss_summary, rows_command, rows_of_event
+from evenstep.telemetry.facts import FACTS, facts
 from evenstep.telemetry.lines import event_line, short
 from evenstep.telemetry.runlog import RunLog, Series, is_number, matrix
+from evenstep.telemetry.schema import is_step
 
 SCRIPTS = ("uplot.min.js", "format.js", "charts.js", "heat.js", "tables.js", "page.js")
 STYLES = ("uplot.min.css", "page.css")
@@ -82,7 +83,7 @@ def payload(runs: list[RunLog], *, live: bool = False) -> dict[str, Any]:
 
 def _run(run: RunLog, cells: int) -> dict[str, Any]:
     found = facts(run)
-    level, sentences = verdict(run)
+    findings = diagnose(run)
     events = sorted(run.events, key=_size, reverse=True)
     notes = list(run.notes)
     if len(events) > EVENTS:
@@ -91,16 +92,17 @@ def _run(run: RunLog, cells: int) -> dict[str, Any]:
         "name": run.name,
         "optimizer": run.optimizer,
         "notes": notes,
-        "level": level,
-        "verdict": sentences,
-        "rows_command": f"evenstep rows {shlex.quote(str(run.path))}" if "data" in run.config else None,
+        "level": level_of(findings),
+        "verdict": [*(finding.text for finding in findings), *filter(None, [loss_summary(run)] if findings else [])],
+        "findings": [finding.as_json() | {"texts": _texts(run, finding.rows)} for finding in findings],
+        "rows_command": rows_command(run),
         "facts": {name: _rounded(value) for name, value in found.items()},
         "config": [[name, _text(value)] for name, value in _flat(run.config)],
         "hardware": [[name, _text(run.summary[name])] for name in _HARDWARE if name in run.summary],
         "curves": _curves(run),
         "heat": _heat(run.names, run.first, run.last, run.columns, FIELDS, cells),
         "lowbit": _lowbit(run, cells),
-        "events": sorted((_event(event) for event in events[:EVENTS]), key=lambda event: event["step"]),
+        "events": sorted((_event(run, event) for event in events[:EVENTS]), key=lambda event: event["step"]),
         "steps": run.steps,
     }
 
@@ -148,7 +150,8 @@ def _curves(run: RunLog) -> dict[str, Any]:
             if values is not None and values.size:
                 there = np.isfinite(values).any(1)
                 found[f"{column}_{name}"] = run.last[there].tolist(), reduce(values[there], axis=1).tolist()
-    return {name: _thinned(*series) for name, series in found.items() if series[0]}
+    # A series of zeros, such as the spike rate of a calm run, is no chart.
+    return {name: _thinned(*series) for name, series in found.items() if any(series[1])}
 
 
 def _thinned(steps: list[float], values: list[float]) -> dict[str, list[float]]:
@@ -242,23 +245,28 @@ def _size(event: dict[str, Any]) -> float:
     return max((float(ratio) for ratio in ratios if is_number(ratio)), default=0.0)
 
 
-def _event(event: dict[str, Any]) -> dict[str, Any]:
+def _texts(run: RunLog, rows: list[int] | None) -> list[tuple[int, str]]:
+    return run.texts.get((rows[0], rows[1]), []) if rows else []
+
+
+def _event(run: RunLog, event: dict[str, Any]) -> dict[str, Any]:
     try:
         line = event_line(event)
     # The event may be damaged, or come from another version.
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         line = f"step {event['step']} {event['event']}"
-    size, rows = _size(event), event.get("rows")
-    fits = isinstance(rows, list) and len(rows) == 2 and all(is_number(row) for row in rows)
+    size, rows = _size(event), rows_of_event(event)
     return {
-        "step": event["step"],
+        "step": event["bad_step"] if is_step(event.get("bad_step")) else event["step"],
         "event": event["event"],
-        "where": ", ".join(short(str(tensor["name"])) for tensor in event.get("tensors", [])),
+        "where": ", ".join(short(str(tensor["name"])) for tensor in event.get("tensors", []))
+        or str(event.get("reason", "")),
         "count": event["count"] if is_number(event.get("count")) else 0,
         "size": _rounded(size) if 0 <= size < float("inf") else None,
         "before": _known(event.get("loss_before")),
         "after": _known(event.get("loss_after")),
-        "rows": rows if fits else None,
+        "rows": rows,
+        "texts": _texts(run, rows),
         "line": line,
     }
 

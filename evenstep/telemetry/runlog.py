@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ STEP_LISTS = ("losses", "norms", "norms_after", "lrs")
 class RunLog:
     """What is known of a run.
 
-    ``train`` and ``validation`` are the records of the log, ``windows``, ``events``, ``lowbit`` and ``activations``
-    those of telemetry, all in the order of their steps.
-    The ``parameters`` records are kept as arrays: ``first`` and ``last`` are the steps
-    ``[n]`` of each record, and ``columns`` maps a name to its values ``[n, k]``, NaN where they are missing.
+    ``train`` and ``validation`` are the records of the log, ``windows``, ``events``, ``lowbit`` and
+    ``activations`` those of telemetry, all in the order of their steps. The ``parameters`` records are kept as arrays: ``first`` and ``last`` are the steps
+    ``[n]`` of each record, and ``columns`` maps a name to its values ``[n, k]``, NaN where they are missing. ``texts``
+    maps data rows (first, and one past the last) to numbers of rows and their texts, where these have been looked up.
     """
 
     name: str
@@ -55,6 +55,7 @@ class RunLog:
     first: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     last: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     columns: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    texts: dict[tuple[int, int], list[tuple[int, str]]] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -80,18 +81,17 @@ class RunLog:
         return steps, values
 
     def rates(self) -> Series:
-        """Learning rates: those of the training records or, without these, those of the ``window`` records, which list
-        them where they change and otherwise hold the last one."""
-        found = self.series("lr")
-        if found[0]:
-            return found
+        """The learning rate of each step that has a known one: those of the ``window`` records, which list the rates
+        where they change and otherwise hold the last one, and those of the training records for all other steps."""
         points: dict[float, float] = {}
         for window in self.windows:
             several, last = window.get("lrs"), window.get("lr")
             ends = dict.fromkeys((window["first"], window["step"]), last)
             values: dict[int, Any] = dict(enumerate(several, window["first"])) if several else ends
             points.update({step: float(value) for step, value in values.items() if is_number(value)})
-        return [*points], [*points.values()]
+        points = dict(zip(*self.series("lr"), strict=True)) | points
+        steps = sorted(points)
+        return [*steps], [points[step] for step in steps]
 
     def losses(self) -> Series:
         """The loss of every step, or that of the training records where there is no telemetry."""
@@ -125,7 +125,10 @@ def load_run(path: Path) -> RunLog:
     try:
         if path.is_dir():
             check_own_file(path, metrics.name)
-        _read_metrics(run, metrics)
+        if not _read_records(run, iter_records(metrics)) and metrics == path:
+            raise EvenstepError(
+                f"{path} is no metrics.jsonl: none of its lines is a record; give the directory of a run"
+            )
     except FileNotFoundError:
         run.notes.append("metrics.jsonl is not there yet")
     except OSError as problem:
@@ -157,12 +160,25 @@ def _read_facts(run: RunLog, directory: Path) -> None:
             run.notes.append(f"{name} cannot be read: {problem}")
 
 
-def _read_metrics(run: RunLog, path: Path) -> None:
+def run_of(records: Iterable[Record], name: str, path: Path | None = None) -> RunLog:
+    """The run of records in their order, without a file.
+
+    >>> run_of([{"step": 10, "loss": 2.5}], "example").losses()
+    ([10], [2.5])
+    """
+    run = RunLog(name=name, path=path or Path(name))
+    _read_records(run, records)
+    return run
+
+
+def _read_records(run: RunLog, records: Iterable[Record | None]) -> bool:
+    """Add the records of a log to ``run``; None stands for a line that could not be read. False where there are lines,
+    and none of them could be read."""
     unreadable, misfits, unknown, total = 0, 0, set(), 0
     parameters: list[Record] = []
     readers = {"start": _start, "window": _window, "parameters": _parameters, "event": _event, "lowbit": _lowbit}
     readers["activations"] = _activations
-    for record in iter_records(path):
+    for record in records:
         total += 1
         if record is None:
             unreadable += 1
@@ -174,8 +190,6 @@ def _read_metrics(run: RunLog, path: Path) -> None:
             misfits += not readers[kind](run, record, parameters)
         else:
             unknown.add(str(kind))
-    if total == unreadable > 0 and path == run.path:  # the user named a file of another kind
-        raise EvenstepError(f"{path} is no metrics.jsonl: none of its lines is a record; give the directory of a run")
     _stack(run, parameters)
     if unreadable:
         run.notes.append(f"{_lines(unreadable)} of metrics.jsonl could not be read and {_are(unreadable)} left out")
@@ -186,6 +200,7 @@ def _read_metrics(run: RunLog, path: Path) -> None:
         run.notes.append(f"{_lines(misfits)} of telemetry did not fit its schema and {_are(misfits)} left out")
     if unknown:
         run.notes.append(f"lines of an unknown kind were left out: {', '.join(sorted(unknown))[:200]}")
+    return not total or unreadable < total
 
 
 def _lines(n: int) -> str:

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evenstep.errors import EvenstepError
 from evenstep.paths import check_own_file, read_own
@@ -29,6 +29,9 @@ from evenstep.train.config import Config
 from evenstep.train.config_io import build, config_file, read_toml
 from evenstep.train.files import is_running
 from evenstep.train.log import print_nothing, read_metrics
+
+if TYPE_CHECKING:
+    from evenstep.data.progress import PrepareProgress
 
 
 @dataclass(frozen=True)
@@ -271,17 +274,47 @@ def rows_of(directory: Path, start: int, stop: int) -> Iterator[tuple[str, str]]
     row, when ``directory`` is not a run, or when its data have changed.
     """
     tables = read_toml(config_file(directory))
-    model = tables.get("model")
-    if isinstance(model, dict) and "path" in model:
+    if _is_tuned(tables):
         return _tuning_rows(tables, start, stop)
-    return _training_rows(directory, build(tables), start, stop)
+    return _training_rows(directory, build(tables))(start, stop)
 
 
-def _training_rows(directory: Path, config: Config, start: int, stop: int) -> Iterator[tuple[str, str]]:
+def prepared_rows(directory: Path) -> Callable[[int, int], Iterator[tuple[str, str]]] | None:
+    """`rows_of` for several ranges of rows of one run, where that is cheap: None for a fine-tuning run, whose rows need
+    its model, for a source on the network, and where the tokens are not in the cache."""
+    tables = read_toml(config_file(directory))
+    if _is_tuned(tables):
+        return None
+    config = build(tables)
+    if config.data.source.startswith("hf:"):
+        return None
+    try:
+        return _training_rows(directory, config, progress=_refuse_work)
+    except _NotPrepared:
+        return None
+
+
+class _NotPrepared(Exception):
+    """The tokens of a run are not in the cache."""
+
+
+def _refuse_work(progress: PrepareProgress) -> None:
+    if not progress.note:  # a note is a fact about tokens that are there; anything else is work
+        raise _NotPrepared
+
+
+def _is_tuned(tables: dict[str, Any]) -> bool:
+    model = tables.get("model")
+    return isinstance(model, dict) and "path" in model
+
+
+def _training_rows(
+    directory: Path, config: Config, progress: Callable[[PrepareProgress], None] | None = None
+) -> Callable[[int, int], Iterator[tuple[str, str]]]:
     from evenstep.data import BatchLoader
     from evenstep.train.task import data_identity, load_data
 
-    data = load_data(config)
+    data = load_data(config, progress)
     newest = next(iter(list_checkpoints(directory / "checkpoints")), None)
     if newest is not None and read_trainer(newest)["data"] != data_identity(data):
         raise EvenstepError(
@@ -292,7 +325,7 @@ def _training_rows(directory: Path, config: Config, start: int, stop: int) -> It
     loader = BatchLoader(data.train, length, config.train.batch_size, config.seed)
     tokenizer = data.tokenizer
 
-    def rows() -> Iterator[tuple[str, str]]:
+    def rows(start: int, stop: int) -> Iterator[tuple[str, str]]:
         for row in range(start, stop):
             [window] = loader.sequence_ids(row, row + 1).tolist()
             tokens = data.train.read(window * length, (window + 1) * length + 1)
@@ -301,7 +334,7 @@ def _training_rows(directory: Path, config: Config, start: int, stop: int) -> It
                 tokenizer.decode(tokens.tolist()),
             )
 
-    return rows()
+    return rows
 
 
 def _tuning_rows(tables: dict[str, Any], start: int, stop: int) -> Iterator[tuple[str, str]]:

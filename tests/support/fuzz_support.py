@@ -22,6 +22,8 @@ from evenstep.data.shards import TokenStream
 from evenstep.data.tokenizer import train_bpe
 from evenstep.errors import EvenstepError
 from evenstep.models.hf import load_pretrained, read_config
+from evenstep.telemetry.diagnosis import as_json
+from evenstep.telemetry.foreign import load_log
 from evenstep.telemetry.page import page, payload
 from evenstep.telemetry.runlog import load_run
 from evenstep.train.checkpoint import find_fault, read_manifest, read_trainer, write_tensors
@@ -249,6 +251,17 @@ def _read_checkpoint(place: Path) -> None:
     facts_of_checkpoint(place)
 
 
+def _history(place: Path) -> None:
+    entries = [{"step": 10 * i, "loss": 3.0 - 0.01 * i, "grad_norm": 1.0, "learning_rate": 0.001} for i in range(1, 40)]
+    (place / "trainer_state.json").write_text(json.dumps({"log_history": entries[:3], "max_steps": 400}))
+    lines = [f"{entry['step']},{entry['loss']},{entry['learning_rate']}" for entry in entries]
+    (place / "losses.csv").write_text("step,loss,lr\n" + "\n".join(lines))
+
+
+def _diagnosed(name: str) -> Callable[[Path], object]:
+    return lambda place: as_json(load_log(place / name))
+
+
 TARGETS = {
     "recipe": Target("r.toml", _recipe, lambda place: load_config(place / "r.toml")),
     "jsonl": _documents("a.jsonl", _jsonl),
@@ -267,6 +280,8 @@ TARGETS = {
     "metrics": Target("run/metrics.jsonl", _run, _read_run),
     "summary": Target("run/summary.json", _run, _read_run),
     "run config": Target("run/config.toml", _run, _read_run),
+    "trainer state": Target("trainer_state.json", _history, _diagnosed("trainer_state.json")),
+    "csv log": Target("losses.csv", _history, _diagnosed("losses.csv")),
     "shards": Target("manifest.json", _shards, _read_shards),
     "config.json": Target("config.json", _pretrained, lambda place: (read_config(place), load_pretrained(place))),
     "weights": Target("model.safetensors", _pretrained, load_pretrained),

@@ -248,7 +248,7 @@ def test_the_rate_of_a_loop_of_ones_own_is_that_of_its_windows(tmp_path):
     assert run.rates() == ([1, 4, 5, 7], [0.5, 0.5, 0.4, 0.2])
     assert payload([run])["runs"][0]["curves"]["lr"] == {"x": [1, 4, 5, 7], "y": [0.5, 0.5, 0.4, 0.2]}
     run = write_lines(tmp_path / "m.jsonl", *lines, {"step": 8, "lr": 0.9})
-    assert run.rates() == ([8], [0.9])  # a trainer's own lines
+    assert run.rates() == ([1, 4, 5, 7, 8], [0.5, 0.5, 0.4, 0.2, 0.9])  # a trainer's own line, where no window has one
 
 
 def test_updates_over_weights_do_not_jump_where_weights_were_looked_at(tmp_path):
@@ -283,12 +283,12 @@ VERDICTS = {
     "stays": (
         [event("stays_nonfinite", 40, since=30, rows=[3, 4])],
         "bad",
-        "from step 30; the first bad data rows are 3-4",
+        "from step 30; the first bad batch is rows 3-4",
     ),
     "nan": (
         [SPIKE, event("weights_nonfinite", 40, since=31, rows=[264, 272], count=1, tensors=[{"name": "a"}])],
         "bad",
-        "The weights are not finite since step 31; the first bad data rows are 264-272.",
+        "Weights are NaN since step 31; the first bad batch is rows 264-272.",
     ),
 }  # fmt: skip
 
@@ -544,7 +544,7 @@ def test_the_page_says_first_what_went_wrong_and_a_click_shows_where(browser, tm
     assert first.get_attribute("id") == "verdict" and "bad" in first.find_element("tag name", "p").get_attribute(
         "class"
     )
-    assert first.text.startswith("The weights are not finite since step 261; the first bad data rows are 8320-8352.")
+    assert first.text.startswith("Weights are NaN since step 261; the first bad batch is rows 8320-8352.")
     legend = browser.find_element("css selector", "#loss").text
     assert all(kind in legend for kind in ("gradient not finite", "weights not finite", "loss spike", "spike"))
     assert browser.find_element("id", "rows").text.endswith(f"evenstep rows {run} 8320-8352")
@@ -562,6 +562,64 @@ def test_the_page_says_first_what_went_wrong_and_a_click_shows_where(browser, tm
     drag(browser, over, (0.5, 0.5), (0.5 + 3 / over.size["width"], 0.5))
     assert browser.execute_script("return E.range") == before
     assert complaints(browser) == []
+
+
+def test_findings_have_advice_rows_and_a_way_to_their_step(browser, tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "config.toml").write_text('[data]\nsource = "stdlib"\n')
+    log = load_run(run)
+    log.texts[3264, 3296] = [(3264, "To be"), (3265, "<b>or not</b>")]
+    path = tmp_path / "report.html"
+    path.write_text(page(payload([log]), "report"))
+    browser.get_log("browser")
+    browser.get(path.as_uri())
+    spike = next(f for f in browser.find_elements("css selector", "#verdict .finding") if "x143" in f.text)
+    assert "Try: " in spike.text and f"evenstep rows {run} 3264-3296" in spike.text and "To be" not in spike.text
+    spike.find_element("tag name", "summary").click()
+    assert "3264 To be" in spike.text and "<b>or not</b>" in spike.text
+    spike.find_element("tag name", "button").click()
+    assert browser.execute_script("return E.range") == [52, 152]
+    # Beside the event: the command and the text. Reading them does not move the charts.
+    cell = browser.find_element("css selector", "#events tbody tr")
+    assert f"evenstep rows {run} 3264-3296" in cell.text
+    browser.execute_script("E.show(...E.limits)")
+    cell.find_element("tag name", "code").click()
+    cell.find_element("tag name", "summary").click()
+    assert browser.execute_script("return E.range") == [0, 400] and "3264 To be" in cell.text
+    assert complaints(browser) == []
+
+
+def test_there_are_panels_and_tiles_only_for_what_was_measured(browser, tmp_path):
+    lines = [window(1, 40, losses=[3.0 - 0.01 * i for i in range(40)], lr=0.1, spike_rate=0.0)]
+    write_lines(tmp_path / "metrics.jsonl", *lines)
+    shown(browser, tmp_path, tmp_path)
+    heads = [head.text for head in browser.find_elements("css selector", "section h2")]
+    assert heads == ["Loss", "Learning rate"]
+    assert [tile.text.split("\n")[1] for tile in browser.find_elements("class name", "tile")] == ["steps"]
+    assert browser.find_element("id", "verdict").text.startswith("Calm: ")
+    assert complaints(browser) == []
+
+
+@pytest.mark.parametrize("width", [1300, 800, 390])
+def test_the_table_of_events_is_whole_at_any_width(browser, tmp_path, width):
+    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    try:
+        run = write_run(tmp_path / "run")
+        (run / "config.toml").write_text('[data]\nsource = "stdlib"\n')
+        guard = event("guard", 100, bad_step=103, action="skip", reason="the loss is 9, usually 2", rows=[1, 2])
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(guard) + "\n")
+        shown(browser, tmp_path, run)
+        table = browser.find_element("id", "events")
+        assert (
+            "the loss is 9, usually 2" in table.text
+            and "The guard skipped" in browser.find_element("id", "verdict").text
+        )
+        assert browser.execute_script("return arguments[0].scrollWidth - arguments[0].clientWidth", table) <= 1
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_two_runs_are_drawn_side_by_side(browser, tmp_path):

@@ -1,13 +1,14 @@
 """``evenstep rows``: the text of the rows that events name is the text that was trained on."""
 
 import json
+import shutil
 
 import pytest
 from train_support import quick, write_corpus
 
 from evenstep import cli
 from evenstep.errors import EvenstepError
-from evenstep.train.runs import parse_rows, rows_of
+from evenstep.train.runs import parse_rows, prepared_rows, rows_of
 from evenstep.train.trainer import Run
 
 
@@ -36,6 +37,27 @@ def test_rows_are_what_was_trained_on(trained, capsys):
     assert cli.main(["rows", str(folder / "run"), "5-7"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("== row 5: epoch 1, tokens ") and texts[5] in out and texts[6] in out and texts[7] not in out
+
+
+def test_a_report_shows_rows_only_where_their_tokens_are_in_the_cache(trained, capsys):
+    folder, _, texts = trained
+    run = folder / "run"
+    spike = {"kind": "event", "event": "spike", "step": 3, "count": 1, "tensors": [{"name": "a", "ratio": 400.0}]}
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(spike | {"rows": [8, 12]}) + "\n")
+    assert cli.main(["report", str(run)]) == 0
+    assert json.dumps(texts[9][:20])[1:-1] in (run / "report.html").read_text()
+    read = prepared_rows(run)
+    assert [text for _, text in read(8, 10)] == [text for _, text in rows_of(run, 8, 10)]
+    cache = folder / "cache"
+    cache.rename(folder / "away")
+    try:
+        assert prepared_rows(run) is None and not (cache / "tokens").exists()
+        assert cli.main(["report", str(run)]) == 0
+        assert texts[9][:20] not in (run / "report.html").read_text()
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+        (folder / "away").rename(cache)
 
 
 def test_rows_of_later_epochs_are_found_too(trained):

@@ -49,13 +49,10 @@ E.hooks = (more) => ({
 // chart where they are few.
 E.lineChart = (title, lines, { log = false, marks = [], wide = false, height = 230, about = null, id = "" } = {}) => {
   const there = lines.filter((line) => line.x && line.x.length);
+  if (!there.length) return null;
   const holder = E.el("div", { className: "plot" });
   const section = E.section(title, wide, holder, about);
   if (id) section.id = id;
-  if (!there.length) {
-    holder.append(E.el("p", { className: "soft" }, "nothing was measured"));
-    return section;
-  }
   const positive = (y) => (log ? y.map((value) => (value > 0 ? value : null)) : y);
   const data = uPlot.join(there.map((line) => [line.x, positive(line.y)]));
   const series = there.map((line) => ({

@@ -18,6 +18,8 @@ E.KINDS = {
   stays_nonfinite: "gradients stay not finite",
   weights_nonfinite: "weights not finite",
   useless: "gradient below its quantisation noise",
+  warning: "early warning",
+  guard: "action of the guard",
   reset: "moments reset",
 };
 E.kindColor = (kind) => E.color(kind in E.KINDS ? kind : "skipped");
@@ -49,9 +51,7 @@ E.fact = (name, value) => {
 
 // One run: a tile for each number. Several: a table of them, side by side.
 E.summary = (runs) => {
-  const calm = runs.every((run) => !run.facts.loss_spikes) ? ["recovery_steps", "unrecovered"] : [];
-  if (runs.every((run) => !run.facts.weights_nonfinite)) calm.push("weights_nonfinite");
-  const names = Object.keys(E.FACTS).filter((name) => runs.some((run) => name in run.facts) && !calm.includes(name));
+  const names = Object.keys(E.FACTS).filter((name) => runs.some((run) => run.facts[name])); // a zero says nothing
   const notes = runs.flatMap((run) => run.notes.map((note) => E.el("p", { className: "note" }, runs.length > 1 ? `${run.name}: ${note}` : note)));
   const bad = (run, name) => ["skipped", "unrecovered", "loss_spikes", "weights_nonfinite"].includes(name) && run.facts[name] > 0;
   const tile = (name) =>
@@ -60,23 +60,60 @@ E.summary = (runs) => {
   return E.el("section", { className: runs.length > 1 ? "wide" : "wide bare", ariaLabel: "the run in numbers" }, ...notes, body);
 };
 
-// How it went, in words.
+// Zooms all charts to the steps around one, and brings the first chart into view.
+E.go = (step) => {
+  E.show(step - 50, step + 50);
+  const chart = document.getElementById("loss") ?? E.charts[0]?.holder.closest("section");
+  chart?.scrollIntoView({ block: "start" });
+};
+
+// How to print the text of data rows; null where evenstep does not know the data.
+E.rowsCommand = (run, rows) => (rows && run.rows_command ? `${run.rows_command} ${rows[0]}-${rows[1]}` : null);
+
+// The texts of data rows, folded.
+E.rowTexts = (texts) =>
+  texts?.length ? E.el("details", { className: "texts" }, E.el("summary", {}, "text of the rows"), ...texts.map(([row, text]) => E.el("p", {}, E.el("b", {}, `${row} `), text))) : null;
+
+// How it went, in words: the diagnosis.
 E.verdict = (runs) => {
-  const told = runs.filter((run) => run.verdict.length);
+  const told = runs.filter((run) => run.findings.length);
   if (!told.length) return null;
-  const lines = told.map((run) => E.el("p", { className: `verdict ${run.level}` }, ...(runs.length > 1 ? [E.el("b", {}, `${run.name}: `)] : []), run.verdict.join(" ")));
-  return E.el("section", { className: "wide", id: "verdict", ariaLabel: "how it went" }, ...lines);
+  const blocks = told.flatMap((run) => [
+    ...(runs.length > 1 ? [E.el("h2", {}, run.name)] : []),
+    ...run.findings.map((finding) => {
+      const [first, ...rest] = finding.sentences;
+      const show = finding.step === null ? null : E.el("button", { type: "button", ariaLabel: `show step ${finding.step}` }, `step ${finding.step}`);
+      show?.addEventListener("click", () => E.go(finding.step));
+      const command = E.rowsCommand(run, finding.rows);
+      return E.el(
+        "div",
+        { className: `finding ${finding.level}` },
+        E.el("p", { className: `verdict ${finding.level}` }, E.el("b", {}, first), " ", rest.join(" "), " ", show),
+        finding.advice ? E.el("p", { className: "soft" }, `Try: ${finding.advice}`) : null,
+        command ? E.el("p", { className: "soft" }, "Text of the rows: ", E.el("code", {}, command)) : null,
+        E.rowTexts(finding.texts),
+      );
+    }),
+    ...run.verdict.slice(run.findings.length).map((text) => E.el("p", { className: "soft" }, text)), // the loss in one sentence
+  ]);
+  return E.el("section", { className: "wide", id: "verdict", ariaLabel: "how it went" }, ...blocks);
 };
 
 E.eventSection = (runs) => {
   const rows = runs.flatMap((run) => run.events.filter((event) => event.event !== "reset").map((event) => ({ ...event, run: run.name })));
-  if (!rows.length) return E.section("Events", true, E.el("p", { className: "soft" }, "none"));
+  if (!rows.length) return null;
+  const runOf = (row) => runs.find((run) => run.name === row.run);
+  const whereCell = (row) => {
+    const command = E.rowsCommand(runOf(row), row.rows);
+    const names = row.where + (row.count > 5 ? ` and ${row.count - 5} more` : "");
+    return E.el("div", {}, names, command ? E.el("div", {}, E.el("code", {}, command)) : null, E.rowTexts(row.texts));
+  };
   const columns = [
     ...(runs.length > 1 ? [{ name: "run", title: "run" }] : []),
     { name: "step", title: "step", number: true },
     { name: "event", title: "event", text: (row) => E.KINDS[row.event] ?? row.event },
-    { name: "size", title: "times its mean", number: true },
-    { name: "where", title: "where", text: (row) => row.where + (row.count > 5 ? ` and ${row.count - 5} more` : "") },
+    { name: "size", title: "× mean", number: true },
+    { name: "where", title: "where", text: whereCell },
     { name: "before", title: "loss before", number: true },
     { name: "after", title: "loss after", number: true },
     { name: "first", title: "data rows", number: true, text: (row) => (row.rows ? `${row.rows[0]}–${row.rows[1]}` : "–") },
@@ -84,16 +121,15 @@ E.eventSection = (runs) => {
   for (const row of rows) row.first = row.rows ? row.rows[0] : null;
   const command = E.el("p", { className: "soft", id: "rows" });
   const lookUp = (row) => {
-    const start = row?.rows && runs.find((run) => run.name === row.run).rows_command;
-    command.replaceChildren(...(start ? ["The text of these data rows: ", E.el("code", {}, `${start} ${row.rows[0]}-${row.rows[1]}`)] : []));
+    const start = row && E.rowsCommand(runOf(row), row.rows);
+    command.replaceChildren(...(start ? ["The text of these data rows: ", E.el("code", {}, start)] : []));
   };
   const go = (row) => {
     lookUp(row);
-    E.show(row.step - 50, row.step + 50);
-    document.getElementById("loss").scrollIntoView({ block: "start" });
+    E.go(row.step);
   };
   const about = E.el("p", { className: "soft" }, "Click a head to sort, a line to look at the steps around it (“all steps” leads back).");
-  const table = E.table(columns, rows, { sort: ["size", true], go });
+  const table = E.table(columns, rows, { sort: ["step", false], go });
   table.id = "events";
   const worst = [...rows].sort((a, b) => (b.size ?? 0) - (a.size ?? 0));
   lookUp(rows.find((row) => row.event === "weights_nonfinite" && row.rows) ?? worst.find((row) => row.rows));

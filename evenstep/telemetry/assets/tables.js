@@ -33,7 +33,7 @@ E.table = (columns, rows, { sort, go = null } = {}) => {
           return E.el("td", { className: column.number ? "number" : "", "data-head": column.title }, text);
         });
         const line = E.el("tr", { className: go ? "go" : "" }, ...cells);
-        if (go) line.addEventListener("click", () => go(row));
+        if (go) line.addEventListener("click", (event) => event.target.closest("code, details") || go(row)); // these are for reading
         return line;
       }),
     );
