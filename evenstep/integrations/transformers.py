@@ -280,7 +280,7 @@ class SpikeGuardCallback(TrainerCallback):
             loss = loss * args.world_size  # the model's is the share of one process
 
         def clip_and_take() -> None:
-            if limit is not None:
+            if limit:
                 torch.nn.utils.clip_grad_norm_(guard.model.parameters(), limit)
             self._take()
 
@@ -293,8 +293,9 @@ class SpikeGuardCallback(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # The Trainer clips before any callback sees the gradients. Until the step it gets a limit that clips nothing,
-        # and its own is applied once the gradients were judged. Those on several meshes need the Trainer's own code.
-        if self.guard is not None and args.max_grad_norm and self._max_norm is None and self._on_one_mesh():
+        # and its own is applied once the gradients were judged. Without a limit (0) it multiplies all gradients by NaN
+        # where one is infinite, and none could be named. Those on several meshes need the Trainer's own code.
+        if self.guard is not None and self._max_norm is None and self._on_one_mesh():
             self._max_norm, args.max_grad_norm = args.max_grad_norm, NO_LIMIT
 
     def _on_one_mesh(self) -> bool:
