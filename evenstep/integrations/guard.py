@@ -25,8 +25,8 @@ GIVEN = ("model", "optimizer", "schedulers", "data")
 _troubles = Troubles(OWNER)
 
 
-def checked_guard_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``options`` of `SpikeGuard`, checked now: the guard itself is made when training starts.
+def checked_guard_options(options: Mapping[str, Any]) -> None:
+    """Check ``options`` of `SpikeGuard` now: the guard itself is made when training starts.
 
     Raises:
         TypeError: an unknown name, or ``on_event`` that cannot be called.
@@ -43,7 +43,6 @@ def checked_guard_options(options: Mapping[str, Any]) -> dict[str, Any]:
         SpikeGuard(small, torch.optim.SGD(small.parameters(), lr=0.1), **options)
     except (TypeError, ValueError) as problem:
         raise type(problem)(str(problem).replace("SpikeGuard:", f"{OWNER}:", 1)) from None
-    return dict(options)
 
 
 def checked_say(say: Any) -> Callable[[str], object] | None:

@@ -227,7 +227,8 @@ class SpikeGuardCallback(TrainerCallback):
 
     def __init__(self, *, say: Callable[[str], object] | None = print, **options: Any) -> None:
         self.say = checked_say(say)
-        self.options = checked_guard_options(options)
+        checked_guard_options(options)
+        self.options = options
         self.guard: SpikeGuard | None = None
         self._args: TrainingArguments | None = None
         self._state = TrainerState()
@@ -256,8 +257,9 @@ class SpikeGuardCallback(TrainerCallback):
             model,
             bare(optimizer),
             schedulers=[lr_scheduler] if scaler is None else [lr_scheduler, scaler],
-            **{**self.options, "on_event": self._decided},
+            **self.options,
         )
+        self.guard.on_event = self._decided
         self._args, self._state = args, state
         saved = _checkpoint(Path(str(args.output_dir)), state.global_step) / GUARD_STATE
         if state.global_step and saved.exists():
