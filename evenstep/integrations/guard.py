@@ -36,8 +36,9 @@ def checked_guard_options(options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known:
             raise TypeError(f"{OWNER}: unknown argument '{name}'{nearest(name, known)}; there are {', '.join(known)}")
-    if not callable(options.get("on_event", print)):
-        raise TypeError(f"{OWNER}: on_event={options['on_event']!r:.80} must be a function of one event")
+    on_event = options.get("on_event")
+    if on_event is not None and not callable(on_event):
+        raise TypeError(f"{OWNER}: on_event={on_event!r:.80} must be a function of one event, or None")
     small = nn.Linear(1, 1)
     try:
         SpikeGuard(small, torch.optim.SGD(small.parameters(), lr=0.1), **options)

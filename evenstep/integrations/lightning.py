@@ -251,6 +251,7 @@ class SpikeGuardCallback(pl.Callback):
         self.guard = SpikeGuard(
             pl_module,
             optimizer,
+            data=(),
             schedulers=schedules if scaler is None else [*schedules, scaler],
             **self.options,
         )

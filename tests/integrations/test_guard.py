@@ -12,7 +12,7 @@ from integration_support import equal, tiny_model, tiny_trainer, weights
 from process_support import run_processes
 from torch import nn
 
-from evenstep import StableSPAM
+from evenstep import AdaGN, SpikeGuard, StableSPAM, stabilize
 from evenstep.integrations import lightning
 from evenstep.integrations.transformers import SpikeCallback, SpikeGuardCallback
 
@@ -401,9 +401,13 @@ def test_lightnings_command_line_takes_the_options_of_the_guard(tmp_path, monkey
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(CONFIGURATION)
-    made = LightningCLI(Regression, args=["fit", "--config", "run.yaml"], run=False)
+    made = LightningCLI(Plain, args=["--config", "run.yaml"], run=False)
     [guard] = [one for one in made.trainer.callbacks if isinstance(one, lightning.SpikeGuardCallback)]
-    assert guard.options == {"ladder": ["skip", "stop"], "norm_ratio": 5.0} and guard.say is None
+    assert (guard.options["ladder"], guard.options["norm_ratio"], guard.say) == (["skip", "stop"], 5.0, None)
+
+
+class Plain(pl.LightningModule):
+    """A module without arguments for the command line."""
 
 
 CONFIGURATION = """
@@ -452,3 +456,58 @@ def test_a_bad_argument_of_lightnings_callback_fails_where_it_is_made(options):
     with pytest.raises((TypeError, ValueError), match="SpikeGuardCallback: ") as problem:
         lightning.SpikeGuardCallback(**options)
     assert len(str(problem.value).splitlines()) == 1
+
+
+# ---- accelerate ----
+
+
+def accelerated(build, *, at=(), factor=1000.0, steps=40, left_out=(), accumulation=2):
+    """The loop of docs/guard.md."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1))
+    optimizer = build(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t / 20))
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    guard = SpikeGuard(model, optimizer, schedulers=[schedule], ladder=("skip", "rewind"), skips=1, snapshot_every=10)
+
+    def take():
+        accelerator.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+
+    batches = iter(numbers(left_out=[2 * step - i for step in left_out for i in range(accumulation)]))
+    for step in range(1, steps + 1):
+        for _ in range(accumulation):
+            x, y = next(batches)
+            with accelerator.accumulate(model):
+                loss = (model(x) - y).square().mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    if step in at:
+                        model[0].weight.grad *= factor
+                    if guard.step(loss, rows=step, take=take):
+                        schedule.step()
+                optimizer.zero_grad()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return model, schedule, [(event["rows"], event["action"]) for event in guard.events]
+
+
+BUILDS = {
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-2),
+    "StableSPAM": lambda params: StableSPAM(params, lr=1e-2),
+    "stabilize": lambda params: stabilize(torch.optim.AdamW(params, lr=1e-2), AdaGN()),
+}
+
+
+@pytest.mark.parametrize("factor", [1000.0, math.inf])
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_loop_of_accelerate_rewinds_to_the_bits_of_one_without_the_batches(name, factor):
+    model, schedule, events = accelerated(BUILDS[name], at=[25, 26], factor=factor)
+    clean, unmoved, none = accelerated(BUILDS[name], steps=34, left_out=range(21, 27))
+    assert events == [(25, "skip"), (26, "rewind")] and none == []
+    assert equal(weights(model), weights(clean))
+    assert schedule.scheduler.last_epoch == unmoved.scheduler.last_epoch == 34
