@@ -221,7 +221,8 @@ class SpikeGuardCallback(pl.Callback):
         self._number = 0  # of the optimizer's step, the first is 1; steps that are not taken count
         self._steps = 0  # guard.num_steps before the decision that is being made
         self._took = True
-        self._losses: list[Tensor] = []
+        self._losses: list[Tensor] = []  # of the backward passes since the last step
+        self._loss = torch.zeros(())
         self._take: Callable[[], object] = lambda: None  # the optimizer's own step
         self._clip: Callable[[], object] | None = None  # the clipping that Lightning asked for in this step
         self._undo: list[Callable[[], None]] = []
@@ -276,8 +277,12 @@ class SpikeGuardCallback(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if self.guard is not None and bare(optimizer) is not self.guard.optimizer:
-            self._losses.clear()  # they belong to the optimizer that steps now
+        """Called after the backward pass and before the clipping; also where a GradScaler then takes no step."""
+        losses, self._losses = self._losses, []  # they belong to the optimizer that steps now, guarded or not
+        if self.guard is not None and bare(optimizer) is self.guard.optimizer:
+            self._loss = torch.stack(losses).sum() if losses else torch.zeros(())
+            self._number += 1
+            self._took, self._clip = True, None
 
     def _clip_later(self, pl_module: pl.LightningModule) -> Callable[..., None]:
         clip = pl_module.configure_gradient_clipping
@@ -308,18 +313,15 @@ class SpikeGuardCallback(pl.Callback):
                 result = closure()
             if result is None and trainer.lightning_module.automatic_optimization:  # training_step left the batch out
                 return self._take(**options)
-        losses, self._losses = self._losses, []
-        clip, self._clip = self._clip, None
+        clip = self._clip
 
         def clip_and_take() -> None:
             if clip is not None:
                 clip()
             self._take(**options)
 
-        self._number += 1
         self._steps = guard.num_steps
-        loss = torch.stack(losses).sum() if losses else torch.zeros(())
-        self._took = guard.step(loss, rows=self._number, take=clip_and_take)
+        self._took = guard.step(self._loss, rows=self._number, take=clip_and_take)
         if guard.stopped:
             trainer.should_stop = True
         return result

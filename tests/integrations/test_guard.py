@@ -257,6 +257,42 @@ def test_two_processes_act_together(tmp_path):
     run_processes(_two_processes, tmp_path, free_port(), count=2)
 
 
+def test_an_overflow_is_left_to_the_gradscaler_and_a_spike_is_not(tmp_path):
+    """The steps of a Trainer with fp16, on a CPU, where the Trainer itself refuses fp16."""
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    args, state, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(), TrainerControl()
+    Accelerator(cpu=True)  # whose state the optimizer reads; the arguments above have reset it
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = AcceleratedOptimizer(inner, device_placement=False, scaler=scaler)
+    schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda t: 1.0)
+    guard = SpikeGuardCallback(say=None, ladder="skip")
+    guard.on_train_begin(args, state, control, model=model, optimizer=optimizer, lr_scheduler=schedule)
+    skipped, scales = [], []
+    for step in range(1, 41):
+        guard.on_step_begin(args, state, control)
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        scaler.scale((model(x) - 1).square().mean()).backward()
+        model.weight.grad *= {10: math.inf, BAD: 1000.0}.get(step, 1.0)
+        scaler.unscale_(inner)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        before = weights(model)
+        optimizer.step()
+        if optimizer.step_was_skipped:
+            assert equal(before, weights(model))
+            skipped.append(step)
+        scales.append(scaler.get_scale())
+        model.zero_grad()
+        state.global_step = step
+    assert skipped == [10, BAD] and done(guard) == [(BAD, "skip")]
+    assert scales == [2.0**10] * 9 + [2.0**9] * 31
+
+
 # ---- Lightning ----
 
 
@@ -308,9 +344,10 @@ def numbers(batch=8, left_out=(), count=100):
 
 
 def pl_trainer(steps, *callbacks, **options):
+    options = {"devices": 1, **options}
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return pl.Trainer(
-        max_steps=steps, accelerator="cpu", devices=1, callbacks=list(callbacks), enable_checkpointing=False, **quiet,
+        max_steps=steps, accelerator="cpu", callbacks=list(callbacks), enable_checkpointing=False, **quiet,
         **options,
     )  # fmt: skip
 
@@ -359,6 +396,18 @@ def test_a_step_that_lightning_skips_does_not_advance_the_schedule(precision):
     assert done(guard) == [(30, "skip")] and len(said) == 1
     assert module.rates == pytest.approx([1e-2 / (1 + t / 20) for t in range(39)])
     assert guard._trainer.global_step == 40
+
+
+def test_lightning_leaves_an_overflow_to_the_gradscaler():
+    from lightning.pytorch.plugins import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    overflown, spiked = Regression([25], math.inf), Regression([25])
+    for module, actions in ((overflown, []), (spiked, [(25, "skip")])):
+        guard, _ = fitted(module, ladder="skip", options={"plugins": [precision], "gradient_clip_val": 0.1})
+        assert done(guard) == actions and len(module.rates) == 39
+        assert scaler.get_scale() == 2.0**9  # lowered by the overflow alone
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, StableSPAM])
@@ -456,6 +505,24 @@ def test_a_bad_argument_of_lightnings_callback_fails_where_it_is_made(options):
     with pytest.raises((TypeError, ValueError), match="SpikeGuardCallback: ") as problem:
         lightning.SpikeGuardCallback(**options)
     assert len(str(problem.value).splitlines()) == 1
+
+
+def _lightning_in_two_processes(rank, port):
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+    module, clean = Regression([26], rank=1), Regression()
+    given = {"ladder": "rewind", "check_every": 1, "snapshot_every": 10}
+    options = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+    guard, said = fitted(module, options=options, **given)
+    assert done(guard) == [(26, "rewind")] and len(said) == (rank == 0)
+    fitted(clean, steps=34, left_out=range(21, 27), options=options, **given)
+    assert equal(weights(module), weights(clean))
+
+
+def test_two_processes_of_lightning_act_together_on_what_one_of_them_sees():
+    from parallel_support import free_port
+
+    run_processes(_lightning_in_two_processes, free_port(), count=2)
 
 
 # ---- accelerate ----
