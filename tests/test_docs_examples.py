@@ -31,10 +31,9 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch, capsys):
 def keep_trainer_on_cpu(monkeypatch):
     import transformers
 
-    # Restored afterwards: a block of the page replaces it.
-    monkeypatch.setattr(
-        transformers.Trainer, "get_optimizer_cls_and_kwargs", transformers.Trainer.get_optimizer_cls_and_kwargs
-    )
+    # Restored afterwards: a block of the page replaces it. It is a static method.
+    name = "get_optimizer_cls_and_kwargs"
+    monkeypatch.setattr(transformers.Trainer, name, vars(transformers.Trainer)[name])
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("WANDB_MODE", "disabled")
 

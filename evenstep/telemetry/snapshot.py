@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from evenstep.optim.distributed import plain_parts
 from evenstep.optim.stabilize import Stabilized
+from evenstep.telemetry.subject import bare
 
 
 class Snapshot:
@@ -42,7 +43,7 @@ class Snapshot:
     def __init__(self, step: int, model: nn.Module, optimizer: Optimizer, data: Iterable[Any] = ()) -> None:
         self.step = step
         self.is_complete = False
-        self._optimizer = optimizer
+        self._optimizer = optimizer = bare(optimizer)
         self._tensors = [_Saved(x) for x in (*model.parameters(), *model.buffers())]
         self._states = [_saved(state) for state in _states(optimizer)]
         self._dicts = [(one, _saved(one.state_dict())) for one in data]

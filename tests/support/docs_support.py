@@ -91,6 +91,12 @@ def integrations(folder):
     return {"model": tiny_model(), "dataset": tiny_data(), "batches": batches}
 
 
+def guard(folder):
+    from integration_support import tiny_data, tiny_model
+
+    return {"language_model": tiny_model(), "dataset": tiny_data()}
+
+
 def data(folder):
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(3, 9))) for _ in range(3000)]
@@ -100,7 +106,7 @@ def data(folder):
     return {}
 
 
-PRELUDES = {"docs/data.md": data, "docs/integrations.md": integrations}
+PRELUDES = {"docs/data.md": data, "docs/guard.md": guard, "docs/integrations.md": integrations}
 """Names beside the common ones, by page; called with the folder in which the page runs."""
 
 BEFORE = {"docs/lowbit.md": {"save_quantized(model": "from evenstep import quantize_\nmodel = quantize_(model, 'fp4')"}}

@@ -1,0 +1,126 @@
+"""The common part of the callbacks that act on spikes: checked options, a replaced optimizer step, a line for each
+decision, and a state in the types that ``torch.load(weights_only=True)`` reads."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from evenstep.errors import nearest
+from evenstep.telemetry.guard import SpikeGuard
+from evenstep.telemetry.trouble import Troubles
+
+OWNER = "SpikeGuardCallback"
+GIVEN = ("model", "optimizer", "schedulers", "data")
+"""Arguments of `SpikeGuard` that a callback passes itself. The trainers' loaders cannot go back, so there is no
+``data``."""
+
+_troubles = Troubles(OWNER)
+
+
+def checked_guard_options(options: Mapping[str, Any]) -> None:
+    """Check ``options`` of `SpikeGuard` now: the guard itself is made when training starts.
+
+    Raises:
+        TypeError: an unknown name, or ``on_event`` that cannot be called.
+        ValueError: a value out of its range.
+    """
+    known = [name for name in inspect.signature(SpikeGuard.__init__).parameters if name not in ("self", *GIVEN)]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{OWNER}: unknown argument '{name}'{nearest(name, known)}; there are {', '.join(known)}")
+    on_event = options.get("on_event")
+    if on_event is not None and not callable(on_event):
+        raise TypeError(f"{OWNER}: on_event={on_event!r:.80} must be a function of one event, or None")
+    small = nn.Linear(1, 1)
+    try:
+        SpikeGuard(small, torch.optim.SGD(small.parameters(), lr=0.1), **options)
+    except (TypeError, ValueError) as problem:
+        raise type(problem)(str(problem).replace("SpikeGuard:", f"{OWNER}:", 1)) from None
+
+
+def checked_say(say: Any) -> Callable[[str], object] | None:
+    """``say`` if it is a function or None; else TypeError."""
+    if say is not None and not callable(say):
+        raise TypeError(f"{OWNER}: say={say!r:.80} must be a function of one line of text, such as print, or None")
+    return say  # type: ignore[no-any-return]
+
+
+def replace_step(optimizer: Optimizer, step: Callable[..., Any]) -> Callable[[], None]:
+    """Let ``optimizer.step`` call ``step``, for this object only. Returns a function that undoes it."""
+    before = vars(optimizer).get("step")  # of a learning-rate scheduler, which replaces it too
+
+    @functools.wraps(step)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return step(*args, **kwargs)
+
+    # torch's schedulers replace a step without this mark. They would bind the function of `step` to the optimizer.
+    replaced._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = replaced  # type: ignore[method-assign]
+
+    def restore() -> None:
+        if vars(optimizer).get("step") is replaced:
+            del optimizer.step
+            if before is not None:
+                optimizer.step = before  # type: ignore[method-assign]
+
+    return restore
+
+
+def event_line(event: Mapping[str, Any], guard: SpikeGuard, steps_before: int) -> str:
+    """A decision in words.
+
+    Args:
+        event: of `SpikeGuard.events`; its ``rows`` are the trainer's number of the bad step.
+        guard: the guard after the decision.
+        steps_before: its ``num_steps`` before the decision.
+    """
+    effects = {
+        "skip": "its gradients are not applied",
+        "lower_lr": f"its gradients are not applied, and the learning rate is multiplied by {guard.lr_factor:g} for "
+        f"{guard.lr_steps} steps",
+        "stop": "the training stops",
+    }
+    if event["action"] == "rewind":
+        undone = steps_before - event["to"]
+        effect = f"the {undone} steps before it are undone, and the data goes on from here without their batches"
+    else:
+        effect = effects[event["action"]]
+    return f"SpikeGuard: step {event['rows']} is bad: {event['reason']}; {event['action']}: {effect}"
+
+
+def to_tensors(x: Any) -> Any:
+    """A guard's ``state_dict()`` with tensors in place of NumPy's arrays."""
+    if isinstance(x, np.ndarray):
+        return torch.from_numpy(x.copy())
+    if isinstance(x, Mapping):
+        return {key: to_tensors(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return type(x)(to_tensors(value) for value in x)
+    return x
+
+
+def to_arrays(x: Any) -> Any:
+    """The inverse of `to_tensors`."""
+    if isinstance(x, Tensor):
+        return x.cpu().numpy().copy()
+    if isinstance(x, Mapping):
+        return {key: to_arrays(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return type(x)(to_arrays(value) for value in x)
+    return x
+
+
+def load_guard(guard: SpikeGuard, saved: Mapping[str, Any]) -> None:
+    """Load what `to_tensors` made. A state that does not fit, as after a change of the model, is a warning."""
+    try:
+        guard.load_state_dict(to_arrays(saved))
+    except Exception as problem:
+        _troubles.failed("take up what it knew before the resume", problem)

@@ -1,0 +1,580 @@
+"""SpikeGuard in transformers, Lightning and accelerate: bad steps are found and acted on, and what follows equals a
+training that never saw them, bit for bit."""
+
+import math
+import os
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from integration_support import equal, tiny_model, tiny_trainer, weights
+from process_support import run_processes
+from torch import nn
+
+from evenstep import AdaGN, SpikeGuard, StableSPAM, stabilize
+from evenstep.integrations import lightning
+from evenstep.integrations.transformers import SpikeCallback, SpikeGuardCallback
+
+# ---- transformers ----
+
+BAD = 30
+"""Number of the bad step, the first is 1."""
+
+
+class Rows(torch.utils.data.IterableDataset):
+    """Rows of tokens, without the batches ``left_out`` (numbers from 1), each row in its own place in all of them."""
+
+    def __init__(self, batch, left_out=(), count=400):
+        draw = torch.Generator().manual_seed(1)
+        tokens = torch.randint(32, (count, 8), generator=draw)
+        gone = {(number - 1) * batch + i for number in left_out for i in range(batch)}
+        self.rows = [{"input_ids": row, "labels": row} for i, row in enumerate(tokens) if i not in gone]
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+class Harm(SpikeCallback):
+    """Multiplies the gradient of one parameter by ``factor`` during the steps ``at``, on the process ``rank``."""
+
+    def __init__(self, at, factor, rank=0, name="model.layers.0.mlp.up_proj.weight"):
+        super().__init__(say=None)
+        self.at, self.factor, self.rank, self.name, self.step = at, factor, rank, name, 0
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        def scaled(gradient):
+            mine = args.process_index == self.rank and state.global_step + 1 in self.at
+            # Of one sign: over two batches, infinities of both would be NaN.
+            return gradient.abs() * self.factor if mine else gradient
+
+        self.handle = dict(model.named_parameters())[self.name].register_hook(scaled)
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        """Nothing: only the gradient matters."""
+
+    on_log = on_save = on_pre_optimizer_step
+
+    def on_train_end(self, *args, **kwargs):
+        self.handle.remove()
+
+
+def guarded(out, *, at=(), factor=1000.0, steps=40, left_out=(), dropout=0.0, callbacks=(), train=True, **given):
+    """A Trainer after its training, its guard's callback, and the lines that it said."""
+    model, said = tiny_model(), []
+    model.config.attention_dropout = dropout
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = dropout
+    names = ("ladder", "snapshot_every", "check_every", "skips", "min_history", "budget", "on_event")
+    options = {name: given.pop(name) for name in names if name in given}
+    guard = SpikeGuardCallback(say=said.append, **options)
+    accumulation = given.get("gradient_accumulation_steps", 1)
+    schedule = {"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 5, "save_strategy": "no"}
+    given = {"optimizer": (torch.optim.AdamW, {"lr": 1e-2}), **schedule, **given}
+    trainer = tiny_trainer(out, model, steps=steps, callbacks=[Harm(at, factor), guard, *callbacks], **given)
+    trainer.train_dataset = Rows(2 * accumulation, left_out)
+    if train:
+        trainer.train()
+    return trainer, guard, said
+
+
+def done(guard):
+    return [(event["rows"], event["action"]) for event in guard.guard.events]
+
+
+CLIPS = {"clipped": 0.5, "not clipped": 0.0}
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_calm_training_is_left_alone_bit_for_bit(clip, accumulation, tmp_path):
+    given = {"max_grad_norm": CLIPS[clip], "gradient_accumulation_steps": accumulation}
+    plain = tiny_trainer(
+        tmp_path, tiny_model(), steps=40, optimizer=(torch.optim.AdamW, {"lr": 1e-2}),
+        lr_scheduler_type="inverse_sqrt", warmup_steps=5, **given,
+    )  # fmt: skip
+    plain.train_dataset = Rows(2 * accumulation)
+    plain.train()
+    trainer, guard, said = guarded(tmp_path, **given)
+    assert not guard.guard.events and not said and guard.guard.num_steps == 40
+    assert equal(weights(trainer.model), weights(plain.model))
+    assert trainer.args.max_grad_norm == CLIPS[clip]
+    norms = [[line["grad_norm"] for line in one.state.log_history if "grad_norm" in line] for one in (trainer, plain)]
+    assert norms[0] == norms[1]
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("factor", [1000.0, math.inf, math.nan])
+def test_a_skipped_step_leaves_all_as_without_its_batch(clip, accumulation, factor, tmp_path):
+    given = {"max_grad_norm": CLIPS[clip], "gradient_accumulation_steps": accumulation, "ladder": "skip"}
+    trainer, guard, said = guarded(tmp_path, at=[BAD], factor=factor, **given)
+    clean, _, _ = guarded(tmp_path, steps=39, left_out=[BAD], **given)
+    assert done(guard) == [(BAD, "skip")] and trainer.state.global_step == 40
+    assert equal(weights(trainer.model), weights(clean.model))
+    assert trainer.lr_scheduler.last_epoch == clean.lr_scheduler.last_epoch == 39
+    assert len(said) == 1 and said[0].startswith("SpikeGuard: step 30 is bad: ")
+    # A NaN is in every gradient once the Trainer has divided by the norm.
+    assert math.isnan(factor) or "the norm of the gradients" in said[0] or "up_proj" in said[0]
+    [line] = [line for line in trainer.state.log_history if "guard" in line]
+    assert (line["step"], line["guard"]) == (BAD, "skip") and line["guard_reason"] in said[0]
+
+
+@pytest.mark.parametrize("ladder", [("rewind",), ("skip", "rewind")])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, StableSPAM])
+def test_a_rewound_training_equals_one_without_the_batches_since_the_snapshot(ladder, optimizer, tmp_path):
+    """With dropout, so that random states matter too."""
+    given = {"optimizer": (optimizer, {"lr": 1e-2}), "dropout": 0.3, "snapshot_every": 10, "skips": 1}
+    at = [26] if len(ladder) == 1 else [25, 26]
+    trainer, guard, said = guarded(tmp_path, at=at, ladder=ladder, steps=60, check_every=4, **given)
+    rewound = guard.guard.events[-1]
+    assert rewound["action"] == "rewind" and rewound["rows"] == 26 and rewound["to"] == 20
+    found = int(next(line["step"] for line in trainer.state.log_history if "guard" in line))
+    assert found in at and "the data goes on from here" in said[-1]
+    # A ladder without "skip" judges every fourth step, the last time for the snapshot after step 20.
+    seen_at = 28 if len(ladder) == 1 else 26
+    left_out = range(21, seen_at + 1)
+    clean, _, _ = guarded(tmp_path, steps=60 - len(left_out), left_out=left_out, **given)
+    assert equal(weights(trainer.model), weights(clean.model))
+    assert trainer.lr_scheduler.last_epoch == clean.lr_scheduler.last_epoch
+
+
+def test_the_rate_is_lowered_for_some_steps_and_the_schedule_is_not(tmp_path):
+    rates = []
+
+    class Rates(SpikeGuardCallback):
+        def on_train_begin(self, *args, **kwargs):
+            super().on_train_begin(*args, **kwargs)
+            kwargs["optimizer"].optimizer.register_step_post_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+
+    trainer = tiny_trainer(
+        tmp_path, tiny_model(), steps=40, optimizer=(torch.optim.AdamW, {"lr": 1e-2}),
+        callbacks=[Harm([BAD], 1000.0), Rates(say=None, ladder="lower_lr", lr_steps=5, check_every=1)],
+    )  # fmt: skip
+    trainer.train()
+    assert rates == pytest.approx([1e-2] * 29 + [1e-3] * 5 + [1e-2] * 5)
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-2
+
+
+@pytest.mark.parametrize("ladder", ["stop", ("rewind", "stop")])
+def test_a_stopped_training_ends(ladder, tmp_path):
+    given = {"steps": 60, "check_every": 1, "snapshot_every": 10}
+    trainer, guard, said = guarded(tmp_path, at=range(BAD, 60), ladder=ladder, **given)
+    assert guard.guard.stopped and trainer.state.global_step == BAD + (ladder != "stop")
+    assert "the training stops" in said[-1]
+    again = trainer.train()
+    assert again.global_step < 60 and guard.guard.num_steps < 60
+
+
+def test_the_guard_serves_every_training_anew_and_gives_the_optimizer_back(tmp_path):
+    trainer, guard, _ = guarded(tmp_path, at=[BAD], ladder="skip")
+    first = guard.guard
+    trainer.train()
+    assert guard.guard is not first and done(guard) == [(BAD, "skip")] and guard.guard.num_steps == 40
+    trainer.remove_callback(guard)
+    trainer.train()
+    assert guard.guard.num_steps == 40 and trainer.state.global_step == 40
+
+    class Failure(Exception):
+        pass
+
+    def fail(event):
+        raise Failure
+
+    trainer, guard, _ = guarded(tmp_path, at=[BAD], max_grad_norm=0.5, on_event=fail, train=False)
+    with pytest.raises(Failure):
+        trainer.train()
+    guard.options["on_event"] = None
+    trainer.train()
+    assert done(guard) == [(BAD, "skip")] and trainer.args.max_grad_norm == 0.5 and guard.guard.num_steps == 40
+
+
+def test_a_resumed_training_judges_as_the_one_that_went_on(tmp_path):
+    """The bad step comes six after the resume, too few to know what is usual without the saved state."""
+    given = {"save_strategy": "steps", "save_steps": 24, "max_grad_norm": 0.5}
+    whole, guard, _ = guarded(tmp_path / "whole", at=[BAD], **given)
+    again, resumed, _ = guarded(tmp_path / "whole", at=[BAD], train=False, **given)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-24"))
+    assert done(guard) == done(resumed) == [(BAD, "skip")]
+    assert list(guard.guard.events) == list(resumed.guard.events)
+    assert equal(weights(whole.model), weights(again.model))
+
+
+def test_a_checkpoint_is_judged_before_it_is_written(tmp_path):
+    """A ladder without "skip" has not judged the newest steps when the Trainer saves: it does so first."""
+    given = {"ladder": "rewind", "check_every": 10, "snapshot_every": 10, "save_strategy": "steps", "save_steps": 28}
+    guarded(tmp_path, at=[26], steps=28, **given)
+    clean, _, _ = guarded(tmp_path / "clean", steps=20, snapshot_every=10)
+    saved = type(clean.model).from_pretrained(tmp_path / "checkpoint-28")
+    assert equal(weights(saved), weights(clean.model))
+
+
+def test_monitor_and_guard_share_a_training(tmp_path):
+    for first in (True, False):
+        monitor = SpikeCallback(every=1, say=None)
+        _, guard, _ = guarded(tmp_path, at=[BAD], callbacks=[monitor] if first else [], ladder="skip")
+        assert done(guard) == [(BAD, "skip")]
+    # A step that is not taken is none for the monitor.
+    assert float(monitor.monitor.probe.counts[0]) == 39 if first else True
+
+
+def test_without_a_loss_of_the_model_gradients_are_judged(tmp_path):
+    _, guard, _ = guarded(tmp_path, at=[BAD], ladder="skip", label_smoothing_factor=0.1)
+    assert done(guard) == [(BAD, "skip")] and "norm" in guard.guard.events[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ladder": "jump"}, "ladder holds 'jump'"), ({"sigma": -1}, "sigma=-1"), ({"laddr": "skip"}, "did you mean"),
+        ({"data": []}, "unknown argument 'data'"), ({"say": 3}, "say=3"), ({"on_event": 3}, "on_event=3"),
+        ({"min_history": 200}, "min_history=200 exceeds"), ({"window": "x"}, "window='x'"),
+    ],
+)  # fmt: skip
+def test_a_bad_argument_fails_where_the_callback_is_made(options, said):
+    with pytest.raises((TypeError, ValueError), match="SpikeGuardCallback: ") as problem:
+        SpikeGuardCallback(**options)
+    assert said in str(problem.value) and len(str(problem.value).splitlines()) == 1
+
+
+def _two_processes(rank, out, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+    given = {"max_grad_norm": 0.5, "ddp_backend": "gloo"}
+    for ladder, action in (("skip", "skip"), ("rewind", "rewind")):
+        _, guard, said = guarded(out, at=[BAD], ladder=ladder, **given)
+        assert done(guard) == [(BAD, action)]
+        assert len(said) == (rank == 0)
+    trainer, guard, _ = guarded(out, at=[BAD], ladder="skip", **given)
+    clean, _, _ = guarded(out, steps=39, left_out=[2 * BAD - 1, 2 * BAD], **given)
+    assert equal(weights(trainer.model), weights(clean.model))
+    dist.destroy_process_group()
+
+
+def test_two_processes_act_together(tmp_path):
+    from parallel_support import free_port
+
+    run_processes(_two_processes, tmp_path, free_port(), count=2)
+
+
+def test_an_overflow_is_left_to_the_gradscaler_and_a_spike_is_not(tmp_path):
+    """The steps of a Trainer with fp16, on a CPU, where the Trainer itself refuses fp16."""
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    args, state, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(), TrainerControl()
+    Accelerator(cpu=True)  # whose state the optimizer reads; the arguments above have reset it
+    inner = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = AcceleratedOptimizer(inner, device_placement=False, scaler=scaler)
+    schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda t: 1.0)
+    guard = SpikeGuardCallback(say=None, ladder="skip")
+    guard.on_train_begin(args, state, control, model=model, optimizer=optimizer, lr_scheduler=schedule)
+    skipped, scales = [], []
+    for step in range(1, 41):
+        guard.on_step_begin(args, state, control)
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        scaler.scale((model(x) - 1).square().mean()).backward()
+        model.weight.grad *= {10: math.inf, BAD: 1000.0}.get(step, 1.0)
+        scaler.unscale_(inner)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        before = weights(model)
+        optimizer.step()
+        if optimizer.step_was_skipped:
+            assert equal(before, weights(model))
+            skipped.append(step)
+        scales.append(scaler.get_scale())
+        model.zero_grad()
+        state.global_step = step
+    assert skipped == [10, BAD] and done(guard) == [(BAD, "skip")]
+    assert scales == [2.0**10] * 9 + [2.0**9] * 31
+
+
+# ---- Lightning ----
+
+
+class Regression(pl.LightningModule):
+    """Numbers with dropout; the gradient of one weight is multiplied by ``factor`` during the steps ``at``."""
+
+    def __init__(self, at=(), factor=1000.0, optimizer=torch.optim.AdamW, manual=False, rank=0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1))
+        self.at, self.factor, self.optimizer, self.rank, self.rates = at, factor, optimizer, rank, []
+        self.automatic_optimization = not manual
+        self.number = 0
+
+    def on_train_start(self):
+        torch.manual_seed(0)
+
+    def training_step(self, batch, index):
+        x, y = batch
+        loss = (self.net(x) - y).square().mean()
+        if self.number + 1 in self.at and self.trainer.global_rank == self.rank:
+            self.net[0].weight.register_hook(lambda gradient: gradient.abs() * self.factor)
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return None
+
+    def on_train_batch_end(self, *_):
+        self.number = self.trainer.global_step
+        self.net[0].weight._backward_hooks = None
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer(self.parameters(), lr=1e-2)
+        optimizer.register_step_post_hook(lambda o, *_: self.rates.append(o.param_groups[0]["lr"]))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t / 20))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def numbers(batch=8, left_out=(), count=100):
+    """Batches of numbers in their order, without the batches ``left_out`` (from 1)."""
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(count, batch, 4, generator=draw)
+    kept = [i for i in range(count) if i + 1 not in left_out]
+    rows = torch.utils.data.TensorDataset(x[kept].flatten(0, 1), x[kept].flatten(0, 1).sum(1, keepdim=True).sin())
+    return torch.utils.data.DataLoader(rows, batch_size=batch)
+
+
+def pl_trainer(steps, *callbacks, **options):
+    options = {"devices": 1, **options}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(
+        max_steps=steps, accelerator="cpu", callbacks=list(callbacks), enable_checkpointing=False, **quiet,
+        **options,
+    )  # fmt: skip
+
+
+def fitted(module, *, steps=40, left_out=(), options=None, **given):
+    """The guard's callback after a fit, and the lines that it said."""
+    said = []
+    guard = lightning.SpikeGuardCallback(say=said.append, **given)
+    pl_trainer(steps, guard, **(options or {})).fit(module, numbers(left_out=left_out))
+    return guard, said
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}], ids=str)
+def test_lightnings_calm_training_is_left_alone_bit_for_bit(manual, options):
+    if manual and options:
+        pytest.skip("Lightning accumulates and clips in automatic optimization only")
+    one, other = Regression(manual=manual), Regression(manual=manual)
+    pl_trainer(40, **options).fit(one, numbers())
+    guard, said = fitted(other, options=options)
+    assert equal(weights(one), weights(other)) and one.rates == other.rates
+    assert not said and guard.guard.num_steps == 40
+    assert not {"configure_gradient_clipping", "lr_scheduler_step"} & vars(other).keys()
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("factor", [1000.0, math.inf])
+@pytest.mark.parametrize("clip", [0.1, None])
+def test_lightning_rewinds_to_the_bits_of_a_training_without_the_batches(manual, factor, clip):
+    options = {"gradient_clip_val": None if manual else clip}
+    given = {"ladder": ("skip", "rewind"), "skips": 1, "snapshot_every": 10, "options": options}
+    module, clean = Regression([25, 26], factor, manual=manual), Regression(manual=manual)
+    guard, said = fitted(module, **given)
+    fitted(clean, steps=34, left_out=range(21, 27), **given)
+    assert done(guard) == [(25, "skip"), (26, "rewind")] and guard.guard.events[1]["to"] == 20
+    assert equal(weights(module), weights(clean))
+    if not manual:  # else the schedule is the module's own affair
+        assert module.rates[-14:] == clean.rates[-14:]
+    assert "net.0.weight" in said[0] or "the norm of the gradients" in said[0]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_step_that_lightning_skips_does_not_advance_the_schedule(precision):
+    module = Regression([30])
+    guard, said = fitted(module, ladder="skip", options={"accumulate_grad_batches": 2, "precision": precision})
+    assert done(guard) == [(30, "skip")] and len(said) == 1
+    assert module.rates == pytest.approx([1e-2 / (1 + t / 20) for t in range(39)])
+    assert guard._trainer.global_step == 40
+
+
+def test_lightning_leaves_an_overflow_to_the_gradscaler():
+    from lightning.pytorch.plugins import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    overflown, spiked = Regression([25], math.inf), Regression([25])
+    for module, actions in ((overflown, []), (spiked, [(25, "skip")])):
+        guard, _ = fitted(module, ladder="skip", options={"plugins": [precision], "gradient_clip_val": 0.1})
+        assert done(guard) == actions and len(module.rates) == 39
+        assert scaler.get_scale() == 2.0**9  # lowered by the overflow alone
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, StableSPAM])
+def test_lightning_stops_and_fits_again(optimizer):
+    module = Regression(range(30, 60), optimizer=optimizer)
+    guard = lightning.SpikeGuardCallback(ladder="stop", check_every=1, say=None)
+    trainer = pl_trainer(60, guard)
+    trainer.fit(module, numbers())
+    assert guard.guard.stopped and trainer.global_step == 30
+    module.at = ()
+    first = guard.guard
+    pl_trainer(60, guard).fit(module, numbers())
+    assert guard.guard is not first and guard.guard.num_steps == 60 and not guard.guard.events
+
+
+def test_a_second_fit_and_a_resume_judge_as_the_one_that_went_on(tmp_path):
+    """The bad step comes six after the second start, too few to know what is usual without the saved state."""
+
+    def callback():
+        return lightning.SpikeGuardCallback(ladder="skip", say=None)
+
+    whole = callback()
+    pl_trainer(40, whole).fit(Regression([30]), numbers())
+    first, module = callback(), Regression([30])
+    trainer = pl_trainer(24, first)
+    trainer.fit(module, numbers())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    trainer.fit_loop.epoch_loop.max_steps = 40
+    trainer.fit(module, numbers())
+    resumed, again = callback(), Regression([30])
+    again.number = 24
+    pl_trainer(40, resumed).fit(again, numbers(), ckpt_path=tmp_path / "half.ckpt")
+    assert [done(one) for one in (whole, first, resumed)] == [[(30, "skip")]] * 3
+    assert torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"][resumed.state_key]["number"] == 24
+
+
+def test_lightnings_command_line_takes_the_options_of_the_guard(tmp_path, monkeypatch):
+    pytest.importorskip("jsonargparse")
+    from lightning.pytorch.cli import LightningCLI
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(CONFIGURATION)
+    made = LightningCLI(Plain, args=["--config", "run.yaml"], run=False)
+    [guard] = [one for one in made.trainer.callbacks if isinstance(one, lightning.SpikeGuardCallback)]
+    assert (guard.options["ladder"], guard.options["norm_ratio"], guard.say) == (["skip", "stop"], 5.0, None)
+
+
+class Plain(pl.LightningModule):
+    """A module without arguments for the command line."""
+
+
+CONFIGURATION = """
+trainer:
+  accelerator: cpu
+  logger: false
+  callbacks:
+    - class_path: evenstep.integrations.lightning.SpikeGuardCallback
+      init_args: {say: null, ladder: [skip, stop], norm_ratio: 5.0}
+"""
+
+
+class Pair(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.nets = nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 1)])
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        for i, (net, optimizer) in enumerate(zip(self.nets, self.optimizers(), strict=True)):
+            optimizer.zero_grad()
+            self.manual_backward((net(batch[0]) - batch[1]).square().mean() * (1e6 if i == 1 and index == 30 else 1))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), lr=0.01) for net in self.nets]
+
+
+def test_each_of_two_optimizers_has_a_guard_of_its_own():
+    guards = [lightning.SpikeGuardCallback(i, ladder="skip", say=None) for i in range(2)]
+    pl_trainer(80, *guards).fit(Pair(), numbers())
+    assert [done(guard) for guard in guards] == [[], [(31, "skip")]]
+    assert guards[1].guard.events[0]["reason"].startswith("the loss")
+    for bad, said in (({"optimizer": 2, "ladder": "skip"}, "has 2; count from 0"), ({}, "ladder without 'rewind'")):
+        with pytest.raises(ValueError, match=f"SpikeGuardCallback: .*{said}"):
+            pl_trainer(2, lightning.SpikeGuardCallback(**bad)).fit(Pair(), numbers())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"optimizer": -1}, {"optimizer": "x"}, {"sigma": -1}, {"laddr": "skip"}, {"data": []}, {"say": 3}],
+    ids=str,
+)
+def test_a_bad_argument_of_lightnings_callback_fails_where_it_is_made(options):
+    with pytest.raises((TypeError, ValueError), match="SpikeGuardCallback: ") as problem:
+        lightning.SpikeGuardCallback(**options)
+    assert len(str(problem.value).splitlines()) == 1
+
+
+def _lightning_in_two_processes(rank, port):
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
+    module, clean = Regression([26], rank=1), Regression()
+    given = {"ladder": "rewind", "check_every": 1, "snapshot_every": 10}
+    options = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+    guard, said = fitted(module, options=options, **given)
+    assert done(guard) == [(26, "rewind")] and len(said) == (rank == 0)
+    fitted(clean, steps=34, left_out=range(21, 27), options=options, **given)
+    assert equal(weights(module), weights(clean))
+
+
+def test_two_processes_of_lightning_act_together_on_what_one_of_them_sees():
+    from parallel_support import free_port
+
+    run_processes(_lightning_in_two_processes, free_port(), count=2)
+
+
+# ---- accelerate ----
+
+
+def accelerated(build, *, at=(), factor=1000.0, steps=40, left_out=(), accumulation=2):
+    """The loop of docs/guard.md."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 1))
+    optimizer = build(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t / 20))
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    guard = SpikeGuard(model, optimizer, schedulers=[schedule], ladder=("skip", "rewind"), skips=1, snapshot_every=10)
+
+    def take():
+        accelerator.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+
+    batches = iter(numbers(left_out=[2 * step - i for step in left_out for i in range(accumulation)]))
+    for step in range(1, steps + 1):
+        for _ in range(accumulation):
+            x, y = next(batches)
+            with accelerator.accumulate(model):
+                loss = (model(x) - y).square().mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    if step in at:
+                        model[0].weight.grad *= factor
+                    if guard.step(loss, rows=step, take=take):
+                        schedule.step()
+                optimizer.zero_grad()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return model, schedule, [(event["rows"], event["action"]) for event in guard.events]
+
+
+BUILDS = {
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-2),
+    "StableSPAM": lambda params: StableSPAM(params, lr=1e-2),
+    "stabilize": lambda params: stabilize(torch.optim.AdamW(params, lr=1e-2), AdaGN()),
+}
+
+
+@pytest.mark.parametrize("factor", [1000.0, math.inf])
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_loop_of_accelerate_rewinds_to_the_bits_of_one_without_the_batches(name, factor):
+    model, schedule, events = accelerated(BUILDS[name], at=[25, 26], factor=factor)
+    clean, unmoved, none = accelerated(BUILDS[name], steps=34, left_out=range(21, 27))
+    assert events == [(25, "skip"), (26, "rewind")] and none == []
+    assert equal(weights(model), weights(clean))
+    assert schedule.scheduler.last_epoch == unmoved.scheduler.last_epoch == 34
