@@ -1,5 +1,5 @@
 """The common part of the callbacks that act on spikes: checked options, a replaced optimizer step, a line for each
-decision, and a state in the types that ``torch.load(weights_only=True)`` reads."""
+decision."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from evenstep.errors import nearest
@@ -18,9 +17,9 @@ from evenstep.telemetry.guard import SpikeGuard
 from evenstep.telemetry.trouble import Troubles
 
 OWNER = "SpikeGuardCallback"
-GIVEN = ("model", "optimizer", "schedulers", "data")
-"""Arguments of `SpikeGuard` that a callback passes itself. The trainers' loaders cannot go back, so there is no
-``data``."""
+GIVEN = ("model", "optimizer", "schedulers", "data", "rewind")
+"""Arguments of `SpikeGuard` that a callback passes itself or leaves out. The trainers' loaders cannot go back, so there
+is no ``data``."""
 
 _troubles = Troubles(OWNER)
 
@@ -50,7 +49,7 @@ def checked_say(say: Any) -> Callable[[str], object] | None:
     """``say`` if it is a function or None; else TypeError."""
     if say is not None and not callable(say):
         raise TypeError(f"{OWNER}: say={say!r:.80} must be a function of one line of text, such as print, or None")
-    return say  # type: ignore[no-any-return]
+    return say
 
 
 def replace_step(optimizer: Optimizer, step: Callable[..., Any]) -> Callable[[], None]:
@@ -96,31 +95,9 @@ def event_line(event: Mapping[str, Any], guard: SpikeGuard, steps_before: int) -
     return f"SpikeGuard: step {event['rows']} is bad: {event['reason']}; {event['action']}: {effect}"
 
 
-def to_tensors(x: Any) -> Any:
-    """A guard's ``state_dict()`` with tensors in place of NumPy's arrays."""
-    if isinstance(x, np.ndarray):
-        return torch.from_numpy(x.copy())
-    if isinstance(x, Mapping):
-        return {key: to_tensors(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return type(x)(to_tensors(value) for value in x)
-    return x
-
-
-def to_arrays(x: Any) -> Any:
-    """The inverse of `to_tensors`."""
-    if isinstance(x, Tensor):
-        return x.cpu().numpy().copy()
-    if isinstance(x, Mapping):
-        return {key: to_arrays(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return type(x)(to_arrays(value) for value in x)
-    return x
-
-
 def load_guard(guard: SpikeGuard, saved: Mapping[str, Any]) -> None:
-    """Load what `to_tensors` made. A state that does not fit, as after a change of the model, is a warning."""
+    """Load a saved state. One that does not fit, as after a change of the model, is a warning."""
     try:
-        guard.load_state_dict(to_arrays(saved))
+        guard.load_state_dict(dict(saved))
     except Exception as problem:
         _troubles.failed("take up what it knew before the resume", problem)

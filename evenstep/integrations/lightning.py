@@ -23,7 +23,6 @@ from evenstep.integrations.guard import (
     event_line,
     load_guard,
     replace_step,
-    to_tensors,
 )
 from evenstep.integrations.log import go_on, harmless, lent_sinks, open_log, write_line
 from evenstep.telemetry.guard import Event, SpikeGuard
@@ -245,7 +244,7 @@ class SpikeGuardCallback(pl.Callback):
             )
         before, number = self.guard, self._number
         if self._saved is None and before is not None and trainer.global_step and self._trainer is trainer:
-            self._saved = {"number": number, "guard": to_tensors(before.state_dict())}  # fit() called again
+            self._saved = {"number": number, "guard": before.state_dict()}  # fit() called again
         optimizer = trainer.optimizers[self.which]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -359,7 +358,7 @@ class SpikeGuardCallback(pl.Callback):
         if self.guard is None:
             return {}
         self._steps = self.guard.num_steps
-        return {"number": self._number, "guard": to_tensors(self.guard.state_dict())}
+        return {"number": self._number, "guard": self.guard.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict or None

@@ -22,7 +22,6 @@ from evenstep.integrations.guard import (
     event_line,
     load_guard,
     replace_step,
-    to_tensors,
 )
 from evenstep.integrations.log import Tally, go_on, harmless, lent_sinks, open_log, write_line
 from evenstep.telemetry.guard import Event, SpikeGuard
@@ -345,7 +344,7 @@ class SpikeGuardCallback(TrainerCallback):
         if self.guard is None:
             return
         self._steps = self.guard.num_steps
-        saved, folder = to_tensors(self.guard.state_dict()), _checkpoint(Path(str(args.output_dir)), state.global_step)
+        saved, folder = self.guard.state_dict(), _checkpoint(Path(str(args.output_dir)), state.global_step)
         if state.is_world_process_zero and folder.is_dir():
             torch.save(saved, folder / GUARD_STATE)
 

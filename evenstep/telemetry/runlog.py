@@ -32,9 +32,9 @@ STEP_LISTS = ("losses", "norms", "norms_after", "lrs")
 class RunLog:
     """What is known of a run.
 
-    ``train`` and ``validation`` are the records of the log, ``windows``, ``events``, ``lowbit`` and ``activations`` those of
-    telemetry, all in the order of their steps. The ``parameters`` records are kept as arrays: ``first`` and ``last`` are
-    the steps ``[n]`` of each record, and ``columns`` maps a name to its values ``[n, k]``, NaN where they are missing.
+    ``train`` and ``validation`` are the records of the log, ``windows``, ``events``, ``lowbit`` and ``activations``
+    those of telemetry, all in the order of their steps. The ``parameters`` records are kept as arrays: ``first`` and
+    ``last`` are the steps ``[n]`` of each record, and ``columns`` maps a name to its values ``[n, k]``, NaN where none.
     ``texts`` maps data rows (first, and one past the last) to numbers of rows and their texts, where these have been
     looked up.
     """

@@ -97,8 +97,8 @@ class RunTelemetry:
         """Context of the forward and backward pass of a step."""
         if self.monitor:
             self.monitor.arm()
-        watches_noise = self.noise is not None and log_step and not self.config.train.compile
-        with self.noise.watching() if watches_noise else nullcontext():
+        noise = self.noise if log_step and not self.config.train.compile else None
+        with noise.watching() if noise else nullcontext():
             yield
 
     def observe(self, loss: Tensor, position: int, step: int) -> None:
