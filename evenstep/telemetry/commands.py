@@ -142,11 +142,12 @@ def _look_up_texts(run: RunLog) -> None:
     """Set ``run.texts``: the beginnings of the rows of its findings and first events. Only for a run whose tokens are
     in the cache; for all others the report shows the command that prints the rows."""
     from evenstep.errors import EvenstepError
-    from evenstep.telemetry.diagnosis import diagnose, rows_command, rows_of_event
+    from evenstep.telemetry.diagnosis import diagnose, rows_command
+    from evenstep.telemetry.incidents import event_rows
 
     if rows_command(run) is None:
         return
-    found = [*(finding.rows for finding in diagnose(run)), *map(rows_of_event, run.events)]
+    found = [*(finding.rows for finding in diagnose(run)), *map(event_rows, run.events)]
     ranges = list(dict.fromkeys((rows[0], rows[1]) for rows in found if rows and 0 <= rows[0] < rows[1]))[:TEXTS]
     if not ranges:
         return

@@ -24,7 +24,7 @@ import numpy as np
 
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.detect import Detector
-from evenstep.telemetry.diagnosis import ALL
+from evenstep.telemetry.incidents import ALL
 from evenstep.telemetry.runlog import RunLog, is_number, load_run
 from evenstep.telemetry.schema import COLUMNS, is_step
 

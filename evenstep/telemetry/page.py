@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evenstep.errors import EvenstepError
-from evenstep.telemetry.diagnosis import diagnose, level_of, loss_summary, rows_command, rows_of_event
+from evenstep.telemetry.diagnosis import diagnose, level_of, loss_summary, rows_command
 from evenstep.telemetry.facts import FACTS, facts
+from evenstep.telemetry.incidents import event_rows
 from evenstep.telemetry.lines import event_line, short
 from evenstep.telemetry.runlog import RunLog, Series, is_number, matrix
 from evenstep.telemetry.schema import is_step
@@ -255,7 +256,7 @@ def _event(run: RunLog, event: dict[str, Any]) -> dict[str, Any]:
     # The event may be damaged, or come from another version.
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         line = f"step {event['step']} {event['event']}"
-    size, rows = _size(event), rows_of_event(event)
+    size, rows = _size(event), event_rows(event)
     return {
         "step": event["bad_step"] if is_step(event.get("bad_step")) else event["step"],
         "event": event["event"],

@@ -15,22 +15,9 @@ from torch.nn import functional as F
 from evenstep import SpikeMonitor, StableSPAM, cli
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, LlamaConfig
-from evenstep.telemetry.diagnosis import (
-    ALL,
-    Evidence,
-    Rise,
-    as_json,
-    as_text,
-    cause_of,
-    diagnose,
-    drift_finding,
-    growth_before,
-    level_of,
-    loss_rises,
-    rate_jumps,
-    spike_findings,
-)
+from evenstep.telemetry.diagnosis import as_json, as_text, diagnose, drift_finding, level_of, spike_findings
 from evenstep.telemetry.foreign import _leveldb_records, load_log
+from evenstep.telemetry.incidents import ALL, Evidence, Rise, cause_of, growth_before, loss_rises, rate_jumps
 from evenstep.telemetry.runlog import run_of
 
 # ---- rules, on recorded numbers ----

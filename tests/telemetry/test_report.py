@@ -605,7 +605,8 @@ def test_the_table_of_events_is_whole_at_any_width(browser, tmp_path, width):
     screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     try:
-        run = write_run(tmp_path / "run")
+        names = [f"model.layers.{i}.post_attention_layernorm_{'x' * 60}.weight" for i in range(9)]
+        run = write_run(tmp_path / "run", names=names)
         (run / "config.toml").write_text('[data]\nsource = "stdlib"\n')
         guard = event("guard", 100, bad_step=103, action="skip", reason="the loss is 9, usually 2", rows=[1, 2])
         with open(run / "metrics.jsonl", "a") as file:
