@@ -3,6 +3,7 @@ training that never saw them, bit for bit."""
 
 import math
 import os
+import types
 
 import lightning.pytorch as pl
 import pytest
@@ -209,6 +210,34 @@ def test_a_checkpoint_is_judged_before_it_is_written(tmp_path):
     assert equal(weights(saved), weights(clean.model))
 
 
+def test_gradients_are_judged_before_the_trainer_clips_them(tmp_path):
+    """All gradients are 20 times larger, which nothing tells once their norm has been clipped."""
+
+    class All(SpikeGuardCallback):
+        def on_train_begin(self, args, state, control, model=None, **rest):
+            super().on_train_begin(args, state, control, model=model, **rest)
+            for p in model.parameters():
+                p.register_hook(lambda gradient: gradient * 20 if state.global_step + 1 == BAD else gradient)
+
+    guard = All(say=None, ladder="skip")
+    given = {"optimizer": (torch.optim.AdamW, {"lr": 1e-2}), "max_grad_norm": 0.1, "save_strategy": "no"}
+    tiny_trainer(tmp_path, tiny_model(), steps=32, callbacks=[guard], **given).train()
+    assert done(guard) == [(BAD, "skip")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "name"), [("DEEPSPEED", 2, "DEEPSPEED"), ("XLA", 2, "XLA"), ("FSDP", 1, "FSDP 1")]
+)
+def test_engines_that_take_the_step_themselves_are_refused(kind, version, name):
+    from accelerate.utils import DistributedType
+
+    plugin = types.SimpleNamespace(fsdp_version=version)
+    accelerated = types.SimpleNamespace(distributed_type=DistributedType(kind), fsdp_plugin=plugin)
+    optimizer = types.SimpleNamespace(accelerator_state=accelerated)
+    with pytest.raises(ValueError, match=f"SpikeGuardCallback: does not work with {name}; use one process, DDP or"):
+        SpikeGuardCallback().on_train_begin(None, None, None, model=tiny_model(), optimizer=optimizer)
+
+
 def test_monitor_and_guard_share_a_training(tmp_path):
     for first in (True, False):
         monitor = SpikeCallback(every=1, say=None)
@@ -371,6 +400,18 @@ def test_lightnings_calm_training_is_left_alone_bit_for_bit(manual, options):
     assert equal(weights(one), weights(other)) and one.rates == other.rates
     assert not said and guard.guard.num_steps == 40
     assert not {"configure_gradient_clipping", "lr_scheduler_step"} & vars(other).keys()
+
+
+def test_gradients_are_judged_before_lightning_clips_them():
+    """All gradients are 20 times larger, which nothing tells once their norm has been clipped."""
+
+    class All(Regression):
+        def on_after_backward(self):
+            for p in self.parameters():
+                p.grad *= 20 if self.number + 1 == 30 else 1
+
+    guard, _ = fitted(All(), ladder="skip", options={"gradient_clip_val": 0.01})
+    assert done(guard) == [(30, "skip")]
 
 
 @pytest.mark.parametrize("manual", [False, True])
