@@ -359,6 +359,20 @@ def test_a_resumed_judge_goes_on():
         assert len(events) == (step == 10)
 
 
+def test_a_saved_monitor_keeps_the_history_of_its_warnings(tmp_path):
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, second = (SpikeMonitor(model, optimizer, say=None, activations=5) for _ in range(2))
+    for step in range(8):
+        first.warnings.feed(step, "rms", ["layers.0"], np.array([1.0 if step < 7 else 50.0]))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert second.warnings.open == {"rms": ["layers.0"]}
+    assert second.warnings.history["rms"].tolist() == [[1.0]] * 7 + [[50.0]]
+    old = {key: value for key, value in first.state_dict().items() if key != "warnings"}
+    second.load_state_dict(old)  # of an older version
+
+
 def test_growing_attention_and_large_updates_are_events_with_their_place():
     model, sink = llama(), Kept()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
