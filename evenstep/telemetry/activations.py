@@ -91,19 +91,17 @@ class ActivationProbe:
         self.found: dict[str, Numbers] = {}
         self._done: set[str] = set()  # modules whose pass has been measured since `arm`
         self._handles: list[Any] = []
-        compiled = 0
         blocks = find_blocks(model)
-        for name, block in blocks.items():
-            if _is_compiled(block):
-                compiled += 1
-                continue
+        self._watched = {name for name, block in blocks.items() if not _is_compiled(block)}
+        for name in self._watched:
+            block = blocks[name]
             watch = _BlockWatch(self, name)
             self._handles += [
                 block.register_forward_pre_hook(_Hook(watch.enter)),
                 # Also after an exception: the mode must not stay active.
                 block.register_forward_hook(_Hook(watch.leave), always_call=True),
             ]
-        if compiled:
+        if len(self._watched) < len(blocks):
             troubles.tell("compiled", "blocks under torch.compile are not measured in the forward pass")
         head_name, head, body = _find_head(model)
         if head is not None and not _is_compiled(head):
@@ -124,13 +122,13 @@ class ActivationProbe:
         was_armed, self.armed = self.armed, False
         found, self.found = self.found, {}
         vectors = [(module, key, x) for module, numbers in found.items() for key, x in numbers.items()]
+        if was_armed and self._watched and not self._watched & self._done:
+            self.troubles.tell(
+                "nothing seen",
+                "the forward pass called no block that can be measured (torch.compile and CUDA graphs run no hooks, "
+                "and evaluation mode is left out)",
+            )
         if not vectors:
-            if was_armed and self._handles:
-                self.troubles.tell(
-                    "nothing seen",
-                    "the forward pass called no block that can be measured (torch.compile and CUDA graphs run no "
-                    "hooks, and evaluation mode is left out)",
-                )
             return None
         device = vectors[0][2].device
         flat = torch.cat([x.reshape(-1).to(device, torch.float32) for _, _, x in vectors])

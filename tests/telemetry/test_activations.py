@@ -17,6 +17,7 @@ from train_support import quick, write_corpus
 
 from evenstep import SpikeMonitor, StableSPAM
 from evenstep.models import Llama, LlamaConfig
+from evenstep.telemetry import activations
 from evenstep.telemetry.activations import ActivationProbe, attention_numbers, find_blocks, unit_numbers
 from evenstep.telemetry.detect import Warnings
 from evenstep.telemetry.lines import event_line
@@ -129,7 +130,7 @@ def test_a_pass_of_the_model_shows_all_keys_of_every_block_and_of_the_head(chunk
     torch.testing.assert_close(found["lm_head", "logsumexp"][0], logits.logsumexp(-1).mean())
 
 
-def test_only_the_first_pass_after_arming_is_measured():
+def test_only_the_first_pass_after_arming_is_measured(monkeypatch):
     model = llama()
     probe = probe_of(model)
     x = tokens()
@@ -137,14 +138,18 @@ def test_only_the_first_pass_after_arming_is_measured():
     assert probe.take() is None
     probe.arm()
     model.eval()
-    model(x)
+    model(x.flip(0))
     model.train()
     model(x)
     first = numbers(probe.take())
     probe.arm()
+    calls = []
+    measure = activations.attention_numbers
+    monkeypatch.setattr(activations, "attention_numbers", lambda *a, **k: calls.append(1) or measure(*a, **k))
     for each in (x, x.flip(1)):  # micro batches
         model(each)
     second = numbers(probe.take())
+    assert len(calls) == 2  # blocks, not micro batches
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -245,8 +250,8 @@ def test_compiled_blocks_are_left_alone_and_one_line_says_so(place):
         warnings.simplefilter("always")
         measured, sink = trained(True, compile_=place)
     assert all(torch.equal(a, b) for a, b in zip(without, measured, strict=True))
-    lines = [str(one.message) for one in said if "forward pass" in str(one.message)]
-    assert len(lines) == (place == "blocks") and all("torch.compile" in line for line in lines)
+    (line,) = [str(one.message) for one in said if "forward pass" in str(one.message)]
+    assert "torch.compile" in line
     assert all(set(record["modules"]) == {"lm_head"} for record in sink.of("activations"))
 
 
@@ -308,9 +313,9 @@ def test_a_copy_of_the_model_is_not_measured_and_close_removes_the_hooks():
     model = llama()
     probe = probe_of(model)
     twin = copy.deepcopy(model)
-    probe.arm()
+    hooks = [hook for m in twin.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert len(hooks) == 6 and all(hook.act is activations._nothing for hook in hooks)
     twin(tokens())
-    assert probe.take() is None
     probe.arm()
     probe.close()
     model(tokens())
@@ -352,6 +357,20 @@ def test_a_resumed_judge_goes_on():
             judge.load(state)
         events = judge.feed(step, "attention_max", ["a"], np.array([value]))
         assert len(events) == (step == 10)
+
+
+def test_a_saved_monitor_keeps_the_history_of_its_warnings(tmp_path):
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first, second = (SpikeMonitor(model, optimizer, say=None, activations=5) for _ in range(2))
+    for step in range(8):
+        first.warnings.feed(step, "rms", ["layers.0"], np.array([1.0 if step < 7 else 50.0]))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert second.warnings.open == {"rms": ["layers.0"]}
+    assert second.warnings.history["rms"].tolist() == [[1.0]] * 7 + [[50.0]]
+    old = {key: value for key, value in first.state_dict().items() if key != "warnings"}
+    second.load_state_dict(old)  # of an older version
 
 
 def test_growing_attention_and_large_updates_are_events_with_their_place():
