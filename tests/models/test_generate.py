@@ -141,3 +141,13 @@ def test_bad_input_is_one_clear_line(arguments, words):
     with pytest.raises(EvenstepError) as caught:
         generate(small(), **{"tokens": [1], "max_new_tokens": 1, **arguments})
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_tokens_are_drawn_from_softcapped_logits():
+    model = small(logit_softcap=0.5)
+    prompt = [3, 1, 4]
+    probabilities = model(torch.tensor([prompt]))[0, -1].softmax(0)
+    for seed in range(12):  # with the logits of the head alone, seeds 6, 7 and 10 draw other tokens
+        wanted = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        assert generate(model, prompt, 1, temperature=1.0, top_k=None, generator=generator) == [int(wanted)]
