@@ -284,10 +284,10 @@ def test_train_list_generate_resume(capsys, tmp_path, corpus):
     status, text, err = call(capsys, *command[command.index("pretrain") :], "--train.steps", "9")
     assert status == 0 and f"folder     {out}-2" in text and "lr 0.5" in text, err
 
-    status, _, err = call(capsys, "pretrain", "--resume", out, "--out", tmp_path / "new", "--seed", "5")
-    assert status == 2 and f"--out is {tmp_path / 'new'}" in err and not (tmp_path / "new").exists()
-    command = shlex.split(err.rpartition("with: ")[2])
-    assert call(capsys, *command[command.index("pretrain") :], "--train.steps", "9")[0] == 0
+    words = ("--resume", f"{out}@8", "--out", tmp_path / "runs" / "new", "--optim.lr", "0.001")
+    status, text, err = call(capsys, "pretrain", *words)
+    assert status == 0 and "goes on from" in text and "2 steps to go" in text, err
+    assert "\n+ new" in call(capsys, "runs", tmp_path / "runs")[1]
 
     (out / "summary.json").unlink()
     assert call(capsys, "runs", out)[1].splitlines()[1].endswith("interrupted")

@@ -17,9 +17,9 @@ from evenstep.telemetry.guard import SpikeGuard
 from evenstep.telemetry.trouble import Troubles
 
 OWNER = "SpikeGuardCallback"
-GIVEN = ("model", "optimizer", "schedulers", "data", "rewind")
-"""Arguments of `SpikeGuard` that a callback passes itself or leaves out. The trainers' loaders cannot go back, so there
-is no ``data``."""
+GIVEN = ("model", "optimizer", "schedulers", "data")
+"""Arguments of `SpikeGuard` that a callback passes itself. The trainers' loaders cannot go back, so there is no
+``data``."""
 
 _troubles = Troubles(OWNER)
 

@@ -725,6 +725,8 @@ class Trainer:
             state |= {"position": 0, "skipped": []}
         self.load_state_dict(state | {"telemetry": None})
         self._restore_random_state(state["processes"])
+        left = self.config.total_steps - self.step_number
+        self.say(f"goes on from {checkpoint}, {f'{left} steps to go' if left else 'nothing left to do'}")
 
     def _new_run(self, *, weights: bool = True) -> str:
         return new_run(self.config.COMMAND, self.out, weights=weights)
