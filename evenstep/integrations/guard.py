@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ def checked_say(say: Any) -> Callable[[str], object] | None:
     """``say`` if it is a function or None; else TypeError."""
     if say is not None and not callable(say):
         raise TypeError(f"{OWNER}: say={say!r:.80} must be a function of one line of text, such as print, or None")
-    return say
+    return cast("Callable[[str], object] | None", say)
 
 
 def replace_step(optimizer: Optimizer, step: Callable[..., Any]) -> Callable[[], None]:
