@@ -97,7 +97,7 @@ class Finding:
 ADVICE: dict[str, str] = {
     "rate": "Look at the schedule of the learning rate at that step; a longer warm-up or a lower rate after a restart"
     " avoids the jump.",
-    "growth": "Give a lower peak learning rate or a longer warm-up (optim.lr, optim.warmup).",
+    "growth": "Give a lower peak learning rate or a longer warm-up (optim.lr, schedule.warmup_steps).",
     "batch": "Read the text of that batch; leave out documents like it, or bound their effect with StableSPAM, a"
     " clipped norm (train.clip_norm) or SpikeGuard.",
     "update": "Bound the gradient of a single tensor: StableSPAM or AdaClip clip entries, AdaGC clips tensors;"
@@ -111,7 +111,7 @@ ADVICE: dict[str, str] = {
     " resizing of embeddings, merging, conversion between dtypes, or a defective device.",
     "overflow": "The loss was finite, so the backward pass overflowed or divided by zero: look at this tensor's layer,"
     " at its dtype and at the loss scale.",
-    "nonfinite": "Read the text of that batch; train.on_nan or SpikeGuard leave such batches out.",
+    "nonfinite": "Read the text of that batch; guard.ladder or SpikeGuard leaves such batches out.",
     "spikes": "Nothing needs to be done while the loss does not follow.",
     "lowbit": "Keep these layers in higher precision, or use a recipe that leaves gradients unquantised.",
     "drift": "Lower the learning rate, decay it earlier, or go back to the checkpoint with the lowest loss.",
