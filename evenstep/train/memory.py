@@ -296,4 +296,7 @@ def least_memory(config: Config, shape: LlamaConfig, processes: int, per_node: i
     activations = activation_bytes(config, shape, grid, tokens)
     most = {"activations": activations} if activations > parameters else {"gradients": parameters}
     batch = 2 * 8 * sequences * config.train.seq_len  # int64 inputs and targets
-    return {"parameters": parameters, **most, "optimizer state": state, "batch": batch}
+    needs = {"parameters": parameters, **most, "optimizer state": state, "batch": batch}
+    if "rewind" in config.guard.actions and config.guard.snapshot_every:
+        needs["snapshot of the guard"] = parameters + state
+    return needs

@@ -14,6 +14,7 @@ from train_support import quick, write_corpus
 from evenstep.errors import EvenstepError
 from evenstep.train.checkpoint import list_checkpoints, load_model_state
 from evenstep.train.config_io import load_config
+from evenstep.train.memory import least_memory, model_shape
 from evenstep.train.trainer import Run
 
 pytest.importorskip("tokenizers")
@@ -263,6 +264,13 @@ def test_a_run_without_a_guard_resumes_with_one(corpus, tmp_path):
 def test_what_does_not_fit_is_told_at_once(options, words):
     with pytest.raises(EvenstepError, match=words):
         load_config(None, [("data.source", "text:x"), *options.items()])
+
+
+def test_a_snapshot_is_part_of_the_memory_that_a_run_needs():
+    plain, guarded = (load_config(None, [("data.source", "text:x"), ("guard.ladder", way)]) for way in ("off", "all"))
+    shape = model_shape(plain, 300)
+    before, after = least_memory(plain, shape, 1, 1), least_memory(guarded, shape, 1, 1)
+    assert after.pop("snapshot of the guard") == before["parameters"] + before["optimizer state"] and after == before
 
 
 def _rewinds(run):
