@@ -258,6 +258,8 @@ class Trainer:
         """Ranges of rows of the data that are skipped because their loss or gradient was bad."""
         self.guard = self._make_guard()
         self.snapshot: Snapshot | None = None
+        self.actions: list[dict[str, Any]] = []
+        """Records of the guard's actions since the snapshot."""
         self.bad_batches = 0
         self.bad_since: int | None = None
         self.saved: Path | None = None
@@ -811,7 +813,13 @@ class Trainer:
             slower = f"; the next {guard.lr_steps} steps use {guard.lr_factor:g} of the learning rate"
             self.say(f"step {number}: {what}; {here}{slower if action == 'lower_lr' else ''}")
         facts = {"bad_step": number, "action": action, "reason": what, "rows": list(rows)}
-        self.telemetry.write({"kind": "event", "event": "guard", "step": self.step_number, **facts})
+        self.actions.append({"kind": "event", "event": "guard", "step": self.step_number, **facts})
+        # A rewind has cut the records of the actions that led to it from the log: they are written again.
+        again = self.actions if action == "rewind" else self.actions[-1:]
+        for record in again:
+            if record["step"] > self.step_number or record is again[-1]:
+                record["step"] = self.step_number
+                self.telemetry.write(record)
 
     def _snapshot_is_due(self) -> bool:
         every = self.config.guard.snapshot_every
@@ -826,6 +834,7 @@ class Trainer:
     def _take_snapshot(self) -> None:
         self.snapshot = Snapshot(self.step_number, self.model, self.optimizer, data=[self])
         self.snapshot.complete(())
+        self.actions.clear()
 
     def _rewind(self) -> int:
         """Return to the snapshot in memory or, without one, to the newest valid checkpoint; returns its step."""

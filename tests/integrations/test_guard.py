@@ -560,6 +560,7 @@ def _lightning_in_two_processes(rank, port):
     assert equal(weights(module), weights(clean))
 
 
+@pytest.mark.slow
 def test_two_processes_of_lightning_act_together_on_what_one_of_them_sees():
     from parallel_support import free_port
 

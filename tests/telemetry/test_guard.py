@@ -2,7 +2,9 @@
 
 import copy
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -91,6 +93,32 @@ def test_a_calm_training_is_left_alone(seed):
     torch.manual_seed(seed)
     training.run(400)
     assert not training.guard.events and training.taken == [*range(400)]
+
+
+CALM = np.load(Path(__file__).parents[1] / "data" / "calm_runs.npz")
+"""The numbers that the guard judged in twenty trainings of 400 steps: ``python -m lab.calm --write FILE``."""
+
+
+def judged(numbers):
+    """The steps at which a guard acts on recorded ``numbers`` [steps, 2 + k]: the loss, the norm of all gradients, and
+    the norm of each."""
+    params = [nn.Parameter(torch.zeros(1)) for _ in range(numbers.shape[1] - 2)]
+    guard = SpikeGuard(nn.ParameterList(params), torch.optim.SGD(params, lr=0.0), ladder=("skip",))
+    steps = iter(torch.from_numpy(numbers))
+    guard._numbers = lambda loss: next(steps)
+    for _ in numbers:
+        guard.step(0.0)
+    return [event["step"] for event in guard.events]
+
+
+@pytest.mark.parametrize("name", CALM.files)
+def test_recorded_calm_runs_raise_no_alarm_and_spikes_in_them_do(name):
+    numbers = CALM[name].astype(np.float32)
+    assert not judged(numbers)
+    numbers[150, 1] *= 30  # the norm of all gradients
+    numbers[300, 5] *= 300  # that of one
+    numbers[390, 0] += 3  # the loss
+    assert {150, 390} <= set(judged(numbers)) <= {150, 300, 390}
 
 
 def test_many_spikes_do_not_make_the_next_one_usual():

@@ -110,6 +110,10 @@ def test_a_rewind_after_skips_removes_checkpoints_of_steps_that_are_undone(corpu
     run._drop_undone_steps = drop
     run.fit()
     assert kept == [["step-000033", "step-000022"], ["step-000024", "step-000022"]]
+    told = [(record["step"], record["bad_step"], record["action"]) for record in actions(run.out)]
+    assert told == [(24, 30, "skip"), (24, 31, "skip"), (24, 32, "skip"), (24, 34, "rewind")], (
+        "none was cut from the log"
+    )
     assert_same(run, never_saw(corpus, tmp_path / "plain", bad))
 
 
