@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SUPPORT = ROOT / "tests/support"
-PARTS = {"optimizers": 80, "stabilized": 36, "baselines": 4, "monitored": 2, "guarded": 2, "lowbit": 30, "trained": 7}
+PARTS = {"optimizers": 80, "stabilized": 36, "baselines": 4, "monitored": 2, "guarded": 2, "lowbit": 30, "trained": 9}
 """With the least number of their cases."""
 
 pytestmark = [

@@ -241,6 +241,8 @@ RUNS = (
     {"optim__name": "scale", "train__activation_checkpointing": "true"},
     {"optim__name": "adamw", "optim__before": "adaclip + adagn"},
     {"train__loss_chunk": "16", "optim__name": "muon"},
+    {"guard__ladder": "lower_lr,rewind,stop", "train__clip_norm": "1.0"},
+    {"train__z_loss": "1e-4", "optim__lr_scale.embedding": "10", "model__logit_softcap": "30", "model__kv_heads": "2"},
 )
 
 
