@@ -403,6 +403,7 @@ RUNS = {
     "autocast": {"optim__name": "stable_spam", "train__dtype": "bf16-autocast"},
     "bf16": {"optim__name": "stable_spam", "train__dtype": "bf16", "optim__rounding": "stochastic"},
     "lowbit": {"optim__name": "stable_spam", "train__dtype": "bf16", "lowbit": "fp8"},
+    "guard": {"optim__name": "stable_spam", "train__clip_norm": "1", "guard__ladder": "rewind,stop"},
 }
 
 
@@ -428,6 +429,21 @@ def test_a_run_goes_to_its_end_and_learns(corpus, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists() and result
     losses = [record["loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in record]
     assert losses[-1] < losses[0]
+
+
+def test_a_run_rewinds_past_a_bad_batch(corpus, tmp_path):
+    """A NaN in step 8 is noticed at the log step 10 and undone; the run then equals one that never saw the batch."""
+    options = {"optim__name": "stable_spam", "train__steps": "15", "log__every": "5", "eval__every": "0"}
+    run = run_of(corpus, tmp_path / "run", **options, guard__ladder="rewind", guard__snapshot_every="3")
+    real, bad = run.model.loss, (28, 32)
+    run.model.loss = lambda *args, **more: real(*args, **more) * (math.nan if run.loader.position == bad[1] else 1.0)
+    run.fit()
+    assert run.skipped == [bad] and [event["action"] for event in run.guard.events] == ["rewind"]
+    clean = run_of(corpus, tmp_path / "clean", **options)
+    clean.skipped = [bad]
+    clean.fit()
+    for p, q in zip(run.model.parameters(), clean.model.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 @on_gpu_alone
