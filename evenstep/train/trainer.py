@@ -802,14 +802,16 @@ class Trainer:
             action = "stop"
         if action == "stop":
             self._stop(number, what, rows[0] if number == self.step_number + 1 else None)
-        here = f"sequences {rows[0]} to {rows[1] - 1} are skipped"
+        applied = number <= self.step_number  # judged late, as on a GPU
+        here = f"sequences {rows[0]} to {rows[1] - 1} are {'skipped' if action == 'rewind' or not applied else 'kept'}"
         if action == "rewind":
             excluded: set[Any] = guard.excluded
             self.skipped = sorted({*self.skipped, *excluded})
             self._drop_undone_steps()
             self.say(f"step {number}: {what}; back to {self.saved}, {here} from here")
         else:
-            self.skipped.append(rows)
+            if not applied:
+                self.skipped.append(rows)
             slower = f"; the next {guard.lr_steps} steps use {guard.lr_factor:g} of the learning rate"
             self.say(f"step {number}: {what}; {here}{slower if action == 'lower_lr' else ''}")
         facts = {"bad_step": number, "action": action, "reason": what, "rows": list(rows)}
@@ -827,9 +829,12 @@ class Trainer:
             return False
         if self.snapshot is None:
             return True
-        # A snapshot has to be from before the first bad step that the guard remembers.
+        if not _due(self.step_number, every) or self.snapshot.step == self.step_number:
+            return False
+        # A snapshot has to be from before the first bad step that the guard remembers. A rewind in this very flush
+        # returns to the step of the present snapshot.
         self.guard.flush()
-        return _due(self.step_number, every) and self.snapshot.step != self.step_number and self.guard.is_calm
+        return self.guard.is_calm and self.snapshot.step != self.step_number
 
     def _take_snapshot(self) -> None:
         self.snapshot = Snapshot(self.step_number, self.model, self.optimizer, data=[self])

@@ -90,8 +90,12 @@ def test_steps_that_are_judged_late_are_undone(corpus, tmp_path):
     bad = [26 * SIZE]
     run = guarded(corpus, tmp_path / "run", "rewind", bad, log__every="5", eval__every="10")
     run.guard.check_every = 5
+    flushed, flush = [], run.guard.flush
+    run.guard.flush = lambda: (flushed.append(run.step_number), flush())
     run.fit()
     assert [record["bad_step"] for record in actions(run.out)] == [27]
+    # Log steps, checkpoints and snapshots have to know the verdict; the other steps do not wait for it.
+    assert set(flushed) <= {step for step in range(45) if step % 5 == 0 or step % 8 == 0 or step % 11 == 0}
     assert_same(run, never_saw(corpus, tmp_path / "plain", bad, log__every="5", eval__every="10"))
 
 
@@ -243,6 +247,14 @@ def test_a_calm_run_is_the_same_with_and_without_a_guard(corpus, tmp_path):
     run.fit()
     assert not run.guard.events and not actions(run.out)
     assert_same(run, never_saw(corpus, tmp_path / "plain", []))
+
+
+def test_a_rate_that_is_lowered_late_keeps_the_batch_that_was_applied(corpus, tmp_path):
+    said = []
+    run = guarded(corpus, tmp_path / "run", "lower_lr", [26 * SIZE], said.append, 50.0, log__every="5")
+    run.guard.check_every = 5
+    run.fit()
+    assert run.skipped == [] and any("sequences 104 to 107 are kept; the next 20 steps" in line for line in said), said
 
 
 def test_a_run_without_a_guard_resumes_with_one(corpus, tmp_path):
