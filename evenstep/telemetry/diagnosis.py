@@ -26,7 +26,6 @@ from evenstep.telemetry.incidents import (
     LEAST_RISE,
     REACH,
     RULED,
-    TO_DEVIATION,
     WINDOW,
     Cause,
     Evidence,
@@ -48,7 +47,7 @@ from evenstep.telemetry.incidents import (
 )
 from evenstep.telemetry.lines import short
 from evenstep.telemetry.runlog import RunLog, is_number
-from evenstep.telemetry.schema import Record, finite
+from evenstep.telemetry.schema import TO_DEVIATION, Record, finite
 
 OUTSTANDING = 100.0
 """A gradient spike of at least this factor has a finding of its own, although the loss did not follow."""

@@ -33,12 +33,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evenstep.telemetry.probe import Probe
+from evenstep.telemetry.schema import TO_DEVIATION
 from evenstep.telemetry.snapshot import Snapshot
 
 ACTIONS = ("skip", "lower_lr", "rewind", "stop")
-
-TO_DEVIATION = 1.4826
-"""The standard deviation of a normal distribution is 1.4826 times its median absolute deviation."""
 
 LEAST_SPREAD = 0.02
 """The spread of a series is taken to be at least this share of its median, so that a series that stands still has no

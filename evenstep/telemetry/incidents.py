@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from evenstep.telemetry.lines import event_line, short
 from evenstep.telemetry.runlog import RunLog, Series, is_number
-from evenstep.telemetry.schema import Record
+from evenstep.telemetry.schema import TO_DEVIATION, Record
 
 WINDOW = 50
 """Losses before a step that its loss is compared with."""
@@ -33,9 +33,6 @@ ENOUGH = 20
 
 SIGMA = 8.0
 """Deviations (scaled median absolute deviations) by which a loss exceeds the median of its window when it has risen."""
-
-TO_DEVIATION = 1.4826
-"""The standard deviation of a normal distribution is 1.4826 times its median absolute deviation."""
 
 LEAST_RISE = 0.05
 """A rise is at least this share of the median, so that a loss that stands still has no rises of rounding noise."""

@@ -266,18 +266,19 @@ def _event(run: RunLog, record: Record, _: list[Record]) -> bool:
 
 
 def _lowbit(run: RunLog, record: Record, _: list[Record]) -> bool:
-    layers = record.get("layers")
-    if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
-        return False
-    run.lowbit.append(record)
-    return True
+    return _add_table(run.lowbit, record, "layers")
 
 
 def _activations(run: RunLog, record: Record, _: list[Record]) -> bool:
-    modules = record.get("modules")
-    if not isinstance(modules, dict) or not all(isinstance(module, dict) for module in modules.values()):
+    return _add_table(run.activations, record, "modules")
+
+
+def _add_table(records: list[Record], record: Record, key: str) -> bool:
+    """Add a record whose ``key`` is a dict of dicts."""
+    table = record.get(key)
+    if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
         return False
-    run.activations.append(record)
+    records.append(record)
     return True
 
 

@@ -39,6 +39,9 @@ OUTPUT_KEYS = ("logit_rms", "logit_max", "logsumexp")
 """Keys of a module in an ``activations`` record: vectors over the heads of a block, numbers of a block, and numbers of
 the output head (activations.py)."""
 
+TO_DEVIATION = 1.4826
+"""The standard deviation of a normal distribution is 1.4826 times its median absolute deviation."""
+
 GSS_THRESHOLD = 50.0
 """A coordinate spikes when |g| is more than this multiple of its mean over time (SPAM, arXiv:2501.06842, section 2)."""
 

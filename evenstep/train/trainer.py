@@ -167,18 +167,20 @@ class Trainer:
         world = world or World(pick_device(config.train.device))
         task = self.TASK(world, say if world.is_main else print_nothing)
         checkpoint = Path(world.on_rank_0(lambda: str(parent.find(task.say)))) if parent else None
+        state = None
         if parent and checkpoint:
             allow_known_state()
-            check_parent(parent.run, config, read_trainer(checkpoint))
+            state = read_trainer(checkpoint)
+            check_parent(parent.run, config, state)
         config = task.resolve(config, checkpoint)
         # Process 0 chooses the directory: its name contains the time, and the processes may see different files.
         out = world.on_rank_0(lambda: str(fresh_directory(config)))
         config = dataclasses.replace(config, out=out, name=default_name(config))
         # Nothing is written before the whole run is built, so that an error leaves no empty run behind.
         self._build(config, task, data_progress, blank=checkpoint is not None)
-        if parent and checkpoint:
+        if checkpoint and state:
             with world.raise_on_all_ranks():
-                self._adopt(checkpoint)
+                self._adopt(checkpoint, state)
         world.on_rank_0(lambda: self._create_directory(parent))
         if parent is None:
             self.metrics = Metrics(self.out / "metrics.jsonl") if world.is_main else NoMetrics()
@@ -667,8 +669,7 @@ class Trainer:
             (directory / "summary.json").unlink(missing_ok=True)  # written when the run ended before
         run.metrics = resume_metrics(run.out / "metrics.jsonl", run.step_number, world)
         run.seconds = max(run.seconds, run.metrics.seconds)  # the log may be ahead of the checkpoint
-        left = config.total_steps - run.step_number
-        say(f"resumed from {checkpoint}, {f'{left} steps to go' if left else 'nothing left to do'}")
+        say(f"resumed from {checkpoint}, {run._left()}")
         if (line := rising_rate(build(trainer["config"], type(config)), config, trainer["step"])) is not None:
             say(line)
         return run
@@ -701,9 +702,9 @@ class Trainer:
         else:  # another number of processes: a new seed, the same in all of them, so that replicas stay equal
             torch.manual_seed(hash((self.config.seed, self.step_number)) % 2**63)
 
-    def _adopt(self, checkpoint: Path) -> None:
-        """Go on from the ``checkpoint`` of another run, whose options may be others."""
-        state = read_trainer(checkpoint)
+    def _adopt(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Go on from the ``checkpoint`` of another run, whose options may be others. ``state`` is the content of its
+        trainer.pt."""
         old = build(state["config"], type(self.config))
         if state["tokenizer"] != self.tokenizer.fingerprint:
             raise EvenstepError(
@@ -727,8 +728,11 @@ class Trainer:
             state |= {"position": 0, "skipped": []}
         self.load_state_dict(state | {"telemetry": None})
         self._restore_random_state(state["processes"])
+        self.say(f"goes on from {checkpoint}, {self._left()}")
+
+    def _left(self) -> str:
         left = self.config.total_steps - self.step_number
-        self.say(f"goes on from {checkpoint}, {f'{left} steps to go' if left else 'nothing left to do'}")
+        return f"{left} steps to go" if left else "nothing left to do"
 
     def _new_run(self, *, weights: bool = True) -> str:
         return new_run(self.config.COMMAND, self.out, weights=weights)

@@ -5,6 +5,7 @@ import json
 import parallel_support
 import pytest
 import torch
+from parallel_support import silent
 from train_support import quick, quick_overrides, write_corpus
 
 from evenstep.cli import main
@@ -24,10 +25,6 @@ pytest.importorskip("safetensors")
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
-
-
-def silent(_: str) -> None:
-    pass
 
 
 # The options that change a step, beside those that test_run.py resumes.
