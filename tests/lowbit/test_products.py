@@ -145,11 +145,19 @@ def test_metrics_of_a_model_name_every_low_bit_layer():
 # ---- hardware products ----
 
 
+def int_mm_is_exact() -> bool:
+    """Evenstep uses the product on CUDA only. On a CPU without VNNI, oneDNN adds pairs of products in 16 bits."""
+    a = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(a, -a.t().contiguous()) == -64 * 127 * 127).all())
+
+
 @pytest.mark.parametrize("kernel", backends.KERNELS[:2], ids=lambda k: k.name)
 @pytest.mark.parametrize("rows", [5, 40])
 def test_the_products_that_run_on_a_cpu_too_agree_with_the_emulation(kernel, rows):
     x, w, _ = operands()
     x = x[:rows]
+    if kernel.name == "torch._int_mm" and not int_mm_is_exact():
+        pytest.skip("torch._int_mm saturates on this processor, which has no 8-bit dot products (VNNI)")
     want = fake_quantize(x, kernel.input) @ fake_quantize(w, kernel.weight).t()
     try:
         got = kernel.linear(x, w, None, torch.float32)

@@ -38,6 +38,8 @@ def quick_overrides(corpus: Path, out: Path, **more: str) -> list[tuple[str, str
         "sample.tokens": "8",
         "out": str(out),
     }
+    if "model__config" in more:  # a file instead of a named size
+        del given["model.size"]
     return list((given | {key.replace("__", "."): value for key, value in more.items()}).items())
 
 

@@ -134,7 +134,6 @@ def test_a_published_configuration_is_trained_planned_and_resumed(corpus, tmp_pa
     path = tmp_path / "llama_tiny.json"
     path.write_text(json.dumps(shape))
     given = dict(quick_overrides(corpus, tmp_path / "run", model__config=str(path), model__qk_norm="true"))
-    del given["model.size"]
     config = load_config(None, [*given.items()])
     run = Run(config, say=silent)
     expected = {"vocab_size": 320, "num_layers": 2, "kv_heads": 2, "tie_embeddings": True, "qk_norm": True}
@@ -152,7 +151,6 @@ def test_a_configuration_that_does_not_fit_is_refused(corpus, tmp_path):
     shape = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 44, "num_attention_heads": 4}
     path.write_text(json.dumps(shape | {"num_hidden_layers": 2, "max_sequence_length": 8, "vocab_size": 100}))
     given = dict(quick_overrides(corpus, tmp_path / "run", model__config=str(path)))
-    del given["model.size"]
     with pytest.raises(EvenstepError, match=r"tokenizer has \d+ entries, but model\.config .* only 100; give"):
         Run(load_config(None, [*given.items()]), say=silent)
     path.write_text(json.dumps(shape | {"num_hidden_layers": 2, "max_sequence_length": 8, "vocab_size": 400}))
