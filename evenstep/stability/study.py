@@ -205,3 +205,43 @@ def with_threshold(remedy: Remedy, threshold: float | None) -> Remedy:
     if threshold is None:
         return remedy
     return replace(remedy, optim={**remedy.optim, "before": remedy.optim["before"].format(threshold)})
+
+
+# ---- claims ----
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``better`` has a lower loss than ``than`` on the variants of a task, all of them if none is named. The loss of a
+    seed is the mean over the variants."""
+
+    better: str
+    than: str
+    task: str
+    variants: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        where = f"{self.task}, {' and '.join(self.variants)}" if self.variants else self.task
+        return f"{where}: {self.better} below {self.than}"
+
+
+_STABLE, _SLOW = "Stable-SPAM .7/.9", "Stable-SPAM .85/.99999"
+
+CLAIMS = (
+    Claim(_STABLE, "Adam + clip 1", "control"),
+    Claim(_STABLE, "Adam + tuned clip", "gradient", ("all, loss x 0.001",)),
+    Claim("Adam + tuned clip", _STABLE, "gradient", ("all, loss x 1",)),
+    Claim(f"{_STABLE}, robust", _STABLE, "gradient"),
+    Claim("GradientStabilizer", "Adam", "gradient"),
+    Claim("Adam + guard: rewind", "Adam + tuned clip", "gradient"),
+    Claim("Adam + guard: rewind", "Adam + tuned clip", "data"),
+    Claim("Adam + tuned clip", _STABLE, "recurrence", ("loss x 1",)),
+    Claim(_STABLE, "Adam + tuned clip", "recurrence", ("loss x 0.001",)),
+    Claim(_STABLE, _SLOW, "recurrence"),
+    Claim(_STABLE, "Adam + clip 1", "depth"),
+    Claim(_STABLE, "Adam + clip 1", "lowbit"),
+    Claim("Adam + QK-norm", "Adam", "logits"),
+    Claim("SPAM", "Adam + clip 1", "gradient"),
+)
+"""Registered before the runs of the small scale had ended, from trials with other models and seeds."""

@@ -226,7 +226,7 @@ def build(family: Family, vocab_size: int, changes: dict[str, Any], lowbit: str 
 
 # ---- data ----
 
-VAL_TOKENS = 8192
+VAL_TOKENS = 4096
 
 
 @functools.cache

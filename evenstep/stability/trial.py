@@ -28,7 +28,7 @@ from evenstep.train.config import OptimConfig, ScheduleConfig
 from evenstep.train.optimizers import LearningRates, build_optimizer, lr_factor
 
 SOURCE = "kjv"
-EVERY = 10  # steps between two validations
+EVERY = 20  # steps between two validations
 EPISODE = 0.5  # nats above the lowest smoothed loss at which a spike episode starts
 SMOOTH = 0.9  # of the exponential mean of the training loss
 
@@ -83,7 +83,7 @@ def train(
     spoil = GRADIENT_FAULTS.get(variant.fault)
     guard = None
     if remedy.ladder:
-        guard = SpikeGuard(model, optimizer, ladder=remedy.ladder, snapshot_every=EVERY, data=[rows])
+        guard = SpikeGuard(model, optimizer, ladder=remedy.ladder, snapshot_every=10, data=[rows])
     extra = {} if remedy.z_loss is None else {"z_loss": remedy.z_loss}
     losses: list[float] = []
     curve: dict[int, float] = {}
