@@ -14,7 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -611,6 +611,9 @@ class BaseConfig(Section):
         super().__post_init__()
         train = self.train
         self.check_budget()
+        if self.optim.options.get("total_steps") == "run":  # Stable-SPAM's schedule, as long as the run
+            given = {**self.optim.options, "total_steps": self.total_steps}
+            object.__setattr__(self, "optim", replace(self.optim, options=given))
         if train.batch_size % self.micro_batch_size:
             raise EvenstepError(
                 f"train.batch_size {train.batch_size} is not divisible by train.micro_batch_size "
