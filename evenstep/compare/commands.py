@@ -133,7 +133,8 @@ def write(plan: Any, outcomes: Any, out: Path, store: Path | None, say: Any) -> 
     from evenstep.train.files import replace_text
 
     document = document_of(plan, outcomes)
-    if not is_measured(document):
+    stale = store is not None and (store / f"{plan.table.name}.json").exists()  # of a setting that has changed since
+    if not is_measured(document) and not stale:
         return document
     where = out / "tables" / plan.table.name
     where.mkdir(parents=True, exist_ok=True)

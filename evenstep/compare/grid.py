@@ -81,7 +81,7 @@ class Plan:
 
     Attributes:
         tuning_seed: line -> the seed of its sweep: ``sweep.seed`` of the table file if it is given, else `TUNING_SEED`,
-            unless ``stored`` has the whole sweep with the old seed and not with the new one.
+            unless ``stored`` has runs of the sweep with the old seed and not the whole one with the new seed.
     """
 
     def __init__(self, table: Table, stored: Outcomes | None = None) -> None:
@@ -93,7 +93,7 @@ class Plan:
             self.cell(group, "final", self.table.rates(group)[0], 0)
             if "seed" not in table.document["sweep"] and stored and not self.swept(group, stored):
                 self.tuning_seed[group] = OLD_TUNING_SEED
-                if not self.swept(group, stored):
+                if not any(cell.name in stored for cell in self.sweep(group, stored)):
                     self.tuning_seed[group] = TUNING_SEED
 
     def cell(self, group: Group, stage: str, lr: float, seed: int) -> Cell:

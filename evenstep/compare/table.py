@@ -116,7 +116,7 @@ class Table:
         return any(group.is_called(name) for name in [*named, self.reference or ""])
 
     def rates(self, group: Group) -> list[float]:
-        """The learning rates to try, ascending: those of the row at this size as they are, or else those of the row, the
+        """The learning rates to try, ascending: those of the row at this size as they are; else those of the row, the
         size or the sweep, times the row's factor."""
         row, size = self.document["row"][group.row], self.document["size"].get(group.size, {})
         if exact := size.get("row", {}).get(group.row, {}).get("rates"):
