@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any
 
 from evenstep.compare.cells import Outcome
-from evenstep.compare.claims import judge, settled
+from evenstep.compare.claims import OPEN, UNMEASURED, judge, settled
 from evenstep.compare.report import table
 from evenstep.errors import EvenstepError
 from evenstep.stability.remedies import Remedy
@@ -123,6 +123,7 @@ def verdicts(results: Results) -> list[dict[str, Any]]:
     for claim in CLAIMS:
         first, second = (_by_seed(results, claim, remedy) for remedy in (claim.better, claim.than))
         verdict, gap = judge(first, second)
+        verdict = UNMEASURED if verdict == OPEN else verdict
         ours = f"{gap.first:.3f} against {gap.second:.3f} ({gap.mean:+.3f} ± {gap.within:.3f})" if gap else ""
         p = gap.p if gap else 1.0
         judged.append({"text": claim.text, "verdict": verdict, "ours": ours, "p": p, "seeds": gap.seeds if gap else 0})
