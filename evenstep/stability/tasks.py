@@ -159,7 +159,6 @@ TASKS = (
             for name, lr in (("fp4", 1.6e-2), ("fp4", 3.2e-2), ("int4", 1.6e-2), ("int2", 1.6e-2))
         ),
     ),
-    ),
     Task(
         "rates", "A ladder of learning rates", "llama", "How wide is the range of rates that train?",
         "Wortsman et al., arXiv:2309.14322",
