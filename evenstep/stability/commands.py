@@ -31,7 +31,7 @@ def add_stability(commands: Any, debug: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add = parser.add_argument
     add("--quick", action="store_true", help="short for --scale quick: one seed, five tasks, rates as they come")
-    add("--scale", metavar="NAME", help="small, quick or smoke (default: small)")
+    add("--scale", metavar="NAME", help="small, quick, smoke or gpu (default: small)")
     add(
         "--optim",
         metavar="NAME",

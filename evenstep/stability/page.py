@@ -18,7 +18,7 @@ from evenstep.compare.claims import OPEN, UNMEASURED, judge, settled
 from evenstep.compare.report import table
 from evenstep.errors import EvenstepError
 from evenstep.stability.remedies import Remedy
-from evenstep.stability.study import CLAIMS, SOURCE, Claim, Scale
+from evenstep.stability.study import CLAIMS, Claim, Scale
 from evenstep.stability.tasks import FAMILIES, TASKS, Task, Variant, baseline
 from evenstep.train.files import replace_text
 from evenstep.train.hardware import short_commit
@@ -111,7 +111,7 @@ def results_of(outcomes: Mapping[str, Outcome], scale: Scale, remedies: Sequence
             if by_remedy and task.name in scale.tasks:
                 ordered[task.name, variant.name] = {name: by_remedy[name] for name in names if name in by_remedy}
     families = {task.family for task in TASKS if any(key[0] == task.name for key in ordered)}
-    return Results(ordered, tuned, {name: baseline(SOURCE, FAMILIES[name].vocab_size) for name in families})
+    return Results(ordered, tuned, {name: baseline(scale.source, scale.families[name].vocab_size) for name in families})
 
 
 # ---- claims ----

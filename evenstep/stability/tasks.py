@@ -104,6 +104,19 @@ FAMILIES = {
     )
 }
 
+_60M = {"hidden_size": 512, "intermediate_size": 1376, "num_layers": 8, "num_heads": 8}
+
+GPU_FAMILIES = {
+    family.name: family
+    for family in (
+        Family("llama", "llama", _60M, 8192, 64, 256, 1220, 120, "cosine", 2e-3),
+        Family(
+            "post-ln", "llama", {**_60M, "num_layers": 24, "norm": "post"}, 8192, 64, 256, 600, 60, "constant", 1e-3
+        ),
+    )
+}
+"""60M parameters, 20M tokens a run."""
+
 _SCALES = (1e-3, 1.0, 1e3)
 
 
@@ -190,25 +203,27 @@ class Recurrent(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         if kind == "lstm":
-            self.body: nn.Module = nn.LSTM(hidden_size, hidden_size, batch_first=True)
+            self.body: nn.RNNBase = nn.LSTM(hidden_size, hidden_size, batch_first=True)
         else:
             self.body = nn.RNN(hidden_size, hidden_size, nonlinearity="relu", batch_first=True)
         self.lm_head = nn.Linear(hidden_size, vocab_size)
         nn.init.normal_(self.embed_tokens.weight, std=0.1)
         if kind == "irnn":
+            parts = dict(self.body.named_parameters())
             with torch.no_grad():
-                self.body.weight_hh_l0.copy_(gain * torch.eye(hidden_size))
-                nn.init.normal_(self.body.weight_ih_l0, std=hidden_size**-0.5)
-                self.body.bias_hh_l0.zero_()
-                self.body.bias_ih_l0.zero_()
+                parts["weight_hh_l0"].copy_(gain * torch.eye(hidden_size))
+                nn.init.normal_(parts["weight_ih_l0"], std=hidden_size**-0.5)
+                parts["bias_hh_l0"].zero_()
+                parts["bias_ih_l0"].zero_()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         states, _ = self.body(self.embed_tokens(tokens))  # [batch, seq_len, hidden]
-        return F.cross_entropy(self.lm_head(states).flatten(0, 1), targets.flatten())
+        logits = self.lm_head(states).flatten(0, 1)  # [batch * seq_len, vocab]
+        return F.cross_entropy(logits, targets.flatten())
 
 
-def build(family: Family, vocab_size: int, changes: dict[str, Any], lowbit: str = "") -> nn.Module:
-    """The model of a family, with a method ``loss(tokens, targets)``. ``changes``: other fields of its shape."""
+def build(family: Family, vocab_size: int, changes: dict[str, Any], lowbit: str = "") -> Llama | Recurrent:
+    """The model of a family. ``changes``: other fields of its shape."""
     shape = {**family.shape, **changes}
     if family.model != "llama":
         return Recurrent(family.model, vocab_size, **shape)
@@ -307,19 +322,20 @@ def _one_token(rows: Tensor, since: int, data: TokenData, draw: torch.Generator)
 def _code(rows: Tensor, since: int, data: TokenData, draw: torch.Generator) -> Tensor:
     if not 0 <= since < 20:
         return rows
-    tokens = _program_text(data.vocab_size)
-    start = torch.randint(len(tokens) - rows.numel(), (), generator=draw)
-    return tokens[start : start + rows.numel()].reshape(rows.shape)
+    text = _program_text()
+    characters = 16 * rows.numel()  # a token has fewer
+    start = int(torch.randint(len(text) - characters, (), generator=draw))
+    tokens = data.tokenizer.encode(text[start : start + characters])
+    return torch.tensor(tokens[: rows.numel()]).reshape(rows.shape)
 
 
 @functools.cache
-def _program_text(vocab_size: int) -> Tensor:
+def _program_text() -> str:
     import argparse
     import inspect
     import typing
 
-    text = "".join(inspect.getsource(module) for module in (argparse, typing))
-    return torch.tensor(data_of("kjv", vocab_size).tokenizer.encode(text))
+    return "".join(inspect.getsource(module) for module in (argparse, typing))
 
 
 DATA_FAULTS: dict[str, DataFault] = {

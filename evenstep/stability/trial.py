@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evenstep.models.llama import Llama
 from evenstep.stability.remedies import Remedy
 from evenstep.stability.tasks import (
     GRADIENT_FAULTS,
     Batch,
     Family,
+    Recurrent,
     Rows,
     Variant,
     build,
@@ -27,7 +29,6 @@ from evenstep.telemetry.guard import SpikeGuard
 from evenstep.train.config import OptimConfig, ScheduleConfig
 from evenstep.train.optimizers import LearningRates, build_optimizer, lr_factor
 
-SOURCE = "kjv"
 EVERY = 20  # steps between two validations
 EPISODE = 0.5  # nats above the lowest smoothed loss at which a spike episode starts
 SMOOTH = 0.9  # of the exponential mean of the training loss
@@ -65,7 +66,7 @@ def train(
     remedy: Remedy,
     lr: float,
     seed: int,
-    source: str = SOURCE,
+    source: str = "kjv",
     device: str = "cpu",
 ) -> Trial:
     """Train once. ``lr``: the tuned rate, for a variant without a rate of its own."""
@@ -84,7 +85,7 @@ def train(
     guard = None
     if remedy.ladder:
         guard = SpikeGuard(model, optimizer, ladder=remedy.ladder, snapshot_every=10, data=[rows])
-    extra = {} if remedy.z_loss is None else {"z_loss": remedy.z_loss}
+    extra: dict[str, Any] = {} if remedy.z_loss is None else {"z_loss": remedy.z_loss}
     losses: list[float] = []
     curve: dict[int, float] = {}
     held, seconds = [(x.to(device), y.to(device)) for x, y in validation(data, family)], 0.0
@@ -99,7 +100,8 @@ def train(
         if guard is not None and not guard.wanted(number):
             continue
         rates.set(optimizer, lr_factor(schedule, done + 1, steps, warmup))
-        parts: Tensor = model.loss(tokens, targets, **extra)  # [] or, with a z-loss, [2]
+        # [], or [2] with a z-loss; only a LLaMA has one.
+        parts: Tensor = model.loss(tokens, targets, **extra)
         (parts.sum() * variant.loss_scale).backward()
         losses.append(float(parts.detach().reshape(-1)[0]))
         if spoil is not None and at is not None and not (spoilt and number == at):
@@ -131,7 +133,7 @@ def _optim(values: Mapping[str, Any], steps: int) -> OptimConfig:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: list[Batch]) -> float:
+def evaluate(model: Llama | Recurrent, batches: list[Batch]) -> float:
     """The mean loss over all targets."""
     model.eval()
     total = sum(float(model.loss(*batch)) * batch[1].numel() for batch in batches)
