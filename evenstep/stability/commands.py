@@ -40,6 +40,13 @@ def add_stability(commands: Any, debug: argparse.ArgumentParser) -> None:
         help="also a row for this optimizer, a name of `evenstep optimizers` or package.module:Class; may be repeated",
     )
     add("--only", metavar="TASK", action="append", default=[], help="only this task; may be repeated")
+    add(
+        "--remedy",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="only this remedy of the page, such as 'Adam + clip 1'; may be repeated",
+    )
     add("--store", metavar="DIR", type=Path, help="keep results in DIR/cells.jsonl, too (default: the directory of "
         "--out)")  # fmt: skip
     add("--out", metavar="DIR", type=Path, help="directory of the files (default: runs/stability-SCALE)")
@@ -71,6 +78,11 @@ def _stability(args: argparse.Namespace) -> None:
             raise EvenstepError(f"--only {task}: give one of {', '.join(scale.tasks)}{nearest(task, scale.tasks)}")
     if args.only:
         scale = replace(scale, tasks=tuple(task for task in scale.tasks if task in args.only))
+    known = [remedy.name for remedy in scale.chosen()]
+    for remedy in args.remedy:
+        if remedy not in known:
+            raise EvenstepError(f"--remedy {remedy!r}: give one of {', '.join(known)}{nearest(remedy, known)}")
+    scale = replace(scale, remedies=tuple(args.remedy) or scale.remedies)
     for optimizer in args.optim:
         baseline(optimizer).load()  # an optimizer that does not exist is an error before anything is trained
     remedies = scale.chosen([remedy_of(optimizer) for optimizer in args.optim])

@@ -238,9 +238,10 @@ def _recovery(results: Results, keys: Sequence[Key], remedy: str) -> str:
     steps, never = [], 0
     for key in keys:
         for trial in results.trials[key].get(remedy, {}).values():
-            if trial["fault"] is None:
+            # The number of validations before the fault; 0 in miniatures.
+            before = (trial["fault"] or 0) // EVERY
+            if not before:
                 continue
-            before = trial["fault"] // EVERY  # validations until then
             known = trial["curve"][before - 1]
             back = next((i for i, x in enumerate(trial["curve"]) if i >= before and x is not None and x <= known), None)
             if back is None:

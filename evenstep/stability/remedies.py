@@ -16,14 +16,14 @@ class Remedy:
 
     Attributes:
         optim: options of `evenstep pretrain`'s ``[optim]``: the name of the optimizer, ``before`` (gradient
-            transforms), and hyperparameters.
+            transforms), and hyperparameters; and ``clip_norm``, that of ``[train]``.
         kind: the group of the remedy in the table.
         shape: fields of the model; only for the tasks whose model has them.
         warmup: factor of the warm-up's length.
         z_loss: coefficient of the z-loss.
         ladder: the actions of a SpikeGuard around the optimizer.
         rate: where the tuning of the learning rate starts, as a multiple of Adam's.
-        thresholds: candidates for ``{}`` in ``before``, tried at the best learning rate.
+        thresholds: candidates for ``clip_norm``, tried at the best learning rate.
     """
 
     name: str
@@ -44,7 +44,8 @@ class Remedy:
     @property
     def command(self) -> str:
         """The options of `evenstep pretrain` that this remedy stands for."""
-        words = [f"--optim.{key} {_text(value)}" for key, value in self.optim.items()]
+        words = [f"--optim.{key} {_text(value)}" for key, value in self.optim.items() if key != "clip_norm"]
+        words += [f"--train.clip_norm {self.optim['clip_norm']:g}"] if "clip_norm" in self.optim else []
         words += [f"--model.{key} {_text(value)}" for key, value in self.shape.items()]
         words += [f"--train.z_loss {self.z_loss:g}"] if self.z_loss is not None else []
         words += [f"--guard.ladder {','.join(self.ladder)}"] if self.ladder else []
@@ -56,8 +57,8 @@ def _text(value: Any) -> str:
     return f"'{text}'" if set(text) & set(" (") else text
 
 
-def _before(text: str, **optim: Any) -> dict[str, Any]:
-    return {**ADAM, **optim, "before": text}
+def _before(text: str) -> dict[str, Any]:
+    return {**ADAM, "before": text}
 
 
 _STABLE: dict[str, Any] = {"name": "stable_spam"}
@@ -67,10 +68,8 @@ REMEDIES: tuple[Remedy, ...] = (
     Remedy("Adam", "Adam"),
     Remedy("Adam, beta2 .95", "Adam", B95),
     Remedy("Adam, warm-up x 4", "Adam", warmup=4),
-    Remedy("Adam + clip 1", "clipping", _before("norm_clip(max_norm=1.0)")),
-    Remedy(
-        "Adam + tuned clip", "clipping", _before("norm_clip(max_norm={})"), thresholds=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    ),
+    Remedy("Adam + clip 1", "clipping", {**ADAM, "clip_norm": 1.0}),
+    Remedy("Adam + tuned clip", "clipping", {**ADAM, "clip_norm": 1.0}, thresholds=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
     Remedy("Adam + value clip", "clipping", _before("value_clip(limit=0.1)")),
     Remedy("Adam + AGC", "clipping", _before("agc")),
     Remedy("Adam + ZClip", "clipping", _before("zclip")),

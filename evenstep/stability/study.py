@@ -194,7 +194,7 @@ def best_rate(loss: Any, start: float) -> float:
     """
     known = {k: loss(_rate(start, k)) for k in (-1, 0, 1)}
     while True:
-        best = min(known, key=lambda k: known[k])
+        best = min(sorted(known), key=known.__getitem__)  # of equals, such as runs that all diverged, the lowest rate
         beyond = best - 1 if best == min(known) else best + 1 if best == max(known) else None
         if beyond is None or abs(beyond) > EXTEND:
             return _rate(start, best)
@@ -235,7 +235,7 @@ def remedy_in(setting: Mapping[str, Any]) -> Remedy:
 def with_threshold(remedy: Remedy, threshold: float | None) -> Remedy:
     if threshold is None:
         return remedy
-    return replace(remedy, optim={**remedy.optim, "before": remedy.optim["before"].format(threshold)})
+    return replace(remedy, optim={**remedy.optim, "clip_norm": threshold})
 
 
 # ---- claims ----

@@ -316,7 +316,7 @@ def _random_rows(rows: Tensor, since: int, data: TokenData, draw: torch.Generato
 
 
 def _one_token(rows: Tensor, since: int, data: TokenData, draw: torch.Generator) -> Tensor:
-    return torch.full_like(rows, 300) if 0 <= since < 10 else rows
+    return torch.full_like(rows, min(300, data.vocab_size - 1)) if 0 <= since < 10 else rows
 
 
 def _code(rows: Tensor, since: int, data: TokenData, draw: torch.Generator) -> Tensor:

@@ -77,6 +77,7 @@ def train(
     values = {**remedy.optim, **variant.optim, "lr": variant.lr or lr}
     model.to(device, torch.bfloat16 if variant.dtype == "bf16" else torch.float32)
     optimizer = build_optimizer(model, _optim(values, steps))
+    clip_norm = values.get("clip_norm")
     rates, schedule = LearningRates(optimizer), ScheduleConfig(name=family.schedule)
     warmup = min(steps // 2, round(family.warmup * remedy.warmup) if family.warmup else round(20 * (remedy.warmup > 1)))
     at = fault_step(family, seed) if variant.fault else None
@@ -108,6 +109,8 @@ def train(
             # A fault strikes once: a rewind does not bring it back.
             spoil(model, number - at, draw)
             spoilt = spoilt or number == at
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         if guard is None:
             optimizer.step()
             done += 1
@@ -118,13 +121,13 @@ def train(
         seconds += time.perf_counter() - began
         if not math.isfinite(losses[-1]) and guard is None:
             break  # the weights are lost
-        if done % EVERY == 0 and done:
+        if done and (done % EVERY == 0 or done == steps):
             curve[done] = evaluate(model, held)
     return _measured(model, steps, losses, curve, at, seed, guard, seconds)
 
 
 def _optim(values: Mapping[str, Any], steps: int) -> OptimConfig:
-    values = {key: steps if value == "steps" else value for key, value in values.items()}
+    values = {key: steps if value == "steps" else value for key, value in values.items() if key != "clip_norm"}
     known = {"name", "before", "lr"}
     return OptimConfig(
         **{key: value for key, value in values.items() if key in known},
@@ -152,7 +155,7 @@ def _measured(
     seconds: float,
 ) -> Trial:
     whole = [curve.get(step, math.nan) for step in range(EVERY, steps + 1, EVERY)]
-    last = whole[-1] if all(bool(p.isfinite().all()) for p in model.parameters()) else math.nan
+    last = curve.get(steps, math.nan) if all(bool(p.isfinite().all()) for p in model.parameters()) else math.nan
     events = guard.events if guard else []
     actions: dict[str, int] = {}
     for event in events:
