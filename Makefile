@@ -12,7 +12,7 @@ WORKERS ?= 2
 # Small tensor operations stall when OpenMP threads outnumber the free cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-torch test-slow soak fuzz lint format bench compare-smoke docs dist clean
+.PHONY: demo test test-torch test-slow soak fuzz lint format bench compare-smoke stability-smoke docs dist clean
 
 demo: $(VENV)/.train  ## train a small LLaMA on real text: about three minutes, no download beyond pip
 	$(BIN)/evenstep pretrain recipes/demo.toml $(ARGS)
@@ -50,6 +50,9 @@ bench: $(VENV)/.dev  ## training throughput against transformers, one thread
 
 compare-smoke: $(VENV)/.dev  ## a miniature of every table of the papers: about two minutes
 	$(BIN)/evenstep compare recipes/tables/*.toml --smoke $(ARGS)
+
+stability-smoke: $(VENV)/.dev  ## a miniature of every task of the stability suite: under two minutes
+	$(BIN)/evenstep stability --scale smoke --jobs 0 $(ARGS)
 
 docs: $(VENV)/.dev  ## the documentation site, in site/; any warning and any broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -50,6 +50,7 @@ PARTS = (
     Part("steps-60m-fp32", 40, 20),
     Part("train-130m", 50, 30),
     Part("steps-1b-fp32", 50, 30),
+    Part("stability", 60, 40),
 )
 SMOKE_LEAST = 5.0  # seconds: a part in miniature
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL

@@ -37,6 +37,7 @@ from evenstep.bench.timing import Sample, Step, Turns, last_level_cache, paired_
 from evenstep.kernels import kernels_for
 from evenstep.lowbit.linear import LowBitLinear
 from evenstep.models import Llama, llama_config
+from evenstep.stability.study import SCALES, measure, wanted
 from evenstep.train.hardware import commit, describe_hardware, peak_flops, peak_memory, total_memory, versions
 from evenstep.train.memory import LOGIT_BYTES
 
@@ -528,6 +529,22 @@ def low_step(context: Context, recipe: str, compiled: bool) -> Row:
     return row | {"peak_gb": peak, "product": ", ".join(sorted(used))} | counts(low, context)
 
 
+def stability(context: Context) -> Iterator[Case]:
+    """The cells of the stability suite, as many as there is time for."""
+    scale = SCALES["gpu"]
+    if context.smoke:
+        small = {"tasks": ("gradient",), "remedies": ("Adam", "Stable-SPAM .7/.9"), "source": scale.source}
+        scale = dataclasses.replace(SCALES["smoke"], **small)
+    for cell in wanted(scale, scale.chosen(), {}):
+        yield cell.name, partial(final_losses, dict(cell.setting))
+
+
+def final_losses(setting: dict[str, Any]) -> Row:
+    """The final validation loss of each variant of a cell, None for a model that is lost."""
+    trials = measure(setting, Path(), lambda text: None)["trials"]
+    return {name: found[0]["loss"] for name, found in trials.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part")
@@ -545,6 +562,7 @@ def main() -> int:
     if kind == "tests":
         return 0 if tests(context) else 1
     cases = {"machine": machine, "steps": lambda c, *of: Steps(c, *of).cases(), "train": train, "lowbit": lowbit}
+    cases["stability"] = stability
     return 0 if run_cases(context, cases[kind](context, *of)) else 1
 
 

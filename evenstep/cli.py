@@ -21,6 +21,7 @@ from evenstep.compare.commands import add_compare
 from evenstep.errors import EvenstepError, nearest
 from evenstep.finetune import commands as finetune_commands
 from evenstep.finetune.config import FineTuneConfig
+from evenstep.stability.commands import add_stability
 from evenstep.telemetry.commands import add_commands as add_telemetry
 from evenstep.train import commands as train_commands
 from evenstep.train.checkpoint import reason_of
@@ -123,6 +124,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
 
     add_optimizers(commands, debug)
     add_compare(commands, debug)
+    add_stability(commands, debug)
     add_bench(commands, debug)
     add_telemetry(commands, debug)
     finetune_commands.add_commands(commands, debug)

@@ -61,6 +61,7 @@ def add_compare(commands: Any, debug: argparse.ArgumentParser) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
+    from evenstep.compare.cells import Store
     from evenstep.compare.grid import Plan
     from evenstep.compare.table import load_table
     from evenstep.errors import EvenstepError
@@ -73,7 +74,8 @@ def _compare(args: argparse.Namespace) -> None:
     names = [path.stem for path in args.tables]
     if len(set(names)) < len(names):
         raise EvenstepError("two tables have the same name, by which results are stored; rename one of the files")
-    plans = [Plan(load_table(path, args.scale)) for path in args.tables]
+    stored = Store(args.store).outcomes if args.store else {}
+    plans = [Plan(load_table(path, args.scale), stored) for path in args.tables]
     if args.dry_run:
         _list_cells(plans)
         return
@@ -131,7 +133,8 @@ def write(plan: Any, outcomes: Any, out: Path, store: Path | None, say: Any) -> 
     from evenstep.train.files import replace_text
 
     document = document_of(plan, outcomes)
-    if not is_measured(document):
+    stale = store is not None and (store / f"{plan.table.name}.json").exists()  # of a setting that has changed since
+    if not is_measured(document) and not stale:
         return document
     where = out / "tables" / plan.table.name
     where.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,11 @@
 """The grid runner: the cells that are needed, their order, the ones that are hopeless, and the loop that trains them.
 
-Each line has two stages: its learning rates with one seed and few tokens, then its seeds at the best rate. The rates
-are tried from the middle outwards. A rate is left out if the one before it, on the way outwards, was already worse than
-its inner neighbour by more than `RISING`. If the best rate is the outermost one, another one beyond it is tried, at
-most ``sweep.extend`` times. With ``sweep.all``, every rate is trained to its end.
+Each line has two stages: its learning rates with one seed and few tokens, then its seeds at the best rate. The first
+stage has the seed `TUNING_SEED`, which is never tested: a rate that is chosen on a tested seed is chosen by the test.
+Older results were tuned on seed 0 (`Plan.tuning_seed`). The rates are tried from the middle outwards. A rate is left
+out if the one before it, on the way outwards, was already worse than its inner neighbour by more than `RISING`. If the
+best rate is the outermost one, another one beyond it is tried, at most ``sweep.extend`` times. With ``sweep.all``,
+every rate is trained to its end.
 
 Lines that a claim names go first, with both stages, so that the claims are settled before the table is complete.
 
@@ -35,6 +37,10 @@ MARGIN = 0.3
 PATIENCE = 0.4
 STEP = 2.0
 """Ratio between the outermost rate and the one tried beyond it."""
+TUNING_SEED = 100
+"""Seed of the first stage; tested are seeds from 0 on."""
+OLD_TUNING_SEED = 0
+"""Seed of the first stage in results that were stored before the two were kept apart."""
 
 Outcomes = Mapping[str, Outcome]
 Curve = list[tuple[int, float]]
@@ -67,14 +73,28 @@ class CellList:
 
 
 class Plan:
-    """The cells of a table."""
+    """The cells of a table.
 
-    def __init__(self, table: Table) -> None:
+    Args:
+        table: the table file at one scale.
+        stored: the outcomes of earlier calls, among which each line's sweep may be.
+
+    Attributes:
+        tuning_seed: line -> the seed of its sweep: ``sweep.seed`` of the table file if it is given, else `TUNING_SEED`,
+            unless ``stored`` has runs of the sweep with the old seed and not the whole one with the new seed.
+    """
+
+    def __init__(self, table: Table, stored: Outcomes | None = None) -> None:
         self.table = table
         self.groups = table.groups()
         self._cells: dict[tuple[Group, str, float, int], Cell] = {}
+        self.tuning_seed = dict.fromkeys(self.groups, int(table.document["sweep"].get("seed", TUNING_SEED)))
         for group in self.groups:  # invalid options raise here, before anything is trained
             self.cell(group, "final", self.table.rates(group)[0], 0)
+            if "seed" not in table.document["sweep"] and stored and not self.swept(group, stored):
+                self.tuning_seed[group] = OLD_TUNING_SEED
+                if not any(cell.name in stored for cell in self.sweep(group, stored)):
+                    self.tuning_seed[group] = TUNING_SEED
 
     def cell(self, group: Group, stage: str, lr: float, seed: int) -> Cell:
         key = (group, stage, lr, seed)
@@ -92,7 +112,7 @@ class Plan:
         rates = self._extended(group, rates, outcomes)
         middle = (len(self.table.rates(group)) - 1) // 2 + rates.index(self.table.rates(group)[0])
         order = sorted(range(len(rates)), key=lambda i: (abs(i - middle), -i))
-        cells = [self.cell(group, "sweep", rates[i], 0) for i in order]
+        cells = [self.cell(group, "sweep", rates[i], self.tuning_seed[group]) for i in order]
         if self.table.document["sweep"].get("all"):
             return cells
         return [
@@ -120,7 +140,7 @@ class Plan:
 
     def _loss(self, group: Group, rate: float, outcomes: Outcomes) -> float | None:
         """The loss of a sweep's cell: infinite if it was given up, None if it has no outcome yet."""
-        outcome = outcomes.get(self.cell(group, "sweep", rate, 0).name)
+        outcome = outcomes.get(self.cell(group, "sweep", rate, self.tuning_seed[group]).name)
         if outcome is None:
             return None
         return outcome.loss if outcome.status == "finished" and outcome.loss is not None else float("inf")

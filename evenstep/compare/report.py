@@ -1,8 +1,9 @@
 """Reports: a document as a table (rows, Markdown, CSV), its pictures, and the page of all results.
 
 `write_page` writes docs/results.md from the JSON files of ``evenstep compare --store``: every claim with our number,
-the paper's number and the direction, the remarks in ``notes.md`` beside the files, and every table. The pages of the
-studies in lab/ are made of the same parts (`table`, `draw_curves`, `place`).
+the paper's number and the verdict, the lines that lost their number by a correction of their setting
+(``superseded.jsonl`` beside the files), the remarks in ``notes.md``, and every table. The pages of the studies in lab/
+are made of the same parts (`table`, `draw_curves`, `place`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evenstep.compare.claims import FEW, FLOOR, LEVEL, kept_bytes, losses_of
+from evenstep.compare.claims import (
+    ALPHA,
+    FLOOR,
+    LEVEL,
+    UNMEASURED,
+    below_the_false_discovery_rate,
+    called,
+    judged,
+    kept_bytes,
+    losses_of,
+    settled,
+)
 from evenstep.compare.results import envelope, reference_of, stopped_early
 from evenstep.compare.table import Document
 from evenstep.errors import EvenstepError
@@ -55,7 +67,7 @@ def _row(line: Document, reference: Document | None) -> list[str]:
         line["label"],
         line["precision_label"],
         line["size"],
-        _number(line["best_lr"], "g") + _at_the_edge(line),
+        _number(line["best_lr"], "g") + _about_the_rate(line),
         brackets.format(f"{loss:.4f}") if loss is not None else ("diverged" if lost else "-"),
         _number(line["spread"] if ended > 1 else None, ".4f"),
         brackets.format(f"{math.exp(loss):.2f}") if loss is not None else "-",
@@ -69,12 +81,22 @@ def _row(line: Document, reference: Document | None) -> list[str]:
     ]
 
 
-def _at_the_edge(line: Document) -> str:
-    """A note on a best rate at the edge of the sweep, beyond which a better one may lie."""
+def _about_the_rate(line: Document) -> str:
+    """A note on a best rate at the edge of the sweep, beyond which a better one may lie, and `TESTED` on one that was
+    chosen on a seed that is also tested."""
     rates = [cell["lr"] for cell in line["sweep"]]
+    note = TESTED if is_tuned_on_a_tested_seed(line) else ""
     if len(rates) < 2 or line["best_lr"] not in (rates[0], rates[-1]):
-        return ""
-    return " (lowest tried)" if line["best_lr"] == rates[0] else " (highest tried)"
+        return note
+    return note + (" (lowest tried)" if line["best_lr"] == rates[0] else " (highest tried)")
+
+
+TESTED = "†"
+
+
+def is_tuned_on_a_tested_seed(line: Document) -> bool:
+    """Whether the line's rate was chosen on a seed whose long run is part of its result."""
+    return bool({cell["seed"] for cell in line["sweep"]} & {cell["seed"] for cell in line["finals"]})
 
 
 def _number(value: float | None, form: str, unit: float = 1.0) -> str:
@@ -102,6 +124,8 @@ def below(document: Document) -> str:
             f"tokens to reference: after which share of the tokens of {document['reference']} its final loss was "
             f"reached; model + state: bytes relative to it"
         )
+    if any(map(is_tuned_on_a_tested_seed, document["lines"])):
+        lines.append(f"{TESTED} the rate was chosen on a seed that is also tested")
     for claim in document["claims"]:
         lines.append(f"claim ({claim['size']}): {claim['text']}: {claim['verdict']} {claim['ours']}".rstrip())
     return "\n".join(lines)
@@ -278,12 +302,25 @@ recipes/tables/NAME.toml`.
 The numbers are of
 {what}
 
-How a direction is found: a claim compares two lines of a table over the seeds that both have; runs with the same seed
-start from the same weights and see the same data. The number after ± is the half-width of the 95 % interval of the mean
-difference (Student's t), at least {floor} nats; with fewer than three common seeds it is {few}. **confirmed**: the
-whole interval is on the paper's side. **opposite**: the whole interval is on the other side. **not confirmed**:
-neither. "Matches" means at most {level} nats above. Of thirty claims, one or two are expected to get a wrong direction
-by chance. The rules are in `evenstep/compare/claims.py`.
+## How a verdict is found
+
+The claims are registered in the table files before their runs. These rules decide; nobody writes a verdict by hand
+(`evenstep/compare/claims.py`).
+
+1. A claim compares two lines of a table over the seeds that both have, at least two. Runs with the same seed start from
+   the same weights and see the same data, so the test is paired: Student's t of the differences.
+2. The number after ± is the half-width of the 95 % interval of the mean difference, at least {floor} nats. It is that
+   of one claim by itself. "Matches" means at most {level} nats above.
+3. **p** is corrected by Holm's method over all {tests} claims of this page about losses, those that are not measured
+   included: the probability that any verdict below is wrong by chance is at most {alpha:.0%}.
+4. **confirmed**: p < {alpha:g}, and the difference is on the paper's side. **opposite**: p < {alpha:g}, and it is on
+   the other side. **not confirmed**: p is larger. A line of which every run diverged has lost, without a test, and so
+   have bytes outside their range.
+5. **not tested**: there is one seed. **not measured**: a line has no runs with its present setting. **not testable
+   here**: the size of these runs cannot answer, as the claim says; such claims are not among the {tests}.
+6. The rate of a line is the best of a sweep with a seed that is not tested. The column *rates* names what falls short
+   of that in one of the two lines: **tested seed**, the rate was chosen on a seed that is also tested, which favours
+   the line; **edge**, the best rate is the outermost that was tried.
 
 The papers' perplexities of Stable-SPAM, SPAM and SCALE come from an evaluation whose batch counter starts at 1, so
 every loss that it prints is N/(N+1) of the true one, about 1 % too low (a perplexity about 3 % too low). Differences
@@ -293,9 +330,9 @@ reads ahead (docs/lowbit.md); ours do not.
 """
 
 SMALL = """\
-models of 1.4M parameters, trained on {tokens} tokens of the King James Bible. Directions may differ at another size,
-and the spikes of long runs do not occur in short ones; an opposite direction here does not refute the paper's result at
-its size."""
+models of 1.4M parameters, trained on {tokens} tokens of the King James Bible. Lines that the papers train in BF16 are
+trained in fp32 here, and are called so. Directions may differ at another size, and the spikes of long runs do not occur
+in short ones; an opposite direction here does not refute the paper's result at its size."""
 
 SMOKE = """\
 runs of a few steps, which only show that the program works (`--smoke`); every direction below is an
@@ -311,7 +348,10 @@ def write_page(stored: Path, page: Path) -> list[Path]:
     pictures = page.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     drawn = {d["table"]: draw(d, pictures) for d in documents}
-    parts = [_head(documents, stored), _claims(documents), *filter(None, [_notes(stored), overview(documents)])]
+    lost = superseded(stored, documents)
+    claims = settled(_all_claims(documents))
+    parts = [_head(documents, stored, claims), _claims(claims, lost)]
+    parts += filter(None, [_superseded(lost), _notes(stored), overview(documents)])
     parts += [_section(d, drawn[d["table"]], page.parent) for d in documents]
     replace_text(page, "\n".join(parts))
     return [page, *(path for paths in drawn.values() for path in paths)]
@@ -335,11 +375,42 @@ def load(stored: Path) -> list[Document]:
 NEEDED = ("table", "title", "paper", "scale", "lines", "claims", "commit", "hardware", "setting")
 
 
-def _head(documents: list[Document], stored: Path) -> str:
+def _head(documents: list[Document], stored: Path, claims: list[Document]) -> str:
     scales = {document["scale"] for document in documents}
     tokens = short_count(max(document["setting"]["tokens"] for document in documents))
     what = SMOKE if "smoke" in scales else SMALL.format(tokens=tokens) if scales == {"small"} else OTHER
-    return HEAD.format(stored=stored, what=what, floor=FLOOR, few=FEW, level=LEVEL)
+    tests = sum(claim["p"] is not None for claim in claims)
+    return HEAD.format(stored=stored, what=what, floor=FLOOR, level=LEVEL, alpha=ALPHA, tests=tests)
+
+
+def superseded(stored: Path, documents: list[Document]) -> list[Document]:
+    """The lines of ``superseded.jsonl`` beside the results whose setting was corrected and that have no runs with the
+    present one. Each names ``table``, ``line``, ``label``, what ``changed``, and the numbers of the old setting."""
+    path = stored / "superseded.jsonl"
+    known = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    measured = {(d["table"], line["name"]) for d in documents for line in d["lines"] if line["mean"] is not None}
+    return [line for line in known if (line["table"], line["line"]) not in measured]
+
+
+def _superseded(lost: list[Document]) -> str:
+    if not lost:
+        return ""
+    rows = []
+    for line in lost:
+        loss = f"{line['loss']:.4f}" if line["seeds"] else f"({line['loss']:.4f})"
+        where = f"[{line['table']}](#{line['table']})"
+        rows.append((line["label"], line["changed"], loss, f"{line['lr']:g}", line["seeds"], where))
+    return SUPERSEDED + table(("line", "corrected", "loss before", "lr", "seeds", "table"), rows)
+
+
+SUPERSEDED = """\
+## Not measured again since a correction
+
+The setting of these lines was corrected, and they have not been trained with the new one: they have no number in the
+tables, and their claims are not measured. The number before is the loss with the **old** setting, and stands only here.
+In brackets: the best of a sweep, one seed.
+
+"""
 
 
 def _notes(stored: Path) -> str:
@@ -348,15 +419,61 @@ def _notes(stored: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def _claims(documents: list[Document]) -> str:
-    lines = []
+def _all_claims(documents: list[Document]) -> list[Document]:
+    """The claims of all documents, each judged by itself, and its ``document``."""
+    claims = []
     for document in documents:
         for claim in document["claims"]:
-            text = claim["text"] if document["scale"] == "small" else f"{claim['text']} ({claim['size']})"
-            cells = (text, f"**{claim['verdict']}**", claim["ours"] or "-", claim["seeds"], claim["paper"])
-            lines.append((*cells, f"[{document['table']}](#{document['table']})"))
-    heads = ("claim", "direction", "ours (loss in nats)", "seeds", "the paper's", "table")
-    return f"## Claims\n\n{table(heads, lines)}"
+            found = judged(claim, [line for line in document["lines"] if line["size"] == claim["size"]])
+            claims += [] if found is None else [{**found, "document": document}]
+    return claims
+
+
+def _claims(claims: list[Document], lost: list[Document]) -> str:
+    rows = []
+    for claim in claims:
+        document = claim["document"]
+        text = claim["text"] if document["scale"] == "small" else f"{claim['text']} ({claim['size']})"
+        p = "-" if claim["holm"] is None else f"{claim['holm']:.3f}" if claim["holm"] >= 0.001 else "< 0.001"
+        ours, rates = claim["ours"] or _why_unmeasured(claim, lost), _remarks_on_rates(claim)
+        cells = (text, f"**{claim['verdict']}**", ours, p, claim["seeds"], rates, claim["paper"])
+        rows.append((*cells, f"[{document['table']}](#{document['table']})"))
+    heads = ("claim", "verdict", "ours (loss in nats)", "p", "seeds", "rates", "the paper's", "table")
+    return f"## Claims\n\n{table(heads, rows)}\n{_count(claims)}"
+
+
+def _count(claims: list[Document]) -> str:
+    tests = [claim for claim in claims if claim["p"] is not None]
+    kept = sum(claim["holm"] is not None and claim["holm"] < ALPHA for claim in tests)
+    weaker = below_the_false_discovery_rate(tests)
+    open_ones = sum(claim["verdict"] == UNMEASURED for claim in tests)
+    return (
+        f"Of {len(tests)} claims about losses, {open_ones} are not measured and {kept} have a verdict. By the weaker "
+        f"method of Benjamini and Hochberg, which lets {ALPHA:.0%} of the verdicts be wrong, {weaker} would have one.\n"
+    )
+
+
+def _sides(claim: Document) -> list[Document]:
+    lines = [line for line in claim["document"]["lines"] if line["size"] == claim["size"]]
+    return [called(lines, claim[key])[0] for key in ("better", "than")]
+
+
+def _why_unmeasured(claim: Document, lost: list[Document]) -> str:
+    gone = {(line["table"], line["line"]) for line in lost}
+    labels = [_name(line) for line in _sides(claim) if (claim["document"]["table"], line["name"]) in gone]
+    return f"not measured again since the correction of {' and '.join(labels)}" if labels else "-"
+
+
+def _remarks_on_rates(claim: Document) -> str:
+    """What falls short of the rules in the choice of the two lines' rates."""
+    if not claim["ours"] or claim["rule"] in ("memory", "flatter"):
+        return "-"
+    sides = _sides(claim)
+    remarks = {
+        "tested seed": any(map(is_tuned_on_a_tested_seed, sides)),
+        "edge": any("tried" in _about_the_rate(line) for line in sides),
+    }
+    return ", ".join(word for word, holds in remarks.items() if holds) or "-"
 
 
 def _section(document: Document, pictures: list[Path], beside: Path) -> str:
@@ -395,11 +512,11 @@ RANKING = """\
 ## Every line, best first
 
 Lines of all tables that saw the same data with the same budget ({setting}). **loss**: mean over the seeds; **behind**:
-nats above the best line of that precision; **model + state**: bytes relative to {reference}; **wrong rate**: the cost
-of a wrong learning rate, the mean excess of the loss over that at the best rate of the sweep. In brackets: one seed.
+nats above the best line of that precision; **model + state**: bytes relative to {reference}. In brackets: one seed.
+{tested}: the rate was chosen on a seed that is also tested.
 """
 REFERENCE = "Adam"
-COLUMNS = ("line", "loss", "spread", "behind", "best lr", "model + state", "wrong rate", "tables")
+COLUMNS = ("line", "loss", "spread", "behind", "best lr", "model + state", "tables")
 SAME = ("data", "vocab_size", "batch_size", "seq_len", "tokens", "schedule")
 
 
@@ -419,11 +536,16 @@ def overview(documents: list[Document]) -> str:
             entry.tables[document["table"]] = None
     named = dict(zip(SAME, common, strict=True))
     setting = f"{named['data']}, {named['tokens']:,} tokens, {named['batch_size']} x {named['seq_len']} a step"
-    parts = [RANKING.format(setting=setting, reference=REFERENCE)]
-    for precision in sorted({key[0] for key in entries}, key=lambda label: ("bit" not in label, label)):
+    parts = [RANKING.format(setting=setting, reference=REFERENCE, tested=f"`{TESTED}`")]
+    for precision in sorted({key[0] for key in entries}, key=lambda label: (-_bits(label), label)):
         of_precision = [entry for key, entry in entries.items() if key[0] == precision]
         parts.append(f"### {precision}\n\n{_ranking(of_precision)}")
     return "\n".join(parts)
+
+
+def _bits(label: str) -> int:
+    """The number in the label of a precision, such as 32 of fp32."""
+    return int("0" + "".join(filter(str.isdigit, label)))
 
 
 @dataclass
@@ -451,9 +573,8 @@ def _ranking(entries: list[Entry]) -> str:
             f"{line['mean']:.4f}" if seeds > 1 else f"({line['mean']:.4f})",
             f"{line['spread']:.4f}" if seeds > 1 else "-",
             f"{line['mean'] - best:.4f}",
-            f"{line['best_lr']:g}",
+            f"{line['best_lr']:g}{_about_the_rate(line)}",
             f"{kept_bytes(line) / reference:.0%}" if reference else "-",
-            "-" if line["sensitivity"] is None else f"{line['sensitivity']:.3f}",
             ", ".join(f"[{table}](#{table})" for table in entry.tables),
         ))  # fmt: skip
     return table(COLUMNS, rows)

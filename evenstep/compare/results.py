@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from statistics import mean
 from typing import Any
 
-from evenstep.compare.cells import FINISHED, Cell, Outcome
-from evenstep.compare.claims import called, judged
+from evenstep.compare.cells import FINISHED, HOPELESS, Cell, Outcome
+from evenstep.compare.claims import called, judged, settled
 from evenstep.compare.grid import Plan
 from evenstep.compare.table import Document, Group
 
@@ -35,7 +35,7 @@ def document_of(plan: Plan, outcomes: Mapping[str, Outcome]) -> Document:
         "reference": table.reference,
         "setting": _setting(plan),
         "lines": lines,
-        "claims": _judged(table.claims, lines),
+        "claims": settled(_judged(table.claims, lines)),
         "hardware": _each(summaries, "hardware"),
         "commit": _each(summaries, "commit"),
         "versions": _each(summaries, "versions"),
@@ -62,7 +62,7 @@ def reference_of(line: Document, lines: list[Document], name: str | None) -> Doc
 
 
 def _judged(claims: list[Document], lines: list[Document]) -> list[Document]:
-    """Every claim, once for each size that has both of its lines."""
+    """Every claim by itself, once for each size that has both of its lines."""
     verdicts = []
     for claim in claims:
         for size in dict.fromkeys(line["size"] for line in lines):
@@ -149,7 +149,10 @@ def envelope(curves: Sequence[Mapping[Any, float]]) -> list[tuple[Any, float, fl
 
 def sensitivity(sweep: list[Document]) -> float | None:
     """How much a wrong learning rate costs: the mean, over all rates tried, of the loss above that of the best rate. A
-    run that was given up counts with its last loss, a run that diverged with 1 nat. None for fewer than three rates."""
+    run that diverged counts with 1 nat. None for fewer than three rates, and if a run was given up, whose last loss is
+    one of training."""
+    if any(s["status"] == HOPELESS for s in sweep):
+        return None
     known = [s["loss"] for s in sweep if s["status"] == FINISHED and s["loss"] is not None]
     if len(sweep) < 3 or not known:
         return None

@@ -20,8 +20,9 @@ The format, with every allowed key::
     [precision.fp4.set]                  # its options; those of one row in [precision.fp4.row.adam]
     [size.130m]                          # rates, tokens
     [size.130m.set.model]
+    [size.1b.row.scale]                  # rates and set of one row at this size, which go before all others
 
-    [sweep]                              # first stage: rates, tokens (default: those of the second), extend, all
+    [sweep]                              # first stage: rates, tokens (default: those of the second), extend, all, seed
     [final]                              # second stage at the best rate: tokens, seeds, cells (lines, "claimed", "all")
 
     [published.130m.int4]                # the paper's perplexity by row
@@ -29,7 +30,7 @@ The format, with every allowed key::
 
     [scale.small]                        # the same keys again, for everything that differs at this scale
 
-Options are merged in the order base, size, row, precision, precision's row.
+Options are merged in the order base, size, row, precision, precision's row, size's row.
 """
 
 from __future__ import annotations
@@ -49,12 +50,13 @@ Document = dict[str, Any]
 _KEYS = {
     "": "title paper about include reference grid base row precision size sweep final published claim scale",
     "grid": "rows precisions sizes more",
-    "sweep": "rates tokens extend all",
+    "sweep": "rates tokens extend all seed",
     "final": "tokens seeds cells",
     "row": "label rates factor budget set",
     "precision": "label set row",
-    "size": "rates tokens set",
-    "claim": "text rule better than paper memory",
+    "size": "rates tokens set row",
+    "size's row": "rates set",
+    "claim": "text rule better than paper memory untestable",
 }
 
 
@@ -114,8 +116,11 @@ class Table:
         return any(group.is_called(name) for name in [*named, self.reference or ""])
 
     def rates(self, group: Group) -> list[float]:
-        """The learning rates to try, ascending: those of the row, the size or the sweep, times the row's factor."""
+        """The learning rates to try, ascending: those of the row at this size as they are; else those of the row, the
+        size or the sweep, times the row's factor."""
         row, size = self.document["row"][group.row], self.document["size"].get(group.size, {})
+        if exact := size.get("row", {}).get(group.row, {}).get("rates"):
+            return sorted(float(rate) for rate in exact)
         rates = row.get("rates") or size.get("rates") or self.document["sweep"]["rates"]
         return sorted(float(f"{rate * row.get('factor', 1.0):.6g}") for rate in rates)
 
@@ -146,6 +151,7 @@ class Table:
             document["row"][group.row].get("set", {}),
             precision.get("set", {}),
             precision.get("row", {}).get(group.row, {}),
+            document["size"].get(group.size, {}).get("row", {}).get(group.row, {}).get("set", {}),
         )
         options: Document = {}
         for part in parts:
@@ -203,6 +209,8 @@ def _check(table: Table, path: Path) -> None:
         if key not in document:
             raise EvenstepError(f"{path}: '{key}' is missing")
     parts = [(section, section, document[section]) for section in ("grid", "sweep", "final")]
+    for size, part in document["size"].items():
+        parts += [("size's row", f"size.{size}.row.{name}", given) for name, given in part.get("row", {}).items()]
     for section in ("row", "precision", "size"):
         parts += [(section, f"{section}.{name}", part) for name, part in document[section].items()]
     parts += [("claim", "claim", claim) for claim in table.claims]

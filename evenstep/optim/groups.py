@@ -25,9 +25,9 @@ def scale_groups(
     the key ``kind``.
 
     Weights of ``nn.Embedding`` are embeddings; the weight of the last layer is found by its name (``lm_head``,
-    ``embed_out``, ``head``, ``output``, ``classifier``, ``score``); weights of linear, bilinear and convolution layers
-    are hidden; tensors of fewer than two dimensions are vectors. Frozen parameters are left out. Every other parameter
-    is in exactly one group, as a pair ``(name, parameter)``.
+    ``embed_out``, ``head``, ``output``, ``classifier``, ``score``); weights of linear, bilinear, convolution and
+    recurrent layers are hidden; tensors of fewer than two dimensions are vectors. Frozen parameters are left out. Every
+    other parameter is in exactly one group, as a pair ``(name, parameter)``.
 
     Args:
         model: the module whose parameters are grouped.
@@ -165,7 +165,9 @@ def _kind(name: str, p: nn.Parameter, owner: nn.Module, *, find_last: bool) -> s
     # A transposed layer (transformers' Conv1D of GPT-2, ConvTranspose) keeps its input dimension first and is left to
     # the user, since SCALE normalises over dimension 1.
     convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
-    return "hidden" if isinstance(owner, nn.Linear | nn.Bilinear | convolutions | nn.MultiheadAttention) else None
+    recurrent = nn.RNNBase | nn.RNNCellBase
+    layers = nn.Linear | nn.Bilinear | convolutions | nn.MultiheadAttention | recurrent
+    return "hidden" if isinstance(owner, layers) else None
 
 
 def _tied_heads(model: nn.Module, embeddings: set[int]) -> list[str]:

@@ -14,7 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -177,6 +177,17 @@ def key_of(field: dataclasses.Field[Any]) -> str:
     return field.metadata["key"] or field.name
 
 
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
+def type_hints(cls: type) -> dict[str, Any]:
+    """The type of each field. Annotations are texts here, which take milliseconds to evaluate, so that is done once for
+    each class."""
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
+
+
 @dataclass(frozen=True)
 class Section:
     """The base class of all sections. Construction checks the type and the range of every field, so that a
@@ -186,7 +197,7 @@ class Section:
     SECTION: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = type_hints(type(self))
         for f in dataclasses.fields(self):
             if f.metadata:
                 key = f"{self.SECTION}.{key_of(f)}" if self.SECTION else key_of(f)
@@ -611,6 +622,9 @@ class BaseConfig(Section):
         super().__post_init__()
         train = self.train
         self.check_budget()
+        if self.optim.options.get("total_steps") == "run":  # Stable-SPAM's schedule, as long as the run
+            given = {**self.optim.options, "total_steps": self.total_steps}
+            object.__setattr__(self, "optim", replace(self.optim, options=given))
         if train.batch_size % self.micro_batch_size:
             raise EvenstepError(
                 f"train.batch_size {train.batch_size} is not divisible by train.micro_batch_size "
@@ -668,7 +682,7 @@ class Config(BaseConfig):
 
 def sections(kind: type[BaseConfig] = Config) -> dict[str, type[Section]]:
     """The sections of a kind of run by name, in the order of the help and of config.toml."""
-    hints = typing.get_type_hints(kind)
+    hints = type_hints(kind)
     return {f.name: hints[f.name] for f in dataclasses.fields(kind) if not f.metadata}
 
 
@@ -678,7 +692,7 @@ def options(kind: type[BaseConfig] = Config) -> dict[str, tuple[dataclasses.Fiel
     found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
     classes: tuple[type[Section], ...] = (*sections(kind).values(), kind)
     for cls in classes:
-        hints = typing.get_type_hints(cls)
+        hints = type_hints(cls)
         for f in dataclasses.fields(cls):
             if f.metadata:
                 found[f"{cls.SECTION}.{key_of(f)}" if cls.SECTION else key_of(f)] = (f, hints[f.name])

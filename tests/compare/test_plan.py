@@ -1,28 +1,39 @@
 """Table files, and which of their runs are wanted in which order."""
 
+import functools
 import math
 from pathlib import Path
 
 import pytest
 from compare_support import TABLE, ended, plan_of, settled, write_table
 
-from evenstep.compare.cells import DIVERGED, HOPELESS, Outcome
-from evenstep.compare.grid import MARGIN, PATIENCE, Plan, hopeless
+from evenstep.compare.cells import DIVERGED, HOPELESS, Outcome, Store
+from evenstep.compare.grid import MARGIN, OLD_TUNING_SEED, PATIENCE, TUNING_SEED, Plan, hopeless
 from evenstep.compare.table import Group, load_table, merged
 from evenstep.errors import EvenstepError
+from evenstep.train.config_io import load_config
 
 ROOT = Path(__file__).parents[2]
 TABLES = sorted((ROOT / "recipes" / "tables").glob("*.toml"))
 ADAM, SPAM = Group("adam", "high", "tiny"), Group("spam", "high", "tiny")
 
 
-@pytest.mark.parametrize("scale", ["small", "gpu", "paper", "slimpajama", "smoke"])
+@functools.cache
+def plan_at(path, scale):
+    return Plan(load_table(path, scale))
+
+
+SCALES = ["small", "gpu", "paper", "slimpajama", "smoke"]
+
+
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("path", TABLES, ids=[path.stem for path in TABLES])
 def test_every_table_of_the_papers_is_valid_at_every_scale(path, scale):
-    plan = Plan(load_table(path, scale))
+    plan = plan_at(path, scale)
     document = plan.table.document
     assert document["about"] and document["paper"] and plan.groups
     for group in plan.groups:
+        assert plan.tuning_seed[group] not in document["final"].get("seeds", [0]), "a rate is chosen by the test"
         for lr in plan.table.rates(group):
             assert plan.cell(group, "final", lr, 0).config.optim.lr == pytest.approx(lr)
     if scale == "small":
@@ -55,6 +66,69 @@ def test_options_are_merged_base_size_row_precision(tmp_path):
     assert (config.train.batch_size, config.train.seq_len, config.seed) == (4, 64, 5)
     assert config.optim.options == {"reset_interval": 100, "threshold": 7.0}
     assert plan.cell(ADAM, "sweep", 1e-3, 0).config.optim.options == {}
+
+
+def test_a_row_may_have_its_own_rates_and_options_at_one_size(tmp_path):
+    text = TABLE + "\n[size.tiny.row.spam]\nrates = [3e-4]\nset.optim.reset_interval = 7\n"
+    plan = plan_of(tmp_path, text)
+    assert plan.table.rates(SPAM) == [3e-4] and len(plan.table.rates(ADAM)) == 4, "as they are, without the factor"
+    assert plan.cell(SPAM, "final", 3e-4, 0).config.optim.options == {"reset_interval": 7}
+    with pytest.raises(EvenstepError, match=r"unknown key 'size\.tiny\.row\.spam\.rate'"):
+        plan_of(tmp_path, text.replace("rates = [3e-4]", "rate = 3e-4"))
+
+
+# ---- the settings of the published runs ----
+
+
+def cells_of(*scales):
+    for path in TABLES:
+        for scale in scales:
+            plan = plan_at(path, scale)
+            for group in plan.groups:
+                yield path.stem, group, plan.cell(group, "final", plan.table.rates(group)[0], 0).config
+
+
+def test_stable_spam_in_16_bits_has_the_published_schedule():
+    count = 0
+    for table, group, config in cells_of(*SCALES):
+        if config.optim.name == "stable_spam" and config.lowbit is None:
+            count += 1
+            assert config.optim.options.get("total_steps") == config.total_steps, (table, group)
+            assert (config.optim.options["gamma1"], config.optim.options["gamma2"]) == (0.85, 0.99999), (table, group)
+    assert count >= 20
+    sweep = plan_at(ROOT / "recipes/tables/stable-spam-2.toml", "small").cell(
+        Group("stable_spam", "bf16", "tiny"), "sweep", 1e-3, TUNING_SEED
+    )
+    assert sweep.config.optim.options["total_steps"] == 245, "as long as this run, not as the longer one"
+    recipes = [load_config(path) for path in sorted((ROOT / "recipes").glob("*.toml")) if "finetune" not in path.name]
+    ours = [each for each in recipes if each.optim.name == "stable_spam" and each.lowbit is None]
+    assert len(ours) >= 7 and all(each.optim.options.get("total_steps") == each.total_steps for each in ours)
+
+
+def test_spam_leaves_no_more_steps_unclipped_after_a_short_interval_than_the_paper():
+    for table, group, config in cells_of("small", "smoke"):
+        given = config.optim.options
+        if config.optim.name == "spam" and 0 < given.get("reset_interval", 500) < 500:
+            assert given["clip_start"] <= 20 / 500 * given["reset_interval"], (table, group)
+
+
+def test_rates_gammas_and_intervals_that_the_papers_scripts_have():
+    scale = plan_at(ROOT / "recipes/tables/scale-1.toml", "paper").table
+    rates = {group.size: scale.rates(group) for group in scale.groups() if group.row == "scale"}
+    assert rates == {"60m": [1e-3], "130m": [1e-3], "350m": [1e-3], "1b": [2e-4]}
+    assert scale.options(Group("scale", "bf16", "1b"))["optim"]["adam_lr"] == 1e-3
+    recipe = load_config(ROOT / "recipes/c4-1b-scale.toml").optim
+    assert (recipe.lr, recipe.options["adam_lr"]) == (2e-4, 1e-3)
+    fronts = plan_at(ROOT / "recipes/tables/stable-spam-3.toml", "small").table
+    for row in ("lion_ada", "adam_mini_ada"):
+        assert "gamma1=0.85, gamma2=0.999)" in fronts.options(Group(row, "fp4", "tiny"))["optim"]["before"]
+    bits = plan_at(ROOT / "recipes/tables/stable-spam-1.toml", "paper").table
+    intervals = [
+        bits.options(Group("stable_spam", "fp4", size))["optim"].get("reset_interval") for size in ("130m", "350m")
+    ]
+    assert intervals == [None, 500]
+    for name in ("fp4", "int4"):
+        assert load_config(ROOT / f"recipes/lowbit-c4-350m-{name}.toml").optim.options["reset_interval"] == 500
 
 
 def test_a_scale_is_laid_over_the_table_and_includes_under_it(tmp_path):
@@ -98,7 +172,35 @@ def test_rates_go_from_the_middle_outwards_and_rows_have_their_own(tmp_path):
     plan = plan_of(tmp_path)
     assert [cell.lr for cell in plan.sweep(ADAM, {})] == [2e-3, 4e-3, 1e-3, 8e-3]
     assert [cell.lr for cell in plan.sweep(SPAM, {})] == [1e-3, 2e-3, 5e-4, 4e-3]
-    assert all(cell.tokens == 1000 and cell.seed == 0 for cell in plan.sweep(ADAM, {}))
+    assert all(cell.tokens == 1000 and cell.seed == TUNING_SEED for cell in plan.sweep(ADAM, {}))
+
+
+def test_a_stored_sweep_of_the_old_seed_is_used_until_there_is_one_of_the_new(tmp_path):
+    def swept(seed):
+        plan = plan_of(tmp_path, TABLE.replace("extend = 1", f"extend = 0\nseed = {seed}"))
+        return {cell.name: ended(3.0) for cell in plan.sweep(ADAM, {})}
+
+    def chosen(stored, text=None):
+        text = text or TABLE.replace("extend = 1", "extend = 0")
+        plan = Plan(load_table(write_table(tmp_path, text), "small"), stored)
+        assert plan.tuning_seed[SPAM] != OLD_TUNING_SEED, "a line without stored runs"
+        assert {cell.seed for cell in plan.sweep(ADAM, {})} == {plan.tuning_seed[ADAM]}
+        return plan.tuning_seed[ADAM]
+
+    old, new = swept(OLD_TUNING_SEED), swept(TUNING_SEED)
+    assert (chosen({}), chosen(old), chosen(new), chosen({**old, **new})) == (100, 0, 100, 100)
+    half = dict([*new.items()][:2])
+    assert chosen({**old, **half}) == 0 and chosen(half) == 100, "half a sweep chooses no rate"
+    assert chosen(old, TABLE.replace("extend = 1", "extend = 0\nseed = 101")) == 101
+
+
+def test_stored_outcomes_are_found_under_the_hash_of_their_configuration():
+    """A new option must not change the names of stored runs, see `config_hash`."""
+    stored = Store(ROOT / "benchmarks" / "results" / "tables").outcomes
+    plan = Plan(load_table(ROOT / "recipes" / "tables" / "mix-ln-1.toml", "small"), stored)
+    for row in ("pre", "mix"):
+        group = Group(row, "bf16", "tiny")
+        assert [cell.name in stored for cell in plan.finals(group, stored)] == [True] * 3
 
 
 def test_seeds_are_trained_at_the_best_rate_once_the_sweep_is_done(tmp_path):

@@ -7,12 +7,26 @@ import json
 import math
 
 import pytest
-from compare_support import TABLE, plan_of, settled
+from compare_support import TABLE, plan_of
+from compare_support import settled as settled_outcomes
 
 from evenstep.cli import main
 from evenstep.compare import report
 from evenstep.compare.cells import DIVERGED, HOPELESS, Outcome
-from evenstep.compare.claims import FEW, FLOOR, LEVEL, RULES, difference, judge, judged, paired
+from evenstep.compare.claims import (
+    ALPHA,
+    FLOOR,
+    LEVEL,
+    RULES,
+    STUDENT,
+    below_the_false_discovery_rate,
+    difference,
+    judge,
+    judged,
+    paired,
+    settled,
+    student,
+)
 from evenstep.compare.report import draw, overview, write_page
 from evenstep.compare.results import document_of, sensitivity, stopped_early
 from evenstep.errors import EvenstepError
@@ -70,14 +84,14 @@ def test_lower_is_confirmed_where_the_whole_interval_is_on_the_papers_side():
     assert verdict("lower", line(high), line(low)) == "opposite"
     assert verdict("lower", line([3.0, 3.1, 3.3]), line(high)) == "not confirmed"
     assert difference(line([3.1, 3.2, 3.3]), line([3.0, 3.1, 3.2]))[1].within == FLOOR
-    alone = difference(line([3.0]), line(high))[1]
-    assert (alone.mean, alone.second, alone.within) == (pytest.approx(-0.05), 3.05, FEW), "over the seed that both have"
-    assert verdict("lower", line([3.0, 3.0]), line([3.0 + FEW * 0.9] * 3)) == "not confirmed"
+    assert difference(line([3.0]), line(high)) == ("open", None)
+    assert verdict("lower", line([3.0]), line(high)) == "not tested", "one seed decides nothing"
+    assert difference(line([3.0, 3.0]), line([3.1] * 3))[1].seeds == 2, "over the seeds that both have"
 
 
 def test_a_side_that_diverged_has_lost():
     lost = line([])
-    lost["finals"] = [{"seed": 0, "status": "diverged", "loss": None}]
+    lost["finals"] = [{"seed": seed, "status": "diverged", "loss": None} for seed in (0, 1)]
     assert verdict("lower", line([3.0, 3.0]), copy.deepcopy(lost)) == "confirmed"
     assert verdict("lower", copy.deepcopy(lost), line([3.0, 3.0])) == "opposite"
     assert verdict("lower", copy.deepcopy(lost), copy.deepcopy(lost)) == "not confirmed"
@@ -92,9 +106,8 @@ def test_reaches_allows_a_little_and_says_with_how_many_tokens():
     assert verdict("reaches", half, whole) == "confirmed"
     assert verdict("reaches", line([3.1, 3.1, 3.1], tokens=500), whole) == "opposite"
     assert verdict("reaches", line([3.0 + LEVEL] * 3, tokens=500), whole) == "not confirmed"
-    assert (
-        "50% of the tokens" in judged({"rule": "reaches", "better": "x/high", "than": "y/high"}, [half, whole])["ours"]
-    )
+    claim = {"text": "", "rule": "reaches", "better": "x/high", "than": "y/high"}
+    assert "50% of the tokens" in judged(claim, [half, whole])["ours"]
 
 
 def test_level_asks_for_the_loss_and_the_memory():
@@ -108,15 +121,82 @@ def test_level_asks_for_the_loss_and_the_memory():
     assert verdict("memory", line([9.0], state=80), adam, memory=[0.35, 0.45]) == "confirmed"
 
 
-def test_flatter_is_about_the_excess_over_the_best_rate():
-    assert verdict("flatter", line([], excess=0.1), line([], excess=0.2)) == "confirmed"
-    assert verdict("flatter", line([], excess=0.2), line([], excess=0.1)) == "opposite"
-    assert verdict("flatter", line([], excess=0.19), line([], excess=0.2)) == "not confirmed"
+def test_flatter_shows_the_excess_over_the_best_rate_without_a_verdict():
+    found = judged({"text": "", "rule": "flatter", "better": "a/high", "than": "a/high"}, [line([], excess=0.1)])
+    assert (found["verdict"], found["p"]) == ("not tested", None) and "0.100 against 0.100 nats; one seed" in found[
+        "ours"
+    ]
     assert verdict("flatter", line([], excess=None), line([], excess=0.2)) == "not measured"
+    other = line([], excess=0.2) | {"sweep": [{"lr": 1e-3, "seed": 0, "status": "finished", "loss": 3.0}]}
+    found = judged(
+        {"text": "", "rule": "flatter", "better": "a/high", "than": "b/high"}, [line([]), other | {"name": "b/high"}]
+    )
+    assert "different rates" in found["ours"]
     sweep = [{"status": "finished", "loss": loss} for loss in (3.0, 3.1, 3.2)]
     assert sensitivity(sweep) == pytest.approx(0.1)
     assert sensitivity([*sweep, {"status": "diverged", "loss": None}]) == pytest.approx((0.3 + 1.0) / 4)
     assert sensitivity(sweep[:2]) is None
+    assert sensitivity([*sweep, {"status": "hopeless", "loss": 5.0}]) is None, "5.0 is a loss of training"
+
+
+def test_p_values_are_students():
+    for degrees, quantile in enumerate(STUDENT, 1):
+        assert student(quantile, degrees) == pytest.approx(ALPHA, abs=1e-4)
+        assert student(-quantile, degrees) == student(quantile, degrees)
+    assert [student(0.0, n) for n in (1, 2, 3, 4)] == [1.0] * 4 and student(1e9, 2) < 1e-12
+    # Differences 0.1, 0.2, 0.3: t = 0.2 / (0.1 / sqrt(3)), and p = 1 - t / sqrt(2 + t^2) with two degrees of freedom.
+    t = 2 * 3**0.5
+    found = judge({0: 3.1, 1: 3.2, 2: 3.3}, dict.fromkeys(range(3), 3.0))
+    assert found[0] == "not confirmed" and found[1].p == pytest.approx(1 - t / (2 + t * t) ** 0.5)
+    level = dict.fromkeys(range(3), 3.0)
+    assert judge(level, level)[1].p == 1.0, "no difference at all"
+    floored = judge(level, dict.fromkeys(range(3), 3.001), floor=FLOOR)
+    assert floored[0] == "not confirmed" and floored[1].p > ALPHA, "the floor of the interval is one of p, too"
+
+
+def single(p, verdict="confirmed"):
+    return {"p": p, "verdict": verdict}
+
+
+def verdicts(claims):
+    return [claim["verdict"] for claim in settled(claims)]
+
+
+def test_verdicts_are_corrected_over_all_claims_of_a_page():
+    p = [0.001, 0.012, 0.02, 0.04]
+    found = settled([single(one) for one in p])
+    assert [claim["holm"] for claim in found] == pytest.approx([0.004, 0.036, 0.04, 0.04])
+    assert {claim["verdict"] for claim in found} == {"confirmed"}
+    # One more claim, and the second is at 0.012 x 4; those after it are held by it, whatever their own product is.
+    found = settled([*(single(one) for one in p), single(0.03)])
+    assert [round(claim["holm"], 4) for claim in found] == [0.005, 0.048, 0.06, 0.06, 0.06]
+    assert [claim["verdict"] for claim in found] == ["confirmed", "confirmed", *["not confirmed"] * 3]
+    assert verdicts([single(0.04), single(0.04, "opposite")]) == ["not confirmed"] * 2
+    assert verdicts([single(0.04, "opposite")]) == ["opposite"], "one claim alone needs no correction"
+    assert verdicts([single(0.03), single(None, "opposite")]) == ["confirmed", "opposite"], "bytes are not a test"
+
+
+def test_a_claim_that_is_not_measured_makes_no_other_one_easier():
+    missing = single(1.0, "not measured")
+    assert verdicts([single(0.03), missing]) == ["not confirmed", "not measured"]
+    assert settled([missing])[0]["holm"] is None
+    assert verdict("lower", line([]), line([3.0, 3.1])) == "not measured"
+    there, gone = line([3.0, 3.0, 3.0]), line([], name="b/high")
+    claim = {"text": "", "rule": "lower", "better": "a/high", "than": "b/high"}
+    assert judged(claim, [there, gone])["p"] == 1.0
+
+
+def test_a_claim_that_this_size_cannot_test_has_no_verdict():
+    claim = {"text": "", "rule": "lower", "better": "a/high", "than": "b/high", "untestable": "too short"}
+    found = judged(claim, [line([3.0, 3.0, 3.0]), line([4.0, 4.0, 4.0], name="b/high")])
+    assert (found["verdict"], found["p"]) == ("not testable here", None) and found["ours"].endswith("; too short")
+    assert verdicts([single(0.04), found]) == ["confirmed", "not testable here"]
+
+
+def test_false_discoveries_are_counted_by_the_step_up_rule():
+    assert below_the_false_discovery_rate([single(p) for p in (0.04, 0.03, 0.01, 0.5)]) == 1
+    assert below_the_false_discovery_rate([single(p) for p in (0.03, 0.03, 0.03, 0.5)]) == 3, "the largest that passes"
+    assert below_the_false_discovery_rate([single(None), single(0.2)]) == 0
 
 
 def test_every_rule_is_described():
@@ -129,16 +209,16 @@ def test_every_rule_is_described():
 
 
 def loss_of(cell):
-    """Adam is best at 2e-3 with 3.0, SPAM 0.1 below it; each seed is 0.01 more."""
+    """Adam is best at 2e-3 with 3.0, SPAM 0.1 below it; each tested seed is 0.01 more."""
     best = {"adam": 2e-3, "spam": 1e-3}[cell.group.row]
     away = abs(cell.lr - best) * 100
-    return (3.0 if cell.group.row == "adam" else 2.9) + away + 0.01 * cell.seed
+    return (3.0 if cell.group.row == "adam" else 2.9) + away + 0.01 * (cell.seed % 100)
 
 
 @pytest.fixture
 def document(tmp_path):
     plan = plan_of(tmp_path)
-    return document_of(plan, settled(plan, loss_of))
+    return document_of(plan, settled_outcomes(plan, loss_of))
 
 
 def test_a_line_has_mean_spread_best_rate_curve_and_bytes(document):
@@ -162,13 +242,13 @@ def test_the_table_in_markdown_and_csv(document):
     assert rows[0][7] == "34.09" and rows[0][10] == "100%"
     assert report.markdown(document).count("\n") == 4
     cells = list(csv.DictReader(io.StringIO(report.comma_separated(document))))
-    assert {cell["stage"] for cell in cells} == {"sweep", "final"} and {c["seed"] for c in cells} == {"0", "1"}
+    assert {cell["stage"] for cell in cells} == {"sweep", "final"} and {c["seed"] for c in cells} == {"0", "1", "100"}
     assert "claim (tiny): SPAM beats Adam: confirmed" in report.below(document)
 
 
 def test_what_was_stopped_early_is_said_and_an_edge_too(tmp_path):
     plan = plan_of(tmp_path, TABLE.replace("extend = 1", "extend = 0"))
-    outcomes = settled(plan, lambda cell: 3.0 + cell.lr)
+    outcomes = settled_outcomes(plan, lambda cell: 3.0 + cell.lr)
     spam = plan.sweep(plan.groups[1], {})
     outcomes[spam[-1].name] = Outcome(HOPELESS, 5.0, "training loss 5.0", 400)
     finals = plan.finals(plan.groups[1], outcomes)
@@ -182,14 +262,14 @@ def test_what_was_stopped_early_is_said_and_an_edge_too(tmp_path):
 
 def test_without_seeds_the_loss_is_the_sweeps_in_brackets(tmp_path):
     plan = plan_of(tmp_path, TABLE.replace("seeds = [0, 1]", "seeds = []"))
-    row = report.rows(document_of(plan, settled(plan, loss_of)))[0]
+    row = report.rows(document_of(plan, settled_outcomes(plan, loss_of)))[0]
     assert row[4] == "(3.0000)" and row[5] == "-" and row[-1] == "0"
 
 
 def test_claims_are_judged_for_each_size(tmp_path):
     text = TABLE.replace('sizes = ["tiny"]', 'sizes = ["tiny", "9m"]') + "\n[size.9m]\nset.model.size = '9m'\n"
     plan = plan_of(tmp_path, text)
-    document = document_of(plan, settled(plan, lambda c: loss_of(c) + (1 if c.group == plan.groups[3] else 0)))
+    document = document_of(plan, settled_outcomes(plan, lambda c: loss_of(c) + (1 if c.group == plan.groups[3] else 0)))
     assert [(c["size"], c["verdict"]) for c in document["claims"]] == [("tiny", "confirmed"), ("9m", "opposite")]
     assert [line["tokens_to_reference"] is None for line in document["lines"]] == [True, False, True, True]
 
@@ -210,7 +290,10 @@ def test_the_page_says_claim_numbers_direction_and_the_flaw(document, tmp_path, 
     assert main(["results", str(stored), "--out", str(page)]) == 0
     assert str(page) in capsys.readouterr().out
     text = page.read_text()
-    assert "| SPAM beats Adam | **confirmed** | 2.9050 against 3.0050 (-0.1000 ± 0.0800) | 2 | 30.46 against" in text
+    row = "| SPAM beats Adam | **confirmed** | 2.9050 against 3.0050 (-0.1000 ± 0.0050) | 0.003 | 2 | - | 30.46 against"
+    assert (
+        row in text and "over all 1 claims of this page" in text and "0 are not measured and 1 have a verdict" in text
+    )
     assert "N/(N+1)" in text and "commit cccccccccc" in text and "a CPU" in text and "4K tokens" in text
     for picture in ("curves", "rates", "memory"):
         assert f"](results/mine-{picture}.png)" in text and (page.parent / "results" / f"mine-{picture}.png").exists()
@@ -219,7 +302,58 @@ def test_the_page_says_claim_numbers_direction_and_the_flaw(document, tmp_path, 
     (stored / "mine.json").write_text(json.dumps({**document, "scale": "smoke"}))
     write_page(stored, page)
     assert "every direction below is an\naccident" in page.read_text()
+    assert "Not measured again" not in page.read_text()
     assert page.read_text().index("\n## Claims") < page.read_text().index("\n## Notes\n\nof somebody\n")
+
+
+def test_a_page_corrects_over_the_claims_of_all_its_tables(document, tmp_path, monkeypatch):
+    """Each table's own correction has one claim, the page's has 25."""
+    monkeypatch.setattr(report, "draw", lambda document, directory: [])
+    for number in range(25):
+        here = copy.deepcopy(document) | {"table": f"t{number:02d}"}
+        (tmp_path / f"t{number:02d}.json").write_text(json.dumps(here))
+    write_page(tmp_path, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "over all 25 claims" in text and text.count("| **not confirmed** |") == 25 and "| 0.063 | 2 |" in text
+    assert "0 are not measured and 0 have a verdict" in text and "25 would have one" in text
+
+
+def test_a_line_whose_setting_was_corrected_shows_its_old_number_nowhere_else(document, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda document, directory: [])
+    spam = document["lines"][1]
+    old = {
+        "table": "mine",
+        "line": spam["name"],
+        "label": "spam, high",
+        "changed": "clip_start",
+        "loss": 3.4567,
+        "lr": 1e-3,
+    }
+    (tmp_path / "superseded.jsonl").write_text(json.dumps(old | {"seeds": 3}) + "\n")
+    (tmp_path / "mine.json").write_text(json.dumps(document))
+    write_page(tmp_path, tmp_path / "page.md")
+    assert "3.4567" not in (tmp_path / "page.md").read_text(), "measured again: the old number is gone"
+    spam.update(mean=None, finals=[], sweep=[], best_lr=None)
+    (tmp_path / "mine.json").write_text(json.dumps(document))
+    write_page(tmp_path, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "| **not measured** | not measured again since the correction of spam, high | - | " in text
+    assert text.count("3.4567") == 1
+    assert "| spam, high | clip_start | 3.4567 | 0.001 | 3 | [mine](#mine) |" in text.split("## Not measured again")[1]
+
+
+def test_what_a_rate_was_chosen_on_is_marked(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda document, directory: [])
+    plan = plan_of(tmp_path, TABLE.replace("extend = 1", "extend = 0\nseed = 0\nall = true"))
+    document = document_of(plan, settled_outcomes(plan, lambda cell: loss_of(cell) - (cell.lr > 3e-3)))
+    rows = report.rows(document)
+    assert [row[3] for row in rows] == ["0.004†", "0.004† (highest tried)"]
+    assert "† the rate was chosen on a seed that is also tested" in report.below(document)
+    (tmp_path / "mine.json").write_text(json.dumps(document))
+    write_page(tmp_path, tmp_path / "page.md")
+    assert "| 2 | tested seed, edge | 30.46" in (tmp_path / "page.md").read_text()
+    fresh = document_of(plan_of(tmp_path), settled_outcomes(plan_of(tmp_path), loss_of))
+    assert "†" not in report.markdown(fresh) + report.below(fresh)
 
 
 def test_a_picture_that_has_nothing_to_show_any_more_goes(document, tmp_path):

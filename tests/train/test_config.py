@@ -379,6 +379,8 @@ def test_hash_tells_what_decides_the_result():
     config = Config()
     assert config_hash(config) == config_hash(dataclasses.replace(config, name="other", out="elsewhere"))
     assert config_hash(config) != config_hash(dataclasses.replace(config, seed=1))
+    newer = dataclasses.replace(config, guard=dataclasses.replace(config.guard, sigma=9.0))
+    assert config_hash(newer) != config_hash(config)
 
 
 def test_what_may_change_on_resume():

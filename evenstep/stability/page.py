@@ -1,0 +1,396 @@
+"""The page of the suite: what holds and what does not, from the outcomes of the cells.
+
+A loss is compared with the lowest one of any remedy for the same variant and seed (regret), and where there is a fault,
+with the loss of the same remedy and seed without it (damage).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from evenstep.compare.cells import Outcome
+from evenstep.compare.claims import OPEN, UNMEASURED, judge, settled
+from evenstep.compare.report import table
+from evenstep.errors import EvenstepError
+from evenstep.stability.remedies import Remedy
+from evenstep.stability.study import CLAIMS, Claim, Scale
+from evenstep.stability.tasks import FAMILIES, TASKS, Task, Variant, baseline
+from evenstep.train.files import replace_text
+from evenstep.train.hardware import short_commit
+
+NEAR = 0.1  # nats: a cell whose loss is within it of the best counts for the headline
+LEVEL = 0.05  # nats: remedies that differ by less are recommended alike
+LEARNT = 0.3  # nats below the loss of a model that knows token frequencies only: survival
+SEPARATED = 0.1  # nats between the best and the worst remedy below which a variant separates nothing
+
+Trial = dict[str, Any]
+Key = tuple[str, str]
+"""Name of a task and of a variant."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that the page says, from the trials: (task, variant) -> remedy -> seed -> trial."""
+
+    trials: Mapping[Key, Mapping[str, Mapping[int, Trial]]]
+    tuned: Mapping[str, Mapping[str, Any]]
+    """"family remedy" -> the summary of its tuning."""
+    baselines: Mapping[str, float]
+    """Family -> loss of a model that knows token frequencies only."""
+
+    def keys(self, task: str) -> list[Key]:
+        return [key for key in self.trials if key[0] == task]
+
+    def loss(self, key: Key, remedy: str, seed: int) -> float:
+        """Infinite if the run did not end with finite weights; NaN if it is not measured."""
+        trial = self.trials.get(key, {}).get(remedy, {}).get(seed)
+        return math.nan if trial is None else math.inf if trial["loss"] is None else trial["loss"]
+
+    def losses(self, key: Key, remedy: str) -> list[float]:
+        return [self.loss(key, remedy, seed) for seed in sorted(self.trials[key].get(remedy, {}))]
+
+    def regrets(self, key: Key, remedy: str) -> dict[int, float]:
+        """Loss above the lowest one of any remedy, by seed."""
+        return {
+            seed: self.loss(key, remedy, seed) - min(self.loss(key, other, seed) for other in self.having(key, seed))
+            for seed in self.trials[key].get(remedy, {})
+        }
+
+    def having(self, key: Key, seed: int) -> list[str]:
+        return [remedy for remedy, by_seed in self.trials[key].items() if seed in by_seed]
+
+    def damages(self, key: Key, remedy: str) -> list[float]:
+        """Loss above that of the undisturbed run of the same remedy and seed."""
+        pairs = [
+            (self.loss(key, remedy, seed), self.loss(CONTROL, remedy, seed))
+            for seed in self.trials[key].get(remedy, {})
+        ]
+        return [loss - calm for loss, calm in pairs if not math.isnan(calm)]
+
+    def survived(self, key: Key, remedy: str) -> tuple[int, int]:
+        """Runs that ended well below the loss of token frequencies, of how many."""
+        family = next(task.family for task in TASKS if task.name == key[0])
+        losses = self.losses(key, remedy)
+        return sum(loss <= self.baselines[family] - LEARNT for loss in losses), len(losses)
+
+    def near(self, remedy: str, keys: Iterable[Key] | None = None) -> tuple[int, int]:
+        """Cells (variant and seed) whose regret is at most `NEAR`, of how many that the remedy has."""
+        found = [x for key in keys or self.trials for x in self.regrets(key, remedy).values()]
+        return sum(x <= NEAR for x in found), len(found)
+
+    def separates(self, key: Key) -> bool:
+        means = [mean(self.losses(key, remedy)) for remedy in self.trials[key]]
+        return max(means) - min(means) > SEPARATED
+
+
+CONTROL: Key = ("control", "tuned rate")
+
+
+def results_of(outcomes: Mapping[str, Outcome], scale: Scale, remedies: Sequence[Remedy]) -> Results:
+    """The results among the outcomes, tasks and remedies in the order of their lists."""
+    found: dict[Key, dict[str, dict[int, Trial]]] = {}
+    tuned = {}
+    for outcome in outcomes.values():
+        setting, remedy = outcome.summary["setting"], outcome.summary["setting"]["remedy"]["name"]
+        if "chosen" in outcome.summary:
+            tuned[f"{setting['family']['name']} {remedy}"] = outcome.summary
+            continue
+        for variant, trials in outcome.summary["trials"].items():
+            by_remedy = found.setdefault((setting["task"], variant), {})
+            by_remedy.setdefault(remedy, {}).update({trial["seed"]: trial for trial in trials})
+    names = [remedy.name for remedy in remedies]
+    ordered: dict[Key, dict[str, dict[int, Trial]]] = {}
+    for task in TASKS:
+        for variant in task.variants:
+            by_remedy = found.get((task.name, variant.name), {})
+            if by_remedy and task.name in scale.tasks:
+                ordered[task.name, variant.name] = {name: by_remedy[name] for name in names if name in by_remedy}
+    families = {task.family for task in TASKS if any(key[0] == task.name for key in ordered)}
+    return Results(ordered, tuned, {name: baseline(scale.source, scale.families[name].vocab_size) for name in families})
+
+
+# ---- claims ----
+
+
+def verdicts(results: Results) -> list[dict[str, Any]]:
+    """The registered claims with their verdicts, corrected by Holm's method."""
+    judged = []
+    for claim in CLAIMS:
+        first, second = (_by_seed(results, claim, remedy) for remedy in (claim.better, claim.than))
+        verdict, gap = judge(first, second)
+        verdict = UNMEASURED if verdict == OPEN else verdict
+        ours = f"{gap.first:.3f} against {gap.second:.3f} ({gap.mean:+.3f} ± {gap.within:.3f})" if gap else ""
+        p = gap.p if gap else 1.0
+        judged.append({"text": claim.text, "verdict": verdict, "ours": ours, "p": p, "seeds": gap.seeds if gap else 0})
+    return settled(judged)
+
+
+def _by_seed(results: Results, claim: Claim, remedy: str) -> dict[int, float]:
+    """The mean loss over the variants of the claim, of each seed that has all of them."""
+    keys = [key for key in results.keys(claim.task) if not claim.variants or key[1] in claim.variants]
+    seeds = set.intersection(*({*results.trials[key].get(remedy, {})} for key in keys)) if keys else set()
+    return {seed: mean(results.loss(key, remedy, seed) for key in keys) for seed in sorted(seeds)}
+
+
+# ---- words ----
+
+
+def number(x: float) -> str:
+    return "-" if math.isnan(x) else "dead" if x == math.inf else f"{x:.2f}"
+
+
+def lead(results: Results, remedies: Sequence[Remedy]) -> str:
+    """The first paragraph: the share of cells near the best, for the remedies that have every cell."""
+    most = max(results.near(remedy.name)[1] for remedy in remedies)
+    whole = {r.name: results.near(r.name)[0] / most for r in remedies if results.near(r.name)[1] == most}
+    order = sorted(whole, key=lambda name: -whole[name])
+    shown = [*order[:3], *(name for name in _NAMED if name in whole and name not in order[:3])]
+    shares = ", ".join(f"{name} in {whole[name]:.0%}" for name in shown)
+    told = verdicts(results)
+    kept = {kind: [one["text"] for one in told if one["verdict"] == kind] for kind in ("confirmed", "opposite")}
+    sentences = [
+        f"**No remedy is best everywhere.** Of {most} cells (a variant of a task, with a seed), a remedy is within "
+        f"{NEAR} nats of the best one: {shares}."
+    ]
+    if kept["confirmed"]:
+        sentences.append(f"Confirmed claims: {'; '.join(kept['confirmed'])}.")
+    if kept["opposite"]:
+        sentences.append(f"The opposite was found for: {'; '.join(kept['opposite'])}.")
+    open_ones = len(told) - len(kept["confirmed"]) - len(kept["opposite"])
+    if open_ones:
+        sentences.append(f"{open_ones} of {len(told)} claims are not confirmed or not measured yet.")
+    return " ".join(sentences)
+
+
+_NAMED = ("Adam", "Adam + clip 1", "Adam + tuned clip", "Stable-SPAM .7/.9", "Stable-SPAM .85/.99999", "SPAM")
+"""Remedies that the first paragraph always names."""
+
+
+def choices(results: Results) -> str:
+    """The table "if this breaks, use that": for each task the remedies whose mean regret is within `LEVEL` of the
+    lowest, and the numbers of the usual ones."""
+    rows = []
+    for task in TASKS:
+        keys = results.keys(task.name)
+        if not keys or task.name == "control":
+            continue
+        regret = {}
+        for remedy in dict.fromkeys(name for key in keys for name in results.trials[key]):
+            values = [x for key in keys for x in results.regrets(key, remedy).values()]
+            if all(remedy in results.trials[key] for key in keys):
+                regret[remedy] = mean(values)
+        best = sorted((name for name in regret if regret[name] <= min(regret.values()) + LEVEL), key=regret.__getitem__)
+        level = not any(results.separates(key) for key in keys)
+        usual = [number(regret.get(name, math.nan)) for name in _NAMED[:5]]
+        shown = ", ".join(f"{name} ({number(regret[name])})" for name in best[:4])
+        more = f" and {len(best) - 4} more" if len(best) > 4 else ""
+        rows.append((task.title, "nothing: level" if level else shown + more, *usual))
+    return table(("if this breaks", "use", *_NAMED[:5]), rows)
+
+
+def task_section(results: Results, task: Task, remedies: Sequence[Remedy]) -> str:
+    """The numbers of one task: mean loss, the damage of a fault, and the runs that did not survive."""
+    keys = results.keys(task.name)
+    variants = {variant.name: variant for variant in task.variants}
+    rows = []
+    for remedy in remedies:
+        if not any(remedy.name in results.trials[key] for key in keys):
+            continue
+        cells = [_cell(results, key, remedy.name, variants[key[1]]) for key in keys]
+        regrets = [x for key in keys for x in results.regrets(key, remedy.name).values()]
+        rows.append((remedy.name, *cells, number(mean(regrets)), _recovery(results, keys, remedy.name)))
+    order = sorted(rows, key=lambda row: float("inf") if row[-2] in ("-", "dead") else float(row[-2]))
+    family = FAMILIES[task.family]
+    level = [key[1] for key in keys if not results.separates(key)]
+    note = f"\nNo remedy differs from another by more than {SEPARATED} nats: {', '.join(level)}.\n" if level else ""
+    text = (
+        f"## {task.title}\n\n{task.question} Source: {task.source}. Model `{family.name}`; a loss of "
+        f"{results.baselines[family.name]:.2f} knows token frequencies only. "
+        f"`evenstep stability --only {task.name}`\n{note}\n"
+    )
+    heads = ("remedy", *(key[1] for key in keys), "regret", "recovery")
+    if not any(variants[key[1]].fault for key in keys):
+        heads, order = heads[:-1], [row[:-1] for row in order]
+    return text + table(heads, order)
+
+
+def _cell(results: Results, key: Key, remedy: str, variant: Variant) -> str:
+    if remedy not in results.trials[key]:
+        return "-"
+    text = number(mean(results.losses(key, remedy)))
+    if variant.fault:
+        damages = results.damages(key, remedy)
+        text += f" ({mean(damages):+.2f})" if damages and max(damages) < math.inf else ""
+    alive, runs = results.survived(key, remedy)
+    return text if alive == runs else f"{text}, {runs - alive}/{runs} lost"
+
+
+def _recovery(results: Results, keys: Sequence[Key], remedy: str) -> str:
+    """The mean number of steps from the start of a fault until the validation loss is back at its value before it, over
+    the runs that got there, and how many did not."""
+    from evenstep.stability.trial import EVERY
+
+    steps, never = [], 0
+    for key in keys:
+        for trial in results.trials[key].get(remedy, {}).values():
+            # The number of validations before the fault; 0 in miniatures.
+            before = (trial["fault"] or 0) // EVERY
+            if not before:
+                continue
+            known = trial["curve"][before - 1]
+            back = next((i for i, x in enumerate(trial["curve"]) if i >= before and x is not None and x <= known), None)
+            if back is None:
+                never += 1
+            else:
+                steps.append((back + 1) * EVERY - trial["fault"])
+    if not steps and not never:
+        return "-"
+    return (f"{mean(steps):.0f}" if steps else "-") + (f", {never} never" if never else "")
+
+
+def guard_section(results: Results, remedies: Sequence[Remedy]) -> str:
+    """How often a guard acted without a fault, and how late with one."""
+    rows = []
+    for remedy in remedies:
+        if not remedy.ladder:
+            continue
+        trials = [t for by_remedy in results.trials.values() for t in by_remedy.get(remedy.name, {}).values()]
+        calm = [t for t in trials if t["fault"] is None]
+        struck = [t for t in trials if t["fault"] is not None]
+        seen = [t["first"] for t in struck if t["first"] is not None]
+        false = sum(t["false"] for t in results.trials.get(CONTROL, {}).get(remedy.name, {}).values())
+        delay = f"{mean(seen):.1f} (largest {max(seen)})" if seen else "-"
+        rows.append((remedy.name, false, sum(t["false"] for t in calm), f"{len(seen)} of {len(struck)}", delay))
+    if not rows:
+        return ""
+    heads = ("guard", "actions in undisturbed runs", "in all runs without a fault", "faults seen", "steps until then")
+    return "## What the guard saw\n\n" + table(heads, rows)
+
+
+def tuning_section(results: Results, remedies: Sequence[Remedy]) -> str:
+    families = [name for name in FAMILIES if any(key.startswith(f"{name} ") for key in results.tuned)]
+    rows = []
+    for remedy in remedies:
+        cells = []
+        for family in families:
+            found = results.tuned.get(f"{family} {remedy.name}")
+            chosen = found["chosen"] if found else None
+            at = "" if not chosen or chosen["threshold"] is None else f", threshold {chosen['threshold']:g}"
+            cells.append(f"{chosen['lr']:g}{at}" if chosen else "-")
+        rows.append((remedy.name, *cells, f"`{remedy.command}`"))
+    return "## Options and tuned rates\n\n" + table(("remedy", *families, "options of evenstep pretrain"), rows)
+
+
+RULES = """\
+## Rules
+
+Written before the runs. The learning rate of a remedy is tuned for each model, on undisturbed training of full length
+at loss scale 1, with seeds 100 and 101: in steps of 2, and beyond the edge as long as the best rate is at the edge. It
+then holds for every variant, other loss scales and faults included, except where the variant has its own rate. The
+tested seeds are others. A fault starts at a step between half and three quarters of the run, which depends on the seed;
+after a rewind a gradient fault does not come back, bad data are read again unless they are left out. Claims are
+registered in the code, compared over pairs of equal seeds (Student's t, 95 %), and corrected by Holm's method over all
+of them.
+
+*Regret* is the loss above that of the best remedy for the same variant and seed, in nats. *(+0.12)* after a loss is the
+damage: the loss above that of the same remedy and seed without the fault. *Lost* are runs with weights that are not
+finite, or within {learnt} nats of a model that knows token frequencies only. *Recovery* is the mean number of steps
+until the validation loss is back where it was before the fault.
+"""
+
+LIMITS = """\
+## What this does not show
+
+The models are small and the runs short, so that a cell costs seconds. A fault that a large model meets after weeks
+may differ; ranks of remedies are evidence, sizes of differences are not. SPAM's resets and Stable-SPAM's moment resets
+are set for runs of thousands of steps; SPAM resets every 100 steps here, Stable-SPAM does not reset in so few.
+A rank that alone sees a fault is not a task here: it is tested in `tests/train/test_guard.py`. Reinforcement learning
+without clipping and series with corrupted inputs have pages of their own ([RL](results-rl.md),
+[forecasting](results-forecast.md)).
+"""
+
+
+def text_of(
+    results: Results, scale: Scale, remedies: Sequence[Remedy], outcomes: Mapping[str, Outcome], store: Path
+) -> str:
+    summaries = [outcome.summary for outcome in outcomes.values()]
+    command = f"evenstep stability --scale {scale.name} --store {store}"
+    commits = sorted({short_commit(s["commit"], 7) for s in summaries if s.get("commit")})
+    hardware = sorted({f"{s['hardware'].get('gpu') or s['hardware']['cpu']}" for s in summaries if "hardware" in s})
+    seeds = sorted({seed for by_remedy in results.trials.values() for one in by_remedy.values() for seed in one})
+    runs = sum(len(one) for by_remedy in results.trials.values() for one in by_remedy.values())
+    hours = sum(s.get("seconds", 0) for s in summaries) / 3600
+    claims = [
+        (one["text"], one["ours"], "" if one["holm"] is None else f"{one['holm']:.3f}", f"**{one['verdict']}**")
+        for one in verdicts(results)
+    ]
+    parts = [
+        f"# Where training breaks\n\n<!-- Written by `{command} --report`. Change the program, not the page. -->\n",
+        lead(results, remedies) + "\n",
+        f"{runs:,} runs, seeds {', '.join(map(str, seeds))}, {hours:.1f} hours of one core with tuning. "
+        f"{'; '.join(hardware)}. Commits {', '.join(commits) or 'unknown'}. Repeat with `{command}`.\n",
+        "![Regret of every remedy in every task](stability.png)\n",
+        "## If this breaks, use that\n\nMean regret in nats over the variants and seeds of a task.\n",
+        choices(results),
+        "## Claims\n",
+        table(("claim", "loss", "p (Holm)", "verdict"), claims),
+        RULES.format(learnt=LEARNT),
+        *(task_section(results, task, remedies) for task in TASKS if results.keys(task.name)),
+        guard_section(results, remedies),
+        tuning_section(results, remedies) if results.tuned else "",
+        LIMITS,
+    ]
+    return "\n".join(filter(None, parts))
+
+
+# ---- the picture ----
+
+ROOF = 1.0  # nats: the darkest colour
+
+
+def draw(results: Results, remedies: Sequence[Remedy], path: Path) -> Path:
+    """A heat map: a row for each remedy, a column for each variant, coloured by the mean regret; a cross where every
+    run was lost. Raises EvenstepError if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise EvenstepError("pictures need matplotlib; pip install 'evenstep[plots]'") from None
+    keys = list(results.trials)
+    names = [r.name for r in remedies if any(r.name in results.trials[key] for key in keys)]
+    grid = [
+        [min(ROOF, mean(found.values())) if (found := results.regrets(key, name)) else math.nan for key in keys]
+        for name in names
+    ]
+    figure = Figure(figsize=(2.6 + 0.32 * len(keys), 1.9 + 0.24 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(grid, cmap="YlOrRd", vmin=0, vmax=ROOF, aspect="auto", interpolation="nearest")
+    for row, name in enumerate(names):
+        for column, key in enumerate(keys):
+            if name in results.trials[key] and results.survived(key, name)[0] == 0:
+                axes.text(column, row, "×", ha="center", va="center", fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_xticks(range(len(keys)), [key[1] for key in keys], rotation=90, fontsize=6)
+    starts = [i for i, key in enumerate(keys) if i == 0 or keys[i - 1][0] != key[0]]
+    for start in starts:
+        axes.axvline(start - 0.5, color="white", linewidth=2)
+        axes.text(start - 0.4, -0.7, keys[start][0], fontsize=7, rotation=30, ha="left", va="bottom")
+    axes.set_frame_on(False)
+    figure.colorbar(shown, ax=axes, label="nats above the best (1 and more: darkest)", shrink=0.6)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def write(
+    outcomes: Mapping[str, Outcome], scale: Scale, remedies: Sequence[Remedy], where: Path, store: Path
+) -> list[Path]:
+    """Write the page, and beside it the picture stability.png; returns their paths."""
+    results = results_of(outcomes, scale, remedies)
+    where.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(where, text_of(results, scale, remedies, outcomes, store))
+    return [where, draw(results, remedies, where.with_name("stability.png"))]
