@@ -21,7 +21,15 @@ from torch.nn import functional as F
 from evenstep.errors import EvenstepError, first_line
 from evenstep.finetune.config import FineTuneConfig
 from evenstep.finetune.examples import Example
-from evenstep.models.hub import HubLM, HubModel, hushed, ordinary_tokens, positions_of, sees_later_tokens
+from evenstep.models.hub import (
+    HubLM,
+    HubModel,
+    hushed,
+    ordinary_tokens,
+    positions_of,
+    recompute_blocks,
+    sees_later_tokens,
+)
 from evenstep.models.ops import document_mask
 from evenstep.optim.groups import HEADS
 from evenstep.train import weights
@@ -311,7 +319,7 @@ def _hub(
     if longest:
         check_positions(config.train.seq_len, longest, source.folder)
     if config.train.activation_checkpointing:
-        net.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_blocks(net)
     return HubClassifier(net) if labels else HubCausal(net)
 
 

@@ -126,10 +126,8 @@ class HubLM(HubModel):
                 f"train.activation_checkpointing true cannot be used with a {type(self.net).__name__} of transformers; "
                 "leave it out"
             )
-        if on:
-            self.net.gradient_checkpointing_enable({"use_reentrant": False})
-        elif self._checkpoints:
-            self.net.gradient_checkpointing_disable()
+        if on != self._checkpoints:
+            recompute_blocks(self.net, on)
         self._checkpoints = on
 
     def save_config(self, directory: Path) -> None:
@@ -319,6 +317,14 @@ def hushed() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def recompute_blocks(net: Any, on: bool = True) -> None:
+    """Turn activation checkpointing of a model of transformers on or off."""
+    word = "enable" if on else "disable"
+    # transformers 5 renames the methods.
+    change = getattr(net, f"activation_checkpointing_{word}", None) or getattr(net, f"gradient_checkpointing_{word}")
+    change(*([{"use_reentrant": False}] if on else []))
 
 
 def positions_of(config: Any) -> int | None:

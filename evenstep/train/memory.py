@@ -315,7 +315,18 @@ class _MetaCalls(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and args[0].is_meta:
             q, k, v = args[:3]
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+        if getattr(func, "__name__", "") in ("grouped_mm", "_grouped_mm") and args[0].is_meta:
+            return _GroupedProduct.apply(*args[:2])  # on the meta device torch has it in bf16 alone
         return func(*args, **(kwargs or {}))
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """The shape of the products of experts, and the tensors that their backward pass needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)  # [tokens, inputs] and [experts, inputs, outputs]
+        return x.new_empty(x.shape[0], weight.shape[-1])
 
 
 @functools.cache
