@@ -62,8 +62,20 @@ class HubModel(nn.Module):
         return sum(p.numel() for p in self.parameters()) - without
 
     def flops_per_token(self, seq_len: int) -> int:
-        """6 FLOP for each parameter of a matrix product, without the products of attention."""
-        return 6 * self.num_parameters(embeddings=False)
+        """Floating-point operations of a forward and backward pass per token, as in `evenstep.models.Llama`. Of the
+        stacked weights of experts, those of the experts of one token count."""
+        own = self.net.config.get_text_config()
+        table, head = self.net.get_input_embeddings(), self.net.get_output_embeddings()
+        # The token table is no matrix product, except as the weight of a tied last layer.
+        tied = table is None or (head is not None and head.weight is table.weight)
+        matrices = 0 if tied else -table.weight.numel()
+        for name, p in self.named_parameters():
+            size = p.numel()
+            if p.dim() == 3 and ".experts." in name:  # [experts, ...]
+                size = size * (getattr(own, "num_experts_per_tok", None) or len(p)) // len(p)
+            matrices += size
+        width = (self.config.hidden_size or 0) if self.config.num_heads else 0
+        return 6 * matrices + 12 * getattr(own, "num_hidden_layers", 0) * width * seq_len
 
 
 class HubLM(HubModel):

@@ -153,9 +153,10 @@ class Pretraining(Task):
             self.source = Path(self.world.on_rank_0(lambda: str(find_source(given, self.say))))
         if config.model.hf and checkpoint is None:  # before the data are prepared, which may take long
             self.world.on_rank_0(lambda: check_architecture(config, self.source))
-        own = config.model.init and self.source and not config.model.hf
-        self.config = with_shape_of(config, self.source) if own else config
-        return self.config
+        elif config.model.init and self.source and not config.model.hf:
+            config = with_shape_of(config, self.source)
+        self.config = config
+        return config
 
     def open_data(self, progress: Any) -> TokenData:
         self.data = self.world.rank_0_first(lambda: load_data(self.config, progress))

@@ -117,3 +117,16 @@ def test_an_encoder_is_refused_in_one_line():
         check_causal(built("bert"), "c.json")
     check_causal(built("bert", is_decoder=True), "c.json")
     check_causal(built("mixtral", num_local_experts=4, num_key_value_heads=2), "c.json")
+
+
+def test_operations_are_those_of_the_same_llama():
+    from evenstep.models import Llama, LlamaConfig
+
+    ours = Llama(LlamaConfig(64, 32, 48, 2, 2, max_seq_len=16))
+    norms = 6 * 32 * (2 * 2 + 1)  # our own count leaves the norms out
+    assert built("llama").flops_per_token(16) == ours.flops_per_token(16) + norms
+    tied = built("llama", tie_word_embeddings=True)
+    assert tied.flops_per_token(16) == ours.flops_per_token(16) + norms
+    # Each token is sent to two experts.
+    experts = [built("mixtral", num_local_experts=n, num_key_value_heads=2).flops_per_token(16) for n in (2, 4)]
+    assert experts[1] - experts[0] == 6 * 2 * 2 * 32  # the rows of the routers alone
