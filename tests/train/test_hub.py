@@ -102,6 +102,11 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(place, tmp_path):
     assert all(map(torch.equal, whole.model.parameters(), second.model.parameters()))
     net = second.model.net
     assert net.get_output_embeddings().weight is net.get_input_embeddings().weight
+    second.save()
+    export(tmp_path / "cut", "hf", tmp_path / "hf", silent)
+    export(tmp_path / "cut", "safetensors", tmp_path / "st", silent)  # which refuses keys that share memory
+    theirs, tokens = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), torch.arange(12)[None]
+    assert torch.equal(theirs(tokens).logits, second.model.eval()(tokens))
 
 
 def test_a_rewound_run_is_one_that_never_saw_the_rows(place, tmp_path):
