@@ -83,6 +83,8 @@ class HubLM(HubModel):
 
     A mixture of experts whose configuration sets ``output_router_logits`` is trained with the load-balancing loss of
     transformers, times ``router_aux_loss_coef``; the value of the loss stays the cross entropy.
+
+    transformers reads one value from a GPU in each forward pass, to find out whether a row has several documents.
     """
 
     def __init__(self, net: Any) -> None:
