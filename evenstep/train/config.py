@@ -247,6 +247,20 @@ VARIANTS = ("qk_norm", "attention_softcap", "logit_softcap", "kv_heads", "tie_em
 where they are not the default."""
 
 
+def model_label(model: Mapping[str, Any]) -> str:
+    """The size of a model in names and tables, from the options of its section: the name of the size or of the
+    configuration file; "custom" for the shape of a given model that has no name.
+
+    >>> model_label({"config": "llama_130m.json"}), model_label({"hf": "gpt2/config.json"})
+    ('llama_130m', 'gpt2')
+    """
+    given = model.get("hf") or model.get("config")
+    if model.get("size") or not given:
+        return model.get("size") or "custom"
+    path = Path(given)
+    return (path.parent if path.name == "config.json" else path).name.removesuffix(".json") or "custom"
+
+
 @dataclass(frozen=True)
 class ModelConfig(Section):
     TITLE = "the model"
@@ -321,12 +335,8 @@ class ModelConfig(Section):
 
     @property
     def label(self) -> str:
-        """The size in names and tables; "custom" for the shape of a given model that has no name."""
-        if self.hf is not None:  # of gpt2/config.json, "gpt2"
-            path = Path(self.hf)
-            named = path.parent if path.name == "config.json" else path
-            return named.name.removesuffix(".json") or "hf"
-        return self.size or ("custom" if self.config is None else Path(self.config).stem)
+        """The size in names and tables, see `model_label`."""
+        return model_label({"size": self.size, "config": self.config, "hf": self.hf})
 
 
 @dataclass(frozen=True)

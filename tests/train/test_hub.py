@@ -16,6 +16,7 @@ from evenstep.optim.groups import edge_weights, scale_groups
 from evenstep.train.config_io import load_config
 from evenstep.train.memory import dry_run, kept_bytes
 from evenstep.train.plan import make_plan, shape_of
+from evenstep.train.runs import list_runs
 from evenstep.train.trainer import Run
 from evenstep.train.weights import export
 
@@ -79,6 +80,7 @@ def test_the_vocabulary_is_named_and_the_telemetry_measures(llama):
     words = run.data.vocab_size
     assert f"the model has a vocabulary of {words} entries, that of the tokenizer, instead of 32,000" in said
     assert run.model.config.vocab_size == words and run.config.name == "llama-adamw"
+    assert list_runs(run.out.parent)[0].size == "llama"
     sample = (run.out / "metrics.jsonl").read_text()
     assert "attention_max" in sample and "logit_rms" in sample and "net.model.layers.1" in sample
 
