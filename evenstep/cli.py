@@ -201,7 +201,18 @@ def completion(parser: argparse.ArgumentParser, commands: Any, shell: str) -> st
         "run", "runs", "directory", "resume", "out", "store", "stored", "data.cache_dir", "model.init", "model.path",
         "tuned",
     )  # fmt: skip
-    files = ("recipe", "tables", "data.tokenizer", "json", "plot", "data", "data.file", "data.template", "model.config")
+    files = (
+        "recipe",
+        "tables",
+        "data.tokenizer",
+        "json",
+        "plot",
+        "data",
+        "data.file",
+        "data.template",
+        "model.config",
+        "model.hf",
+    )
     paths = dict.fromkeys(directories, shtab.DIRECTORY) | dict.fromkeys(files, shtab.FILE)
     known = options(FineTuneConfig) | options()
     choices = {key: field.metadata["choices"] for key, (field, _) in known.items()} | {

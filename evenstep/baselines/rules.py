@@ -184,11 +184,15 @@ def describe(rule: Rule) -> str:
 
 
 def hidden_and_rest(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """`split` for optimizers of hidden matrices. EvenstepError when the model has none, or when no name tells which
-    layer is the last one, which would then be taken for a hidden one."""
+    """`split` for optimizers of hidden matrices, without tensors of three and more dimensions, such as the stacked
+    weights of experts or of a convolution. EvenstepError when the model has none, or when no name tells which layer is
+    the last one, which would then be taken for a hidden one."""
     from evenstep.optim.groups import HEADS, has_head
 
-    hidden, rest = split(model)
+    inner, _ = split(model)
+    hidden = [item for item in inner if item[1].dim() == 2]
+    chosen = {id(p) for _, p in hidden}
+    rest = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in chosen]
     if not hidden:
         raise EvenstepError("this model has no hidden matrix, the only kind this optimizer is for")
     if not has_head(model):

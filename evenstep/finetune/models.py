@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +21,15 @@ from torch.nn import functional as F
 from evenstep.errors import EvenstepError, first_line
 from evenstep.finetune.config import FineTuneConfig
 from evenstep.finetune.examples import Example
+from evenstep.models.hub import (
+    HubLM,
+    HubModel,
+    hushed,
+    ordinary_tokens,
+    positions_of,
+    recompute_blocks,
+    sees_later_tokens,
+)
 from evenstep.models.ops import document_mask
 from evenstep.optim.groups import HEADS
 from evenstep.train import weights
@@ -78,48 +85,6 @@ def read_note(folder: Path) -> Note | None:
 
 
 # ---- models of transformers ----
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """Context in which transformers reads and writes models without progress bars and warnings."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-class HubModel(nn.Module):
-    """The base class of the wrappers; ``net`` is the model of transformers."""
-
-    def __init__(self, net: Any) -> None:
-        super().__init__()
-        self.net = net
-
-    @property
-    def config(self) -> Any:
-        """The values of the shape that a run and the grouping rules of optimizers use."""
-        own = self.net.config.get_text_config()
-        heads = getattr(own, "num_attention_heads", None)
-        return SimpleNamespace(
-            vocab_size=own.vocab_size, hidden_size=getattr(own, "hidden_size", None), num_heads=heads
-        )  # fmt: skip
-
-    def num_parameters(self, embeddings: bool = True) -> int:
-        table = self.net.get_input_embeddings()
-        without = 0 if embeddings or table is None else table.weight.numel()
-        return sum(p.numel() for p in self.parameters()) - without
-
-    def flops_per_token(self, seq_len: int) -> int:
-        """6 FLOP for each parameter of a matrix product, without the products of attention."""
-        return 6 * self.num_parameters(embeddings=False)
 
 
 MASKS = ("own", "layers", "one")
@@ -219,7 +184,7 @@ def keeps_documents_apart(model: HubCausal, longest: int | None = None) -> bool:
         for model.masks in MASKS:
             model.packs = True
             try:
-                model.packs = _same_as_alone(model, longest or min(512, positions_of(model.net) or 512))
+                model.packs = _same_as_alone(model, longest or min(512, positions_of(model.net.config) or 512))
             except Exception:  # an argument that the model does not have: any type of exception
                 model.packs = False
             if model.packs:
@@ -258,44 +223,6 @@ def _same_as_alone(model: HubCausal, longest: int) -> bool:
                 start += length
     allowed = share * torch.stack(seen).median() + floor * torch.stack(sizes).median()
     return bool(torch.stack(worst).max() <= allowed)
-
-
-@torch.no_grad()
-def sees_later_tokens(net: Any) -> bool:
-    """Whether logits depend on later tokens, as in an encoder. The test compares the change in the first half of a row
-    when the second half is replaced with the change in the second half when the first half is replaced."""
-    half = max(1, min(32, (positions_of(net) or 32) // 2) // 2)
-    share = 1e-3 if net.dtype == torch.float32 else 0.1
-    for seed in range(3):  # rounding may send a token to another expert, but not with every seed
-        drawn = ordinary_tokens(net, 4 * half, seed).view(4, half)
-        rows = torch.stack([torch.cat((drawn[a], drawn[b])) for a, b in ((0, 1), (0, 2), (3, 1))])
-        logits = net(input_ids=rows, use_cache=False).logits.float()
-        backward = (logits[1, :half] - logits[0, :half]).norm(dim=-1).max()
-        forward = (logits[2, half:] - logits[0, half:]).norm(dim=-1).max()
-        if not backward > share * forward:
-            return False
-    return True
-
-
-def positions_of(net: Any) -> int | None:
-    """The number of positions of the model; None if there is no limit."""
-    own = net.config.get_text_config()
-    return next((n for n in (getattr(own, name, None) for name in _POSITIONS) if isinstance(n, int) and n > 0), None)
-
-
-_POSITIONS = ("max_position_embeddings", "max_target_positions")
-
-
-def ordinary_tokens(net: Any, count: int, seed: int = 0) -> Tensor:
-    """Random tokens int64 [count] without those that the configuration names: a model may treat padding, the end of a
-    text or the place of an image differently."""
-    own, table = net.config.get_text_config(), net.get_input_embeddings()
-    named = [{**config.to_dict()} for config in (net.config, own)]
-    special = {v for facts in named for k, v in facts.items() if k.endswith(("_token_id", "_token_index"))
-               and isinstance(v, int)}  # fmt: skip
-    known = torch.tensor([i for i in range(own.vocab_size) if i not in special])
-    draw = known[torch.randint(len(known), (count,), generator=torch.Generator().manual_seed(seed))]
-    return draw.to(table.weight.device)
 
 
 # ---- finding and loading a model ----
@@ -368,6 +295,11 @@ def _ours(config: FineTuneConfig, source: Source, labels: Sequence[str]) -> Any:
             "give the label as an answer (prompt, response)"
         )
     model = load_model(source.folder)
+    if isinstance(model, HubLM):
+        raise EvenstepError(
+            f"{source.folder} has a model of transformers; export it with evenstep export RUN --to hf --out DIR, and "
+            "fine-tune DIR"
+        )
     check_positions(config.train.seq_len, model.config.max_seq_len, source.folder)
     model.activation_checkpointing = config.train.activation_checkpointing
     return model
@@ -383,11 +315,11 @@ def _hub(
     net, new = load_hub(source.folder, labels, dtype)
     if new:
         say(f"new weights, drawn from seed {config.seed}: {', '.join(new)}")
-    longest = positions_of(net)
+    longest = positions_of(net.config)
     if longest:
         check_positions(config.train.seq_len, longest, source.folder)
     if config.train.activation_checkpointing:
-        net.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_blocks(net)
     return HubClassifier(net) if labels else HubCausal(net)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from evenstep.errors import EvenstepError
+from evenstep.models.hub import HubLM
 from evenstep.models.llama import Llama
 
 
@@ -38,7 +39,7 @@ class _LayerCache:
 
 @torch.no_grad()
 def generate(
-    model: Llama,
+    model: Llama | HubLM,
     tokens: list[int],
     max_new_tokens: int,
     *,
@@ -51,7 +52,8 @@ def generate(
     """Continue a list of tokens.
 
     Args:
-        model: the model, on any device.
+        model: the model, on any device. A model of transformers computes the whole text again for each token, since
+            its cache depends on the architecture; the model's own ``generate`` is faster.
         tokens: the prompt; of a longer one, the last ``max_seq_len`` tokens are used.
         max_new_tokens: the largest number of new tokens.
         temperature: 0 always chooses the most probable token; otherwise logits are divided by it. Default 0.8, usual
@@ -90,19 +92,23 @@ def generate(
         raise EvenstepError(f"top_k is {top_k}: it must be at least 1, or None for the whole vocabulary")
 
     # `context` has the tokens that the model sees; `pending` those that are not in the caches yet.
-    device = model.lm_head.weight.device
+    device = next(model.parameters()).device
     context = list(tokens[-limit:])
     new: list[int] = []
     caches: list[_LayerCache] = []
     pending = context
     with _without_compiling():
         while len(new) < max_new_tokens:
-            if not caches:
-                caches = [_LayerCache(limit) for _ in model.model.layers]
-            # [1, pending tokens, hidden]; only the last position predicts a new token, so the head computes one row.
-            hidden = model.model(torch.tensor([pending], device=device), caches[0].length, caches)
+            if isinstance(model, Llama):
+                if not caches:
+                    caches = [_LayerCache(limit) for _ in model.model.layers]
+                # [1, pending tokens, hidden]; only the last position predicts a new token: the head computes one row.
+                hidden = model.model(torch.tensor([pending], device=device), caches[0].length, caches)
+                logits = model.logits(hidden[0, -1])
+            else:
+                logits = model(torch.tensor([context], device=device))[0, -1]
             # On the CPU, where `generator` is: the same seed draws the same tokens on every device.
-            logits = model.logits(hidden[0, -1])[:vocab_size].float().cpu()
+            logits = logits[:vocab_size].float().cpu()
             token = _choose(logits, temperature, top_k, generator)
             if token == stop:
                 break

@@ -26,8 +26,9 @@ def scale_groups(
 
     Weights of ``nn.Embedding`` are embeddings; the weight of the last layer is found by its name (``lm_head``,
     ``embed_out``, ``head``, ``output``, ``classifier``, ``score``); weights of linear, bilinear, convolution and
-    recurrent layers are hidden; tensors of fewer than two dimensions are vectors. Frozen parameters are left out. Every
-    other parameter is in exactly one group, as a pair ``(name, parameter)``.
+    recurrent layers are hidden; tensors of fewer than two dimensions are vectors. A model of transformers reports the
+    embedding and the last layer itself (``get_input_embeddings``, ``get_output_embeddings``). Frozen parameters are left
+    out. Every other parameter is in exactly one group, as a pair ``(name, parameter)``.
 
     Args:
         model: the module whose parameters are grouped.
@@ -66,10 +67,11 @@ def scale_groups(
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in KINDS}
     unknown: list[str] = []  # reported together, so that one run of the program shows all
     owner = _owners(model)  # parameter name -> the module that holds it, whose type tells the kind
+    ends = _Ends(model)
     for name, p in params.items():
         # The caller's patterns come before all rules.
         named = (k for k, patterns in given.items() if any(fnmatchcase(name, x) for x in patterns))
-        kind = next(named, None) or _kind(name, p, owner[name], find_last=not given["last"])
+        kind = next(named, None) or _kind(name, p, owner[name], ends, find_last=not given["last"])
         if kind is None:
             unknown.append(f"{name} {tuple(p.shape)}")
         else:
@@ -102,15 +104,16 @@ def scale_groups(
 
 def is_inner(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
     """A function of a parameter's name and the parameter: whether it is a matrix between the embedding and the last
-    layer. Vectors, weights of ``nn.Embedding`` (also of a last layer tied to one) and parameters in a module named like
-    a last layer are not."""
-    owner = _owners(model)
+    layer. Vectors, weights of ``nn.Embedding`` (also of a last layer tied to one) and parameters in a last layer, which
+    is found as in `scale_groups`, are not."""
+    owner, ends = _owners(model), _Ends(model)
 
     def inner(name: str, p: nn.Parameter) -> bool:
         path = name.split(".")[:-1]
         # Wrappers such as modules_to_save of peft put more modules below the head.
-        last = _is_head(".".join(path)) or bool({*path} & {"lm_head", "classifier", "score"})
-        return p.dim() >= 2 and not isinstance(owner[name], nn.Embedding | nn.EmbeddingBag) and not last
+        inside = not ends.heads and bool({*path} & {"lm_head", "classifier", "score"})
+        last = ends.is_head(".".join(path), owner[name]) or inside
+        return p.dim() >= 2 and not ends.is_embedding(owner[name]) and not last
 
     return inner
 
@@ -118,21 +121,50 @@ def is_inner(model: nn.Module) -> Callable[[str, nn.Parameter], bool]:
 def edge_weights(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The trainable matrices at both ends of the model: ``"embedding"``, the weights of ``nn.Embedding`` (also where a
     last layer is tied to one), and ``"last"``, the other matrices that `is_inner` leaves out."""
-    inner, owner = is_inner(model), _owners(model)
+    inner, owner, ends = is_inner(model), _owners(model), _Ends(model)
     found: dict[str, list[nn.Parameter]] = {"embedding": [], "last": []}
     for name, p in model.named_parameters():
         if p.requires_grad and p.dim() >= 2 and not inner(name, p):
-            kind = "embedding" if isinstance(owner[name], nn.Embedding | nn.EmbeddingBag) else "last"
+            kind = "embedding" if ends.is_embedding(owner[name]) else "last"
             found[kind].append(p)
     return found
 
 
 def has_head(model: nn.Module) -> bool:
-    """Whether the model has a last layer that `is_inner` recognises: by its name, or tied to the embedding."""
+    """Whether the model has a last layer that `is_inner` recognises: by its name, as the last layer of a model of
+    transformers, or tied to the embedding."""
     # remove_duplicate=False: a tied module may be found under its second name alone.
     names = [path for path, _ in model.named_modules(remove_duplicate=False)]
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return any(_is_head(path) for path in names) or bool(_tied_heads(model, embeddings))
+    return bool(_Ends(model).heads) or any(map(_is_head, names)) or bool(_tied_heads(model, embeddings))
+
+
+class _Ends:
+    """The layers at both ends of a model. A model of transformers reports them, whatever their names and classes; a
+    module of another name is then no last layer, such as the matrix ``output`` in each block of RWKV."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tables, self.heads = (_reported(model, f"get_{end}_embeddings") for end in ("input", "output"))
+
+    def is_embedding(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding | nn.EmbeddingBag) or id(module) in self.tables
+
+    def is_head(self, path: str, module: nn.Module) -> bool:
+        return id(module) in self.heads if self.heads else _is_head(path)
+
+
+def _reported(model: nn.Module, method: str) -> set[int]:
+    """The modules that the ``method`` of a part of ``model`` returns, with the modules inside them, by their ids."""
+    found: set[int] = set()
+    for module in model.modules():
+        if callable(get := getattr(module, method, None)):
+            try:
+                layer = get()
+            except NotImplementedError:  # transformers' base class, where it does not know the layer
+                continue
+            if isinstance(layer, nn.Module):
+                found |= {id(part) for part in layer.modules()}
+    return found
 
 
 def _patterns(given: str | Iterable[str]) -> list[str]:
@@ -152,15 +184,15 @@ def _is_head(module_path: str) -> bool:
     return module_path.rsplit(".", 1)[-1] in HEADS
 
 
-def _kind(name: str, p: nn.Parameter, owner: nn.Module, *, find_last: bool) -> str | None:
+def _kind(name: str, p: nn.Parameter, owner: nn.Module, ends: _Ends, *, find_last: bool) -> str | None:
     """The kind of a parameter by the rules of `scale_groups`, None where none applies."""
     # The order of the rules matters: a head's bias is a vector, an embedding named "head" an embedding.
     if p.dim() < 2:
         return "vector"
-    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+    if ends.is_embedding(owner):
         return "embedding"
     path, _, leaf = name.rpartition(".")
-    if find_last and leaf == "weight" and _is_head(path):
+    if find_last and leaf == "weight" and ends.is_head(path, owner):
         return "last"
     # A transposed layer (transformers' Conv1D of GPT-2, ConvTranspose) keeps its input dimension first and is left to
     # the user, since SCALE normalises over dimension 1.

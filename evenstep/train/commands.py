@@ -137,12 +137,15 @@ def print_config(config: Any, start: Path | Parent | None) -> None:
     accept, a missing model to start from, or, for the run in ``start``, changes that a resume does not allow.
     """
     from evenstep.train.optimizers import try_optimizer
-    from evenstep.train.task import with_shape_of
+    from evenstep.train.task import check_architecture, with_shape_of
     from evenstep.train.weights import find_source
 
     try_optimizer(config.optim)
     if isinstance(start, Path):
         check_changes(start, config, build(read_toml(config_file(start)), type(config)))
     if isinstance(config, Config) and config.model.init:
-        with_shape_of(config, find_source(Path(config.model.init), lambda _: None))
+        source = find_source(Path(config.model.init), lambda _: None)
+        (check_architecture if config.model.hf else with_shape_of)(config, source)
+    elif isinstance(config, Config) and config.model.hf:
+        check_architecture(config, None)
     print(to_toml(config), end="")

@@ -258,6 +258,20 @@ VARIANTS = ("qk_norm", "attention_softcap", "logit_softcap", "kv_heads", "tie_em
 where they are not the default."""
 
 
+def model_label(model: Mapping[str, Any]) -> str:
+    """The size of a model in names and tables, from the options of its section: the name of the size or of the
+    configuration file; "custom" for the shape of a given model that has no name.
+
+    >>> model_label({"config": "llama_130m.json"}), model_label({"hf": "gpt2/config.json"})
+    ('llama_130m', 'gpt2')
+    """
+    given = model.get("hf") or model.get("config")
+    if model.get("size") or not given:
+        return model.get("size") or "custom"
+    path = Path(given)
+    return (path.parent if path.name == "config.json" else path).name.removesuffix(".json") or "custom"
+
+
 @dataclass(frozen=True)
 class ModelConfig(Section):
     TITLE = "the model"
@@ -266,6 +280,10 @@ class ModelConfig(Section):
     config: str | None = option(
         None, "a LLaMA configuration of transformers (JSON) whose shape the model has, in place of model.size"
     )
+    hf: str | None = option(
+        None, "the config.json of a causal language model of transformers, or a directory that has one: this "
+        "architecture is trained from random weights, in place of evenstep's LLaMA",
+    )  # fmt: skip
     norm: str | None = option(
         None, "placement of the norms in each block (none: pre, or the placement in model.init)",
         choices=("pre", "post", "mix"),
@@ -299,6 +317,9 @@ class ModelConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.hf is not None:
+            self._check_foreign()
+            return
         for name in ("size", "init"):
             if self.config is not None and getattr(self, name) is not None:
                 raise EvenstepError(f"model.config and model.{name} both state the shape of the model; leave one out")
@@ -306,6 +327,16 @@ class ModelConfig(Section):
             for name, default in (("size", "tiny"), ("norm", "pre"), ("norm_alpha", 0.25), ("qk_norm", False)):
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, default)
+
+    def _check_foreign(self) -> None:
+        """EvenstepError for options of evenstep's LLaMA beside ``hf``."""
+        for name in ("size", "config", "norm", "norm_alpha", *VARIANTS):
+            if (value := getattr(self, name)) is not None:
+                given = str(value).lower() if isinstance(value, bool) else value
+                raise EvenstepError(
+                    f"model.{name} {given} is an option of evenstep's LLaMA and has no effect on model.hf {self.hf}; "
+                    "leave it out, or change the configuration file"
+                )
 
     @property
     def variant(self) -> dict[str, Any]:
@@ -315,8 +346,8 @@ class ModelConfig(Section):
 
     @property
     def label(self) -> str:
-        """The size in names and tables; "custom" for the shape of a given model that has no name."""
-        return self.size or ("custom" if self.config is None else Path(self.config).stem)
+        """The size in names and tables, see `model_label`."""
+        return model_label({"size": self.size, "config": self.config, "hf": self.hf})
 
 
 @dataclass(frozen=True)
@@ -678,6 +709,21 @@ class Config(BaseConfig):
     """A pretraining run."""
 
     sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model.hf is None:
+            return
+        if self.parallel.mode == "tp+fsdp":
+            raise EvenstepError(
+                "parallel.mode tp+fsdp divides the matrices of evenstep's LLaMA and cannot be used with model.hf; give "
+                "parallel.mode fsdp"
+            )
+        if isinstance(self.train.loss_chunk, int) and self.train.loss_chunk:
+            raise EvenstepError(
+                f"train.loss_chunk {self.train.loss_chunk} cannot be used with model.hf, which computes all logits at "
+                "once; leave it out, or give a smaller train.micro_batch_size"
+            )
 
 
 def sections(kind: type[BaseConfig] = Config) -> dict[str, type[Section]]:

@@ -36,6 +36,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -48,7 +49,9 @@ from torch import Tensor, nn
 
 from evenstep.errors import EvenstepError
 from evenstep.models import Llama, LlamaConfig
+from evenstep.models.hub import HubModel
 from evenstep.optim.distributed import Layout, Reduction, all_reduce, local
+from evenstep.telemetry.activations import find_blocks
 from evenstep.train.config import BaseConfig, Config
 from evenstep.train.hardware import pick_device
 
@@ -337,6 +340,22 @@ def check_cut(shape: LlamaConfig, tensor: int) -> None:
         )
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model, which are compiled and sharded one by one: the entries of its outermost lists of
+    modules. Blocks that share a parameter with another part of the model are left out, because a parameter is sharded
+    with one module only."""
+
+    def uses(module: nn.Module) -> Counter[int]:
+        return Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+
+    everywhere = uses(model)
+    return [
+        block
+        for block in find_blocks(model).values()
+        if all(everywhere[p] == times for p, times in uses(block).items())
+    ]
+
+
 class Parallel:
     """Distributes the model of ``config`` over ``world``. A training step calls `Parallel.loss`, and validation calls
     ``model.loss``, which reduces no gradients."""
@@ -344,7 +363,7 @@ class Parallel:
     def __init__(self, config: Config, world: World) -> None:
         self.mode = config.parallel.mode if world.control is not None else "none"
         self.config, self.world = config, world
-        self.model: Llama | None = None
+        self.model: Any = None
         self.wrapped: Any = None
 
     @property
@@ -352,12 +371,12 @@ class Parallel:
         """Whether a process holds shards of the parameters instead of whole ones."""
         return self.mode not in ("none", "ddp")
 
-    def check(self, model: Llama) -> None:
+    def check(self, model: Any) -> None:
         """EvenstepError when tensor parallelism cannot shard the model."""
         if self.world.tensor > 1:
             check_cut(model.config, self.world.tensor)
 
-    def apply(self, model: Llama) -> None:
+    def apply(self, model: Any) -> None:
         """Compile, shard and wrap ``model`` in place, before the optimizer is built. Parameters keep their names; those
         that are sharded become DTensors."""
         self.check(model)
@@ -367,7 +386,7 @@ class Parallel:
         if (
             self.config.train.compile
         ):  # block by block, so that one small graph serves all; the chunked loss cannot be compiled
-            for block in model.model.layers:
+            for block in blocks_of(model):
                 block.compile(dynamic=False)
         if self.mode == "ddp":
             self.wrapped = self._ddp(model)
@@ -395,12 +414,14 @@ class Parallel:
 
     # ---- the modes ----
 
-    def _ddp(self, model: Llama) -> nn.Module:
+    def _ddp(self, model: Any) -> nn.Module:
         device = self.world.device
         wrapped = nn.parallel.DistributedDataParallel(
             _Loss(model),
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
+            # An expert to which no token was sent has no gradient, for which DDP would wait.
+            find_unused_parameters=isinstance(model, HubModel),
         )
         wrapped.broadcast_buffers = False  # torch 2.13 deprecates the constructor argument
         if self.config.train.dtype == "bf16":
@@ -428,7 +449,7 @@ class Parallel:
         for block in model.model.layers:
             parallelize_module(block, self._grid["tensor"], plan)
 
-    def _fsdp(self, model: Llama) -> None:
+    def _fsdp(self, model: Any) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         if self.mode == "tp+fsdp":
@@ -438,7 +459,7 @@ class Parallel:
         param_dtype = torch.bfloat16 if self.config.train.dtype == "bf16-autocast" else None
         precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
         reshard = self.config.parallel.reshard
-        for block in model.model.layers:
+        for block in blocks_of(model):
             fully_shard(block, mesh=inner, reshard_after_forward=reshard, mp_policy=precision)
         # The backward pass begins with the weights of the root, right after the forward pass: they stay gathered.
         fully_shard(model, mesh=outer, reshard_after_forward=False, mp_policy=precision)
@@ -448,7 +469,7 @@ class Parallel:
 class _Loss(nn.Module):
     """The loss as ``forward``: DDP reduces gradients for this method alone."""
 
-    def __init__(self, model: Llama) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 

@@ -18,6 +18,7 @@ from evenstep.data import Tokenizer, load_tokenizer
 from evenstep.errors import EvenstepError
 from evenstep.kernels import uploaded
 from evenstep.models import Llama, generate
+from evenstep.models.hub import HubLM
 from evenstep.train.checkpoint import MANIFEST, newest_checkpoint, read_trainer
 from evenstep.train.config import SampleConfig
 from evenstep.train.distributed import Parallel, World
@@ -135,7 +136,7 @@ def perplexity(loss: float) -> float:
 # ---- text ----
 
 
-def sample_text(model: Llama, tokenizer: Tokenizer, sample: SampleConfig, seed: int) -> str:
+def sample_text(model: Llama | HubLM, tokenizer: Tokenizer, sample: SampleConfig, seed: int) -> str:
     """The prompt and its continuation by the model; empty for ``tokens`` 0. The same seed gives the same text.
 
     The text starts after an end-of-text token, like a document in training, and ends at the next one.

@@ -4,8 +4,9 @@ Parameters and optimizer state come from a dry run: the model and its optimizer 
 tensors have shapes and no memory. The code that trains shards them, and torch's fake backend stands in for the other
 processes. All blocks of a model have the same size, so one block is built and counted ``num_layers`` times.
 
-A dry run does not show the activations, for which there is a formula. It counts those that PyTorch keeps for the
-backward pass in eager mode with the fused attention and norm of a GPU; compiled blocks keep less.
+A dry run of a LLaMA does not show the activations, for which there is a formula. It counts those that PyTorch keeps
+for the backward pass in eager mode with the fused attention and norm of a GPU; compiled blocks keep less. A model of
+transformers is built whole, and a forward pass on the meta device shows the tensors that autograd keeps.
 """
 
 from __future__ import annotations
@@ -19,21 +20,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from evenstep.baselines.catalog import baseline
 from evenstep.errors import EvenstepError, first_line
 from evenstep.models import Llama, LlamaConfig, llama_config
 from evenstep.models.hf import read_shape
+from evenstep.models.hub import HubShape, hushed
 from evenstep.optim.distributed import plain_parts
 from evenstep.train.config import Config
-from evenstep.train.distributed import COLUMNS, ROWS, Parallel, World, check_world
+from evenstep.train.distributed import COLUMNS, ROWS, Parallel, World, blocks_of, check_world
 from evenstep.train.optimizers import build_optimizer
 
 # ---- the shape of the model ----
 
 
-def model_shape(config: Config, vocab_size: int) -> LlamaConfig:
+Shape = LlamaConfig | HubShape
+
+
+def model_shape(config: Config, vocab_size: int) -> Shape:
     """The shape of a new model of ``config``, for a tokenizer of ``vocab_size`` entries."""
+    if config.model.hf is not None:
+        return HubShape.read(config.model.hf).with_vocabulary(vocab_size)
+    return llama_shape(config, vocab_size)
+
+
+def llama_shape(config: Config, vocab_size: int) -> LlamaConfig:
+    """The shape of a new LLaMA, as `model_shape`."""
     if config.model.config is not None:
         shape = replace(read_shape(config.model.config), **config.model.variant)
         if vocab_size > shape.vocab_size:
@@ -100,23 +114,18 @@ def grid_of(config: Config, gpus: int, per_node: int) -> Grid:
 
 @dataclass(frozen=True)
 class Named:
-    """A parameter of the model. ``cut`` is the dimension along which tensor parallelism shards it, or None."""
+    """A parameter of the model. ``cut`` is the dimension along which tensor parallelism shards it, or None; ``block``
+    is whether it is part of a block, ``embedding`` whether it is the token table."""
 
     name: str
     shape: tuple[int, ...]
-    cut: int | None = None
+    cut: int | None
+    block: bool
+    embedding: bool
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
-
-    @property
-    def block(self) -> bool:
-        return self.name.startswith(BLOCK)
-
-    @property
-    def embedding(self) -> bool:
-        return self.name == "model.embed_tokens.weight"
 
     def on(self, grid: Grid) -> int:
         """Number of entries that one process holds under tensor parallelism alone, without FSDP."""
@@ -124,16 +133,29 @@ class Named:
 
 
 @functools.cache
-def model_tensors(shape: LlamaConfig) -> list[Named]:
-    """Every parameter of the model. The tensors of a block are repeated once per layer."""
-    with torch.device("meta"):
-        model = Llama(replace(shape, num_layers=1))
+def model_tensors(shape: Shape) -> list[Named]:
+    """Every parameter of the model. The tensors of a block of a LLaMA are repeated once per layer."""
     found = []
-    for name, p in model.named_parameters():
+    if isinstance(shape, HubShape):
+        hub = on_meta(shape)
+        inside = {id(p) for block in blocks_of(hub) for p in block.parameters()}
+        table = hub.net.get_input_embeddings().weight
+        for name, p in hub.named_parameters():
+            found.append(Named(name, tuple(p.shape), None, id(p) in inside, p is table))
+        return found
+    for name, p in on_meta(replace(shape, num_layers=1)).named_parameters():
         inner = name.removeprefix(f"{BLOCK}0.").removesuffix(".weight")
-        tensor = Named(name, tuple(p.shape), 0 if inner in COLUMNS else 1 if inner in ROWS else None)
-        found += [tensor] * (shape.num_layers if tensor.block else 1)
+        cut = 0 if inner in COLUMNS else 1 if inner in ROWS else None
+        block = name.startswith(BLOCK)
+        tensor = Named(name, tuple(p.shape), cut, block, name == "model.embed_tokens.weight")
+        found += [tensor] * (shape.num_layers if block else 1)
     return found
+
+
+def on_meta(shape: Shape, dtype: torch.dtype = torch.float32) -> Any:
+    """The model on the meta device."""
+    with torch.device("meta"):
+        return shape.build(dtype) if isinstance(shape, HubShape) else Llama(shape).to(dtype)
 
 
 # ---- the dry run ----
@@ -150,7 +172,7 @@ class Held:
 _known: dict[tuple[Any, ...], Held] = {}
 
 
-def held(config: Config, shape: LlamaConfig, grid: Grid) -> Held:
+def held(config: Config, shape: Shape, grid: Grid) -> Held:
     """`dry_run` of one block. The result is cached, since a search repeats the same runs."""
     key = (shape, grid, config.train.dtype, repr(config.optim))
     if key not in _known:
@@ -158,14 +180,16 @@ def held(config: Config, shape: LlamaConfig, grid: Grid) -> Held:
     return _known[key]
 
 
-def dry_run(config: Config, shape: LlamaConfig, grid: Grid, *, blocks: int = 1) -> Held:
+def dry_run(config: Config, shape: Shape, grid: Grid, *, blocks: int = 1) -> Held:
     """Build the model with ``blocks`` blocks (1, or all of them) and its optimizer on the meta device, and count bytes.
+    A model of transformers always has all of its blocks, which may differ from each other.
 
     EvenstepError for an optimizer whose state is only known once it runs on a real device, and when
     torch.distributed is already initialised.
     """
     with fake_processes(grid) as world:
-        model = meta_model(config, replace(shape, num_layers=blocks), grid, world)
+        part = shape if isinstance(shape, HubShape) else replace(shape, num_layers=blocks)
+        model = meta_model(config, part, grid, world)
         optimizer = build_optimizer(model, config.optim)
         try:
             if not optimizer.state:  # torch's optimizers create their state in the first step
@@ -179,18 +203,15 @@ def dry_run(config: Config, shape: LlamaConfig, grid: Grid, *, blocks: int = 1) 
             ) from problem
         parameters = state = 0
         for name, p in model.named_parameters():
-            times = shape.num_layers // blocks if name.startswith(BLOCK) else 1
+            times = shape.num_layers // part.num_layers if name.startswith(BLOCK) else 1
             parameters += times * _bytes(p)
             state += times * sum(_bytes(x) for x in optimizer.state.get(p, {}).values() if isinstance(x, Tensor))
         return Held(parameters, state)
 
 
-def meta_model(config: Config, shape: LlamaConfig, grid: Grid, world: World) -> Llama:
+def meta_model(config: Config, shape: Shape, grid: Grid, world: World) -> Any:
     """The model on the meta device, sharded according to ``config``."""
-    with torch.device("meta"):
-        model = Llama(shape)
-    if config.train.dtype == "bf16":
-        model = model.bfloat16()
+    model = on_meta(shape, torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
     if grid.mode in SHARDED:
         Parallel(replace(config, train=replace(config.train, compile=False)), world).apply(model)
     return model
@@ -255,8 +276,13 @@ def compute_bytes(config: Config) -> int:
     return 4 if config.train.dtype == "fp32" else 2
 
 
-def activation_bytes(config: Config, shape: LlamaConfig, grid: Grid, tokens: int) -> int:
+def activation_bytes(config: Config, shape: Shape, grid: Grid, tokens: int) -> int:
     """Bytes that a forward pass over ``tokens`` tokens keeps for the backward pass."""
+    if isinstance(shape, HubShape):
+        # Under autocast some activations are in fp32: all of them are counted so.
+        low = config.train.dtype == "bf16" or (grid.mode in SHARDED and compute_bytes(config) == 2)
+        length = config.train.seq_len
+        return kept_bytes(shape, low, tokens // length, length, config.train.activation_checkpointing)
     compute = compute_bytes(config)
     # The residual stream has the dtype of the parameters under autocast, and the compute dtype under FSDP.
     stream = compute if grid.mode in SHARDED else weight_bytes(config)
@@ -276,10 +302,65 @@ def activation_bytes(config: Config, shape: LlamaConfig, grid: Grid, tokens: int
     return tokens * (shape.num_layers * block + last)
 
 
+# ---- activations of a model of transformers, by a dry run ----
+
+
+class _MetaCalls(TorchFunctionMode):
+    """Answers what a forward pass of transformers asks on the meta device. Its masks ask whether rows are packed, which
+    they are not, and its attention becomes the fused kernel of a GPU, which keeps no logits."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return True
+        if func is F.scaled_dot_product_attention and args[0].is_meta:
+            q, k, v = args[:3]
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+        if getattr(func, "__name__", "") in ("grouped_mm", "_grouped_mm") and args[0].is_meta:
+            return _GroupedProduct.apply(*args[:2])  # on the meta device torch has it in bf16 alone
+        return func(*args, **(kwargs or {}))
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """The shape of the products of experts, and the tensors that their backward pass needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)  # [tokens, inputs] and [experts, inputs, outputs]
+        return x.new_empty(x.shape[0], weight.shape[-1])
+
+
+@functools.cache
+def kept_bytes(shape: HubShape, low: bool, rows: int, length: int, checkpointing: bool) -> int:
+    """Bytes of the tensors that autograd keeps in a forward pass over ``rows`` sequences, except the parameters; with
+    ``low`` in bf16. EvenstepError for a model that does not run on the meta device."""
+    model = on_meta(shape, torch.bfloat16 if low else torch.float32)
+    model.activation_checkpointing = checkpointing
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    found: dict[int, Tensor] = {}  # the tensors too: a storage that is freed would pass its address on
+
+    def pack(x: Tensor) -> Tensor:
+        found[x.untyped_storage()._cdata] = x
+        return x
+
+    tokens = torch.zeros(rows, length, dtype=torch.int64, device="meta")
+    try:
+        with hushed(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _MetaCalls():
+            model(tokens)
+    except Exception as problem:  # code of an architecture that reads values: any type
+        raise EvenstepError(
+            f"model.hf: a {type(model.net).__name__} does not run on the meta device, so that its activations are not "
+            f"known ({first_line(problem)}); plan with another model"
+        ) from problem
+    kept = sum(x.untyped_storage().nbytes() for key, x in found.items() if key not in parameters)
+    if not checkpointing:
+        return kept
+    return kept + kept_bytes(shape, low, rows, length, False) // shape.num_layers  # one recomputed block
+
+
 # ---- the check before a run ----
 
 
-def least_memory(config: Config, shape: LlamaConfig, processes: int, per_node: int) -> dict[str, int]:
+def least_memory(config: Config, shape: Shape, processes: int, per_node: int) -> dict[str, int]:
     """A lower bound of the bytes that a process needs, by purpose. It leaves out logits, which are computed in chunks,
     communication, and the state of optimizers that cannot run on the meta device."""
     grid = grid_of(config, processes, per_node)
@@ -293,7 +374,11 @@ def least_memory(config: Config, shape: LlamaConfig, processes: int, per_node: i
         with suppress(EvenstepError, TypeError):  # the real optimizer will raise the same error, with advice
             state = held(config, shape, Grid("none", 1)).state // parts
     # Gradients grow while the backward pass frees activations: the peak is at least the larger of the two.
-    activations = activation_bytes(config, shape, grid, tokens)
+    activations = 0
+    with suppress(EvenstepError):  # a model of transformers whose activations are not known
+        activations = activation_bytes(config, shape, grid, tokens)
+    if isinstance(shape, HubShape) and config.train.dtype == "bf16-autocast":
+        activations //= 2
     most = {"activations": activations} if activations > parameters else {"gradients": parameters}
     batch = 2 * 8 * sequences * config.train.seq_len  # int64 inputs and targets
     needs = {"parameters": parameters, **most, "optimizer state": state, "batch": batch}

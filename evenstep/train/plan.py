@@ -23,7 +23,7 @@ from typing import Any
 
 from evenstep.errors import EvenstepError
 from evenstep.models import LlamaConfig
-from evenstep.models.hf import read_config
+from evenstep.models.hub import HubShape
 from evenstep.train.config import Config, ParallelConfig
 from evenstep.train.config_io import load_config
 from evenstep.train.distributed import check_cut
@@ -32,6 +32,7 @@ from evenstep.train.memory import (
     SHARDED,
     Grid,
     Named,
+    Shape,
     activation_bytes,
     chunk_rows,
     compute_bytes,
@@ -43,6 +44,7 @@ from evenstep.train.memory import (
     weight_bytes,
 )
 from evenstep.train.optimizers import try_optimizer
+from evenstep.train.weights import find_source, shape_in
 
 # ---- bytes that a process sends in a step ----
 
@@ -97,9 +99,7 @@ def _ring(numbers: int, size: int, among: int, *, both_ways: bool = False) -> in
     return round((2 if both_ways else 1) * numbers * size * (among - 1) / among)
 
 
-def on_the_wire(
-    config: Config, shape: LlamaConfig, grid: Grid, tensors: list[Named], passes: int, tokens: int
-) -> list[Wire]:
+def on_the_wire(config: Config, shape: Shape, grid: Grid, tensors: list[Named], passes: int, tokens: int) -> list[Wire]:
     """The messages of a step with ``passes`` micro batches of ``tokens`` tokens, without those of the optimizer."""
     size = compute_bytes(config)
     if grid.mode == "ddp":
@@ -119,7 +119,7 @@ def on_the_wire(
     if grid.replicate > 1:
         bytes_ = _ring(held(config, shape, grid).parameters // weight_bytes(config), 4, grid.replicate, both_ways=True)
         found.append(Wire("all-reduce of gradients between groups", grid.replicate, 1, bytes_))
-    if grid.tensor > 1:
+    if grid.tensor > 1 and isinstance(shape, LlamaConfig):
         # In each block and pass: two all-reduces of the outputs of attention and MLP in the forward pass, and two of
         # the gradients of their inputs in the backward pass. Checkpointing repeats the forward pass.
         rounds = 6 if config.train.activation_checkpointing else 4
@@ -144,7 +144,7 @@ class Plan:
     without the optimizer) and ``messages`` (those of the optimizer)."""
 
     config: Config
-    shape: LlamaConfig
+    shape: Shape
     grid: Grid
     gpu_memory: float
     passes: int
@@ -161,17 +161,18 @@ class Plan:
         return self.peak <= USABLE * self.gpu_memory
 
 
-def make_plan(config: Config, shape: LlamaConfig, gpus: int, per_node: int, gpu_memory: float) -> Plan:
+def make_plan(config: Config, shape: Shape, gpus: int, per_node: int, gpu_memory: float) -> Plan:
     """The plan of a run on ``gpus`` GPUs with ``gpu_memory`` bytes each, ``per_node`` of them in each machine.
     EvenstepError when the model or the batch cannot be divided among them."""
     grid = grid_of(config, gpus, per_node)
-    check_cut(shape, grid.tensor)
+    if isinstance(shape, LlamaConfig):
+        check_cut(shape, grid.tensor)
     tensors = model_tensors(shape)
     train = config.train
     sequences = train.batch_size // grid.data
     micro = min(config.micro_batch_size, sequences)
     passes, tokens = sequences // micro, micro * train.seq_len
-    rows = _rows(config, shape.vocab_size, gpu_memory)
+    rows = _rows(config, shape, gpu_memory)
     on_process_0 = held(config, shape, grid)
     memory = {
         "parameters": on_process_0.parameters,
@@ -197,14 +198,16 @@ def make_plan(config: Config, shape: LlamaConfig, gpus: int, per_node: int, gpu_
     return Plan(config, shape, grid, gpu_memory, passes, rows, memory, peak, wire, messages)
 
 
-def _rows(config: Config, words: int, gpu_memory: float) -> int | None:
+def _rows(config: Config, shape: Shape, gpu_memory: float) -> int | None:
+    if isinstance(shape, HubShape):
+        return None
     given = config.train.loss_chunk
     if isinstance(given, int):
         return given or None
-    return chunk_rows(config.micro_batch_size * config.train.seq_len, words, gpu_memory)
+    return chunk_rows(config.micro_batch_size * config.train.seq_len, shape.vocab_size, gpu_memory)
 
 
-def _communication(config: Config, shape: LlamaConfig, grid: Grid, tensors: list[Named]) -> int:
+def _communication(config: Config, shape: Shape, grid: Grid, tensors: list[Named]) -> int:
     """Bytes of gathered weights and of gradients that are being reduced."""
     weight, compute, reduce = weight_bytes(config), compute_bytes(config), 4
     if grid.mode == "ddp":
@@ -366,11 +369,11 @@ def plan(
             print(f"dry run on the meta device: {counted}")
 
 
-def shape_of(config: Config) -> LlamaConfig:
+def shape_of(config: Config) -> Shape:
     """The shape of the model. Its vocabulary size is data.vocab_size, else that of the given tokenizer or shards, else
     4096."""
     if config.model.init:
-        return read_config(config.model.init)
+        return shape_in(find_source(Path(config.model.init), lambda _: None), config)
     return model_shape(config, _words(config))
 
 

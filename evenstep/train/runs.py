@@ -25,7 +25,7 @@ from evenstep.train.checkpoint import (
     read_manifest,
     read_trainer,
 )
-from evenstep.train.config import Config
+from evenstep.train.config import Config, model_label
 from evenstep.train.config_io import build, config_file, read_toml
 from evenstep.train.files import is_running
 from evenstep.train.log import print_nothing, read_metrics
@@ -89,7 +89,7 @@ def _row(config: Path) -> RunRow:
         if os.path.lexists(run / "metrics.jsonl"):
             check_own_file(run, "metrics.jsonl")
             records = read_metrics(run / "metrics.jsonl")
-        size, optimizer = tables["model"].get("size", "custom"), tables["optim"]["name"]
+        size, optimizer = model_label(tables["model"]), tables["optim"]["name"]
         finished = os.path.lexists(run / "summary.json") and bool(json.loads(read_own(run, "summary.json")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return RunRow(run.name, when, "", "", 0, None, "unreadable", None, run.resolve())
@@ -188,7 +188,7 @@ def _read_trainer(checkpoint: Path) -> dict[str, Any]:
     config = trainer["config"]
     return {
         "tokens": int(trainer["tokens"]),
-        "model": config["model"].get("size", "custom"),
+        "model": model_label(config["model"]),
         "optimizer": {key: value for key, value in config["optim"].items() if isinstance(value, str | int | float)},
     }
 

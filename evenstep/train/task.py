@@ -18,15 +18,16 @@ from evenstep.data import BatchLoader, DataSpec, TokenData, eval_batches, prepar
 from evenstep.errors import EvenstepError
 from evenstep.models import SIZES, Llama, LlamaConfig
 from evenstep.models.hf import read_config, save_config
+from evenstep.models.hub import HubLM, HubShape, check_causal
 from evenstep.train.config import VARIANTS, BaseConfig, Config
 from evenstep.train.distributed import World
 from evenstep.train.evaluate import EvalResult, Evaluation, evaluate, sample_text
 from evenstep.train.hardware import memory_limit, total_memory
 from evenstep.train.log import Metrics, short_count
-from evenstep.train.memory import LOGIT_BYTES, chunk_rows, least_memory, model_shape
+from evenstep.train.memory import LOGIT_BYTES, chunk_rows, least_memory, llama_shape, model_shape
 from evenstep.train.saving import model_tensors
 from evenstep.train.summary import closing_lines
-from evenstep.train.weights import check_positions, find_source, load_model, with_lowbit
+from evenstep.train.weights import check_positions, fill_from, find_source, load_model, shape_in, with_lowbit
 
 CPU_ROWS = 256
 """Rows of logits in memory at once on a CPU: with fewer rows the matrix products are slow, with more the logits do not
@@ -150,8 +151,12 @@ class Pretraining(Task):
         if checkpoint is None and config.model.init:
             given = Path(config.model.init)
             self.source = Path(self.world.on_rank_0(lambda: str(find_source(given, self.say))))
-        self.config = with_shape_of(config, self.source) if config.model.init and self.source else config
-        return self.config
+        if config.model.hf and checkpoint is None:  # before the data are prepared, which may take long
+            self.world.on_rank_0(lambda: check_architecture(config, self.source))
+        elif config.model.init and self.source and not config.model.hf:
+            config = with_shape_of(config, self.source)
+        self.config = config
+        return config
 
     def open_data(self, progress: Any) -> TokenData:
         self.data = self.world.rank_0_first(lambda: load_data(self.config, progress))
@@ -170,7 +175,7 @@ class Pretraining(Task):
         config, world, words = self.config, self.world, self.data.vocab_size
         if world.device.type != "cpu":
             return
-        shape = read_config(self.source) if self.source else model_shape(config, words)
+        shape = shape_in(self.source, config) if self.source else model_shape(config, words)
         needs, limit = least_memory(config, shape, world.size, world.local_size), memory_limit()
         if sum(needs.values()) * world.local_size <= limit:
             return
@@ -182,34 +187,68 @@ class Pretraining(Task):
             "train.seq_len"
         )
 
-    def build_model(self, device: torch.device, *, blank: bool) -> Llama:
-        config, source, vocab_size = self.config, self.source, self.data.vocab_size
+    def build_model(self, device: torch.device, *, blank: bool) -> Llama | HubLM:
+        config, words = self.config, self.data.vocab_size
+        # bf16-autocast keeps fp32 weights, and casts them in each matrix product.
+        dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+        # All processes draw the same weights; parallel modes shard them afterwards.
+        torch.manual_seed(config.seed)
+        model = self._llama(blank).to(dtype=dtype) if config.model.hf is None else self._hub(blank, dtype)
+        source = self.source or config.model.hf or config.model.config
+        if words > model.config.vocab_size:
+            raise EvenstepError(
+                f"the tokenizer has {words} entries, but the model of {source} only {model.config.vocab_size}; "
+                "give the tokenizer of the model (data.tokenizer), or a smaller data.vocab_size"
+            )
+        check_positions(config.train.seq_len, model.config.max_seq_len, source)
+        model.activation_checkpointing = config.train.activation_checkpointing
+        return with_lowbit(model.to(device=device), config.lowbit, self.say)
+
+    def _llama(self, blank: bool) -> Llama:
+        config, source = self.config, self.source
         if source is None:
-            # All processes draw the same weights; parallel modes shard them afterwards.
-            torch.manual_seed(config.seed)
-            model = Llama(model_shape(config, vocab_size))
-        elif blank:
+            return Llama(llama_shape(config, self.data.vocab_size))
+        if not blank:
+            model = load_model(source)
+            assert isinstance(model, Llama)  # as `shape_in` has checked
+        else:
             # The checkpoint overwrites every weight, so drawing them would be wasted time.
             with torch.device("meta"):
                 model = Llama(read_config(source))
             model.to_empty(device="cpu")
             model.tie()
-            torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)  # for what is drawn in training
+        return model
+
+    def _hub(self, blank: bool, dtype: torch.dtype) -> HubLM:
+        source, words = self.source, self.data.vocab_size
+        shape = HubShape.read(source or self.config.model.hf or "")
+        if source is None:
+            if shape.vocab_size != words:
+                self.say(
+                    f"model.hf: the model has a vocabulary of {words:,} entries, that of the tokenizer, instead of "
+                    f"{shape.vocab_size:,}"
+                )
+            shape = shape.with_vocabulary(words)
+        # Drawn also if a checkpoint overwrites the weights, because it does not contain all buffers.
+        model = shape.build(dtype)
+        model.net.config.eos_token_id = self.data.tokenizer.eos_id
+        if source is None:
+            check_causal(model, shape.source)
+        elif not blank:
+            fill_from(model, source)
+        torch.manual_seed(self.config.seed)  # the same draws in training whether or not weights were drawn
+        return model
+
+    def save_shape(self, model: Any, directory: Path) -> None:
+        if isinstance(model, HubLM):
+            model.save_config(directory)
         else:
-            model = load_model(source)
-            torch.manual_seed(config.seed)  # for what is drawn in training, as in the branch above
-        if vocab_size > model.config.vocab_size:
-            raise EvenstepError(
-                f"the tokenizer has {vocab_size} entries, but the model of {source} only {model.config.vocab_size}; "
-                "give the tokenizer of the model (data.tokenizer), or a smaller data.vocab_size"
-            )
-        check_positions(config.train.seq_len, model.config.max_seq_len, source or config.model.config)
-        model.activation_checkpointing = config.train.activation_checkpointing
-        # bf16-autocast keeps fp32 weights, and casts them in each matrix product.
-        dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-        return with_lowbit(model.to(device=device, dtype=dtype), config.lowbit, self.say)
+            super().save_shape(model, directory)
 
     def loss_chunk(self, model: Any) -> int | None:
+        if isinstance(model, HubLM):
+            return None
         return loss_chunk(self.config, model.config.vocab_size, self.world.device, self.say)
 
     def describe_data(self) -> str:
@@ -298,12 +337,25 @@ def data_identity(data: TokenData) -> str:
     return digest.hexdigest()
 
 
+def check_architecture(config: Config, source: Path | None) -> None:
+    """EvenstepError when ``model.hf`` is not a causal language model of transformers, or the weights in ``source`` are
+    those of another type of model."""
+    shape = HubShape.read(config.model.hf or "")
+    found = shape_in(source, config) if source else shape
+    if isinstance(found, HubShape) and found.kind != shape.kind:
+        raise EvenstepError(
+            f"model.init: {source} has a model of type {found.kind}, but model.hf {config.model.hf} is a {shape.kind}; "
+            "give the configuration of the same model"
+        )
+
+
 def with_shape_of(config: Config, source: Path) -> Config:
     """``config`` with the shape of the model in ``source``. EvenstepError when ``config`` states another shape.
 
     ``model.size`` is None for a shape that has no name.
     """
-    shape = read_config(source)
+    shape = shape_in(source, config)
+    assert isinstance(shape, LlamaConfig)
     names = (name for name, size in SIZES.items() if all(getattr(shape, key) == value for key, value in size.items()))
     options: dict[str, Any] = {"size": next(names, None), "norm": shape.norm}
     if shape.norm == "mix":

@@ -8,15 +8,30 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from evenstep.errors import EvenstepError
+from evenstep.errors import EvenstepError, first_line
 from evenstep.lowbit import lowbit_report, quantize_
-from evenstep.models import Llama, load_pretrained, save_pretrained
-from evenstep.models.hf import missing_in_transformers, own_tensors, require_safetensors
-from evenstep.train.checkpoint import MANIFEST, find_fault, how_to_continue, load_model_state, newest_checkpoint
+from evenstep.models import Llama, LlamaConfig, load_pretrained, save_pretrained
+from evenstep.models.hf import missing_in_transformers, own_tensors, read_config, require_safetensors
+from evenstep.models.hub import PREFIX, HubLM, HubShape, hushed, load_weights
+from evenstep.train.checkpoint import (
+    MANIFEST,
+    find_fault,
+    how_to_continue,
+    load_model_state,
+    newest_checkpoint,
+    shard_metadata,
+)
+from evenstep.train.config import Config
 from evenstep.train.config_io import read_toml
 from evenstep.train.files import check_creatable
+from evenstep.train.saving import model_tensors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+M = TypeVar("M", bound="nn.Module")
 
 PRODUCT = "model"
 """The directory inside a fine-tuning run that contains its final model, in Hugging Face layout."""
@@ -47,10 +62,48 @@ def find_source(path: Path, say: Callable[[str], None], option: str = "model.ini
     return path / PRODUCT
 
 
-def load_model(source: Path) -> Llama:
-    """The model of a checkpoint or of a directory in Hugging Face layout, on the CPU, in its saved dtype. EvenstepError
-    when it cannot be read."""
-    return load_pretrained(source, load_model_state(source) if _sharded(source) else None)
+def load_model(source: Path) -> Llama | HubLM:
+    """The model of a checkpoint, or evenstep's LLaMA from a directory in Hugging Face layout, on the CPU, in its saved
+    dtype. EvenstepError when it cannot be read."""
+    if not _sharded(source):
+        return load_pretrained(source)
+    weights = load_model_state(source)
+    if not any(name.startswith(PREFIX) for name in weights):
+        return load_pretrained(source, weights)
+    model = HubShape.read(source).build(next(iter(weights.values())).dtype)
+    load_weights(model, weights, source)
+    return model
+
+
+def fill_from(model: HubLM, source: Path) -> None:
+    """Give ``model`` the weights of a checkpoint of such a model, or of a directory that transformers has saved.
+    EvenstepError when they cannot be read or do not fit."""
+    if _sharded(source):
+        return load_weights(model, load_model_state(source), source)
+    from transformers import AutoModelForCausalLM
+
+    with hushed():
+        try:
+            net: Any = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, dtype=model.net.dtype)
+        except Exception as problem:  # whatever its parsers raise
+            raise EvenstepError(f"transformers cannot open {source}: {first_line(problem)}") from None
+    load_weights(model, {f"{PREFIX}{name}": tensor for name, tensor in net.state_dict().items()}, source)
+
+
+def shape_in(source: Path, config: Config) -> LlamaConfig | HubShape:
+    """The shape of the model in ``source``, a checkpoint or a directory in Hugging Face layout, for ``config``.
+    EvenstepError when only one of the two is a model of transformers (``model.hf``), or their types differ."""
+    hub = _sharded(source) and any(name.startswith(f"model.{PREFIX}") for name in shard_metadata(source))
+    if config.model.hf is None:
+        if hub:
+            raise EvenstepError(
+                f"model.init: {source} has a model of transformers; give --model.hf {source} too, or export it first "
+                "and use the directory"
+            )
+        return read_config(source)
+    if _sharded(source) and not hub:
+        raise EvenstepError(f"model.init: {source} has evenstep's LLaMA; leave out model.hf {config.model.hf}")
+    return HubShape.read(source)
 
 
 def _sharded(source: Path) -> bool:
@@ -72,11 +125,12 @@ def check_positions(seq_len: int, positions: int, source: Path | str | None) -> 
         )
 
 
-def with_lowbit(model: Llama, recipe: str | None, say: Callable[[str], None]) -> Llama:
+def with_lowbit(model: M, recipe: str | None, say: Callable[[str], None]) -> M:
     """``model`` with its linear layers quantised by ``recipe``, in place; weights and their names do not change."""
     if recipe is None:
         return model
-    report = lowbit_report(quantize_(model, recipe))
+    # An error names the class of the model, which for one of transformers is not that of the wrapper.
+    report = lowbit_report(quantize_(getattr(model, "net", model), recipe))
     kernels = f", {', '.join(report.kernels)}" if report.kernels else ""
     say(
         f"low-bit recipe {recipe}: {len(report.swapped)} linear layers at {report.bits_per_weight:.2f} bits per "
@@ -136,9 +190,13 @@ def export(source: Path, to: str, out: Path, say: Callable[[str], None]) -> None
     say(f"{out}: {model.num_parameters():,} parameters of {found}, {size / 1e6:,.1f} MB")
 
 
-def _to_hf(model: Llama, source: Path, directory: Path) -> None:
+def _to_hf(model: Llama | HubLM, source: Path, directory: Path) -> None:
     from evenstep.data import load_tokenizer
 
+    if isinstance(model, HubLM):  # config.json has the end of text already
+        model.save_pretrained(directory)
+        load_tokenizer(source).save(directory)
+        return
     if (part := missing_in_transformers(model.config)) is not None:
         raise EvenstepError(f"transformers has no LLaMA with {part}; give --to safetensors for the weights alone")
     write_hf(model, load_tokenizer(source), directory)
@@ -155,9 +213,13 @@ def write_hf(model: Llama, tokenizer: Any, directory: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _to_safetensors(model: Llama, source: Path, directory: Path) -> None:
+def _to_safetensors(model: Llama | HubLM, source: Path, directory: Path) -> None:
+    if isinstance(model, HubLM):
+        tensors = {name.removeprefix("model."): x.contiguous() for name, x in model_tensors(model.net).items()}
+        require_safetensors().save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+        return
     metadata = {"format": "pt", "norm": model.config.norm}
     require_safetensors().save_file(own_tensors(model), directory / WEIGHTS, metadata=metadata)
 
 
-_WRITERS: dict[str, Callable[[Llama, Path, Path], None]] = {"hf": _to_hf, "safetensors": _to_safetensors}
+_WRITERS: dict[str, Callable[[Llama | HubLM, Path, Path], None]] = {"hf": _to_hf, "safetensors": _to_safetensors}

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 OPTION_NAMES = """
 data.source data.tokenizer data.vocab_size data.val_fraction data.text_field data.max_tokens data.cache_dir
 data.exclude data.on_bad
-model.size model.config model.norm model.norm_alpha model.qk_norm model.attention_softcap model.logit_softcap
+model.size model.config model.hf model.norm model.norm_alpha model.qk_norm model.attention_softcap model.logit_softcap
 model.kv_heads model.tie_embeddings model.init
 optim.name optim.before optim.lr optim.lr_scale.embedding optim.lr_scale.last optim.weight_decay optim.decay
 optim.decay_correction
