@@ -27,8 +27,8 @@ def scale_groups(
     Weights of ``nn.Embedding`` are embeddings; the weight of the last layer is found by its name (``lm_head``,
     ``embed_out``, ``head``, ``output``, ``classifier``, ``score``); weights of linear, bilinear, convolution and
     recurrent layers are hidden; tensors of fewer than two dimensions are vectors. A model of transformers reports the
-    embedding and the last layer itself (``get_input_embeddings``, ``get_output_embeddings``). Frozen parameters are left
-    out. Every other parameter is in exactly one group, as a pair ``(name, parameter)``.
+    embedding and the last layer itself (``get_input_embeddings``, ``get_output_embeddings``). Frozen parameters are
+    left out. Every other parameter is in exactly one group, as a pair ``(name, parameter)``.
 
     Args:
         model: the module whose parameters are grouped.
