@@ -8,7 +8,10 @@ import torch.distributed as dist
 from process_support import run_processes
 from torch import nn
 
-from evenstep import SCALE, SPAM, AdaClip, AdaGN, StableSPAM, scale_groups, stabilize
+from evenstep import SCALE, SPAM, AdaClip, AdaGC, AdaGN, StableSPAM, scale_groups, stabilize
+from evenstep.baselines.muon import ShardedMuon
+from evenstep.optim import cautious_decay, hyperball
+from evenstep.optim.distributed import is_sharded
 
 WORLD = 2
 STEPS = 30
@@ -40,6 +43,31 @@ MAKERS = {
 }
 
 
+def with_rule(rule, optimizer, *args):
+    rule(optimizer, *args)
+    return optimizer
+
+
+def muon_with_clipping(m):
+    matrices = [m.hidden.weight, m.narrow.weight, m.wide.weight]
+    kind = ShardedMuon if is_sharded(m.hidden.weight) else torch.optim.Muon
+    return stabilize(kind(matrices, lr=0.01), AdaGC())
+
+
+# Rules around the step of any optimizer; Muon of whole matrices whose spikes are clipped tensor by tensor.
+WRAPPED = {
+    "cautious": lambda m: with_rule(cautious_decay, StableSPAM(m.parameters(), lr=0.01, weight_decay=5.0)),
+    "hyperball": lambda m: with_rule(
+        hyperball, SPAM(m.parameters(), lr=0.01, clip_start=3, threshold=50.0), [m.hidden.weight, m.wide.weight], 2.0
+    ),
+    "muon": muon_with_clipping,
+}
+
+
+def steps_of(name):
+    return range(14 if name in WRAPPED else STEPS)
+
+
 def gradients(step, shapes):
     generator = torch.Generator().manual_seed(step)
     grads = [torch.randn(shape, generator=generator) * 0.1 for shape in shapes]
@@ -66,8 +94,8 @@ def train(model, optimizer, place, steps=range(STEPS)):
 def single(name):
     torch.manual_seed(0)
     model = Small()
-    optimizer = MAKERS[name](model)
-    stats = train(model, optimizer, lambda p, whole: whole)
+    optimizer = (MAKERS | WRAPPED)[name](model)
+    stats = train(model, optimizer, lambda p, whole: whole, steps_of(name))
     return model, stats, optimizer
 
 
@@ -113,16 +141,21 @@ def equals_a_single_process(name, mesh):
     torch.manual_seed(0)
     model = Small()
     fully_shard(model, mesh=mesh)
-    optimizer = MAKERS[name](model)
+    optimizer = (MAKERS | WRAPPED)[name](model)
     place = lambda p, whole: distribute_tensor(whole, p.device_mesh, p.placements)  # noqa: E731
     with Counting() as calls:
-        stats = train(model, optimizer, place)
-    if mesh.ndim == 1:
+        stats = train(model, optimizer, place, steps_of(name))
+    if mesh.ndim == 1 and name in MAKERS:
         # New masks of SPAM ask once per reset whether the gradients are finite.
         resets = STEPS // 9 if name == "spam_sparse" else 0
         assert len(calls) <= 2 * STEPS + resets, f"{len(calls)} all-reduces in {STEPS} steps"
         assert calls.count(str(dist.ReduceOp.MAX)) == STEPS + resets
     alone, expected, other = single(name)
+    if name == "hyperball":
+        torch.manual_seed(0)
+        start = Small()
+        for p, q in ((model.hidden.weight, start.hidden.weight), (model.wide.weight, start.wide.weight)):
+            torch.testing.assert_close(p.full_tensor().norm(), q.norm(), rtol=1e-6, atol=0)
     if name == "spam_sparse":
         for p, q in zip(model.parameters(), alone.parameters(), strict=True):
             assert torch.equal(optimizer.get_mask(p).full_tensor(), other.get_mask(q))
@@ -138,7 +171,7 @@ def equals_a_single_process(name, mesh):
 @pytest.mark.parametrize(
     "names",
     [
-        ("stable_spam", "spam_sparse", "scale"),
+        ("stable_spam", "spam_sparse", "scale", *WRAPPED),
         pytest.param(("spam", "scale_l2", "stabilized"), marks=pytest.mark.slow),
     ],
     ids="-".join,
