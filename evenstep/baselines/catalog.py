@@ -29,7 +29,18 @@ if TYPE_CHECKING:
 # implementation.
 _SET_BY_US = {
     *("self", "params", "model", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable"),
-    *("maximize", "args", "num_embeds", "num_heads", "num_query_groups", "model_sharding"),
+    *(
+        "maximize",
+        "args",
+        "adamw_lr",
+        "adamw_betas",
+        "adamw_wd",
+        "weight_decouple",
+        "num_embeds",
+        "num_heads",
+        "num_query_groups",
+        "model_sharding",
+    ),
 }
 
 _PEERS = ("bitsandbytes", "pytorch_optimizer", "torch-optimi", "torchao")
@@ -165,6 +176,12 @@ BASELINES: dict[str, Baseline] = {
         "torch.optim:Muon", "torch", "arXiv:2502.16982", rule=rules.muon,
         chosen={"adjust_lr_fn": "match_rms_adamw"}, own={"adam_lr": None, "adam_betas": (0.9, 0.999)},
         note="scaled so that one rate serves both (match_rms_adamw)", decoupled=True,
+    ),
+    "normuon": Baseline(
+        f"{_PO}:NorMuon", _PO, "arXiv:2510.05491", rule=rules.muon_groups,
+        chosen={"update_scale": "match_rms"}, own={"adam_lr": None, "adam_betas": (0.9, 0.999)},
+        note="Muon whose rows have equal second moments; scaled so that one rate serves both (match_rms)",
+        decoupled=True,
     ),
     "sgd": Baseline("torch.optim:SGD", "torch", chosen={"momentum": 0.9}),
     "lion": Baseline(f"{_PO}:Lion", _PO, "arXiv:2302.06675"),

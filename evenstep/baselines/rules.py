@@ -78,7 +78,9 @@ class Request:
             for item in group["params"]:
                 members.setdefault(ends.get(id(_tensor(item)), ""), []).append(item)
             for kind, items in members.items():
-                rate = {"lr": group.get("lr", self.lr) * self.lr_scales[kind]} if kind in self.lr_scales else {}
+                # "lr_scale" tells the telemetry that this is not the learning rate of the run.
+                scale = self.lr_scales.get(kind)
+                rate = {"lr": group.get("lr", self.lr) * scale, "lr_scale": scale} if scale is not None else {}
                 parts.append({**group, "params": items, **rate})
         return parts
 
@@ -145,9 +147,13 @@ def muon(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     from torch.optim import AdamW
 
     from evenstep.baselines.chained import ChainedOptimizer
+    from evenstep.baselines.muon import ShardedMuon
+    from evenstep.optim.distributed import is_sharded
 
     hidden, rest = hidden_and_rest(request.model)
     own = request.own
+    if any(is_sharded(p) for _, p in hidden):
+        cls = ShardedMuon
     # AdamW has its own learning rate; None: the same as Muon's, whose updates are scaled to match AdamW's.
     adam = dataclasses.replace(request, lr=own["adam_lr"] or request.lr, values={}, own={})
     orthogonal = request.build(cls, [{"params": hidden}])
@@ -155,6 +161,17 @@ def muon(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
         return orthogonal
     adamw = adam.build(AdamW, [{"params": rest}], betas=tuple(own["adam_betas"]), fused=True)
     return ChainedOptimizer(orthogonal, adamw)
+
+
+def muon_groups(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
+    """hidden matrices: orthogonalised momentum; embedding, last layer, vectors: AdamW with rate adam_lr
+
+    One class has both, and reads from each group which of them it gets.
+    """
+    hidden, rest = hidden_and_rest(request.model)
+    own = request.own
+    adam = {"lr": own["adam_lr"] or request.lr, "betas": tuple(own["adam_betas"]), "weight_decay": request.weight_decay}
+    return request.build(cls, [{"params": hidden, "use_muon": True}, {"params": rest, "use_muon": False, **adam}])
 
 
 def blocks(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
@@ -167,7 +184,9 @@ def blocks(cls: Callable[..., Optimizer], request: Request) -> Optimizer:
     optimizer = cls(request.model, lr=request.lr, weight_decay=request.weight_decay, **heads, **request.values)
     ends = request.ends() if request.lr_scales else {}
     for group in optimizer.param_groups:  # the library makes one group per parameter
-        group["lr"] *= request.lr_scales.get(ends.get(id(group["params"][0]), ""), 1.0)
+        scale = request.lr_scales.get(ends.get(id(group["params"][0]), ""))
+        if scale is not None:
+            group |= {"lr": group["lr"] * scale, "lr_scale": scale}
     return optimizer
 
 

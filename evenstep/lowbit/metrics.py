@@ -131,6 +131,28 @@ def observe_inputs(model: nn.Module) -> Iterator[Metrics]:
 
 
 @contextmanager
+def observe_weights(model: nn.Module) -> Iterator[Metrics]:
+    """As `observe_inputs`, for the weight of each low-bit layer as the forward pass uses it: under FSDP2 the whole
+    matrix, of which a process holds a shard between the passes. `lowbit_metrics` takes the weights as they are."""
+    found: Metrics = {}
+
+    def observer(name: str, fmt: Format) -> Any:
+        def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[name] = quantization_error(module.weight.detach(), fmt)  # type: ignore[operator]
+
+        return observe
+
+    with _removed(
+        [
+            module.register_forward_pre_hook(observer(name, module.recipe.weight))
+            for name, module in model.named_modules()
+            if isinstance(module, LowBitLinear) and module.recipe.weight is not None
+        ]
+    ):
+        yield found
+
+
+@contextmanager
 def observe_gradients(model: nn.Module, generator: torch.Generator | None = None) -> Iterator[Metrics]:
     """As `observe_inputs`, for the gradient of each layer's output, in the format that the recipe has for gradients.
 

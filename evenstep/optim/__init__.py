@@ -19,6 +19,7 @@ _MODULES = {
         *("AGC", "AdaClip", "AdaGC", "AdaGN", "AutoClip", "GradientStabilizer", "MomentumReset"),
         *("NormClip", "SkipStep", "SpikeClip", "ValueClip", "ZClip"),
     ),
+    "weight_rules": ("cautious_decay", "hyperball"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_HOME]
@@ -42,6 +43,8 @@ if TYPE_CHECKING:  # type checkers and editors do not follow __getattr__
     from evenstep.optim.transforms import SpikeClip as SpikeClip
     from evenstep.optim.transforms import ValueClip as ValueClip
     from evenstep.optim.transforms import ZClip as ZClip
+    from evenstep.optim.weight_rules import cautious_decay as cautious_decay
+    from evenstep.optim.weight_rules import hyperball as hyperball
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from evenstep.optim.distributed import is_sharded, local, region
 from evenstep.optim.functional import opened
 from evenstep.optim.state import Group, State, is_trained, moment, pack, place_clock, unpack, untouched
 
@@ -167,6 +168,8 @@ class _Reader:
         # 3. Entries that depend on a missing one start anew with it.
         converted = self._translated(p, group, saved)
         result = dict(fresh)
+        if "mask" in fresh and is_sharded(p):  # compact moments are plain tensors of the local shard
+            converted, p = self._of_shard(p, converted, who), local(p)
         mask = self._mask(p, converted.pop("mask", None), who)
         if "mask" in fresh and mask is not None:
             result["mask"] = pack(mask).to(p.device)
@@ -218,13 +221,35 @@ class _Reader:
             return step
         return step - (step // every) * every + 1 if every and step >= every else step
 
+    def _of_shard(self, p: Tensor, converted: State, who: str) -> State:
+        """``converted`` with the local shard's part of the mask and the moments, one value per entry of the shard."""
+        flags = None if is_sharded(converted.get("mask")) else self._mask(p, converted.get("mask"), who)  # whole
+        result = dict(converted)
+        for name in {"mask", "exp_avg", "exp_avg_sq"} & converted.keys():
+            x: Tensor = converted[name]
+            if is_sharded(x):
+                self._demand(x.shape == p.shape, who, name, x, tuple(p.shape))
+                result[name] = local(x)
+                continue
+            if name == "mask":
+                assert flags is not None
+                x = flags
+            elif flags is not None and x.shape != p.shape:  # the compact moments of a whole tensor
+                self._demand(x.shape == (int(flags.sum()),), who, name, x, (int(flags.sum()),))
+                x = opened(x, x.dtype).to(p.device)
+                x = torch.zeros_like(flags, dtype=x.dtype).masked_scatter_(flags, x)
+            self._demand(x.shape == p.shape, who, name, x, tuple(p.shape))
+            result[name] = x[region(p)]
+        return result
+
     def _mask(self, p: Tensor, mask: Tensor | None, who: str) -> Tensor | None:
         """A mask in the shape of ``p``, from bools or from packed bits."""
         if mask is None:
             return None
-        if mask.dtype == torch.bool:
+        # 0 or 1 for each entry: the published code's masks, and states that were saved from shards.
+        if mask.dtype == torch.bool or mask.shape == p.shape:
             self._demand(tuple(mask.shape) == tuple(p.shape), who, "mask", mask, tuple(p.shape))
-            return mask.to(p.device)
+            return mask.to(p.device).bool()
         # Packed bits, eight entries per byte.
         packed = (math.ceil(p.numel() / 8),)
         self._demand(tuple(mask.shape) == packed, who, "mask", mask, packed)
@@ -240,11 +265,14 @@ class _Reader:
             fits = value.shape == target.shape or value.numel() == target.numel() == 1
             self._demand(fits, who, name, value, tuple(target.shape))
         else:
-            compact = (int(mask.sum()),) if mask is not None else None  # shape of moments under the saved mask
+            # Moments under a saved mask are compact, or (from shards) in the shape of the parameter.
+            spread = mask is not None and value.shape == p.shape
+            compact = (int(mask.sum()),) if mask is not None and not spread else None
             self._demand(tuple(value.shape) == (compact or tuple(p.shape)), who, name, value, compact or tuple(p.shape))
-            if "mask" in fresh and mask is None:  # dense there, sparse here
-                value = opened(value, torch.float32).reshape(-1)[unpack(fresh["mask"], p.numel()).to(value.device)]
-            elif "mask" not in fresh and mask is not None:  # sparse there, dense here
+            if "mask" in fresh and compact is None:  # one value per entry there, sparse here
+                flags = unpack(fresh["mask"], p.numel()) if mask is None else mask.reshape(-1)
+                value = opened(value, value.dtype).reshape(-1)[flags.to(value.device)]
+            elif "mask" not in fresh and compact is not None:  # sparse there, dense here
                 whole = torch.zeros(p.shape, dtype=value.dtype, device=p.device)
                 whole[mask] = opened(value, value.dtype).to(p.device)
                 value = whole

@@ -57,15 +57,21 @@ def num_shards(x: Tensor) -> int:
     return math.prod(x.device_mesh.size(dim) for dim, _ in Layout.of(x).cuts) if is_sharded(x) else 1  # type: ignore[attr-defined]
 
 
-def first_entry(x: Tensor) -> int:
-    """The number, in the flattened whole tensor, of the first entry of the local shard; 0 where ``x`` is whole."""
+def region(x: Tensor) -> tuple[slice, ...]:
+    """The part of the whole tensor that the local shard of ``x`` holds: one slice per dimension."""
     if not is_sharded(x):
-        return 0
+        return tuple(slice(0, size) for size in x.shape)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)  # type: ignore[attr-defined]
+    return tuple(slice(start, start + size) for start, size in zip(offset, local(x).shape, strict=True))
+
+
+def first_entry(x: Tensor) -> int:
+    """The number, in the flattened whole tensor, of the first entry of the local shard; 0 where ``x`` is whole."""
     # Horner's rule over the dimensions of a contiguous tensor.
-    return functools.reduce(lambda number, dim: number * dim[0] + dim[1], zip(x.shape, offset, strict=True), 0)
+    dims = zip(x.shape, region(x), strict=True)
+    return functools.reduce(lambda number, dim: number * dim[0] + dim[1].start, dims, 0)
 
 
 def shard_like(

@@ -12,7 +12,20 @@ from torch import Tensor
 from evenstep.kernels.interface import Kernels, constant, uploaded
 from evenstep.optim import functional as F
 from evenstep.optim import options
-from evenstep.optim.distributed import Bucket, Steps, is_sharded, state_dtype
+from evenstep.optim.distributed import (
+    Bucket,
+    Layout,
+    Reduction,
+    Steps,
+    all_reduce,
+    is_sharded,
+    local,
+    reduced,
+    region,
+    run_batched_collectives,
+    shard_like,
+    state_dtype,
+)
 from evenstep.optim.optimizer import EvenOptimizer
 from evenstep.optim.state import Group, State, adam_moments, largest_stored, pack, scalar, unpack
 
@@ -31,7 +44,8 @@ class SPAM(EvenOptimizer):
 
     Sparse momentum: with ``density`` d < 1 only a random fraction d of each matrix (2 or more dimensions) has moments
     and is updated, until the next reset draws another fraction. State memory is d of the dense one, plus one bit per
-    entry for the mask.
+    entry for the mask. Where parameters are sharded (FSDP2, tensor parallelism), every rank draws the mask of the whole
+    tensor and keeps the part of its shard, so that the masks are those of a single process.
 
     Args:
         params: floating-point parameters of any shape, named parameters ``(name, tensor)`` or param groups, as in
@@ -143,7 +157,7 @@ class SPAM(EvenOptimizer):
         """ValueError for a sparse parameter that has another size than when its mask was made."""
         for p in params:
             mask = self.state[p].get("mask") if p in self.state else None
-            if mask is not None and mask.numel() != -(-p.numel() // 8):
+            if mask is not None and mask.numel() != -(-local(p).numel() // 8):
                 raise ValueError(
                     f"SPAM: a parameter of shape {tuple(p.shape)} has a mask of {mask.numel()} bytes, made for another "
                     "size; make a new optimizer after changing the size of a parameter"
@@ -153,25 +167,33 @@ class SPAM(EvenOptimizer):
         stored = group["state"]
         if group["density"] == 1 or p.dim() < 2:
             return adam_moments(p, stored) | {"age": scalar(p)}
-        # A mask over the whole tensor selects a different number of entries in each shard.
-        if is_sharded(p):
-            raise ValueError("SPAM: density < 1 is not supported for sharded parameters; use density=1, or DDP")
-        count = round(group["density"] * p.numel())
-        sparse = _sparse_moments(p, self._draw_mask(group, p), count, stored)
+        if is_sharded(p) and stored == "int8":  # saved states have one number per entry, see `state_dict`
+            raise ValueError(
+                "SPAM: state='int8' with density < 1 is not supported for sharded parameters; use state='bf16'"
+            )
         # mask_set_at: the step after which `set_mask` was called, -1 for a mask that was drawn.
-        return {"age": scalar(p), "mask_set_at": -1} | sparse
+        return {"age": scalar(p), "mask_set_at": -1} | _sparse_moments(p, *self._draw_mask(group, p), stored)
 
     def _start(self, p: Tensor, group: Group, index: int) -> None:
         super()._start(p, group, index)
-        if "mask" in self.state[p] and p.numel() and not self.state[p]["exp_avg"].numel():
+        # Of the whole tensor: a small shard may have no trained entry although others have some.
+        if "mask" in self.state[p] and p.numel() and not round(group["density"] * p.numel()):
             self._untrained = (*self._untrained, tuple(p.shape))
 
-    def _draw_mask(self, group: Group, p: Tensor) -> Tensor:
-        if p.is_meta:  # a dry run asks for the size alone
-            return torch.empty(-(-p.numel() // 8), dtype=torch.uint8, device=p.device)
+    def _draw_mask(self, group: Group, p: Tensor) -> tuple[Tensor, int]:
+        """A new mask of the local shard of ``p``, in packed bits, and the number of its entries."""
+        n, shard = p.numel(), local(p)
+        if p.is_meta:  # a dry run asks for the size alone, which for a shard is a mean
+            bits = torch.empty(-(-shard.numel() // 8), dtype=torch.uint8, device=p.device)
+            return bits, round(group["density"] * shard.numel())
         # The seed is the place of the parameter and the step: equal on all ranks, and the same again after a resume.
-        drawn = draw_mask(p.numel(), group["density"], (*self.place(p)[1], int(group["t"])))
-        return uploaded(drawn, p.device)
+        bits, count = draw_mask(n, group["density"], (*self.place(p)[1], int(group["t"]))), round(group["density"] * n)
+        if is_sharded(p):
+            # Every rank draws the bits of the whole tensor (n / 8 bytes of host memory, for one tensor at a time), so
+            # that the mask does not depend on the number of ranks. Shards have different numbers of trained entries.
+            flags = _flags_of_shard(p, bits)
+            bits, count = pack(flags), int(flags.sum())
+        return uploaded(bits, shard.device), count
 
     def prepare(self, group: Group, params: list[Tensor]) -> None:
         """On a reset the sparse parameters get new masks, unless their gradients are not finite: such a step changes
@@ -180,22 +202,36 @@ class SPAM(EvenOptimizer):
         # Host numbers: place_clock refuses a clock on the device together with density < 1.
         if group["density"] == 1 or not group["reset_interval"] or group["t"] % group["reset_interval"]:
             return
-        for p in params:
+        # Dense parameters have no such entry; a mask given by hand for this step stays.
+        due = [p for p in params if self.state[p].get("mask_set_at") not in (None, group["t"] - 1)]
+        for p, accepted in zip(due, self._within_range(due), strict=True):
             state = self.state[p]
-            if state.get("mask_set_at") in (None, group["t"] - 1):  # dense, or given by hand for this step
-                continue
-            bits, count = self._draw_mask(group, p), round(group["density"] * p.numel())
-            squares = p.grad.to(state_dtype(p)).square()  # type: ignore[union-attr]
-            # 0-d bool on the device, never read here: the same condition as `squares_within` in `update`.
-            accepted = (squares <= largest_stored([state["exp_avg_sq"]], state_dtype(p))).all()
-            if state["exp_avg"].numel() == count:  # the moments keep their size, and `update` clears them
+            bits, count = self._draw_mask(group, p)
+            if not is_sharded(p) and state["exp_avg"].numel() == count:
+                # The moments keep their size, and `update` clears them. The flag is not read.
                 state["mask"].copy_(torch.where(accepted, bits, state["mask"]))
-            elif accepted:  # a mask of another size was given by hand: the one place that must ask the device
+            elif accepted:  # moments of another size: the one place that must ask the device, once per reset
                 state.update(_sparse_moments(p, bits, count, group["state"]))
+
+    def _within_range(self, params: list[Tensor]) -> list[Tensor]:
+        """Whether the gradient of each whole tensor is finite and its squares are in the range of the moments, the
+        condition of `squares_within` in `update`: 0-d bools on the device."""
+
+        def exceeded(p: Tensor) -> Steps[Tensor]:
+            squares = local(p.grad).to(state_dtype(p)).square()  # type: ignore[arg-type]
+            most = largest_stored([self.state[p]["exp_avg_sq"]], state_dtype(p))
+            within = (squares <= most).all().view(1)  # False for a NaN
+            [worst] = yield from reduced(Reduction("max", (~within).to(state_dtype(p))))
+            return worst
+
+        layouts = [Layout.of(p) for p in params]
+        flags = run_batched_collectives([exceeded(p) for p in params], lambda requests: all_reduce(requests, layouts))
+        return [flag.view(()) == 0 for flag in flags]
 
     def set_mask(self, p: Tensor, mask: Tensor) -> None:
         """Train the entries of ``p`` where ``mask`` (bool, the shape of ``p``) is True, with new moments, until a later
-        reset draws another.
+        reset draws another. For a sharded ``p``, ``mask`` is the whole tensor, or a DTensor with the placements of
+        ``p``.
 
         A mask given just before a step whose number is a multiple of ``reset_interval`` is kept at that step.
 
@@ -226,22 +262,39 @@ class SPAM(EvenOptimizer):
             )
         # int() waits for the device, once per call: the moments get the size of the mask.
         group, _ = self.place(p)
+        mask = local(mask) if is_sharded(mask) else mask[region(p)]
         sparse = _sparse_moments(p, pack(mask).to(p.device), int(mask.sum()), group["state"])
         state.update(sparse, mask_set_at=group["t"])
         if group["variant"] == "paper":  # the published code never restarts its count
             state["age"].zero_()
 
     def get_mask(self, p: Tensor) -> Tensor:
-        """The entries of ``p`` that are trained at present, a bool tensor in its shape: all False for a frozen one.
-        ValueError for a parameter that is not in this optimizer.
+        """The entries of ``p`` that are trained at present, a bool tensor in its shape (a DTensor where ``p`` is
+        sharded): all False for a frozen one. ValueError for a parameter that is not in this optimizer.
         """
         self.place(p)  # raises the error
         if p not in self.state:
             return torch.zeros_like(p, dtype=torch.bool)
-        state = self.state[p]
-        return (
-            unpack(state["mask"], p.numel()).view(p.shape) if "mask" in state else torch.ones_like(p, dtype=torch.bool)
-        )
+        if "mask" not in self.state[p]:
+            return torch.ones_like(p, dtype=torch.bool)
+        return _spread(p, _flags(p, self.state[p]))
+
+    # ---- saving ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch. Parameters that were unfrozen since the last step are included, with fresh state.
+
+        The moments of sparse sharded parameters are saved in the shape of the parameter, with zeros outside of the
+        mask, and the mask as a uint8 tensor of 0 and 1: DTensors, which checkpoint tools can shard again for another
+        number of processes. While it exists, such a state takes 9 bytes per entry of the shard (fp32 moments).
+        """
+        saved = super().state_dict()
+        params = [p for group in self.param_groups for p in group["params"]]  # torch numbers them in this order
+        for i, state in saved["state"].items():
+            if "mask" in state and is_sharded(params[i]):
+                # A new dict: torch's refers to the optimizer's own state.
+                saved["state"][i] = state | _spread_state(params[i], state)
+        return saved
 
     # ---- the step ----
 
@@ -282,7 +335,7 @@ class SPAM(EvenOptimizer):
         # parameter, of the gradient and of the compensation are taken out, updated as dense tensors, and put back.
         weights = self.weights(group, bucket, grads.finite)
         # [trained entries] of int64 for each sparse parameter, None for a dense one
-        where = [_trained_entries(state, p.numel()) for p, state in zip(bucket.params, bucket.states, strict=True)]
+        where = [_trained_entries(p, state) for p, state in zip(bucket.params, bucket.states, strict=True)]
         lost = weights.lost
         weights.tensors, weights.lost = gather_entries(bucket.shards, where), gather_entries(lost, where)
         trained = grads.of(gather_entries(bucket.grads, where))
@@ -295,7 +348,7 @@ class SPAM(EvenOptimizer):
         grads = yield grads.with_norms()  # all-reduce: the norm, for the statistics
         stats = F.statistics(grads, bucket.sizes(), update_norm, sharded=sharded)
         sizes = bucket.sizes()
-        if any("mask" in state for state in bucket.states):  # relative to the trained entries
+        if not sharded and any("mask" in state for state in bucket.states):  # relative to the trained entries
             entries = [max(state["exp_avg"].numel(), 1) for state in bucket.states]
             sizes = constant(entries, update_norm.dtype, update_norm.device)
             stats["update_rms"] = update_norm / sizes.sqrt()
@@ -389,17 +442,48 @@ def _masks(bucket: Bucket) -> list[Tensor]:
     return [state.get("mask", nothing) for state in bucket.states]
 
 
-def _trained_entries(state: State, n: int) -> Tensor | None:
-    """Flat indices of the trained entries of a tensor of ``n`` entries, None for all."""
+def _flags(p: Tensor, state: State) -> Tensor:
+    """The mask of the local shard of ``p`` as a flat bool tensor."""
+    return unpack(state["mask"], local(p).numel())
+
+
+def _trained_entries(p: Tensor, state: State) -> Tensor | None:
+    """Flat indices of the trained entries of the local shard of ``p``, None for all."""
     if "mask" not in state:
         return None
     # The number of entries is known from the moments; torch.nonzero would wait for the device to learn it.
-    return torch.nonzero_static(unpack(state["mask"], n), size=state["exp_avg"].numel()).view(-1)
+    return torch.nonzero_static(_flags(p, state), size=state["exp_avg"].numel()).view(-1)
 
 
 def _sparse_moments(p: Tensor, bits: Tensor, count: int, stored: str) -> State:
-    """New compact moments for the ``count`` entries of a packed mask."""
-    return adam_moments(p.new_empty(count), stored) | {"mask": bits}
+    """New compact moments for the ``count`` entries of a packed mask of the local shard of ``p``."""
+    return adam_moments(local(p).new_empty(count), stored) | {"mask": bits}
+
+
+def _flags_of_shard(p: Tensor, bits: Tensor) -> Tensor:
+    """The part of the packed mask ``bits`` of the whole tensor that belongs to the local shard of ``p``: bool, in the
+    shape of the shard."""
+    # The rows of the shard alone are unpacked: bits [first, last) of the flattened tensor.
+    rows, *others = region(p)
+    width = math.prod(p.shape[1:])
+    first, last = rows.start * width, rows.stop * width
+    flags = unpack(bits[first // 8 : -(-last // 8)], last - first // 8 * 8)[first % 8 :]
+    return flags.view(rows.stop - rows.start, *p.shape[1:])[(slice(None), *others)]
+
+
+def _spread(p: Tensor, shard: Tensor) -> Tensor:
+    """A tensor with one value per entry of the local shard of ``p``, in the shape of ``p``: a DTensor if that is."""
+    return shard_like(p, shard.view(local(p).shape), p.shape, p.stride())
+
+
+def _spread_state(p: Tensor, state: State) -> State:
+    """The mask and the compact moments of ``p``, each with one value per entry of ``p``."""
+    flags = _flags(p, state)
+    dense = {
+        name: torch.zeros_like(flags, dtype=state[name].dtype).masked_scatter_(flags, state[name])
+        for name in ("exp_avg", "exp_avg_sq")
+    }
+    return {name: _spread(p, x) for name, x in (dense | {"mask": flags.to(torch.uint8)}).items()}
 
 
 def gather_entries(tensors: Sequence[T], where: list[Tensor | None]) -> list[T]:

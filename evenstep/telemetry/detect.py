@@ -59,6 +59,10 @@ PATIENCE = 3
 NARROW = 0.01
 """Least standard deviation, relative to the mean: a constant loss must not spike at a change of 1e-6."""
 
+FAR = 1000.0
+"""A norm of all gradients this many times as large or as small as its mean makes the weights worth a look, and a weight
+this many times as large as all others were is reported."""
+
 OPEN = (
     "waiting",
     "loss_spike",
@@ -168,7 +172,9 @@ class Detector:
         self.blame: Event | None = None  # step and rows of the first gradient that was not finite
         self.bad_count = 0  # number of such steps since ``blame``
         self.bad_steps = 0  # number of such steps in a row, up to the newest
-        self.unsure = False  # such a step has occurred since the weights were last checked
+        self.unsure = False  # such a step, or one with a norm `FAR` from the others, since the last look at the weights
+        self.weights = np.full(k, np.nan)  # largest weights at that look
+        self.weighed_at = 0  # the step after which it was
         self.patience = PATIENCE
         self.persisting = False  # ``stays_nonfinite`` has been reported for the current row of such steps
         self.weights_bad = False  # ``weights_nonfinite`` has been reported
@@ -188,7 +194,11 @@ class Detector:
         where = {"step": step} | ({"rows": list(rows)} if rows else {})
         level = self.levels.mean()[-1]  # the mean loss before this step enters it
         row["ratio"] = self._ratios(row["grad_max"], self._floor(row))
-        above = self._above(np.append(row["grad_norm"], [total_norm(row["grad_norm"]), loss]))
+        total, usual = total_norm(row["grad_norm"]), self.levels.mean()[-2]
+        # From gradients alone: all ranks have the same, and must agree to look at the weights.
+        far = math.isfinite(total) and not usual / FAR <= total <= usual * FAR
+        self.unsure |= bool(far and self.levels.count[-2] >= ENOUGH)
+        above = self._above(np.append(row["grad_norm"], [total, loss]))
         peaks = np.where(np.isfinite(row["grad_max"]), row["grad_max"], np.nan)
         # "not (peaks <= ...)" instead of ">": without a previous entry (NaN) a spike counts as sudden.
         spiking = np.flatnonzero((row["ratio"] > self.ratio) & ~(peaks <= SUDDEN * self.previous))
@@ -271,7 +281,7 @@ class Detector:
             self.blame = {"since": where["step"]} | ({"rows": where["rows"]} if "rows" in where else {})
             self.bad_count = 0
         self.bad_count += 1
-        self.unsure = not self.weights_bad and not self.persisting
+        self.unsure |= not self.weights_bad and not self.persisting
         if self.weights_bad or self.bad_steps > self.patience:
             return []
         return [
@@ -287,10 +297,29 @@ class Detector:
         """Judge the weights after ``step``, which is due when ``unsure`` is set.
 
         ``rms`` and ``peaks`` are the vectors ``[k]`` of `probe.Probe.weigh`. The event ``weights_nonfinite`` is
-        reported once, with the second gradient that is not finite: the first one has an event of its own.
+        reported once, with the second gradient that is not finite: the first one has an event of its own. A weight far
+        above all weights of the look before, such as one with a flipped bit, is a ``warning``.
         """
         broken = ~np.isfinite(peaks)
         self.unsure = False
+        warnings = self._far_weights(step, peaks)
+        self.weights, self.weighed_at = np.where(broken, self.weights, peaks), step
+        return warnings + self._lost_weights(step, rms, broken)
+
+    def _far_weights(self, step: int, peaks: Vector) -> list[Event]:
+        known = self.weights[np.isfinite(self.weights)]
+        with np.errstate(invalid="ignore"):
+            far = np.isfinite(peaks) & (peaks > FAR * max(known, default=math.inf))
+        if not far.any():
+            return []
+        worst = np.flatnonzero(far)[np.argsort(-peaks[far])]
+        tensors = [
+            {"name": self.names[i], "value": _four(peaks[i]), "usual": _four(self.weights[i])} for i in worst[:SHOWN]
+        ]
+        facts = {"quantity": "weight_max", "count": len(worst), "tensors": tensors, "since": self.weighed_at}
+        return [{"kind": "event", "event": "warning", "step": step, **facts}]
+
+    def _lost_weights(self, step: int, rms: Vector, broken: NDArray[np.bool_]) -> list[Event]:
         event = {"kind": "event", "step": step, **(self.blame or {"since": step})}
         if broken.any():
             if self.weights_bad or (self.blame is not None and self.bad_count < 2):

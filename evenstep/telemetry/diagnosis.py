@@ -269,6 +269,8 @@ def _begins(event: Record, rise: Rise, cause: Cause) -> bool:
     """Whether an event is the beginning of an incident, which its first sentence tells, and no consequence of it."""
     if event["event"] == "loss_spike":
         return bool(event["step"] <= rise.step + 2)
+    if cause.kind == "written":
+        return event.get("quantity") == "weight_max"
     return bool(event["event"] == "spike" and event["step"] == (rise.step if cause.kind == "batch" else cause.step))
 
 

@@ -293,10 +293,23 @@ def rise_incidents(log: Evidence, rises: Sequence[Rise], end: float = math.inf) 
 
 
 def cause_of(log: Evidence, rise: Rise) -> Cause:
-    """The cause of a rise of the loss. The rules are tried in this order, because each of the first three is evidence
+    """The cause of a rise of the loss. The rules are tried in this order, because each of the first four is evidence
     of its own and a spike is usual in a young run."""
-    rules = (_rate_cause, _batch_cause, _warning_cause, _update_cause, _growth_cause)
+    rules = (_weight_cause, _rate_cause, _batch_cause, _warning_cause, _update_cause, _growth_cause)
     return next((cause for rule in rules if (cause := rule(log, rise)) is not None), _unexplained(log, rise))
+
+
+def _weight_cause(log: Evidence, rise: Rise) -> Cause | None:
+    """A weight far above all others: a flipped bit, or code that writes weights. It was found at the first look at the
+    weights after the rise, and was not there at the look before."""
+    for event in log.events:
+        if event["event"] == "warning" and event.get("quantity") == "weight_max":
+            since = event.get("since", math.inf)
+            if since <= rise.step <= event["step"]:
+                value, name = event["tensors"][0]["value"], tensors_text(event)
+                clause = f"between {since} and {event['step']} a weight of {name} had become {value:.2g}"
+                return Cause("written", clause, rise.step, None, names_of(event), {"weight": float(value)})
+    return None
 
 
 def _rate_cause(log: Evidence, rise: Rise) -> Cause | None:
@@ -365,8 +378,8 @@ def _unexplained(log: Evidence, rise: Rise) -> Cause:
 
 
 def factor_text(value: float) -> str:
-    """A factor in few digits: 99.99999 is "100", 3.0256 is "3.03"."""
-    return f"{value:.0f}" if value >= 9.95 else f"{value:.3g}"
+    """A factor in few digits: 99.99999 is "100", 3.0256 is "3.03", 2e36 is "2e+36"."""
+    return f"{value:.0f}" if 9.95 <= value < 1e6 else f"{value:.3g}"
 
 
 def names_of(event: Record | None) -> tuple[str, ...]:

@@ -81,6 +81,7 @@ QUANTITIES = {
     "dead": "share of dead units",
     "saturated": "share of saturated units",
     "update_ratio": "update over weight",
+    "weight_max": "weight",
 }
 """Quantity of a warning -> its name in a line."""
 

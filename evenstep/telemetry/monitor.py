@@ -314,8 +314,10 @@ class SpikeMonitor:
 
     def _rate(self, i: int) -> float | None:
         """The largest learning rate of the groups that keep it on the host. One that is a tensor on the device goes
-        into row ``i`` of the buffer instead: reading it here would synchronise."""
-        rates = [group["lr"] for group in self.optimizer.param_groups if group.get("lr") is not None]
+        into row ``i`` of the buffer instead: reading it here would synchronise. Groups with an ``lr_scale`` (an
+        embedding that learns 10 times as fast) are left out, unless all have one."""
+        groups = [group for group in self.optimizer.param_groups if group.get("lr") is not None]
+        rates = [group["lr"] for group in [g for g in groups if g.get("lr_scale") is None] or groups]
         away = [rate for rate in rates if isinstance(rate, Tensor) and rate.device.type != "cpu"]
         if away:
             self.losses[1, i] = torch.stack([rate.detach().reshape(()) for rate in away]).amax()

@@ -58,6 +58,9 @@ FIELDS: dict[str, str] = {
 }
 """Columns that the heat map offers, with their titles."""
 
+ACTIVATIONS = ("attention_max", "rms", "logit_rms", "logit_max")
+"""Keys of `activations` records that have a curve."""
+
 COLORS: dict[str, tuple[float, float]] = {"ratio": (2.0, 100.0), "gss": (5.0, 500.0), "gradient_error": (0.01, 1.0)}
 """Column -> the value at which its colours begin, and the least value at which they end, so that a run without spikes
 does not look like one with spikes. The colours of the other columns go from the smallest to the largest value."""
@@ -151,8 +154,20 @@ def _curves(run: RunLog) -> dict[str, Any]:
             if values is not None and values.size:
                 there = np.isfinite(values).any(1)
                 found[f"{column}_{name}"] = run.last[there].tolist(), reduce(values[there], axis=1).tolist()
+    found |= {key: _largest(run, key) for key in ACTIVATIONS}
     # A series of zeros, such as the spike rate of a calm run, is no chart.
     return {name: _thinned(*series) for name, series in found.items() if any(series[1])}
+
+
+def _largest(run: RunLog, key: str) -> Series:
+    """The largest number under ``key`` of each `activations` record, over modules and heads."""
+    found = []
+    for record in run.activations:
+        values = [module.get(key) for module in record["modules"].values()]
+        flat = [x for value in values for x in (value if isinstance(value, list) else [value]) if is_number(x)]
+        if flat:
+            found.append((record["step"], max(flat)))
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def _thinned(steps: list[float], values: list[float]) -> dict[str, list[float]]:

@@ -376,14 +376,24 @@ class OptimConfig(Section):
         None, "multiply the weight decay by lr / peak lr, except in the embedding and the output layer: AdamC "
         "(none: false)",
     )  # fmt: skip
+    cautious_decay: bool | None = option(
+        None, "weight decay only of the entries that an update moves towards 0: Cautious Weight Decay (none: false)"
+    )
+    hyperball: float | None = option(
+        None, "keep the norm of each hidden matrix and move it by this times the learning rate times the norm: AdamH "
+        "with adamw, MuonH with muon (none: off)", above=0, high=1e6,
+    )  # fmt: skip
     options: Mapping[str, Any] = field(default_factory=dict)
     """Every other hyperparameter, by the name of the constructor argument. `evenstep.train.optimizers` checks the names
     against the signature of the constructor."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decay_correction and not self.weight_decay:
-            raise EvenstepError("optim.decay_correction true has no effect without optim.weight_decay; give both")
+        for name in ("decay_correction", "cautious_decay"):
+            if getattr(self, name) and not self.weight_decay:
+                raise EvenstepError(f"optim.{name} true has no effect without optim.weight_decay; give both")
+        if self.hyperball is not None and self.weight_decay:
+            raise EvenstepError("optim.hyperball keeps the norm of the matrices; leave optim.weight_decay out")
 
     @property
     def lr_scales(self) -> dict[str, float]:

@@ -104,10 +104,11 @@ def grid_of(config: Config, gpus: int, per_node: int) -> Grid:
         raise EvenstepError(
             f"{gpus} GPUs with {machine} per machine cannot be divided into equal groups; give parallel.replicate"
         )
-    if parallel.mode in SHARDED and config.optim.name == "spam" and config.optim.options.get("density", 1.0) != 1:
+    options = config.optim.options
+    if parallel.mode in SHARDED and options.get("density", 1.0) != 1 and options.get("state") == "int8":
         raise EvenstepError(
-            f"optim.density {config.optim.options['density']} cannot be used with parallel.mode {parallel.mode}; give "
-            "optim.density 1 or parallel.mode ddp"
+            f"optim.state int8 with optim.density {options['density']} cannot be used with parallel.mode "
+            f"{parallel.mode}; give optim.state bf16"
         )
     return Grid(parallel.mode, gpus, tensor, replicate)
 

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from evenstep.baselines.catalog import BASELINES, baseline, check_options
+from evenstep.baselines.rules import hidden_and_rest
 from evenstep.baselines.transforms import add_transforms, build_transforms
 from evenstep.errors import EvenstepError, first_line
 from evenstep.optim.groups import edge_weights
+from evenstep.optim.weight_rules import cautious_decay, hyperball
 from evenstep.train.config import BaseConfig, ScheduleConfig
 from evenstep.train.config_io import shown
 
@@ -31,12 +33,13 @@ def check_optimizer(config: OptimConfig) -> None:
     or invalid transforms. Does not build the optimizer."""
     check_options(config.name, config.options)
     build_transforms(config.before)
-    if config.decay_correction and not baseline(config.name).decoupled:
-        able = ", ".join(name for name, one in BASELINES.items() if one.decoupled)
-        raise EvenstepError(
-            f"optim.decay_correction true is for decoupled weight decay, which {config.name} does not have; give one "
-            f"of {able}"
-        )
+    for option in ("decay_correction", "cautious_decay"):
+        if getattr(config, option) and not baseline(config.name).decoupled:
+            able = ", ".join(name for name, one in BASELINES.items() if one.decoupled)
+            raise EvenstepError(
+                f"optim.{option} true is for decoupled weight decay, which {config.name} does not have; give one of "
+                f"{able}"
+            )
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
@@ -44,7 +47,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
     With ``decay = "matrices"``, parameters of fewer than two dimensions are in a separate group with weight_decay 0:
     norms and biases are scales and offsets, for which small values are no simpler. The embedding and the output layer
-    are in groups of their own where ``lr_scale`` gives them another learning rate. EvenstepError for options or values
+    are in groups of their own where ``lr_scale`` gives them another learning rate. ``cautious_decay`` and ``hyperball``
+    change the ``step`` of the optimizer, see `evenstep.optim.weight_rules`. EvenstepError for options or values
     that the constructor refuses.
     """
     check_optimizer(config)
@@ -63,7 +67,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         raise
     except (ValueError, TypeError) as problem:
         raise EvenstepError(f"optim: {config.name} refuses its options: {first_line(problem)}") from problem
-    return add_transforms(optimizer, config.before)
+    optimizer = add_transforms(optimizer, config.before)
+    try:
+        if config.cautious_decay:
+            cautious_decay(optimizer)
+        if config.hyperball is not None:
+            hidden, _ = hidden_and_rest(model)
+            hyperball(optimizer, [p for _, p in hidden], config.hyperball)
+    except ValueError as problem:  # weights of 16 bits
+        raise EvenstepError(f"optim.{first_line(problem)}") from problem
+    return optimizer
 
 
 def try_optimizer(config: OptimConfig) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from evenstep.lowbit.metrics import Metrics, lowbit_metrics, observe_gradients
+from evenstep.lowbit.metrics import Metrics, lowbit_metrics, observe_gradients, observe_weights
 from evenstep.telemetry.monitor import SpikeMonitor
 from evenstep.telemetry.sinks import Guarded, TensorBoardSink, TrackioSink, WandbSink, opened
 from evenstep.train.config import BaseConfig
@@ -27,27 +27,31 @@ class LowBitNoise:
     """The quantisation error of every low-bit layer, in the form that `SpikeMonitor` accepts: ``saturation``,
     ``underflow`` and ``error`` of the weight and, if the recipe quantises gradients, ``gradient_error``.
 
-    The errors of weights are measured at every drain, which takes up to a tenth of a step. The gradients of a layer
+    The errors of weights are measured at every drain, which takes up to a tenth of a step. If the weights are
+    ``sharded``, they are measured in the forward pass of a log step instead, where FSDP2 has gathered them: the scales
+    of the format belong to the whole matrix. The gradients of a layer
     exist only during the backward pass, so they are observed in log steps, in eager mode. Named recipes round weights
     to nearest, and gradients are rounded with a separate generator, so telemetry does not change a bit of the run.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, device: torch.device, *, sharded: bool) -> None:
+        self.model, self.sharded = model, sharded
         self.generator = torch.Generator(device).manual_seed(0)
+        self.weights: Metrics = {}
         self.gradients: Metrics = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Context of a forward and backward pass."""
-        with observe_gradients(self.model, self.generator) as gradients:
+        whole = observe_weights(self.model) if self.sharded else nullcontext(self.weights)
+        with whole as weights, observe_gradients(self.model, self.generator) as gradients:
             yield
-        self.gradients = gradients
+        self.weights, self.gradients = weights, gradients
 
     def __call__(self) -> dict[str, dict[str, Tensor]]:
         layers = {
             layer: {"saturation": of["saturation"], "underflow": of["underflow"], "error": of["relative_error"]}
-            for layer, of in lowbit_metrics(self.model).items()
+            for layer, of in (self.weights if self.sharded else lowbit_metrics(self.model)).items()
         }
         for layer, of in self.gradients.items():
             layers.setdefault(layer, {})["gradient_error"] = of["relative_error"]
@@ -73,9 +77,8 @@ class RunTelemetry:
         self.monitor = None
         self.noise = None
         telemetry = config.telemetry
-        # A process has only a shard of a matrix, but the scales of the format belong to the whole matrix.
-        if config.lowbit and telemetry.enabled and not sharded:
-            self.noise = LowBitNoise(model, device)
+        if config.lowbit and telemetry.enabled:
+            self.noise = LowBitNoise(model, device, sharded=sharded)
         if telemetry.enabled:
             self.monitor = SpikeMonitor(
                 model,

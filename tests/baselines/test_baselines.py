@@ -217,6 +217,23 @@ def test_muons_vectors_do_not_decay_and_its_adam_has_its_own_rate():
     assert found == {("matrix", 1e-3, 0.1), ("matrix", 5e-4, 0.1), ("vector", 5e-4, 0.0)}
 
 
+def test_normuons_rows_are_of_one_size_and_its_groups_are_those_of_muon():
+    """Algorithm 1 of arXiv:2510.05491: rows over the root of their mean square, then RMS 0.2."""
+    pytest.importorskip("pytorch_optimizer")
+    m = model()
+    q = m.model.layers[0].self_attn.q_proj.weight
+    before = q.detach().clone()
+    config = OptimConfig(name="normuon", lr=1e-3, weight_decay=0.1, options={"adam_lr": 5e-4})
+    optimizer = build_optimizer(m, config)
+    found = {(type_of(p), g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert found == {("matrix", 1e-3, 0.1), ("matrix", 5e-4, 0.1), ("vector", 5e-4, 0.0)}
+    gradients(m, 0)
+    optimizer.step()
+    update = (before * (1 - 1e-3 * 0.1) - q.detach()).double() / 1e-3
+    rows = update.square().mean(dim=1).sqrt()
+    assert rows.std() / rows.mean() < 1e-2 and update.square().mean().sqrt() == pytest.approx(0.2, rel=1e-2)
+
+
 def type_of(p):
     return "matrix" if p.ndim == 2 else "vector"
 

@@ -1,6 +1,7 @@
 """Checkpoints of sharded runs: torch.distributed.checkpoint, saved by two processes, loaded by two, one and three."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from evenstep import SPAM
+from evenstep.train import saving
 from tests.optim.test_sharded import MAKERS, Small, run, setup, train
 
 BEFORE, AFTER = range(10), range(10, 18)
@@ -44,9 +46,10 @@ def whole(x):
 def outcome(model, optimizer):
     """Every parameter and every entry of the state, whole."""
     found = {}
-    for name, p in model.named_parameters():
+    saved = optimizer.state_dict()["state"] if isinstance(optimizer, SPAM) else {}  # masks and moments made whole
+    for i, (name, p) in enumerate(model.named_parameters()):
         found[name] = whole(p.detach()).clone()
-        for key, value in optimizer.state.get(p, {}).items():  # reading a defaultdict would fill it
+        for key, value in (saved.get(i) or optimizer.state.get(p, {})).items():  # reading a defaultdict would fill it
             found[f"{name} {key}"] = whole(value).clone() if torch.is_tensor(value) else value
     return found
 
@@ -64,10 +67,11 @@ def saver(rank, world, path, directory, names):
             dcp.save(state, checkpoint_id=f"{directory}/{name}-{style}")
         full = StateDictOptions(full_state_dict=True, cpu_offload=True)
         saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=full))  # some of it is the live state
+        weights = copy.deepcopy(get_model_state_dict(model, options=full))
         train(model, optimizer, place, AFTER)
         after = outcome(model, optimizer)
         if rank == 0:
-            torch.save((saved, after), f"{directory}/{name}.pt")
+            torch.save(({"model": weights, "optimizer": saved}, after), f"{directory}/{name}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -87,7 +91,7 @@ def loader(rank, world, path, directory, names):
             set_model_state_dict(model, state["model"], options=options)
             if style == "full":
                 set_optimizer_state_dict(
-                    model, optimizer, copy.deepcopy(full), options=StateDictOptions(full_state_dict=True)
+                    model, optimizer, copy.deepcopy(full["optimizer"]), options=StateDictOptions(full_state_dict=True)
                 )
             else:
                 set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
@@ -105,15 +109,49 @@ def loader(rank, world, path, directory, names):
                         atol=1e-6,
                         msg=lambda m, k=key, n=name, s=style: f"{n} {s} {k} {m}",
                     )
+            if name == "spam_sparse" and style == "full" and world == 1:
+                resumes_unsharded(full, expected)
+    if "spam_sparse" in names and world == 2:
+        resumes_from_one_process(rank, directory)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def resumes_unsharded(full, expected):
+    """The state of shards, loaded by an optimizer of whole parameters."""
+    model = Small()
+    model.load_state_dict(full["model"])
+    optimizer = MAKERS["spam_sparse"](model)
+    set_optimizer_state_dict(model, optimizer, full["optimizer"])
+    assert optimizer.state[model.hidden.weight]["exp_avg"].shape == (21,)  # half of 7 x 6
+    train(model, optimizer, lambda p, grad: grad, AFTER)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def resumes_from_one_process(rank, directory):
+    """The trainer's checkpoint of one process, loaded by shards."""
+    model, optimizer = trained("spam_sparse")
+    tensors, rest = saving.optimizer_tensors(model, optimizer)
+    path = Path(directory) / "one-process"
+    if rank == 0:
+        saving.write(path, tensors, None)
+    dist.barrier()
+    shards, resumed = sharded("spam_sparse")
+    set_model_state_dict(shards, model.state_dict(), options=StateDictOptions(full_state_dict=True))
+    saving.load_optimizer(shards, resumed, path, rest)
+    train(model, optimizer, lambda p, grad: grad, AFTER)
+    train(shards, resumed, place, AFTER)
+    for p, q in zip(shards.parameters(), model.parameters(), strict=True):
+        assert torch.equal(resumed.get_mask(p).full_tensor(), optimizer.get_mask(q))
+        torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "names, worlds",
     [
-        (["stable_spam"], (2, 1)),
-        pytest.param(["stable_spam", "spam", "scale", "stabilized"], (2, 1, 3), marks=pytest.mark.slow),
+        (["stable_spam", "spam_sparse"], (2, 1)),
+        pytest.param(["stable_spam", "spam", "spam_sparse", "scale", "stabilized"], (2, 1, 3), marks=pytest.mark.slow),
     ],
     ids=["quick", "all"],
 )

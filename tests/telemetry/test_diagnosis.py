@@ -284,6 +284,11 @@ def test_damaged_events_do_not_break_a_diagnosis():
 # ---- injected faults ----
 
 
+def flip_exponent_bit(x):
+    """The highest bit of the exponent of one entry, which multiplies it by 2**128."""
+    x.view(-1).view(torch.int32)[5] ^= 1 << 30
+
+
 def trained(path, fault, optimizer, at=70, steps=95):
     """A small LLaMA on few tokens, with one fault at step ``at``; returns the findings of its log."""
     torch.manual_seed(0)
@@ -309,6 +314,9 @@ def trained(path, fault, optimizer, at=70, steps=95):
             if step == at and fault in ("tensor", "nan tensor"):
                 grad = names["model.layers.1.mlp.down_proj.weight"].grad
                 grad.mul_(1000.0) if fault == "tensor" else grad[3].fill_(math.nan)
+            if step == at and fault in ("bit of a gradient", "bit of a weight"):
+                p = names["model.layers.1.mlp.down_proj.weight"]
+                flip_exponent_bit(p.grad if fault == "bit of a gradient" else p.data)
             monitor.observe(loss, rows=(8 * step, 8 * step + 8), step=step)
             optimizer.step()
     return diagnose(load_log(path))
@@ -321,6 +329,8 @@ def trained(path, fault, optimizer, at=70, steps=95):
         ("tensor", "layers.1.mlp.down_proj alone spiked x", [560, 568]),
         ("random", "Loss rose at 70; the batch of that step (rows 560-568) differs", [560, 568]),
         ("rate", "Loss rose at 71; the learning rate had risen 100 times at 70.", None),
+        ("bit of a gradient", "The gradient of layers.1.mlp.down_proj alone spiked x", [560, 568]),
+        ("bit of a weight", "Loss rose at 71; between 10 and 80 a weight of layers.1.mlp.down_proj had become", None),
     ],
 )
 def test_an_injected_fault_is_named_first(tmp_path, fault, sentence, rows, optimizer):

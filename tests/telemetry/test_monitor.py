@@ -45,6 +45,15 @@ class Kept:
         return [record for record in self.records if record.get("kind") == kind]
 
 
+def test_the_rate_of_a_run_is_that_of_groups_without_a_scale():
+    model, kept = model_of(), Kept()
+    groups = [{"params": model[0].parameters(), "lr": 0.1, "lr_scale": 10.0}, {"params": model[1:].parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.01)
+    with SpikeMonitor(model, optimizer, sinks=[kept], say=None) as monitor:
+        train(monitor, model, optimizer, 3)
+    assert kept.of("window")[-1]["lr"] == 0.01
+
+
 def model_of(width=6):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, width, bias=False))

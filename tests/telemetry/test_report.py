@@ -600,6 +600,33 @@ def test_there_are_panels_and_tiles_only_for_what_was_measured(browser, tmp_path
     assert complaints(browser) == []
 
 
+def forward_pass(step, scale):
+    block = {"attention_max": [scale, 2 * scale], "rms": scale, "kurtosis": 3.0}
+    modules = {"layers.0": block, "layers.1": block | {"rms": 3 * scale}}
+    return {
+        "kind": "activations",
+        "step": step,
+        "modules": modules | {"lm_head": {"logit_rms": scale, "logit_max": 9.0}},
+    }
+
+
+def test_a_sampled_forward_pass_has_the_largest_numbers_of_all_blocks_and_heads(tmp_path):
+    damaged = {"kind": "activations", "step": 60, "modules": {"layers.1": {"rms": "a", "attention_max": [None]}}}
+    write_lines(tmp_path / "metrics.jsonl", forward_pass(20, 1.0), forward_pass(40, 2.0), damaged)
+    [run] = payload([load_run(tmp_path)])["runs"]
+    wanted = {"attention_max": [2.0, 4.0], "rms": [3.0, 6.0], "logit_rms": [1.0, 2.0], "logit_max": [9.0, 9.0]}
+    assert {name: run["curves"][name]["y"] for name in wanted} == wanted
+    assert run["curves"]["rms"]["x"] == [20, 40]
+
+
+def test_the_panels_of_a_sampled_forward_pass(browser, tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", forward_pass(20, 1.0), forward_pass(40, 2.0))
+    shown(browser, tmp_path, tmp_path)
+    heads = [head.text for head in browser.find_elements("css selector", "section h2")]
+    assert heads == ["Largest attention logit", "Activations (RMS)", "Output logits"]
+    assert complaints(browser) == []
+
+
 @pytest.mark.parametrize("width", [1300, 800, 390])
 def test_the_table_of_events_is_whole_at_any_width(browser, tmp_path, width):
     screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}

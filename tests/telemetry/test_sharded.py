@@ -1,5 +1,6 @@
 """What the monitor says of sharded and replicated models: the numbers of whole tensors, once."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 
 from evenstep import SpikeMonitor, StableSPAM
+from evenstep.models import Llama, LlamaConfig
+from evenstep.telemetry.diagnosis import diagnose
+from evenstep.telemetry.foreign import load_log
 from evenstep.telemetry.schema import read_records
 from evenstep.telemetry.sinks import JsonlSink
 from tests.optim.test_sharded import Small, run, setup
@@ -103,3 +108,55 @@ def ddp_worker(rank, world, path, out):
 def test_ddp_with_accumulation_measures_the_averaged_gradient(tmp_path):
     run(ddp_worker, tmp_path, str(tmp_path))
     assert not (tmp_path / "rank1.jsonl").read_text()
+
+
+# ---- faults of one rank ----
+
+SPIKE, NAN_ROW = 60, 80
+
+
+def faulty_worker(rank, world, path, out):
+    """Text on two ranks, under DDP and then FSDP2. Rank 1 alone has a gradient x1000, later a row with a NaN."""
+    from torch.distributed.fsdp import fully_shard
+
+    setup(rank, world, path)
+    for mode in ("ddp", "fsdp"):
+        torch.manual_seed(0)
+        model = Llama(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2))
+        down = model.get_parameter("model.layers.0.mlp.down_proj.weight")
+        now, draw = {"step": 0}, torch.Generator().manual_seed(0)
+        if mode == "ddp":
+            # Before the reduction, which spreads it over all ranks.
+            down.register_hook(lambda g, now=now: g * 1000 if now["step"] == SPIKE and rank == 1 else g)
+            forward = nn.parallel.DistributedDataParallel(model)
+        else:
+            forward = fully_shard(model, mesh=dist.init_device_mesh("cpu", (world,)))
+            down = model.get_parameter("model.layers.0.mlp.down_proj.weight")
+        optimizer = StableSPAM(model.parameters(), lr=3e-3)
+        sinks = [JsonlSink(f"{out}/{mode}{rank}.jsonl")]
+        with SpikeMonitor(forward, optimizer, sinks=sinks, say=None) as monitor:
+            for step in range(1, 91):
+                now["step"] = step
+                x = torch.randint(8, (8, 17), generator=draw)
+                x[:, 1:] = (x[:, 1:] % 4 + x[:, :-1]) % 8
+                x = x[rank::world]
+                each = F.cross_entropy(forward(x[:, :-1]).transpose(1, 2), x[:, 1:], reduction="none")  # [b, T]
+                if step == NAN_ROW and rank == 1:
+                    each = torch.cat([each[:1] * math.nan, each[1:]])
+                optimizer.zero_grad()
+                each.mean().backward()
+                if mode == "fsdp" and step == SPIKE and rank == 1:
+                    down.grad.to_local().mul_(1000)  # in the shard of this rank, which no other has
+                monitor.observe(each.mean(), rows=(8 * step, 8 * step + 8), step=step)
+                optimizer.step()
+    dist.destroy_process_group()
+
+
+def test_a_fault_of_one_rank_is_named_and_dated(tmp_path):
+    run(faulty_worker, tmp_path, str(tmp_path))
+    for mode in ("ddp", "fsdp"):
+        findings = diagnose(load_log(tmp_path / f"{mode}0.jsonl"))
+        text = "\n".join(finding.text for finding in findings)
+        assert "layers.0.mlp.down_proj alone spiked x" in text and f"at step {SPIKE}, rows 480-488" in text, text
+        lost = next(finding for finding in findings if finding.step == NAN_ROW)
+        assert "not finite at step 80, rows 640-648" in lost.text and "skipped" in lost.text, text

@@ -42,7 +42,7 @@ data.exclude data.on_bad
 model.size model.config model.hf model.norm model.norm_alpha model.qk_norm model.attention_softcap model.logit_softcap
 model.kv_heads model.tie_embeddings model.init
 optim.name optim.before optim.lr optim.lr_scale.embedding optim.lr_scale.last optim.weight_decay optim.decay
-optim.decay_correction
+optim.decay_correction optim.cautious_decay optim.hyperball
 schedule.name schedule.warmup_steps schedule.min_lr_ratio schedule.decay_fraction
 train.steps train.tokens train.batch_size train.micro_batch_size train.seq_len train.dtype train.device train.compile
 train.activation_checkpointing train.loss_chunk train.clip_norm train.z_loss train.on_nan

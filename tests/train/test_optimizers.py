@@ -173,6 +173,37 @@ def test_the_corrected_decay_is_that_of_adamc(name):
     torch.testing.assert_close(after[embedding], before[embedding] * (1 - 0.025 * 0.5), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_hyperball_is_for_hidden_matrices(name):
+    m = model()
+    optimizer = build_optimizer(m, OptimConfig(name=name, lr=1e-3, hyperball=20.0))
+    before = {path: p.detach().clone() for path, p in m.named_parameters()}
+    for p in m.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    after = {path: p.detach() for path, p in m.named_parameters()}
+    for path, p in after.items():
+        moved = float((p - before[path]).norm() / before[path].norm())
+        if "layers" in path and p.dim() == 2:
+            torch.testing.assert_close(p.norm(), before[path].norm(), rtol=1e-5, atol=0)
+            assert moved == pytest.approx(0.02, rel=0.02), path
+        elif path != "lm_head.weight":
+            assert moved != pytest.approx(0.02, rel=0.02), path
+
+
+def test_rules_on_the_weights_that_do_not_fit_are_refused():
+    with pytest.raises(EvenstepError, match=r"optim\.cautious_decay true has no effect without optim\.weight_decay"):
+        OptimConfig(cautious_decay=True)
+    with pytest.raises(EvenstepError, match=r"optim\.cautious_decay true is for decoupled weight decay, which sgd"):
+        check_optimizer(OptimConfig(name="sgd", cautious_decay=True, weight_decay=0.1))
+    with pytest.raises(
+        EvenstepError, match=r"optim\.hyperball keeps the norm of the matrices; leave optim\.weight_decay"
+    ):
+        OptimConfig(hyperball=20.0, weight_decay=0.1)
+    with pytest.raises(EvenstepError, match=r"optim\.hyperball: a parameter has dtype torch\.bfloat16"):
+        build_optimizer(model().bfloat16(), OptimConfig(name="adamw", hyperball=20.0))
+
+
 def test_a_corrected_decay_without_effect_is_refused():
     with pytest.raises(EvenstepError, match=r"optim\.decay_correction true has no effect without optim\.weight_decay"):
         OptimConfig(decay_correction=True)

@@ -7,6 +7,7 @@ import torch
 from parallel_support import by_step, losses, silent, train
 from train_support import quick, write_corpus
 
+from evenstep.telemetry.schema import read_records
 from evenstep.train.checkpoint import list_checkpoints, read_manifest
 from evenstep.train.trainer import Run
 from evenstep.train.weights import load_model
@@ -62,13 +63,31 @@ def copied(out, name):
     return shutil.copytree(out, out.parent / name)
 
 
+def assert_the_low_bit_weights_are_those_of_one_process(corpus, sharded, alone, options):
+    """Sharded weights are measured in the forward pass: those of step 2 are the weights after step 1."""
+    Run(quick(corpus, alone, **COMMON | options, optim__name="stable_spam"), say=silent).fit()
+    low = [[r for r in read_records(out / "metrics.jsonl") if r.get("kind") == "lowbit"] for out in (sharded, alone)]
+    (_, two), (one, _) = low
+    assert two["layers"].keys() == one["layers"].keys() != set()
+    for name, layer in one["layers"].items():
+        assert two["layers"][name] == pytest.approx(layer, rel=2e-3)
+
+
 def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(corpus, whole, tmp_path):
     """ddp with AdamW, fsdp with Stable-SPAM; then the checkpoint of two goes on in two, one and three."""
-    ddp, fsdp = tmp_path / "ddp", tmp_path / "fsdp"
+    ddp, fsdp, low = tmp_path / "ddp", tmp_path / "fsdp", tmp_path / "low"
+    fp4 = {"lowbit": "fp4", "train__steps": "2"}
     spam = options("fsdp", optim__name="stable_spam", train__activation_checkpointing="true")
-    train(2, corpus, (ddp, options("ddp", optim__name="adamw"), False, None), (fsdp, spam, False, None))
+    train(
+        2,
+        corpus,
+        (ddp, options("ddp", optim__name="adamw"), False, None),
+        (fsdp, spam, False, None),
+        (low, spam | fp4, False, None),
+    )
     assert losses(ddp) == pytest.approx(losses(whole("adamw")), rel=1e-5)
     assert losses(fsdp) == pytest.approx(losses(whole("stable_spam")), rel=1e-5)
+    assert_the_low_bit_weights_are_those_of_one_process(corpus, low, tmp_path / "low1", fp4)
     manifest = read_manifest(fsdp / "checkpoints" / "step-000004")
     assert manifest["world_size"] == 2 and sum(name.startswith("shard-") for name in manifest["files"]) == 2
 

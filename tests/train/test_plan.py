@@ -84,6 +84,14 @@ def test_sparse_moments_and_masks_are_those_of_a_dry_run(state, where):
     assert count(plan).state == plan.memory["optimizer state"]
 
 
+def test_sparse_moments_of_shards_are_those_of_a_dry_run():
+    options = {"optim.density": "0.25", "optim.density_of": "hidden"}
+    plan = planned("tiny", 2, vocab=1003, parallel__mode="fsdp", optim__name="spam", **options)
+    assert count(plan).state == plan.memory["optimizer state"]
+    dense = planned("tiny", 2, vocab=1003, parallel__mode="fsdp", optim__name="spam")
+    assert plan.memory["optimizer state"] < dense.memory["optimizer state"]
+
+
 # ---- activations ----
 
 
@@ -282,8 +290,8 @@ def test_more_micro_batches_keep_whole_gradients_under_fsdp():
 def test_what_cannot_be_cut_is_refused():
     with pytest.raises(EvenstepError, match="batch_size 64 is not divisible by the 24"):
         planned(gpus=24, parallel__mode="fsdp")
-    with pytest.raises(EvenstepError, match=r"density 0\.5.*ddp"):
-        planned(parallel__mode="fsdp", optim__name="spam", **{"optim.density": "0.5"})
+    with pytest.raises(EvenstepError, match=r"int8 with optim\.density 0\.5.*fsdp; give optim\.state bf16"):
+        planned(parallel__mode="fsdp", optim__name="spam", **{"optim.density": "0.5", "optim.state": "int8"})
     with pytest.raises(EvenstepError, match=r"model\.qk_norm true cannot be used with parallel\.tensor 2.*fsdp"):
         make_plan(
             load_config(None, [("parallel.mode", "tp+fsdp"), ("parallel.tensor", "2")]),

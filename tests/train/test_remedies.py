@@ -32,6 +32,8 @@ OPTIONS = {
     "z_loss": {"train__z_loss": "1e-3", "train__micro_batch_size": "2"},
     "softcaps": {"model__attention_softcap": "0.5", "model__logit_softcap": "5", "train__z_loss": "1e-3"},
     "corrected decay": {"optim__weight_decay": "0.5", "optim__decay_correction": "true"},
+    "cautious decay": {"optim__weight_decay": "0.5", "optim__cautious_decay": "true"},
+    "hyperball": {"optim__hyperball": "7"},
     "grouped and tied": {"model__kv_heads": "2", "model__tie_embeddings": "true"},
 }
 
