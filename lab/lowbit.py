@@ -254,7 +254,7 @@ def verdicts(results: Results) -> list[Verdict]:
     pairs = [(("stable_spam", low), ("adamw", "bf16"), BUDGET) for low in LOW]
     pairs += [(("stable_spam", low), ("adamw", low), low) for low in LOW]
     pairs += [(("stable_spam", "fp32"), (name, "fp32"), "bf16") for name in ("adamw", "adamw + clip")]
-    claims = []
+    claims: list[dict[str, Any]] = []
     for lower, higher, _ in pairs:
         verdict, gap = judge(results.seeds(*lower), results.seeds(*higher), floor=FLOOR)
         decided = gap is None and verdict in ("confirmed", "opposite")  # one side diverged: there is no test
