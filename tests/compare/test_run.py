@@ -114,7 +114,7 @@ def test_a_diverged_cell_is_remembered_and_a_failed_one_is_tried_again(tmp_path,
     text = SMALL.replace("rates = [1e-3, 4e-3]", "rates = [1e-3, 1e30]")
     assert main(["compare", str(table(tmp_path, corpus, text=text)), "--out", str(tmp_path / "a"), "--jobs", "0"]) == 0
     told = capsys.readouterr().out
-    assert "lr 1e+30 seed 0 (sweep, 256 tokens): diverged: the loss is" in told
+    assert "lr 1e+30 seed 100 (sweep, 256 tokens): diverged: the loss is" in told
     assert "stopped early: adam/high at lr 1e+30: diverged" in told
     again = ["compare", str(table(tmp_path, corpus, text=text)), "--out", str(tmp_path / "a"), "--jobs", "0"]
     assert main(again) == 0 and "diverged: the loss" not in capsys.readouterr().out.split("stopped early")[0]
