@@ -4,9 +4,16 @@ import dataclasses
 import math
 
 import pytest
-from differential import Case, NetworkCase, campaign, difference, draw_case, outcome
+from differential import PAIR, Case, NetworkCase, campaign, difference, draw_case, outcome
 
 from evenstep.optim import StableSPAM
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _processes():
+    """Those of the cases with a wrapper serve all tests of the module."""
+    yield
+    PAIR.close()
 
 
 @pytest.mark.parametrize("seed", range(0, 60, 10))

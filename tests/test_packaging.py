@@ -36,12 +36,23 @@ def test_optimizers_telemetry_and_low_bits_work_where_torch_and_numpy_are_all_th
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
-@pytest.mark.parametrize("first", ["evenstep.optim.stabilize", "evenstep.optim.transforms", "evenstep"])
-def test_stabilize_is_the_function_whatever_was_imported_first(first):
-    code = f"import {first}; from evenstep.optim import stabilize as a; from evenstep import stabilize as b"
-    code += "; print(a is b, callable(a))"
+def test_stabilize_is_the_function_whatever_was_imported_first():
+    """Each import in a child of one process that has loaded torch and nothing of evenstep."""
+    code = """
+import importlib, os, sys, torch
+for first in ("evenstep.optim.stabilize", "evenstep.optim.transforms", "evenstep"):
+    assert not any(name.partition(".")[0] == "evenstep" for name in sys.modules)
+    if not os.fork():
+        importlib.import_module(first)
+        from evenstep.optim import stabilize as a
+        from evenstep import stabilize as b
+        print(first, a is b, callable(a), flush=True)
+        os._exit(0)
+    os.wait()
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["True", "True"], done.stderr
+    names = ("evenstep.optim.stabilize", "evenstep.optim.transforms", "evenstep")
+    assert done.stdout.splitlines() == [f"{name} True True" for name in names], done.stderr
 
 
 def test_every_paper_is_cited():

@@ -162,7 +162,7 @@ def settled(claims: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     least = 0.0
     for rank, claim in enumerate(tests):
         least = max(least, min(1.0, (len(tests) - rank) * claim["p"]))
-        if claim["verdict"] in (UNMEASURED, UNTESTED):
+        if claim["verdict"] in (UNMEASURED, UNTESTED, OPEN):
             continue
         claim["holm"] = least
         if least >= ALPHA:

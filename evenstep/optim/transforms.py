@@ -192,6 +192,8 @@ class AdaGN(Transform):
     """
 
     name = "adagn"
+    skips_zeros: ClassVar[bool] = False
+    """Whether a gradient of zeros leaves the statistics as they are. In AdaGN it enters them like any other."""
     scalars = ("norm", "norm_rms", "n")
     options = ("gamma1", "gamma2", "eps", "robust")
 
@@ -207,13 +209,17 @@ class AdaGN(Transform):
         gain, ema, rms = adagn(
             grads.norm, state["norm"], state["norm_rms"], n, self.gamma1, self.gamma2, self.eps, self.robust
         )
-        return grads.amplified(gain), {"norm": ema, "norm_rms": rms, "n": n}
+        after = {"norm": ema, "norm_rms": rms, "n": n}
+        if self.skips_zeros:
+            after = {key: torch.where(grads.norm > 0, value, state[key]) for key, value in after.items()}
+        return grads.amplified(gain), after
 
 
 class GradientStabilizer(AdaGN):
     """AdaGN with the defaults of GradientStabilizer (arXiv:2502.17055 v3): gamma1 0.6, gamma2 0.999, eps 0.
 
-    Args, statistics and errors are those of `AdaGN`.
+    As in its official code, a gradient of zeros leaves the statistics of its tensor as they are: fed into the means, it
+    would change the norm of the gradients after it. Args, statistics and errors are those of `AdaGN`.
 
     Example:
         >>> import torch
@@ -227,6 +233,7 @@ class GradientStabilizer(AdaGN):
     """
 
     name = "gradient_stabilizer"
+    skips_zeros = True
 
     def __init__(self, gamma1: float = 0.6, gamma2: float = 0.999, eps: float = 0.0, robust: bool = False):
         super().__init__(gamma1, gamma2, eps, robust)

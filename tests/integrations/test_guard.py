@@ -270,11 +270,10 @@ def _two_processes(rank, out, port):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     given = {"max_grad_norm": 0.5, "ddp_backend": "gloo"}
-    for ladder, action in (("skip", "skip"), ("rewind", "rewind")):
-        _, guard, said = guarded(out, at=[BAD], ladder=ladder, **given)
+    for action in ("rewind", "skip"):
+        trainer, guard, said = guarded(out, at=[BAD], ladder=action, **given)
         assert done(guard) == [(BAD, action)]
         assert len(said) == (rank == 0)
-    trainer, guard, _ = guarded(out, at=[BAD], ladder="skip", **given)
     clean, _, _ = guarded(out, steps=39, left_out=[2 * BAD - 1, 2 * BAD], **given)
     assert equal(weights(trainer.model), weights(clean.model))
     dist.destroy_process_group()

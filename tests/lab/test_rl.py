@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
 from torch import nn
@@ -48,6 +49,8 @@ def recipe_of(tmp_path, text=SMALL, name="small.toml"):
 @pytest.mark.parametrize("name", ["rl-cartpole", "rl-halfcheetah-300k"])
 def test_a_recipe_runs_in_miniature_and_is_not_run_again(name, tmp_path, capsys, monkeypatch):
     [path] = [path for path in RECIPES if path.stem == name]
+    # An episode of HalfCheetah has 1000 steps, whatever happens in it; an evaluation has one.
+    monkeypatch.setattr(gymnasium.spec(load(path).env), "max_episode_steps", 50)
     arguments = [str(path), "--smoke", "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
     said = capsys.readouterr().out

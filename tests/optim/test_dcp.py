@@ -160,10 +160,13 @@ def test_saved_by_two_processes_goes_on_in_two_one_and_three(names, worlds, tmp_
     for world in worlds:
         where = tmp_path / str(world)
         where.mkdir()
-        if world == 2:
-            (where / "save").mkdir()
-            run(saver, where / "save", str(tmp_path), names, world=2)
-        run(loader, where, str(tmp_path), names, world=world)
+        run(saver_and_loader if world == 2 else loader, where, str(tmp_path), names, world=world)
+
+
+def saver_and_loader(rank, world, path, directory, names):
+    """Both in the same processes, which have a new group for the second."""
+    saver(rank, world, f"{path}-save", directory, names)
+    loader(rank, world, path, directory, names)
 
 
 MORE = MAKERS | {"spam_sparse": lambda m: SPAM(m.parameters(), lr=0.01, reset_interval=7, density=0.25)}

@@ -30,7 +30,7 @@ PAIRS = {
     "adaclip": (AdaClip, oracle_units.AdaClip, {}),
     "adaclip_fast": (AdaClip, oracle_units.AdaClip, {"gamma3": 0.5}),
     "adagn": (AdaGN, oracle_units.AdaGN, {}),
-    "gradient_stabilizer": (GradientStabilizer, lambda: oracle_units.AdaGN(0.6, 0.999, 0.0), {}),
+    "gradient_stabilizer": (GradientStabilizer, lambda: oracle_units.AdaGN(0.6, 0.999, 0.0, skips_zeros=True), {}),
     "spike_clip": (SpikeClip, oracle_units.SpikeClip, {"threshold": 3.0, "clip_start": 4}),
     "value_clip": (ValueClip, oracle_units.ValueClip, {}),
     "agc": (AGC, oracle_units.AGC, {}),
@@ -80,6 +80,18 @@ def test_a_unit_follows_its_paper(name):
 def test_and_in_fp32(name):
     unit, rule, options = PAIRS[name]
     compare([unit(**options)], [rule(**options)], dtype=torch.float32, rtol=2e-4)
+
+
+@pytest.mark.parametrize("unit, norm", [(GradientStabilizer, 1.0), (lambda: AdaGN(0.6, 0.999, 0.0), 0.75)])
+def test_gradient_stabilizer_does_not_count_a_gradient_of_zeros_and_adagn_does(unit, norm):
+    p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    base = Recorder([p])
+    optimizer = stabilize(base, unit())
+    for g in (*[[3.0, 4.0]] * 3, *[[0.0, 0.0]] * 10, [3.0, 4.0]):
+        p.grad = torch.tensor(g, dtype=torch.float64)
+        optimizer.step()
+    assert float(base.seen[-1][0].norm()) == pytest.approx(norm, abs=1e-9 if norm == 1 else 0.05)
+    assert [float(seen[0].norm()) for seen in base.seen[3:13]] == [0.0] * 10
 
 
 def test_norm_clip_is_torchs():

@@ -511,8 +511,9 @@ class Pair:
             raise
         for result in results:
             if isinstance(result, tuple):
-                self.close(size)  # the others may be waiting for the one that failed
                 refused, text = result
+                if not (refused and all(isinstance(other, tuple) for other in results)):
+                    self.close(size)  # the others may be waiting for the one that failed
                 raise Refused(text) if refused else RuntimeError(text)
         dtype = DTYPES[case.dtype]
         for result in results:
@@ -700,7 +701,7 @@ def reduced(case: Case, kind: str) -> Case:
 
 
 def campaign(count: int, seed: int = 0, *, verbose: bool = False, report: Any = print) -> int:
-    """Run ``count`` cases; returns how many differ or raise."""
+    """Run ``count`` cases; returns how many differ or raise. `PAIR` keeps its processes for the next campaign."""
     totals = {"same": 0, "refused": 0, "differs": 0, "raises": 0}
     for number in range(seed, seed + count):
         case = draw_case(number)
@@ -713,7 +714,6 @@ def campaign(count: int, seed: int = 0, *, verbose: bool = False, report: Any = 
             report(f"seed {number}: refused: {text}")
         if (number - seed + 1) % 100 == 0 and verbose:
             report(f"{number - seed + 1} cases: {totals}")
-    PAIR.close()
     report(f"{count} combinations from seed {seed}: " + ", ".join(f"{n} {kind}" for kind, n in totals.items()))
     return totals["differs"] + totals["raises"]
 
@@ -725,4 +725,6 @@ if __name__ == "__main__":
     parser.add_argument("--verbose", action="store_true", help="say what is refused, and count as it goes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    sys.exit(campaign(arguments.count, arguments.seed, verbose=arguments.verbose) > 0)
+    failed = campaign(arguments.count, arguments.seed, verbose=arguments.verbose)
+    PAIR.close()
+    sys.exit(failed > 0)

@@ -52,18 +52,25 @@ def ahead(running: Job, draw: random.Random, least: int = 1) -> None:
     running.wait_for(lambda: start < running.steps() >= goal or running.process.poll() is not None)
 
 
+def lose_one(running: Job, out: Path, draw: random.Random) -> tuple[int, int]:
+    """kill -9 of one process; torchrun starts all of them anew, and they go on by themselves. Returns the steps that
+    were done, and those that were saved."""
+    running.wait_for(lambda: newest(out) > 0)
+    ahead(running, draw)
+    before = running.workers()
+    running.signal(draw.randrange(SIZE), signal.SIGKILL)
+    done = running.steps()
+    running.wait_for(lambda: len(running.workers()) == SIZE and not set(before) & set(running.workers()))
+    running.wait_for(lambda: "resumed from" in running.said().rpartition("error")[2] or running.steps() > done)
+    saved = newest(out)
+    running.wait_for(lambda: running.steps() > saved)
+    return done, saved
+
+
 def kill_one(corpus: Path, out: Path, draw: random.Random, **more: str) -> int:
-    """kill -9 of one process; torchrun starts all of them anew, and they go on by themselves."""
+    """The fault of `lose_one`, then the end of the job."""
     with job(corpus, out, restarts=2, **more) as running:
-        running.wait_for(lambda: newest(out) > 0)
-        ahead(running, draw)
-        before = running.workers()
-        running.signal(draw.randrange(SIZE), signal.SIGKILL)
-        done = running.steps()
-        running.wait_for(lambda: len(running.workers()) == SIZE and not set(before) & set(running.workers()))
-        running.wait_for(lambda: "resumed from" in running.said().rpartition("error")[2] or running.steps() > done)
-        saved = newest(out)
-        running.wait_for(lambda: running.steps() > saved)
+        done, saved = lose_one(running, out, draw)
         running.kill_all()
     all_whole(out)
     return max(0, done - saved)

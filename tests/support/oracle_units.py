@@ -32,17 +32,21 @@ class AdaClip:
 
 
 class AdaGN:
-    def __init__(self, gamma1=0.7, gamma2=0.9, eps=1e-8):
-        self.g1, self.g2, self.eps, self.n, self.mu, self.nu = gamma1, gamma2, eps, 0, {}, {}
+    def __init__(self, gamma1=0.7, gamma2=0.9, eps=1e-8, skips_zeros=False):
+        self.g1, self.g2, self.eps, self.n, self.mu, self.nu = gamma1, gamma2, eps, {}, {}, {}
+        self.skips_zeros = skips_zeros
 
     def __call__(self, grads, params, t):
-        self.n += 1
         out = []
         for i, g in enumerate(grads):
             r = norm_of([g])
+            if r == 0 and self.skips_zeros:
+                out.append(g)
+                continue
+            n = self.n[i] = self.n.get(i, 0) + 1
             self.mu[i] = self.g1 * self.mu.get(i, 0.0) + (1 - self.g1) * r
             self.nu[i] = self.g2 * self.nu.get(i, 0.0) + (1 - self.g2) * r * r
-            mean, square = self.mu[i] / (1 - self.g1**self.n), self.nu[i] / (1 - self.g2**self.n)
+            mean, square = self.mu[i] / (1 - self.g1**n), self.nu[i] / (1 - self.g2**n)
             out.append(g / r * mean / (math.sqrt(square) + self.eps) if r > 0 else g)
         return out
 

@@ -67,14 +67,22 @@ def actions(out):
     return [line for line in lines if line.get("event") == "guard"]
 
 
+BAD = [25 * SIZE, 38 * SIZE]
+
+
+@pytest.fixture(scope="module")
+def expected(corpus, tmp_path_factory):
+    """The run that never saw the batches at `BAD`."""
+    return never_saw(corpus, tmp_path_factory.mktemp("expected") / "plain", BAD)
+
+
 @pytest.mark.parametrize("factor", [1000.0, float("nan")], ids=["finite", "nan"])
 @pytest.mark.parametrize("ladder", ["skip", "rewind", "all"])
-def test_a_run_with_bad_batches_equals_one_that_never_saw_them(corpus, tmp_path, ladder, factor):
-    bad = [25 * SIZE, 38 * SIZE]
+def test_a_run_with_bad_batches_equals_one_that_never_saw_them(corpus, tmp_path, expected, ladder, factor):
+    bad = BAD
     said = []
     run = guarded(corpus, tmp_path / "run", ladder, bad, said.append, factor)
     summary = run.fit()
-    expected = never_saw(corpus, tmp_path / "plain", bad)
     assert_same(run, expected)
     assert summary["steps"] == 44 and summary["skipped_sequences"] == 2 * SIZE
     found = actions(run.out)

@@ -63,6 +63,11 @@ def copied(out, name):
     return shutil.copytree(out, out.parent / name)
 
 
+SPAM = options("fsdp", optim__name="stable_spam", train__activation_checkpointing="true")
+FP4 = {"lowbit": "fp4", "train__steps": "2"}
+BF16 = {"train__dtype": "bf16", "train__steps": "3", "optim__name": "adamw"}
+
+
 def assert_the_low_bit_weights_are_those_of_one_process(corpus, sharded, alone, options):
     """Sharded weights are measured in the forward pass: those of step 2 are the weights after step 1."""
     Run(quick(corpus, alone, **COMMON | options, optim__name="stable_spam"), say=silent).fit()
@@ -73,28 +78,41 @@ def assert_the_low_bit_weights_are_those_of_one_process(corpus, sharded, alone, 
         assert two["layers"][name] == pytest.approx(layer, rel=2e-3)
 
 
-def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(corpus, whole, tmp_path):
-    """ddp with AdamW, fsdp with Stable-SPAM; then the checkpoint of two goes on in two, one and three."""
-    ddp, fsdp, low = tmp_path / "ddp", tmp_path / "fsdp", tmp_path / "low"
-    fp4 = {"lowbit": "fp4", "train__steps": "2"}
-    spam = options("fsdp", optim__name="stable_spam", train__activation_checkpointing="true")
+def _fit_and_cut(run):
+    """Leaves a copy that ends with step 4 beside the run, for the next job."""
+    run.fit()
+    if run.world.rank == 0:
+        cut(copied(run.out, "again"), 4)
+
+
+@pytest.fixture(scope="module")
+def two(corpus, tmp_path_factory):
+    """The runs of two processes, which are started once: ddp, fsdp, again (fsdp from its step 4), bf16,
+    low (fsdp in 4 bits)."""
+    out = tmp_path_factory.mktemp("two")
     train(
         2,
         corpus,
-        (ddp, options("ddp", optim__name="adamw"), False, None),
-        (fsdp, spam, False, None),
-        (low, spam | fp4, False, None),
+        (out / "ddp", options("ddp", optim__name="adamw"), False, None),
+        (out / "fsdp", SPAM, False, _fit_and_cut),
+        (out / "again", SPAM, True, None),
+        (out / "bf16", options("ddp", **BF16), False, None),
+        (out / "low", SPAM | FP4, False, None),
     )
+    return out
+
+
+def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(corpus, whole, two, tmp_path):
+    """ddp with AdamW, fsdp with Stable-SPAM; then the checkpoint of two goes on in two and in one."""
+    ddp, fsdp = two / "ddp", two / "fsdp"
     assert losses(ddp) == pytest.approx(losses(whole("adamw")), rel=1e-5)
     assert losses(fsdp) == pytest.approx(losses(whole("stable_spam")), rel=1e-5)
-    assert_the_low_bit_weights_are_those_of_one_process(corpus, low, tmp_path / "low1", fp4)
+    assert_the_low_bit_weights_are_those_of_one_process(corpus, two / "low", tmp_path / "low", FP4)
     manifest = read_manifest(fsdp / "checkpoints" / "step-000004")
     assert manifest["world_size"] == 2 and sum(name.startswith("shard-") for name in manifest["files"]) == 2
 
-    again = cut(copied(fsdp, "again"), 4)
     one = cut(copied(fsdp, "one"), 4)
-    train(2, corpus, (again, spam, True, None))
-    assert losses(again) == losses(fsdp)
+    assert losses(two / "again") == losses(fsdp)
     Run.resume(one, quick(corpus, one, **options("none", optim__name="stable_spam")), say=silent).fit()
     assert losses(one) == pytest.approx(losses(fsdp), rel=1e-5)
     for name, tensor in load_model(fsdp / "checkpoints" / "step-000008").state_dict().items():
@@ -102,12 +120,10 @@ def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(corpus, who
         torch.testing.assert_close(other, tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_copies_in_bf16_train_together(corpus, tmp_path):
+def test_copies_in_bf16_train_together(corpus, tmp_path, two):
     """DDP with 16-bit parameters, whose gradients are averaged in fp32."""
-    bf16 = {"train__dtype": "bf16", "train__steps": "3", "optim__name": "adamw"}
-    Run(quick(corpus, tmp_path / "one", **options("none", **bf16)), say=silent).fit()
-    train(2, corpus, (tmp_path / "two", options("ddp", **bf16), False, None))
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    Run(quick(corpus, tmp_path / "one", **options("none", **BF16)), say=silent).fit()
+    assert losses(two / "bf16") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
 @pytest.mark.slow
