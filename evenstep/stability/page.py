@@ -293,7 +293,7 @@ Written before the runs. The learning rate of a remedy is tuned for each model, 
 at loss scale 1, with seeds 100 and 101: in steps of 2, and beyond the edge as long as the best rate is at the edge. It
 then holds for every variant, other loss scales and faults included, except where the variant has its own rate. The
 tested seeds are others. A fault starts at a step between half and three quarters of the run, which depends on the seed;
-after a rewind a gradient fault does not come back, bad data are read again unless they are left out. Claims are
+a rewind leaves out the rows of the bad step, and with them the fault. Claims are
 registered in the code, compared over pairs of equal seeds (Student's t, 95 %), and corrected by Holm's method over all
 of them.
 

@@ -79,7 +79,8 @@ def train(
     optimizer = build_optimizer(model, _optim(values, steps))
     clip_norm = values.get("clip_norm")
     rates, schedule = LearningRates(optimizer), ScheduleConfig(name=family.schedule)
-    warmup = min(steps // 2, round(family.warmup * remedy.warmup) if family.warmup else round(20 * (remedy.warmup > 1)))
+    # A longer warm-up of a family without one is 20 steps.
+    warmup = min(steps // 2, round((family.warmup or 5 * (remedy.warmup > 1)) * remedy.warmup))
     at = fault_step(family, seed) if variant.fault else None
     rows = Rows(family, source, variant.fault, -1 if at is None else at, seed)
     spoil = GRADIENT_FAULTS.get(variant.fault)
@@ -91,11 +92,10 @@ def train(
     curve: dict[int, float] = {}
     held, seconds = [(x.to(device), y.to(device)) for x, y in validation(data, family)], 0.0
     draw = torch.Generator().manual_seed(seed)
-    spoilt = False
     done = 0
     while done < steps:
         began = time.perf_counter()
-        # Rows are read in order. After a rewind, the ones that the guard leaves out are passed over.
+        # Rows are read in order. After a rewind, those of bad steps are left out, and with them the fault.
         number = rows.position
         tokens, targets = (part.to(device) for part in rows.next_batch())
         if guard is not None and not guard.wanted(number):
@@ -105,10 +105,8 @@ def train(
         parts: Tensor = model.loss(tokens, targets, **extra)
         (parts.sum() * variant.loss_scale).backward()
         losses.append(float(parts.detach().reshape(-1)[0]))
-        if spoil is not None and at is not None and not (spoilt and number == at):
-            # A fault strikes once: a rewind does not bring it back.
+        if spoil is not None and at is not None:
             spoil(model, number - at, draw)
-            spoilt = spoilt or number == at
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         if guard is None:
