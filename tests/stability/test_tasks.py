@@ -152,7 +152,7 @@ def test_every_remedy_takes_a_step_on_every_model_it_is_for(source):
             if fits(family, remedy):
                 one = with_threshold(remedy, 1.0 if remedy.thresholds else None)
                 trial = train(family, Variant("v"), one, 1e-3, 0, source)
-                assert trial.seconds > 0, (name, remedy.name)
+                assert trial.loss is not None, (name, remedy.name)
     assert not fits(FAMILIES["irnn"], BY_NAME["Adam + QK-norm"])
 
 
