@@ -67,7 +67,7 @@ _FEW = ("Adam", "Adam + clip 1", "Stable-SPAM .7/.9", "Adam + guard: rewind")
 SCALES = {
     scale.name: scale
     for scale in (
-        Scale("small", ((0, 1, 2), (3, 4))),
+        Scale("small", ((0,), (1, 2), (3, 4))),
         Scale(
             "quick", ((0,),), tuned=False, tasks=("control", "gradient", "recurrence", "data", "bits"),
             remedies=(*_FEW, "SPAM", "Stable-SPAM .7/.9, robust", "Adam + ZClip"),

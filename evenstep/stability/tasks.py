@@ -135,14 +135,14 @@ TASKS = (
         (*_scaled("all, ", fault="all x 1000"), Variant("MLPs", fault="MLPs x 1000")),
     ),
     Task(
-        "data", "Bad data", "llama", "Batches of random tokens, of one repeated token, of program code; bad documents.",
-        "PaLM, arXiv:2204.02311, section 5.1",
-        tuple(Variant(name, fault=name) for name in ("10 random batches", "10 % random rows", "one token", "code")),
-    ),
-    Task(
         "bits", "Flipped bits and NaN", "llama",
         "Four flipped bits in the gradient of each tensor on four steps; one NaN.",
         "Dixit et al., arXiv:2102.11245", tuple(Variant(name, fault=name) for name in ("flipped bits", "one NaN")),
+    ),
+    Task(
+        "data", "Bad data", "llama", "Batches of random tokens, of one repeated token, of program code; bad documents.",
+        "PaLM, arXiv:2204.02311, section 5.1",
+        tuple(Variant(name, fault=name) for name in ("10 random batches", "10 % random rows", "one token", "code")),
     ),
     Task(
         "depth", "Post-LN, 24 blocks", "post-ln", "A depth at which Post-LN rarely trains.",
@@ -165,17 +165,17 @@ TASKS = (
         ),
     ),
     Task(
+        "rates", "A ladder of learning rates", "llama", "How wide is the range of rates that train?",
+        "Wortsman et al., arXiv:2309.14322",
+        tuple(Variant(f"lr {lr:g}", lr=lr) for lr in (2e-3, 1.6e-2, 6.4e-2, 0.256)),
+    ),
+    Task(
         "lowbit", "4 and 2 bits at high rates", "llama", "Weights and activations of 4 or 2 bits at high rates.",
         "Stable-SPAM, arXiv:2502.17055",
         tuple(
             Variant(f"{name} lr {lr:g}", lowbit=name, lr=lr)
             for name, lr in (("fp4", 1.6e-2), ("fp4", 3.2e-2), ("int4", 1.6e-2), ("int2", 1.6e-2))
         ),
-    ),
-    Task(
-        "rates", "A ladder of learning rates", "llama", "How wide is the range of rates that train?",
-        "Wortsman et al., arXiv:2309.14322",
-        tuple(Variant(f"lr {lr:g}", lr=lr) for lr in (2e-3, 1.6e-2, 6.4e-2, 0.256)),
     ),
     Task(
         "logits", "Growing logits", "llama", "A high rate over twice as many steps.",
