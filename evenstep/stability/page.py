@@ -172,25 +172,28 @@ _NAMED = ("Adam", "Adam + clip 1", "Adam + tuned clip", "Stable-SPAM .7/.9", "St
 
 
 def choices(results: Results) -> str:
-    """The table "if this breaks, use that": for each task the remedies whose mean regret is within `LEVEL` of the
-    lowest, and the numbers of the usual ones."""
+    """The table "if this breaks, use that": for each task the remedies with the lowest mean loss and, where there is a
+    fault, those with the least damage; and the regret of the usual ones."""
     rows = []
     for task in TASKS:
         keys = results.keys(task.name)
         if not keys or task.name == "control":
             continue
-        regret = {}
-        for remedy in dict.fromkeys(name for key in keys for name in results.trials[key]):
-            values = [x for key in keys for x in results.regrets(key, remedy).values()]
-            if all(remedy in results.trials[key] for key in keys):
-                regret[remedy] = mean(values)
-        best = sorted((name for name in regret if regret[name] <= min(regret.values()) + LEVEL), key=regret.__getitem__)
+        names = [name for name in results.trials[keys[0]] if all(name in results.trials[key] for key in keys)]
+        regret = {name: mean(x for key in keys for x in results.regrets(key, name).values()) for name in names}
         level = not any(results.separates(key) for key in keys)
+        faults = [v.name for v in task.variants if v.fault]
+        damage = {name: mean(x for key in keys for x in results.damages(key, name)) for name in names if faults}
         usual = [number(regret.get(name, math.nan)) for name in _NAMED[:5]]
-        shown = ", ".join(f"{name} ({number(regret[name])})" for name in best[:4])
-        more = f" and {len(best) - 4} more" if len(best) > 4 else ""
-        rows.append((task.title, "nothing: level" if level else shown + more, *usual))
-    return table(("if this breaks", "use", *_NAMED[:5]), rows)
+        lowest = "nothing: level" if level else _best(regret, LEVEL)
+        rows.append((task.title, lowest, _best(damage, LEVEL / 2) if damage else "", *usual))
+    return table(("if this breaks", "lowest loss", "least damage", *_NAMED[:5]), rows)
+
+
+def _best(values: Mapping[str, float], within: float) -> str:
+    """The names whose value is within so much of the lowest, the best first, at most four of them."""
+    best = sorted((name for name in values if values[name] <= min(values.values()) + within), key=values.__getitem__)
+    return ", ".join(f"{name} ({number(values[name])})" for name in best[:4]) + (", ..." if len(best) > 4 else "")
 
 
 def task_section(results: Results, task: Task, remedies: Sequence[Remedy]) -> str:
@@ -335,7 +338,9 @@ def text_of(
         f"{runs:,} runs, seeds {', '.join(map(str, seeds))}, {hours:.1f} hours of one core with tuning. "
         f"{'; '.join(hardware)}. Commits {', '.join(commits) or 'unknown'}. Repeat with `{command}`.\n",
         "![Regret of every remedy in every task](stability.png)\n",
-        "## If this breaks, use that\n\nMean regret in nats over the variants and seeds of a task.\n",
+        "## If this breaks, use that\n",
+        "Means in nats over the variants and seeds of a task: regret, and damage by the fault. The last columns are "
+        "regrets.\n",
         choices(results),
         "## Claims\n",
         table(("claim", "loss", "p (Holm)", "verdict"), claims),

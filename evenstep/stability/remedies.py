@@ -53,7 +53,10 @@ class Remedy:
 
 
 def _text(value: Any) -> str:
+    if value == "steps":  # the number of steps, which evenstep pretrain calls the run
+        return "run"
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = text.lower() if isinstance(value, bool) else text
     return f"'{text}'" if set(text) & set(" (") else text
 
 

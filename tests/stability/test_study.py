@@ -85,6 +85,16 @@ def test_scales_cover_what_they_say():
     assert gradient.setting["device"] == "cuda" and gradient.setting["family"]["shape"]["hidden_size"] == 512
 
 
+def test_a_remedy_names_its_options():
+    commands = {remedy.name: remedy.command for remedy in REMEDIES}
+    assert commands["Adam + clip 1"] == "--optim.name adamw --train.clip_norm 1"
+    assert commands["Adam + AdaGC"] == "--optim.name adamw --optim.before 'adagc(warmup_steps=20)'"
+    assert commands["Stable-SPAM .7/.9, robust"] == "--optim.name stable_spam --optim.robust true"
+    assert commands["Stable-SPAM .7/.9, schedule"] == "--optim.name stable_spam --optim.total_steps run"
+    assert commands["Adam + guard: lower rate"] == "--optim.name adamw --guard.ladder skip,lower_lr"
+    assert remedy_of("torch.optim:NAdam").command == "--optim.name torch.optim:NAdam"
+
+
 # ---- the page ----
 
 
