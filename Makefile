@@ -28,7 +28,7 @@ test-torch:  ## the test suite on another torch: `make test-torch VERSION=2.11.0
 	$(MAKE) test VENV=.venv-torch-$(VERSION) ARGS='$(ARGS)'
 
 test-slow: $(VENV)/.dev  ## the tests that are left out of `make test` for their length
-	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600 $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600 -o faulthandler_timeout=4000 $(ARGS)
 
 soak: $(VENV)/.dev  ## twenty minutes of kills and damage; `make soak ARGS='--minutes 5'`
 	$(BIN)/python tests/support/soak.py $(ARGS)
