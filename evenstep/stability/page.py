@@ -151,11 +151,17 @@ def lead(results: Results, remedies: Sequence[Remedy]) -> str:
     order = sorted(whole, key=lambda name: -whole[name])
     shown = [*order[:3], *(name for name in _NAMED if name in whole and name not in order[:3])]
     shares = ", ".join(f"{name} in {whole[name]:.0%}" for name in shown)
+    lost = {name: _lost(results, name, results.trials) for name in whole}
+    held = [name for name in order if not lost[name]]
     told = verdicts(results)
     kept = {kind: [one["text"] for one in told if one["verdict"] == kind] for kind in ("confirmed", "opposite")}
     sentences = [
         f"**No remedy is best everywhere.** Of {most} cells (a variant of a task, with a seed), a remedy is within "
-        f"{NEAR} nats of the best one: {shares}."
+        f"{NEAR} nats of the best one: {shares}.",
+        f"Only {' and '.join(held)} lost no run." if held else "Every remedy lost a run.",
+        f"Adam lost {lost['Adam']}, Adam + clip 1 {lost['Adam + clip 1']}."
+        if {"Adam", "Adam + clip 1"} <= {*lost}
+        else "",
     ]
     if kept["confirmed"]:
         sentences.append(f"Confirmed claims: {'; '.join(kept['confirmed'])}.")
@@ -164,7 +170,33 @@ def lead(results: Results, remedies: Sequence[Remedy]) -> str:
     open_ones = len(told) - len(kept["confirmed"]) - len(kept["opposite"])
     if open_ones:
         sentences.append(f"{open_ones} of {len(told)} claims are not confirmed or not measured yet.")
-    return " ".join(sentences)
+    return " ".join(filter(None, sentences))
+
+
+def _lost(results: Results, remedy: str, keys: Iterable[Key]) -> int:
+    counts = [results.survived(key, remedy) for key in keys]
+    return sum(runs - alive for alive, runs in counts)
+
+
+def overview(results: Results, remedies: Sequence[Remedy]) -> str:
+    """A line for each remedy over all tasks, by the share of cells near the best."""
+    faulty = [(task.name, variant.name) for task in TASKS for variant in task.variants if variant.fault]
+    rows = []
+    for remedy in remedies:
+        close, cells = results.near(remedy.name)
+        if not cells:
+            continue
+        keys = [key for key in results.trials if remedy.name in results.trials[key]]
+        damages = [x for key in faulty if key in keys for x in results.damages(key, remedy.name)]
+        alive = [x for x in damages if x < math.inf]
+        premium = mean(results.regrets(CONTROL, remedy.name).values()) if CONTROL in keys else math.nan
+        damage = f"{mean(alive):.2f}" if alive else "-"
+        lost = _lost(results, remedy.name, keys)
+        rows.append(
+            (close / cells, (remedy.name, f"{close / cells:.0%}", f"{lost} of {cells}", damage, number(premium)))
+        )
+    heads = ("remedy", f"within {NEAR} of the best", "runs lost", "mean damage", "regret undisturbed")
+    return table(heads, [row for _, row in sorted(rows, key=lambda item: -item[0])])
 
 
 _NAMED = ("Adam", "Adam + clip 1", "Adam + tuned clip", "Stable-SPAM .7/.9", "Stable-SPAM .85/.99999", "SPAM")
@@ -338,6 +370,8 @@ def text_of(
         f"{runs:,} runs, seeds {', '.join(map(str, seeds))}, {hours:.1f} hours of one core with tuning. "
         f"{'; '.join(hardware)}. Commits {', '.join(commits) or 'unknown'}. Repeat with `{command}`.\n",
         "![Regret of every remedy in every task](stability.png)\n",
+        "## All tasks\n",
+        overview(results, remedies),
         "## If this breaks, use that\n",
         "Means in nats over the variants and seeds of a task: regret, and damage by the fault. The last columns are "
         "regrets.\n",
