@@ -89,6 +89,8 @@ class Results:
 
 
 CONTROL: Key = ("control", "tuned rate")
+RAISED = ("rates", "lowbit", "logits")
+"""Tasks that raise the learning rate on purpose."""
 
 
 def results_of(outcomes: Mapping[str, Outcome], scale: Scale, remedies: Sequence[Remedy]) -> Results:
@@ -151,17 +153,18 @@ def lead(results: Results, remedies: Sequence[Remedy]) -> str:
     order = sorted(whole, key=lambda name: -whole[name])
     shown = [*order[:3], *(name for name in _NAMED if name in whole and name not in order[:3])]
     shares = ", ".join(f"{name} in {whole[name]:.0%}" for name in shown)
-    lost = {name: _lost(results, name, results.trials) for name in whole}
+    calm = [key for key in results.trials if key[0] not in RAISED]
+    lost = {name: _lost(results, name, calm) for name in whole}
     held = [name for name in order if not lost[name]]
+    survivors = f"{' and '.join(held)} lost no run" if held else "every remedy lost a run"
     told = verdicts(results)
     kept = {kind: [one["text"] for one in told if one["verdict"] == kind] for kind in ("confirmed", "opposite")}
     sentences = [
         f"**No remedy is best everywhere.** Of {most} cells (a variant of a task, with a seed), a remedy is within "
         f"{NEAR} nats of the best one: {shares}.",
-        f"Only {' and '.join(held)} lost no run." if held else "Every remedy lost a run.",
-        f"Adam lost {lost['Adam']}, Adam + clip 1 {lost['Adam + clip 1']}."
-        if {"Adam", "Adam + clip 1"} <= {*lost}
-        else "",
+        f"Outside of the tasks that raise the learning rate on purpose, {survivors}"
+        + "".join(f", {name} lost {lost[name]}" for name in shown if lost[name])
+        + ".",
     ]
     if kept["confirmed"]:
         sentences.append(f"Confirmed claims: {'; '.join(kept['confirmed'])}.")
@@ -170,7 +173,7 @@ def lead(results: Results, remedies: Sequence[Remedy]) -> str:
     open_ones = len(told) - len(kept["confirmed"]) - len(kept["opposite"])
     if open_ones:
         sentences.append(f"{open_ones} of {len(told)} claims are not confirmed or not measured yet.")
-    return " ".join(filter(None, sentences))
+    return " ".join(sentences)
 
 
 def _lost(results: Results, remedy: str, keys: Iterable[Key]) -> int:
@@ -191,11 +194,18 @@ def overview(results: Results, remedies: Sequence[Remedy]) -> str:
         alive = [x for x in damages if x < math.inf]
         premium = mean(results.regrets(CONTROL, remedy.name).values()) if CONTROL in keys else math.nan
         damage = f"{mean(alive):.2f}" if alive else "-"
-        lost = _lost(results, remedy.name, keys)
-        rows.append(
-            (close / cells, (remedy.name, f"{close / cells:.0%}", f"{lost} of {cells}", damage, number(premium)))
-        )
-    heads = ("remedy", f"within {NEAR} of the best", "runs lost", "mean damage", "regret undisturbed")
+        lost = []
+        for part in ([key for key in keys if (key[0] in RAISED) == raised] for raised in (False, True)):
+            lost.append(f"{_lost(results, remedy.name, part)} of {results.near(remedy.name, part)[1]}" if part else "-")
+        rows.append((close / cells, (remedy.name, f"{close / cells:.0%}", *lost, damage, number(premium))))
+    heads = (
+        "remedy",
+        f"within {NEAR} of the best",
+        "lost",
+        "lost at raised rates",
+        "mean damage",
+        "regret undisturbed",
+    )
     return table(heads, [row for _, row in sorted(rows, key=lambda item: -item[0])])
 
 
