@@ -208,7 +208,7 @@ def test_a_miniature_of_every_task_with_an_optimizer_of_the_user(tmp_path, capsy
     text = (tmp_path / "out" / "stability.md").read_text()
     for task in TASKS:
         assert f"## {task.title}" in text
-    assert text.count("| torch.optim:NAdam |") == len(TASKS) and (tmp_path / "out" / "stability.png").exists()
+    assert text.count("| torch.optim:NAdam |") == len(TASKS) + 1 and (tmp_path / "out" / "stability.png").exists()
     stored = (tmp_path / "out" / "cells.jsonl").read_text()
     assert stored.count("\n") == len(TASKS)
     shutil.rmtree(tmp_path / "out" / "cells")
