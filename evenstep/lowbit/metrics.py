@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,21 +112,7 @@ def observe_inputs(model: nn.Module) -> Iterator[Metrics]:
         >>> list(found)
         ['0']
     """
-    found: Metrics = {}
-
-    def observer(name: str, fmt: Format) -> Any:
-        def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found[name] = quantization_error(args[0], fmt)  # args[0] is x [..., in]
-
-        return observe
-
-    with _removed(
-        [
-            module.register_forward_pre_hook(observer(name, module.recipe.input))
-            for name, module in model.named_modules()
-            if isinstance(module, LowBitLinear) and module.recipe.input is not None
-        ]
-    ):
+    with _observed(model, "input", lambda module, args: args[0]) as found:  # x [..., in]
         yield found
 
 
@@ -134,19 +120,29 @@ def observe_inputs(model: nn.Module) -> Iterator[Metrics]:
 def observe_weights(model: nn.Module) -> Iterator[Metrics]:
     """As `observe_inputs`, for the weight of each low-bit layer as the forward pass uses it: under FSDP2 the whole
     matrix, of which a process holds a shard between the passes. `lowbit_metrics` takes the weights as they are."""
+    with _observed(model, "weight", lambda module, args: module.weight.detach()) as found:
+        yield found
+
+
+@contextmanager
+def _observed(
+    model: nn.Module, what: str, of: Callable[[LowBitLinear, tuple[Tensor, ...]], Tensor]
+) -> Iterator[Metrics]:
+    """Measure the tensor that ``of`` takes from each forward pass of a layer, in the format of its recipe's field
+    ``what``; layers without such a format are left out."""
     found: Metrics = {}
 
     def observer(name: str, fmt: Format) -> Any:
-        def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found[name] = quantization_error(module.weight.detach(), fmt)  # type: ignore[operator]
+        def observe(module: LowBitLinear, args: tuple[Tensor, ...]) -> None:
+            found[name] = quantization_error(of(module, args), fmt)
 
         return observe
 
     with _removed(
         [
-            module.register_forward_pre_hook(observer(name, module.recipe.weight))
+            module.register_forward_pre_hook(observer(name, fmt))
             for name, module in model.named_modules()
-            if isinstance(module, LowBitLinear) and module.recipe.weight is not None
+            if isinstance(module, LowBitLinear) and (fmt := getattr(module.recipe, what)) is not None
         ]
     ):
         yield found
