@@ -20,6 +20,7 @@ from evenstep.errors import EvenstepError
 from evenstep.stability.remedies import Remedy
 from evenstep.stability.study import CLAIMS, Claim, Scale
 from evenstep.stability.tasks import FAMILIES, TASKS, Task, Variant, baseline
+from evenstep.stability.trial import EVERY
 from evenstep.train.files import replace_text
 from evenstep.train.hardware import short_commit
 
@@ -278,8 +279,6 @@ def _cell(results: Results, key: Key, remedy: str, variant: Variant) -> str:
 def _recovery(results: Results, keys: Sequence[Key], remedy: str) -> str:
     """The mean number of steps from the start of a fault until the validation loss is back at its value before it, over
     the runs that got there, and how many did not."""
-    from evenstep.stability.trial import EVERY
-
     steps, never = [], 0
     for key in keys:
         for trial in results.trials[key].get(remedy, {}).values():

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ADAM: dict[str, Any] = {"name": "adamw"}
-B95: dict[str, Any] = {"name": "adamw", "betas": [0.9, 0.95]}
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,6 @@ class Remedy:
     Attributes:
         optim: options of `evenstep pretrain`'s ``[optim]``: the name of the optimizer, ``before`` (gradient
             transforms), and hyperparameters; and ``clip_norm``, that of ``[train]``.
-        kind: the group of the remedy in the table.
         shape: fields of the model; only for the tasks whose model has them.
         warmup: factor of the warm-up's length.
         z_loss: coefficient of the z-loss.
@@ -27,7 +25,6 @@ class Remedy:
     """
 
     name: str
-    kind: str
     optim: dict[str, Any] = field(default_factory=lambda: dict(ADAM))
     shape: dict[str, Any] = field(default_factory=dict)
     warmup: float = 1.0
@@ -53,8 +50,6 @@ class Remedy:
 
 
 def _text(value: Any) -> str:
-    if value == "steps":  # the number of steps, which evenstep pretrain calls the run
-        return "run"
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     text = text.lower() if isinstance(value, bool) else text
     return f"'{text}'" if set(text) & set(" (") else text
@@ -68,36 +63,36 @@ _STABLE: dict[str, Any] = {"name": "stable_spam"}
 _SLOW: dict[str, Any] = {**_STABLE, "gamma1": 0.85, "gamma2": 0.99999}
 
 REMEDIES: tuple[Remedy, ...] = (
-    Remedy("Adam", "Adam"),
-    Remedy("Adam, beta2 .95", "Adam", B95),
-    Remedy("Adam, warm-up x 4", "Adam", warmup=4),
-    Remedy("Adam + clip 1", "clipping", {**ADAM, "clip_norm": 1.0}),
-    Remedy("Adam + tuned clip", "clipping", {**ADAM, "clip_norm": 1.0}, thresholds=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
-    Remedy("Adam + value clip", "clipping", _before("value_clip(limit=0.1)")),
-    Remedy("Adam + AGC", "clipping", _before("agc")),
-    Remedy("Adam + ZClip", "clipping", _before("zclip")),
-    Remedy("Adam + AutoClip", "clipping", _before("autoclip")),
-    Remedy("Adam + AdaGC", "clipping", _before("adagc(warmup_steps=20)")),
-    Remedy("Adam + SkipStep", "skipping", _before("skip_step(window=50)")),
-    Remedy("StableAdamW", "clipping", {"name": "optimi_stableadamw"}),
-    Remedy("GradientStabilizer", "spike-aware", _before("gradient_stabilizer")),
-    Remedy("SPAM", "spike-aware", {"name": "spam", "reset_interval": 100, "warmup_steps": 30}),
-    Remedy("Stable-SPAM .7/.9", "spike-aware", dict(_STABLE)),
-    Remedy("Stable-SPAM .85/.99999", "spike-aware", dict(_SLOW)),
-    Remedy("Stable-SPAM .7/.9, schedule", "spike-aware", {**_STABLE, "total_steps": "steps"}),
-    Remedy("Stable-SPAM .7/.9, robust", "spike-aware", {**_STABLE, "robust": True}),
-    Remedy("Stable-SPAM .85/.99999, robust", "spike-aware", {**_SLOW, "robust": True}),
-    Remedy("SCALE", "other optimizers", {"name": "scale"}, rate=0.5),
-    Remedy("Muon", "other optimizers", {"name": "muon"}),
-    Remedy("Adam + QK-norm", "model", shape={"qk_norm": True}),
-    Remedy("Adam + z-loss", "model", z_loss=1e-4),
-    Remedy("Adam + Mix-LN", "model", shape={"norm": "mix"}),
-    Remedy("Adam + guard: skip", "guard", ladder=("skip",)),
-    Remedy("Adam + guard: lower rate", "guard", ladder=("skip", "lower_lr")),
-    Remedy("Adam + guard: rewind", "guard", ladder=("rewind",)),
+    Remedy("Adam"),
+    Remedy("Adam, beta2 .95", {**ADAM, "betas": [0.9, 0.95]}),
+    Remedy("Adam, warm-up x 4", warmup=4),
+    Remedy("Adam + clip 1", {**ADAM, "clip_norm": 1.0}),
+    Remedy("Adam + tuned clip", {**ADAM, "clip_norm": 1.0}, thresholds=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0)),
+    Remedy("Adam + value clip", _before("value_clip(limit=0.1)")),
+    Remedy("Adam + AGC", _before("agc")),
+    Remedy("Adam + ZClip", _before("zclip")),
+    Remedy("Adam + AutoClip", _before("autoclip")),
+    Remedy("Adam + AdaGC", _before("adagc(warmup_steps=20)")),
+    Remedy("Adam + SkipStep", _before("skip_step(window=50)")),
+    Remedy("StableAdamW", {"name": "optimi_stableadamw"}),
+    Remedy("GradientStabilizer", _before("gradient_stabilizer")),
+    Remedy("SPAM", {"name": "spam", "reset_interval": 100, "warmup_steps": 30}),
+    Remedy("Stable-SPAM .7/.9", dict(_STABLE)),
+    Remedy("Stable-SPAM .85/.99999", dict(_SLOW)),
+    Remedy("Stable-SPAM .7/.9, schedule", {**_STABLE, "total_steps": "run"}),
+    Remedy("Stable-SPAM .7/.9, robust", {**_STABLE, "robust": True}),
+    Remedy("Stable-SPAM .85/.99999, robust", {**_SLOW, "robust": True}),
+    Remedy("SCALE", {"name": "scale"}, rate=0.5),
+    Remedy("Muon", {"name": "muon"}),
+    Remedy("Adam + QK-norm", shape={"qk_norm": True}),
+    Remedy("Adam + z-loss", z_loss=1e-4),
+    Remedy("Adam + Mix-LN", shape={"norm": "mix"}),
+    Remedy("Adam + guard: skip", ladder=("skip",)),
+    Remedy("Adam + guard: lower rate", ladder=("skip", "lower_lr")),
+    Remedy("Adam + guard: rewind", ladder=("rewind",)),
 )
 
 
 def remedy_of(optimizer: str) -> Remedy:
     """The row of an optimizer that a user names: a name of `evenstep optimizers`, or package.module:Class."""
-    return Remedy(optimizer, "yours", {"name": optimizer})
+    return Remedy(optimizer, {"name": optimizer})

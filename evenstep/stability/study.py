@@ -22,10 +22,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
+
 from evenstep.compare import cells
 from evenstep.compare.grid import Outcomes
 from evenstep.stability.remedies import REMEDIES, Remedy
 from evenstep.stability.tasks import FAMILIES, GPU_FAMILIES, TASKS, Family, Task, Variant
+from evenstep.stability.trial import train
 
 TUNING_SEEDS = (100, 101)
 EXTEND = 6  # rates beyond the first three, on one side
@@ -90,14 +93,13 @@ def wanted(scale: Scale, remedies: Sequence[Remedy], outcomes: Outcomes) -> Iter
     tasks = [task for task in TASKS if task.name in scale.tasks]
     for block in scale.seeds:
         for task in tasks:
+            family = scale.families[task.family]
             for remedy in remedies:
-                if not fits(scale.families[task.family], remedy):
+                if not fits(family, remedy):
                     continue
-                chosen = {"lr": scale.families[task.family].lr * remedy.rate, "threshold": None}
-                if remedy.thresholds:
-                    chosen["threshold"] = 1.0
+                chosen = {"lr": family.lr * remedy.rate, "threshold": 1.0 if remedy.thresholds else None}
                 if scale.tuned and any(variant.lr is None for variant in task.variants):
-                    tuning = tuning_cell(scale, scale.families[task.family], remedy)
+                    tuning = tuning_cell(scale, family, remedy)
                     if tuning.name not in outcomes:
                         yield tuning
                         continue
@@ -154,12 +156,8 @@ def scaled(one: Any, scale: Scale) -> Any:
 
 
 def tune(setting: dict[str, Any], directory: Path, say: Any) -> dict[str, Any]:
-    """Find the learning rate, and the threshold if the remedy has candidates. Returns ``chosen`` and ``losses``: by
-    rate and by threshold the losses of the seeds, None for a run that diverged."""
-    import torch
-
-    from evenstep.stability.trial import train
-
+    """Find the learning rate, and the threshold if the remedy has candidates. Returns ``chosen``, and in
+    ``rates`` and ``thresholds`` the losses of the seeds by each value, None for a run that diverged."""
     torch.set_num_threads(1)  # the tensors are too small for more
     family, remedy = Family(**setting["family"]), remedy_in(setting)
     start, seeds = family.lr * remedy.rate, setting["seeds"]
@@ -211,10 +209,6 @@ def _mean(losses: Sequence[float | None]) -> float:
 
 def measure(setting: dict[str, Any], directory: Path, say: Any) -> dict[str, Any]:
     """Train every variant of a task on every seed. Returns ``trials``: by variant a list of `Trial` as dicts."""
-    import torch
-
-    from evenstep.stability.trial import train
-
     torch.set_num_threads(1)
     family, remedy = Family(**setting["family"]), with_threshold(remedy_in(setting), setting["threshold"])
     where = (setting["source"], setting.get("device", "cpu"))

@@ -63,7 +63,6 @@ class Variant:
         shape: other fields of the model's shape.
         lowbit: a recipe of `evenstep.lowbit`, such as "fp4".
         dtype: of the weights, "fp32" or "bf16".
-        optim: other hyperparameters of the optimizer.
         steps: another length.
     """
 
@@ -74,7 +73,6 @@ class Variant:
     shape: dict[str, Any] = field(default_factory=dict)
     lowbit: str = ""
     dtype: str = "fp32"
-    optim: dict[str, Any] = field(default_factory=dict)
     steps: int | None = None
 
 

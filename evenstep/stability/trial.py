@@ -74,15 +74,15 @@ def train(
     data = data_of(source, family.vocab_size)
     torch.manual_seed(seed)
     model = build(family, data.vocab_size, {**variant.shape, **remedy.shape}, variant.lowbit)
-    values = {**remedy.optim, **variant.optim, "lr": variant.lr or lr}
+    values = {**remedy.optim, "lr": variant.lr or lr}
     model.to(device, torch.bfloat16 if variant.dtype == "bf16" else torch.float32)
     optimizer = build_optimizer(model, _optim(values, steps))
     clip_norm = values.get("clip_norm")
     rates, schedule = LearningRates(optimizer), ScheduleConfig(name=family.schedule)
     # A longer warm-up of a family without one is 20 steps.
     warmup = min(steps // 2, round((family.warmup or 5 * (remedy.warmup > 1)) * remedy.warmup))
-    at = fault_step(family, seed) if variant.fault else None
-    rows = Rows(family, source, variant.fault, -1 if at is None else at, seed)
+    at = fault_step(family, seed)
+    rows = Rows(family, source, variant.fault, at, seed)
     spoil = GRADIENT_FAULTS.get(variant.fault)
     guard = None
     if remedy.ladder:
@@ -105,7 +105,7 @@ def train(
         parts: Tensor = model.loss(tokens, targets, **extra)
         (parts.sum() * variant.loss_scale).backward()
         losses.append(float(parts.detach().reshape(-1)[0]))
-        if spoil is not None and at is not None:
+        if spoil is not None:
             spoil(model, number - at, draw)
         if clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
@@ -121,11 +121,12 @@ def train(
             break  # the weights are lost
         if done and (done % EVERY == 0 or done == steps):
             curve[done] = evaluate(model, held)
-    return _measured(model, steps, losses, curve, at, seed, guard, seconds)
+    return _measured(model, steps, losses, curve, at if variant.fault else None, seed, guard, seconds)
 
 
 def _optim(values: Mapping[str, Any], steps: int) -> OptimConfig:
-    values = {key: steps if value == "steps" else value for key, value in values.items() if key != "clip_norm"}
+    # "run", as in evenstep pretrain: the number of steps.
+    values = {key: steps if value == "run" else value for key, value in values.items() if key != "clip_norm"}
     known = {"name", "before", "lr"}
     return OptimConfig(
         **{key: value for key, value in values.items() if key in known},
