@@ -155,23 +155,20 @@ def train(model: nn.Module, tokens: torch.Tensor, steps: int = 2) -> None:
 def worker(rank: int, place: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=2)
-    try:
-        mine = data()[2 * rank : 2 * rank + 2]
-        ddp = nn.parallel.DistributedDataParallel(small())
-        train(ddp, mine)
+    mine = data()[2 * rank : 2 * rank + 2]
+    ddp = nn.parallel.DistributedDataParallel(small())
+    train(ddp, mine)
 
-        from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard
 
-        sharded = small()
-        for block in sharded.model.layers:
-            fully_shard(block)
-        fully_shard(sharded)
-        train(sharded, mine)
-        full = {name: p.full_tensor() for name, p in sharded.named_parameters()}
-        if rank == 0:
-            torch.save({"ddp": ddp.module.state_dict(), "fsdp": full}, f"{place}/weights.pt")
-    finally:
-        dist.destroy_process_group()
+    sharded = small()
+    for block in sharded.model.layers:
+        fully_shard(block)
+    fully_shard(sharded)
+    train(sharded, mine)
+    full = {name: p.full_tensor() for name, p in sharded.named_parameters()}
+    if rank == 0:
+        torch.save({"ddp": ddp.module.state_dict(), "fsdp": full}, f"{place}/weights.pt")
 
 
 def test_two_processes_with_ddp_or_fsdp2_train_like_one(tmp_path):

@@ -340,56 +340,53 @@ def test_compiled_models_are_low_bit(wrap, when):
 def worker(rank: int, place: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=1)
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+    from torch.distributed.fsdp import fully_shard
+
+    x = normal(4, 32)
+
+    def trained(model: nn.Module) -> torch.Tensor:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        for _ in range(3):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model(x).detach()
+
+    want = trained(quantize_(net(), "fp4"))
+
+    def sharded(model: nn.Module, layers: bool) -> nn.Module:
+        for layer in (model[0], model[2]) if layers else ():
+            fully_shard(layer)
+        fully_shard(model)
+        return model
+
+    cases = {
+        "ddp before": lambda: nn.parallel.DistributedDataParallel(quantize_(net(), "fp4")),
+        "ddp after": lambda: quantize_(nn.parallel.DistributedDataParallel(net()), "fp4"),
+        "fsdp2 before": lambda: sharded(quantize_(net(), "fp4"), False),
+        "fsdp2 of layers before": lambda: sharded(quantize_(net(), "fp4"), True),
+        "fsdp2 after": lambda: quantize_(sharded(net(), False), "fp4"),
+        "fsdp1 before": lambda: FSDP1(quantize_(net(), "fp4"), device_id=torch.device("cpu")),
+        "fsdp1 after": lambda: quantize_(FSDP1(net(), device_id=torch.device("cpu"), use_orig_params=True), "fp4"),
+        "fsdp1 flat after": lambda: quantize_(FSDP1(net(), device_id=torch.device("cpu")), "fp4"),
+    }
+    found = {}
+    for name, made in cases.items():
+        model = made()
+        found[name] = (len(lowbit_report(model).swapped), float((trained(model) - want).abs().max()))
+    layers = sharded(net(), True)
     try:
-        from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-        from torch.distributed.fsdp import fully_shard
-
-        x = normal(4, 32)
-
-        def trained(model: nn.Module) -> torch.Tensor:
-            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
-            for _ in range(3):
-                model(x).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            return model(x).detach()
-
-        want = trained(quantize_(net(), "fp4"))
-
-        def sharded(model: nn.Module, layers: bool) -> nn.Module:
-            for layer in (model[0], model[2]) if layers else ():
-                fully_shard(layer)
-            fully_shard(model)
-            return model
-
-        cases = {
-            "ddp before": lambda: nn.parallel.DistributedDataParallel(quantize_(net(), "fp4")),
-            "ddp after": lambda: quantize_(nn.parallel.DistributedDataParallel(net()), "fp4"),
-            "fsdp2 before": lambda: sharded(quantize_(net(), "fp4"), False),
-            "fsdp2 of layers before": lambda: sharded(quantize_(net(), "fp4"), True),
-            "fsdp2 after": lambda: quantize_(sharded(net(), False), "fp4"),
-            "fsdp1 before": lambda: FSDP1(quantize_(net(), "fp4"), device_id=torch.device("cpu")),
-            "fsdp1 after": lambda: quantize_(FSDP1(net(), device_id=torch.device("cpu"), use_orig_params=True), "fp4"),
-            "fsdp1 flat after": lambda: quantize_(FSDP1(net(), device_id=torch.device("cpu")), "fp4"),
-        }
-        found = {}
-        for name, made in cases.items():
-            model = made()
-            found[name] = (len(lowbit_report(model).swapped), float((trained(model) - want).abs().max()))
-        layers = sharded(net(), True)
-        try:
-            quantize_(layers, "fp4")
-        except EvenstepError as problem:
-            found["fsdp2 of layers after"] = str(problem)
-        low = sharded(quantize_(net(), "fp4"), True)
-        try:
-            dequantize_(low)
-        except EvenstepError as problem:
-            found["undone"] = str(problem)
-        found["kept"] = [layer.what for layer in lowbit_report(layers).layers]
-        torch.save(found, f"{place}/found.pt")
-    finally:
-        dist.destroy_process_group()
+        quantize_(layers, "fp4")
+    except EvenstepError as problem:
+        found["fsdp2 of layers after"] = str(problem)
+    low = sharded(quantize_(net(), "fp4"), True)
+    try:
+        dequantize_(low)
+    except EvenstepError as problem:
+        found["undone"] = str(problem)
+    found["kept"] = [layer.what for layer in lowbit_report(layers).layers]
+    torch.save(found, f"{place}/found.pt")
 
 
 @pytest.mark.slow

@@ -73,7 +73,6 @@ def saver(rank, world, path, directory, names):
         if rank == 0:
             torch.save(({"model": weights, "optimizer": saved}, after), f"{directory}/{name}.pt")
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def loader(rank, world, path, directory, names):
@@ -114,7 +113,6 @@ def loader(rank, world, path, directory, names):
     if "spam_sparse" in names and world == 2:
         resumes_from_one_process(rank, directory)
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def resumes_unsharded(full, expected):

@@ -131,7 +131,6 @@ def fsdp_worker(rank, world, path, names, mesh_shape):
     mesh = dist.init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard")[-len(mesh_shape) :])
     for name in names:
         equals_a_single_process(name, mesh)
-    dist.destroy_process_group()
 
 
 def equals_a_single_process(name, mesh):
@@ -227,7 +226,6 @@ def cut_twice_worker(rank, world, path):
         torch.testing.assert_close(ours.stats["grad_norm"], theirs.stats["grad_norm"], rtol=1e-5, atol=0)
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(p.full_tensor(), q, rtol=1e-5, atol=1e-6)
-    dist.destroy_process_group()
 
 
 def test_tensor_parallel_under_fsdp2_equals_a_single_process(tmp_path):
@@ -256,7 +254,6 @@ def tensor_parallel_worker(rank, world, path, name):
     alone, *_ = single(name)
     for (parameter, p), q in zip(model.named_parameters(), alone.named_parameters(), strict=True):
         torch.testing.assert_close(p.full_tensor(), q[1], rtol=1e-5, atol=1e-6, msg=lambda m, n=parameter: f"{n}: {m}")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["stable_spam", pytest.param("scale", marks=pytest.mark.slow)])
@@ -293,7 +290,6 @@ def ddp_worker(rank, world, path, name):
             masks = [torch.empty_like(mask) for _ in range(world)]
             dist.all_gather(masks, mask)
             assert torch.equal(masks[0], masks[1])
-    dist.destroy_process_group()
 
 
 DDP_MAKERS = MAKERS | {

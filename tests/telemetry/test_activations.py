@@ -481,7 +481,6 @@ def _sharded_worker(rank, world, path, mode, out):
         ddp = nn.parallel.DistributedDataParallel(model)
         loss_of = lambda x, y: F.cross_entropy(ddp(x).flatten(0, 1), y.flatten())  # noqa: E731
     measured(model, loss_of, f"{out}/{mode}{rank}.jsonl")
-    dist.destroy_process_group()
 
 
 def measured(model, loss_of, path):

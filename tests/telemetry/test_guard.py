@@ -353,7 +353,6 @@ def _two_processes(rank, size, port):
         found = [None] * size
         dist.all_gather_object(found, [dict(event) for event in training.guard.events])
         assert found[0] == found[1] and len(found[0]) == 1
-    dist.destroy_process_group()
 
 
 def test_all_processes_act_together_on_what_one_of_them_sees():

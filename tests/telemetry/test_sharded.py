@@ -55,7 +55,6 @@ def fsdp_worker(rank, world, path, name, out):
     place = lambda p, whole: distribute_tensor(whole, p.device_mesh, p.placements)  # noqa: E731
     said = watched(model, MAKERS[name](model), place, f"{out}/rank{rank}.jsonl")
     assert len(said) == (rank == 0)  # one speaks
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["adamw", pytest.param("stable_spam", marks=pytest.mark.slow)])
@@ -101,7 +100,6 @@ def ddp_worker(rank, world, path, out):
         assert records[0]["names"] == ["weight", "bias"]
         norm = [record for record in records if record["kind"] == "window"][-1]["norms"][0]
         assert abs(norm - (expected[0] ** 2 + expected[1] ** 2) ** 0.5) < 1e-2 * norm
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -149,7 +147,6 @@ def faulty_worker(rank, world, path, out):
                     down.grad.to_local().mul_(1000)  # in the shard of this rank, which no other has
                 monitor.observe(each.mean(), rows=(8 * step, 8 * step + 8), step=step)
                 optimizer.step()
-    dist.destroy_process_group()
 
 
 def test_a_fault_of_one_rank_is_named_and_dated(tmp_path):
