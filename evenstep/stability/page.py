@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -43,6 +43,8 @@ class Results:
     """"family remedy" -> the summary of its tuning."""
     baselines: Mapping[str, float]
     """Family -> loss of a model that knows token frequencies only."""
+    costs: Mapping[str, float] = field(default_factory=dict)
+    """Remedy -> cost of a step in units of one with Adam."""
 
     def keys(self, task: str) -> list[Key]:
         return [key for key in self.trials if key[0] == task]
@@ -73,6 +75,20 @@ class Results:
         ]
         return [loss - calm for loss, calm in pairs if not math.isnan(calm)]
 
+    def lost_share(self, key: Key, remedy: str) -> list[float]:
+        """The share of the training that a fault undid, by seed: how much earlier the undisturbed run of the same
+        remedy and seed had the loss that the faulty run ended with. 1 for a run that was never as good."""
+        shares = []
+        for seed in self.trials[key].get(remedy, {}):
+            calm = self.trials.get(CONTROL, {}).get(remedy, {}).get(seed)
+            if calm is None or None in calm["curve"] or not calm["curve"]:
+                continue
+            last = self.loss(key, remedy, seed)
+            reached = next((i for i, loss in enumerate(calm["curve"]) if loss <= last), len(calm["curve"]) - 1)
+            earlier = _crossing(calm["curve"], reached, last)
+            shares.append(1 - earlier / len(calm["curve"]))
+        return shares
+
     def survived(self, key: Key, remedy: str) -> tuple[int, int]:
         """Runs that ended well below the loss of token frequencies, of how many."""
         family = next(task.family for task in TASKS if task.name == key[0])
@@ -89,6 +105,14 @@ class Results:
         return max(means) - min(means) > SEPARATED
 
 
+def _crossing(curve: Sequence[float], i: int, loss: float) -> float:
+    """The number of intervals after which ``curve``, whose point i is the first one at or below ``loss`` or else the
+    last, had that loss: between its points i - 1 and i. 0 where it was there at its first point."""
+    if curve[i] > loss:
+        return i + 1.0
+    return i + (curve[i - 1] - loss) / (curve[i - 1] - curve[i]) if i else 0.0
+
+
 CONTROL: Key = ("control", "tuned rate")
 RAISED = ("rates", "lowbit", "logits")
 """Tasks that raise the learning rate on purpose."""
@@ -97,11 +121,14 @@ RAISED = ("rates", "lowbit", "logits")
 def results_of(outcomes: Mapping[str, Outcome], scale: Scale, remedies: Sequence[Remedy]) -> Results:
     """The results among the outcomes, tasks and remedies in the order of their lists."""
     found: dict[Key, dict[str, dict[int, Trial]]] = {}
-    tuned = {}
+    tuned, costs = {}, {}
     for outcome in outcomes.values():
         setting, remedy = outcome.summary["setting"], outcome.summary["setting"]["remedy"]["name"]
         if "chosen" in outcome.summary:
             tuned[f"{setting['family']['name']} {remedy}"] = outcome.summary
+            continue
+        if "cost" in outcome.summary:
+            costs[remedy] = outcome.summary["cost"]["ratio"]
             continue
         for variant, trials in outcome.summary["trials"].items():
             by_remedy = found.setdefault((setting["task"], variant), {})
@@ -114,7 +141,8 @@ def results_of(outcomes: Mapping[str, Outcome], scale: Scale, remedies: Sequence
             if by_remedy and task.name in scale.tasks:
                 ordered[task.name, variant.name] = {name: by_remedy[name] for name in names if name in by_remedy}
     families = {task.family for task in TASKS if any(key[0] == task.name for key in ordered)}
-    return Results(ordered, tuned, {name: baseline(scale.source, scale.families[name].vocab_size) for name in families})
+    baselines = {name: baseline(scale.source, scale.families[name].vocab_size) for name in families}
+    return Results(ordered, tuned, baselines, costs)
 
 
 # ---- claims ----
@@ -193,20 +221,23 @@ def overview(results: Results, remedies: Sequence[Remedy]) -> str:
         keys = [key for key in results.trials if remedy.name in results.trials[key]]
         damages = [x for key in faulty if key in keys for x in results.damages(key, remedy.name)]
         alive = [x for x in damages if x < math.inf]
+        undone = [x for key in faulty if key in keys for x in results.lost_share(key, remedy.name)]
+        trials = [trial for key in keys for trial in results.trials[key][remedy.name].values()]
+        episodes = sum(trial["episodes"] for trial in trials) / len(trials)
         premium = mean(results.regrets(CONTROL, remedy.name).values()) if CONTROL in keys else math.nan
         damage = f"{mean(alive):.2f}" if alive else "-"
         lost = []
         for part in ([key for key in keys if (key[0] in RAISED) == raised] for raised in (False, True)):
             lost.append(f"{_lost(results, remedy.name, part)} of {results.near(remedy.name, part)[1]}" if part else "-")
-        rows.append((close / cells, (remedy.name, f"{close / cells:.0%}", *lost, damage, number(premium))))
+        words = (
+            *lost, damage, f"{mean(undone):.0%}" if undone else "-", f"{episodes:.2f}", number(premium),
+            f"{results.costs[remedy.name]:.2f}" if remedy.name in results.costs else "-",
+        )  # fmt: skip
+        rows.append((close / cells, (remedy.name, f"{close / cells:.0%}", *words)))
     heads = (
-        "remedy",
-        f"within {NEAR} of the best",
-        "lost",
-        "lost at raised rates",
-        "mean damage",
-        "regret undisturbed",
-    )
+        "remedy", f"within {NEAR} of the best", "lost", "lost at raised rates", "mean damage", "run undone by a fault",
+        "spike episodes", "regret undisturbed", "cost of a step",
+    )  # fmt: skip
     return table(heads, [row for _, row in sorted(rows, key=lambda item: -item[0])])
 
 
@@ -341,10 +372,14 @@ a rewind leaves out the rows of the bad step, and with them the fault. Claims ar
 registered in the code, compared over pairs of equal seeds (Student's t, 95 %), and corrected by Holm's method over all
 of them.
 
-*Regret* is the loss above that of the best remedy for the same variant and seed, in nats. *(+0.12)* after a loss is the
-damage: the loss above that of the same remedy and seed without the fault. *Lost* are runs with weights that are not
-finite, or within {learnt} nats of a model that knows token frequencies only. *Recovery* is the mean number of steps
-until the validation loss is back where it was before the fault.
+*Regret* is the loss above that of the best remedy for the same variant and seed, in nats. *(+0.12)* after a loss is
+the damage: the loss above that of the same remedy and seed without the fault. *Lost* are runs with weights that are
+not finite, or within {learnt} nats of a model that knows token frequencies only. *Run undone by a fault* is the share
+of the training that the fault took back: how much earlier the undisturbed run of the same remedy and seed had the
+final loss of the faulty one. A *spike episode* is a rise of the training loss by 0.5 nats above its lowest smoothed
+value, counted per run. The *cost of a step* is processor time in units of a step with Adam, of forward and backward
+pass, clipping, guard and optimizer together. *Recovery* is the mean number of steps until the validation loss is back
+where it was before the fault.
 """
 
 LIMITS = """\

@@ -28,9 +28,10 @@ from evenstep.compare import cells
 from evenstep.compare.grid import Outcomes
 from evenstep.stability.remedies import REMEDIES, Remedy
 from evenstep.stability.tasks import FAMILIES, GPU_FAMILIES, TASKS, Family, Task, Variant
-from evenstep.stability.trial import train
+from evenstep.stability.trial import step_cost, train
 
 TUNING_SEEDS = (100, 101)
+TIMED = "llama"  # the family with which the cost of a step is measured; every remedy fits it
 EXTEND = 6  # rates beyond the first three, on one side
 
 
@@ -89,8 +90,11 @@ SCALES = {
 
 
 def wanted(scale: Scale, remedies: Sequence[Remedy], outcomes: Outcomes) -> Iterator[cells.Task]:
-    """The cells that are known to be needed so far, in their order: a family's tuning, then its tasks."""
+    """The cells that are known to be needed so far, in their order: the cost of each remedy, with the model `TIMED`;
+    then a family's tuning, and its tasks."""
     tasks = [task for task in TASKS if task.name in scale.tasks]
+    if any(task.family == TIMED for task in tasks):
+        yield from (cost_cell(scale, scale.families[TIMED], remedy) for remedy in remedies)
     for block in scale.seeds:
         for task in tasks:
             family = scale.families[task.family]
@@ -119,6 +123,11 @@ def tuning_cell(scale: Scale, family: Family, remedy: Remedy) -> cells.Task:
         "seeds": list(TUNING_SEEDS),
     }
     return _cell(scale, f"tune {family.name} {remedy.name}", "tune", setting)
+
+
+def cost_cell(scale: Scale, family: Family, remedy: Remedy) -> cells.Task:
+    setting = {"family": asdict(scaled(family, scale)), "remedy": asdict(remedy)}
+    return _cell(scale, f"cost {remedy.name}", "cost", setting)
 
 
 def task_cell(scale: Scale, task: Task, remedy: Remedy, chosen: Mapping[str, Any], seeds: Sequence[int]) -> cells.Task:
@@ -219,6 +228,15 @@ def measure(setting: dict[str, Any], directory: Path, say: Any) -> dict[str, Any
         trials[variant.name] = [asdict(trial) for trial in done]
         say(f"{variant.name}: {[trial.loss for trial in done]}")
     return {"trials": trials}
+
+
+def cost(setting: dict[str, Any], directory: Path, say: Any) -> dict[str, Any]:
+    """Time the steps of a remedy against those of Adam. Returns ``cost``, of `step_cost`."""
+    torch.set_num_threads(1)
+    family, remedy = Family(**setting["family"]), remedy_in(setting)
+    found = step_cost(family, remedy, family.lr * remedy.rate, setting["source"], setting.get("device", "cpu"))
+    say(f"a step costs {found['ratio']:.3f} of one with Adam")
+    return {"cost": found}
 
 
 def remedy_in(setting: Mapping[str, Any]) -> Remedy:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from evenstep.train.optimizers import LearningRates, build_optimizer, lr_factor
 EVERY = 20  # steps between two validations
 EPISODE = 0.5  # nats above the lowest smoothed loss at which a spike episode starts
 SMOOTH = 0.9  # of the exponential mean of the training loss
+WARM, ROUNDS = 5, 40  # steps before the cost of a step is measured, and steps that are measured
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,72 @@ class Trial:
     seconds: float
 
 
+class Training:
+    """One training of a task with a remedy, step by step.
+
+    Args:
+        lr: the tuned learning rate, for a variant without a rate of its own.
+
+    Attributes:
+        done: steps taken so far, less those that a rewind undid.
+        losses: the training losses of all steps.
+        at: the step at which a fault starts.
+    """
+
+    def __init__(
+        self, family: Family, variant: Variant, remedy: Remedy, lr: float, seed: int, source: str, device: str
+    ) -> None:
+        self.steps = variant.steps or family.steps
+        data = data_of(source, family.vocab_size)
+        torch.manual_seed(seed)
+        self.model = build(family, data.vocab_size, {**variant.shape, **remedy.shape}, variant.lowbit)
+        values = {**remedy.optim, "lr": variant.lr or lr}
+        self.model.to(device, torch.bfloat16 if variant.dtype == "bf16" else torch.float32)
+        self.optimizer = build_optimizer(self.model, _optim(values, self.steps))
+        self.clip_norm, self.loss_scale, self.device = values.get("clip_norm"), variant.loss_scale, device
+        self._rates, self._schedule = LearningRates(self.optimizer), ScheduleConfig(name=family.schedule)
+        # A longer warm-up of a family without one is 20 steps.
+        self._warmup = min(self.steps // 2, round((family.warmup or 5 * (remedy.warmup > 1)) * remedy.warmup))
+        self.at = fault_step(family, seed)
+        self._rows = Rows(family, source, variant.fault, self.at, seed)
+        self._spoil = GRADIENT_FAULTS.get(variant.fault)
+        self._draw = torch.Generator().manual_seed(seed)
+        self.guard = None
+        if remedy.ladder:
+            rows = [self._rows]
+            self.guard = SpikeGuard(self.model, self.optimizer, ladder=remedy.ladder, snapshot_every=10, data=rows)
+        self._extra: dict[str, Any] = {} if remedy.z_loss is None else {"z_loss": remedy.z_loss}
+        self.done = 0
+        self.losses: list[float] = []
+
+    def step(self) -> None:
+        """Train on the next batch. Rows are read in order; after a rewind, those of bad steps are left out, and with
+        them the fault."""
+        number = self._rows.position
+        batch = self._rows.next_batch()
+        while self.guard is not None and not self.guard.wanted(number):
+            number = self._rows.position
+            batch = self._rows.next_batch()
+        tokens, targets = (part.to(self.device) for part in batch)
+        self._rates.set(self.optimizer, lr_factor(self._schedule, self.done + 1, self.steps, self._warmup))
+        # [], or [2] with a z-loss; only a LLaMA has one.
+        parts: Tensor = self.model.loss(tokens, targets, **self._extra)
+        (parts.sum() * self.loss_scale).backward()
+        loss = parts.detach().reshape(-1)[0]
+        self.losses.append(float(loss))
+        if self._spoil is not None:
+            self._spoil(self.model, number - self.at, self._draw)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        if self.guard is None:
+            self.optimizer.step()
+            self.done += 1
+        else:
+            self.guard.step(loss * self.loss_scale, rows=number)
+            self.done = self.guard.num_steps
+        self.optimizer.zero_grad()
+
+
 def train(
     family: Family,
     variant: Variant,
@@ -70,58 +138,40 @@ def train(
     device: str = "cpu",
 ) -> Trial:
     """Train once. ``lr``: the tuned rate, for a variant without a rate of its own."""
-    steps = variant.steps or family.steps
+    training = Training(family, variant, remedy, lr, seed, source, device)
     data = data_of(source, family.vocab_size)
-    torch.manual_seed(seed)
-    model = build(family, data.vocab_size, {**variant.shape, **remedy.shape}, variant.lowbit)
-    values = {**remedy.optim, "lr": variant.lr or lr}
-    model.to(device, torch.bfloat16 if variant.dtype == "bf16" else torch.float32)
-    optimizer = build_optimizer(model, _optim(values, steps))
-    clip_norm = values.get("clip_norm")
-    rates, schedule = LearningRates(optimizer), ScheduleConfig(name=family.schedule)
-    # A longer warm-up of a family without one is 20 steps.
-    warmup = min(steps // 2, round((family.warmup or 5 * (remedy.warmup > 1)) * remedy.warmup))
-    at = fault_step(family, seed)
-    rows = Rows(family, source, variant.fault, at, seed)
-    spoil = GRADIENT_FAULTS.get(variant.fault)
-    guard = None
-    if remedy.ladder:
-        guard = SpikeGuard(model, optimizer, ladder=remedy.ladder, snapshot_every=10, data=[rows])
-    extra: dict[str, Any] = {} if remedy.z_loss is None else {"z_loss": remedy.z_loss}
-    losses: list[float] = []
-    curve: dict[int, float] = {}
     held, seconds = [(x.to(device), y.to(device)) for x, y in validation(data, family)], 0.0
-    draw = torch.Generator().manual_seed(seed)
-    done = 0
-    while done < steps:
+    curve: dict[int, float] = {}
+    while training.done < training.steps:
         began = time.perf_counter()
-        # Rows are read in order. After a rewind, those of bad steps are left out, and with them the fault.
-        number = rows.position
-        tokens, targets = (part.to(device) for part in rows.next_batch())
-        if guard is not None and not guard.wanted(number):
-            continue
-        rates.set(optimizer, lr_factor(schedule, done + 1, steps, warmup))
-        # [], or [2] with a z-loss; only a LLaMA has one.
-        parts: Tensor = model.loss(tokens, targets, **extra)
-        (parts.sum() * variant.loss_scale).backward()
-        losses.append(float(parts.detach().reshape(-1)[0]))
-        if spoil is not None:
-            spoil(model, number - at, draw)
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-        if guard is None:
-            optimizer.step()
-            done += 1
-        else:
-            guard.step(parts.detach().reshape(-1)[0] * variant.loss_scale, rows=number)
-            done = guard.num_steps
-        optimizer.zero_grad()
+        training.step()
         seconds += time.perf_counter() - began
-        if not math.isfinite(losses[-1]) and guard is None:
+        if not math.isfinite(training.losses[-1]) and training.guard is None:
             break  # the weights are lost
-        if done and (done % EVERY == 0 or done == steps):
-            curve[done] = evaluate(model, held)
-    return _measured(model, steps, losses, curve, at if variant.fault else None, seed, guard, seconds)
+        if training.done and (training.done % EVERY == 0 or training.done == training.steps):
+            curve[training.done] = evaluate(training.model, held)
+    return _measured(training, curve, training.at if variant.fault else None, seed, seconds)
+
+
+def step_cost(family: Family, remedy: Remedy, lr: float, source: str = "kjv", device: str = "cpu") -> dict[str, float]:
+    """The cost of a training step in units of one with plain Adam: processor time on a CPU, elapsed time on a GPU.
+
+    Both train in turn in this process, so that a slow moment of the machine meets both. Returns the ``ratio`` of the
+    medians over `ROUNDS` steps, and ``seconds``, the median of the step with Adam.
+    """
+    pair = [Training(family, Variant("cost"), one, lr, 0, source, device) for one in (Remedy("Adam"), remedy)]
+    spent: tuple[list[float], list[float]] = ([], [])
+    now = time.process_time if device == "cpu" else time.perf_counter
+    for number in range(WARM + ROUNDS):
+        for training, times in zip(pair, spent, strict=True):
+            began = now()
+            training.step()  # which reads the loss, so that a GPU has finished all but the optimizer's step
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if number >= WARM:
+                times.append(now() - began)
+    adam, ours = (median(times) for times in spent)
+    return {"ratio": round(ours / adam, 3), "seconds": adam}
 
 
 def _optim(values: Mapping[str, Any], steps: int) -> OptimConfig:
@@ -143,18 +193,11 @@ def evaluate(model: Llama | Recurrent, batches: list[Batch]) -> float:
     return total / sum(batch[1].numel() for batch in batches)
 
 
-def _measured(
-    model: nn.Module,
-    steps: int,
-    losses: list[float],
-    curve: dict[int, float],
-    at: int | None,
-    seed: int,
-    guard: SpikeGuard | None,
-    seconds: float,
-) -> Trial:
+def _measured(training: Training, curve: dict[int, float], at: int | None, seed: int, seconds: float) -> Trial:
+    steps, guard = training.steps, training.guard
     whole = [curve.get(step, math.nan) for step in range(EVERY, steps + 1, EVERY)]
-    last = curve.get(steps, math.nan) if all(bool(p.isfinite().all()) for p in model.parameters()) else math.nan
+    finite = all(bool(p.isfinite().all()) for p in training.model.parameters())
+    last = curve.get(steps, math.nan) if finite else math.nan
     events = guard.events if guard else []
     actions: dict[str, int] = {}
     for event in events:
@@ -165,7 +208,7 @@ def _measured(
         loss=_rounded(last),
         curve=[_rounded(value) for value in whole],
         fault=at,
-        episodes=episodes(losses),
+        episodes=episodes(training.losses),
         actions=actions,
         first=min(after) - at if after and at is not None else None,
         false=len(events) - len(after),

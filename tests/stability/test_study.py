@@ -63,24 +63,27 @@ def cell_names(scale, remedies, outcomes):
 def test_a_rate_is_tuned_before_a_task_needs_it():
     scale = replace(SCALES["small"], tasks=("control", "depth"), seeds=((0,),))
     remedies = [r for r in REMEDIES if r.name in ("Adam", "Adam + tuned clip")]
+    costs = ["cost-Adam", "cost-Adam-+-tuned-clip"]
     first = cell_names(scale, remedies, {})
+    assert first[:2] == costs
+    first = first[2:]
     # Depth has rates of its own and waits for nothing.
     assert first == ["tune-llama-Adam", "tune-llama-Adam-+-tuned-clip", "depth-Adam-0", "depth-Adam-+-tuned-clip-0"]
     known = {
         name: Outcome(FINISHED, summary={"chosen": {"lr": 0.5, "threshold": 0.25}}) for name in first if "tune" in name
     }
     cells = {cell.name: cell for cell in wanted(scale, remedies, known)}
-    assert [*cells] == ["control-Adam-0", "control-Adam-+-tuned-clip-0", *first[2:]]
+    assert [*cells] == [*costs, "control-Adam-0", "control-Adam-+-tuned-clip-0", *first[2:]]
     assert cells["control-Adam-0"].setting["lr"] == 0.5
     assert cells["control-Adam-+-tuned-clip-0"].setting["threshold"] == 0.25
 
 
 def test_scales_cover_what_they_say():
     quick, gpu = SCALES["quick"], SCALES["gpu"]
-    assert len([*wanted(quick, quick.chosen(), {})]) == len(quick.tasks) * len(quick.remedies)
-    runs = sum(len(cell.setting["variants"]) for cell in wanted(gpu, gpu.chosen(), {}))
+    assert len([*wanted(quick, quick.chosen(), {})]) == (len(quick.tasks) + 1) * len(quick.remedies)
+    runs = sum(len(cell.setting.get("variants", ())) for cell in wanted(gpu, gpu.chosen(), {}))
     assert 35 <= runs <= 60
-    gradient = next(cell for cell in wanted(gpu, gpu.chosen(), {}) if cell.setting["task"] == "gradient")
+    gradient = next(cell for cell in wanted(gpu, gpu.chosen(), {}) if cell.setting.get("task") == "gradient")
     assert {variant["dtype"] for variant in gradient.setting["variants"]} == {"bf16"}
     assert gradient.setting["device"] == "cuda" and gradient.setting["family"]["shape"]["hidden_size"] == 512
 
@@ -138,6 +141,21 @@ def test_regret_damage_and_survival_are_of_the_same_seed(results):
     assert results.survived(gradient, "Adam") == (1, 2) and results.survived(gradient, "Stable-SPAM .7/.9") == (2, 2)
     assert results.near("Adam") == (2, 4) and results.near("Stable-SPAM .7/.9") == (2, 4)
     assert results.separates(control)
+
+
+def test_a_fault_undoes_the_time_since_the_undisturbed_run_had_the_same_loss(results):
+    results, _ = results
+    key = ("gradient", "all, loss x 1")
+    calm = results.trials["control", "tuned rate"]["Adam"][0]
+    calm["curve"] = [5.5, 5.0, 4.4, 4.0]
+    # 4.5 is 5/6 of the way from the second to the third of four points; the other seed died.
+    assert results.lost_share(key, "Adam") == pytest.approx([1 - (2 + 5 / 6) / 4, 1.0])
+    for last, share in ((4.0, 0.0), (3.9, 0.0), (5.0, 0.5), (6.0, 1.0), (5.25, 1 - 1.5 / 4)):
+        results.trials[key]["Adam"][0]["loss"] = last
+        assert results.lost_share(key, "Adam")[0] == pytest.approx(share), last
+    calm["curve"] = [4.4]
+    results.trials[key]["Adam"][0]["loss"] = 4.3
+    assert results.lost_share(key, "Adam")[0] == 0
 
 
 def test_the_page_says_what_died_and_what_is_not_measured(results):
@@ -210,7 +228,7 @@ def test_a_miniature_of_every_task_with_an_optimizer_of_the_user(tmp_path, capsy
         assert f"## {task.title}" in text
     assert text.count("| torch.optim:NAdam |") == len(TASKS) + 1 and (tmp_path / "out" / "stability.png").exists()
     stored = (tmp_path / "out" / "cells.jsonl").read_text()
-    assert stored.count("\n") == len(TASKS)
+    assert stored.count("\n") == len(TASKS) + 1  # one is the cost of a step
     shutil.rmtree(tmp_path / "out" / "cells")
     capsys.readouterr()
     assert main([*words, "--optim", "torch.optim:NAdam"]) == 0  # nothing is trained again
