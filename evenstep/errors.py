@@ -14,6 +14,11 @@ def nearest(given: str, allowed: "list[str] | tuple[str, ...]") -> str:
 
     # Leading dashes would make all flags similar. The given name itself may be allowed elsewhere and is no suggestion.
     others = {name.lstrip("-"): name for name in allowed if name != given}
+    # The option of another section, or one without its section: model.seq_len and seq_len are train.seq_len.
+    last = given.lstrip("-").rpartition(".")[2]
+    moved = [name for name in others if "." in name and name.rpartition(".")[2] == last]
+    if len(moved) == 1:
+        return f"; did you mean '{others[moved[0]]}'?"
     close = difflib.get_close_matches(given.lstrip("-"), others, n=1, cutoff=0.6)
     return f"; did you mean '{others[close[0]]}'?" if close else ""
 

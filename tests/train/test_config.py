@@ -373,6 +373,11 @@ def test_nobody_is_asked_whether_he_meant_what_he_said():
 
     assert nearest("--debug", ["--debug", "--out"]) == "" and nearest("--bogus", ["--out", "--seed"]) == ""
     assert nearest("--sede", ["--seed", "--out"]) == "; did you mean '--seed'?"
+    options = ["model.size", "train.seq_len", "optim.lr", "train.loss", "data.loss"]
+    for word in ("model.seq_len", "--seq_len"):
+        assert nearest(word, options) == "; did you mean 'train.seq_len'?"
+    assert nearest("train.lr", options) == "; did you mean 'optim.lr'?"
+    assert nearest("optim.loss", options) == ""  # two sections have it
 
 
 def test_hash_tells_what_decides_the_result():
