@@ -46,8 +46,9 @@ class _RMSNorm(torch.autograd.Function):
         # reduction.
         x, weight, scale = ctx.saved_tensors
         size = x.shape[-1]
-        gx = (grad * x).view(-1, size)
-        dweight = torch.mv(gx.t(), scale.view(-1))
+        # grad is a transposed view where attention is written out, as with a soft-cap.
+        gx = (grad * x).reshape(-1, size)
+        dweight = torch.mv(gx.t(), scale.reshape(-1))
         slope = torch.mv(gx, weight).view_as(scale).mul_(scale**3).div_(-size)
         dx = torch.mul(grad, weight, out=gx.view_as(x)).mul_(scale).addcmul_(x, slope)
         return dx, dweight, None

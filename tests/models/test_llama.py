@@ -3,12 +3,13 @@
 import math
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
 
 from evenstep.errors import EvenstepError
-from evenstep.models import SIZES, Llama, LlamaConfig, llama_config
+from evenstep.models import SIZES, Llama, LlamaConfig, llama_config, ops
 from evenstep.models.ops import _rotate, rms_norm, rotate
 
 SMALL = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=44, num_layers=3, num_heads=4, max_seq_len=16)
@@ -262,6 +263,27 @@ def test_softcapped_attention_is_causal_and_keeps_documents_apart():
     assert torch.equal(model(tokens)[:, :8], model(changed)[:, :8])
     packed = model(tokens, positions=torch.tensor([[*range(5), *range(7)]] * 2))
     torch.testing.assert_close(packed[:, 5:], model(tokens[:, 5:]), rtol=0, atol=1e-5)
+
+
+CHOICES = {
+    "qk_norm": (False, True), "attention_softcap": (None, 1.0), "logit_softcap": (None, 2.0), "kv_heads": (4, 2),
+    "tie_embeddings": (False, True), "norm": ("pre", "post"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options", [dict(zip(CHOICES, one, strict=True)) for one in product(*CHOICES.values())], ids=str
+)
+def test_every_combination_of_options_has_the_gradients_of_plain_operators(options, monkeypatch):
+    tokens, targets = batch()
+    model = small(**options)
+    found = []
+    for eager in (True, False):
+        if not eager:
+            monkeypatch.setattr(ops, "_eager_cpu", lambda *tensors: False)
+        found.append(torch.autograd.grad(model.loss(tokens, targets, z_loss=1e-3).sum(), [*model.parameters()]))
+    for name, ours, plain in zip(dict(model.named_parameters()), *found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6, msg=lambda said, name=name: f"{name}: {said}")
 
 
 # ---- grouped queries and a tied head ----

@@ -377,7 +377,7 @@ def test_nobody_is_asked_whether_he_meant_what_he_said():
     for word in ("model.seq_len", "--seq_len"):
         assert nearest(word, options) == "; did you mean 'train.seq_len'?"
     assert nearest("train.lr", options) == "; did you mean 'optim.lr'?"
-    assert nearest("optim.loss", options) == ""  # two sections have it
+    assert "loss" not in nearest("optim.loss", options)  # two sections have it
 
 
 def test_hash_tells_what_decides_the_result():
