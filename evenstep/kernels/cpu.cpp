@@ -22,6 +22,13 @@ PUBLIC const char *evenstep_compiler() {
 #endif
 }
 
+// Sets whether loops prefetch, and returns whether they did. Tests compare both.
+PUBLIC int64_t evenstep_prefetch(int64_t on) {
+  const bool before = prefetches;
+  prefetches = on != 0;
+  return before;
+}
+
 // Whether this build shares work among threads.
 PUBLIC int64_t evenstep_threaded() {
 #ifdef _OPENMP

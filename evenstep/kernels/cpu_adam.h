@@ -118,14 +118,15 @@ static inline void report(const Job &job, const TensorStep &t, const StepOptions
 // ---- the loop over entries ----
 
 // Sums of the loop, one per lane. Squares after SPAM's clipping are in fp64, since entries of any size meet in one lane.
-struct Lanes {
+template <bool CAP> struct Lanes {
+  static constexpr int CAPPED = CAP ? W : 1; // of those that SPAM's clipping alone has
   float update[W] = {0};
-  double squares[W] = {0};
-  int32_t count[W] = {0};
+  double squares[CAPPED] = {0};
+  int32_t count[CAPPED] = {0};
 
-  void add_to(Sums &sums, bool capped) {
+  void add_to(Sums &sums) {
     sums.update += sum_of(update);
-    if (capped) {
+    if constexpr (CAP) {
       sums.clipped += sum_of(squares);
       sums.count += sum_of(count);
     }
@@ -136,7 +137,7 @@ struct Lanes {
 // CAP: SPAM's clipping |g| <= sqrt(theta v), v from before this step; without history (v = 0) nothing is clipped unless
 // `zero_history`. SIMPLE: no entry is above AdaClip's limit, near overflow, or cleared afterwards, which saves the selects.
 template <bool CAP, bool SIMPLE>
-static inline __attribute__((always_inline)) void adam_turn(float *__restrict p, const float *__restrict g, float *__restrict m, float *__restrict v, int width, const Numbers &c, bool clips, bool zero_history, Lanes &lanes) {
+static inline __attribute__((always_inline)) void adam_turn(float *__restrict p, const float *__restrict g, float *__restrict m, float *__restrict v, int width, const Numbers &c, bool clips, bool zero_history, Lanes<CAP> &lanes) {
 #pragma omp simd
   for (int j = 0; j < width; j++) {
     float x = SIMPLE ? g[j] * c.gain : clipped_and_scaled(g[j], c.gain, c.limit, c.reduced), mm = m[j], vv = v[j];
@@ -166,7 +167,7 @@ static inline __attribute__((always_inline)) void adam_turn(float *__restrict p,
 template <bool CAP, bool SIMPLE>
 static void adam_chunk(float *__restrict p, const float *__restrict g, float *__restrict m, float *__restrict v, int64_t n, const Numbers &numbers, bool zero_history, Sums &sums) {
   const Numbers c = numbers;
-  Lanes lanes;
+  Lanes<CAP> lanes;
   int64_t i = 0;
   for (; i + W <= n; i += W) {
     for (int j = 0; j < W; j += 16) {
@@ -188,11 +189,11 @@ static void adam_chunk(float *__restrict p, const float *__restrict g, float *__
     else
       adam_turn<CAP, SIMPLE>(p + i, g + i, m + i, v + i, W, c, false, zero_history, lanes);
   }
-  lanes.add_to(sums, CAP);
+  lanes.add_to(sums);
   if (i < n) { // lanes of its own: those above stay in registers
-    Lanes rest;
+    Lanes<CAP> rest;
     adam_turn<CAP, SIMPLE>(p + i, g + i, m + i, v + i, int(n - i), c, true, zero_history, rest);
-    rest.add_to(sums, CAP);
+    rest.add_to(sums);
   }
 }
 

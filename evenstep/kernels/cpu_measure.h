@@ -101,8 +101,11 @@ static inline Measured measure_entries(const float *__restrict g, int64_t n, Lar
     const int64_t end = std::min(i + SPAN, n);
     float sum[W] = {0}, top[W] = {0}, rest[W] = {0}, rest_top[W] = {0};
     int64_t c = i;
-    for (; c + W <= end; c += W)
+    for (; c + W <= end; c += W) {
+      fetch(g + c + AHEAD);
+      fetch(g + c + AHEAD + 16);
       accumulate(g + c, W, sum, top);
+    }
     if (c < end)
       accumulate(g + c, int(end - c), rest, rest_top);
     merge(rest_top, top);
@@ -119,44 +122,11 @@ static inline Measured measure_entries(const float *__restrict g, int64_t n, Lar
   return found;
 }
 
-// A block of exactly BLOCK entries, read at STREAMS places in turn: the prefetcher restarts at every page, and a core that
-// reads at a single place waits for it. A third faster than `measure_entries`.
-static inline Measured measure_full_block(const float *__restrict g, LargeEntries *large) {
-  constexpr int64_t STREAMS = 8, PART = BLOCK / STREAMS, TURN = 256;
-  Measured found;
-  float peak[W] = {0};
-  for (int64_t i = 0; i < PART; i += TURN) {
-    float sum[W] = {0}, top[W] = {0};
-    for (int64_t c = i; c < i + TURN; c += W)
-      for (int64_t s = 0; s < STREAMS; s++) {
-        const float *x = g + s * PART + c;
-        fetch(x + BLOCK);
-        fetch(x + BLOCK + 16);
-        accumulate(x, W, sum, top);
-      }
-    merge(top, peak);
-    double squares = sum_of(sum);
-    if (!trusted(float(squares), top)) {
-      squares = 0;
-      for (int64_t s = 0; s < STREAMS; s++)
-        squares += squares_of(g + s * PART + i, TURN);
-    }
-    found.squares += squares;
-    if (large && max_of(top) > large->low)
-      for (int64_t s = 0; s < STREAMS; s++)
-        large->sift(g + s * PART + i, TURN);
-    else if (large)
-      large->rest += squares;
-  }
-  found.peak = max_of(peak);
-  return found;
-}
-
 // One block of a gradient in fp32 or bf16.
 static inline Measured measure_block(const Job &job, const Block &block, LargeEntries *large = nullptr) {
   if (job.g_type == F32) {
     const float *g = static_cast<const float *>(job.g) + block.start;
-    return block.end - block.start == BLOCK ? measure_full_block(g, large) : measure_entries(g, block.end - block.start, large);
+    return measure_entries(g, block.end - block.start, large);
   }
   Measured found;
   float buffer[CHUNK];
@@ -213,10 +183,11 @@ static inline Sums clipped_block(const Job &job, const Block &block, float limit
 // One entry as the moments receive it: clipped (`reduced` = gain * rescale above `limit`) or multiplied by `gain`. As in the
 // plain code a product that overflows becomes the largest number, and 0 * Inf and NaN become 0.
 static inline float clipped_and_scaled(float g, float gain, float limit, float reduced) {
-  float x = std::fabs(g) > limit ? g * reduced : g * gain;
+  // Hazard: selections without `||`, which gcc would compile to branches, and the loops around this to scalar code.
+  float x = g * (std::fabs(g) > limit ? reduced : gain);
   x = x > FLT_MAX ? FLT_MAX : x;
   x = x < -FLT_MAX ? -FLT_MAX : x;
-  return g == 0 || x != x ? 0 : x;
+  return x == x ? x : 0;
 }
 
 } // namespace evenstep

@@ -22,56 +22,15 @@ struct Rates {
   float finite, gain, keep, add, rate, shrink, root;
 };
 
-// A unit of work: about BLOCK entries of whole rows, a multiple of 8 rows, since rows are read eight at a time.
-int64_t rows_of_unit(int64_t length) { return std::max<int64_t>(BLOCK / length / 8 * 8, 8); }
+// A unit of work: about BLOCK entries of whole rows.
+int64_t rows_of_unit(int64_t length) { return std::max<int64_t>(BLOCK / length, 1); }
 
 // Squared norms of rows first..last-1 into squares[first..last-1], fp64; returns the largest magnitude, Inf where an entry is
-// not finite. Eight rows are read in turn: one core reads eight streams faster than one, as in `measure_full_block`.
+// not finite.
 float measure_rows(const Job &job, int64_t first, int64_t last, int64_t length, double *squares) {
-  constexpr int64_t STREAMS = 8;
-  float top = 0, buffer[CHUNK];
-  int64_t row = first;
-  if (job.g_type == F32)
-    for (; row + STREAMS <= last && length >= W; row += STREAMS) {
-      const float *g = static_cast<const float *>(job.g) + row * length;
-      float peak[W] = {0};
-      for (int64_t s = 0; s < STREAMS; s++)
-        squares[row + s] = 0;
-      for (int64_t start = 0; start < length; start += SPAN) {
-        const int64_t end = std::min(start + SPAN, length), whole = start + (end - start) / W * W;
-        // Sums of at most SPAN squares are in fp32, one per lane; sums of those are in fp64.
-        float sum[STREAMS][W] = {{0}};
-        for (int64_t c = start; c < whole; c += W)
-          for (int64_t s = 0; s < STREAMS; s++) {
-            const float *x = g + s * length + c;
-            fetch(x + STREAMS * length);
-            fetch(x + STREAMS * length + 16);
-            accumulate(x, W, sum[s], peak);
-          }
-        for (int64_t s = 0; s < STREAMS; s++) {
-          float rest[W] = {0};
-          if (whole < end)
-            accumulate(g + s * length + whole, int(end - whole), rest, peak);
-          // Squares of very large or small entries leave the range of fp32; those spans are summed again in fp64.
-          const float total = sum_of(sum[s]) + sum_of(rest);
-          squares[row + s] += trusted(total, peak) ? total : squares_of(g + s * length + start, end - start);
-        }
-      }
-      top = std::max(top, max_of(peak));
-    }
-  for (; row < last; row++) { // rows that are left over, short ones, and bf16
-    Measured found;
-    for (int64_t i = 0; i < length; i += CHUNK) {
-      const int64_t n = std::min(CHUNK, length - i), at = row * length + i;
-      const float *x = buffer;
-      if (job.g_type == F32)
-        x = static_cast<const float *>(job.g) + at;
-      else
-        load(job.g, job.g_type, at, n, buffer);
-      const Measured part = measure_entries(x, n);
-      found.peak = std::max(found.peak, part.peak);
-      found.squares += part.squares;
-    }
+  float top = 0;
+  for (int64_t row = first; row < last; row++) {
+    const Measured found = measure_block(job, {0, row * length, (row + 1) * length, 0});
     squares[row] = found.squares;
     top = std::max(top, found.peak);
   }

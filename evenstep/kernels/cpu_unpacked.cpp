@@ -8,14 +8,18 @@ namespace evenstep {
 
 // ---- bf16 and 8-bit tensors ----
 
+// Entries unpacked at a time. With more of them, one core waits for each tensor in turn: the loop that unpacks m reads nothing
+// else, and the hardware prefetcher has lost the other tensors when the loop over them goes on.
+constexpr int64_t UNPACKED = QBLOCK;
+
 void unpacked_adam_block(const Job &job, const Block &block, const Numbers &c, Chunk chunk, bool zero_history, Sums &sums) {
   std::shared_ptr<const Coder> m_coder, v_coder;
   if (job.m_type == INT8) m_coder = coder_of(job.m_map);
   if (job.v_type == INT8) v_coder = coder_of(job.v_map);
-  float p[CHUNK], g[CHUNK], m[CHUNK], v[CHUNK];
-  // Blocks and chunks begin at multiples of 256 entries, so that scales of 8-bit moments are this block's alone.
-  for (int64_t i = block.start; i < block.end; i += CHUNK) {
-    int64_t n = std::min(CHUNK, block.end - i);
+  float p[UNPACKED], g[UNPACKED], m[UNPACKED], v[UNPACKED];
+  // Blocks and chunks begin at multiples of 256 entries (QBLOCK), so that scales of 8-bit moments are this block's alone.
+  for (int64_t i = block.start; i < block.end; i += UNPACKED) {
+    int64_t n = std::min(UNPACKED, block.end - i);
     float *mm = open_moment(job.m, job.m_type, job.m_scale, m_coder.get(), i, n, m);
     float *vv = open_moment(job.v, job.v_type, job.v_scale, v_coder.get(), i, n, v);
     const float *gg = g;
