@@ -42,22 +42,29 @@ the checkpoint.
 """
 
 OFFICIAL = """\
-Run a command line of torchrun_main.py (SPAM) or main_pretrain.py (Stable-SPAM), the papers' published programs, with
-evenstep. Prints the recipe that the line stands for, below comments that say for each flag what the published program
-does with it: some flags are parsed there and never used. Then trains the recipe, which has the published code's
-variant of the optimizer and its low-bit formats.
+Run a command line of torchrun_main.py (SPAM) or main_pretrain.py
+(Stable-SPAM), the papers' published programs, with evenstep. Prints the
+recipe that the line stands for, below comments that say for each flag what
+the published program does with it: some flags are parsed there and never
+used. Then trains the recipe, which has the published code's variant of the
+optimizer and its low-bit formats.
 
---section.key VALUE in front of -- overrides an option of the recipe, as for pretrain: --data.source for other text,
---train.steps for a shorter run. evenstep pretrain --help lists the options.
+--section.key VALUE in front of -- overrides an option of the recipe, as for
+pretrain: --data.source for other text, --train.steps for a shorter run.
+evenstep pretrain --help lists the options.
 """
 
 OFFICIAL_EXAMPLES = """\
 examples:
-  evenstep official --print-recipe -- torchrun_main.py --model_config configs/llama_130m.json --batch_size 128 \\
-      --total_batch_size 512 --lr 8e-4 --num_training_steps 20000 --optimizer SPAM > spam-130m.toml
-  evenstep official --data.source 'text:books/*.txt' --model.size 9m --train.steps 200 --schedule.warmup_steps 20 -- \\
-      main_pretrain.py --model_config configs/llama_60m.json --batch_size 16 --lr 1e-3 --optimizer stablespam --fp4
-  torchrun --standalone --nproc_per_node 4 -m evenstep official -- main_pretrain.py ...    as many processes as there
+  evenstep official --print-recipe -- torchrun_main.py --optimizer SPAM \\
+      --model_config configs/llama_130m.json --batch_size 128 \\
+      --total_batch_size 512 --lr 8e-4 --num_training_steps 20000 > spam.toml
+  evenstep official --data.source 'text:books/*.txt' --model.size 9m \\
+      --train.steps 200 --schedule.warmup_steps 20 -- main_pretrain.py \\
+      --model_config configs/llama_60m.json --batch_size 16 --lr 1e-3 \\
+      --optimizer stablespam --fp4
+  torchrun --standalone --nproc_per_node 4 -m evenstep official -- \\
+      main_pretrain.py ...                    as many processes as there
 """
 
 INSPECT = """\
