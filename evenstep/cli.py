@@ -252,9 +252,12 @@ def split_options(argv: Sequence[str], known: set[str]) -> tuple[list[str], list
 
     argparse would treat the value of an unknown flag as a positional argument, that is, as the recipe.
     """
-    rest, extra = [], []
+    rest: list[str] = []
+    extra: list[tuple[str, str]] = []
     words = iter(argv)
     for word in words:
+        if word == "--":  # no option of ours comes after it
+            return [*rest, word, *words], extra
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or "." not in key or key in known:
             rest.append(word)
@@ -270,7 +273,11 @@ def split_options(argv: Sequence[str], known: set[str]) -> tuple[list[str], list
 def run_program(argv: Sequence[str]) -> None:
     parser, commands = build_parser()
     command = next((word for word in argv if not word.startswith("-")), "")
-    takes_options = {"pretrain": declared(), "finetune": declared(FineTuneConfig), "plan": set[str]()}
+    takes_options = {
+        "finetune": declared(FineTuneConfig),
+        "plan": set[str](),
+        **dict.fromkeys(("pretrain", "official", "sweep"), declared()),
+    }
     rest, extra = split_options(argv, takes_options[command]) if command in takes_options else (list(argv), [])
     args, unknown = parser.parse_known_args(rest)
     if unknown:

@@ -1,4 +1,4 @@
-"""``evenstep compare`` and ``evenstep results``: their options, and the work that they do."""
+"""``evenstep compare``, ``sweep`` and ``results``: their options, and the work that they do."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evenstep.train.flags import add_overrides, given_options
+
 if TYPE_CHECKING:
     from evenstep.compare.grid import Runner
 
 DESCRIPTION = """\
-Train the runs of published tables and compare the results with the papers'. Each table file of recipes/tables is a
-grid of optimizers, precisions, sizes, learning rates and seeds. Finished runs are not repeated, stopped runs resume,
-and runs that two tables share are trained once. Writes the table as text, Markdown and CSV, pictures, and results.json.
+Train the runs of table files and tabulate the results: tables of the papers
+(recipes/tables), beside the published numbers, or your own. A table file is a
+grid of optimizers, precisions, sizes, learning rates and seeds. Finished runs
+are not repeated, stopped runs resume, and runs that two tables share are
+trained once. Writes the table as text, Markdown and CSV, pictures, and
+results.json. docs/comparisons.md describes the keys of a table file.
 """
 
 EXAMPLES = """\
 examples:
+  evenstep compare --example > my.toml                           a comparison of your own, to edit
   evenstep compare recipes/tables/stable-spam-1.toml             a model of 1.4M parameters on a CPU
   evenstep compare recipes/tables/*.toml --jobs 2 --store benchmarks/results/tables
   evenstep compare recipes/tables/stable-spam-1.toml --scale paper     as published: C4, GPUs
@@ -28,45 +34,169 @@ examples:
   evenstep compare TABLE.toml --engine ray --engine-option address=auto --processes 4    four GPUs a run
 """
 
+SWEEP = """\
+Train RECIPE.toml with every combination of optimizers, learning rates and
+seeds, and print a table of validation losses, the lowest first. Without one
+of the lists, the recipe's own value is taken. Options of the recipe's
+optimizer that another one does not have are left out, and named.
+--section.key VALUE changes an option of all runs, as for pretrain (evenstep
+pretrain --help lists them).
+
+Ctrl-C saves the active runs. The same command continues from there, and
+finished runs are never repeated, also when rates, seeds or optimizers are
+added.
+"""
+
+SWEEP_EXAMPLES = """\
+examples:
+  evenstep sweep recipes/demo.toml --optimizers adamw,stable_spam \\
+      --rates 1e-3,3e-3 --seeds 0,1
+  evenstep sweep recipes/demo.toml --rates 5e-4,1e-3,2e-3 --train.steps 100
+  evenstep sweep recipes/demo.toml --optimizers spam,muon --dry-run
+
+The directory --out has table.md, runs.csv, sweep.png, and cells/ with the
+directory of each run, which 'evenstep report' and 'evenstep runs' read.
+'evenstep compare' trains tables with options of their own for each line,
+several sizes and precisions, and a rate that is chosen on a seed of its own.
+"""
+
 RESULTS = """\
-Write a page of results from the JSON files of compare --store: for each claim our number, the paper's number and the
-direction, then every table with its pictures.
+Write a page of results from the JSON files of compare --store: for each claim
+our number, the paper's number and the direction, then every table with its
+pictures.
 """
 
 
+JOBS: Any = {
+    "metavar": "N",
+    "type": int,
+    "help": "number of runs at a time; 0: one after the other in this process (default: one per GPU, or per core where "
+    "there is no GPU; 64 on a cluster)",
+}
+
+
 def add_compare(commands: Any, debug: argparse.ArgumentParser) -> None:
-    """Add the commands ``compare`` and ``results`` to the parser of the program."""
+    """Add the commands ``compare``, ``sweep`` and ``results`` to the parser of the program."""
     raw: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "parents": [debug]}
     compare = commands.add_parser(
-        "compare", help="re-run a table of the papers", description=DESCRIPTION, epilog=EXAMPLES, **raw
+        "compare",
+        help="train a table of optimizers: one of the papers' or your own",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        **raw,
     )
     add = compare.add_argument
-    add("tables", metavar="TABLE.toml", nargs="+", type=Path, help="a table file, such as those in recipes/tables")
-    add("--out", metavar="DIR", type=Path, default=Path("runs/compare"), help="default: %(default)s")
-    add("--jobs", metavar="N", type=int, help="runs at a time; 0: in this process (default: one per core or GPU)")
+    add("tables", metavar="TABLE.toml", nargs="*", type=Path, help="table files: those of recipes/tables, or your own")
+    add(
+        "--example",
+        action="store_true",
+        help="print a table file of a comparison of your own, which runs as it is, and exit",
+    )
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs/compare"),
+        help="directory of the results, tables/NAME, and of all runs, cells (default: %(default)s)",
+    )
+    add("--jobs", **JOBS)
     add_engine(compare)
-    add("--scale", default="small", help="small, gpu, paper, slimpajama or smoke (default: %(default)s)")
-    add("--smoke", action="store_true", help="short for --scale smoke --jobs 0 --out runs/compare-smoke")
-    add("--store", metavar="DIR", type=Path, help="also write DIR/TABLE.json, for evenstep results, and "
-        "DIR/cells.jsonl: the runs in it are not repeated, on any machine")  # fmt: skip
-    add("--dry-run", action="store_true", help="list the runs of the first round and their cost, train nothing")
-    add("--report", action="store_true", help="write the tables of the finished runs, train nothing")
+    add(
+        "--scale",
+        metavar="NAME",
+        default="small",
+        help="size of the runs, a section [scale.NAME] of the table file: small (minutes to hours of a CPU), gpu "
+        "(hours of a GPU), paper and slimpajama (as published: GPUs, days), smoke (seconds); a table without such "
+        "sections has no other scale (default: %(default)s)",
+    )
+    add(
+        "--smoke",
+        action="store_true",
+        help="check that tables run: short for --scale smoke --jobs 0 --out runs/compare-smoke",
+    )
+    add(
+        "--store",
+        metavar="DIR",
+        type=Path,
+        help="also write DIR/TABLE.json, which 'evenstep results' reads, and DIR/cells.jsonl, whose runs are not "
+        "repeated, on this machine or another one",
+    )
+    add("--dry-run", action="store_true", help="list the runs of the first round and their cost, and train nothing")
+    add("--report", action="store_true", help="write the tables of the runs that have finished, and train nothing")
     compare.set_defaults(run_command=_compare)
 
+    sweep = commands.add_parser(
+        "sweep",
+        help="train one recipe with several optimizers, learning rates and seeds",
+        usage="evenstep sweep RECIPE.toml [--optimizers A,B] [--rates X,Y] [--seeds M,N] [--section.key VALUE ...]",
+        description=SWEEP,
+        epilog=SWEEP_EXAMPLES,
+        **raw,
+    )
+    add = sweep.add_argument
+    add("recipe", metavar="RECIPE.toml", type=Path, help="the recipe of all runs")
+    add(
+        "--optimizers",
+        metavar="A,B,...",
+        help="names of optimizers, separated by commas; 'evenstep optimizers' lists them (default: that of the recipe)",
+    )
+    add(
+        "--rates",
+        metavar="X,Y,...",
+        help="peak learning rates (optim.lr), separated by commas; every optimizer is trained at each (default: that "
+        "of the recipe)",
+    )
+    add(
+        "--seeds",
+        metavar="M,N,...",
+        help="random seeds, separated by commas; runs with the same seed start from the same weights and see the same "
+        "data (default: that of the recipe)",
+    )
+    add(
+        "--out",
+        dest="directory",
+        metavar="DIR",
+        type=Path,
+        help="directory of the results and of all runs (default: runs/sweep-RECIPE)",
+    )
+    add("--dry-run", action="store_true", help="list the runs and their tokens, and train nothing")
+    add("--jobs", **JOBS)
+    add_engine(sweep)
+    add_overrides(sweep, without={"out", "name"})
+    sweep.set_defaults(run_command=_sweep)
+
     results = commands.add_parser("results", help="write the page of results", description=RESULTS, **raw)
-    how: Any = {"type": Path, "help": "default: %(default)s"}
-    results.add_argument("stored", metavar="DIR", nargs="?", default=Path("benchmarks/results/tables"), **how)
-    results.add_argument("--out", metavar="FILE", default=Path("docs/results.md"), **how)
+    add = results.add_argument
+    add(
+        "stored",
+        metavar="DIR",
+        nargs="?",
+        type=Path,
+        default=Path("benchmarks/results/tables"),
+        help="directory that was given to compare --store (default: %(default)s)",
+    )
+    add(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        default=Path("docs/results.md"),
+        help="the page, in Markdown; its pictures go into a directory of the same name (default: %(default)s)",
+    )
     results.set_defaults(run_command=_results)
 
 
 def _compare(args: argparse.Namespace) -> None:
     from evenstep.compare.cells import Store
     from evenstep.compare.grid import Plan
-    from evenstep.compare.table import load_table
+    from evenstep.compare.table import EXAMPLE, load_table
     from evenstep.errors import EvenstepError
     from evenstep.train.config_io import expanded
 
+    if args.example:
+        print(EXAMPLE, end="")
+        return
+    if not args.tables:
+        raise EvenstepError("compare needs a TABLE.toml; 'evenstep compare --example > my.toml' writes one")
     if args.smoke:
         args.scale, args.jobs = "smoke", 0 if args.jobs is None else args.jobs
         args.out = Path("runs/compare-smoke") if args.out == Path("runs/compare") else args.out
@@ -88,14 +218,55 @@ def _compare(args: argparse.Namespace) -> None:
     runner.check()
 
 
+def _sweep(args: argparse.Namespace) -> None:
+    from evenstep.compare.grid import CellList
+    from evenstep.compare.sweep import sweep_of, write
+    from evenstep.console import counted
+    from evenstep.train.log import short_count
+
+    sweep = sweep_of(args.recipe, given_options(args), args.optimizers, args.rates, args.seeds)
+    cells, out = sweep.cells, args.directory or Path("runs") / f"sweep-{args.recipe.stem}"
+    if args.dry_run:
+        for cell in cells:
+            print(cell.label)
+        print(f"{counted(len(cells), 'run')}, {short_count(sum(cell.tokens for cell in cells))} tokens")
+        return
+    runner = runner_of([CellList(lambda outcomes: cells)], args, out / "cells", None)
+    each = f"{counted(len(cells), 'run')} of {short_count(cells[0].tokens)} tokens"
+    print(f"{each}, {runner.engine.slots} at a time, in {out}", flush=True)
+    try:
+        runner.run()
+    finally:
+        write(sweep, runner.outcomes, out, print)
+    runner.check()
+
+
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Add the options that decide where cells are trained."""
     add = parser.add_argument
-    add("--engine", metavar="NAME", default="local", help="local, slurm or ray (default: %(default)s)")
-    add("--engine-option", metavar="KEY=VALUE", action="append", default=[],
+    add(
+        "--engine",
+        metavar="NAME",
+        default="local",
+        help="where runs are trained: local (processes of this machine), slurm (through submitit) or ray (default: "
+        "%(default)s)",
+    )
+    add(
+        "--engine-option",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
         help="an option of submitit (slurm_partition, timeout_min, ...) or of ray.init (address, ...); gpus=1: each "
-        "process needs a GPU; may be repeated")  # fmt: skip
-    add("--processes", metavar="N", type=int, default=1, help="processes (torchrun) and GPUs of one run (default: 1)")
+        "process needs a GPU; may be repeated",
+    )
+    add(
+        "--processes",
+        metavar="N",
+        type=int,
+        default=1,
+        help="number of processes, and of GPUs, that train one run together, started by torchrun (default: "
+        "%(default)s)",
+    )
 
 
 def runner_of(

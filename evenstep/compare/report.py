@@ -201,6 +201,7 @@ def draw_curves(
     xlabel: str,
     ylabel: str,
     footer: str = "",
+    xscale: str = "linear",
 ) -> Path:
     """Draw a curve for each line: the mean over its seeds, with a band from the lowest to the highest.
 
@@ -211,6 +212,7 @@ def draw_curves(
         xlabel: name of the horizontal axis.
         ylabel: name of the vertical axis.
         footer: small text below the axes, such as `place`.
+        xscale: "linear" or "log".
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with picture(path, title, footer) as axes:
@@ -218,7 +220,7 @@ def draw_curves(
             points = envelope([dict(zip(*curve, strict=True)) for curve in seeds])
             x, means, low, high = zip(*points, strict=True) if points else ([], [], [], [])
             _band(axes, x, means, low, high, name)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel, xscale=xscale)
         axes.legend(fontsize=7, frameon=False)
     return path
 

@@ -1,34 +1,7 @@
-"""Table files: the runs of a published table, at several scales, and the numbers of the paper.
+"""Table files: the runs of a table, at several scales, and the numbers of a paper beside them.
 
-The format, with every allowed key::
-
-    title = "Stable-SPAM, table 1: 4-bit pretraining"
-    paper = "arXiv:2502.17055, table 1"
-    about = "what the paper did and found"
-    include = ["shared.toml"]            # files beside this one, read first; this file overrides them
-    reference = "adam/bf16"              # ROW/PRECISION whose loss the other lines have to reach
-
-    [grid]                               # every row at every precision and size
-    rows = ["adam", "stable_spam"]
-    precisions = ["fp4"]
-    sizes = ["130m"]
-    more = [{ rows = ["adam"], precisions = ["bf16"] }]
-
-    [base.train]                         # options of all runs, as in a recipe
-    [row.adam]                           # label, rates, factor (of the rates), budget (of the tokens)
-    [row.adam.set.optim]                 # its options
-    [precision.fp4.set]                  # its options; those of one row in [precision.fp4.row.adam]
-    [size.130m]                          # rates, tokens
-    [size.130m.set.model]
-    [size.1b.row.scale]                  # rates and set of one row at this size, which go before all others
-
-    [sweep]                              # first stage: rates, tokens (default: those of the second), extend, all, seed
-    [final]                              # second stage at the best rate: tokens, seeds, cells (lines, "claimed", "all")
-
-    [published.130m.int4]                # the paper's perplexity by row
-    [[claim]]                            # a claim of the paper, see evenstep.compare.claims
-
-    [scale.small]                        # the same keys again, for everything that differs at this scale
+`EXAMPLE` is a table file with comments, and docs/comparisons.md describes every key of `_KEYS`. The keys of a scale,
+[scale.NAME], are merged over those of the file.
 
 Options are merged in the order base, size, row, precision, precision's row, size's row.
 """
@@ -41,11 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evenstep.compare.claims import RULES
 from evenstep.errors import EvenstepError, nearest
 from evenstep.train.config import parse_count
 from evenstep.train.config_io import read_toml
 
 Document = dict[str, Any]
+
+DEFAULT_SCALE, OWN = "small", "own"
+"""The scale that is read unless another one is asked for, and the name of that of a file without scales."""
 
 _KEYS = {
     "": "title paper about include reference grid base row precision size sweep final published claim scale",
@@ -58,6 +35,15 @@ _KEYS = {
     "size's row": "rates set",
     "claim": "text rule better than paper memory untestable",
 }
+
+
+_NUMBERS: tuple[set[type], str] = ({int, float}, "numbers")
+_NAMES: tuple[set[type], str] = ({str}, "texts")
+_LISTS: dict[str, tuple[set[type], str]] = {
+    "rates": _NUMBERS, "seeds": ({int}, "whole numbers"), "rows": _NAMES, "precisions": _NAMES, "sizes": _NAMES,
+    "cells": _NAMES, "memory": _NUMBERS,
+}  # fmt: skip
+"""The keys whose value is a list, the types of its entries, and the words for them."""
 
 
 @dataclass(frozen=True, order=True)
@@ -169,14 +155,22 @@ class Table:
 
 
 def load_table(path: Path, scale: str) -> Table:
-    """Read the table at ``path`` for one ``scale``. Raises EvenstepError for a file that is missing or invalid."""
+    """Read the table at ``path`` for one ``scale``. Raises EvenstepError for a file that is missing or invalid.
+
+    A file without scales has one size, and is read as it is where `DEFAULT_SCALE` is asked for.
+    """
     document = _with_includes(path)
     scales = document.pop("scale", {})
+    if not scales and scale == DEFAULT_SCALE:
+        scale, scales = OWN, {OWN: {}}
+    if not isinstance(scales, Mapping) or not all(isinstance(part, Mapping) for part in scales.values()):
+        raise EvenstepError(f"{path}: scale is not a table of tables; write [scale.NAME] with the keys that differ")
     if scale not in scales:
         raise EvenstepError(
             f"{path}: no scale '{scale}'{nearest(scale, [*scales])} (available: {', '.join(scales) or 'none'})"
         )
     document = merged(document, scales[scale])
+    document.setdefault("paper", "")
     for key in ("row", "precision", "size", "sweep", "final", "base"):
         document.setdefault(key, {})
     table = Table(path.stem, scale, document)
@@ -205,9 +199,14 @@ def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> Document:
 def _check(table: Table, path: Path) -> None:
     document = table.document
     check_keys(path, "", document, _KEYS[""].split())
-    for key in ("title", "paper", "grid"):
+    for section in ("row", "precision", "size", "base", "published"):
+        if not isinstance(part := document.get(section, {}), Mapping):
+            raise EvenstepError(f"{path}: {section} = {part!r} is not a table; write [{section}.NAME]")
+    if not isinstance(claims := document.get("claim", []), list):
+        raise EvenstepError(f"{path}: claim = {claims!r} is not a list of tables; write [[claim]]")
+    for key in ("title", "grid"):
         if key not in document:
-            raise EvenstepError(f"{path}: '{key}' is missing")
+            raise EvenstepError(f"{path}: '{key}' is missing; 'evenstep compare --example' prints a whole table")
     parts = [(section, section, document[section]) for section in ("grid", "sweep", "final")]
     for size, part in document["size"].items():
         parts += [("size's row", f"size.{size}.row.{name}", given) for name, given in part.get("row", {}).items()]
@@ -216,17 +215,20 @@ def _check(table: Table, path: Path) -> None:
     parts += [("claim", "claim", claim) for claim in table.claims]
     for section, name, part in parts:
         check_keys(path, name, part, _KEYS[section].split())
+        for key, (kind, words) in _LISTS.items():
+            if key in part and not (isinstance(part[key], list) and all(type(x) in kind for x in part[key])):
+                where = f"{name}.{key}" if name else key
+                raise EvenstepError(f"{path}: {where} = {part[key]!r} is not a list of {words}")
+    for claim in table.claims:
+        _check_claim(claim, path)
     for key in ("rows", "precisions", "sizes"):
         if not document["grid"].get(key):
-            raise EvenstepError(f"{path}: grid.{key} is missing or empty")
+            raise EvenstepError(f"{path}: grid.{key} is missing or empty; give a list of names")
     for group in table.groups():
-        if group.row not in document["row"]:
-            raise EvenstepError(f"{path}: grid names the row '{group.row}'{nearest(group.row, [*document['row']])}")
-        if group.precision not in document["precision"]:
-            raise EvenstepError(
-                f"{path}: grid names the precision '{group.precision}'"
-                f"{nearest(group.precision, [*document['precision']])}"
-            )
+        for section, name in (("row", group.row), ("precision", group.precision)):
+            if name not in document[section]:
+                hint = nearest(name, [*document[section]]) or f"; write [{section}.{name}] with its options"
+                raise EvenstepError(f"{path}: grid names the {section} '{name}'{hint}")
         if not table.document["row"][group.row].get("rates") and not document["size"].get(group.size, {}).get("rates"):
             document["sweep"].setdefault("rates", [1e-3])
     names = [table.reference] if table.reference else []
@@ -234,7 +236,24 @@ def _check(table: Table, path: Path) -> None:
     for name in names:
         if name not in ("claimed", "all") and not any(group.is_called(name) for group in table.groups()):
             known = [group.name for group in table.groups()]
-            raise EvenstepError(f"{path}: '{name}' is not a line of this table{nearest(name, known)}")
+            hint = nearest(name, known) or f" (lines: {', '.join(dict.fromkeys(known))})"
+            raise EvenstepError(f"{path}: '{name}' is not a line of this table{hint}")
+
+
+def _check_claim(claim: Document, path: Path) -> None:
+    claim.setdefault("paper", "-")
+    for key in ("text", "rule", "better", "than"):
+        if key not in claim:
+            raise EvenstepError(f"{path}: claim {claim.get('text', '')!r} has no '{key}'; give {key} = ...")
+    if claim["rule"] not in RULES:
+        raise EvenstepError(
+            f"{path}: claim {claim['text']!r} has the rule {claim['rule']!r}{nearest(str(claim['rule']), [*RULES])} "
+            f"(allowed: {', '.join(RULES)})"
+        )
+    if claim["rule"] in ("level", "memory") and len(claim.get("memory", ())) != 2:
+        raise EvenstepError(
+            f"{path}: claim {claim['text']!r} has the rule {claim['rule']}, which needs memory = [least, greatest]"
+        )
 
 
 def check_keys(path: Path, section: str, given: Any, allowed: Collection[str]) -> None:
@@ -247,3 +266,66 @@ def check_keys(path: Path, section: str, given: Any, allowed: Collection[str]) -
             raise EvenstepError(
                 f"{path}: unknown key '{name}'{nearest(key, list(allowed))} (allowed: {', '.join(sorted(allowed))})"
             )
+
+
+EXAMPLE = """\
+# A comparison of your own: evenstep compare THIS-FILE.toml
+# As it is, it takes some minutes of one core: 6 short runs for the learning rates, 4 longer ones at the best rates.
+# All keys are in docs/comparisons.md; --dry-run lists the runs.
+
+title = "AdamW against Stable-SPAM on the sources of Python"
+reference = "adamw/fp32"  # ROW/PRECISION whose loss the other lines have to reach
+
+# Every row at every precision and size is a line of the result.
+[grid]
+rows = ["adamw", "stable_spam"]
+precisions = ["fp32"]  # add "fp4": its section stands below
+sizes = ["tiny"]
+
+# Options of all runs, as in a recipe (evenstep pretrain --help).
+[base.data]
+source = "stdlib"  # your own text: "text:books/*.txt"
+vocab_size = 2048
+[base.train]
+batch_size = 8
+seq_len = 128
+threads = 1
+[base.eval]
+every = 50
+max_tokens = "100K"
+
+# The rows: a name for the table, and the options of the optimizer. factor = 0.5 would halve the rates below.
+[row.adamw]
+label = "AdamW"
+set.optim = { name = "adamw", betas = [0.9, 0.95], weight_decay = 0.1 }
+[row.stable_spam]
+label = "Stable-SPAM"
+set.optim = { name = "stable_spam", weight_decay = 0.1, reset_interval = 0 }
+
+[precision.fp32]
+[precision.fp4]
+label = "FP4"
+set.lowbit = "fp4"
+
+[size.tiny]
+set.model.size = "tiny"
+
+# First stage: the learning rates, with one seed. If the best rate is the outermost, one more is tried.
+[sweep]
+rates = [1e-3, 2e-3, 4e-3]
+tokens = "60K"
+extend = 1
+
+# Second stage: seeds at the best rate.
+[final]
+tokens = "200K"
+seeds = [0, 1]
+
+# A claim is judged by a paired t-test over the seeds; state it before the runs.
+[[claim]]
+text = "Stable-SPAM beats AdamW"
+rule = "lower"
+better = "stable_spam/fp32"
+than = "adamw/fp32"
+"""
+"""A table file that runs as it is, for ``evenstep compare --example``."""

@@ -1,14 +1,25 @@
-"""The commands ``runs``, ``plan``, ``export`` and ``inspect``: their flags, and the functions that they call."""
+"""The commands ``runs``, ``plan``, ``export``, ``official`` and ``inspect``: flags, and the functions they call."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 from evenstep.train.checkpoint import Parent
 from evenstep.train.config import Config
-from evenstep.train.config_io import build, check_changes, config_file, read_toml, to_toml
+from evenstep.train.config_io import (
+    build,
+    check_changes,
+    config_file,
+    override,
+    read_toml,
+    to_tables,
+    to_toml,
+    without_foreign_options,
+)
+from evenstep.train.flags import add_overrides, given_options
 
 PLAN = """\
 Compute what RECIPE.toml needs on a number of GPUs before the run is started: the memory of each process, the bytes sent
@@ -28,6 +39,32 @@ EXPORT = """\
 Write the weights of the newest valid checkpoint of RUN. --to hf writes a directory that transformers can load, with
 the tokenizer; --to safetensors writes one file with parameter names as keys. Any number of processes may have written
 the checkpoint.
+"""
+
+OFFICIAL = """\
+Run a command line of torchrun_main.py (SPAM) or main_pretrain.py
+(Stable-SPAM), the papers' published programs, with evenstep. Prints the
+recipe that the line stands for, below comments that say for each flag what
+the published program does with it: some flags are parsed there and never
+used. Then trains the recipe, which has the published code's variant of the
+optimizer and its low-bit formats.
+
+--section.key VALUE in front of -- overrides an option of the recipe, as for
+pretrain: --data.source for other text, --train.steps for a shorter run.
+evenstep pretrain --help lists the options.
+"""
+
+OFFICIAL_EXAMPLES = """\
+examples:
+  evenstep official --print-recipe -- torchrun_main.py --optimizer SPAM \\
+      --model_config configs/llama_130m.json --batch_size 128 \\
+      --total_batch_size 512 --lr 8e-4 --num_training_steps 20000 > spam.toml
+  evenstep official --data.source 'text:books/*.txt' --model.size 9m \\
+      --train.steps 200 --schedule.warmup_steps 20 -- main_pretrain.py \\
+      --model_config configs/llama_60m.json --batch_size 16 --lr 1e-3 \\
+      --optimizer stablespam --fp4
+  torchrun --standalone --nproc_per_node 4 -m evenstep official -- \\
+      main_pretrain.py ...                    as many processes as there
 """
 
 INSPECT = """\
@@ -81,6 +118,35 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     export.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new or empty directory")
     export.set_defaults(run_command=_export)
 
+    official = commands.add_parser(
+        "official",
+        help="run a command line of the papers' published programs",
+        usage="evenstep official [--print-recipe] [--as-written] [--section.key VALUE ...] -- PROGRAM FLAGS",
+        description=OFFICIAL,
+        epilog=OFFICIAL_EXAMPLES,
+        **shared,
+    )
+    official.add_argument(
+        "--print-recipe",
+        action="store_true",
+        help="print the recipe and exit; 'evenstep pretrain' runs the recipe from a file",
+    )
+    official.add_argument(
+        "--as-written",
+        action="store_true",
+        help="use the values of --update_gap, --warmup_epoch and --grad_accu_steps, which torchrun_main.py parses and "
+        "never uses, and read --max_train_tokens as tokens, which both programs divide by the sequences of a step",
+    )
+    official.add_argument(
+        "line",
+        metavar="PROGRAM FLAGS",
+        nargs=argparse.REMAINDER,
+        help="the published command line: torchrun_main.py (SPAM) or main_pretrain.py (Stable-SPAM) and its flags; "
+        "torchrun and its options may stand in front of the program",
+    )
+    add_overrides(official)
+    official.set_defaults(run_command=_official)
+
     inspect = commands.add_parser(
         "inspect", help="show the content of a checkpoint and verify it", description=INSPECT, **shared
     )
@@ -122,6 +188,34 @@ def _export(args: argparse.Namespace) -> None:
     from evenstep.train.weights import export
 
     export(args.run, args.to, args.out, print_line)
+
+
+def _official(args: argparse.Namespace) -> None:
+    from evenstep.train.official import parse_line, recipe_text, translated, world_size
+
+    line = parse_line(args.line[1:] if args.line[:1] == ["--"] else args.line)
+    tables, remarks = translated(line, as_written=args.as_written)
+    overrides = given_options(args)
+    if world_size() > 1 and "parallel.mode" not in dict(overrides):
+        overrides.append(("parallel.mode", "ddp"))  # as the published programs
+    tables = override(without_foreign_options(tables, overrides, Path(line.program.name)), overrides)
+    config = build(tables)
+    checked = to_tables(config)
+    for key, _ in overrides:  # a count from the command line is a text
+        section, _, name = key.partition(".") if "." in key else ("", "", key)
+        own, of_config = (tables.get(section, {}), checked[section]) if section else (tables, checked)
+        if name in own:
+            own[name] = of_config[name]
+    if os.environ.get("RANK", "0") == "0":
+        print(recipe_text(line, tables, remarks, overrides), flush=True)
+
+    from evenstep.train.optimizers import try_optimizer
+
+    try_optimizer(config.optim)
+    if not args.print_recipe:
+        from evenstep.train.trainer import train
+
+        train(config, None)
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -275,10 +275,11 @@ def to_tables(config: BaseConfig) -> Tables:
 
 def to_toml(config: BaseConfig) -> str:
     """The configuration as TOML text. ``build(tomllib.loads(text))`` returns an equal configuration."""
-    return _to_text(to_tables(config))
+    return tables_to_toml(to_tables(config))
 
 
-def _to_text(tables: Mapping[str, Any]) -> str:
+def tables_to_toml(tables: Mapping[str, Any]) -> str:
+    """Tables of options as TOML text, each option on one line."""
     lines: list[str] = []
     for key, value in tables.items():
         if isinstance(value, dict):
@@ -312,7 +313,7 @@ def config_hash(config: BaseConfig) -> str:
     for section, values in _NEWER.items():
         left = {key: value for key, value in tables.get(section, {}).items() if values.get(key, ...) != value}
         tables = {**tables, section: left} if left else {key: x for key, x in tables.items() if key != section}
-    return hashlib.sha256(_to_text(tables).encode()).hexdigest()[:16]
+    return hashlib.sha256(tables_to_toml(tables).encode()).hexdigest()[:16]
 
 
 _NEWER: Tables = {

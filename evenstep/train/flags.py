@@ -8,7 +8,7 @@ Both are generated from the fields of `evenstep.train.config` and from the hyper
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,23 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[BaseConfig]) -> None:
         own.add_argument(f"--optim.{name}", dest=f"optim.{name}", metavar="VALUE", help=text)
 
 
+def add_overrides(
+    parser: argparse.ArgumentParser, kind: type[BaseConfig] = Config, without: Collection[str] = ()
+) -> None:
+    """Add the flags of every option of ``kind`` to the parser of a command whose help does not list them, except those
+    ``without``. `given_options` reads them."""
+    for key in sorted(declared(kind) - {*without}):
+        parser.add_argument(f"--{key}", dest=key, help=argparse.SUPPRESS)
+
+
+def given_options(args: argparse.Namespace, kind: type[BaseConfig] = Config) -> list[tuple[str, str]]:
+    """The options of ``kind`` on the command line and their texts, those that `add_flags` does not know at the end."""
+    return [
+        *((key, value) for key, value in vars(args).items() if key in declared(kind) and value is not None),
+        *args.extra,
+    ]
+
+
 def section_of(key: str) -> str:
     """The section of an option; empty for an option of the top level.
 
@@ -93,8 +110,8 @@ def chosen(
     ``short`` has options that other arguments stand for; flags override them. With ``--resume`` and without a recipe
     the configuration of the run takes the place of the recipe. EvenstepError for values that do not fit.
     """
-    given = [(key, value) for key, value in vars(args).items() if key in declared(kind) and value is not None]
-    overrides = [*(short or {}).items(), *given, *args.extra]
+    given = given_options(args, kind)
+    overrides = [*(short or {}).items(), *given]
     start: Path | Parent | None = None
     if args.resume is not None and args.resume != "auto":
         wanted = dict(given).get("out")
