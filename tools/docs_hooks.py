@@ -1,9 +1,12 @@
-"""Hooks of mkdocs: pages that may be missing, links from pages to files of the repository, and llms.txt."""
+"""Hooks of mkdocs: pages that may be missing, examples of docstrings as code, links from pages to files of the
+repository, and llms.txt."""
 
 import os
 import re
 from pathlib import Path
 
+from markdown import Extension
+from markdown.preprocessors import Preprocessor
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +22,28 @@ SUMMARY = (
 """The first paragraph of llms.txt."""
 
 
+class DoctestBlocks(Extension):
+    """A paragraph that begins with ``>>>`` is code. Markdown alone would read it as three nested quotations, and
+    ``x["a"]["b"]`` in it as a link."""
+
+    def extendMarkdown(self, md):  # noqa: N802, the name is Markdown's
+        # Below 25, the priority of fences, whose content is stashed by then
+        md.preprocessors.register(_IndentDoctests(md), "doctests", 22)
+
+
+class _IndentDoctests(Preprocessor):
+    def run(self, lines):
+        found, inside = [], False
+        for line in lines:
+            starts = line.startswith(">>> ") and not inside
+            inside = (inside or starts) and bool(line.strip())
+            found += [""] if starts else []
+            found.append(f"    {line}" if inside else line)
+        return found
+
+
 def on_config(config):
+    config.markdown_extensions.append(DoctestBlocks())
     docs = Path(config.docs_dir)
     named = set()
     config.nav = _existing(config.nav, docs, named)
