@@ -26,7 +26,7 @@ class DoctestBlocks(Extension):
     """A paragraph that begins with ``>>>`` is code. Markdown alone would read it as three nested quotations, and
     ``x["a"]["b"]`` in it as a link."""
 
-    def extendMarkdown(self, md):  # noqa: N802, the name is Markdown's
+    def extendMarkdown(self, md):
         # Below 25, the priority of fences, whose content is stashed by then
         md.preprocessors.register(_IndentDoctests(md), "doctests", 22)
 
