@@ -58,6 +58,8 @@ def _existing(nav, docs, named):
     found = []
     for item in nav:
         [(title, target)] = item.items()
+        if str(target).endswith("/"):  # every page of a folder
+            target = [{_title(docs / page): page} for page in _pages_of(docs, target)]
         if isinstance(target, list):
             inside = _existing(target, docs, named)
             found += [{title: inside}] if inside else []
@@ -65,6 +67,14 @@ def _existing(nav, docs, named):
             named.add(target)
             found.append(item)
     return found
+
+
+def _pages_of(docs, folder):
+    return sorted(str(path.relative_to(docs)) for path in (docs / folder).glob("*.md"))
+
+
+def _title(path):
+    return path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
 
 
 def on_files(files, config):
