@@ -30,7 +30,7 @@ examples:
 
 RESULTS = """\
 Write a page of results from the JSON files of compare --store: for each claim our number, the paper's number and the
-direction, then every table with its pictures.
+direction, and a ranking of all lines. Each table has a page of its own, with its pictures.
 """
 
 

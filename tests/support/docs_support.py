@@ -122,6 +122,7 @@ def migrating(folder):
 
 
 PRELUDES = {
+    "docs/cookbook.md": guard,
     "docs/data.md": data,
     "docs/guard.md": guard,
     "docs/integrations.md": integrations,
