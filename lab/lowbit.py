@@ -265,10 +265,10 @@ def verdicts(results: Results) -> list[Verdict]:
         for precision in ("fp32", *LOW):
             ours, theirs = measured("stable_spam", precision), measured("adamw", precision)
             here = f"{_number(ours)} against {_number(theirs)}"
-            claim = f"{what}: stable_spam {precision} below adamw {precision}"
+            claim = f"{what}: smaller with stable_spam {precision} than with adamw {precision}"
             rows.append(Verdict(claim, "", here, compare_single(ours, theirs, margin)))
     leaky, honest = (_best(results, "adamw", name) for name in ("fp4-official", "fp4"))
-    claim = "the official FP4's groups leak: adamw fp4-official below adamw fp4 (narrower grid, yet lower loss)"
+    claim = "the official FP4's groups leak: adamw fp4-official better than adamw fp4 (narrower grid, yet lower loss)"
     here = f"{_number(leaky)} against {_number(honest)}"
     return [*rows, Verdict(claim, "", here, compare_single(leaky, honest, margin))]
 
@@ -294,7 +294,7 @@ def _below(results: Results, lower: Line, higher: Line, published: str, verdict:
     other = PUBLISHED.get((higher[0], published), {})
     both = [size for size in other if size in their]
     papers = ", ".join(f"{their[size]:g} against {other[size]:g} ({size})" for size in both)
-    return Verdict(f"{' '.join(lower)} below {' '.join(higher)}", papers, here, verdict)
+    return Verdict(f"{' '.join(lower)} better than {' '.join(higher)}", papers, here, verdict)
 
 
 # ---- the page ----

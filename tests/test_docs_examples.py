@@ -26,6 +26,19 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch, capsys):
             run(page, line, code, names)
     if page == "docs/integrations.md":
         check_what_programs_would_call(names)
+    if page == "docs/migrating.md":
+        check_what_the_lines_do(names)
+
+
+def check_what_the_lines_do(names):
+    """The plugin's callbacks train, and a guard in the loops of litgpt and nanochat has judged a step."""
+    from transformers import Trainer, TrainingArguments
+
+    callbacks = names["SpikePlugin"]().add_callbacks_post_trainer(None, None)
+    arguments = TrainingArguments("plugin", max_steps=2, use_cpu=True, report_to=[])
+    Trainer(tiny_model(), arguments, train_dataset=names["dataset"], callbacks=callbacks).train()
+    assert callbacks[0].guard.num_steps == 2
+    assert names["guard"].num_steps == 1 and names["guard"].model is names["orig_model"]
 
 
 def keep_trainer_on_cpu(monkeypatch):

@@ -124,3 +124,13 @@ def test_the_width_check_sees_wide_lines_of_code_alone():
     assert wide_lines(f"{wide}\n```sh\nshort\n{wide}\n```\n") == [(4, wide)]
     assert wide_lines(f"- in a list\n\n  ```python\n  {wide[2:]}\n  ```\n") == [(4, f"  {wide[2:]}")]
     assert wide_lines(f"```\n7b (6.74B parameters) on 64 GPUs, {wide}\n```\n") == []
+
+
+def test_an_example_of_a_docstring_is_code(monkeypatch):
+    markdown = pytest.importorskip("markdown")
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import docs_hooks
+
+    page = markdown.markdown('Before\n\n>>> x["a"]["b"]\n3\n\n> after\n', extensions=[docs_hooks.DoctestBlocks()])
+    assert '<code>&gt;&gt;&gt; x["a"]["b"]\n3\n</code>' in page and page.count("<blockquote>") == 1

@@ -1,9 +1,12 @@
-"""Hooks of mkdocs: pages that may be missing, links from pages to files of the repository, and llms.txt."""
+"""Hooks of mkdocs: pages that may be missing, examples of docstrings as code, links from pages to files of the
+repository, and llms.txt."""
 
 import os
 import re
 from pathlib import Path
 
+from markdown import Extension
+from markdown.preprocessors import Preprocessor
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +22,28 @@ SUMMARY = (
 """The first paragraph of llms.txt."""
 
 
+class DoctestBlocks(Extension):
+    """A paragraph that begins with ``>>>`` is code. Markdown alone would read it as three nested quotations, and
+    ``x["a"]["b"]`` in it as a link."""
+
+    def extendMarkdown(self, md):
+        # Below 25, the priority of fences, whose content is stashed by then
+        md.preprocessors.register(_IndentDoctests(md), "doctests", 22)
+
+
+class _IndentDoctests(Preprocessor):
+    def run(self, lines):
+        found, inside = [], False
+        for line in lines:
+            starts = line.startswith(">>> ") and not inside
+            inside = (inside or starts) and bool(line.strip())
+            found += [""] if starts else []
+            found.append(f"    {line}" if inside else line)
+        return found
+
+
 def on_config(config):
+    config.markdown_extensions.append(DoctestBlocks())
     docs = Path(config.docs_dir)
     named = set()
     config.nav = _existing(config.nav, docs, named)
@@ -34,6 +58,8 @@ def _existing(nav, docs, named):
     found = []
     for item in nav:
         [(title, target)] = item.items()
+        if str(target).endswith("/"):  # every page of a folder
+            target = [{_title(docs / page): page} for page in _pages_of(docs, target)]
         if isinstance(target, list):
             inside = _existing(target, docs, named)
             found += [{title: inside}] if inside else []
@@ -41,6 +67,14 @@ def _existing(nav, docs, named):
             named.add(target)
             found.append(item)
     return found
+
+
+def _pages_of(docs, folder):
+    return sorted(str(path.relative_to(docs)) for path in (docs / folder).glob("*.md"))
+
+
+def _title(path):
+    return path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
 
 
 def on_files(files, config):

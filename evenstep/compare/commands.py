@@ -62,8 +62,8 @@ several sizes and precisions, and a rate that is chosen on a seed of its own.
 
 RESULTS = """\
 Write a page of results from the JSON files of compare --store: for each claim
-our number, the paper's number and the direction, then every table with its
-pictures.
+our number, the paper's number and the direction, and a ranking of all lines.
+Each table has a page of its own, with its pictures.
 """
 
 

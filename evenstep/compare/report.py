@@ -2,7 +2,8 @@
 
 `write_page` writes docs/results.md from the JSON files of ``evenstep compare --store``: every claim with our number,
 the paper's number and the verdict, the lines that lost their number by a correction of their setting
-(``superseded.jsonl`` beside the files), the remarks in ``notes.md``, and every table. The pages of the studies in lab/
+(``superseded.jsonl`` beside the files), the remarks in ``notes.md``, and a ranking of all lines. Every table has a page
+of its own, with its pictures, in the directory results/ beside it. The pages of the studies in lab/
 are made of the same parts (`table`, `draw_curves`, `place`).
 """
 
@@ -344,19 +345,41 @@ OTHER = "models of the sizes and budgets that each table states."
 
 
 def write_page(stored: Path, page: Path) -> list[Path]:
-    """Write ``page``, and its pictures into a directory of the same name beside it; returns all paths. Raises
-    EvenstepError if there are no stored results."""
+    """Write ``page``, and a page for each table with its pictures into a directory of the same name beside it; returns
+    all paths. Raises EvenstepError if there are no stored results."""
     documents = load(stored)
-    pictures = page.with_suffix("")
-    pictures.mkdir(parents=True, exist_ok=True)
-    drawn = {d["table"]: draw(d, pictures) for d in documents}
+    folder = page.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {d["table"]: draw(d, folder) for d in documents}
     lost = superseded(stored, documents)
     claims = settled(_all_claims(documents))
     parts = [_head(documents, stored, claims), _claims(claims, lost)]
     parts += filter(None, [_superseded(lost), _notes(stored), overview(documents)])
-    parts += [_section(d, drawn[d["table"]], page.parent) for d in documents]
-    replace_text(page, "\n".join(parts))
-    return [page, *(path for paths in drawn.values() for path in paths)]
+    parts.append(_contents(documents, claims))
+    replace_text(page, _with_links("\n".join(parts), documents, folder.name))
+    written = [page]
+    for document in documents:
+        own = folder / f"{document['table']}.md"
+        replace_text(own, _table_page(document, drawn[document["table"]], page))
+        written += [own, *drawn[document["table"]]]
+    return written
+
+
+def _with_links(text: str, documents: list[Document], folder: str) -> str:
+    """The text with its links to tables (``#NAME``) as links to their pages."""
+    for document in documents:
+        text = text.replace(f"](#{document['table']})", f"]({folder}/{document['table']}.md)")
+    return text
+
+
+def _contents(documents: list[Document], claims: list[Document]) -> str:
+    """A list of the tables, with the verdicts of their claims."""
+    rows = []
+    for document in documents:
+        verdicts = Counter(claim["verdict"] for claim in claims if claim["document"] is document)
+        found = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()) or "-"
+        rows.append((f"[{document['title']}](#{document['table']})", document["paper"], found))
+    return f"## The tables\n\n{table(('table', 'paper', 'claims'), rows)}"
 
 
 def load(stored: Path) -> list[Document]:
@@ -478,7 +501,7 @@ def _remarks_on_rates(claim: Document) -> str:
     return ", ".join(word for word, holds in remarks.items() if holds) or "-"
 
 
-def _section(document: Document, pictures: list[Path], beside: Path) -> str:
+def _table_page(document: Document, pictures: list[Path], overview: Path) -> str:
     setting = document["setting"]
     where = (
         f"`evenstep compare recipes/tables/{document['table']}.toml --scale {document['scale']}`: {setting['data']}, "
@@ -486,16 +509,15 @@ def _section(document: Document, pictures: list[Path], beside: Path) -> str:
         f"{short_count(setting['sweep_tokens'])} tokens in a sweep of rates, {short_count(setting['tokens'])} at the "
         f"best, {setting['schedule']} to {setting['min_lr_ratio']:.0%}. {_where(document)}"
     )
-    images = [f"![{path.stem}]({path.relative_to(beside).as_posix()})" for path in pictures]
+    images = [f"![{path.stem}]({path.name})" for path in pictures]
     notes = [f"- {line}" for line in below(document).splitlines() if not line.startswith("claim (")]
     parts = [
-        f'<a id="{document["table"]}"></a>',
-        f"## {document['title']}",
-        f"{document['paper']}. {document.get('about', '')}",
-        where,
+        f"# {document['title']}",
+        f"{document['paper']}. {document.get('about', '')} [The claims, and the rules](../{overview.name}).",
         markdown(document).rstrip(),
         "\n".join(notes),
         "\n".join(images),
+        where,
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 

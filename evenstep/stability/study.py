@@ -266,7 +266,7 @@ class Claim:
     @property
     def text(self) -> str:
         where = f"{self.task}, {' and '.join(self.variants)}" if self.variants else self.task
-        return f"{where}: {self.better} below {self.than}"
+        return f"{where}: {self.better} better than {self.than}"
 
 
 _STABLE, _SLOW = "Stable-SPAM .7/.9", "Stable-SPAM .85/.99999"

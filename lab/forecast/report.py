@@ -119,7 +119,11 @@ def _claims(runs: Runs) -> str:
                 pair = by_label[claim.better], by_label[claim.worse]
                 sides = [_mse(side) for side in pair]
                 verdict = direction(*pair, "test_mse", higher_is_better=False)
-                place_ = [f"{name}, {horizon}", _noise_name((severity, share)), f"{claim.better} below {claim.worse}"]
+                place_ = [
+                    f"{name}, {horizon}",
+                    _noise_name((severity, share)),
+                    f"{claim.better} better than {claim.worse}",
+                ]
                 rows.append([*place_, f"{sides[0].text(4)} against {sides[1].text(4)}", f"**{verdict}**", claim.paper])
     return f"""## The papers' claims
 

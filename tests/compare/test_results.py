@@ -289,14 +289,17 @@ def test_the_page_says_claim_numbers_direction_and_the_flaw(document, tmp_path, 
     (stored / "mine.json").write_text(json.dumps(document))
     assert main(["results", str(stored), "--out", str(page)]) == 0
     assert str(page) in capsys.readouterr().out
-    text = page.read_text()
+    own = page.parent / "results" / "mine.md"
+    text = page.read_text() + own.read_text()
     row = "| SPAM beats Adam | **confirmed** | 2.9050 against 3.0050 (-0.1000 ± 0.0050) | 0.003 | 2 | - | 30.46 against"
     assert (
         row in text and "over all 1 claims of this page" in text and "0 are not measured and 1 have a verdict" in text
     )
     assert "N/(N+1)" in text and "commit cccccccccc" in text and "a CPU" in text and "4K tokens" in text
     for picture in ("curves", "rates", "memory"):
-        assert f"](results/mine-{picture}.png)" in text and (page.parent / "results" / f"mine-{picture}.png").exists()
+        assert f"](mine-{picture}.png)" in own.read_text() and own.with_name(f"mine-{picture}.png").exists()
+    assert "](#" not in page.read_text() and page.read_text().count("](results/mine.md)") == 2
+    assert "](../results.md)" in own.read_text() and "# " not in page.read_text().split("## The tables")[1]
     assert "## Notes" not in text
     (stored / "notes.md").write_text("## Notes\n\nof somebody\n")
     (stored / "mine.json").write_text(json.dumps({**document, "scale": "smoke"}))
@@ -339,7 +342,10 @@ def test_a_line_whose_setting_was_corrected_shows_its_old_number_nowhere_else(do
     text = (tmp_path / "page.md").read_text()
     assert "| **not measured** | not measured again since the correction of spam, high | - | " in text
     assert text.count("3.4567") == 1
-    assert "| spam, high | clip_start | 3.4567 | 0.001 | 3 | [mine](#mine) |" in text.split("## Not measured again")[1]
+    assert (
+        "| spam, high | clip_start | 3.4567 | 0.001 | 3 | [mine](page/mine.md) |"
+        in text.split("## Not measured again")[1]
+    )
 
 
 def test_what_a_rate_was_chosen_on_is_marked(tmp_path, monkeypatch):

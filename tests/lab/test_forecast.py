@@ -376,7 +376,11 @@ def test_the_program_runs_a_recipe_and_reports_it_and_repeats_nothing(tmp_path, 
 
     assert main(["report", "runs", "--page", "page.md"]) == 0
     page = (tmp_path / "page.md").read_text()
-    assert "| waves, 8 | S = 5 on 10% | spam below adam |" in page and "## The rates" in page and "by horizon" in page
+    assert (
+        "| waves, 8 | S = 5 on 10% | spam better than adam |" in page
+        and "## The rates" in page
+        and "by horizon" in page
+    )
     assert (tmp_path / "page-waves-h8-s5-10.png").stat().st_size > 1000 and "(page-waves-h8-s5-10.png)" in page
 
 
@@ -404,9 +408,9 @@ def test_the_report_says_which_claims_hold(tmp_path):
     assert main(["report", str(tmp_path / "runs"), "--page", str(tmp_path / "page.md")]) == 0
     page = (tmp_path / "page.md").read_text()
     for said in (
-        "spam below adam | 1.1000 ± 0.1000 against 2.1000 ± 0.1000 | **confirmed**",
-        "stable-spam below spam | 1.4000 ± 0.1000 against 1.1000 ± 0.1000 | **opposite**",
-        "stabilizer below adam | diverged against 2.1000 ± 0.1000 | **not confirmed**",
+        "spam better than adam | 1.1000 ± 0.1000 against 2.1000 ± 0.1000 | **confirmed**",
+        "stable-spam better than spam | 1.4000 ± 0.1000 against 1.1000 ± 0.1000 | **opposite**",
+        "stabilizer better than adam | diverged against 2.1000 ± 0.1000 | **not confirmed**",
         "| adam | 3.0 | 3.0 |",  # spikes of the second epoch
     ):
         assert said in page

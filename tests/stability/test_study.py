@@ -167,7 +167,7 @@ def test_the_page_says_what_died_and_what_is_not_measured(results):
     assert "4 runs" not in text and "8 runs, seeds 0, 1, 4.0 hours of one core" in text
     assert "**not measured**" in text and "No remedy is best everywhere" in text
     told = {one["text"]: one for one in page.verdicts(results)}
-    assert told["control: Stable-SPAM .7/.9 below Adam + clip 1"]["verdict"] == "not measured"
+    assert told["control: Stable-SPAM .7/.9 better than Adam + clip 1"]["verdict"] == "not measured"
 
 
 def test_a_verdict_needs_more_than_chance_over_all_claims(results, monkeypatch):

@@ -106,7 +106,28 @@ def data(folder):
     return {}
 
 
-PRELUDES = {"docs/data.md": data, "docs/guard.md": guard, "docs/integrations.md": integrations}
+def migrating(folder):
+    """In the loops of litgpt and nanochat, which run a backward pass before the lines of the page."""
+    names = common(folder)
+    loss = names["model"](names["batch"])
+    loss.backward()
+    loop = {
+        "orig_model": names["model"],
+        "loss": loss,
+        "train_loss": loss.detach(),
+        "step": 0,
+        "state": {"iter_num": 1},
+    }
+    return names | guard(folder) | loop
+
+
+PRELUDES = {
+    "docs/cookbook.md": guard,
+    "docs/data.md": data,
+    "docs/guard.md": guard,
+    "docs/integrations.md": integrations,
+    "docs/migrating.md": migrating,
+}
 """Names beside the common ones, by page; called with the folder in which the page runs."""
 
 BEFORE = {"docs/lowbit.md": {"save_quantized(model": "from evenstep import quantize_\nmodel = quantize_(model, 'fp4')"}}

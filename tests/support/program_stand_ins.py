@@ -1,7 +1,7 @@
-"""The few classes of axolotl and torchtitan that the documentation's examples use, for where the programs are missing.
+"""What the documentation's examples use of axolotl, torchtitan and LLaMA-Factory, for where the programs are missing.
 
-They do what axolotl 0.19 and torchtitan 0.3 do with them, and no more. Both programs want other versions of what the
-development environment has, so they are no part of it. Where one can be imported, it is used itself.
+It does what axolotl 0.19, torchtitan 0.3 and LLaMA-Factory 0.9 do, and no more. These programs want other versions of
+what the development environment has, so they are no part of it. Where one can be imported, it is used itself.
 """
 
 import importlib
@@ -65,8 +65,16 @@ class OptimizersContainer:
         return iter(self.optimizers)
 
 
+def run_exp(args=None, callbacks=None):
+    """llamafactory.train.tuner: here without a training. The callbacks go to transformers' Trainer."""
+    from transformers import TrainerCallback
+
+    assert args is None and all(isinstance(one, TrainerCallback) for one in callbacks)
+
+
 PROGRAMS = {
     "axolotl.integrations.base": (BasePlugin,),
+    "llamafactory.train.tuner": (run_exp,),
     "torchtitan.components.optimizer": (ParamGroupConfig, OptimizersContainer),
 }
 
