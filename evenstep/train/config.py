@@ -251,6 +251,10 @@ class DataConfig(Section):
         None, "what to do with a file or row that cannot be used: stop, or skip it and count it (none: stop)",
         choices=("stop", "skip"), resume="free",
     )  # fmt: skip
+    bad_batch: int | None = option(
+        None, "a step whose batch is replaced by random tokens, to try out monitor, guard and optimizer (none: off)",
+        low=1, high=MOST_STEPS,
+    )  # fmt: skip
 
 
 VARIANTS = ("qk_norm", "attention_softcap", "logit_softcap", "kv_heads", "tie_embeddings")

@@ -167,6 +167,8 @@ class Pretraining(Task):
         self.loader = BatchLoader(
             self.data.train, train.seq_len, train.batch_size, self.config.seed, world.data_rank, world.data_size
         )
+        if self.config.data.bad_batch:
+            self.loader.randomise(self.config.data.bad_batch, self.data.vocab_size)
         return self.loader
 
     def check_memory(self) -> None:

@@ -1,0 +1,62 @@
+"""Install torch into the Python that runs this file: `python tools/install_torch.py torch==2.13.0`.
+
+PyPI's torch for Linux brings CUDA, which is gigabytes of no use on a machine without an NVIDIA driver. On such a machine
+the CPU build is taken from PyTorch's own index. If that index does not answer within seconds, or its download fails,
+pip's default index serves, which is also the one for machines with a driver and for other systems. The Makefile calls
+this file; it needs no package beside pip.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+PATIENCE = 10
+"""Seconds in which the CPU index has to answer."""
+
+
+def has_nvidia_driver(proc: Path = Path("/proc/driver/nvidia")) -> bool:
+    """Whether this machine has an NVIDIA driver."""
+    return proc.exists() or shutil.which("nvidia-smi") is not None
+
+
+def pip(*words: str, timeout: float | None = None, quiet: bool = False) -> bool:
+    """Run pip; returns whether it succeeded, within ``timeout`` seconds."""
+    output = subprocess.DEVNULL if quiet else None
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *words]
+    try:
+        return subprocess.run(command, stdout=output, stderr=output, timeout=timeout).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def answers(index: str) -> bool:
+    """Whether ``index`` lists torch within `PATIENCE` seconds. Asked through pip, which knows the user's proxy and
+    certificates."""
+    words = ["index", "versions", "torch", "--index-url", index, "--timeout", "4", "--retries", "0"]
+    return pip(*words, timeout=PATIENCE, quiet=True)
+
+
+def install(requirement: str, index: str = CPU_INDEX) -> int:
+    """Install ``requirement``, and say what is downloaded and from where; returns the exit status."""
+    if platform.system() == "Linux" and not has_nvidia_driver():
+        if answers(index):
+            print(f"Downloading {requirement} for CPUs from {index}: about 200 MB.", flush=True)
+            if pip("install", "--index-url", index, "--timeout", "15", "--retries", "1", requirement):
+                return 0
+        why = f"{index} does not serve it"
+        print(f"Downloading {requirement} from pip's default index, because {why}: gigabytes, if it brings CUDA.", flush=True)
+    elif platform.system() == "Linux":
+        print(f"Downloading {requirement} from pip's default index, for the NVIDIA driver: gigabytes, with CUDA.", flush=True)
+    else:
+        print(f"Downloading {requirement} from pip's default index: about 100 MB.", flush=True)
+    return 0 if pip("install", requirement) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(install(*sys.argv[1:]))
