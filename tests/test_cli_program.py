@@ -256,7 +256,7 @@ def test_train_list_generate_resume(capsys, tmp_path, corpus):
     assert text.count("\nstep ") + text.startswith("step ") == 8 + 2  # one line a log step, one a validation
     assert f"evenstep generate {out}" in text and "validation loss" in text and f"evenstep report {out}" in text
     head = text.partition("step 1/8")[0].splitlines()
-    assert [line.split()[0] for line in head] == ["model", "optimizer", "data", "budget", "device", "folder"]
+    assert [line.split()[0] for line in head] == "model optimizer data budget device folder time columns".split()
     assert "tiny" in head[0] and "stable_spam" in head[1] and str(corpus) in head[2] and "8 steps" in head[3]
 
     assert call(capsys, "pretrain", *words)[2].startswith(f"evenstep: error: {out} already has a run")

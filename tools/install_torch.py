@@ -1,9 +1,9 @@
 """Install torch into the Python that runs this file: `python tools/install_torch.py torch==2.13.0`.
 
-PyPI's torch for Linux brings CUDA, which is gigabytes of no use on a machine without an NVIDIA driver. On such a machine
-the CPU build is taken from PyTorch's own index. If that index does not answer within seconds, or its download fails,
-pip's default index serves, which is also the one for machines with a driver and for other systems. The Makefile calls
-this file; it needs no package beside pip.
+PyPI's torch for Linux brings CUDA, which is gigabytes of no use on a machine without an NVIDIA driver. There the CPU
+build is taken from PyTorch's own index. If that index does not answer within seconds, or its download fails, pip's
+default index serves, which is also the one for machines with a driver and for other systems. The Makefile calls this
+file; it needs no package beside pip.
 """
 
 from __future__ import annotations
@@ -44,17 +44,16 @@ def answers(index: str) -> bool:
 
 def install(requirement: str, index: str = CPU_INDEX) -> int:
     """Install ``requirement``, and say what is downloaded and from where; returns the exit status."""
-    if platform.system() == "Linux" and not has_nvidia_driver():
+    why, size = "", "about 100 MB"
+    if platform.system() == "Linux" and has_nvidia_driver():
+        why, size = ", for the NVIDIA driver", "gigabytes, with CUDA"
+    elif platform.system() == "Linux":
         if answers(index):
             print(f"Downloading {requirement} for CPUs from {index}: about 200 MB.", flush=True)
             if pip("install", "--index-url", index, "--timeout", "15", "--retries", "1", requirement):
                 return 0
-        why = f"{index} does not serve it"
-        print(f"Downloading {requirement} from pip's default index, because {why}: gigabytes, if it brings CUDA.", flush=True)
-    elif platform.system() == "Linux":
-        print(f"Downloading {requirement} from pip's default index, for the NVIDIA driver: gigabytes, with CUDA.", flush=True)
-    else:
-        print(f"Downloading {requirement} from pip's default index: about 100 MB.", flush=True)
+        why, size = f", because {index} does not serve it", "200 MB, or gigabytes if it brings CUDA"
+    print(f"Downloading {requirement} from pip's default index{why}: {size}.", flush=True)
     return 0 if pip("install", requirement) else 1
 
 

@@ -547,6 +547,7 @@ class LogConfig(Section):
     SECTION = "log"
     every: int = option(10, "steps between training records in metrics.jsonl", low=1, high=MOST_STEPS, resume="free")
     curve: bool = option(True, "plot the losses as curve.png at the end", resume="free")
+    report: bool = option(False, "write the page of the run, report.html, at the end (evenstep report)", resume="free")
 
 
 @dataclass(frozen=True)
