@@ -2,9 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The exact version, first: a plain or ranged request pulls gigabytes of CUDA packages. On a GPU machine install the
-# torch of your choice into $(VENV) beforehand and set TORCH to it, e.g. `make test TORCH=torch`.
-TORCH ?= torch==2.13.0
+# torch comes first, as the next install would choose a CUDA build. tools/install_torch.py chooses the index: the CPU
+# build on Linux without an NVIDIA driver. `make demo TORCH=torch==2.12.0` installs that from pip's default index
+# instead, and a $(VENV) that has torch keeps it.
+ifdef TORCH
+INSTALL_TORCH = $(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
+else
+INSTALL_TORCH = $(BIN)/python tools/install_torch.py torch==2.13.0
+endif
 
 # Tests run in this many processes at once.
 WORKERS ?= 2
@@ -14,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-torch test-slow soak fuzz lint format bench compare-smoke stability-smoke docs dist clean
 
-demo: $(VENV)/.train  ## train a small LLaMA on real text: about three minutes, no download beyond pip
+demo: $(VENV)/.train  ## train a small LLaMA on real text, with one bad batch: about three minutes, no download beyond pip
 	$(BIN)/evenstep pretrain recipes/demo.toml $(ARGS)
 
 test: $(VENV)/.dev  ## the test suite
@@ -68,15 +73,14 @@ clean:
 # A change to any of these is installed anew: the editable install sees other changes by itself.
 INSTALL := pyproject.toml setup.py $(wildcard evenstep/kernels/*.cpp evenstep/kernels/*.h)
 
-# A virtual environment that exists already gets torch too, unless it has one: without that, the next install would
-# choose a CUDA build.
+# A virtual environment that exists already gets torch too, unless it has one.
 $(VENV)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2> /dev/null || \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/python -c "import torch" 2> /dev/null || $(INSTALL_TORCH)
 	@touch $@
 
 $(VENV)/.train: $(INSTALL) | $(VENV)/.torch
+	@echo "Installing evenstep in $(VENV): about 130 MB of packages, and the CPU kernels are compiled (a minute)."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[train]"
 	@touch $@
 

@@ -28,6 +28,7 @@ from evenstep.train.checkpoint import reason_of
 from evenstep.train.commands import print_config
 from evenstep.train.config import CHOICES, Config, SampleConfig, checked, kinds, options
 from evenstep.train.flags import add_flags, chosen, declared
+from evenstep.train.log import COLUMNS
 from evenstep.version import __version__
 
 DESCRIPTION = "Pretrain language models steadily: spike-aware optimizers, real text, one command."
@@ -58,7 +59,9 @@ examples:
   evenstep pretrain --optim.name adamw --optim.betas 0.9,0.95 --optim.weight_decay 0.1 --train.clip_norm 1
   evenstep pretrain recipes/demo.toml --print-config    print the configuration without training
   evenstep pretrain --resume runs/short --train.steps 400
-"""
+
+columns of the log lines:
+""" + "".join(f"  {name:<9} {meaning}\n" for name, meaning in COLUMNS.items())
 
 
 class Parser(argparse.ArgumentParser):
@@ -160,7 +163,7 @@ def _pretrain_arguments(pretrain: argparse.ArgumentParser) -> None:
 def _pretrain(args: argparse.Namespace) -> None:
     config, start = chosen(args, Config, args.recipe)
     if args.print_config:
-        return print_config(config, start)
+        return print_config(config, start, auto=args.resume == "auto")
 
     from evenstep.train.trainer import train
 

@@ -11,7 +11,10 @@ from train_support import flags, quick_overrides, write_corpus
 
 from evenstep import __version__, cli
 from evenstep.errors import EvenstepError
-from evenstep.train.config import options
+from evenstep.finetune.config import FineTuneConfig
+from evenstep.train.config import Config, options
+from evenstep.train.config_io import load_config
+from evenstep.train.optimizers import try_optimizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -170,6 +173,11 @@ REFUSED_CONFIG = [
     (["--optim.before", "nonsense"], ["nonsense"]),
     (["--model.init", "{tmp}/no"], ["model.init", "no directory"]),
     (["--resume", "{tmp}/no"], ["not a run"]),
+    (["--data.source", "text:{tmp}/*.none"], ["no file matches"]),
+    (["--data.source", "shards:{tmp}/none"], ["data.source", "no directory"]),
+    (["--data.tokenizer", "{tmp}/none.json"], ["no tokenizer at"]),
+    (["--model.config", "{tmp}/none.json"], ["none.json"]),
+    (["--out", __file__], ["is not an empty directory"]),
 ]  # fmt: skip
 
 
@@ -178,6 +186,25 @@ def test_print_config_refuses_what_the_run_would(capsys, tmp_path, words, expect
     words = [word.format(tmp=tmp_path) for word in words]
     status, out, err = call(capsys, "pretrain", *words, "--print-config")
     assert (status, out) == (2, "") and all(word in err for word in expected), err
+
+
+def test_print_config_says_what_this_machine_lacks(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, out, err = call(capsys, "pretrain", "--train.device", "cuda", "--print-config")
+    assert status == 0 and tomllib.loads(out)["train"]["device"] == "cuda" and "torch sees no GPU" in err
+    monkeypatch.setattr("evenstep.train.hardware.memory_limit", lambda: 10**6)
+    status, out, err = call(capsys, "pretrain", "--data.source", "stdlib", "--train.device", "cpu", "--print-config")
+    assert status == 0 and "[data]" in out and "GB of memory, the machine has 0.0 GB" in err
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.toml")))
+def test_any_recipe_takes_another_optimizer(recipe):
+    """Options of the former optimizer are left out, and named in one line."""
+    kind = FineTuneConfig if recipe.startswith("finetune") else Config
+    for name in ("adamw", "scale", "spam", "stable_spam", "muon"):
+        config = load_config(ROOT / "recipes" / recipe, [("optim.name", name)], kind)
+        assert config.optim.name == name
+        try_optimizer(config.optim)
 
 
 PAGE = (ROOT / "docs/comparisons.md").read_text().replace("\\\n", " ")
@@ -256,7 +283,16 @@ def test_train_list_generate_resume(capsys, tmp_path, corpus):
     assert text.count("\nstep ") + text.startswith("step ") == 8 + 2  # one line a log step, one a validation
     assert f"evenstep generate {out}" in text and "validation loss" in text and f"evenstep report {out}" in text
     head = text.partition("step 1/8")[0].splitlines()
-    assert [line.split()[0] for line in head] == ["model", "optimizer", "data", "budget", "device", "folder"]
+    assert [line.split()[0] for line in head] == [
+        "model",
+        "optimizer",
+        "data",
+        "budget",
+        "device",
+        "folder",
+        "time",
+        "columns",
+    ]
     assert "tiny" in head[0] and "stable_spam" in head[1] and str(corpus) in head[2] and "8 steps" in head[3]
 
     assert call(capsys, "pretrain", *words)[2].startswith(f"evenstep: error: {out} already has a run")

@@ -110,6 +110,18 @@ class BatchLoader:
             )
         self.stream, self.seq_len, self.batch_size, self.seed = stream, seq_len, batch_size, seed
         self.rank, self.world_size, self.position = rank, world_size, position
+        self.random_rows, self.vocab_size = range(0), 0
+
+    def randomise(self, batch: int, vocab_size: int) -> None:
+        """Replace the tokens of one batch by random ones, to try out what reacts to a bad batch.
+
+        Args:
+            batch: the number of the batch, from 1.
+            vocab_size: the tokens are drawn uniformly from 0 to ``vocab_size - 1``.
+        """
+        # Rows and not a step: after a guard has left the rows out, the repeated step reads good ones.
+        self.random_rows = range((batch - 1) * self.batch_size, batch * self.batch_size)
+        self.vocab_size = vocab_size
 
     @property
     def position(self) -> int:
@@ -133,14 +145,25 @@ class BatchLoader:
             ids[here] = _permutation(self.sequences_per_epoch, self.seed, epoch)(within[here])
         return ids
 
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """The tokens of the rows at positions ``start`` to ``stop - 1``, int64 [stop - start, seq_len + 1]. Does not
+        change the position."""
+        tokens = np.empty((stop - start, self.seq_len + 1), dtype=np.int64)
+        for i, window in enumerate(self.sequence_ids(start, stop).tolist()):
+            if start + i in self.random_rows:
+                # Drawn from the seed and the row, so that every number of ranks and a resumed run read the same.
+                draw = np.random.default_rng((self.seed, start + i))
+                tokens[i] = draw.integers(self.vocab_size, size=self.seq_len + 1)
+            else:
+                tokens[i] = self.stream.read(window * self.seq_len, (window + 1) * self.seq_len + 1)
+        return tokens
+
     def next_batch(self) -> Batch:
         """(inputs, targets): int64 CPU tensors [batch_size / world_size, seq_len], the targets one token ahead of the
         inputs."""
         rows = self.batch_size // self.world_size
         start = self._position + self.rank * rows
-        tokens = np.empty((rows, self.seq_len + 1), dtype=np.int64)
-        for row, window in enumerate(self.sequence_ids(start, start + rows).tolist()):
-            tokens[row] = self.stream.read(window * self.seq_len, (window + 1) * self.seq_len + 1)
+        tokens = self.read_rows(start, start + rows)
         self._position += self.batch_size
         return _inputs_and_targets(tokens)
 

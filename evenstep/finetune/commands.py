@@ -82,7 +82,7 @@ def _finetune(args: argparse.Namespace) -> None:
         short["data.file"] = vars(args)["eval.data"].split(",")[0].strip()
     config, start = chosen(args, FineTuneConfig, recipe, short)
     if args.print_config:
-        return print_config(config, start)
+        return print_config(config, start, auto=args.resume == "auto")
 
     from evenstep.finetune.run import Tuning, evaluate_only
     from evenstep.train.trainer import train

@@ -36,6 +36,7 @@ from evenstep.models import Llama
 from evenstep.train.evaluate import Evaluation
 from evenstep.train.log import Metrics, clock, short_count
 from evenstep.train.saving import model_tensors
+from evenstep.train.summary import report_line, spike_lines
 from evenstep.train.task import Task, loss_chunk
 from evenstep.train.weights import PRODUCT, with_lowbit, write_hf
 
@@ -255,7 +256,8 @@ class FineTuning(Task):
             "",
             f"written to {out}: {', '.join([*files, *products])}",
             *([f"generate:   {program()} generate {run} --prompt TEXT"] if not summary["classes"] else []),
-            f"report:     {program()} report {run}",
+            *spike_lines(out, summary),
+            report_line(out, files),
             f"continue:   {program()} finetune --resume {run} --train.steps {2 * summary['steps']}",
         ]
 

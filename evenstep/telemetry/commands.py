@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from evenstep.telemetry.runlog import RunLog
+from typing import Any
 
 REPORT = """\
 Write one HTML file that shows RUN, or several runs side by side: losses, spikes, gradient norms, clipping, moment
@@ -112,12 +109,12 @@ def _report(args: argparse.Namespace) -> None:
     from evenstep.paths import leaves
     from evenstep.telemetry.facts import check_conditions, parse_condition
     from evenstep.telemetry.foreign import load_log
-    from evenstep.telemetry.page import write_report
+    from evenstep.telemetry.page import look_up_texts, write_report
 
     conditions = [parse_condition(text) for text in args.fail_on]
     runs = [load_log(path) for path in args.runs]
     for run in runs:
-        _look_up_texts(run)
+        look_up_texts(run)
     first = runs[0].path
     place = first if first.is_dir() else first.parent
     if args.out is None and leaves(place, "report.html"):
@@ -129,39 +126,6 @@ def _report(args: argparse.Namespace) -> None:
         for note in run.notes:
             print(f"{run.name}: {note}")
     check_conditions(conditions, runs)
-
-
-TEXTS = 20
-"""Largest number of events of a report that show the text of their data rows."""
-
-TEXT_ROWS, TEXT_LENGTH = 4, 240
-"""Rows of an event that a report shows, and characters of each."""
-
-
-def _look_up_texts(run: RunLog) -> None:
-    """Set ``run.texts``: the beginnings of the rows of its findings and first events. Only for a run whose tokens are
-    in the cache; for all others the report shows the command that prints the rows."""
-    from evenstep.errors import EvenstepError
-    from evenstep.telemetry.diagnosis import diagnose, rows_command
-    from evenstep.telemetry.incidents import event_rows
-
-    if rows_command(run) is None:
-        return
-    found = [*(finding.rows for finding in diagnose(run)), *map(event_rows, run.events)]
-    ranges = list(dict.fromkeys((rows[0], rows[1]) for rows in found if rows and 0 <= rows[0] < rows[1]))[:TEXTS]
-    if not ranges:
-        return
-    try:
-        from evenstep.train.runs import prepared_rows
-
-        read = prepared_rows(run.path)
-        if read is None:
-            return
-        for start, stop in ranges:
-            texts = [text[:TEXT_LENGTH] for _, text in read(start, min(stop, start + TEXT_ROWS))]
-            run.texts[start, stop] = list(enumerate(texts, start))
-    except (EvenstepError, OSError, ValueError, ImportError):
-        run.texts = {}  # the command tells why
 
 
 def _diagnose(args: argparse.Namespace) -> None:

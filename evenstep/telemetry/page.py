@@ -335,3 +335,34 @@ def write_report(runs: list[RunLog], out: Path) -> int:
     except OSError as problem:
         raise EvenstepError(f"could not write {out}: {problem.strerror}; give another --out") from None
     return len(text)
+
+
+# ---- the text of bad rows ----
+
+TEXTS = 20
+"""Largest number of events of a report that show the text of their data rows."""
+
+TEXT_ROWS, TEXT_LENGTH = 4, 240
+"""Rows of an event that a report shows, and characters of each."""
+
+
+def look_up_texts(run: RunLog) -> None:
+    """Set ``run.texts``: the beginnings of the rows of its findings and first events. Only for a run whose tokens are
+    in the cache; for all others the report shows the command that prints the rows."""
+    if rows_command(run) is None:
+        return
+    found = [*(finding.rows for finding in diagnose(run)), *map(event_rows, run.events)]
+    ranges = list(dict.fromkeys((rows[0], rows[1]) for rows in found if rows and 0 <= rows[0] < rows[1]))[:TEXTS]
+    if not ranges:
+        return
+    try:
+        from evenstep.train.runs import prepared_rows
+
+        read = prepared_rows(run.path)
+        if read is None:
+            return
+        for start, stop in ranges:
+            texts = [text[:TEXT_LENGTH] for _, text in read(start, min(stop, start + TEXT_ROWS))]
+            run.texts[start, stop] = list(enumerate(texts, start))
+    except (EvenstepError, OSError, ValueError, ImportError):
+        run.texts = {}  # the command tells why

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from evenstep.errors import EvenstepError
 from evenstep.train.checkpoint import Parent
 from evenstep.train.config import Config
 from evenstep.train.config_io import (
@@ -19,6 +22,7 @@ from evenstep.train.config_io import (
     to_toml,
     without_foreign_options,
 )
+from evenstep.train.files import fresh_directory
 from evenstep.train.flags import add_overrides, given_options
 
 PLAN = """\
@@ -224,11 +228,13 @@ def _inspect(args: argparse.Namespace) -> None:
     inspect(args.checkpoint, everything=args.all, as_json=args.json)
 
 
-def print_config(config: Any, start: Path | Parent | None) -> None:
-    """Print the configuration as a recipe.
+def print_config(config: Any, start: Path | Parent | None, *, auto: bool = False) -> None:
+    """Print the configuration as a recipe. ``auto``: the run would continue in ``out`` if that has a checkpoint.
 
     EvenstepError for a configuration that a run would refuse: hyperparameters that the optimizer does not have or
-    accept, a missing model to start from, or, for the run in ``start``, changes that a resume does not allow.
+    accept, missing files of data, tokenizer or model, a directory that another run has, or, for the run in ``start``,
+    changes that a resume does not allow. A recipe may be meant for another machine, so a device, a package or memory
+    that this one lacks is a line on stderr.
     """
     from evenstep.train.optimizers import try_optimizer
     from evenstep.train.task import check_architecture, with_shape_of
@@ -242,4 +248,54 @@ def print_config(config: Any, start: Path | Parent | None) -> None:
         (check_architecture if config.model.hf else with_shape_of)(config, source)
     elif isinstance(config, Config) and config.model.hf:
         check_architecture(config, None)
+    if isinstance(config, Config):
+        _check_files(config)
+    if not isinstance(start, Path) and not auto:
+        fresh_directory(config)
     print(to_toml(config), end="")
+    for problem in _lacks(config):
+        print(f"evenstep: the run would be refused on this machine: {problem}", file=sys.stderr)
+
+
+def _check_files(config: Config) -> None:
+    """EvenstepError for a file that the configuration names and that is missing."""
+    from evenstep.data.corpora import open_corpus, split_source
+    from evenstep.data.tokenizer import load_tokenizer
+    from evenstep.models.hf import read_shape
+
+    data, (kind, rest) = config.data, split_source(config.data.source)
+    if kind == "text":
+        open_corpus(data.source, data.text_field, tuple((data.exclude or "").split(",")), data.on_bad or "stop")
+    elif kind == "shards" and not Path(rest).expanduser().is_dir():
+        raise EvenstepError(f"data.source: there is no directory {rest}; give that of prepared tokens")
+    if data.tokenizer != "bpe":
+        load_tokenizer(data.tokenizer)
+    if config.model.config is not None:
+        read_shape(config.model.config)
+
+
+def _lacks(config: Any) -> Iterator[str]:
+    """What this machine lacks for a run: a device, a package, memory."""
+    from evenstep.data.corpora import open_corpus, split_source
+    from evenstep.data.pipeline import DEFAULT_VOCAB
+    from evenstep.models import LlamaConfig
+    from evenstep.train.hardware import memory_limit, pick_device
+    from evenstep.train.memory import least_memory, model_shape
+
+    try:
+        on_cpu = pick_device(config.train.device).type == "cpu"
+    except EvenstepError as problem:
+        yield str(problem)
+        return
+    if not isinstance(config, Config):
+        return
+    if split_source(config.data.source)[0] in ("kjv", "stdlib"):
+        try:
+            open_corpus(config.data.source)
+        except EvenstepError as problem:
+            yield str(problem)
+    if on_cpu and not config.model.init and config.parallel.mode == "none":
+        shape = model_shape(config, config.data.vocab_size or DEFAULT_VOCAB)
+        needs, limit = sum(least_memory(config, shape, 1, 1).values()), memory_limit()
+        if isinstance(shape, LlamaConfig) and needs > limit:
+            yield f"it needs at least {needs / 1e9:,.1f} GB of memory, the machine has {limit / 1e9:,.1f} GB"

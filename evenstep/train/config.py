@@ -251,6 +251,10 @@ class DataConfig(Section):
         None, "what to do with a file or row that cannot be used: stop, or skip it and count it (none: stop)",
         choices=("stop", "skip"), resume="free",
     )  # fmt: skip
+    bad_batch: int | None = option(
+        None, "a step whose batch is replaced by random tokens, to try out monitor, guard and optimizer (none: off)",
+        low=1, high=MOST_STEPS,
+    )  # fmt: skip
 
 
 VARIANTS = ("qk_norm", "attention_softcap", "logit_softcap", "kv_heads", "tie_embeddings")
@@ -543,6 +547,7 @@ class LogConfig(Section):
     SECTION = "log"
     every: int = option(10, "steps between training records in metrics.jsonl", low=1, high=MOST_STEPS, resume="free")
     curve: bool = option(True, "plot the losses as curve.png at the end", resume="free")
+    report: bool = option(False, "write the page of the run, report.html, at the end (evenstep report)", resume="free")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -185,8 +187,39 @@ def short_count(value: float) -> str:
     return f"{value:.4g}"
 
 
-def train_line(record: dict[str, Any], total: int) -> str:
-    """A training record of metrics.jsonl as one line; ``total`` is the number of steps of the run."""
+COLUMNS = {
+    "loss": "mean over the steps since the last line, nats per token",
+    "lr": "learning rate",
+    "grad": "norm of all gradients together, before clipping",
+    "tok/s": "tokens per second",
+    "eta": "time left, from that speed, without validations",
+    "reset in": "steps until the optimizer resets its moments",
+}
+"""The columns of a training line, and their meaning."""
+
+
+def columns_help(*, resets: bool) -> str:
+    """The meaning of the columns in one text; that of the last one only if the run ``resets`` moments."""
+    return "; ".join(f"{name}: {meaning}" for name, meaning in COLUMNS.items() if resets or name != "reset in")
+
+
+def wrapped(text: str, width: int, indent: int) -> str:
+    """``text`` broken between words into lines of at most ``width`` characters, indented from the second line on. A
+    word that is longer than a line, such as a path, stays whole."""
+    return textwrap.fill(
+        text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )  # fmt: skip
+
+
+def fitting(parts: list[str], width: int) -> str:
+    """As many of the parts as fit into ``width`` characters, from the left, at least the first."""
+    while len(parts) > 1 and len("  ".join(parts)) > width:
+        parts = parts[:-1]
+    return "  ".join(parts)
+
+
+def train_parts(record: dict[str, Any], total: int) -> list[str]:
+    """A training record of metrics.jsonl as columns; ``total`` is the number of steps of the run."""
     speed = record["tokens_per_second"]
     left = (total - record["step"]) * record["tokens"] / record["step"] / speed if speed else 0.0
     parts = [
@@ -199,20 +232,22 @@ def train_line(record: dict[str, Any], total: int) -> str:
     ]
     if record.get("steps_to_reset", math.inf) <= total - record["step"]:  # otherwise the run ends before the reset
         parts.append(f"reset in {record['steps_to_reset']}")
-    return "  ".join(parts)
+    return parts
 
 
-def validation_line(record: dict[str, Any]) -> str:
+def validation_parts(record: dict[str, Any]) -> list[str]:
+    """A validation record as columns."""
     parts = [f"step {record['step']}", f"validation loss {record['val_loss']:.4f}"]
     shown = {"perplexity": ".2f", "bits_per_byte": ".4f", "score": ".4f"}
     parts += [
         f"{key.replace('_', ' ')} {record[key]:{form}}" for key, form in shown.items() if record.get(key) is not None
     ]
-    return "  ".join(parts)
+    return parts
 
 
 class LineProgress:
-    """Progress as plain lines, for files and pipes. A context manager around the training loop."""
+    """Progress as plain lines, for files and pipes, and for terminals without rich, where lines keep to the width. A
+    context manager around the training loop."""
 
     def __init__(self, total: int, out: TextIO | None = None) -> None:
         self.total = total
@@ -227,11 +262,20 @@ class LineProgress:
     def step(self, step: int, loss: float | None) -> None:
         """Called after every optimizer step. ``loss`` is None where reading it would wait for the GPU."""
 
+    @property
+    def width(self) -> int:
+        """Characters of a line: those of the terminal, and no limit for a file."""
+        return shutil.get_terminal_size().columns if self.out.isatty() else 10**6
+
     def train(self, record: dict[str, Any]) -> None:
-        self.say(train_line(record, self.total))
+        self.say(fitting(train_parts(record, self.total), self.width))
 
     def validation(self, record: dict[str, Any]) -> None:
-        self.say(validation_line(record))
+        self.say(fitting(validation_parts(record), self.width))
+
+    def event(self, text: str) -> None:
+        """Called with the line of an event of telemetry."""
+        self.say(wrapped(text, self.width, EVENT_INDENT))
 
     def parameters(self, names: list[str], record: dict[str, Any]) -> None:
         """Called with telemetry's record of the values of all parameters."""
@@ -304,8 +348,12 @@ class LiveProgress(LineProgress):
     def step(self, step: int, loss: float | None) -> None:
         self._update(step, loss)
 
+    @property
+    def width(self) -> int:
+        return self._console.width
+
     def train(self, record: dict[str, Any]) -> None:
-        line = train_line(record, self.total).split("  ")
+        line = train_parts(record, self.total)
         found = {key: part for part in line for key in _BESIDE if key in part.split(" ")}
         self._tail = [found[key] for key in _BESIDE if key in found]
         self._update(record["step"], record["loss"])
@@ -315,9 +363,21 @@ class LiveProgress(LineProgress):
 
         self._bar.summary = worst_table(names, record, width=self._console.width)
 
+    def event(self, text: str) -> None:
+        style = next((style for words, style in EVENT_STYLES.items() if words in text), "yellow")
+        lines = wrapped(text, self.width, EVENT_INDENT)
+        self._shown(lambda: self._console.print(lines, markup=False, soft_wrap=True, style=style))
+
     def say(self, text: str) -> None:
+        # Not wrapped: the terminal does it, so that a command can be copied.
         self._shown(lambda: self._console.print(text, markup=False, soft_wrap=True))
 
+
+EVENT_INDENT = 4
+"""Spaces before the second line of an event."""
+
+EVENT_STYLES = {"has recovered": "green", "loss spike": "red", "not finite": "red", "weights are": "red"}
+"""Words of an event's line -> its colour on a terminal. All other events are yellow."""
 
 _BESIDE = ("eta", "tok/s", "lr", "reset")
 """The values beside the bar, by a word of their text, in order of importance: the last ones are left out first."""

@@ -323,16 +323,17 @@ def _training_rows(
         )
     length = config.train.seq_len
     loader = BatchLoader(data.train, length, config.train.batch_size, config.seed)
+    if config.data.bad_batch:
+        loader.randomise(config.data.bad_batch, data.vocab_size)
     tokenizer = data.tokenizer
 
     def rows(start: int, stop: int) -> Iterator[tuple[str, str]]:
         for row in range(start, stop):
-            [window] = loader.sequence_ids(row, row + 1).tolist()
-            tokens = data.train.read(window * length, (window + 1) * length + 1)
-            yield (
-                _head(row, loader, f"tokens {window * length:,}-{(window + 1) * length + 1:,}"),
-                tokenizer.decode(tokens.tolist()),
-            )
+            [window], [tokens] = loader.sequence_ids(row, row + 1).tolist(), loader.read_rows(row, row + 1).tolist()
+            what = f"tokens {window * length:,}-{(window + 1) * length + 1:,}"
+            if row in loader.random_rows:
+                what = f"random tokens (data.bad_batch {config.data.bad_batch})"
+            yield _head(row, loader, what), tokenizer.decode(tokens)
 
     return rows
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,20 +19,25 @@ from torch.optim import Optimizer
 from evenstep.baselines.state_size import state_bytes
 from evenstep.console import printable, program
 from evenstep.errors import EvenstepError
-from evenstep.telemetry.schema import finite
+from evenstep.paths import leaves
+from evenstep.telemetry.lines import short
+from evenstep.telemetry.schema import finite, read_records
 from evenstep.train.checkpoint import reason_of
 from evenstep.train.config_io import config_hash
 from evenstep.train.distributed import World
 from evenstep.train.files import replace_bytes, replace_text
 from evenstep.train.hardware import commit, describe_hardware, peak_memory, versions
-from evenstep.train.log import Metrics, clock, read_metrics, short_count
+from evenstep.train.log import Metrics, clock, columns_help, read_metrics, short_count, wrapped
 
 T = TypeVar("T")
 
 
-def header(config: Any, model: Any, trained: int, data: str, world: World, micro_batch_size: int) -> list[str]:
-    """The lines printed before the first step: model, optimizer, data, budget, device and directory. ``trained`` is the
-    number of parameters that are trained, ``data`` a description of the data."""
+def header(
+    config: Any, model: Any, trained: int, data: str, world: World, micro_batch_size: int, *, resets: bool
+) -> list[str]:
+    """The lines printed before the first step: model, optimizer, data, budget, device, directory, and how to read the
+    lines that follow. ``trained`` is the number of parameters that are trained, ``data`` a description of the data,
+    ``resets`` whether the optimizer will reset its moments. On a terminal the lines are broken between words."""
     train, optim = config.train, config.optim
     size = f"{config.model.label}, {short_count(model.num_parameters())} parameters"
     if trained < model.num_parameters():
@@ -45,11 +52,15 @@ def header(config: Any, model: Any, trained: int, data: str, world: World, micro
         "model": size + lowbit,
         "optimizer": f"{transforms}{optim.name}, {rate}",
         "data": data,
-        "budget": f"{config.total_steps:,} steps of {train.batch_size} x {train.seq_len} tokens{split}",
+        "budget": f"{config.total_steps:,} steps of {train.batch_size} x {train.seq_len} tokens{split}, "
+        f"{short_count(config.total_steps * config.tokens_per_step)} tokens in all",
         "device": f"{world.device}, {train.dtype}{processes}",
         "folder": str(config.out),
+        "time": f"measured in the first steps: eta, from step {min(config.log.every, config.total_steps)} on",
+        "columns": columns_help(resets=resets),
     }
-    return [f"{key:<10} {line}" for key, line in lines.items()]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+    return [wrapped(f"{key:<10} {line}", width, 11) for key, line in lines.items()]
 
 
 def run_facts(
@@ -94,6 +105,9 @@ def run_facts(
         "seed": config.seed,
         "processes": processes,
         "skipped_sequences": sum(stop - start for start, stop in skipped),
+        "spikes": attempt("count of the spikes", lambda: spikes(metrics.path), say)
+        if config.telemetry.enabled
+        else None,
         "config_hash": config_hash(config),
         "commit": commit(),
         "hardware": describe_hardware(device),
@@ -102,19 +116,32 @@ def run_facts(
     }
 
 
+def spikes(metrics: Path) -> dict[str, Any]:
+    """The number of steps of a log on which a tensor spiked, and the largest of these spikes, if there is one: its
+    step, tensor, ratio, and data rows."""
+    events = [record for record in read_records(metrics) if record.get("event") == "spike"]
+    found: dict[str, Any] = {"count": len(events)}
+    if events:
+        worst = max(events, key=lambda event: event["tensors"][0]["ratio"])
+        first = worst["tensors"][0]
+        found |= {"step": worst["step"], "tensor": first["name"], "ratio": first["ratio"], "rows": worst.get("rows")}
+    return found
+
+
 def finish(
     out: Path,
     summary: dict[str, Any],
     *,
     sample: Callable[[], str],
     curve: str | None,
+    report: bool,
     closing: Callable[[Path, dict[str, Any], list[str]], list[str]],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write summary.json with the sample, plot the losses, and print the closing lines; returns the summary.
 
-    ``sample`` generates the text; ``curve`` is the title of the plot, None for no plot; ``closing`` makes the lines
-    from the directory, the summary and the names of the files.
+    ``sample`` generates the text; ``curve`` is the title of the plot, None for no plot; ``report``: also write
+    report.html; ``closing`` makes the lines from the directory, the summary and the names of the files.
     """
     files = ["config.toml", "metrics.jsonl", "summary.json", "checkpoints/"]
 
@@ -132,9 +159,25 @@ def finish(
         "curve.png", lambda: draw_curve(out / "metrics.jsonl", out / "curve.png", curve), say
     ):
         files.insert(3, "curve.png")
+    if report and attempt(REPORT, lambda: _write_report(out), say):
+        files.insert(-1, REPORT)
     for line in attempt("closing lines", lambda: closing(out, summary, files), say) or ():
         say(line)
     return clean
+
+
+REPORT = "report.html"
+
+
+def _write_report(out: Path) -> bool:
+    from evenstep.telemetry.foreign import load_log
+    from evenstep.telemetry.page import look_up_texts, write_report
+
+    if leaves(out, REPORT):
+        raise EvenstepError(f"{out / REPORT} is a link that leads out of the folder")
+    run = load_log(out)
+    look_up_texts(run)
+    return write_report([run], out / REPORT) > 0
 
 
 def attempt(what: str, make: Callable[[], T], say: Callable[[str], None]) -> T | None:
@@ -231,7 +274,32 @@ def closing_lines(out: Path, summary: dict[str, Any], files: list[str]) -> list[
         *lines,
         "",
         f"written to {out}: {', '.join(files)}",
-        f"report:     {program()} report {run}",
         f"generate:   {program()} generate {run}{prompt}",
+        *spike_lines(out, summary),
+        report_line(out, files),
         f"continue:   {program()} pretrain --resume {run} --train.steps {2 * summary['steps']}",
     ]
+
+
+def spike_lines(out: Path, summary: dict[str, Any]) -> list[str]:
+    """The spikes that telemetry has found, and the command that prints the text of the batch of the largest one."""
+    found = summary.get("spikes")
+    if not found:
+        return []
+    if not found["count"]:
+        return ["spikes:     none"]
+    worst = f"x{found['ratio']:.0f} in {short(found['tensor'])} at step {found['step']}"
+    many = f"{found['count']} spikes, the worst {worst}" if found["count"] > 1 else f"1 spike, {worst}"
+    if not (rows := found["rows"]):
+        return [f"spikes:     {many}"]
+    return [
+        f"spikes:     {many}; the text of that batch:",
+        f"            {program()} rows {shlex.quote(str(out))} {rows[0]}-{rows[1]}",
+    ]
+
+
+def report_line(out: Path, files: list[str]) -> str:
+    """The address of the report, or the command that writes it."""
+    if REPORT in files:
+        return f"report:     {(out / REPORT).resolve().as_uri()}"
+    return f"report:     {program()} report {shlex.quote(str(out))}"

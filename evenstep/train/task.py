@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from evenstep.data import BatchLoader, DataSpec, TokenData, eval_batches, prepare
+from evenstep.data.left_out import shown
 from evenstep.errors import EvenstepError
 from evenstep.models import SIZES, Llama, LlamaConfig
 from evenstep.models.hf import read_config, save_config
@@ -167,6 +168,8 @@ class Pretraining(Task):
         self.loader = BatchLoader(
             self.data.train, train.seq_len, train.batch_size, self.config.seed, world.data_rank, world.data_size
         )
+        if self.config.data.bad_batch:
+            self.loader.randomise(self.config.data.bad_batch, self.data.vocab_size)
         return self.loader
 
     def check_memory(self) -> None:
@@ -252,11 +255,18 @@ class Pretraining(Task):
         return loss_chunk(self.config, model.config.vocab_size, self.world.device, self.say)
 
     def describe_data(self) -> str:
-        train, val = self.data.train, self.data.val
+        train, val, data = self.data.train, self.data.val, self.config.data
         held = f"{short_count(len(val))} for validation" if len(val) else "none for validation"
-        return (
-            f"{self.config.data.source}: {short_count(len(train))} tokens, {held}, vocabulary {self.data.vocab_size:,}"
-        )
+        missing = [shown(entry) for entry in self.data.manifest.get("left_out", [])]
+        parts = [
+            f"{data.source}: {train.num_documents + val.num_documents:,} documents, {short_count(len(train))} tokens",
+            held,
+            f"vocabulary {self.data.vocab_size:,}",
+            f"left out: {'; '.join(missing)}" if missing else "nothing left out",
+        ]
+        if data.bad_batch:
+            parts.append(f"the batch of step {data.bad_batch} is random tokens (data.bad_batch)")
+        return ", ".join(parts)
 
     def loss_weights(self, targets: Tensor, micro_batch_size: int) -> list[float]:
         self.z_losses = []

@@ -133,7 +133,7 @@ class RunTelemetry:
         # Only process 0 writes to sinks.
         self.sinks = [] if quiet else self._open(out)
         if self.monitor:
-            self.monitor.say, self.monitor.show = progress.say, progress.parameters
+            self.monitor.say, self.monitor.show = progress.event, progress.parameters
         try:
             yield
         except (Interrupted, KeyboardInterrupt):

@@ -446,7 +446,9 @@ class Trainer:
         """The lines that the command line prints before the first step."""
         trained = sum(p.numel() for p in self.parameters)
         data = self.task.describe_data()
-        return header(self.config, self.model, trained, data, self.world, self.micro_batch_size)
+        reset, left = steps_to_reset(self.optimizer), self.config.total_steps - self.step_number
+        resets = reset is not None and reset <= left
+        return header(self.config, self.model, trained, data, self.world, self.micro_batch_size, resets=resets)
 
     def _log(self, result: StepResult, progress: LineProgress) -> None:
         """Write a training record to metrics.jsonl. Its loss is the mean over the steps since the last record.
@@ -900,6 +902,7 @@ class Trainer:
             facts,
             sample=lambda: self.task.sample(self.model, reloaded),
             curve=f"{self.config.name} on {self.config.data.source}" if self.config.log.curve else None,
+            report=self.config.log.report,
             closing=self.task.closing,
             say=self.say,
         )

@@ -168,3 +168,16 @@ def test_nothing_to_evaluate_is_said_before_the_first_batch(folder):
         eval_batches(stream_of(folder, 0), 10, 8)
     with pytest.raises(EvenstepError, match="max_tokens is 0"):
         eval_batches(stream_of(folder, 50), 10, 8, max_tokens=0)
+
+
+def test_a_randomised_batch_is_the_same_for_any_number_of_ranks_and_after_a_seek(folder):
+    def batch(number, rank=0, world_size=1):
+        loader = BatchLoader(stream_of(folder, 2001), 20, 4, 3, rank, world_size, position=4 * (number - 1))
+        loader.randomise(2, vocab_size=50)
+        return loader.next_batch()
+
+    plain = [BatchLoader(stream_of(folder, 2001), 20, 4, 3, position=4 * i).next_batch() for i in range(3)]
+    assert all(torch.equal(batch(number)[0], plain[number - 1][0]) for number in (1, 3))
+    inputs, targets = batch(2)
+    assert int(inputs.max()) < 50 and len(inputs.unique()) > 30 and torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert torch.equal(torch.cat([batch(2, rank, 2)[0] for rank in (0, 1)]), inputs)

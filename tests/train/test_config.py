@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 # The stable names. A name may be added here, never changed or taken away.
 OPTION_NAMES = """
 data.source data.tokenizer data.vocab_size data.val_fraction data.text_field data.max_tokens data.cache_dir
-data.exclude data.on_bad
+data.exclude data.on_bad data.bad_batch
 model.size model.config model.hf model.norm model.norm_alpha model.qk_norm model.attention_softcap model.logit_softcap
 model.kv_heads model.tie_embeddings model.init
 optim.name optim.before optim.lr optim.lr_scale.embedding optim.lr_scale.last optim.weight_decay optim.decay
@@ -50,7 +50,7 @@ train.deterministic train.threads
 parallel.mode parallel.tensor parallel.replicate parallel.reshard parallel.timeout
 eval.every eval.max_tokens eval.batch_size
 checkpoint.every checkpoint.background checkpoint.keep
-log.every log.curve
+log.every log.curve log.report
 telemetry.enabled telemetry.every telemetry.samples telemetry.ratio telemetry.sigma telemetry.window
 telemetry.activations
 telemetry.tensorboard telemetry.wandb telemetry.trackio

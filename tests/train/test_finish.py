@@ -96,6 +96,24 @@ def test_numbers_that_are_missing_are_left_out_of_the_closing_lines(tmp_path):
     assert "validation loss 2.0000" in lines and any("evenstep report" in line for line in lines)
 
 
+SPIKES = [
+    {"step": 3, "tensors": [{"name": "model.layers.0.mlp.up_proj.weight", "ratio": 12.2}], "rows": [16, 24]},
+    {"step": 7, "tensors": [{"name": "model.layers.3.self_attn.q_proj.weight", "ratio": 23.4}], "rows": [48, 56]},
+]
+
+
+@pytest.mark.parametrize("count, words", [(0, "none"), (1, "1 spike, x12 in layers.0.mlp.up_proj at step 3"), (2,
+    "2 spikes, the worst x23 in layers.3.self_attn.q_proj at step 7")])  # fmt: skip
+def test_the_closing_lines_name_the_largest_spike_and_where_to_read_its_batch(tmp_path, count, words):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps({"kind": "event", "event": "spike", **spike}) + "\n" for spike in SPIKES[:count]))
+    first, *rest = summary.spike_lines(tmp_path, {"spikes": summary.spikes(log)})
+    assert first.startswith(f"spikes:     {words}")
+    assert [line.split()[1:] for line in rest] == (
+        [["rows", str(tmp_path), ["16-24", "48-56"][count - 1]]] * (count > 0)
+    )
+
+
 # ---- a model whose vocabulary is larger than the tokenizer's ----
 
 

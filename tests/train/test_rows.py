@@ -39,6 +39,24 @@ def test_rows_are_what_was_trained_on(trained, capsys):
     assert out.startswith("== row 5: epoch 1, tokens ") and texts[5] in out and texts[6] in out and texts[7] not in out
 
 
+def test_the_rows_of_a_bad_batch_are_random_tokens(trained):
+    folder, corpus, texts = trained
+    config = quick(corpus, folder / "bad", train__steps="3", eval__every="0", data__bad_batch="2", log__report="true")
+    said = []
+    run = Run(config, say=said.append)
+    assert any("the batch of step 2 is random tokens" in line for line in run.header())
+    run.fit()
+    found = [*rows_of(folder / "bad", 0, 12)]
+    random = ["random tokens (data.bad_batch 2)" in head for head, _ in found]
+    assert random == 4 * [False] + 4 * [True] + 4 * [False]
+    assert [text.startswith(seen) for (_, text), seen in zip(found, texts, strict=True)] == [not x for x in random]
+    log = [json.loads(line) for line in (folder / "bad" / "metrics.jsonl").read_text().splitlines()]
+    losses = {record["step"]: record["loss"] for record in log if "loss" in record and "kind" not in record}
+    assert losses[2] > losses[1] and losses[2] > losses[3]
+    assert (folder / "bad" / "report.html").stat().st_size > 50_000
+    assert f"report:     {(folder / 'bad' / 'report.html').resolve().as_uri()}" in said and "spikes:     none" in said
+
+
 def test_a_report_shows_rows_only_where_their_tokens_are_in_the_cache(trained, capsys):
     folder, _, texts = trained
     run = folder / "run"
