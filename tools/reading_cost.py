@@ -97,7 +97,7 @@ def a_run(command_line: bool) -> Callable[[], object]:
 
     place = Path(tempfile.mkdtemp())
     corpus = write_corpus(place / "corpus.jsonl")
-    given = {"checkpoint__every": "2", "eval__every": "2", "train__steps": "4"}
+    given = {"checkpoint__every": "2", "eval__every": "2", "train__steps": "4", "log__curve": "true"}
     quietly = Run(quick(corpus, place / "first", **given), say=lambda _: None)  # prepares the tokens
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         quietly.fit()

@@ -49,6 +49,7 @@ class TokenStream:
         self, files: list[Path], dtype: np.dtype, num_bytes: int = 0, num_documents: int = 0, name: str = "tokens"
     ):
         # Plain arrays slice faster than np.memmap.
+        # Opened read-only, so that no caller can change the corpus through a view.
         self._shards = [np.memmap(file, dtype=dtype, mode="r").view(np.ndarray) for file in files]
         self._ends = list(accumulate(len(shard) for shard in self._shards))
         self.dtype, self.num_bytes, self.num_documents, self.name = dtype, num_bytes, num_documents, name
@@ -61,12 +62,14 @@ class TokenStream:
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start}:{stop} of a stream of {len(self)}")
         parts = []
+        # The first shard that ends beyond `start`: a binary search, since a corpus may have thousands of shards.
         shard = bisect_right(self._ends, start)
         while start < stop:
             begins = self._ends[shard] - len(self._shards[shard])
             ends = min(stop, self._ends[shard])
             parts.append(self._shards[shard][start - begins : ends - begins])
             start, shard = ends, shard + 1
+        # Nearly every read lies in one shard and is a view of the mapped file: no copy is made here.
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty(0, self.dtype)
@@ -132,12 +135,16 @@ def _checked_manifest(directory: Path) -> dict[str, Any]:
         fingerprint, dtype = manifest["tokenizer"]["fingerprint"], manifest["dtype"]
     except (KeyError, TypeError, ValueError) as error:
         raise EvenstepError(f"{directory / MANIFEST} lacks {error}{again}") from error
+    # A bool is an int in Python, but no count.
     whole = all(isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**62 for count in counts)
     if not whole or dtype not in ("<u2", "<u4") or not isinstance(fingerprint, str) or not counts[-1]:
         raise EvenstepError(f"{directory / MANIFEST} has counts or a dtype that make no sense{again}")
+    # A manifest may come from a stranger: its names must not lead to files outside of the directory.
     for file in (*(file for file, _ in tokens), *hashes):
         if not is_plain_name(file) or leaves(directory, file):
             raise EvenstepError(f"{directory / MANIFEST} lists {file!r:.80}: a file outside of it; do not trust it")
+    # Sizes are compared instead of hashes, which would read the whole corpus at every start. A truncated shard would
+    # otherwise fail as a bus error when a page beyond its end is read.
     shards = [(file, count * np.dtype(dtype).itemsize) for file, count in tokens]
     for file, bytes_wanted in shards:
         there = (directory / file).stat().st_size if (directory / file).is_file() else None
@@ -180,6 +187,7 @@ class ShardWriter:
 
     def _close_file(self) -> None:
         if self._file is not None:
+            # Forgotten first: closing flushes and may raise on a full disk, and must not be tried again by `close`.
             file, self._file = self._file, None
             file.close()
 

@@ -26,7 +26,7 @@ from evenstep.finetune.text import Encoder, Text, read_template
 
 # ---- rows ----
 
-IGNORED = -100
+IGNORED = -100  # the default `ignore_index` of torch's cross-entropy
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Document:
 
     @staticmethod
     def of(ids: np.ndarray, learned: np.ndarray) -> Document:
+        # Shifted by one: the target of input i is token i + 1. `learned` belongs to the token that is predicted.
         return Document(ids[:-1], np.where(learned[1:], ids[1:], IGNORED).astype(np.int32))
 
     def __len__(self) -> int:
@@ -62,21 +63,21 @@ def pack(documents: Sequence[Document], length: int) -> list[Row]:
     for document in sorted(documents, key=len, reverse=True):
         size = len(document)
         room = next((room for room in range(size, length) if open_rows[room]), None)
-        if room is None:
+        if room is None:  # no open row has room: a new one
             row: list[Document] = []
             rows.append(row)
             room = length
         else:
             row = open_rows[room].pop()
         row.append(document)
-        open_rows[room - size].append(row)
+        open_rows[room - size].append(row)  # under the room that is left; 0 is never searched
     return [tuple(row) for row in rows]
 
 
 def collate(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """The batch of ``rows``: inputs int64 [B, 2, T], where [:, 0] are tokens and [:, 1] positions, and targets int64
     [B, T], or [B] in classification. CPU tensors."""
-    width = max(sum(map(len, row)) for row in rows)
+    width = max(sum(map(len, row)) for row in rows)  # T, the longest row of this batch
     inputs = np.zeros((len(rows), 2, width), np.int64)
     inputs[:, 1] = -1  # padding
     classes = not rows[0][0].targets.ndim
@@ -114,6 +115,7 @@ class RowLoader(BatchLoader):
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.rank, self.world_size, self.sequences_per_epoch = rank, world_size, len(rows)
         self.position = 0
+        # Counts of all rows, int64 [number of rows], so that a batch is counted without reading its tokens.
         self._counted = np.array([sum(document.counted for document in row) for row in rows])
         self._lengths = np.array([sum(map(len, row)) for row in rows])
         self.counted: list[int] = []
@@ -168,6 +170,8 @@ class TuningData:
             raise EvenstepError(
                 f"{config.data.file}: every label is {self.labels[0]!r}; give examples of at least two classes"
             )
+        # Invalid examples (`bad`) and valid ones that do not fit (`dropped`) are reported apart: one is a mistake in
+        # the file, the other a choice of train.seq_len.
         self.bad: Bad = bad if bad is not None else {}
         self.dropped: dict[str, int] = {}
         _, self.train_documents = self._documents(train, config.data.file, config.data.too_long == "cut")
@@ -175,6 +179,7 @@ class TuningData:
             raise EvenstepError(self._none_left(len(train)))
         self.sets = []
         for name, examples in val.items():
+            # Validation cuts long examples whatever data.too_long says: a score leaves no example out.
             good, documents = self._documents(examples, name, True)
             if not good:
                 raise EvenstepError(f"{name}: none of its {len(examples)} examples can be used: {self.bad[name][0]}")
@@ -230,6 +235,7 @@ class TuningData:
             if not cut:
                 return None
             document = Document(document.inputs[:length], document.targets[:length])
+        # A cut may remove the whole answer. Such a document would add nothing to the loss.
         return document if document.counted else None
 
     def classified(self, example: Example, cut: bool) -> Document | None:
@@ -238,6 +244,7 @@ class TuningData:
             hint = nearest(str(example.label), self.labels)
             raise EvenstepError(f"{example.where}: label {example.label!r} is not in {self.config.data.file}{hint}")
         length = self.config.train.seq_len
+        # One token more than fits tells whether the text is too long, without encoding all of it.
         ids = self.tokenizer.whole(example.prompt, length + 1)
         if len(ids) > length:
             if not cut:
@@ -251,7 +258,7 @@ class TuningData:
         for row in self.train:
             for document in row:
                 digest.update(document.inputs.tobytes() + document.targets.tobytes())
-            digest.update(b"row")
+            digest.update(b"row")  # the same documents in other rows are other data: batches would differ
         return digest.hexdigest()
 
     def describe(self) -> list[str]:
@@ -280,6 +287,7 @@ class TuningData:
 def labels_of(examples: Sequence[Example], classes: Sequence[str]) -> list[str]:
     """The classes in the order of the model's outputs: numbers by value, then other names alphabetically."""
     found = {example.label for example in examples if example.label is not None}
+    # A classifier that knows all classes keeps its order, which its output layer was trained with.
     if found and found <= {*classes}:
         return list(classes)
     return sorted(found, key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label))
@@ -299,7 +307,8 @@ def open_examples(config: FineTuneConfig, bad: Bad | None = None) -> tuple[list[
         names = [name.strip() for name in config.eval.data.split(",") if name.strip()]
         val = {name: read_examples(Path(name), bad=skipped(name)) for name in names}
     else:
-        order = np.random.default_rng(0).permutation(len(train))  # independent of the seed of the run
+        # Independent of the seed of the run, so that runs with several seeds are scored on the same examples.
+        order = np.random.default_rng(0).permutation(len(train))
         held = set(order[: int(data.val_fraction * len(train))].tolist())
         val = {HELD_OUT: [train[i] for i in sorted(held)]} if held else {}
         train = [example for i, example in enumerate(train) if i not in held]

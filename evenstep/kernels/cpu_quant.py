@@ -7,7 +7,7 @@ a new tensor, and its input may be a compiler's copy.
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +32,16 @@ _SCHEMA = "(Tensor x, int width, int[] plan, float top, ScalarType dtype, Tensor
 _known: torch.library.Library | None = None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def constant_result(function: Callable[[], bool]) -> Callable[[], bool]:
+    """Mark ``function`` as `torch.compiler.assume_constant_result` does: torch.compile takes its answer as a constant.
+
+    The decorator of torch loads the compiler when a module is imported, which costs more than a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_result
 def ready() -> bool:
     """Whether the CPU library is there and has this kernel; registers the operator on the first call.
 

@@ -251,7 +251,7 @@ def _supported(x: Tensor, fmt: Format, dtype: torch.dtype) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+@cpu_quant.constant_result
 def _trusted() -> bool:
     """Whether the kernel reproduces the plain code on this machine.
 

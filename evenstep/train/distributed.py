@@ -126,6 +126,7 @@ class World:
         """Send the result or the error of this process to all processes, and return the results of all of them.
         SharedError with the error of the lowest rank that has one."""
         answers: list[Any] = [None] * self.size
+        # One message for the error and the result: the processes cannot disagree about which of the two they wait for.
         dist.all_gather_object(answers, (problem and str(problem), result), group=group or self.control)
         for rank, (message, _) in enumerate(answers):
             if message is not None:
@@ -137,6 +138,8 @@ class World:
         """Context that all processes leave in the same way: if one of them raises EvenstepError, all raise SharedError.
         A single process raises its own error."""
         problem: EvenstepError | None = None
+        # Only errors that a user can correct are exchanged. Any other exception ends this process, and torchrun or the
+        # heartbeat ends the others.
         try:
             yield
         except EvenstepError as error:
@@ -165,6 +168,7 @@ class World:
                     result.append(work())
                 except EvenstepError as error:
                     problem = error
+            # Turn 0 ends with process 0, turns 1 and 2 with the first process of each machine.
             self._wait_for(range(0, self.size, self.local_size) if turn else range(1), turn)
             self._exchange(None, problem)
         return result[0]
@@ -223,6 +227,7 @@ def check_world(config: BaseConfig, size: int, local_size: int) -> int:
             f"parallel.mode is none, but there are {size} processes; give --parallel.mode ddp (a replica in each) "
             "or fsdp (a shard in each)"
         )
+    # By default the processes of one machine share the products, whose all-reduces need its fast links.
     tensor = (parallel.tensor or local_size) if parallel.mode == "tp+fsdp" else 1
     if size % tensor:
         raise EvenstepError(
@@ -232,7 +237,7 @@ def check_world(config: BaseConfig, size: int, local_size: int) -> int:
     replicate = parallel.replicate
     if replicate and size % replicate:
         raise EvenstepError(f"parallel.replicate {replicate} does not divide the {size} processes; give a divisor")
-    data = size // tensor
+    data = size // tensor  # number of parts of a batch; the processes that share products read the same part
     if train.batch_size % data:
         raise EvenstepError(
             f"train.batch_size {train.batch_size} is not divisible by the {data} processes that read data; give a "
@@ -304,6 +309,7 @@ def open_world(config: BaseConfig) -> Iterator[World]:
     world = replace(
         world,
         control=dist.new_group(backend="gloo", timeout=patience),
+        # A write to a slow file system is no hang, so this group waits for hours.
         saving=dist.new_group(backend="gloo", timeout=timedelta(hours=2)),
     )
     try:
@@ -373,7 +379,7 @@ class Parallel:
 
     def check(self, model: Any) -> None:
         """EvenstepError when tensor parallelism cannot shard the model."""
-        if self.world.tensor > 1:
+        if self.world.tensor > 1:  # then it is a LLaMA of evenstep, the only model with `COLUMNS` and `ROWS`
             check_cut(model.config, self.world.tensor)
 
     def apply(self, model: Any) -> None:
@@ -381,11 +387,12 @@ class Parallel:
         that are sharded become DTensors."""
         self.check(model)
         self.model = model
+        # The order matters: DTensors first, then the compilation of each block, then the wrapper, whose hooks run
+        # around the blocks.
         if self.mode == "tp+fsdp":
             self._shard_matrices(model)
-        if (
-            self.config.train.compile
-        ):  # block by block, so that one small graph serves all; the chunked loss cannot be compiled
+        if self.config.train.compile:
+            # Block by block, so that one small graph serves all. The chunked loss cannot be compiled.
             for block in blocks_of(model):
                 block.compile(dynamic=False)
         if self.mode == "ddp":
@@ -408,6 +415,8 @@ class Parallel:
             return
         if self.sharded:
             model: Any = self.model
+            # The first keeps gradients unsharded until the last micro batch; at the end of the last backward pass, FSDP
+            # waits for its reductions and forgets them.
             model.set_requires_gradient_sync(last)
             model.set_is_last_backward(last)
         yield
@@ -432,6 +441,8 @@ class Parallel:
 
     def _mesh(self) -> Any:
         world, parallel, device = self.world, self.config.parallel, self.world.device.type
+        # The last dimension of a mesh has neighbouring ranks, which are on one machine: the dimension that communicates
+        # most comes last.
         if self.mode == "tp+fsdp":
             return dist.init_device_mesh(device, (world.data_size, world.tensor), mesh_dim_names=("data", "tensor"))
         if self.mode == "hsdp":
@@ -443,6 +454,8 @@ class Parallel:
         from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
         self._grid = self._mesh()
+        # [out, in] of the first product is cut along out, of the second along in: the activations between the two stay
+        # sharded, and one all-reduce of the second product makes them whole.
         plan: dict[str, Any] = {name: ColwiseParallel() for name in COLUMNS} | {
             name: RowwiseParallel() for name in ROWS
         }
@@ -456,6 +469,7 @@ class Parallel:
             inner, outer = self._grid["data"], self._grid._flatten("all")
         else:
             inner = outer = self._mesh()
+        # Weights are gathered in bf16, half the bytes; the shards that the optimizer updates stay in fp32.
         param_dtype = torch.bfloat16 if self.config.train.dtype == "bf16-autocast" else None
         precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
         reshard = self.config.parallel.reshard
@@ -463,6 +477,7 @@ class Parallel:
             fully_shard(block, mesh=inner, reshard_after_forward=reshard, mp_policy=precision)
         # The backward pass begins with the weights of the root, right after the forward pass: they stay gathered.
         fully_shard(model, mesh=outer, reshard_after_forward=False, mp_policy=precision)
+        # FSDP gathers the weights of the root around `forward` alone; the trainer calls `loss`.
         register_fsdp_forward_method(model, "loss")
 
 
@@ -533,6 +548,7 @@ class Heartbeat:
     def beat(self, step: int, place: str) -> None:
         """Record that this process has reached the stage ``place`` of ``step``. All processes pass the same stages in
         the same order, so their counts are comparable."""
+        # Without a lock: this thread alone writes the attributes, and the heartbeat's thread reads them.
         self.count += 1
         self.step, self.place = step, place
         self.moved = time.monotonic()
@@ -546,6 +562,7 @@ class Heartbeat:
             import torch.distributed as dist
 
             own: Any = dist.distributed_c10d._get_default_store()
+            # A connection of its own: one that two threads share would block the heartbeat behind a waiting collective.
             store = dist.PrefixStore(f"evenstep/heartbeat/{restarts()}", own.clone())
             self.moved = time.monotonic()
             self._over.clear()
@@ -566,7 +583,7 @@ class Heartbeat:
     # ---- in the thread ----
 
     def _watch(self, store: Any) -> None:
-        period = min(5.0, self.timeout / 4)
+        period = min(5.0, self.timeout / 4)  # seconds between two signs of life
         stalled_at, earlier, pulse = -1, {}, 0
         while not self._over.wait(period):
             pulse += 1
@@ -582,12 +599,13 @@ class Heartbeat:
             if message and not self._over.is_set():
                 with suppress(Exception):
                     print(f"evenstep: error: {message}", file=sys.stderr, flush=True)
+                # Not sys.exit: the main thread is blocked in C++ and would never see the exception.
                 os._exit(EXIT_STATUS)
 
     def _others(self, store: Any) -> dict[int, list[Any]]:
         found = {}
         for rank in range(self.world.size):
-            with suppress(Exception):
+            with suppress(Exception):  # the store may be gone with the process that held it; `get` alone would wait
                 if store.check([str(rank)]):
                     found[rank] = json.loads(store.get(str(rank)))
         return found
@@ -595,10 +613,13 @@ class Heartbeat:
     def _explain(self, before: dict[int, list[Any]], now: dict[int, list[Any]], still: float) -> str:
         """The report of the missing processes, one line. Processes that leave the report to another one exit here."""
         ranks = range(self.world.size)
+        # Silent: no new pulse in a period, so the process is stopped or gone. Behind: it publishes, but has not reached
+        # the stage of the others.
         silent = [rank for rank in ranks if rank not in now or (before.get(rank) or [0] * 4)[3] == now[rank][3]]
         counts = {rank: now[rank][0] if rank in now else -1 for rank in ranks}
         behind = [rank for rank in ranks if counts[rank] < max(counts.values())]
         missing = sorted({*silent, *behind} - {self.world.rank}) or [self.world.rank] * bool(behind)
+        # The lowest process that is not missing prints, so that there is one line and not one per process.
         reporters = [rank for rank in ranks if rank not in missing]
         if reporters and self.world.rank != reporters[0]:
             time.sleep(1)  # the reporting process prints first

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_support import free_port, losses, silent
-from process_support import run_processes
+from process_support import keep_groups, run_processes
 
 from evenstep.data.tokenizer import train_bpe
 from evenstep.errors import EvenstepError
@@ -70,6 +70,7 @@ def _worker(rank, size, jobs):
         if begun and rank == 0:
             half_of(begun, Path(settings.out))
         with open_world(settings) as world:
+            keep_groups()
             if begun:
                 dist.barrier()
                 Tuning.resume(settings.out, settings, world=world, say=silent).fit()

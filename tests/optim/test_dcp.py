@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from process_support import leave_groups
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -164,6 +165,7 @@ def test_saved_by_two_processes_goes_on_in_two_one_and_three(names, worlds, tmp_
 def saver_and_loader(rank, world, path, directory, names):
     """Both in the same processes, which have a new group for the second."""
     saver(rank, world, f"{path}-save", directory, names)
+    leave_groups()
     loader(rank, world, path, directory, names)
 
 

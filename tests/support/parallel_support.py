@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from process_support import run_processes
+from process_support import keep_groups, run_processes
 from train_support import flags, quick, quick_overrides
 
 from evenstep.train.distributed import open_world
@@ -40,6 +40,7 @@ def _worker(rank: int, size: int, jobs: list) -> None:
         }  # fmt: skip
         config = quick(Path(corpus), Path(out), **options)
         with open_world(config) as world:
+            keep_groups()
             make = Run.resume if resume else Run
             run = make(out, config, world=world, say=silent) if resume else make(config, world=world, say=silent)
             if result:

@@ -45,7 +45,7 @@ def test_what_is_for_show_fails_no_run(corpus, tmp_path, monkeypatch, part):
     owner, name, words = FAILING[part]
     monkeypatch.setattr(owner, name, broken)
     said = []
-    found = Run(short(corpus, tmp_path / "run"), say=said.append).fit()
+    found = Run(short(corpus, tmp_path / "run", log__curve="true"), say=said.append).fit()
     assert words in said and any("continue:" in line for line in said)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["val_loss"] == found["val_loss"] > 0
     assert list_runs(tmp_path / "run")[0].status == "finished"
@@ -75,7 +75,7 @@ def test_without_matplotlib_it_says_so(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     said = []
-    Run(short(corpus, tmp_path / "run"), say=said.append).fit()
+    Run(short(corpus, tmp_path / "run", log__curve="true"), say=said.append).fit()
     assert any(line.startswith("no curve.png: matplotlib") and "pip install" in line for line in said)
 
 

@@ -66,7 +66,7 @@ def content(directory):
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
-    Run(quick(corpus, out, train__steps="2", log__curve="false"), say=silent).fit()
+    Run(quick(corpus, out, train__steps="2"), say=silent).fit()
     return out
 
 
@@ -385,7 +385,7 @@ def test_of_two_processes_one_trains_and_its_files_are_whole(corpus, tmp_path, r
     refused = 0
     for i in range(rounds):
         out = tmp_path / f"run{i}"
-        options = {"train__steps": "30", "log__curve": "false", "sample__tokens": "0", "eval__every": "0"}
+        options = {"train__steps": "30", "sample__tokens": "0", "eval__every": "0"}
         if resumed:
             Run(quick(corpus, out, **options | {"train__steps": "4"}), say=silent).fit()
             words = ["--resume", str(out), "--train.steps", "30"]

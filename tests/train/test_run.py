@@ -368,7 +368,7 @@ def test_the_model_is_in_eval_mode_while_validated(corpus, tmp_path):
 def test_fit_leaves_a_complete_run(corpus, tmp_path):
     pytest.importorskip("matplotlib")
     said: list[str] = []
-    summary = Run(quick(corpus, tmp_path / "run", optim__name="stable_spam"), say=said.append).fit()
+    summary = Run(quick(corpus, tmp_path / "run", optim__name="stable_spam", log__curve="true"), say=said.append).fit()
     out = tmp_path / "run"
     assert {"config.toml", "metrics.jsonl", "summary.json", "curve.png", "checkpoints"} <= {
         p.name for p in out.iterdir()
