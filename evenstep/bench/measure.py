@@ -32,6 +32,7 @@ from evenstep.bench.timing import (
     Sample,
     Timer,
     Turns,
+    busy_processors,
     last_level_cache,
     machine_state,
     paired_ratio,
@@ -51,6 +52,8 @@ MAX_SETS = 3
 STATE = 8  # bytes per parameter of the reference's two fp32 moments
 HEADROOM = 16  # bytes per parameter free for one more optimizer: fp32 moments, and the copies of a foreach step
 MIN_TURNS = 3
+BUSY = 0.25  # processors that others may use, and the ratio of AdamW to itself may be off by NOISE, without a warning
+NOISE = 0.03
 PATIENCE = 10  # factor on the budget of torch's and our optimizers, so that only steps of seconds miss rounds
 
 
@@ -498,6 +501,9 @@ def compare(command: str, plans: Sequence[Plan], say: Say = lambda text: None) -
         "date": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "settings": {key: getattr(plans[0], key) for key in SHARED},
     }
+    document["warnings"] = [] if (warning := _busy(device)) is None else [warning]
+    for text in document["warnings"]:
+        say(f"warning: {text}")
     for plan in plans:
         say(f"{plan.shapes} shapes, {counted(plan.threads, 'thread')}, {plan.dtype}")
         comparison = Comparison(plan, say)
@@ -513,11 +519,37 @@ def compare(command: str, plans: Sequence[Plan], say: Say = lambda text: None) -
             document["interrupted"] = True
         document["rows"] += comparison.rows.values()
         document["comparisons"].append(comparison.facts)
+        if (warning := _noise(comparison)) is not None:
+            document["warnings"].append(warning)
+            say(f"warning: {warning}")
         if document["interrupted"]:
             break
     if not document["rows"]:
         raise EvenstepError("nothing was measured: " + document["left_out"][0]["why"])
     return document
+
+
+def _busy(device: torch.device) -> str | None:
+    """A warning if other processes keep processors busy, which also share caches and memory bandwidth."""
+    used = busy_processors() if device.type == "cpu" else None
+    if used is None or used <= BUSY:
+        return None
+    return (
+        f"other processes use {used:.1f} of {os.cpu_count()} processors: ratios may be off by a tenth or more; repeat "
+        "the measurement when they have ended"
+    )
+
+
+def _noise(comparison: Comparison) -> str | None:
+    """A warning if fused AdamW differs from itself."""
+    ratio = comparison.rows.get(f"{REFERENCE}_again", {}).get("ratio_to_adamw_fused")
+    if ratio is None or abs(ratio - 1) <= NOISE:
+        return None
+    plan = comparison.plan
+    return (
+        f"{plan.shapes}, {counted(plan.threads, 'thread')}: {REFERENCE} took {ratio:.2f} of its own time when measured "
+        "twice, so the machine is not steady; repeat the measurement, or take more --rounds"
+    )
 
 
 def plans_from(args: argparse.Namespace) -> list[Plan]:

@@ -9,6 +9,7 @@ round): a slow phase of the machine slows both. Ratios of minima vary by a third
 from __future__ import annotations
 
 import gc
+import os
 import random
 import statistics
 import time
@@ -148,6 +149,27 @@ def paired_ratio(samples: Mapping[int, Sample], reference: Mapping[int, Sample])
     """Spread of the ratios to the reference over the rounds in which both were timed; None if there are none."""
     ratios = [sample.wall / reference[r].wall for r, sample in samples.items() if r in reference]
     return spread(ratios) if ratios else None
+
+
+def busy_processors(seconds: float = 0.5) -> float | None:
+    """Processors' worth of time that other processes use, averaged over ``seconds`` in which this process sleeps; None
+    if the system does not tell (no ``/proc/stat``). A load average would still count the benchmark before this one."""
+    before = _used_and_total()
+    time.sleep(seconds)
+    after = _used_and_total()
+    if before is None or after is None or after[1] == before[1]:
+        return None
+    return (os.cpu_count() or 1) * (after[0] - before[0]) / (after[1] - before[1])
+
+
+def _used_and_total() -> tuple[int, int] | None:
+    """Time that all processors together have worked and existed since the start of the system, in clock ticks."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return None
+    # cpu user nice system idle iowait irq softirq steal; guests count as users.
+    ticks = [int(word) for word in path.read_text().split("\n", 1)[0].split()[1:9]]
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
 def machine_state() -> dict[str, Any]:

@@ -40,23 +40,6 @@ PUBLIC void evenstep_clip_norms(const Job *jobs, int64_t k, int64_t threads, con
   }
 }
 
-// Copies n entries past the caches: what is overwritten need not be read first. Streaming stores need 16-byte alignment, and
-// are ordered before later stores of this thread by the fence alone.
-static inline void store_past_caches(const float *from, int64_t n, float *to) {
-#if defined(__SSE__)
-  if ((reinterpret_cast<uintptr_t>(to) & 15) == 0) {
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4)
-      _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
-    for (; i < n; i++)
-      to[i] = from[i];
-    _mm_sfence();
-    return;
-  }
-#endif
-  std::memcpy(to, from, n * 4);
-}
-
 // p <- clipped and scaled g in p's dtype, 0 where the gain is 0. table: fp32 [3, k], rows gain, limit and reduced gain.
 PUBLIC void evenstep_transformed(const Job *jobs, int64_t k, int64_t threads, const float *table) {
   std::vector<Block> blocks = cut(jobs, 0, k, 0);
@@ -64,14 +47,15 @@ PUBLIC void evenstep_transformed(const Job *jobs, int64_t k, int64_t threads, co
     const Block &block = blocks[b];
     const Job &job = jobs[block.job];
     const float gain = table[block.job], limit = table[k + block.job], reduced = table[2 * k + block.job];
-    float g[CHUNK], out[CHUNK]; // out stays in the first-level cache until it is stored as a whole
+    float g[CHUNK], buffer[CHUNK]; // unpacked bf16 entries
     for (int64_t i = block.start; i < block.end; i += CHUNK) {
-      int64_t n = std::min(CHUNK, block.end - i);
+      const int64_t n = std::min(CHUNK, block.end - i);
       const float *x = g;
       if (job.g_type == F32)
         x = static_cast<const float *>(job.g) + i;
       else
         load(job.g, job.g_type, i, n, g);
+      float *__restrict out = job.p_type == F32 ? static_cast<float *>(job.p) + i : buffer;
       for (int64_t start = 0; start < n; start += W) {
         const int width = int(std::min<int64_t>(W, n - start));
         fetch(x + start + AHEAD);
@@ -80,10 +64,7 @@ PUBLIC void evenstep_transformed(const Job *jobs, int64_t k, int64_t threads, co
         for (int j = 0; j < width; j++)
           out[start + j] = gain == 0 ? 0 : clipped_and_scaled(x[start + j], gain, limit, reduced);
       }
-      if (job.p_type == F32)
-        store_past_caches(out, n, static_cast<float *>(job.p) + i);
-      else
-        write_bf16(job, i, n, out, i);
+      if (job.p_type != F32) write_bf16(job, i, n, out, i);
     }
   });
 }

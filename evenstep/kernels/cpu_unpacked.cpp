@@ -10,7 +10,7 @@ namespace evenstep {
 
 // Entries unpacked at a time. With more of them, one core waits for each tensor in turn: the loop that unpacks m reads nothing
 // else, and the hardware prefetcher has lost the other tensors when the loop over them goes on.
-constexpr int64_t UNPACKED = QBLOCK;
+constexpr int64_t UNPACKED = 2 * QBLOCK;
 
 void unpacked_adam_block(const Job &job, const Block &block, const Numbers &c, Chunk chunk, bool zero_history, Sums &sums) {
   std::shared_ptr<const Coder> m_coder, v_coder;

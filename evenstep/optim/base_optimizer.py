@@ -174,8 +174,8 @@ def split_by_flag(accepted: dict[Tensor, Tensor], nonfinite: str) -> tuple[set[T
     # "skip" reads everywhere, "restore" where no device has to be waited for, "zero" nowhere.
     read = [p for p, flag in accepted.items() if nonfinite == "skip" or (nonfinite == "restore" and on_host(flag))]
     values = _values([accepted[p] for p in read])
-    stepped = set(accepted) - {p for p, good in zip(read, values, strict=True) if not good}
-    return stepped, [p for p in accepted if p not in set(read)] if nonfinite == "restore" else []
+    stepped, was_read = set(accepted) - {p for p, good in zip(read, values, strict=True) if not good}, set(read)
+    return stepped, [p for p in accepted if p not in was_read] if nonfinite == "restore" else []
 
 
 def _values(flags: list[Tensor]) -> list[bool]:

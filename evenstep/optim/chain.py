@@ -125,15 +125,20 @@ class Chain:
         were.
         """
         for result in results:
-            params, finite = result.bucket.params, result.grads.finite  # [k] bool, never read back
-            # flag is a 0-d bool on the device; statistics are written where it is True by torch.where.
-            for p, flag in zip(params, finite.unbind(), strict=True):
-                self.statistics[p]["skipped"].add_(~flag)
+            kept = [self.statistics[p] for p in result.bucket.params]
+            finite = result.grads.finite  # [k] bool, never read back
+            skipped = [state["skipped"] for state in kept]
+            torch._foreach_add_(skipped, list((~finite).to(skipped[0].dtype).unbind()))
             for transform, new in zip(self.transforms, result.new, strict=True):
-                for name in (*transform.scalars, *transform.entries):
-                    for p, flag, value in zip(params, finite.unbind(), new[name], strict=True):
-                        old = local(self.statistics[p][f"{transform.name}.{name}"])
-                        old.copy_(torch.where(flag, value, old))
+                # Numbers of all tensors at once: a call for each would take longer than the step on a GPU.
+                for name in transform.scalars:
+                    old = [local(state[f"{transform.name}.{name}"]) for state in kept]
+                    values = torch.where(finite, new[name], torch.stack(old))  # [k]
+                    torch._foreach_copy_(old, list(values.unbind()))
+                for name in transform.entries:
+                    for state, flag, value in zip(kept, finite.unbind(), new[name], strict=True):
+                        whole = local(state[f"{transform.name}.{name}"])
+                        whole.copy_(torch.where(flag, value, whole))
         if results:
             self._keep_shared(results[0])
 

@@ -25,6 +25,7 @@ def mini(monkeypatch):
     monkeypatch.setitem(measure.EXTREMES, "mini", mini_model)
     for module in (measure, timing):
         monkeypatch.setattr(module, "last_level_cache", lambda device: 2**16)
+    monkeypatch.setattr(measure, "busy_processors", lambda: 0.0)
     return "mini"
 
 
@@ -84,6 +85,18 @@ def test_the_json_file_has_the_promised_keys(capsys, tmp_path, mini):
     assert reference["state_bytes_per_param"] == pytest.approx(8, rel=1e-2)
     assert document["comparisons"][0]["roof_gb_per_s"] > 0 and document["comparisons"][0]["threads"] == 1
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_busy_machine_is_a_warning(monkeypatch, mini):
+    plan, said = Plan(mini, [REFERENCE, f"{REFERENCE}_again"], rounds=3), []
+    monkeypatch.setattr(measure, "busy_processors", lambda: 1.4)
+    monkeypatch.setattr(measure, "NOISE", -1.0)  # no two measurements are that close
+    warnings = compare("step-time", [plan], said.append)["warnings"]
+    assert "other processes use 1.4 of" in warnings[0] and "measured twice" in warnings[1]
+    assert all(f"warning: {text}" in said for text in warnings)
+    monkeypatch.setattr(measure, "busy_processors", lambda: measure.BUSY)
+    monkeypatch.setattr(measure, "NOISE", 1e9)
+    assert compare("step-time", [plan])["warnings"] == []
 
 
 def test_ratios_bandwidth_and_cost_follow_from_the_times(mini):

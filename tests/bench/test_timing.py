@@ -4,7 +4,8 @@ import statistics
 
 import pytest
 
-from evenstep.bench.timing import Sample, Turns, cpu_timer, paired_ratio, spread, take_turns
+from evenstep.bench import timing
+from evenstep.bench.timing import Sample, Turns, busy_processors, cpu_timer, paired_ratio, spread, take_turns
 
 
 class Clock:
@@ -99,3 +100,11 @@ def test_cpu_timer_tells_work_from_waiting():
     assert asleep.wall >= 0.05 > 0.04 > asleep.cpu
     busy = min((cpu_timer(lambda: sum(range(10**6))) for _ in range(5)), key=lambda one: one.cpu / one.wall)
     assert 0 < busy.cpu <= busy.wall * 1.5
+
+
+def test_busy_processors_are_the_share_of_time_that_was_not_idle(monkeypatch):
+    ticks = iter([(100, 1000), (125, 1100), (0, 0), (0, 0), None, None])
+    monkeypatch.setattr(timing, "_used_and_total", lambda: next(ticks))
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 2)
+    assert busy_processors(0) == 0.5
+    assert busy_processors(0) is None and busy_processors(0) is None
