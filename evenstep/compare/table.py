@@ -291,8 +291,8 @@ batch_size = 8
 seq_len = 128
 threads = 1
 [base.eval]
-every = 50
-max_tokens = "100K"
+every = 100
+max_tokens = "20K"
 
 # The rows: a name for the table, and the options of the optimizer. factor = 0.5 would halve the rates below.
 [row.adamw]

@@ -159,7 +159,7 @@ def test_the_example_is_a_table_that_runs(recipe, tmp_path, capsys):
     small = text.replace("60K", "256").replace("200K", "512").replace("seq_len = 128", "seq_len = 16")
     small = small.replace('"stdlib"', tomllib.loads(recipe.read_text())["data"]["source"].join('""'))
     small = small.replace("vocab_size = 2048", "vocab_size = 300").replace("extend = 1", "extend = 0")
-    small = small.replace("1e-3, 2e-3, 4e-3", "2e-3").replace("100K", "200")
+    small = small.replace("1e-3, 2e-3, 4e-3", "2e-3").replace("20K", "200")
     path = write_table(tmp_path, small, "own.toml")
     assert main(["compare", str(path), "--jobs", "0", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
