@@ -3,11 +3,15 @@
 They are optional. Without a compiler the install succeeds, and the plain version of everything serves.
 
 A wheel carries recipes/ inside the package, so that ``evenstep pretrain recipes/demo.toml`` works without a clone.
+
+The description on a package index is README.md with absolute links: `long_description`.
 """
 
 import platform
+import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -41,7 +45,25 @@ class WithRecipes(build_py):
             shutil.copytree("recipes", Path(self.build_lib, "evenstep", "recipes"), dirs_exist_ok=True)
 
 
+def long_description(readme, repository):
+    """``readme`` for a page outside of the repository, such as that of a package index: links to its files and pictures
+    become addresses below ``repository``. Without one, links become their text, and pictures are left out.
+    """
+    target = r"\((?!https?://|#|mailto:)([^)\s]+)\)"
+    if repository is None:
+        text = re.sub(rf"!\[[^\]]*\]{target}\n*", "", readme)
+        return re.sub(rf"\[([^\]]*)\]{target}", r"\1", text)
+    # A page of the forge shows a file at blob/, and raw/ is the file itself, which a picture needs
+    text = re.sub(rf"!\[([^\]]*)\]{target}", rf"![\1]({repository}/raw/main/\2)", readme)
+    return re.sub(rf"(?<!!)\[([^\]]*)\]{target}", rf"[\1]({repository}/blob/main/\2)", text)
+
+
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+REPOSITORY = PROJECT.get("urls", {}).get("Repository")
+
 setup(
+    long_description=long_description(Path("README.md").read_text(encoding="utf-8"), REPOSITORY),
+    long_description_content_type="text/markdown",
     ext_modules=[
         Extension(
             f"evenstep.kernels._cpu_{name}",

@@ -1,5 +1,6 @@
 """What a release promises: one version, types, dependencies, citations; sdist and wheel that install."""
 
+import ast
 import os
 import re
 import shutil
@@ -79,6 +80,22 @@ def test_what_the_workflow_runs_exists():
     targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"make (\w+)", commands)) <= set(targets)
     assert all((ROOT / path).exists() for path in re.findall(r"tests/[\w/]+\.py", commands))
+
+
+def test_the_description_on_an_index_has_no_link_that_leads_nowhere():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    [function] = (node for node in tree.body if getattr(node, "name", "") == "long_description")
+    names = {"re": re}
+    exec(compile(ast.Module([function], []), "setup.py", "exec"), names)
+    text = "![a](docs/a.png)\n\n[b](docs/b.md#c), [d](https://e.org), [f](#g)\n"
+    known = names["long_description"](text, "https://forge.org/x")
+    assert "![a](https://forge.org/x/raw/main/docs/a.png)" in known
+    assert "[b](https://forge.org/x/blob/main/docs/b.md#c), [d](https://e.org), [f](#g)" in known
+    assert names["long_description"](text, None) == "b, [d](https://e.org), [f](#g)\n"
+    readme = (ROOT / "README.md").read_text()
+    for repository in ("https://forge.org/x", None):
+        links = re.findall(r"\]\(([^)\s]+)\)", names["long_description"](readme, repository))
+        assert [link for link in links if not link.startswith(("https://", "#"))] == []
 
 
 @pytest.fixture(scope="module")

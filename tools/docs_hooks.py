@@ -1,8 +1,9 @@
 """Hooks of mkdocs: pages that may be missing, examples of docstrings as code, links from pages to files of the
-repository, and llms.txt."""
+repository, a sample report, and llms.txt."""
 
 import os
 import re
+import tempfile
 from pathlib import Path
 
 from markdown import Extension
@@ -77,14 +78,31 @@ def _title(path):
     return path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
 
 
+SAMPLE = "sample-report.html"
+"""The report of docs/sample-run, the run that the tutorial breaks."""
+
+
 def on_files(files, config):
-    """Copy the files of the repository to which pages link into the site."""
+    """Copy the files of the repository to which pages link into the site, and write the sample report."""
+    files.append(File.generated(config, SAMPLE, content=_sample_report(Path(config.docs_dir) / "sample-run")))
     for page in [file for file in files if file.src_uri.endswith(".md")]:
         for target in OUTSIDE.findall(page.content_string):
             if (ROOT / target).is_file() and not files.get_file_from_path(f"repository/{target}"):
                 content = (ROOT / target).read_bytes()
                 files.append(File.generated(config, f"repository/{target}", content=content))
     return files
+
+
+def _sample_report(run):
+    from evenstep.telemetry.foreign import load_log
+    from evenstep.telemetry.page import write_report
+
+    log = load_log(run)
+    log.name, log.path = "broken", Path("runs/broken")  # as in the tutorial, not the place of this checkout
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder, SAMPLE)
+        write_report([log], page)
+        return page.read_bytes()
 
 
 def on_page_markdown(markdown, page, config, files):

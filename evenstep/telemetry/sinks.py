@@ -2,7 +2,7 @@
 closed at the end.
 
 metrics.jsonl is the file that all tools of evenstep read; the other sinks show the same numbers in TensorBoard,
-Weights & Biases and trackio. A sink that fails is dropped with one warning, and training continues.
+Weights & Biases, trackio and MLflow. A sink that fails is dropped with one warning, and training continues.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import Context
 from pathlib import Path
@@ -152,6 +153,51 @@ class TrackioSink:
 
     def close(self) -> None:
         self._run.finish()
+
+
+class MlflowSink:
+    """Logs to MLflow, as a run of its own in the experiment "evenstep", at the place that MLFLOW_TRACKING_URI names.
+    Needs the package mlflow.
+
+    Args:
+        name: name of the run.
+        config: stored as the run's parameters, ``section.key``; the longest values are cut at 500 characters.
+    """
+
+    def __init__(self, name: str, *, config: Any = None) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        # A client, and not mlflow.start_run, which would change the program's own active run
+        self._client: Any = MlflowClient()
+        found = self._client.get_experiment_by_name("evenstep")
+        experiment = found.experiment_id if found else self._client.create_experiment("evenstep")
+        self._run: str = self._client.create_run(experiment, run_name=name).info.run_id
+        params = [Param(key, str(value)[:500]) for key, value in _flat(config or {})]
+        for first in range(0, len(params), 100):  # the most that one request may have
+            self._client.log_batch(self._run, params=params[first : first + 100])
+        self._sent: Any = None
+
+    def write(self, record: Record) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        values = [Metric(key, float(value), now, record["step"]) for key, value in scalars(record).items()]
+        if values:  # by a thread of mlflow, so that a slow server does not delay the training
+            self._sent = self._client.log_batch(self._run, metrics=values, synchronous=False)
+
+    def close(self) -> None:
+        if self._sent is not None:
+            self._sent.wait()
+        self._client.set_terminated(self._run)
+
+
+def _flat(tables: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """("section.key", value) for every value of nested tables."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tables.items():
+        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return found
 
 
 def scalars(record: Record) -> dict[str, Any]:

@@ -41,8 +41,19 @@ examples:
 
 EXPORT = """\
 Write the weights of the newest valid checkpoint of RUN. --to hf writes a directory that transformers can load, with
-the tokenizer; --to safetensors writes one file with parameter names as keys. Any number of processes may have written
-the checkpoint.
+the tokenizer and a model card (data, tokens, losses, spikes, configuration); --to safetensors writes one file with
+parameter names as keys. Any number of processes may have written the checkpoint.
+
+--push uploads the directory to the Hugging Face Hub, into a private repository unless --public is given. The files are
+listed first. The card names the data source and contains the configuration, so paths of this machine may be in it:
+read README.md in DIR before you push, with a first export without --push.
+"""
+
+EXPORT_EXAMPLES = """\
+examples:
+  evenstep export runs/NAME --to hf --out DIR
+  evenstep export runs/NAME --to hf --out DIR --push OWNER/NAME
+  evenstep export runs/NAME/checkpoints/step-000400 --to safetensors --out DIR
 """
 
 OFFICIAL = """\
@@ -115,11 +126,17 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     plan.set_defaults(run_command=_plan)
 
     export = commands.add_parser(
-        "export", help="write the weights of a run for other programs", description=EXPORT, **shared
+        "export",
+        help="write the weights of a run for other programs",
+        description=EXPORT,
+        epilog=EXPORT_EXAMPLES,
+        **shared,
     )
     export.add_argument("run", metavar="RUN", type=Path, help="directory of a run, or one of its checkpoints")
     export.add_argument("--to", choices=("hf", "safetensors"), required=True, help="the format")
     export.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new or empty directory")
+    export.add_argument("--push", metavar="OWNER/NAME", help="upload the directory to this repository of the Hub")
+    export.add_argument("--public", action="store_true", help="a new repository is public (default: private)")
     export.set_defaults(run_command=_export)
 
     official = commands.add_parser(
@@ -189,9 +206,21 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from evenstep.train.log import print_line
+    from evenstep.train.model_card import check_repository, manifest, push
     from evenstep.train.weights import export
 
+    if args.push:
+        if args.to != "hf":
+            raise EvenstepError(f"--push uploads a model of transformers; give --to hf in place of --to {args.to}")
+        check_repository(args.push)
+    elif args.public:
+        raise EvenstepError("--public needs --push OWNER/NAME")
     export(args.run, args.to, args.out, print_line)
+    if args.push:
+        print_line(f"to be uploaded to {args.push} ({'public' if args.public else 'private'} if it is new):")
+        for line in manifest(args.out):
+            print_line(line)
+        push(args.out, args.push, args.public, print_line)
 
 
 def _official(args: argparse.Namespace) -> None:

@@ -580,6 +580,7 @@ class TelemetryConfig(Section):
     tensorboard: bool = option(False, "also write TensorBoard files into the directory of the run", resume="free")
     wandb: str = option("off", "also log to Weights & Biases", choices=("off", "offline", "online"), resume="free")
     trackio: bool = option(False, "also log to the local database of trackio", resume="free")
+    mlflow: bool = option(False, "also log to MLflow, at MLFLOW_TRACKING_URI", resume="free")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from evenstep.lowbit.metrics import Metrics, lowbit_metrics, observe_gradients, observe_weights
 from evenstep.telemetry.monitor import SpikeMonitor
-from evenstep.telemetry.sinks import Guarded, TensorBoardSink, TrackioSink, WandbSink, opened
+from evenstep.telemetry.sinks import Guarded, MlflowSink, TensorBoardSink, TrackioSink, WandbSink, opened
 from evenstep.train.config import BaseConfig
 from evenstep.train.config_io import to_tables
 from evenstep.train.interrupts import Interrupted
@@ -154,6 +154,7 @@ class RunTelemetry:
             (config.tensorboard, "tensorboard", lambda: TensorBoardSink(out / "tensorboard")),
             (config.wandb != "off", "wandb", lambda: WandbSink(out, name, mode=config.wandb, config=tables)),
             (config.trackio, "trackio", lambda: TrackioSink(name, config=tables)),
+            (config.mlflow, "mlflow", lambda: MlflowSink(name, config=tables)),
         ]
         sinks = [opened(build, package) for wanted, package, build in builders if wanted]
         return [sink for sink in sinks if sink is not None]

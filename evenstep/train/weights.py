@@ -26,6 +26,7 @@ from evenstep.train.checkpoint import (
 from evenstep.train.config import Config
 from evenstep.train.config_io import read_toml
 from evenstep.train.files import check_creatable
+from evenstep.train.model_card import run_of_checkpoint, write_card
 from evenstep.train.saving import model_tensors
 
 if TYPE_CHECKING:
@@ -149,8 +150,8 @@ def export(source: Path, to: str, out: Path, say: Callable[[str], None]) -> None
 
     Args:
         source: a run or a checkpoint, written by any number of processes.
-        to: "hf": a directory that ``transformers.AutoModelForCausalLM.from_pretrained`` loads, with the tokenizer;
-            "safetensors": one file with parameter names as keys. Weights keep their dtype.
+        to: "hf": a directory that ``transformers.AutoModelForCausalLM.from_pretrained`` loads, with the tokenizer and
+            a model card; "safetensors": one file with parameter names as keys. Weights keep their dtype.
         out: a new or empty directory. It is renamed into place when it is complete.
         say: called with lines for the user.
 
@@ -181,6 +182,9 @@ def export(source: Path, to: str, out: Path, say: Callable[[str], None]) -> None
             partial = Path(parent, "partial")
             partial.mkdir()
             write(model, found, partial)
+            run = run_of_checkpoint(found)
+            if to == "hf" and run:
+                write_card(run, found, model.num_parameters(), partial)
             if out.exists():
                 out.rmdir()
             partial.rename(out)

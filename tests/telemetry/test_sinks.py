@@ -98,6 +98,41 @@ def test_trackio_keeps_the_numbers(tmp_path):
     assert b"still/mine" in stored["own"] and b"train/loss" not in stored["own"]
 
 
+MLFLOW = """
+import sys
+from pathlib import Path
+import mlflow
+from evenstep.telemetry.schema import read_records
+from evenstep.telemetry.sinks import MlflowSink
+with mlflow.start_run() as own:
+    sink = MlflowSink("run", config={"seed": 3, "optim": {"lr": 0.1}})
+    for record in read_records(Path(sys.argv[1])):
+        sink.write(record)
+    sink.close()
+    mlflow.log_metric("still/mine", 1.0)
+client = mlflow.MlflowClient()
+[run] = client.search_runs([client.get_experiment_by_name("evenstep").experiment_id])
+assert run.info.status == "FINISHED" and run.data.params == {"seed": "3", "optim.lr": "0.1"}
+losses = client.get_metric_history(run.info.run_id, "train/loss")
+print(sorted((one.step, one.value) for one in losses))
+assert "telemetry/max_ratio" in run.data.metrics and "still/mine" not in run.data.metrics
+assert [*client.get_run(own.info.run_id).data.metrics] == ["still/mine"]
+"""
+
+
+def test_mlflow_keeps_the_numbers_in_a_run_of_its_own(tmp_path):
+    pytest.importorskip("mlflow")
+    write_run(tmp_path / "given", steps=40)
+    log = tmp_path / "given" / "metrics.jsonl"
+    # Files, because a data base needs a package that mlflow-skinny leaves out
+    place = {"MLFLOW_TRACKING_URI": f"file:{tmp_path / 'mlruns'}", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    words = [sys.executable, "-c", MLFLOW, str(log)]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | place, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    expected = [(record["step"], record["loss"]) for record in read_records(log) if "loss" in record]
+    assert done.stdout.strip() == str(expected)
+
+
 class Failing:
     def __init__(self):
         self.calls = 0

@@ -53,7 +53,7 @@ checkpoint.every checkpoint.background checkpoint.keep
 log.every log.curve log.report
 telemetry.enabled telemetry.every telemetry.samples telemetry.ratio telemetry.sigma telemetry.window
 telemetry.activations
-telemetry.tensorboard telemetry.wandb telemetry.trackio
+telemetry.tensorboard telemetry.wandb telemetry.trackio telemetry.mlflow
 guard.ladder guard.sigma guard.norm_ratio guard.loss_rise guard.budget guard.snapshot_every
 sample.prompt sample.tokens sample.temperature sample.top_k
 seed lowbit out name

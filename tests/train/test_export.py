@@ -1,6 +1,7 @@
 """Weights out of a run, and a look into its checkpoints."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -143,3 +144,65 @@ def test_what_two_processes_wrote_is_inspected_and_exported_by_one(tmp_path, cap
     expected = load_model_state(out / "checkpoints" / "step-000008")
     found = load_file(tmp_path / "st" / "model.safetensors")
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_the_model_card_has_the_numbers_of_the_run(run, tmp_path, capsys):
+    """Up to the exported step, and no further."""
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    val = {one["step"]: one["val_loss"] for one in log if "val_loss" in one}
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    tensors = [{"name": "model.norm.weight", "ratio": 47.2}]
+    with (copy / "metrics.jsonl").open("a") as file:
+        for step in (2, 3):
+            event = {"kind": "event", "event": "spike", "step": step, "count": 1, "tensors": tensors}
+            file.write(json.dumps(event) + "\n")
+    call(capsys, "export", copy, "--to", "hf", "--out", tmp_path / "last")
+    card = (tmp_path / "last" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "tags: [evenstep, stable_spam]" in card
+    assert f"| 4 | {val[4]:.4f} |" in card and "| steps | 4 |" in card and "corpus.jsonl" in card
+    assert "| steps on which a gradient spiked | 2 |" in card and "47 times the usual size, `model.norm.weight`" in card
+    assert (copy / "config.toml").read_text().strip() in card
+    assert "](loss.png)" in card and (tmp_path / "last" / "loss.png").exists()
+    call(capsys, "export", copy / "checkpoints" / "step-000002", "--to", "hf", "--out", tmp_path / "early")
+    early = (tmp_path / "early" / "README.md").read_text()
+    assert "| steps on which a gradient spiked | 1 |" in early and f"| 4 | {val[4]:.4f} |" not in early
+    assert "loss.png" not in early and not (tmp_path / "early" / "loss.png").exists()
+
+
+class Hub:
+    """In place of huggingface_hub.HfApi: what would be sent."""
+
+    sent: list = []  # noqa: RUF012
+    problem = None
+
+    def create_repo(self, name, **how):
+        if self.problem:
+            raise self.problem
+        self.sent.append((name, how))
+
+    def upload_folder(self, *, repo_id, folder_path):
+        self.sent.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+
+def test_push_lists_the_files_and_uploads_them_to_a_private_repository(run, tmp_path, capsys, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "sent", [])
+    status, out, _ = call(capsys, "export", run, "--to", "hf", "--out", tmp_path / "a", "--push", "me/small")
+    assert status == 0 and Hub.sent[0] == ("me/small", {"private": True, "exist_ok": True})
+    assert "README.md" in Hub.sent[1][1] and all(f"  {name}\n" in out for name in Hub.sent[1][1])
+    monkeypatch.setattr(Hub, "problem", OSError("no network\nat all"))
+    status, _, err = call(
+        capsys, "export", run, "--to", "hf", "--out", tmp_path / "b", "--push", "me/small", "--public"
+    )
+    assert (
+        status == 2 and "could not upload to me/small: no network; " in err and (tmp_path / "b" / "README.md").exists()
+    )
+    for words, wrong in (
+        (("--to", "safetensors", "--push", "me/small"), "give --to hf"),
+        (("--to", "hf", "--push", "small"), "give OWNER/NAME"),
+        (("--to", "hf", "--public"), "--public needs --push"),
+    ):
+        status, _, err = call(capsys, "export", run, *words, "--out", tmp_path / "c")
+        assert status == 2 and wrong in err and not (tmp_path / "c").exists()
