@@ -5,7 +5,7 @@ import shlex
 import types
 
 import pytest
-from docs_support import ROOT, SIGNATURES, blocks, commands, namespace, pages, run, texts
+from docs_support import ROOT, SIGNATURES, blocks, commands, namespace, pages, programs, run, texts
 from integration_support import tiny_model
 from program_stand_ins import stand_in_for_programs
 
@@ -91,6 +91,42 @@ def test_every_command_of_the_pages_is_one_that_the_program_takes():
         except (EvenstepError, SystemExit) as error:
             refused.append(f"{page}:{line}: evenstep {shlex.join(words)}: {error}")
     assert refused == []
+
+
+def test_the_options_of_every_pretraining_command_fit_together():
+    from evenstep.cli import build_parser, split_options
+    from evenstep.train.config import Config
+    from evenstep.train.flags import chosen, declared
+
+    parser, _ = build_parser()
+    refused, checked = [], 0
+    for page, line, words in commands():
+        rest, extra = split_options(words, declared())
+        if words[0] != "pretrain" or "--resume" in rest:
+            continue
+        args = parser.parse_args(rest)
+        args.extra = extra
+        if args.recipe is not None and not (ROOT / args.recipe).is_file():  # RECIPE.toml stands for one
+            args.recipe = ROOT / "recipes" / "start.toml"
+        try:
+            chosen(args, Config, args.recipe)
+            checked += 1
+        except EvenstepError as error:
+            refused.append(f"{page}:{line}: {error}")
+    assert refused == [] and checked > 15
+
+
+def test_every_file_that_a_command_names_exists():
+    """Recipes, examples, and Python files and modules of the repository."""
+    found = [(page, line, word) for page, line, words in [*commands(), *programs()] for word in words]
+    named = [one for one in found if re.match(r"(recipes|examples|benchmarks|tests|lab|tools)/", one[2])]
+    missing = [f"{page}:{line}: {word}" for page, line, word in named if not [*ROOT.glob(word)]]
+    for page, line, words in programs():
+        module = words[1].split(".") if words[0] == "-m" else []
+        if module[:1] in (["lab"], ["evenstep"]):
+            places = [ROOT.joinpath(*module).with_suffix(".py"), ROOT.joinpath(*module, "__main__.py")]
+            missing += [] if any(place.is_file() for place in places) else [f"{page}:{line}: {words[1]}"]
+    assert len(named) > 10 and len(programs()) > 10 and missing == []
 
 
 def test_every_target_of_make_in_the_pages_exists():

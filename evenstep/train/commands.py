@@ -291,14 +291,15 @@ def _check_files(config: Config) -> None:
     from evenstep.data.corpora import open_corpus, split_source
     from evenstep.data.tokenizer import load_tokenizer
     from evenstep.models.hf import read_shape
+    from evenstep.train.task import data_spec
 
-    data, (kind, rest) = config.data, split_source(config.data.source)
+    spec, (kind, rest) = data_spec(config), split_source(config.data.source)
     if kind == "text":
-        open_corpus(data.source, data.text_field, tuple((data.exclude or "").split(",")), data.on_bad or "stop")
+        open_corpus(spec.source, spec.text_field, spec.excluded, spec.on_bad)
     elif kind == "shards" and not Path(rest).expanduser().is_dir():
         raise EvenstepError(f"data.source: there is no directory {rest}; give that of prepared tokens")
-    if data.tokenizer != "bpe":
-        load_tokenizer(data.tokenizer)
+    if spec.tokenizer != "bpe":
+        load_tokenizer(spec.tokenizer)
     if config.model.config is not None:
         read_shape(config.model.config)
 

@@ -17,7 +17,7 @@ import torch
 from torch.optim import Optimizer
 
 from evenstep.baselines.state_size import state_bytes
-from evenstep.console import printable, program
+from evenstep.console import counted, printable, program
 from evenstep.errors import EvenstepError
 from evenstep.paths import leaves
 from evenstep.telemetry.lines import short
@@ -117,10 +117,12 @@ def run_facts(
 
 
 def spikes(metrics: Path) -> dict[str, Any]:
-    """The number of steps of a log on which a tensor spiked, and the largest of these spikes, if there is one: its
-    step, tensor, ratio, and data rows."""
-    events = [record for record in read_records(metrics) if record.get("event") == "spike"]
-    found: dict[str, Any] = {"count": len(events)}
+    """The number of steps of a log on which a tensor spiked, and of the guard's actions; and the largest of these
+    spikes, if there is one: its step, tensor, ratio, and data rows."""
+    records = read_records(metrics)
+    events = [record for record in records if record.get("event") == "spike"]
+    actions = sum(record.get("event") == "guard" for record in records)
+    found: dict[str, Any] = {"count": len(events), "actions": actions}
     if events:
         worst = max(events, key=lambda event: event["tensors"][0]["ratio"])
         first = worst["tensors"][0]
@@ -282,17 +284,21 @@ def closing_lines(out: Path, summary: dict[str, Any], files: list[str]) -> list[
 
 
 def spike_lines(out: Path, summary: dict[str, Any]) -> list[str]:
-    """The spikes that telemetry has found, and the command that prints the text of the batch of the largest one."""
+    """What the guard did, the spikes that telemetry has found, and the command that prints the text of the batch of the
+    largest one."""
     found = summary.get("spikes")
     if not found:
         return []
+    left_out = f"; {summary['skipped_sequences']} sequences left out" if summary.get("skipped_sequences") else ""
+    guard = [f"guard:      {counted(found['actions'], 'action')}{left_out}"] if found["actions"] else []
     if not found["count"]:
-        return ["spikes:     none"]
+        return [*guard, "spikes:     none"]
     worst = f"x{found['ratio']:.0f} in {short(found['tensor'])} at step {found['step']}"
     many = f"{found['count']} spikes, the worst {worst}" if found["count"] > 1 else f"1 spike, {worst}"
     if not (rows := found["rows"]):
-        return [f"spikes:     {many}"]
+        return [*guard, f"spikes:     {many}"]
     return [
+        *guard,
         f"spikes:     {many}; the text of that batch:",
         f"            {program()} rows {shlex.quote(str(out))} {rows[0]}-{rows[1]}",
     ]

@@ -320,9 +320,14 @@ class Pretraining(Task):
 
 def load_data(config: Config, progress: Any = None) -> TokenData:
     """The tokens of the corpus of ``[data]``, prepared now if they are not in the cache."""
+    return prepare(data_spec(config), progress)
+
+
+def data_spec(config: Config) -> DataSpec:
+    """The corpus of ``[data]``, its tokenizer and its split."""
     data = config.data
     # The split does not depend on the seed of the run: runs with different seeds validate on the same documents.
-    spec = DataSpec(
+    return DataSpec(
         source=data.source,
         tokenizer=data.tokenizer,
         vocab_size=data.vocab_size,
@@ -333,7 +338,6 @@ def load_data(config: Config, progress: Any = None) -> TokenData:
         exclude=data.exclude or "",
         on_bad=data.on_bad or "stop",
     )
-    return prepare(spec, progress)
 
 
 def data_identity(data: TokenData) -> str:

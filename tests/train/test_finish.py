@@ -114,6 +114,12 @@ def test_the_closing_lines_name_the_largest_spike_and_where_to_read_its_batch(tm
     )
 
 
+def test_the_closing_lines_tell_of_the_guard(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "event", "event": "guard", "step": 4, "action": "skip"}\n')
+    facts = {"spikes": summary.spikes(tmp_path / "metrics.jsonl"), "skipped_sequences": 8}
+    assert summary.spike_lines(tmp_path, facts) == ["guard:      1 action; 8 sequences left out", "spikes:     none"]
+
+
 # ---- a model whose vocabulary is larger than the tokenizer's ----
 
 

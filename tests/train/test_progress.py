@@ -1,5 +1,6 @@
 import io
 import os
+import re
 import select
 import subprocess
 import sys
@@ -71,14 +72,19 @@ def test_not_a_terminal_means_plain_lines():
     assert type(make_progress(3)) is LineProgress
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
-def test_a_terminal_gets_a_live_bar():
-    pytest.importorskip("rich")
+EVENT = "step 20 spike x143 in layers.3.mlp.down_proj and 13 more tensors, 0.012 % clipped, loss 5.432 -> 5.441, "
+COMMAND = "go on with: .venv/bin/evenstep pretrain --resume runs/2026-11-29-120000-demo --train.steps 800 --seed 7"
+
+
+def on_a_terminal(width, *, rich=True):
+    """What a progress writes on a pseudo-terminal of that width."""
     import pty
 
     code = f"""
-import time
-from evenstep.train.log import make_progress
+import sys, time
+if not {rich}:
+    sys.modules["rich"] = sys.modules["rich.console"] = None
+from evenstep.train.log import make_progress, print_line
 record = {RECORD!r}
 with make_progress(120, 10) as progress:
     for step in range(11, 31):
@@ -87,9 +93,13 @@ with make_progress(120, 10) as progress:
         if step == 20:
             progress.train(record)
             progress.validation({{"step": 20, "val_loss": 5.5, "perplexity": 244.7, "bits_per_byte": 2.1}})
+            progress.event({EVENT!r} + "data rows 51968-52000")
+            progress.event("step 21 loss spike, loss 5.43 -> 9.1")
+            print_line({COMMAND!r})  # as the guard and the closing lines do, past the progress
 """
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "30"}
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(width), "LINES": "30"}
+    environment.pop("NO_COLOR", None)
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     seen, deadline = b"", time.monotonic() + 30
@@ -103,11 +113,60 @@ with make_progress(120, 10) as progress:
         elif process.poll() is not None:
             break
     assert process.wait(10) == 0
-    text = seen.decode()
+    return seen.decode()
+
+
+def screen(text, width):
+    """The lines that a terminal of that width shows in the end."""
+    lines, row, column = [""], 0, 0
+    for piece in re.findall(r"\x1b\[[?0-9;]*[A-Za-z]|[^\x1b]", text):
+        if piece == "\n" or (column == width and not piece.startswith("\x1b") and piece != "\r"):
+            row, column = row + 1, column if piece == "\n" else 0
+            lines += [""] * (row == len(lines))
+        if piece == "\r":
+            column = 0
+        elif piece == "\x1b[1A":
+            row -= 1
+        elif piece == "\x1b[2K":
+            lines[row] = ""
+        elif piece != "\n" and not piece.startswith("\x1b"):
+            lines[row] = lines[row][:column].ljust(column) + piece + lines[row][column + 1 :]
+            column += 1
+    return lines
+
+
+needs_terminal = pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+
+
+@needs_terminal
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_terminal_gets_a_live_bar(width):
+    pytest.importorskip("rich")
+    text = on_a_terminal(width)
     assert "\x1b[" in text and "\r" in text  # it redraws in place
-    assert "step 30/120" in text and "loss 5.30" in text and "12,346 tok/s" in text and "reset in 80" in text
+    assert "step 30/120" in text and "loss 5.30" in text
+    assert "eta 0:00:17" in text and "12,346 tok/s" in text
+    assert ("lr 9.80e-04" in text) == (width >= 80) and ("reset in 80" in text) == (width == 120)
     assert text.count("validation loss 5.5000") == 1
     assert "grad" not in text  # the line of the log belongs to metrics.jsonl here
+    lines = screen(text, width)
+    shown = " ".join(" ".join(lines).split())
+    # Nothing is written over: each message is there once, whole, above the bar, and broken between words.
+    assert shown.count(EVENT + "data rows 51968-52000") == 1
+    assert shown.count("step 21 loss spike, loss 5.43 -> 9.1") == 1
+    assert COMMAND.replace(" ", "") in "".join(lines).replace(" ", "")
+    assert "\x1b[33mstep 20 spike" in text and "\x1b[31mstep 21 loss spike" in text
+
+
+@needs_terminal
+@pytest.mark.parametrize("width, left_out", [(60, "12,346 tok/s"), (80, "reset"), (100, "nothing")])
+def test_a_terminal_without_rich_gets_lines_that_fit(width, left_out):
+    lines = on_a_terminal(width, rich=False).replace("\r", "").splitlines()
+    assert max(len(line) for line in lines if line != COMMAND) <= width and COMMAND in lines
+    [line] = [line for line in lines if line.startswith("step  20/120  loss")]
+    whole = "step  20/120  loss 5.4322  lr 9.80e-04  grad 1.234  12,346 tok/s  eta 0:00:17  reset in 80"
+    assert whole.startswith(line) and line == whole.partition("  " + left_out)[0]
+    assert "step 20  validation loss 5.5000  perplexity 244.70  bits per byte 2.1000"[: len(lines[1])] == lines[1]
 
 
 def test_metrics_are_cut_at_the_resumed_step(tmp_path):
