@@ -19,7 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evenstep.kernels.interface import PLAIN, STATS, STEP_OPTIONS, Measured, StepTensors, Unavailable, is_coded, opened
+from evenstep.kernels.interface import (
+    PLAIN,
+    STATS,
+    STEP_OPTIONS,
+    Measured,
+    StepTensors,
+    Unavailable,
+    is_coded,
+    stored_moments,
+)
 
 # ---- the builds of the C++ code: the best one that this processor runs is loaded on first use ----
 
@@ -236,8 +245,8 @@ def _argument(x: Tensor | np.ndarray | int | float) -> object:
 
 def _jobs(tensors: StepTensors) -> tuple[np.ndarray, list[Tensor]]:
     """The table of jobs, and all tensors that hold moments."""
-    m, m_scales, m_map = opened(tensors.exp_avg)
-    v, v_scales, v_map = opened(tensors.exp_avg_sq)
+    m, m_scales, m_map = stored_moments(tensors.exp_avg)
+    v, v_scales, v_map = stored_moments(tensors.exp_avg_sq)
     k = len(tensors.params)  # all coded moments of a list share one map
     # Fields of fp32 moments in these columns are not read: m_type and v_type say which apply.
     given = (tensors.grads, tensors.params, m, v, m_scales, v_scales, m_map * k, v_map * k)

@@ -38,6 +38,7 @@ from evenstep.kernels.interface import (
     constant,
     is_coded,
     is_plain,
+    stored_moments,
     table,
 )
 
@@ -196,8 +197,8 @@ class TritonKernels:
             "cap_factor": o["cap_factor"],
             "cap_spread": o["cap_spread"],
         }
-        exp_avg, scales, maps = _parts(tensors.exp_avg)
-        exp_avg_sq, scales_sq, maps_sq = _parts(tensors.exp_avg_sq)
+        exp_avg, scales, maps = stored_moments(tensors.exp_avg)
+        exp_avg_sq, scales_sq, maps_sq = stored_moments(tensors.exp_avg_sq)
         # (4) Parameters and moments. All numbers travel in one table [16, k].
         update_norm, clipped_norm, clipped = launches().adam_(
             tensors.params, tensors.grads, exp_avg, exp_avg_sq, scales, scales_sq, maps, maps_sq,
@@ -251,7 +252,7 @@ class TritonKernels:
             "shrink": 1 - lr * decay,  # decoupled weight decay
             "root": constant(roots, grads.peak.dtype, grads.peak.device),
         }
-        exp_avg, scales, maps = _parts(tensors.exp_avg)
+        exp_avg, scales, maps = stored_moments(tensors.exp_avg)
         # With moments first the average, then rows or columns of it; the numbers in one table [7, k].
         [directions] = launches().rows_(
             tensors.params, tensors.grads, exp_avg, scales, maps, divisors,
@@ -300,10 +301,3 @@ def _mark_written(tensors: StepTensors) -> None:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _parts(moments: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The plain tensors of moments: stored numbers or codes of all, scales and maps of the coded ones."""
-    coded: list[Any] = [m for m in moments if is_coded(m)]
-    stored = [m.codes if is_coded(m) else m for m in moments]  # type: ignore[attr-defined]
-    return stored, [m.scale for m in coded], [m.qmap for m in coded]

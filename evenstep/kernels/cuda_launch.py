@@ -8,8 +8,8 @@ fixed order: no atomics, the same result on every run. Tables reach the device b
 memory and are cached while shapes and addresses stay as they are.
 
 Functions here take lists of ``k`` plain tensors (no subclasses), all on one device and contiguous; cuda.py checks
-that. An 8-bit moment of torchao is given as its uint8 codes; ``scales`` and ``maps`` have an entry for each of those
-moments, in order. Launches go to the current stream, where all tensors are used.
+that. An 8-bit moment of torchao is given as its uint8 codes, ``scales`` and ``maps`` as `interface.stored_moments`
+returns them. Launches go to the current stream, where all tensors are used.
 """
 
 import functools
@@ -389,12 +389,13 @@ def _pointers(tensors: list[Tensor], k: int) -> list[int]:
 
 
 def _coded(moments: list[Tensor], scales: list[Tensor], maps: list[Tensor]) -> list[list[int]]:
-    """Addresses of each moment's scales and map, 0 where it is not coded."""
-    rows = []
-    for parts in (scales, maps):
-        left = iter(parts)
-        rows.append([next(left).data_ptr() if m.dtype == torch.uint8 else 0 for m in moments])
-    return rows
+    """Addresses of each moment's scales and of the map of codes, 0 where it is not coded."""
+    if not scales:
+        return [[0] * len(moments)] * 2
+    # All coded moments of a list share one map. The scales of the others are empty, and the address of an empty tensor
+    # is 0.
+    shared = maps[0].data_ptr()
+    return [pointers(scales), [shared if m.dtype == torch.uint8 else 0 for m in moments]]
 
 
 def _stacked(seeds: list[Tensor], like: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ def is_coded(x: Tensor) -> bool:
     return type(x) not in PLAIN and hasattr(x, "codes")
 
 
-def opened(moments: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def stored_moments(moments: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Moments as plain tensors, for a table with a row per tensor.
 
     Returns the stored numbers or codes of all; the scales of the coded ones, with empty tensors for the others (an

@@ -244,10 +244,12 @@ class SpikeGuard:
         else:
             norms = torch.zeros(len(self._probe.params), device=self._probe.device)
         value = loss.detach().to(norms).reshape(1) if isinstance(loss, Tensor) else norms.new_tensor([float(loss)])
+        # NaN becomes Inf, which an all-reduce by maximum keeps. The norm of the norms is that of all gradients.
         numbers = torch.cat(
             [value.nan_to_num(nan=math.inf, posinf=math.inf), torch.linalg.vector_norm(norms).reshape(1), norms]
         )
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
+            # The largest of all processes, so that a fault that one process alone sees is judged alike by all.
             dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.process_group)
         return numbers
 
@@ -260,12 +262,13 @@ class SpikeGuard:
         if not waiting:
             return True
         go_on = True
+        # [waiting steps, 2 + k]: the only place where the guard waits for the device.
         table = torch.stack([numbers for _, _, numbers in waiting]).double().cpu().numpy()
         for (step, rows, _), numbers in zip(waiting, table, strict=True):
             reason = self._reason(numbers)
             if reason is None:
                 self._calm += 1
-                if self._calm >= self.patience:
+                if self._calm >= self.patience:  # the fault is over: the next one starts at the first rung again
                     self._rung, self._uses, self._bad = 0, 0, []
                 continue
             action = self._act(step, rows, reason, finite=bool(np.isfinite(numbers).all()))
@@ -283,15 +286,19 @@ class SpikeGuard:
         if not np.isfinite(numbers).all():
             names = [self._name(i) for i in np.flatnonzero(~np.isfinite(numbers[2:]))[:3]]
             return "the loss is not finite" if loss == math.inf else f"gradients of {', '.join(names)} are not finite"
-        if self.sigma == math.inf:
+        if self.sigma == math.inf:  # finite steps are never bad, so no history is needed
             return None
         # Norms are compared by their logarithms: they change by factors while a training settles.
         values = np.append(loss, np.log(np.maximum(numbers[1:], max(self.floor, 1e-30))))
-        median, spread, known = self._baseline.usual()
+        median, spread, known = self._baseline.usual()  # [2 + k] each
+        # Without a least spread, the first change after a plateau would be a spike. That of the loss is relative; those
+        # of the logarithms are relative already.
         least = np.full(len(values), LEAST_SPREAD)
         least[0] *= abs(median[0])
+        # 1.4826 MAD estimates a standard deviation and, unlike one, is not moved by the spikes in the window.
         limit = median + np.maximum(self.sigma * TO_DEVIATION * np.maximum(spread, least), self._rises)
         above = (values > limit) & known
+        # Norms below the floor, and those of a tensor that has hardly a share of the whole, may jump without harm.
         above[1:] &= numbers[1:] > self.floor
         above[2:] &= numbers[2:] > TENSOR_FLOOR * math.exp(median[1])
         # A spike enters at its limit, so that a level which stays becomes the usual one in time.
@@ -300,7 +307,7 @@ class SpikeGuard:
             return f"the loss is {loss:.4g}, usually {median[0]:.4g}"
         if above[1]:
             return f"the norm of the gradients is {norm:.3g}, usually {math.exp(median[1]):.3g}"
-        for i in np.flatnonzero(above[2:])[:1]:
+        for i in np.flatnonzero(above[2:])[:1]:  # the first tensor is enough for the message
             usual = math.exp(median[2 + i])
             return f"the norm of the gradient of {self._name(i)} is {numbers[2 + i]:.3g}, usually {usual:.3g}"
         return None
@@ -319,7 +326,7 @@ class SpikeGuard:
         if action is None:
             if finite:
                 return None
-            action = "skip"
+            action = "skip"  # whatever the budget: gradients that are not finite would destroy the weights
         event: Event = {"step": step, "action": action, "reason": reason, "rows": rows}
         if action == "rewind":
             event["to"] = self._rewind()
@@ -336,8 +343,10 @@ class SpikeGuard:
         """The action for the next bad step; None where the budget is spent and the ladder has no end."""
         if self._actions >= self.budget:
             return "stop" if self.ladder[-1] == "stop" else None
+        # A rung that has been used up leads to the next one; the last rung is used again and again.
         while self._uses >= self._allowed(self.ladder[self._rung]) and self._rung + 1 < len(self.ladder):
             self._rung, self._uses = self._rung + 1, 0
+        # There is nothing to go back to before the first snapshot. Such a skip uses up nothing.
         if self.ladder[self._rung] == "rewind" and self._snapshot is None and self.rewind is None:
             return "skip"
         self._uses += 1
@@ -360,6 +369,7 @@ class SpikeGuard:
             assert self._snapshot is not None
             snapshot, baseline = self._snapshot
             snapshot.restore()
+            # The medians go back too: the steps that are undone must not be part of what is usual.
             self._baseline.load(baseline)
             self.num_steps = snapshot.step
         return self.num_steps
@@ -375,6 +385,7 @@ class SpikeGuard:
             yield
             return
         self._low -= 1
+        # Replaced and not multiplied in place: a rate may be a tensor that a scheduler or a CUDA graph holds.
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"] * self.lr_factor
@@ -436,7 +447,7 @@ class _Baseline:
     """
 
     def __init__(self, k: int, window: int, min_history: int) -> None:
-        self.values = np.full((window, k), np.nan)
+        self.values = np.full((window, k), np.nan)  # a ring: value number n is in row n % window
         self.count = 0
         self.min_history = min_history
         self._usual: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
@@ -449,6 +460,7 @@ class _Baseline:
 
     def usual(self) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
         """Medians ``[k]``, median absolute deviations ``[k]``, and whether there are enough values to judge by."""
+        # The order of the rows does not matter for a median, so the ring is used as it is.
         filled = self.values[: min(self.count, len(self.values))]
         if not len(filled):
             nothing = np.zeros(self.values.shape[1])

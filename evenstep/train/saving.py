@@ -130,6 +130,8 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str,
     tensors: dict[str, Tensor] = {}
     held: set[int] = set()
     rest: dict[str, Any] = {"groups": [], "values": {}, "packed": {}, "loose": {}, "more": {}}
+    # torch numbers the parameters through all groups. Names take the place of the numbers here, so that a resumed run
+    # may divide its parameters into other groups.
     for i, state in saved["state"].items():
         if not _is_of_parameter(i, names):
             rest["loose"][i] = state
@@ -143,7 +145,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str,
                         f"the state '{entry}' of {name} has tensors inside a {type(value).__name__}, which differ "
                         "between processes and cannot be stored in a checkpoint; give parallel.mode ddp"
                     )
-                rest["values"].setdefault(name, {})[entry] = value
+                rest["values"].setdefault(name, {})[entry] = value  # a number, equal on all processes
             elif (facts := packed_facts(value)) is not None:
                 rest["packed"].setdefault(name, {})[entry] = facts
                 tensors |= {f"{key}.{part}": tensor for part, tensor in packed_tensors(value).items()}
@@ -168,6 +170,8 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: Path, rest
     """
     names, fresh = _names(model, optimizer), optimizer.state_dict()
     params = dict(model.named_parameters())
+    # Most optimizers have no state before their first step, so shapes come from the checkpoint, and the present state
+    # is used where there is one.
     present = {name: fresh["state"].get(i, {}) for i, name in enumerate(names)}
     packed = rest.get("packed", _packed(present))
     wanted: dict[str, Tensor] = {}
@@ -195,6 +199,7 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: Path, rest
             if entry not in parts:
                 target = _target(params[name], present[name].get(entry), shape, dtype)
                 here[entry] = wanted[f"optimizer.{name}.{entry}"] = target
+    # One read for all tensors, in place: each process reads the parts of the files that its shards need.
     fill(directory, wanted)
     options = {name: group for group in rest["groups"] for name in group["params"]}
     groups = []
@@ -203,6 +208,7 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: Path, rest
         groups.append({**old, "params": group["params"]})
     state = {i: entries for i, entries in state.items() if entries} | rest.get("loose", {})
     saved = {**rest.get("more", {}), "state": state, "param_groups": groups}
+    # torch casts moments to the dtype of their parameter; `keep_dtypes` puts fp32 moments of 16-bit parameters back.
     optimizer.load_state_dict(saved)
     keep_dtypes(optimizer, saved)
 
@@ -230,6 +236,7 @@ def _entries(directory: Path, names: list[str]) -> dict[str, dict[str, tuple[tor
         if not key.startswith("optimizer."):
             continue
         parts = key.removeprefix("optimizer.").split(".")
+        # "optimizer.NAME.ENTRY", and both parts may contain dots: NAME is the longest prefix that is a parameter.
         cut = next((k for k in range(len(parts) - 1, 0, -1) if ".".join(parts[:k]) in known), None)
         if cut is None:
             raise EvenstepError(f"the checkpoint {directory} has {key}, but the model has no such parameter")
@@ -276,10 +283,11 @@ class Saver:
         Raises:
             EvenstepError: on all processes, when this save or the previous one fails. Earlier checkpoints are intact.
         """
-        self.wait()
+        self.wait()  # at most one save at a time, which also bounds the memory of the copies
         partial = self.directory / f".step-{step:06d}.partial"
         try:
             with self.world.raise_on_all_ranks():
+                # First on process 0, and its error on all: the other processes write into the directory that it makes.
                 if self.world.rank == 0:
                     self._guarded(step, lambda: write_small(begin(self.directory, step)))
             copies, whole = self._guarded(step, lambda: self._staged(tensors))
@@ -360,6 +368,7 @@ class Saver:
         """Wait for the save in the background, if there is one. EvenstepError when it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
+            # In short waits, so that `alive` can tell the heartbeat that the disk is slow.
             while futures.wait([pending], timeout=5).not_done:
                 self.alive()
             pending.result()

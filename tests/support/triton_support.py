@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from evenstep.kernels import cuda_launch
-from evenstep.kernels.cuda import TritonKernels, _parts
+from evenstep.kernels.cuda import TritonKernels
+from evenstep.kernels.interface import stored_moments
 from evenstep.optim.functional import completed
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,15 +64,15 @@ run = completed
 
 def adam_(params, grads, exp_avg, exp_avg_sq, numbers, lost=(), seeds=(), capped=False, zero_history=False):
     """Launch Adam's kernel: norm of the update, norm after clipping by history, entries clipped; ``[k]`` each."""
-    m, scales, maps = _parts(exp_avg)
-    v, scales_sq, maps_sq = _parts(exp_avg_sq)
+    m, scales, maps = stored_moments(exp_avg)
+    v, scales_sq, maps_sq = stored_moments(exp_avg_sq)
     rest = numbers, list(lost), list(seeds), capped, zero_history
     return cuda_launch.adam_(params, grads, m, v, scales, scales_sq, maps, maps_sq, *rest).unbind()
 
 
 def rows_(params, grads, exp_avg, divisors, numbers, lost=(), seeds=()):
     """Launch SCALE's kernel: norm of each normalised tensor ``[k]``."""
-    m, scales, maps = _parts(exp_avg)
+    m, scales, maps = stored_moments(exp_avg)
     return cuda_launch.rows_(params, grads, m, scales, maps, divisors, numbers, 1e-8, list(lost), list(seeds))[0]
 
 
