@@ -222,6 +222,7 @@ def test_prefetching_changes_no_result(name):
     assert all(torch.equal(a, b) for a, b in zip(*finals, strict=True))
 
 
+@pytest.mark.slow  # a measurement of time
 def test_clipping_does_not_slow_the_loop_down():
     # Measured where memory plays no part. A loop that the compiler leaves scalar takes more than twice as long.
     size, before = 1 << 17, torch.get_num_threads()
