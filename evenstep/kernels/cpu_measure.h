@@ -99,18 +99,21 @@ static inline Measured measure_entries(const float *__restrict g, int64_t n, Lar
   float peak[W] = {0};
   for (int64_t i = 0; i < n; i += SPAN) {
     const int64_t end = std::min(i + SPAN, n);
-    float sum[W] = {0}, top[W] = {0}, rest[W] = {0}, rest_top[W] = {0};
+    float sum[W] = {0}, top[W] = {0};
     int64_t c = i;
     for (; c + W <= end; c += W) {
       fetch(g + c + AHEAD);
       fetch(g + c + AHEAD + 16);
       accumulate(g + c, W, sum, top);
     }
-    if (c < end)
+    float total = sum_of(sum);
+    if (c < end) {
+      float rest[W] = {0}, rest_top[W] = {0};
       accumulate(g + c, int(end - c), rest, rest_top);
-    merge(rest_top, top);
+      merge(rest_top, top);
+      total += sum_of(rest);
+    }
     merge(top, peak);
-    float total = sum_of(sum) + sum_of(rest);
     const double squares = trusted(total, top) ? total : squares_of(g + i, end - i);
     found.squares += squares;
     if (large && max_of(top) > large->low)
