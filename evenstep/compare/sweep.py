@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -213,7 +214,8 @@ def write(sweep: Sweep, outcomes: Mapping[str, Outcome], out: Path, say: Callabl
     if not any(row.outcomes for row in rows):
         return
     texts, notes = [row.cells() for row in rows], below(rows)
-    print_table(sweep.title, HEADS, texts, "\n".join(notes))
+    wrapped = [textwrap.fill(line, 79, subsequent_indent="  ") for line in notes]
+    print_table(sweep.title, HEADS, texts, "\n".join(wrapped))
     replace_text(out / "table.md", table(HEADS, texts) + "\n" + "".join(f"- {line}\n" for line in notes))
     replace_text(out / "runs.csv", _comma_separated(sweep, outcomes))
     try:
