@@ -80,7 +80,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.train: $(INSTALL) | $(VENV)/.torch
-	@echo "Installing evenstep in $(VENV): about 130 MB of packages, and the CPU kernels are compiled (a minute)."
+	@echo "Installing evenstep in $(VENV): about 110 MB of packages, and the CPU kernels are compiled (a minute)."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[train]"
 	@touch $@
 
