@@ -37,3 +37,8 @@ def weights(model):
 
 def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def done(guard):
+    """Rows and action of each bad step that a callback's guard has acted on."""
+    return [(event["rows"], event["action"]) for event in guard.guard.events]
