@@ -319,7 +319,7 @@ def config_hash(config: BaseConfig) -> str:
 _NEWER: Tables = {
     "model": {"qk_norm": False},
     "log": {"report": False},
-    "telemetry": {"activations": 20},
+    "telemetry": {"activations": 20, "mlflow": False},
     "guard": {
         "ladder": "off", "sigma": 8.0, "norm_ratio": 3.0, "loss_rise": 0.5, "budget": 20, "snapshot_every": 100,
     },
