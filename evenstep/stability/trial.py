@@ -33,7 +33,7 @@ from evenstep.train.optimizers import LearningRates, build_optimizer, lr_factor
 EVERY = 20  # steps between two validations
 EPISODE = 0.5  # nats above the lowest smoothed loss at which a spike episode starts
 SMOOTH = 0.9  # of the exponential mean of the training loss
-WARM, ROUNDS = 5, 40  # steps before the cost of a step is measured, and steps that are measured
+WARM, ROUNDS = 5, 150  # steps before the cost of a step is measured, and steps that are measured
 
 
 @dataclass(frozen=True)
@@ -156,13 +156,13 @@ def train(
 def step_cost(family: Family, remedy: Remedy, lr: float, source: str = "kjv", device: str = "cpu") -> dict[str, float]:
     """The cost of a training step in units of one with plain Adam: processor time on a CPU, elapsed time on a GPU.
 
-    Both train in turn in this process, so that a slow moment of the machine meets both. Returns the ``ratio`` of the
-    medians over `ROUNDS` steps, and ``seconds``, the median of the step with Adam.
+    Both train in turn in this process, so that a slow moment of the machine meets both. Returns the median ``ratio`` of
+    `ROUNDS` pairs of steps, as many as a run of the family has at most, and the median ``seconds`` of a step with Adam.
     """
     pair = [Training(family, Variant("cost"), one, lr, 0, source, device) for one in (Remedy("Adam"), remedy)]
     spent: tuple[list[float], list[float]] = ([], [])
     now = time.process_time if device == "cpu" else time.perf_counter
-    for number in range(WARM + ROUNDS):
+    for number in range(WARM + min(ROUNDS, family.steps)):
         for training, times in zip(pair, spent, strict=True):
             began = now()
             training.step()  # which reads the loss, so that a GPU has finished all but the optimizer's step
@@ -170,8 +170,8 @@ def step_cost(family: Family, remedy: Remedy, lr: float, source: str = "kjv", de
                 torch.cuda.synchronize()
             if number >= WARM:
                 times.append(now() - began)
-    adam, ours = (median(times) for times in spent)
-    return {"ratio": round(ours / adam, 3), "seconds": adam}
+    ratio = median(ours / adam for adam, ours in zip(*spent, strict=True))
+    return {"ratio": round(ratio, 3), "seconds": round(median(spent[0]), 5)}
 
 
 def _optim(values: Mapping[str, Any], steps: int) -> OptimConfig:
