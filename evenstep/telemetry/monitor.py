@@ -207,6 +207,21 @@ class SpikeMonitor:
             self.drain()  # a record holds its first step and a list of values: numbers must not jump within it
         self.observed = observed
 
+    def record(self, event: Mapping[str, Any]) -> None:
+        """Write a decision of a `SpikeGuard`: ``SpikeGuard(model, optimizer, on_event=monitor.record)``. The monitor
+        does not see a step that a guard leaves out, since the optimizer does not take it.
+
+        Args:
+            event: an element of `SpikeGuard.events`. Its ``step`` becomes ``bad_step``; its ``rows`` are written if
+                `observe` would accept them.
+        """
+        facts = {key: event[key] for key in ("action", "reason", "to") if key in event}
+        with suppress(TypeError, ValueError):  # a guard's rows may be anything hashable
+            facts["rows"] = checked_rows(event.get("rows"))
+        self.drain()  # the steps before it come first
+        decision = {"kind": "event", "event": "guard", "step": self.step, "bad_step": event["step"], **facts}
+        self._try("write a decision of the guard", lambda: self._publish([], [decision]), None)
+
     def arm(self, on: bool = True) -> None:
         """Measure the next forward pass if it belongs to a step that is sampled, and forget what has been measured
         since the last step. ``on=False``: measure no pass until the step is done.

@@ -11,8 +11,11 @@ import torch.distributed as dist
 from process_support import run_processes
 from torch import nn
 
-from evenstep import SCALE, SPAM, AdaClip, AdaGN, SpikeGuard, StableSPAM, scale_groups, stabilize
+from evenstep import SCALE, SPAM, AdaClip, AdaGN, SpikeGuard, SpikeMonitor, StableSPAM, scale_groups, stabilize
 from evenstep.baselines.chained import ChainedOptimizer
+from evenstep.telemetry.diagnosis import diagnose
+from evenstep.telemetry.foreign import load_log
+from evenstep.telemetry.schema import read_records
 
 OPTIMIZERS = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
@@ -310,6 +313,28 @@ def test_another_way_to_take_the_step_is_used():
     loss = training.model(torch.ones(4, 8)).square().mean()
     loss.backward()
     assert training.guard.step(loss, take=lambda: calls.append(1)) and calls == [1]
+
+
+@pytest.mark.parametrize("rows", [30, (240, 248), "a.txt"])
+def test_a_monitor_writes_the_decisions_of_a_guard_with_the_steps_that_it_saw(rows, tmp_path):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    path, said = tmp_path / "new" / "metrics.jsonl", []
+    with SpikeMonitor(model, optimizer, sinks=path, say=said.append) as monitor:
+        guard = SpikeGuard(model, optimizer, ladder="skip", on_event=monitor.record)
+        for step in range(40):
+            loss = (model(torch.ones(2, 4)) * (math.nan if step == 30 else 1)).square().mean()
+            loss.backward()
+            monitor.observe(loss)
+            assert guard.step(loss, rows=rows) == (step != 30)
+            optimizer.zero_grad()
+    records = read_records(path)
+    [decision] = [record for record in records if record.get("event") == "guard"]
+    assert (decision["step"], decision["bad_step"], decision["action"]) == (30, 30, "skip")
+    assert decision["reason"] == "the loss is not finite" and decision["reason"] in "".join(said)
+    assert decision.get("rows") == {30: [30, 31], (240, 248): [240, 248], "a.txt": None}[rows]
+    assert [record["step"] for record in records] == sorted(record["step"] for record in records)
+    assert "guard" in [finding.kind for finding in diagnose(load_log(path))]
 
 
 @pytest.mark.parametrize(
