@@ -44,6 +44,7 @@ def write_text(path, size):
             file.write("\n")
 
 
+@pytest.mark.slow
 def test_a_larger_file_takes_no_more_memory_than_a_small_one(tmp_path):
     train_bpe(iter(["Line 12 of the chronicle tells of house and its sons."] * 9), 280).save(tmp_path)
     peaks = []

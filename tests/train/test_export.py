@@ -25,7 +25,7 @@ def trained(place, **more):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("export"), optim__name="stable_spam")
+    return trained(tmp_path_factory.mktemp("export"), optim__name="stable_spam", log__curve="true")
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ def test_a_run_survives_a_kill_while_saving_one_process_less_and_a_sigterm(corpu
 
 
 @linux
+@pytest.mark.slow
 def test_who_is_missing_is_named(corpus, tmp_path):
     FAULTS["stand_still"](corpus, tmp_path / "run", random.Random(0))
 

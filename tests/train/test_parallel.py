@@ -144,6 +144,7 @@ def test_a_checkpoint_goes_from_two_to_one_to_three(corpus, tmp_path, name):
     assert losses(run) == pytest.approx(expected, rel=2e-5)
 
 
+@pytest.mark.slow
 def test_four_processes_in_a_square_give_the_losses_of_one(corpus, whole, tmp_path):
     """Tensor parallelism over two, FSDP over the other two; its checkpoint goes on in one."""
     square = tmp_path / "square"
