@@ -100,8 +100,9 @@ class SpikeGuard:
         on_event: called with every event, for instance ``print``. An exception that it raises is not caught.
 
     Attributes:
-        events: a dict per decision: ``step`` (the first is 0), ``action``, ``reason``, ``rows``, and for a rewind
-            ``to``, the step that training went back to. The newest 1000.
+        events: a dict per decision: ``step`` (the first is 0), ``action``, ``reason``, ``rows``; for a rewind ``to``,
+            the step that training went back to; and ``late``, the number of steps from the bad one to the present one
+            if it was taken before it was judged. The newest 1000.
         stopped: True once the ladder's end is reached.
         num_steps: steps taken or skipped since the start, less those that a rewind undid.
         excluded: the rows of bad steps that a rewind leaves out (see `wanted`).
@@ -328,6 +329,8 @@ class SpikeGuard:
                 return None
             action = "skip"  # whatever the budget: gradients that are not finite would destroy the weights
         event: Event = {"step": step, "action": action, "reason": reason, "rows": rows}
+        if step < self.num_steps:
+            event["late"] = self.num_steps - step
         if action == "rewind":
             event["to"] = self._rewind()
         elif action == "lower_lr":

@@ -212,14 +212,15 @@ class SpikeMonitor:
         does not see a step that a guard leaves out, since the optimizer does not take it.
 
         Args:
-            event: an element of `SpikeGuard.events`. Its ``step`` becomes ``bad_step``; its ``rows`` are written if
-                `observe` would accept them.
+            event: an element of `SpikeGuard.events`. ``bad_step`` of the record is the monitor's number of the step,
+                which counts taken steps only. ``rows`` are written if `observe` would accept them.
         """
         facts = {key: event[key] for key in ("action", "reason", "to") if key in event}
         with suppress(TypeError, ValueError):  # a guard's rows may be anything hashable
             facts["rows"] = checked_rows(event.get("rows"))
         self.drain()  # the steps before it come first
-        decision = {"kind": "event", "event": "guard", "step": self.step, "bad_step": event["step"], **facts}
+        bad_step = self.step + 1 - event.get("late", 0)
+        decision = {"kind": "event", "event": "guard", "step": self.step, "bad_step": bad_step, **facts}
         self._try("write a decision of the guard", lambda: self._publish([], [decision]), None)
 
     def arm(self, on: bool = True) -> None:

@@ -27,6 +27,7 @@ not import torch until tensors are read.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -84,7 +85,7 @@ PARENT = "parent.json"
 FORMAT = 2
 SHARD = ".safetensors"
 _NAME = re.compile(r"step-(\d+)")
-_LEFT_BEHIND = re.compile(r"\.step-\d+\.(partial|former)")
+_LEFT_BEHIND = re.compile(r"\.(step-\d+)\.(partial|former)")
 _EARLIER = "it is in a layout from before the first release, which cannot be resumed"
 
 # ---- reading ----
@@ -313,7 +314,12 @@ def begin(directory: Path, step: int) -> Path:
     Deletes what processes that were killed have left: partial checkpoints, and former ones that were replaced."""
     directory.mkdir(parents=True, exist_ok=True)
     for path in directory.iterdir():
-        if _LEFT_BEHIND.fullmatch(path.name):
+        if not (match := _LEFT_BEHIND.fullmatch(path.name)):
+            continue
+        final = directory / match[1]
+        if match[2] == "former" and not final.exists():
+            path.rename(final)  # its process was killed before the new one had the name
+        else:
             shutil.rmtree(path, ignore_errors=True)
     partial = directory / f".step-{step:06d}.partial"
     partial.mkdir()
@@ -339,13 +345,17 @@ def commit(partial: Path, step: int, world_size: int, files: dict[str, dict[str,
         os.fsync(file.fileno())
     # Without this fsync a power failure could keep the rename and lose entries of the directory that it names.
     _sync_directory(partial)
-    # A checkpoint of the same step (invalid, or saved before) is renamed first, and deleted only after the new one has
-    # its name.
+    # A checkpoint of the same step (invalid, or saved before) keeps its name until the new one takes it, and is deleted
+    # after that.
     former = directory / f".step-{step:06d}.former"
-    if final.exists():
+    if not final.exists():
+        partial.rename(final)
+    elif _exchange(partial, final):
+        former = partial
+    else:
         shutil.rmtree(former, ignore_errors=True)
         final.rename(former)
-    partial.rename(final)
+        partial.rename(final)
     _sync_directory(directory)
     _sync_directory(directory.parent)  # holds the entry of ``directory``, which the first save creates
     shutil.rmtree(former, ignore_errors=True)
@@ -353,6 +363,17 @@ def commit(partial: Path, step: int, world_size: int, files: dict[str, dict[str,
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two directories in one operation of the file system. False where that is not possible: outside of Linux, and
+    on some network file systems."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
 
 
 def delete_newer(directory: Path, step: int) -> None:

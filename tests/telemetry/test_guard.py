@@ -315,6 +315,21 @@ def test_another_way_to_take_the_step_is_used():
     assert training.guard.step(loss, take=lambda: calls.append(1)) and calls == [1]
 
 
+def test_a_monitor_dates_a_step_that_was_judged_late(tmp_path):
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with SpikeMonitor(model, optimizer, sinks=tmp_path / "metrics.jsonl", say=None) as monitor:
+        guard = SpikeGuard(model, optimizer, ladder="stop", check_every=10, on_event=monitor.record)
+        for step in range(40):
+            loss = (model(torch.ones(2, 4)) * (1e6 if step == 33 else 1)).square().mean()
+            loss.backward()
+            guard.step(loss)
+            optimizer.zero_grad()
+    [decision] = [record for record in read_records(tmp_path / "metrics.jsonl") if record.get("event") == "guard"]
+    assert guard.events[0]["step"] == 33 and guard.events[0]["late"] == 6
+    assert (decision["step"], decision["bad_step"], decision["action"]) == (39, 34, "stop")
+
+
 @pytest.mark.parametrize("rows", [30, (240, 248), "a.txt"])
 def test_a_monitor_writes_the_decisions_of_a_guard_with_the_steps_that_it_saw(rows, tmp_path):
     model = nn.Linear(4, 1)
@@ -323,14 +338,16 @@ def test_a_monitor_writes_the_decisions_of_a_guard_with_the_steps_that_it_saw(ro
     with SpikeMonitor(model, optimizer, sinks=path, say=said.append) as monitor:
         guard = SpikeGuard(model, optimizer, ladder="skip", on_event=monitor.record)
         for step in range(40):
-            loss = (model(torch.ones(2, 4)) * (math.nan if step == 30 else 1)).square().mean()
+            loss = (model(torch.ones(2, 4)) * (math.nan if step in (20, 30) else 1)).square().mean()
             loss.backward()
             monitor.observe(loss)
-            assert guard.step(loss, rows=rows) == (step != 30)
+            assert guard.step(loss, rows=rows) == (step not in (20, 30))
             optimizer.zero_grad()
     records = read_records(path)
-    [decision] = [record for record in records if record.get("event") == "guard"]
-    assert (decision["step"], decision["bad_step"], decision["action"]) == (30, 30, "skip")
+    decisions = [record for record in records if record.get("event") == "guard"]
+    # The monitor counts from 1, and steps that were taken only.
+    assert [(one["step"], one["bad_step"], one["action"]) for one in decisions] == [(20, 21, "skip"), (29, 30, "skip")]
+    decision = decisions[0]
     assert decision["reason"] == "the loss is not finite" and decision["reason"] in "".join(said)
     assert decision.get("rows") == {30: [30, 31], (240, 248): [240, 248], "a.txt": None}[rows]
     assert [record["step"] for record in records] == sorted(record["step"] for record in records)

@@ -11,6 +11,7 @@ import torch
 from checkpoint_support import save_checkpoint, write
 
 from evenstep.errors import EvenstepError
+from evenstep.train import checkpoint
 from evenstep.train.checkpoint import find_fault, list_checkpoints, newest_checkpoint, read_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +117,41 @@ def test_a_broken_checkpoint_of_the_same_step_is_replaced(place):
     truncate(place / "step-000010" / "weights.safetensors")
     save_checkpoint(place, 10, write, keep=3)
     assert find_fault(place / "step-000010") is None
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced_at_once(place, monkeypatch):
+    """At no moment does the step have no checkpoint."""
+    if sys.platform == "linux":
+        monkeypatch.setattr(Path, "rename", None)
+
+    def other(directory):
+        write(directory)
+        (directory / "config.json").write_text('{"new": 1}')
+
+    save_checkpoint(place, 10, other, keep=3)
+    assert names(place) == ["step-000005", "step-000010"] and find_fault(place / "step-000010") is None
+    assert "new" in (place / "step-000010" / "config.json").read_text()
+
+
+def test_where_directories_cannot_be_swapped_a_kill_loses_no_checkpoint(place, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_exchange", lambda first, second: False)
+    rename = Path.rename
+
+    def killed(path, target):
+        if path.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(place, 10, write, keep=3)
+    assert names(place) == [".step-000010.former", "step-000005"]
+    monkeypatch.setattr(Path, "rename", rename)
+    save_checkpoint(place, 15, write, keep=3)
+    assert names(place) == ["step-000005", "step-000010", "step-000015"]
+    assert find_fault(place / "step-000010") is None
+    save_checkpoint(place, 10, write, keep=3)
+    assert names(place) == ["step-000005", "step-000010", "step-000015"]
 
 
 def test_a_kill_while_saving_leaves_the_earlier_checkpoints(place):
