@@ -3,9 +3,9 @@
     python benchmarks/one_spike.py            trains (half a minute), writes the numbers and the picture
     python benchmarks/one_spike.py --draw     draws the picture from the stored numbers
 
-A LLaMA of 0.4M parameters reads the King James Bible for 200 steps; at step 144 every gradient is multiplied by 1000.
-This is the case "all, loss x 1" of the task "gradient" of the stability suite, seed 0, with the learning rates that the
-suite has tuned on undisturbed training (docs/stability.md has all remedies and three seeds).
+A LLaMA of 0.4M parameters reads the King James Bible for 200 steps; at step 145 (144 counted from 0) every gradient is
+multiplied by 1000. This is the case "all, loss x 1" of the task "gradient" of the stability suite, seed 0, with the
+learning rates that the suite has tuned on undisturbed training (docs/stability.md has all remedies and three seeds).
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+import json
 import os
 import shlex
 import shutil
@@ -10,6 +11,7 @@ import pytest
 from train_support import flags, quick_overrides, write_corpus
 
 from evenstep import __version__, cli
+from evenstep.data.tokenizer import train_bpe
 from evenstep.errors import EvenstepError
 from evenstep.finetune.config import FineTuneConfig
 from evenstep.train.config import Config, options
@@ -195,6 +197,19 @@ def test_print_config_says_what_this_machine_lacks(capsys, monkeypatch):
     monkeypatch.setattr("evenstep.train.hardware.memory_limit", lambda: 10**6)
     status, out, err = call(capsys, "pretrain", "--data.source", "stdlib", "--train.device", "cpu", "--print-config")
     assert status == 0 and "[data]" in out and "GB of memory, the machine has 0.0 GB" in err
+
+
+def test_print_config_takes_the_size_of_the_vocabulary_from_the_tokenizer(capsys, tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"model_type": "llama", "vocab_size": 300, "rms_norm_eps": 1e-6}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    train_bpe(iter(["abc bcd cde " * 50]), 280, exact=False).save(tmp_path)
+    options = ["--model.size", "none", "--model.config", str(tmp_path / "config.json"), "--train.device", "cpu"]
+    given = ["--data.tokenizer", str(tmp_path)]
+    status, out, err = call(capsys, "pretrain", *options, *given, "--data.source", "stdlib", "--print-config")
+    assert (status, err) == (0, "") and "[model]" in out
+    status, out, err = call(capsys, "pretrain", *options, "--data.source", "stdlib", "--print-config")
+    assert status == 0 and "[model]" in out and "would be refused on this machine: the tokenizer has 4096" in err
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*.toml")))

@@ -3,7 +3,7 @@
 PyPI's torch for Linux brings CUDA, which is gigabytes of no use on a machine without an NVIDIA driver. There the CPU
 build is taken from PyTorch's own index. If that index does not answer within seconds, or its download fails, pip's
 default index serves, which is also the one for machines with a driver and for other systems. The Makefile calls this
-file; it needs no package beside pip.
+file; it needs no package besides pip.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import io
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import Context
 from pathlib import Path
@@ -156,6 +157,11 @@ class TrackioSink:
         self._run.finish()
 
 
+MLFLOW_PENDING = 100
+"""Number of requests to MLflow whose outcome has not been looked at yet. A server that is further behind delays the
+training, and a failed request is noticed this many records later at the latest."""
+
+
 class MlflowSink:
     """Logs to MLflow, as a run of its own in the experiment "evenstep", at the place that MLFLOW_TRACKING_URI names.
     Needs the package mlflow.
@@ -177,7 +183,7 @@ class MlflowSink:
         params = [Param(key, str(value)[:500]) for key, value in _flat(config or {})]
         for first in range(0, len(params), 100):  # the most that one request may have
             self._client.log_batch(self._run, params=params[first : first + 100])
-        self._sent: Any = None
+        self._sent: deque[Any] = deque()
 
     def write(self, record: Record) -> None:
         from mlflow.entities import Metric
@@ -185,12 +191,16 @@ class MlflowSink:
         now = int(time.time() * 1000)
         values = [Metric(key, float(value), now, record["step"]) for key, value in scalars(record).items()]
         if values:  # by a thread of mlflow, so that a slow server does not delay the training
-            self._sent = self._client.log_batch(self._run, metrics=values, synchronous=False)
+            self._sent.append(self._client.log_batch(self._run, metrics=values, synchronous=False))
+        if len(self._sent) > MLFLOW_PENDING:
+            self._sent.popleft().wait()  # raises if the request has failed
 
     def close(self) -> None:
-        if self._sent is not None:
-            self._sent.wait()
-        self._client.set_terminated(self._run)
+        try:
+            while self._sent:
+                self._sent.popleft().wait()
+        finally:
+            self._client.set_terminated(self._run)
 
 
 def _flat(tables: Any, prefix: str = "") -> list[tuple[str, Any]]:

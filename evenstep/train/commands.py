@@ -41,8 +41,8 @@ examples:
 
 EXPORT = """\
 Write the weights of the newest valid checkpoint of RUN. --to hf writes a directory that transformers can load, with
-the tokenizer and a model card (data, tokens, losses, spikes, configuration); --to safetensors writes one file with
-parameter names as keys. Any number of processes may have written the checkpoint.
+the tokenizer and, for a run of pretrain, a model card (data, tokens, losses, spikes, configuration); --to safetensors
+writes one file with parameter names as keys. Any number of processes may have written the checkpoint.
 
 --push uploads the directory to the Hugging Face Hub, into a private repository unless --public is given. The files are
 listed first. The card names the data source and contains the configuration, so paths of this machine may be in it:
@@ -307,10 +307,10 @@ def _check_files(config: Config) -> None:
 def _lacks(config: Any) -> Iterator[str]:
     """What this machine lacks for a run: a device, a package, memory."""
     from evenstep.data.corpora import open_corpus, split_source
-    from evenstep.data.pipeline import DEFAULT_VOCAB
     from evenstep.models import LlamaConfig
     from evenstep.train.hardware import memory_limit, pick_device
-    from evenstep.train.memory import least_memory, model_shape
+    from evenstep.train.memory import least_memory
+    from evenstep.train.plan import shape_of
 
     try:
         on_cpu = pick_device(config.train.device).type == "cpu"
@@ -325,7 +325,11 @@ def _lacks(config: Any) -> Iterator[str]:
         except EvenstepError as problem:
             yield str(problem)
     if on_cpu and not config.model.init and config.parallel.mode == "none":
-        shape = model_shape(config, config.data.vocab_size or DEFAULT_VOCAB)
+        try:
+            shape = shape_of(config)
+        except EvenstepError as problem:
+            yield str(problem)
+            return
         needs, limit = sum(least_memory(config, shape, 1, 1).values()), memory_limit()
         if isinstance(shape, LlamaConfig) and needs > limit:
             yield f"it needs at least {needs / 1e9:,.1f} GB of memory, the machine has {limit / 1e9:,.1f} GB"

@@ -14,9 +14,11 @@ from typing import Any
 
 from evenstep.errors import EvenstepError, first_line
 from evenstep.telemetry.schema import iter_records
+from evenstep.train.checkpoint import read_manifest, read_trainer
 from evenstep.train.config_io import read_toml
 from evenstep.train.log import short_count
-from evenstep.train.runs import facts_of_checkpoint
+from evenstep.train.runs import is_tuned
+from evenstep.train.summary import spikes
 
 CARD = "README.md"
 CURVE = "loss.png"
@@ -42,9 +44,13 @@ tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
 
 
 def run_of_checkpoint(checkpoint: Path) -> Path | None:
-    """The directory of the run that a checkpoint belongs to; None for a directory of another kind."""
+    """The directory of the run of `evenstep pretrain` that a checkpoint belongs to. None for one of `evenstep
+    finetune`, whose data and losses are of another kind than those of a card, and for a directory without a run."""
     run = checkpoint.parent.parent
-    return run if checkpoint.parent.name == "checkpoints" and (run / "config.toml").is_file() else None
+    config = run / "config.toml"
+    if checkpoint.parent.name != "checkpoints" or not config.is_file() or is_tuned(read_toml(config)):
+        return None
+    return run
 
 
 def write_card(run: Path, checkpoint: Path, parameters: int, directory: Path) -> None:
@@ -52,21 +58,22 @@ def write_card(run: Path, checkpoint: Path, parameters: int, directory: Path) ->
 
     Args:
         run: a directory of `evenstep pretrain`.
-        checkpoint: what is exported. Losses and events of later steps are left out.
+        checkpoint: what is exported, with intact files. Losses and events of later steps are left out.
         parameters: number of parameters of the model.
         directory: receives README.md and loss.png.
 
     Raises:
         OSError: a file that cannot be read or written.
     """
-    facts = facts_of_checkpoint(checkpoint)
-    step = facts["step"]
+    # Not `facts_of_checkpoint`, which reads the whole checkpoint again for its checksums
+    step, tokens = read_manifest(checkpoint)["step"], read_trainer(checkpoint)["tokens"]
     picture = run / "curve.png"
     # The picture is of the whole run, so it belongs to the last checkpoint only
     shown = picture.is_file() and step >= _last_step(run)
     if shown:
         shutil.copyfile(picture, directory / CURVE)
-    text = card(read_toml(run / "config.toml"), _until(run, step), facts, parameters, (run / "config.toml").read_text())
+    toml = (run / "config.toml").read_text(encoding="utf-8")
+    text = card(read_toml(run / "config.toml"), _until(run, step), step, tokens, parameters, toml)
     if shown:
         text = text.replace("## Losses\n", f"## Losses\n\n![Loss over steps]({CURVE})\n", 1)
     (directory / CARD).write_text(text, encoding="utf-8")
@@ -84,16 +91,17 @@ def _last_step(run: Path) -> int:
 
 
 def card(
-    config: dict[str, Any], records: list[dict[str, Any]], facts: dict[str, Any], parameters: int, toml: str
+    config: dict[str, Any], records: list[dict[str, Any]], step: int, tokens: int, parameters: int, toml: str
 ) -> str:
-    """The text of a card from the configuration of a run, its log, the facts of the checkpoint and the recipe."""
+    """The text of a card from the configuration of a run, its log up to ``step``, the tokens seen by then, and the
+    recipe."""
     optim, train, data = config["optim"], config["train"], config["data"]
     precision, init = config.get("lowbit") or train.get("dtype", "fp32"), config["model"].get("init")
     rows = [
         ("parameters", f"{parameters:,}"),
         ("data", f"`{data['source']}`"),
-        ("tokens seen", short_count(facts["tokens"]) if facts.get("tokens") else "unknown"),
-        ("steps", f"{facts['step']:,}"),
+        ("tokens seen", short_count(tokens)),
+        ("steps", f"{step:,}"),
         ("tokens per step", f"{train['batch_size']} x {train['seq_len']}"),
         ("optimizer", f"{optim['name']}, learning rate {optim['lr']:g}, weight decay {optim['weight_decay']:g}"),
         ("precision", str(precision)),
@@ -134,19 +142,15 @@ def _losses(records: list[dict[str, Any]]) -> str:
 
 def _spikes(records: list[dict[str, Any]]) -> str:
     """What the telemetry recorded: spikes of gradients and losses, and the actions of a guard."""
-    events = [one for one in records if one.get("kind") == "event"]
-    kinds = {kind: [one for one in events if one.get("event") == kind] for kind in ("spike", "loss_spike", "guard")}
     if not any(one.get("kind") == "start" for one in records):
         return "The run was not monitored.\n"
-    worst = max(
-        ((tensor["ratio"], tensor["name"], one["step"]) for one in kinds["spike"] for tensor in one.get("tensors", ())),
-        default=None,
-    )
+    found = spikes(records)
+    largest = "{ratio:.0f} times the usual size, `{tensor}`, step {step:,}".format(**found) if "ratio" in found else "-"
     rows = [
-        ("steps on which a gradient spiked", f"{len(kinds['spike'])}"),
-        ("largest", f"{worst[0]:.0f} times the usual size, `{worst[1]}`, step {worst[2]:,}" if worst else "-"),
-        ("steps on which the loss spiked", f"{len(kinds['loss_spike'])}"),
-        ("actions of the guard", f"{len(kinds['guard'])}"),
+        ("steps on which a gradient spiked", f"{found['count']}"),
+        ("largest", largest),
+        ("steps on which the loss spiked", f"{sum(one.get('event') == 'loss_spike' for one in records)}"),
+        ("actions of the guard", f"{found['actions']}"),
     ]
     return _table(("", ""), rows)
 

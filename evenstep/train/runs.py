@@ -274,7 +274,7 @@ def rows_of(directory: Path, start: int, stop: int) -> Iterator[tuple[str, str]]
     row, when ``directory`` is not a run, or when its data have changed.
     """
     tables = read_toml(config_file(directory))
-    if _is_tuned(tables):
+    if is_tuned(tables):
         return _tuning_rows(tables, start, stop)
     return _training_rows(directory, build(tables))(start, stop)
 
@@ -283,7 +283,7 @@ def prepared_rows(directory: Path) -> Callable[[int, int], Iterator[tuple[str, s
     """`rows_of` for several ranges of rows of one run, where that is cheap: None for a fine-tuning run, whose rows need
     its model, for a source on the network, and where the tokens are not in the cache."""
     tables = read_toml(config_file(directory))
-    if _is_tuned(tables):
+    if is_tuned(tables):
         return None
     config = build(tables)
     if config.data.source.startswith("hf:"):
@@ -303,7 +303,8 @@ def _refuse_work(progress: PrepareProgress) -> None:
         raise _NotPrepared
 
 
-def _is_tuned(tables: dict[str, Any]) -> bool:
+def is_tuned(tables: dict[str, Any]) -> bool:
+    """Whether a config.toml is one of `evenstep finetune`."""
     model = tables.get("model")
     return isinstance(model, dict) and "path" in model
 

@@ -8,7 +8,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,7 +56,7 @@ def header(
         f"{short_count(config.total_steps * config.tokens_per_step)} tokens in all",
         "device": f"{world.device}, {train.dtype}{processes}",
         "folder": str(config.out),
-        "time": f"measured in the first steps: eta, from step {min(config.log.every, config.total_steps)} on",
+        "time": f"the time left is shown as eta, from step {min(config.log.every, config.total_steps)} on",
         "columns": columns_help(resets=resets),
     }
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
@@ -105,7 +105,7 @@ def run_facts(
         "seed": config.seed,
         "processes": processes,
         "skipped_sequences": sum(stop - start for start, stop in skipped),
-        "spikes": attempt("count of the spikes", lambda: spikes(metrics.path), say)
+        "spikes": attempt("count of the spikes", lambda: spikes(read_records(metrics.path)), say)
         if config.telemetry.enabled
         else None,
         "config_hash": config_hash(config),
@@ -116,17 +116,16 @@ def run_facts(
     }
 
 
-def spikes(metrics: Path) -> dict[str, Any]:
+def spikes(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The number of steps of a log on which a tensor spiked, and of the guard's actions; and the largest of these
     spikes, if there is one: its step, tensor, ratio, and data rows."""
-    records = read_records(metrics)
     events = [record for record in records if record.get("event") == "spike"]
     actions = sum(record.get("event") == "guard" for record in records)
     found: dict[str, Any] = {"count": len(events), "actions": actions}
-    if events:
-        worst = max(events, key=lambda event: event["tensors"][0]["ratio"])
-        first = worst["tensors"][0]
-        found |= {"step": worst["step"], "tensor": first["name"], "ratio": first["ratio"], "rows": worst.get("rows")}
+    tensors = [(tensor, event) for event in events for tensor in event["tensors"]]
+    if tensors:
+        worst, event = max(tensors, key=lambda pair: pair[0]["ratio"])
+        found |= {"step": event["step"], "tensor": worst["name"], "ratio": worst["ratio"], "rows": event.get("rows")}
     return found
 
 

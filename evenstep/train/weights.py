@@ -150,8 +150,9 @@ def export(source: Path, to: str, out: Path, say: Callable[[str], None]) -> None
 
     Args:
         source: a run or a checkpoint, written by any number of processes.
-        to: "hf": a directory that ``transformers.AutoModelForCausalLM.from_pretrained`` loads, with the tokenizer and
-            a model card; "safetensors": one file with parameter names as keys. Weights keep their dtype.
+        to: "hf": a directory that ``transformers.AutoModelForCausalLM.from_pretrained`` loads, with the tokenizer and,
+            for a run of `evenstep pretrain`, a model card; "safetensors": one file with parameter names as keys.
+            Weights keep their dtype.
         out: a new or empty directory. It is renamed into place when it is complete.
         say: called with lines for the user.
 

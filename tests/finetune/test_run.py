@@ -17,6 +17,7 @@ from evenstep.finetune.run import Tuning
 from evenstep.models import load_pretrained
 from evenstep.train.config_io import build
 from evenstep.train.log import read_metrics
+from evenstep.train.weights import export
 
 WORDS = ["abc", "bcd", "cde", "def", "ace", "bdf"]
 
@@ -71,6 +72,15 @@ def test_a_run_learns_its_answers_and_leaves_a_model(library, hub, data, tmp_pat
     assert losses[-1] < 0.3 < losses[0] and summary["score"] == 1.0 and summary["score_kind"] == "exact"
     assert load_pretrained(run.out / "model").num_parameters() == summary["parameters"]
     assert len(run.data.train) < len(run.data.train_documents)  # packed
+
+
+def test_a_checkpoint_is_exported_without_the_card_of_a_pretraining_run(hub, data, tmp_path):
+    run = Tuning(config(hub, data, tmp_path / "run"), say=lambda _: None)
+    run.step()
+    run.save()
+    export(next((run.out / "checkpoints").iterdir()), "hf", tmp_path / "hf", lambda _: None)
+    assert load_pretrained(tmp_path / "hf").num_parameters() == run.model.num_parameters()
+    assert not (tmp_path / "hf" / "README.md").exists()
 
 
 def test_both_libraries_have_the_same_loss_of_packed_rows(hub, data, tmp_path):

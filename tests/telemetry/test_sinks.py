@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ from train_support import quick, write_corpus
 
 from evenstep.errors import EvenstepError
 from evenstep.telemetry.schema import read_records, to_line
-from evenstep.telemetry.sinks import Guarded, JsonlSink, TensorBoardSink, opened, scalars
+from evenstep.telemetry.sinks import MLFLOW_PENDING, Guarded, JsonlSink, MlflowSink, TensorBoardSink, opened, scalars
 from evenstep.train.trainer import Run
 
 
@@ -131,6 +132,65 @@ def test_mlflow_keeps_the_numbers_in_a_run_of_its_own(tmp_path):
     assert done.returncode == 0, done.stderr
     expected = [(record["step"], record["loss"]) for record in read_records(log) if "loss" in record]
     assert done.stdout.strip() == str(expected)
+
+
+class Sent:
+    """In place of what mlflow returns for a request that a thread sends."""
+
+    def __init__(self, fails):
+        self.fails = fails
+
+    def wait(self):
+        if self.fails:
+            raise ConnectionError("no network")
+
+
+class Client:
+    """In place of mlflow's client. The request of number ``failing`` fails."""
+
+    failing = 0
+
+    def __init__(self):
+        self.sent, self.ended = 0, []
+
+    def get_experiment_by_name(self, name):
+        return types.SimpleNamespace(experiment_id="1")
+
+    def create_run(self, experiment, run_name):
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id="7"))
+
+    def log_batch(self, run, metrics, synchronous):
+        self.sent += 1
+        return Sent(self.sent == self.failing)
+
+    def set_terminated(self, run):
+        self.ended.append(run)
+
+
+@pytest.fixture
+def mlflow_sink(monkeypatch):
+    mlflow, entities = types.ModuleType("mlflow"), types.ModuleType("mlflow.entities")
+    mlflow.MlflowClient, entities.Param, entities.Metric = Client, tuple, lambda *values: values
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    return MlflowSink("run")
+
+
+def test_mlflow_tells_of_an_early_failure_and_ends_the_run_all_the_same(mlflow_sink, monkeypatch):
+    monkeypatch.setattr(Client, "failing", 1)
+    for step in range(3):
+        mlflow_sink.write({"step": step, "loss": 1.0})
+    with pytest.raises(ConnectionError):
+        mlflow_sink.close()
+    assert mlflow_sink._client.ended == ["7"]
+
+
+def test_mlflow_looks_at_each_request_after_a_bounded_number_of_others(mlflow_sink, monkeypatch):
+    monkeypatch.setattr(Client, "failing", 2)
+    with pytest.raises(ConnectionError):
+        for step in range(MLFLOW_PENDING + 2):
+            mlflow_sink.write({"step": step, "loss": 1.0})
+    assert mlflow_sink._client.sent == MLFLOW_PENDING + 2
 
 
 class Failing:

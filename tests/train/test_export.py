@@ -12,6 +12,7 @@ from train_support import flags, quick, quick_overrides, write_corpus
 
 from evenstep.models import load_pretrained
 from evenstep.train.checkpoint import load_model_state
+from evenstep.train.model_card import write_card
 from evenstep.train.trainer import Run
 from tests.test_cli_program import ROOT, call
 
@@ -168,6 +169,14 @@ def test_the_model_card_has_the_numbers_of_the_run(run, tmp_path, capsys):
     early = (tmp_path / "early" / "README.md").read_text()
     assert "| steps on which a gradient spiked | 1 |" in early and f"| 4 | {val[4]:.4f} |" not in early
     assert "loss.png" not in early and not (tmp_path / "early" / "loss.png").exists()
+
+
+def test_the_card_reads_no_checksum_again(newest, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("evenstep.train.runs.file_fault", None)
+    write_card(run, newest, 1000, tmp_path)
+    seen = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["tokens"]
+    card = (tmp_path / "README.md").read_text()
+    assert "| steps | 4 |" in card and f"| tokens seen | {seen} |" in card
 
 
 class Hub:

@@ -10,6 +10,7 @@ from train_support import flags, quick, quick_overrides, write_corpus
 
 from evenstep import cli
 from evenstep.errors import EvenstepError
+from evenstep.telemetry.schema import read_records
 from evenstep.train import summary
 from evenstep.train.log import LineProgress, print_line
 from evenstep.train.runs import list_runs
@@ -107,16 +108,23 @@ SPIKES = [
 def test_the_closing_lines_name_the_largest_spike_and_where_to_read_its_batch(tmp_path, count, words):
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(json.dumps({"kind": "event", "event": "spike", **spike}) + "\n" for spike in SPIKES[:count]))
-    first, *rest = summary.spike_lines(tmp_path, {"spikes": summary.spikes(log)})
+    first, *rest = summary.spike_lines(tmp_path, {"spikes": summary.spikes(read_records(log))})
     assert first.startswith(f"spikes:     {words}")
     assert [line.split()[1:] for line in rest] == (
         [["rows", str(tmp_path), ["16-24", "48-56"][count - 1]]] * (count > 0)
     )
 
 
+def test_the_largest_spike_is_that_of_any_tensor():
+    tensors = [{"name": "a", "ratio": 11.0}, {"name": "b", "ratio": 30.0}]
+    events = [{"kind": "event", "event": "spike", **spike} for spike in [*SPIKES, {"step": 9, "tensors": tensors}]]
+    found = summary.spikes(events)
+    assert found == {"count": 3, "actions": 0, "step": 9, "tensor": "b", "ratio": 30.0, "rows": None}
+
+
 def test_the_closing_lines_tell_of_the_guard(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "event", "event": "guard", "step": 4, "action": "skip"}\n')
-    facts = {"spikes": summary.spikes(tmp_path / "metrics.jsonl"), "skipped_sequences": 8}
+    facts = {"spikes": summary.spikes(read_records(tmp_path / "metrics.jsonl")), "skipped_sequences": 8}
     assert summary.spike_lines(tmp_path, facts) == ["guard:      1 action; 8 sequences left out", "spikes:     none"]
 
 
