@@ -42,7 +42,7 @@ examples:
   evenstep generate runs/NAME --prompt 'Once'        text from a trained model
   evenstep finetune runs/NAME --data examples.jsonl  fine-tune it on a task
   evenstep bench step-time --shapes 9m               optimizers side by side: time, memory, bandwidth
-  evenstep sweep recipes/demo.toml --optimizers adamw,stable_spam --rates 1e-3,3e-3 --seeds 0,1
+  evenstep sweep recipes/start.toml --optimizers adamw,stable_spam --rates 1e-3,3e-3 --seeds 0,1
   evenstep official -- torchrun_main.py FLAGS        a command line of the papers' programs
   evenstep runs                                      list runs and their validation losses
   evenstep plan examples/cluster-7b.toml --gpus 64   memory and traffic of a run, before it is started

@@ -25,18 +25,18 @@ from evenstep.compare.engines import Command, Job
 from evenstep.compare.table import Group, Table, merged
 from evenstep.errors import EvenstepError
 from evenstep.train.config import Config
-from evenstep.train.config_io import build, config_hash, to_toml
+from evenstep.train.config_io import build, config_hash, override, to_toml
 from evenstep.train.files import replace_text
 from evenstep.train.log import read_metrics
 
 FINISHED, HOPELESS, DIVERGED = "finished", "hopeless", "diverged"
 
-_BASE = {
-    "telemetry": {"enabled": False},
-    "sample": {"tokens": 0},
-    "checkpoint": {"keep": 1},
-    "log": {"curve": False},
-}
+QUIET = (
+    ("telemetry.enabled", "false"), ("sample.tokens", "0"), ("checkpoint.keep", "1"), ("log.curve", "false"),
+    ("log.report", "false"),
+)  # fmt: skip
+"""Options of every run of a grid, and their texts, unless the table or the command line has them: they turn off files
+and texts that are of use for a single run only."""
 
 Say = Callable[[str], None]
 
@@ -128,7 +128,7 @@ class Cell:
 def make_cell(table: Table, group: Group, stage: str, lr: float, seed: int) -> Cell:
     """The cell of one run of a table. Raises EvenstepError, with the table and the line, for invalid options."""
     tokens = table.tokens(group, stage)
-    options = merged(merged(_BASE, table.options(group)), {"optim": {"lr": lr}, "seed": seed})
+    options = merged(merged(override({}, QUIET), table.options(group)), {"optim": {"lr": lr}, "seed": seed})
     options["train"] = {**options.get("train", {}), "tokens": tokens}
     try:
         return Cell(group, stage, lr, seed, tokens, build(options))

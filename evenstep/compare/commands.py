@@ -49,10 +49,10 @@ added.
 
 SWEEP_EXAMPLES = """\
 examples:
-  evenstep sweep recipes/demo.toml --optimizers adamw,stable_spam \\
+  evenstep sweep recipes/start.toml --optimizers adamw,stable_spam \\
       --rates 1e-3,3e-3 --seeds 0,1
-  evenstep sweep recipes/demo.toml --rates 5e-4,1e-3,2e-3 --train.steps 100
-  evenstep sweep recipes/demo.toml --optimizers spam,muon --dry-run
+  evenstep sweep recipes/start.toml --rates 5e-4,1e-3,2e-3 --train.steps 100
+  evenstep sweep recipes/start.toml --optimizers spam,muon --dry-run
 
 The directory --out has table.md, runs.csv, sweep.png, and cells/ with the
 directory of each run, which 'evenstep report' and 'evenstep runs' read.

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from evenstep.compare.cells import FINISHED, Cell, Outcome
+from evenstep.compare.cells import FINISHED, QUIET, Cell, Outcome
 from evenstep.compare.claims import paired
 from evenstep.compare.report import draw_curves, table
 from evenstep.compare.table import Group
@@ -25,11 +25,6 @@ from evenstep.train.config import Config
 from evenstep.train.config_io import load_config
 from evenstep.train.files import replace_text
 from evenstep.train.log import short_count
-
-QUIET = (
-    ("telemetry.enabled", "false"), ("sample.tokens", "0"), ("checkpoint.keep", "1"), ("log.curve", "false"),
-)  # fmt: skip
-"""Options of every run of a sweep unless the command line has them: what only a single run needs."""
 
 LISTS = {"optim.name": "--optimizers", "optim.lr": "--rates", "seed": "--seeds"}
 """The options that a sweep has lists of."""
@@ -123,7 +118,7 @@ def _cell(config: Config, rate: float, seed: int) -> Cell:
 @dataclass(frozen=True)
 class Row:
     """The outcomes of one optimizer at one rate. ``loss``: the mean over the seeds that have ended; None without any.
-    ``lost``: the number of seeds that diverged."""
+    ``lost``: the seeds that diverged."""
 
     optimizer: str
     rate: float
@@ -140,8 +135,8 @@ class Row:
         return list(self.by_seed.values())
 
     @property
-    def lost(self) -> int:
-        return sum(outcome.status != FINISHED for outcome in self.outcomes.values())
+    def lost(self) -> list[int]:
+        return [seed for seed, outcome in self.outcomes.items() if outcome.status != FINISHED]
 
     @property
     def loss(self) -> float | None:
@@ -156,7 +151,7 @@ class Row:
             f"{self.rate:g}",
             f"{mean(losses):.4f}" if losses else "diverged" if self.lost else "-",
             f"{max(losses) - min(losses):.4f}" if len(losses) > 1 else "-",
-            f"{len(losses)}" + (f" ({self.lost} diverged)" if self.lost and losses else ""),
+            f"{len(losses)}" + (f" ({len(self.lost)} diverged)" if self.lost and losses else ""),
             f"{mean(sizes) / 1e6:.2f}" if sizes else "-",
         ]
 
@@ -168,7 +163,7 @@ def rows_of(sweep: Sweep, outcomes: Mapping[str, Outcome]) -> list[Row]:
         for (name, rate), cells in sweep.lines.items()
     ]
     # A line of which a seed diverged comes after those that held.
-    return sorted(rows, key=lambda row: (row.lost > 0, row.loss is None, row.loss or 0.0))
+    return sorted(rows, key=lambda row: (bool(row.lost), row.loss is None, row.loss or 0.0))
 
 
 def best_rows(rows: Sequence[Row]) -> dict[str, Row]:
@@ -192,10 +187,16 @@ def below(rows: Sequence[Row]) -> list[str]:
     for row in best[1:]:
         first, difference = best[0], paired(row.by_seed, best[0].by_seed)
         if difference is not None and difference.seeds > 1:
+            # A line of which a seed diverged comes last, also where its other seeds have the lower loss.
+            side = "below" if difference.mean < 0 else "above"
             lines.append(
-                f"{row.optimizer} at its best rate is {difference.mean:.4f} above {first.optimizer}, ± "
+                f"{row.optimizer} at its best rate is {abs(difference.mean):.4f} {side} {first.optimizer}, ± "
                 f"{difference.within:.4f} (95 %, paired by {difference.seeds} seeds)"
             )
+    for row in best:
+        if row.lost:
+            seeds = f"seed{'s' if len(row.lost) > 1 else ''} {', '.join(map(str, row.lost))}"
+            lines.append(f"{row.optimizer} at its best rate diverged with {seeds}; its loss leaves that out")
     counts = [len(row.outcomes) for row in rows]
     if max(counts, default=0) < 2:
         lines.append("one seed: small differences may be chance; --seeds 0,1,2 shows how large that is")

@@ -9,14 +9,15 @@ Options are merged in the order base, size, row, precision, precision's row, siz
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evenstep.compare.claims import RULES
 from evenstep.errors import EvenstepError, nearest
-from evenstep.train.config import parse_count
+from evenstep.train.config import Config, parse_count, sections
 from evenstep.train.config_io import read_toml
 
 Document = dict[str, Any]
@@ -27,6 +28,7 @@ DEFAULT_SCALE, OWN = "small", "own"
 _KEYS = {
     "": "title paper about include reference grid base row precision size sweep final published claim scale",
     "grid": "rows precisions sizes more",
+    "more": "rows precisions sizes",
     "sweep": "rates tokens extend all seed",
     "final": "tokens seeds cells",
     "row": "label rates factor budget set",
@@ -37,13 +39,43 @@ _KEYS = {
 }
 
 
-_NUMBERS: tuple[set[type], str] = ({int, float}, "numbers")
-_NAMES: tuple[set[type], str] = ({str}, "texts")
-_LISTS: dict[str, tuple[set[type], str]] = {
-    "rates": _NUMBERS, "seeds": ({int}, "whole numbers"), "rows": _NAMES, "precisions": _NAMES, "sizes": _NAMES,
-    "cells": _NAMES, "memory": _NUMBERS,
-}  # fmt: skip
-"""The keys whose value is a list, the types of its entries, and the words for them."""
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) in kinds  # not isinstance: true is no whole number here
+
+
+def _is_list(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(type(entry) in kinds for entry in value)
+
+
+def _is_factor(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _is_rates(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_factor, value))
+
+
+def _is_count(value: Any) -> bool:
+    try:
+        return (parse_count(value) if isinstance(value, str) else value if type(value) is int else 0) > 0
+    except ValueError:
+        return False
+
+
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "title paper about reference label text rule better than untestable": (_is(str), "a text"),
+    "include rows precisions sizes cells": (_is_list(str), "a list of texts"),
+    "rates": (_is_rates, "a list of numbers above 0"),
+    "memory": (_is_list(int, float), "a list of numbers"),
+    "seeds": (_is_list(int), "a list of whole numbers"),
+    "claim more": (_is_list(dict), "a list of tables"),
+    "grid base row precision size sweep final published set": (_is(dict), "a table"),
+    "factor budget": (_is_factor, "a number above 0"),
+    "tokens": (_is_count, "a count of tokens; give one such as 20000 or 200M"),
+    "extend seed": (_is(int), "a whole number"),
+    "all": (_is(bool), "true or false"),
+}
+"""The keys of all sections: the check of their value, and the words for what it has to be."""
 
 
 @dataclass(frozen=True, order=True)
@@ -159,7 +191,7 @@ def load_table(path: Path, scale: str) -> Table:
 
     A file without scales has one size, and is read as it is where `DEFAULT_SCALE` is asked for.
     """
-    document = _with_includes(path)
+    document = _with_includes(path, ())
     scales = document.pop("scale", {})
     if not scales and scale == DEFAULT_SCALE:
         scale, scales = OWN, {OWN: {}}
@@ -178,11 +210,15 @@ def load_table(path: Path, scale: str) -> Table:
     return table
 
 
-def _with_includes(path: Path) -> Document:
+def _with_includes(path: Path, above: tuple[Path, ...]) -> Document:
+    """The file ``path`` over the files that it includes; ``above``: the files that include it."""
+    if path.resolve() in above:
+        raise EvenstepError(f"{path}: the file includes itself; remove it from include")
     document = read_toml(path)
+    _check_values(path, "", {key: value for key, value in document.items() if key == "include"})
     included: Document = {}
     for name in document.pop("include", []):
-        included = merged(included, _with_includes(path.parent / name))
+        included = merged(included, _with_includes(path.parent / name, (*above, path.resolve())))
     return merged(included, document)
 
 
@@ -198,27 +234,35 @@ def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> Document:
 
 def _check(table: Table, path: Path) -> None:
     document = table.document
-    check_keys(path, "", document, _KEYS[""].split())
-    for section in ("row", "precision", "size", "base", "published"):
-        if not isinstance(part := document.get(section, {}), Mapping):
-            raise EvenstepError(f"{path}: {section} = {part!r} is not a table; write [{section}.NAME]")
-    if not isinstance(claims := document.get("claim", []), list):
-        raise EvenstepError(f"{path}: claim = {claims!r} is not a list of tables; write [[claim]]")
+    _check_part(path, "", "", document)
     for key in ("title", "grid"):
         if key not in document:
             raise EvenstepError(f"{path}: '{key}' is missing; 'evenstep compare --example' prints a whole table")
-    parts = [(section, section, document[section]) for section in ("grid", "sweep", "final")]
-    for size, part in document["size"].items():
-        parts += [("size's row", f"size.{size}.row.{name}", given) for name, given in part.get("row", {}).items()]
+    for section in ("grid", "sweep", "final"):
+        _check_part(path, section, section, document[section])
+    for further in document["grid"].get("more", []):
+        _check_part(path, "more", "grid.more", further)
     for section in ("row", "precision", "size"):
-        parts += [(section, f"{section}.{name}", part) for name, part in document[section].items()]
-    parts += [("claim", "claim", claim) for claim in table.claims]
-    for section, name, part in parts:
-        check_keys(path, name, part, _KEYS[section].split())
-        for key, (kind, words) in _LISTS.items():
-            if key in part and not (isinstance(part[key], list) and all(type(x) in kind for x in part[key])):
-                where = f"{name}.{key}" if name else key
-                raise EvenstepError(f"{path}: {where} = {part[key]!r} is not a list of {words}")
+        for name, part in document[section].items():
+            _check_part(path, section, f"{section}.{name}", part)
+            _check_options(path, f"{section}.{name}.set", part.get("set", {}))
+    _check_options(path, "base", document["base"])
+    for name, part in document["precision"].items():
+        for row, options in part.get("row", {}).items():
+            _check_options(path, f"precision.{name}.row.{row}", options)
+    for name, part in document["size"].items():
+        for row, given in part.get("row", {}).items():
+            _check_part(path, "size's row", f"size.{name}.row.{row}", given)
+            _check_options(path, f"size.{name}.row.{row}.set", given.get("set", {}))
+    for size, precisions in document.get("published", {}).items():
+        _check_table(path, f"published.{size}", precisions)
+        for precision, by_row in precisions.items():
+            _check_table(path, f"published.{size}.{precision}", by_row)
+            for row, value in by_row.items():
+                if type(value) not in (int, float):
+                    raise EvenstepError(f"{path}: published.{size}.{precision}.{row} = {value!r} is not a number")
+    for claim in table.claims:
+        _check_part(path, "claim", "claim", claim)
     for claim in table.claims:
         _check_claim(claim, path)
     for key in ("rows", "precisions", "sizes"):
@@ -229,8 +273,9 @@ def _check(table: Table, path: Path) -> None:
             if name not in document[section]:
                 hint = nearest(name, [*document[section]]) or f"; write [{section}.{name}] with its options"
                 raise EvenstepError(f"{path}: grid names the {section} '{name}'{hint}")
-        if not table.document["row"][group.row].get("rates") and not document["size"].get(group.size, {}).get("rates"):
-            document["sweep"].setdefault("rates", [1e-3])
+        own = document["row"][group.row].get("rates") or document["size"].get(group.size, {}).get("rates")
+        if not own and not document["sweep"].setdefault("rates", [1e-3]):
+            raise EvenstepError(f"{path}: sweep.rates is empty; give a list of learning rates")
     names = [table.reference] if table.reference else []
     names += [claim[key] for claim in table.claims for key in ("better", "than")] + document["final"].get("cells", [])
     for name in names:
@@ -256,10 +301,46 @@ def _check_claim(claim: Document, path: Path) -> None:
         )
 
 
+def _check_part(path: Path, section: str, name: str, given: Any) -> None:
+    """Raise EvenstepError unless ``given``, the table [name], has the keys of ``section``, and values that fit them."""
+    check_keys(path, name, given, _KEYS[section].split())
+    _check_values(path, name, given)
+
+
+def _check_values(path: Path, name: str, given: Document) -> None:
+    for keys, (fits, words) in _VALUES.items():
+        for key in keys.split():
+            if key in given and not fits(given[key]):
+                where = f"{name}.{key}" if name else key
+                raise EvenstepError(f"{path}: {where} = {given[key]!r} is not {words}{_form(name, key)}")
+
+
+def _form(name: str, key: str) -> str:
+    """How the tables of a section are written, for the end of a message."""
+    if key == "claim":
+        return "; write [[claim]]"
+    if key in ("row", "precision", "size", "published") or (not name and key == "base"):
+        return f"; write [{name}.{key}.NAME]" if name else f"; write [{key}.NAME]"
+    return ""
+
+
+def _check_options(path: Path, name: str, given: Any) -> None:
+    """Raise EvenstepError unless ``given`` is a table whose sections are tables. All other mistakes in options are
+    found where the configuration is built, but a section that is no table would be lost when options are merged."""
+    _check_table(path, name, given)
+    for key in given:
+        if key in sections(Config):
+            _check_table(path, f"{name}.{key}", given[key])
+
+
+def _check_table(path: Path, name: str, given: Any) -> None:
+    if not isinstance(given, Mapping):
+        raise EvenstepError(f"{path}: {name} = {given!r} is not a table; write [{name}] with its keys below")
+
+
 def check_keys(path: Path, section: str, given: Any, allowed: Collection[str]) -> None:
     """Raise EvenstepError unless ``given``, which is [section] of a file, is a table with allowed keys only."""
-    if not isinstance(given, Mapping):
-        raise EvenstepError(f"{path}: {section} = {given!r} is not a table; write [{section}] with its keys below")
+    _check_table(path, section, given)
     for key in given:
         if key not in allowed:
             name = f"{section}.{key}" if section else key

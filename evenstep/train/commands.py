@@ -16,11 +16,8 @@ from evenstep.train.config_io import (
     build,
     check_changes,
     config_file,
-    override,
     read_toml,
-    to_tables,
     to_toml,
-    without_foreign_options,
 )
 from evenstep.train.files import fresh_directory
 from evenstep.train.flags import add_overrides, given_options
@@ -227,24 +224,17 @@ def _official(args: argparse.Namespace) -> None:
     from evenstep.train.official import parse_line, recipe_text, translated, world_size
 
     line = parse_line(args.line[1:] if args.line[:1] == ["--"] else args.line)
-    tables, remarks = translated(line, as_written=args.as_written)
     overrides = given_options(args)
     if world_size() > 1 and "parallel.mode" not in dict(overrides):
         overrides.append(("parallel.mode", "ddp"))  # as the published programs
-    tables = override(without_foreign_options(tables, overrides, Path(line.program.name)), overrides)
+    tables, remarks = translated(line, overrides, as_written=args.as_written)
     config = build(tables)
-    checked = to_tables(config)
-    for key, _ in overrides:  # a count from the command line is a text
-        section, _, name = key.partition(".") if "." in key else ("", "", key)
-        own, of_config = (tables.get(section, {}), checked[section]) if section else (tables, checked)
-        if name in own:
-            own[name] = of_config[name]
-    if os.environ.get("RANK", "0") == "0":
-        print(recipe_text(line, tables, remarks, overrides), flush=True)
 
     from evenstep.train.optimizers import try_optimizer
 
-    try_optimizer(config.optim)
+    try_optimizer(config.optim)  # a recipe that is printed into a file is a valid one
+    if os.environ.get("RANK", "0") == "0":
+        print(recipe_text(line, tables, remarks, overrides, as_written=args.as_written), flush=True)
     if not args.print_recipe:
         from evenstep.train.trainer import train
 

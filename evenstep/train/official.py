@@ -21,7 +21,7 @@ from typing import Any
 
 from evenstep.errors import EvenstepError, nearest
 from evenstep.train.config import SIZE_NAMES, parse_count
-from evenstep.train.config_io import Tables, tables_to_toml
+from evenstep.train.config_io import Tables, build, override, tables_to_toml, to_tables, without_foreign_options
 
 # ---- the flags of the published programs ----
 
@@ -274,6 +274,11 @@ class Line:
         """The value of a flag, or the default of the published program."""
         return self.given.get(name, self.program.flags[name].default)
 
+    @property
+    def optimizer(self) -> str:
+        """The value of --optimizer in lower case, as the program compares it; empty where there is none."""
+        return (self.value("optimizer") or "").lower()
+
 
 def parse_line(words: Sequence[str]) -> Line:
     """The published command line that ``words`` are. EvenstepError, one line, for a program that is not known, an
@@ -340,30 +345,46 @@ def _converted(program: Program, name: str, flag: Flag, text: str) -> Any:
 # ---- its recipe ----
 
 
-def translated(line: Line, *, as_written: bool = False) -> tuple[Tables, dict[str, str]]:
+def translated(
+    line: Line, overrides: Sequence[tuple[str, str]] = (), *, as_written: bool = False
+) -> tuple[Tables, dict[str, str]]:
     """The recipe of a command line: its options as tables, and a remark on each flag that is more than the value of
     one option.
 
     Args:
         line: the command line.
+        overrides: options of evenstep and their texts, which replace those of the line. Where optim.name is one of
+            them, the line may name an optimizer that has no translation.
         as_written: use the values of the flags in `_AT_ITS_WORD`, which the published program ignores.
 
     Raises:
-        EvenstepError: what the published program refuses too, and what evenstep cannot do.
+        EvenstepError: what the published program refuses too, what evenstep cannot do, and an override that is no
+            option or does not fit.
     """
-    work = _Translation(line, as_written)
+    given = dict(overrides)
+    work = _Translation(line, as_written, given.get("optim.name"))
     work.run()
-    return work.tables, work.remarks
+    tables = override(without_foreign_options(work.tables, overrides, Path(line.program.name)), overrides)
+    config = build(tables)
+    checked = to_tables(config)
+    for key in given:  # a count from the command line is a text
+        section, _, name = key.partition(".") if "." in key else ("", "", key)
+        own, of_config = (tables.get(section, {}), checked[section]) if section else (tables, checked)
+        if name in own:
+            own[name] = of_config[name]
+    if "data.max_tokens" not in given:
+        tables["data"]["max_tokens"] = _rounded_up(config.total_steps * config.tokens_per_step)
+    return tables, work.remarks
 
 
 class _Translation:
     """The work of `translated`."""
 
-    def __init__(self, line: Line, as_written: bool) -> None:
-        self.line, self.as_written = line, as_written
+    def __init__(self, line: Line, as_written: bool, replacement: str | None) -> None:
+        self.line, self.as_written, self.replacement = line, as_written, replacement
         self.tables: Tables = {}
         self.remarks: dict[str, str] = {}
-        self.optimizer = ""
+        self.optimizer = line.optimizer
 
     def run(self) -> None:
         self._data()
@@ -381,7 +402,7 @@ class _Translation:
         self._schedule()
         self._number_formats()
         self._names()
-        if "spam" in self.optimizer:
+        if self.optimizer in ("spam", "stablespam"):
             self._spam()
 
     def _set(self, option: str, value: Any) -> None:
@@ -420,15 +441,17 @@ class _Translation:
     def _optimizer(self) -> None:
         known = self.line.program.optimizers
         given = self.line.value("optimizer")
-        if given is None:
+        if self.optimizer in known:
+            self._set("optim.name", known[self.optimizer])
+        elif self.replacement is not None:
+            self._replace()
+        elif given is None:
             raise self._refuse(f"--optimizer is missing; give {', '.join(known)}")
-        self.optimizer = given.lower()
-        if self.optimizer not in known:
+        else:
             raise self._refuse(
                 f"--optimizer {given} has no translation{nearest(self.optimizer, [*known])}; give one of "
                 f"{', '.join(known)}; --optim.name NAME in front of -- replaces it"
             )
-        self._set("optim.name", known[self.optimizer])
         if self.line.value("weight_decay"):
             self._set("optim.decay", "all")
         first = self.line.program.flags.get("beta1") and self.line.value("beta1")
@@ -440,14 +463,25 @@ class _Translation:
             self._set("optim.projection_type", self.line.value("proj_type"))
             self.remarks |= dict.fromkeys(("beta1", "beta2"), f"optim.betas = {self.tables['optim']['betas']}")
         elif self.optimizer == "adafactor":
-            if first:
+            if first and self.replacement is None:
                 raise self._refuse(
                     f"adafactor with --beta1 {first:g} has a first moment, and evenstep's has none; give --beta1 0"
                 )
+            if first:
+                self.remarks["beta1"] = f"no effect: --optim.name {self.replacement} replaces adafactor"
+            else:
+                self.remarks["beta1"] = "no first moment, as in evenstep's Adafactor: there is no option for it"
             self.remarks["optimizer"] = (
                 'optim.name = "adafactor": torch\'s, which multiplies the rate by the RMS of each parameter and bounds '
                 "it by 1 / sqrt(step); the program's does neither"
             )
+
+    def _replace(self) -> None:
+        """Take the optimizer of the overrides for one that is missing in the line, or has no translation."""
+        self._set("optim.name", self.replacement)
+        of_optimizers = [name for name, flag in self.line.program.flags.items() if flag.of]
+        text = f"no effect: --optim.name {self.replacement} replaces the optimizer of the line"
+        self.remarks |= dict.fromkeys(["optimizer", *of_optimizers], text)
 
     def _batch_and_budget(self) -> None:
         micro, total = self.line.value("batch_size"), self.line.value("total_batch_size")
@@ -472,8 +506,6 @@ class _Translation:
         self._set("train.micro_batch_size", micro)
         if tokens := self.line.value("max_train_tokens"):
             self._tokens(tokens, total)
-        tokens = self.tables["train"]["steps"] * total * self.tables["train"]["seq_len"]
-        self._set("data.max_tokens", _rounded_up(tokens))
         self._set("eval.max_tokens", "10M")
 
     def _tokens(self, text: str, sequences: int) -> None:
@@ -541,7 +573,8 @@ class _Translation:
 
     def _names(self) -> None:
         size = Path(self.line.value("model_config")).stem.removeprefix("llama_")
-        self._set("name", f"official-{size}-{self.optimizer}")
+        of_line = self.optimizer in self.line.program.optimizers
+        self._set("name", f"official-{size}-{self.optimizer if of_line else self.replacement}")
         if (out := self.line.value("save_dir")) is not None:
             self._set("out", out)
         if "name" in self.line.given and not self.line.program.flags["name"].ignored:
@@ -606,10 +639,18 @@ _READ_WITH_CARE = (
 )
 
 
-def recipe_text(line: Line, tables: Tables, remarks: dict[str, str], overrides: Sequence[tuple[str, str]] = ()) -> str:
+def recipe_text(
+    line: Line,
+    tables: Tables,
+    remarks: dict[str, str],
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    as_written: bool = False,
+) -> str:
     """The recipe as TOML, below comments that say what the published program does with each flag of the line.
 
-    ``tables`` has the ``overrides`` of the command line already; they are named in the comments.
+    ``tables`` and ``remarks`` are those of `translated` with the same ``overrides`` and ``as_written``, which the
+    comments name.
     """
     program = line.program
     ignored = [f"--{name}" for name in line.given if program.flags[name].ignored]
@@ -623,7 +664,10 @@ def recipe_text(line: Line, tables: Tables, remarks: dict[str, str], overrides: 
     out.append("")
     for name in line.given:
         out += _entry(f"--{name} {line.texts.get(name, '')}".rstrip(), _explained(line, name, remarks))
-    implied = [name for name, flag in program.flags.items() if name not in line.given and _acts(line, name, flag)]
+    acts = line.optimizer in program.optimizers  # otherwise the optimizer of the overrides takes its place
+    implied = [
+        name for name, flag in program.flags.items() if acts and name not in line.given and _acts(line, name, flag)
+    ]
     if implied:
         out += ["", "not given, so the default of the program holds:"]
         for name in implied:
@@ -634,13 +678,13 @@ def recipe_text(line: Line, tables: Tables, remarks: dict[str, str], overrides: 
     out += ["", "Read with care:"]
     for text in _READ_WITH_CARE:
         out += textwrap.wrap(f"- {text}", 77, subsequent_indent="  ")
-    out += _about_processes(line)
+    out += _about_processes(line, ["--as-written"] * as_written + [f"--{key}={value}" for key, value in overrides])
     return "\n".join(f"# {text}".rstrip() for text in out) + "\n\n" + tables_to_toml(_in_order(tables))
 
 
 def _acts(line: Line, name: str, flag: Flag) -> bool:
     """Whether the default of a flag decides something that the reader of the line may not expect."""
-    return bool(flag.of) and line.value("optimizer").lower() in flag.of and flag.default is not None
+    return bool(flag.of) and line.optimizer in flag.of and flag.default is not None
 
 
 def _explained(line: Line, name: str, remarks: dict[str, str]) -> str:
@@ -649,7 +693,7 @@ def _explained(line: Line, name: str, remarks: dict[str, str]) -> str:
         return remarks[name]
     if flag.ignored:
         return f"IGNORED by the program: {flag.meaning}"
-    if flag.of and line.value("optimizer").lower() not in flag.of:
+    if flag.of and line.optimizer not in flag.of:
         return f"no effect with {line.value('optimizer')}: {flag.meaning}"
     here = flag.option or _HERE.get(name, "")
     return f"{here}: {flag.meaning}" if flag.option else f"{flag.meaning}; {here}"
@@ -664,8 +708,9 @@ def _entry(flag: str, text: str) -> list[str]:
     return [f"  {flag}", *lines]
 
 
-def _about_processes(line: Line) -> list[str]:
-    """How to run with as many processes as the published line, unless this is one of them."""
+def _about_processes(line: Line, own: list[str]) -> list[str]:
+    """How to run with as many processes as the published line, unless this is one of them. ``own``: the options of
+    evenstep, which stand in front of the line."""
     here = world_size()
     if line.processes <= 1 or here == line.processes:
         return []
@@ -673,8 +718,8 @@ def _about_processes(line: Line) -> list[str]:
         f"The line starts {line.processes} processes, and this run has {here}, which takes the same steps alone. For "
         f"{line.processes} processes, whose gradients are averaged by DDP as there:"
     )
-    words = shlex.join([line.program.name, *line.words])
-    return ["", *textwrap.wrap(text, 77), f"  {shlex.join(line.launcher)} -m evenstep official -- {words}"]
+    words = shlex.join([*own, "--", line.program.name, *line.words])
+    return ["", *textwrap.wrap(text, 77), f"  {shlex.join(line.launcher)} -m evenstep official {words}"]
 
 
 def world_size() -> int:

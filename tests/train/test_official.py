@@ -212,8 +212,19 @@ def test_processes_and_options_of_evenstep(capsys, monkeypatch, tmp_path):
     assert tables["lowbit"] == "fp4" and tables["optim"]["variant"] == "paper" and "parallel" not in tables
     assert "#   --optim.variant paper" in out and "The line starts 4 processes" in out
     again = next(line for line in out.splitlines() if "-m evenstep official --" in line).removeprefix("#")
-    launcher, _, rest = again.partition(" -m evenstep official -- ")
+    launcher, _, rest = again.partition(" -m evenstep official ")
+    own, _, rest = rest.partition(" -- ")
+    assert own == "--lowbit=fp4 --optim.variant=paper"
     assert launcher.split() == FP4.split()[:4] and parse_line(shlex.split(rest)).given == parse_line(FP4.split()).given
+    # The printed command has the options in front of --, so that a copy of it is the same run.
+    given = ["--data.source", "text:books/*.txt", "--train.steps", "3000", "--as-written"]
+    assert main(["official", "--print-recipe", *given, "--", *shlex.split(SPAM)]) == 0
+    again = next(line for line in capsys.readouterr().out.splitlines() if "-m evenstep official --" in line)
+    assert " official --as-written '--data.source=text:books/*.txt' --train.steps=3000 -- torchrun_main.py" in again
+    assert main(["official", "--print-recipe", *shlex.split(again.partition(" official ")[2])]) == 0
+    tables = tomllib.loads(capsys.readouterr().out)
+    assert (tables["data"]["source"], tables["train"]["steps"]) == (given[1], 3000)
+    assert tables["optim"]["warmup_steps"] == 150
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert main(["official", "--print-recipe", "--", *shlex.split(rest)]) == 0
     out = capsys.readouterr().out
@@ -230,6 +241,43 @@ def test_processes_and_options_of_evenstep(capsys, monkeypatch, tmp_path):
     ):
         assert main(words) == 2
         assert why in capsys.readouterr().err
+
+
+def test_another_optimizer_takes_the_place_of_one_without_translation():
+    for words in (
+        "--optimizer q_galore_adamw8bit --queue_size 3",
+        "--optimizer adafactor",
+        "--optimizer lamb --rank 3",
+    ):
+        line = parse_line(shlex.split(SHORT + words))
+        tables, remarks = translated(line, [("optim.name", "lion")])
+        text = recipe_text(line, tables, remarks, [("optim.name", "lion")])
+        assert build(tables).optim.name == "lion" and not build(tables).optim.options, words
+        for flag in words.split()[2:3]:
+            assert "no effect: --optim.name lion replaces" in comment(text, flag.removeprefix("--"))
+    [*words] = shlex.split(SPAM.replace("--optimizer SPAM", ""))
+    tables, _ = translated(parse_line(words), [("optim.name", "adamw")])
+    assert (tables["optim"]["name"], tables["name"]) == ("adamw", "official-130m-adamw")
+
+
+def test_the_text_is_as_long_as_the_run():
+    line = parse_line(shlex.split(SPAM))
+    assert translated(line)[0]["data"]["max_tokens"] == "2.7B"
+    short = [("train.steps", "2000"), ("train.batch_size", "128")]
+    assert translated(line, short)[0]["data"]["max_tokens"] == "67M"
+    assert translated(line, [*short, ("data.max_tokens", "1M")])[0]["data"]["max_tokens"] == 1_000_000
+
+
+def test_adafactor_has_no_first_moment():
+    config, text = recipe(SHORT + "--optimizer adafactor --beta1 0")
+    assert config.optim.options == {}
+    assert "no first moment" in comment(text, "beta1 0") and "optim.betas" not in comment(text, "beta1 0")
+
+
+def test_a_recipe_is_checked_before_it_is_printed(capsys):
+    assert main(["official", "--print-recipe", "--", *shlex.split(SPAM + " --DeltaT -1")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "reset_interval" in err
 
 
 def test_the_shape_may_be_a_file(tmp_path):
