@@ -463,14 +463,14 @@ class _Translation:
             self._set("optim.projection_type", self.line.value("proj_type"))
             self.remarks |= dict.fromkeys(("beta1", "beta2"), f"optim.betas = {self.tables['optim']['betas']}")
         elif self.optimizer == "adafactor":
-            if first and self.replacement is None:
+            if self.replacement not in (None, "adafactor"):
+                self._replace()
+                return
+            if first:
                 raise self._refuse(
                     f"adafactor with --beta1 {first:g} has a first moment, and evenstep's has none; give --beta1 0"
                 )
-            if first:
-                self.remarks["beta1"] = f"no effect: --optim.name {self.replacement} replaces adafactor"
-            else:
-                self.remarks["beta1"] = "no first moment, as in evenstep's Adafactor: there is no option for it"
+            self.remarks["beta1"] = "no first moment, as in evenstep's Adafactor: there is no option for it"
             self.remarks["optimizer"] = (
                 'optim.name = "adafactor": torch\'s, which multiplies the rate by the RMS of each parameter and bounds '
                 "it by 1 / sqrt(step); the program's does neither"

@@ -255,6 +255,8 @@ def test_another_optimizer_takes_the_place_of_one_without_translation():
         assert build(tables).optim.name == "lion" and not build(tables).optim.options, words
         for flag in words.split()[2:3]:
             assert "no effect: --optim.name lion replaces" in comment(text, flag.removeprefix("--"))
+    with pytest.raises(EvenstepError, match="give --beta1 0"):  # the same optimizer is no replacement
+        translated(parse_line(shlex.split(SHORT + "--optimizer adafactor")), [("optim.name", "adafactor")])
     [*words] = shlex.split(SPAM.replace("--optimizer SPAM", ""))
     tables, _ = translated(parse_line(words), [("optim.name", "adamw")])
     assert (tables["optim"]["name"], tables["name"]) == ("adamw", "official-130m-adamw")
