@@ -50,7 +50,7 @@ class JsonlSink:
     """Appends each record to a file as one line of JSON, and flushes it.
 
     Args:
-        path: the file; its directory is made. OSError where it cannot be opened.
+        path: the file, in a directory that exists. OSError where it cannot be opened.
 
     A record that arrives after `close`, as where two monitors share a sink, opens the file again.
 
@@ -65,7 +65,6 @@ class JsonlSink:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).absolute()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
 
     def write(self, record: Record) -> None:

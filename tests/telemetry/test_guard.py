@@ -334,7 +334,7 @@ def test_a_monitor_dates_a_step_that_was_judged_late(tmp_path):
 def test_a_monitor_writes_the_decisions_of_a_guard_with_the_steps_that_it_saw(rows, tmp_path):
     model = nn.Linear(4, 1)
     optimizer = torch.optim.AdamW(model.parameters())
-    path, said = tmp_path / "new" / "metrics.jsonl", []
+    path, said = tmp_path / "metrics.jsonl", []
     with SpikeMonitor(model, optimizer, sinks=path, say=said.append) as monitor:
         guard = SpikeGuard(model, optimizer, ladder="skip", on_event=monitor.record)
         for step in range(40):
