@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -85,6 +86,19 @@ class ConditionMet(Exception):
     """A condition of ``--fail-on`` holds for a run; the program ends with status 1."""
 
     exit_status = 1
+
+
+def spikes(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The number of steps of a log on which a tensor spiked, and of the guard's actions; and the largest of these
+    spikes, if there is one: its step, tensor, ratio, and data rows."""
+    events = [record for record in records if record.get("event") == "spike"]
+    actions = sum(record.get("event") == "guard" for record in records)
+    found: dict[str, Any] = {"count": len(events), "actions": actions}
+    tensors = [(tensor, event) for event in events for tensor in event["tensors"]]
+    if tensors:
+        worst, event = max(tensors, key=lambda pair: pair[0]["ratio"])
+        found |= {"step": event["step"], "tensor": worst["name"], "ratio": worst["ratio"], "rows": event.get("rows")}
+    return found
 
 
 def parse_condition(text: str) -> tuple[str, str, float]:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evenstep.errors import EvenstepError
+from evenstep.paths import leaves
 from evenstep.telemetry.diagnosis import diagnose, level_of, loss_summary, rows_command
 from evenstep.telemetry.facts import FACTS, facts
 from evenstep.telemetry.incidents import event_rows
@@ -335,6 +336,18 @@ def write_report(runs: list[RunLog], out: Path) -> int:
     except OSError as problem:
         raise EvenstepError(f"could not write {out}: {problem.strerror}; give another --out") from None
     return len(text)
+
+
+def report_of_run(directory: Path) -> bool:
+    """Write report.html of the run in ``directory`` into it, with the text of bad rows; returns True. EvenstepError if
+    that fails."""
+    from evenstep.telemetry.foreign import load_log
+
+    if leaves(directory, "report.html"):
+        raise EvenstepError(f"{directory / 'report.html'} is a link that leads out of the folder")
+    run = load_log(directory)
+    look_up_texts(run)
+    return write_report([run], directory / "report.html") > 0
 
 
 # ---- the text of bad rows ----

@@ -127,6 +127,12 @@ def config_file(directory: Path) -> Path:
     return path
 
 
+def is_tuned(tables: Tables) -> bool:
+    """Whether a config.toml is one of `evenstep finetune`."""
+    model = tables.get("model")
+    return isinstance(model, dict) and "path" in model
+
+
 def shipped(path: Path) -> Path | None:
     """The recipe that comes with evenstep under this name, ``recipes/NAME.toml`` or ``recipes/tables/NAME.toml``."""
     if path.parts[:1] != ("recipes",):

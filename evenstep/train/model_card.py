@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from evenstep.errors import EvenstepError, first_line
+from evenstep.telemetry.facts import spikes
 from evenstep.telemetry.schema import iter_records
 from evenstep.train.checkpoint import read_manifest, read_trainer
-from evenstep.train.config_io import read_toml
+from evenstep.train.config_io import is_tuned, read_toml
 from evenstep.train.log import short_count
-from evenstep.train.runs import is_tuned
-from evenstep.train.summary import spikes
 
 CARD = "README.md"
 CURVE = "loss.png"

@@ -26,7 +26,7 @@ from evenstep.train.checkpoint import (
     read_trainer,
 )
 from evenstep.train.config import Config, model_label
-from evenstep.train.config_io import build, config_file, read_toml
+from evenstep.train.config_io import build, config_file, is_tuned, read_toml
 from evenstep.train.files import is_running
 from evenstep.train.log import print_nothing, read_metrics
 
@@ -301,12 +301,6 @@ class _NotPrepared(Exception):
 def _refuse_work(progress: PrepareProgress) -> None:
     if not progress.note:  # a note is a fact about tokens that are there; anything else is work
         raise _NotPrepared
-
-
-def is_tuned(tables: dict[str, Any]) -> bool:
-    """Whether a config.toml is one of `evenstep finetune`."""
-    model = tables.get("model")
-    return isinstance(model, dict) and "path" in model
 
 
 def _training_rows(

@@ -8,8 +8,9 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from evenstep.baselines.state_size import state_bytes
 from evenstep.console import counted, printable, program
 from evenstep.errors import EvenstepError
-from evenstep.paths import leaves
+from evenstep.telemetry.facts import spikes
 from evenstep.telemetry.lines import short
 from evenstep.telemetry.schema import finite, read_records
 from evenstep.train.checkpoint import reason_of
@@ -116,33 +117,21 @@ def run_facts(
     }
 
 
-def spikes(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The number of steps of a log on which a tensor spiked, and of the guard's actions; and the largest of these
-    spikes, if there is one: its step, tensor, ratio, and data rows."""
-    events = [record for record in records if record.get("event") == "spike"]
-    actions = sum(record.get("event") == "guard" for record in records)
-    found: dict[str, Any] = {"count": len(events), "actions": actions}
-    tensors = [(tensor, event) for event in events for tensor in event["tensors"]]
-    if tensors:
-        worst, event = max(tensors, key=lambda pair: pair[0]["ratio"])
-        found |= {"step": event["step"], "tensor": worst["name"], "ratio": worst["ratio"], "rows": event.get("rows")}
-    return found
-
-
 def finish(
     out: Path,
     summary: dict[str, Any],
     *,
     sample: Callable[[], str],
     curve: str | None,
-    report: bool,
+    report: Callable[[Path], bool] | None,
     closing: Callable[[Path, dict[str, Any], list[str]], list[str]],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write summary.json with the sample, plot the losses, and print the closing lines; returns the summary.
 
-    ``sample`` generates the text; ``curve`` is the title of the plot, None for no plot; ``report``: also write
-    report.html; ``closing`` makes the lines from the directory, the summary and the names of the files.
+    ``sample`` generates the text; ``curve`` is the title of the plot, None for no plot; ``report`` writes
+    the page of the directory, report.html, and returns True; ``closing`` makes the lines from the directory, the
+    summary and the names of the files.
     """
     files = ["config.toml", "metrics.jsonl", "summary.json", "checkpoints/"]
 
@@ -160,7 +149,7 @@ def finish(
         "curve.png", lambda: draw_curve(out / "metrics.jsonl", out / "curve.png", curve), say
     ):
         files.insert(3, "curve.png")
-    if report and attempt(REPORT, lambda: _write_report(out), say):
+    if report is not None and attempt(REPORT, partial(report, out), say):
         files.insert(-1, REPORT)
     for line in attempt("closing lines", lambda: closing(out, summary, files), say) or ():
         say(line)
@@ -168,17 +157,6 @@ def finish(
 
 
 REPORT = "report.html"
-
-
-def _write_report(out: Path) -> bool:
-    from evenstep.telemetry.foreign import load_log
-    from evenstep.telemetry.page import look_up_texts, write_report
-
-    if leaves(out, REPORT):
-        raise EvenstepError(f"{out / REPORT} is a link that leads out of the folder")
-    run = load_log(out)
-    look_up_texts(run)
-    return write_report([run], out / REPORT) > 0
 
 
 def attempt(what: str, make: Callable[[], T], say: Callable[[str], None]) -> T | None:

@@ -895,6 +895,8 @@ class Trainer:
             skipped=self.skipped,
         )
         facts |= self.task.conclusion(self.model, self.out, self.metrics)
+        from evenstep.telemetry.page import report_of_run
+
         # Process 0 alone cannot run a sharded model, so the sample comes from the checkpoint just written.
         reloaded = self.saved if self.parallel.sharded else None
         return finish(
@@ -902,7 +904,7 @@ class Trainer:
             facts,
             sample=lambda: self.task.sample(self.model, reloaded),
             curve=f"{self.config.name} on {self.config.data.source}" if self.config.log.curve else None,
-            report=self.config.log.report,
+            report=report_of_run if self.config.log.report else None,
             closing=self.task.closing,
             say=self.say,
         )
