@@ -167,6 +167,15 @@ def quiet(environment, folder):
     return {"env": environment, "cwd": folder, "capture_output": True, "text": True, "check": True}
 
 
+def test_no_modules_import_each_other(monkeypatch):
+    """Imports inside functions and for types alone included."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import reading_cost
+
+    assert reading_cost.cycles(reading_cost.imports(reading_cost.modules())) == []
+    assert reading_cost.cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == [["a", "b", "c"]]
+
+
 @pytest.mark.slow
 def test_with_a_compiler_the_wheel_has_kernels_that_serve(sdist, tmp_path):
     if shutil.which("c++") is None:
