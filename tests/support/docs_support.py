@@ -27,32 +27,34 @@ def pages():
     return [str(path.relative_to(ROOT)) for path in texts() if blocks(path)]
 
 
-def commands():
-    """(page, line, words after ``evenstep``) for each command of ours in the shell blocks of the pages."""
-    found = []
+def shell_lines():
+    """(page, number, text) for each line of the shell blocks of the pages, continued lines joined."""
     for path in texts():
         text = path.read_text(encoding="utf-8")
         for block in (each for each in ANY.finditer(text) if each["info"] in ("sh", "bash", "")):
             first = text[: block.start("code")].count("\n") + 1
             for i, line in enumerate(block["code"].replace("\\\n", "  ").splitlines()):
-                ours = re.match(r"\s*(?:[A-Z_]+=\S+ )*(?:\S+ .*-m |\S*/bin/)?evenstep (\w.*)", line)
-                if ours:
-                    words = shlex.split(re.split(r" [|>]|&&|;", ours[1])[0], comments=True)
-                    found.append((str(path.relative_to(ROOT)), first + i, words))
+                yield str(path.relative_to(ROOT)), first + i, line
+
+
+def commands():
+    """(page, line, words after ``evenstep``) for each command of ours in the shell blocks of the pages."""
+    found = []
+    for page, number, line in shell_lines():
+        ours = re.match(r"\s*(?:[A-Z_]+=\S+ )*(?:\S+ .*-m |\S*/bin/)?evenstep (\w.*)", line)
+        if ours:
+            words = shlex.split(re.split(r" [|>]|&&|;", ours[1])[0], comments=True)
+            found.append((page, number, words))
     return found
 
 
 def programs():
     """(page, line, words) for each command of the shell blocks that starts a Python file or module."""
     found = []
-    for path in texts():
-        text = path.read_text(encoding="utf-8")
-        for block in (each for each in ANY.finditer(text) if each["info"] in ("sh", "bash", "")):
-            first = text[: block.start("code")].count("\n") + 1
-            for i, line in enumerate(block["code"].replace("\\\n", "  ").splitlines()):
-                words = shlex.split(re.sub(r"^(\s*[A-Z_]+=\S+)+", "", line), comments=True) if "python" in line else []
-                if words and words[0].startswith("python"):
-                    found.append((str(path.relative_to(ROOT)), first + i, words[1:]))
+    for page, number, line in shell_lines():
+        words = shlex.split(re.sub(r"^(\s*[A-Z_]+=\S+)+", "", line), comments=True) if "python" in line else []
+        if words and words[0].startswith("python"):
+            found.append((page, number, words[1:]))
     return found
 
 
