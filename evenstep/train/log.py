@@ -203,6 +203,11 @@ def columns_help(*, resets: bool) -> str:
     return "; ".join(f"{name}: {meaning}" for name, meaning in COLUMNS.items() if resets or name != "reset in")
 
 
+def line_width(out: TextIO) -> int:
+    """Characters of a line of ``out``: those of the terminal, and no limit for a file."""
+    return shutil.get_terminal_size().columns if out.isatty() else 10**6
+
+
 def wrapped(text: str, width: int, indent: int) -> str:
     """``text`` broken between words into lines of at most ``width`` characters, indented from the second line on. A
     word that is longer than a line, such as a path, stays whole."""
@@ -264,8 +269,7 @@ class LineProgress:
 
     @property
     def width(self) -> int:
-        """Characters of a line: those of the terminal, and no limit for a file."""
-        return shutil.get_terminal_size().columns if self.out.isatty() else 10**6
+        return line_width(self.out)
 
     def train(self, record: dict[str, Any]) -> None:
         self.say(fitting(train_parts(record, self.total), self.width))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -28,7 +27,7 @@ from evenstep.train.config_io import config_hash
 from evenstep.train.distributed import World
 from evenstep.train.files import replace_bytes, replace_text
 from evenstep.train.hardware import commit, describe_hardware, peak_memory, versions
-from evenstep.train.log import Metrics, clock, columns_help, read_metrics, short_count, wrapped
+from evenstep.train.log import Metrics, clock, columns_help, line_width, read_metrics, short_count, wrapped
 
 T = TypeVar("T")
 
@@ -60,7 +59,7 @@ def header(
         "time": f"the time left is shown as eta, from step {min(config.log.every, config.total_steps)} on",
         "columns": columns_help(resets=resets),
     }
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+    width = line_width(sys.stdout)
     return [wrapped(f"{key:<10} {line}", width, 11) for key, line in lines.items()]
 
 
