@@ -82,6 +82,9 @@ REMEDIES: tuple[Remedy, ...] = (
     Remedy("Stable-SPAM .7/.9, schedule", {**_STABLE, "total_steps": "run"}),
     Remedy("Stable-SPAM .7/.9, robust", {**_STABLE, "robust": True}),
     Remedy("Stable-SPAM .85/.99999, robust", {**_SLOW, "robust": True}),
+    Remedy("Stable-SPAM .7/.9, robust, schedule", {**_STABLE, "robust": True, "total_steps": "run"}),
+    # The clip is far above a usual norm (about 1), so that only a spike meets it, before Stable-SPAM sees the gradient.
+    Remedy("Stable-SPAM .7/.9 + clip 10", {**_STABLE, "clip_norm": 10.0}),
     Remedy("SCALE", {"name": "scale"}, rate=0.5),
     Remedy("Muon", {"name": "muon"}),
     Remedy("Adam + QK-norm", shape={"qk_norm": True}),
