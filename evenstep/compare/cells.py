@@ -231,7 +231,6 @@ class Pool:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()  # a job may run in another working directory
-        directory.mkdir(parents=True, exist_ok=True)
 
     def run(self, cell: Cell | Task) -> Path:
         return self.directory / cell.name

@@ -121,7 +121,7 @@ def add_compare(commands: Any, debug: argparse.ArgumentParser) -> None:
         help="also write DIR/TABLE.json, which 'evenstep results' reads, and DIR/cells.jsonl, whose runs are not "
         "repeated, on this machine or another one",
     )
-    add("--dry-run", action="store_true", help="list the runs of the first round and their cost, and train nothing")
+    add("--dry-run", action="store_true", help="list the runs that are missing and their cost, and train nothing")
     add("--report", action="store_true", help="write the tables of the runs that have finished, and train nothing")
     compare.set_defaults(run_command=_compare)
 
@@ -207,7 +207,7 @@ def _compare(args: argparse.Namespace) -> None:
     stored = Store(args.store).outcomes if args.store else {}
     plans = [Plan(load_table(path, args.scale), stored) for path in args.tables]
     if args.dry_run:
-        _list_cells(plans)
+        _list_cells(plans, stored, args.out / "cells")
         return
     runner = runner_of(plans, args, args.out / "cells", args.store, train=not args.report)
     try:
@@ -324,11 +324,16 @@ def write(plan: Any, outcomes: Any, out: Path, store: Path | None, say: Any) -> 
     return document
 
 
-def _list_cells(plans: list[Any]) -> None:
-    """Print the cells that are wanted before any outcome is known, each run once."""
-    from evenstep.compare.grid import estimate
+def _list_cells(plans: list[Any], stored: Any, directory: Path) -> None:
+    """Print the cells that would be trained, each run once: those without an outcome in the store or in ``directory``.
+    Nothing is written."""
+    from evenstep.compare.cells import Pool
+    from evenstep.compare.engines import Inline
+    from evenstep.compare.grid import Runner, estimate
 
-    cells, lines = estimate(plans)
+    runner = Runner(plans, Pool(directory), Inline(), print, outcomes=dict(stored))
+    runner.look_up()
+    cells, lines = estimate(plans, runner.outcomes)
     for cell in cells:
         print(f"{cell.group.row}/{cell.group.precision}/{cell.group.size} lr {cell.lr:g} {cell.stage} {cell.tokens:,}")
     for line in lines:

@@ -216,18 +216,18 @@ LOWBIT = 1.4
 """Factor on it for low-bit training."""
 
 
-def estimate(plans: Sequence[Plan]) -> tuple[list[Cell], list[str]]:
-    """Every cell of the tables, each once, assuming that the best rate of each line is its middle one; and lines of
-    text that sum them up."""
+def estimate(plans: Sequence[Plan], outcomes: Outcomes) -> tuple[list[Cell], list[str]]:
+    """The cells of the tables that have no outcome yet, each once; and lines of text that sum them up. For a line whose
+    rates are not all tried, the best one is assumed to be the middle one."""
     cells: dict[str, Cell] = {}
     for plan in plans:
         for group in plan.groups:
             rates = plan.table.rates(group)
-            of_line = plan.sweep(group, {})
-            if plan.table.has_final(group):
+            of_line = plan.sweep(group, outcomes) + plan.finals(group, outcomes)
+            if plan.table.has_final(group) and not plan.swept(group, outcomes):
                 seeds = plan.table.document["final"].get("seeds", [0])
                 of_line += [plan.cell(group, "final", rates[(len(rates) - 1) // 2], seed) for seed in seeds]
-            cells |= {cell.name: cell for cell in of_line}
+            cells |= {cell.name: cell for cell in of_line if cell.name not in outcomes}
     all_cells = list(cells.values())
     tokens = sum(cell.tokens for cell in all_cells)
     lines = [f"{len(all_cells)} runs, {tokens / 1e6:,.1f}M tokens"]
@@ -285,6 +285,7 @@ class Runner:
         Raises:
             Interrupted: on Ctrl-C, SIGTERM and SIGHUP, after every running cell has saved.
         """
+        self.pool.directory.mkdir(parents=True, exist_ok=True)
         with locked(self.pool.directory), raising() as raised:
             self.look_up()
             done()

@@ -211,9 +211,10 @@ def _lost(results: Results, remedy: str, keys: Iterable[Key]) -> int:
 
 
 def overview(results: Results, remedies: Sequence[Remedy]) -> str:
-    """A line for each remedy over all tasks, by the share of cells near the best."""
+    """A line for each remedy over all tasks, by the share of cells near the best: first the remedies that have every
+    cell, then the others, whose cells are not the same."""
     faulty = [(task.name, variant.name) for task in TASKS for variant in task.variants if variant.fault]
-    rows = []
+    rows: list[tuple[int, float, tuple[str, ...]]] = []
     for remedy in remedies:
         close, cells = results.near(remedy.name)
         if not cells:
@@ -233,12 +234,22 @@ def overview(results: Results, remedies: Sequence[Remedy]) -> str:
             *lost, damage, f"{mean(undone):.0%}" if undone else "-", f"{episodes:.2f}", number(premium),
             f"{results.costs[remedy.name]:.2f}" if remedy.name in results.costs else "-",
         )  # fmt: skip
-        rows.append((close / cells, (remedy.name, f"{close / cells:.0%}", *words)))
+        rows.append((cells, close / cells, (remedy.name, f"{close / cells:.0%}", *words)))
+    most = max(cells for cells, _, _ in rows)
     heads = (
         "remedy", f"within {NEAR} of the best", "lost", "lost at raised rates", "mean damage", "run undone by a fault",
         "spike episodes", "regret undisturbed", "cost of a step",
     )  # fmt: skip
-    return table(heads, [row for _, row in sorted(rows, key=lambda item: -item[0])])
+    order = sorted(rows, key=lambda row: -row[1])
+    text = table(heads, [words for cells, _, words in order if cells == most])
+    fewer = [(*words, str(cells)) for cells, _, words in order if cells < most]
+    if fewer:
+        text += (
+            f"\nThese remedies have fewer than {most} cells: fewer seeds, or not every task. Their shares and means "
+            "cannot be compared with those above, nor with each other where the numbers of cells differ.\n\n"
+        )
+        text += table((*heads, "cells"), fewer)
+    return text
 
 
 _NAMED = ("Adam", "Adam + clip 1", "Adam + tuned clip", "Stable-SPAM .7/.9", "Stable-SPAM .85/.99999", "SPAM")
@@ -280,8 +291,10 @@ def task_section(results: Results, task: Task, remedies: Sequence[Remedy]) -> st
             continue
         cells = [_cell(results, key, remedy.name, variants[key[1]]) for key in keys]
         regrets = [x for key in keys for x in results.regrets(key, remedy.name).values()]
-        rows.append((remedy.name, *cells, number(mean(regrets)), _recovery(results, keys, remedy.name)))
-    order = sorted(rows, key=lambda row: float("inf") if row[-2] in ("-", "dead") else float(row[-2]))
+        seeds = {len(results.trials[key][remedy.name]) for key in keys if remedy.name in results.trials[key]}
+        count = "-".join(str(n) for n in sorted({min(seeds), max(seeds)}))
+        rows.append((remedy.name, *cells, number(mean(regrets)), count, _recovery(results, keys, remedy.name)))
+    order = sorted(rows, key=lambda row: float("inf") if row[-3] in ("-", "dead") else float(row[-3]))
     family = FAMILIES[task.family]
     level = [key[1] for key in keys if not results.separates(key)]
     note = f"\nNo remedy differs from another by more than {SEPARATED} nats: {', '.join(level)}.\n" if level else ""
@@ -290,7 +303,7 @@ def task_section(results: Results, task: Task, remedies: Sequence[Remedy]) -> st
         f"{results.baselines[family.name]:.2f} knows token frequencies only. "
         f"`evenstep stability --only {task.name}`\n{note}\n"
     )
-    heads = ("remedy", *(key[1] for key in keys), "regret", "recovery")
+    heads = ("remedy", *(key[1] for key in keys), "regret", "seeds", "recovery")
     if not any(variants[key[1]].fault for key in keys):
         heads, order = heads[:-1], [row[:-1] for row in order]
     return text + table(heads, order)
@@ -372,11 +385,11 @@ a rewind leaves out the rows of the bad step, and with them the fault. Claims ar
 registered in the code, compared over pairs of equal seeds (Student's t, 95 %), and corrected by Holm's method over all
 of them.
 
-*Regret* is the loss above that of the best remedy for the same variant and seed, in nats. *(+0.12)* after a loss is
-the damage: the loss above that of the same remedy and seed without the fault. *Lost* are runs with weights that are
-not finite, or within {learnt} nats of a model that knows token frequencies only. *Run undone by a fault* is the share
-of the training that the fault took back: how much earlier the undisturbed run of the same remedy and seed had the
-final loss of the faulty one. A *spike episode* is a rise of the training loss by 0.5 nats above its lowest smoothed
+*Regret* is the loss above that of the best remedy that was run for the same variant and seed, in nats. *(+0.12)* after
+a loss is the damage: the loss above that of the same remedy and seed without the fault. *Lost* are runs with weights
+that are not finite, or within {learnt} nats of a model that knows token frequencies only. *Run undone by a fault* is
+the share of the training that the fault took back: how much earlier the undisturbed run of the same remedy and seed had
+the final loss of the faulty one. A *spike episode* is a rise of the training loss by 0.5 nats above its lowest smoothed
 value, counted per run. The *cost of a step* is processor time in units of a step with Adam, of forward and backward
 pass, clipping, guard and optimizer together. *Recovery* is the mean number of steps until the validation loss is back
 where it was before the fault.

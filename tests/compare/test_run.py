@@ -97,6 +97,12 @@ def test_a_table_is_trained_tabled_stored_and_not_trained_again(tmp_path, corpus
     assert document["setting"]["tokens"] == 512 and document["hardware"][0]["device"] == "cpu"
     assert not list(out.glob("cells/*/checkpoints"))
 
+    # A dry run knows the runs of the directory, and those of the store.
+    for known in (["--out", str(out)], ["--out", str(tmp_path / "new"), "--store", str(tmp_path / "stored")]):
+        assert main(["compare", str(path), "--dry-run", *known]) == 0
+        assert capsys.readouterr().out.startswith("0 runs")
+    assert not (tmp_path / "new").exists()
+
     monkeypatch.setattr(Inline, "submit", None)  # nothing may be trained now
     kept = (tmp_path / "stored" / "cells.jsonl").read_text()
     assert kept.count("\n") == 8
@@ -173,7 +179,7 @@ def runs(plans, cells, losses):
     runner = Runner(plans, Pool(cells), Endless(), lambda text: None)
     runner.wanted()
     for cell, loss in losses.items():
-        runner.pool.run(cell).mkdir()
+        runner.pool.run(cell).mkdir(parents=True)
         lines = [json.dumps({"step": i, "tokens": 64 * i, "loss": loss}) + "\n" for i in (1, 2)]
         (runner.pool.run(cell) / "metrics.jsonl").write_text("".join(lines))
         runner.running[cell.name] = (cell, [], time.monotonic())
