@@ -268,7 +268,9 @@ def choices(results: Results) -> str:
         regret = {name: mean(x for key in keys for x in results.regrets(key, name).values()) for name in names}
         level = not any(results.separates(key) for key in keys)
         faults = [v.name for v in task.variants if v.fault]
-        damage = {name: mean(x for key in keys for x in results.damages(key, name)) for name in names if faults}
+        # Without the undisturbed runs, as with `--only data`, there is no damage.
+        harm = {name: [x for key in keys for x in results.damages(key, name)] for name in names if faults}
+        damage = {name: mean(values) for name, values in harm.items() if values}
         usual = [number(regret.get(name, math.nan)) for name in _NAMED[:5]]
         lowest = "nothing: level" if level else _best(regret, LEVEL)
         rows.append((task.title, lowest, _best(damage, LEVEL / 2) if damage else "", *usual))

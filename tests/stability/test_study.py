@@ -1,6 +1,7 @@
 """The grid of the stability suite, its rules, its page and its command."""
 
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -162,12 +163,29 @@ def test_the_page_says_what_died_and_what_is_not_measured(results):
     results, outcomes = results
     text = page.text_of(results, SCALES["small"], REMEDIES, outcomes, Path("store"))
     gradient = text[text.index("## One gradient") :]
-    assert "| Adam | dead, 1/2 lost | dead | 30, 1 never |" in gradient
-    assert "| Stable-SPAM .7/.9 | 4.40 (+0.05) | 0.00 | 30 |" in gradient
+    assert "| Adam | dead, 1/2 lost | dead | 2 | 30, 1 never |" in gradient
+    assert "| Stable-SPAM .7/.9 | 4.40 (+0.05) | 0.00 | 2 | 30 |" in gradient
     assert "4 runs" not in text and "8 runs, seeds 0, 1, 4.0 hours of one core" in text
     assert "**not measured**" in text and "No remedy is best everywhere" in text
     told = {one["text"]: one for one in page.verdicts(results)}
     assert told["control: Stable-SPAM .7/.9 better than Adam + clip 1"]["verdict"] == "not measured"
+
+
+def test_the_page_of_a_faulty_task_alone_has_no_damage(results):
+    results, outcomes = results
+    outcomes = {name: outcome for name, outcome in outcomes.items() if name in "cd"}
+    alone = page.results_of(outcomes, SCALES["small"], REMEDIES)
+    text = page.text_of(alone, SCALES["small"], REMEDIES, outcomes, Path("store"))
+    assert "| Stable-SPAM .7/.9 | 4.40 | 0.00 | 2 | 30 |" in text
+
+
+def test_remedies_with_fewer_cells_have_a_table_of_their_own(results):
+    results, _ = results
+    for by_remedy in results.trials.values():
+        by_remedy["SPAM"] = {0: trial(0, 4.0, 30)}
+    first, fewer = page.overview(results, REMEDIES).split("fewer than 4 cells")
+    assert "| SPAM |" not in first and "| Adam | 50% |" in first
+    assert re.search(r"\| SPAM \| 100% .* \| 2 \|", fewer) and "| Adam |" not in fewer
 
 
 def test_a_verdict_needs_more_than_chance_over_all_claims(results, monkeypatch):
