@@ -18,7 +18,7 @@ from evenstep.compare.claims import OPEN, UNMEASURED, judge, settled
 from evenstep.compare.report import table
 from evenstep.errors import EvenstepError
 from evenstep.stability.remedies import Remedy
-from evenstep.stability.study import CLAIMS, Claim, Scale
+from evenstep.stability.study import CLAIMS, WATCHED, Claim, Scale
 from evenstep.stability.tasks import FAMILIES, TASKS, Task, Variant, baseline
 from evenstep.stability.trial import EVERY
 from evenstep.train.files import replace_text
@@ -45,6 +45,8 @@ class Results:
     """Family -> loss of a model that knows token frequencies only."""
     costs: Mapping[str, float] = field(default_factory=dict)
     """Remedy -> cost of a step in units of one with Adam."""
+    alarms: Mapping[Key, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """The results of `trial.watch`, of the runs with a SpikeMonitor."""
 
     def keys(self, task: str) -> list[Key]:
         return [key for key in self.trials if key[0] == task]
@@ -122,6 +124,7 @@ def results_of(outcomes: Mapping[str, Outcome], scale: Scale, remedies: Sequence
     """The results among the outcomes, tasks and remedies in the order of their lists."""
     found: dict[Key, dict[str, dict[int, Trial]]] = {}
     tuned, costs = {}, {}
+    alarms: dict[Key, list[Mapping[str, Any]]] = {}
     for outcome in outcomes.values():
         setting, remedy = outcome.summary["setting"], outcome.summary["setting"]["remedy"]["name"]
         if "chosen" in outcome.summary:
@@ -129,6 +132,10 @@ def results_of(outcomes: Mapping[str, Outcome], scale: Scale, remedies: Sequence
             continue
         if "cost" in outcome.summary:
             costs[remedy] = outcome.summary["cost"]["ratio"]
+            continue
+        if "alarms" in outcome.summary:
+            for variant, watched in outcome.summary["alarms"].items():
+                alarms.setdefault((setting["task"], variant), []).extend(watched)
             continue
         for variant, trials in outcome.summary["trials"].items():
             by_remedy = found.setdefault((setting["task"], variant), {})
@@ -142,7 +149,7 @@ def results_of(outcomes: Mapping[str, Outcome], scale: Scale, remedies: Sequence
                 ordered[task.name, variant.name] = {name: by_remedy[name] for name in names if name in by_remedy}
     families = {task.family for task in TASKS if any(key[0] == task.name for key in ordered)}
     baselines = {name: baseline(scale.source, scale.families[name].vocab_size) for name in families}
-    return Results(ordered, tuned, baselines, costs)
+    return Results(ordered, tuned, baselines, costs, alarms)
 
 
 # ---- claims ----
@@ -343,23 +350,35 @@ def _recovery(results: Results, keys: Sequence[Key], remedy: str) -> str:
     return (f"{mean(steps):.0f}" if steps else "-") + (f", {never} never" if never else "")
 
 
-def guard_section(results: Results, remedies: Sequence[Remedy]) -> str:
-    """How often a guard acted without a fault, and how late with one."""
+def alarm_section(results: Results, remedies: Sequence[Remedy]) -> str:
+    """How often the monitor and the guards act without a fault, and how late with one."""
     rows = []
+    if results.alarms:
+        runs = [run for watched in results.alarms.values() for run in watched]
+        calm = [run["before"] for run in results.alarms.get(CONTROL, ())]
+        delays = [run["delay"] for run in runs if run["fault"] is not None]
+        before = sum(run["before"] for run in runs if run["fault"] is not None)
+        rows.append((f"SpikeMonitor, {WATCHED}", *_alarms(calm, before, delays)))
     for remedy in remedies:
         if not remedy.ladder:
             continue
         trials = [t for by_remedy in results.trials.values() for t in by_remedy.get(remedy.name, {}).values()]
-        calm = [t for t in trials if t["fault"] is None]
+        calm = [t["false"] for t in results.trials.get(CONTROL, {}).get(remedy.name, {}).values()]
         struck = [t for t in trials if t["fault"] is not None]
-        seen = [t["first"] for t in struck if t["first"] is not None]
-        false = sum(t["false"] for t in results.trials.get(CONTROL, {}).get(remedy.name, {}).values())
-        delay = f"{mean(seen):.1f} (largest {max(seen)})" if seen else "-"
-        rows.append((remedy.name, false, sum(t["false"] for t in calm), f"{len(seen)} of {len(struck)}", delay))
+        rows.append((remedy.name, *_alarms(calm, sum(t["false"] for t in struck), [t["first"] for t in struck])))
     if not rows:
         return ""
-    heads = ("guard", "actions in undisturbed runs", "in all runs without a fault", "faults seen", "steps until then")
-    return "## What the guard saw\n\n" + table(heads, rows)
+    heads = ("", "alarms in undisturbed runs", "before a fault", "faults seen", "steps until then")
+    text = (
+        "An alarm is a step with an event `spike`, `loss_spike` or `nonfinite` of the monitor, or an act of the guard."
+    )
+    return f"## What the monitor and the guard saw\n\n{text}\n\n{table(heads, rows)}"
+
+
+def _alarms(calm: Sequence[int], before: int, delays: Sequence[int | None]) -> tuple[str, ...]:
+    seen = [delay for delay in delays if delay is not None]
+    late = f"{mean(seen):.1f} (largest {max(seen)})" if seen else "-"
+    return f"{sum(calm)} in {len(calm)} runs", str(before), f"{len(seen)} of {len(delays)}", late
 
 
 def tuning_section(results: Results, remedies: Sequence[Remedy]) -> str:
@@ -439,7 +458,7 @@ def text_of(
         table(("claim", "loss", "p (Holm)", "verdict"), claims),
         RULES.format(learnt=LEARNT),
         *(task_section(results, task, remedies) for task in TASKS if results.keys(task.name)),
-        guard_section(results, remedies),
+        alarm_section(results, remedies),
         tuning_section(results, remedies) if results.tuned else "",
         LIMITS,
     ]

@@ -28,10 +28,11 @@ from evenstep.compare import cells
 from evenstep.compare.grid import Outcomes
 from evenstep.stability.remedies import REMEDIES, Remedy
 from evenstep.stability.tasks import FAMILIES, GPU_FAMILIES, TASKS, Family, Task, Variant
-from evenstep.stability.trial import step_cost, train
+from evenstep.stability.trial import step_cost, train, watch
 
 TUNING_SEEDS = (100, 101)
 TIMED = "llama"  # the family with which the cost of a step is measured; every remedy fits it
+WATCHED = "Adam"  # the remedy with which a SpikeMonitor is measured; a monitor does not change a training
 EXTEND = 6  # rates beyond the first three, on one side
 
 
@@ -109,6 +110,8 @@ def wanted(scale: Scale, remedies: Sequence[Remedy], outcomes: Outcomes) -> Iter
                         continue
                     chosen = outcomes[tuning.name].summary["chosen"]
                 yield task_cell(scale, task, remedy, chosen, block)
+                if scale.tuned and remedy.name == WATCHED and (task.name == "control" or task.variants[0].fault):
+                    yield watch_cell(scale, task, remedy, chosen, block)
 
 
 def fits(family: Family, remedy: Remedy) -> bool:
@@ -131,6 +134,18 @@ def cost_cell(scale: Scale, family: Family, remedy: Remedy) -> cells.Task:
 
 
 def task_cell(scale: Scale, task: Task, remedy: Remedy, chosen: Mapping[str, Any], seeds: Sequence[int]) -> cells.Task:
+    words = f"{task.name} {remedy.name} {'-'.join(map(str, seeds))}"
+    return _cell(scale, words, "measure", _setting(scale, task, remedy, chosen, seeds))
+
+
+def watch_cell(scale: Scale, task: Task, remedy: Remedy, chosen: Mapping[str, Any], seeds: Sequence[int]) -> cells.Task:
+    words = f"monitor {task.name} {'-'.join(map(str, seeds))}"
+    return _cell(scale, words, "monitor", _setting(scale, task, remedy, chosen, seeds))
+
+
+def _setting(
+    scale: Scale, task: Task, remedy: Remedy, chosen: Mapping[str, Any], seeds: Sequence[int]
+) -> dict[str, Any]:
     family = scaled(scale.families[task.family], scale)
     variants = [asdict(scaled(variant, scale)) for variant in task.variants]
     setting: dict[str, Any] = {
@@ -139,8 +154,7 @@ def task_cell(scale: Scale, task: Task, remedy: Remedy, chosen: Mapping[str, Any
         "family": asdict(family),
         "remedy": asdict(remedy),
     }
-    setting |= {"lr": chosen["lr"], "threshold": chosen["threshold"], "seeds": list(seeds)}
-    return _cell(scale, f"{task.name} {remedy.name} {'-'.join(map(str, seeds))}", "measure", setting)
+    return setting | {"lr": chosen["lr"], "threshold": chosen["threshold"], "seeds": list(seeds)}
 
 
 def _cell(scale: Scale, words: str, function: str, setting: dict[str, Any]) -> cells.Task:
@@ -228,6 +242,21 @@ def measure(setting: dict[str, Any], directory: Path, say: Any) -> dict[str, Any
         trials[variant.name] = [asdict(trial) for trial in done]
         say(f"{variant.name}: {[trial.loss for trial in done]}")
     return {"trials": trials}
+
+
+def monitor(setting: dict[str, Any], directory: Path, say: Any) -> dict[str, Any]:
+    """Train every variant of a task on every seed with a SpikeMonitor. Returns ``alarms``: by variant a list of the
+    results of `watch`."""
+    torch.set_num_threads(1)
+    family, remedy = Family(**setting["family"]), remedy_in(setting)
+    where = (setting["source"], setting.get("device", "cpu"))
+    alarms: dict[str, list[dict[str, Any]]] = {}
+    for facts in setting["variants"]:
+        variant = Variant(**facts)
+        found = [watch(family, variant, remedy, setting["lr"], seed, *where) for seed in setting["seeds"]]
+        alarms[variant.name] = found
+        say(f"{variant.name}: {alarms[variant.name]}")
+    return {"alarms": alarms}
 
 
 def cost(setting: dict[str, Any], directory: Path, say: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from evenstep.stability.tasks import (
     validation,
 )
 from evenstep.telemetry.guard import SpikeGuard
+from evenstep.telemetry.monitor import SpikeMonitor
 from evenstep.train.config import OptimConfig, ScheduleConfig
 from evenstep.train.optimizers import LearningRates, build_optimizer, lr_factor
 
@@ -97,6 +98,7 @@ class Training:
             rows = [self._rows]
             self.guard = SpikeGuard(self.model, self.optimizer, ladder=remedy.ladder, snapshot_every=10, data=rows)
         self._extra: dict[str, Any] = {} if remedy.z_loss is None else {"z_loss": remedy.z_loss}
+        self.monitor: SpikeMonitor | None = None
         self.done = 0
         self.losses: list[float] = []
 
@@ -119,6 +121,8 @@ class Training:
             self._spoil(self.model, number - self.at, self._draw)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        if self.monitor is not None:
+            self.monitor.observe(loss * self.loss_scale, rows=number)
         if self.guard is None:
             self.optimizer.step()
             self.done += 1
@@ -172,6 +176,37 @@ def step_cost(family: Family, remedy: Remedy, lr: float, source: str = "kjv", de
                 times.append(now() - began)
     ratio = median(ours / adam for adam, ours in zip(*spent, strict=True))
     return {"ratio": round(ratio, 3), "seconds": round(median(spent[0]), 5)}
+
+
+ALARMS = ("spike", "loss_spike", "nonfinite")
+"""Events of a SpikeMonitor that name a fault."""
+
+
+def watch(
+    family: Family, variant: Variant, remedy: Remedy, lr: float, seed: int, source: str = "kjv", device: str = "cpu"
+) -> dict[str, int | None]:
+    """Train once with a SpikeMonitor. Returns ``seed``, ``fault``, the step (0-based) at which the fault starts, None
+    without one; ``before``: steps with an alarm before the fault, of all steps without one; and ``delay``: steps from
+    the start of the fault to the first alarm, None if there was none."""
+    training = Training(family, variant, remedy, lr, seed, source, device)
+    alarms: set[int] = set()
+
+    class Alarms:
+        def write(self, record: Mapping[str, Any]) -> None:
+            if record.get("event") in ALARMS:
+                alarms.add(record["step"] - 1)  # the monitor counts from 1
+
+        def close(self) -> None:
+            pass
+
+    with SpikeMonitor(training.model, training.optimizer, sinks=[Alarms()], say=None) as training.monitor:
+        while training.done < training.steps:
+            training.step()
+            if not math.isfinite(training.losses[-1]):
+                break  # the weights are lost
+    at = training.at if variant.fault else None
+    since = [step - at for step in alarms if at is not None and step >= at]
+    return {"seed": seed, "fault": at, "before": len(alarms) - len(since), "delay": min(since, default=None)}
 
 
 def _optim(values: Mapping[str, Any], steps: int) -> OptimConfig:

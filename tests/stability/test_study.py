@@ -74,7 +74,8 @@ def test_a_rate_is_tuned_before_a_task_needs_it():
         name: Outcome(FINISHED, summary={"chosen": {"lr": 0.5, "threshold": 0.25}}) for name in first if "tune" in name
     }
     cells = {cell.name: cell for cell in wanted(scale, remedies, known)}
-    assert [*cells] == [*costs, "control-Adam-0", "control-Adam-+-tuned-clip-0", *first[2:]]
+    monitored = ["control-Adam-0", "monitor-control-0"]
+    assert [*cells] == [*costs, *monitored, "control-Adam-+-tuned-clip-0", *first[2:]]
     assert cells["control-Adam-0"].setting["lr"] == 0.5
     assert cells["control-Adam-+-tuned-clip-0"].setting["threshold"] == 0.25
 
@@ -186,6 +187,22 @@ def test_remedies_with_fewer_cells_have_a_table_of_their_own(results):
     first, fewer = page.overview(results, REMEDIES).split("fewer than 4 cells")
     assert "| SPAM |" not in first and "| Adam | 50% |" in first
     assert re.search(r"\| SPAM \| 100% .* \| 2 \|", fewer) and "| Adam |" not in fewer
+
+
+def test_alarms_without_a_fault_and_before_it_are_false(results):
+    results, outcomes = results
+    setting = outcomes["a"].summary["setting"]
+    runs = [("control", "tuned rate", None, 3, None), ("gradient", "MLPs", 30, 1, 2), ("gradient", "MLPs", 30, 0, None)]
+    for n, (task, variant, fault, before, delay) in enumerate(runs):
+        alarms = {variant: [{"seed": 0, "fault": fault, "before": before, "delay": delay}]}
+        outcomes[f"w{n}"] = Outcome(FINISHED, summary={"setting": {**setting, "task": task}, "alarms": alarms})
+    outcomes["e"] = outcome("control", "Adam + guard: skip", **{"tuned rate": ([4.0], {"false": 2})})
+    outcomes["f"] = outcome(
+        "gradient", "Adam + guard: skip", **{"MLPs": ([4.0], {"fault": 30, "first": 4, "false": 1})}
+    )
+    text = page.alarm_section(page.results_of(outcomes, SCALES["small"], REMEDIES), REMEDIES)
+    assert "| SpikeMonitor, Adam | 3 in 1 runs | 1 | 1 of 2 | 2.0 (largest 2) |" in text
+    assert "| Adam + guard: skip | 2 in 1 runs | 1 | 1 of 1 | 4.0 (largest 4) |" in text
 
 
 def test_a_verdict_needs_more_than_chance_over_all_claims(results, monkeypatch):

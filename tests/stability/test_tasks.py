@@ -11,7 +11,7 @@ from train_support import write_corpus
 from evenstep.stability import tasks
 from evenstep.stability.remedies import REMEDIES
 from evenstep.stability.tasks import DATA_FAULTS, FAMILIES, GRADIENT_FAULTS, TASKS, Rows, Variant, build, fault_step
-from evenstep.stability.trial import EVERY, episodes, train
+from evenstep.stability.trial import EVERY, episodes, train, watch
 
 BY_NAME = {remedy.name: remedy for remedy in REMEDIES}
 
@@ -122,6 +122,15 @@ def test_a_rewind_after_a_spike_ends_like_the_run_without_it(source, family):
     assert struck.actions == {"rewind": 1} and struck.loss == pytest.approx(calm.loss, abs=0.05)
     harmed = train(family, Variant("struck", fault="all x 1000"), BY_NAME["Adam"], 4e-3, 0, source)
     assert harmed.loss > struck.loss + 0.05
+
+
+def test_a_monitor_sees_a_fault_at_once(source, family):
+    for fault in ("all x 1000", "one NaN"):
+        found = watch(family, Variant("v", fault=fault), BY_NAME["Adam"], 4e-3, 0, source)
+        assert found == {"seed": 0, "fault": tasks.fault_step(family, 0), "before": 0, "delay": 0}
+    assert watch(family, Variant("v"), BY_NAME["Adam"], 4e-3, 0, source) == {
+        "seed": 0, "fault": None, "before": 0, "delay": None,
+    }  # fmt: skip
 
 
 def test_a_loss_scale_alone_does_not_change_stable_spam(source, family):
