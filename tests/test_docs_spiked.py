@@ -11,9 +11,7 @@ from evenstep.stability.tasks import TASKS
 
 PAGE = ROOT / "docs" / "spiked.md"
 STORE = ROOT / "benchmarks" / "results" / "stability" / "cells.jsonl"
-TABLE = re.compile(
-    r"^Seeds? (?P<seeds>[\d, ]+); \[all remedies\]\(stability\.md#(?P<anchor>[\w-]+)\)\.\n\n(?P<rows>(?:\|.*\n)+)", re.M
-)
+TABLE = re.compile(r"^\[All remedies\]\(stability\.md#(?P<anchor>[\w-]+)\)\.\n\n(?P<rows>(?:\|.*\n)+)", re.M)
 NUMBER = re.compile(r"^(?P<loss>\d\.\d\d|dead)(?: \((?P<damage>[+-]\d\.\d\d)\))?(?P<lost>, \d/\d lost)?$")
 
 
@@ -39,11 +37,12 @@ def test_every_number_is_the_stored_one():
     for found in TABLE.finditer(PAGE.read_text()):
         task = tasks[found["anchor"]]
         head, _, *rows = ([cell.strip() for cell in row.strip("|\n ").split("|")] for row in found["rows"].splitlines())
-        for remedy, *cells in rows:
-            for variant, cell in zip(head[1:], cells, strict=True):
+        assert head[-1] == "seeds"
+        for remedy, *cells, seeds in rows:
+            for variant, cell in zip(head[1:-1], cells, strict=True):
                 by_seed = losses[task, variant][remedy]
                 where = (task, variant, remedy, cell)
-                assert sorted(by_seed) == [int(seed) for seed in found["seeds"].split(",")], where
+                assert len(by_seed) == int(seeds), where
                 shown = NUMBER.match(cell)
                 dead = None in by_seed.values()
                 assert shown["loss"] == ("dead" if dead else f"{mean(by_seed.values()):.2f}"), where

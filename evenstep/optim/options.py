@@ -99,6 +99,7 @@ RANGES: dict[str, Range] = {
     "maximize": BOOL,
     "capturable": BOOL,
     "robust": BOOL,
+    "preset": Range(lambda x: x in (None, "steady"), "'steady' or None", ("steady",)),
     "rounding": _choice("nearest", "stochastic", "kahan"),
     "state": _choice("fp32", "bf16", "int8"),
     # Transforms
@@ -192,6 +193,7 @@ STABLE_SPAM = (
     Option("reset_interval", 1000, "steps between moment resets, 0 for never", "paper", ("update_proj_gap", "DeltaT")),
     VARIANT,
     Option("robust", False, "running means that one spike cannot move far; not in the paper"),
+    Option("preset", None, "'steady' sets robust, as the stability suite advises"),
     *COMMON,
 )
 

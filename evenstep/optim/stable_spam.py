@@ -47,6 +47,8 @@ class StableSPAM(EvenOptimizer):
         robust: bound the values that enter the running means of AdaClip and AdaGN, so that a spike does not shrink the
             steps after it: from the 11th update on, the bound is twice the bias-corrected mean, or the value that
             raises it by 10 %, whichever is larger. Default False (the paper).
+        preset: ``"steady"`` sets the options that the stability suite supports (docs/stability.md) where a param group
+            does not set them itself, at construction: ``robust=True``. Default None.
         maximize: ascend instead of descend. Default False.
         capturable: keep the clock on the device, so that the step can be captured in a CUDA graph. Default False.
         rounding: how results enter 16-bit parameters: ``"nearest"`` (default), ``"stochastic"`` or ``"kahan"`` (2 more
@@ -102,6 +104,7 @@ class StableSPAM(EvenOptimizer):
         *,
         variant: str = "paper",
         robust: bool = False,
+        preset: str | None = None,
         maximize: bool = False,
         capturable: bool = False,
         rounding: str = "nearest",
@@ -110,6 +113,11 @@ class StableSPAM(EvenOptimizer):
         **official: Any,
     ):
         super().__init__(params, locals(), official, fused)
+
+    def _prepare_group(self, group: Group) -> Group:
+        if group.get("preset", self.defaults["preset"]) == "steady":
+            group = {"robust": True} | group
+        return group
 
     def new_state(self, p: Tensor, group: Group, index: int) -> State:
         # Moments are stored as the option "state" says (fp32, bf16, int8); scalars are always fp32 or fp64.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -47,6 +47,15 @@ class Results:
     """Remedy -> cost of a step in units of one with Adam."""
     alarms: Mapping[Key, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     """The results of `trial.watch`, of the runs with a SpikeMonitor."""
+
+    def common(self) -> Results:
+        """The results of the seeds that every remedy of a variant has. Where a seed has fewer remedies the best of them
+        is worse, and every regret smaller, so that remedies with other seeds could not be compared."""
+        trials = {}
+        for key, by_remedy in self.trials.items():
+            seeds = set.intersection(*({*by_seed} for by_seed in by_remedy.values()))
+            trials[key] = {name: {seed: by_seed[seed] for seed in seeds} for name, by_seed in by_remedy.items()}
+        return replace(self, trials=trials)
 
     def keys(self, task: str) -> list[Key]:
         return [key for key in self.trials if key[0] == task]
@@ -182,7 +191,7 @@ def number(x: float) -> str:
     return "-" if math.isnan(x) else "dead" if x == math.inf else f"{x:.2f}"
 
 
-def lead(results: Results, remedies: Sequence[Remedy]) -> str:
+def lead(results: Results, told: Sequence[Mapping[str, Any]], remedies: Sequence[Remedy]) -> str:
     """The first paragraph: the share of cells near the best, for the remedies that have every cell."""
     most = max(results.near(remedy.name)[1] for remedy in remedies)
     whole = {r.name: results.near(r.name)[0] / most for r in remedies if results.near(r.name)[1] == most}
@@ -193,7 +202,6 @@ def lead(results: Results, remedies: Sequence[Remedy]) -> str:
     lost = {name: _lost(results, name, calm) for name in whole}
     held = [name for name in order if not lost[name]]
     survivors = f"{' and '.join(held)} lost no run" if held else "every remedy lost a run"
-    told = verdicts(results)
     kept = {kind: [one["text"] for one in told if one["verdict"] == kind] for kind in ("confirmed", "opposite")}
     sentences = [
         f"**No remedy is best everywhere.** Of {most} cells (a variant of a task, with a seed), a remedy is within "
@@ -252,8 +260,8 @@ def overview(results: Results, remedies: Sequence[Remedy]) -> str:
     fewer = [(*words, str(cells)) for cells, _, words in order if cells < most]
     if fewer:
         text += (
-            f"\nThese remedies have fewer than {most} cells: fewer seeds, or not every task. Their shares and means "
-            "cannot be compared with those above, nor with each other where the numbers of cells differ.\n\n"
+            f"\nThese remedies have fewer than {most} cells, as they were not run in every task. Their shares and "
+            "means cannot be compared with those above, nor with each other where the numbers of cells differ.\n\n"
         )
         text += table((*heads, "cells"), fewer)
     return text
@@ -292,20 +300,20 @@ def _best(values: Mapping[str, float], within: float) -> str:
 
 def task_section(results: Results, task: Task, remedies: Sequence[Remedy]) -> str:
     """The numbers of one task: mean loss, the damage of a fault, and the runs that did not survive."""
-    keys = results.keys(task.name)
+    keys, shared = results.keys(task.name), results.common()
     variants = {variant.name: variant for variant in task.variants}
     rows = []
     for remedy in remedies:
         if not any(remedy.name in results.trials[key] for key in keys):
             continue
         cells = [_cell(results, key, remedy.name, variants[key[1]]) for key in keys]
-        regrets = [x for key in keys for x in results.regrets(key, remedy.name).values()]
+        regrets = [x for key in keys for x in shared.regrets(key, remedy.name).values()]
         seeds = {len(results.trials[key][remedy.name]) for key in keys if remedy.name in results.trials[key]}
         count = "-".join(str(n) for n in sorted({min(seeds), max(seeds)}))
         rows.append((remedy.name, *cells, number(mean(regrets)), count, _recovery(results, keys, remedy.name)))
     order = sorted(rows, key=lambda row: float("inf") if row[-3] in ("-", "dead") else float(row[-3]))
     family = FAMILIES[task.family]
-    level = [key[1] for key in keys if not results.separates(key)]
+    level = [key[1] for key in keys if not shared.separates(key)]
     note = f"\nNo remedy differs from another by more than {SEPARATED} nats: {', '.join(level)}.\n" if level else ""
     text = (
         f"## {task.title}\n\n{task.question} Source: {task.source}. Model `{family.name}`; a loss of "
@@ -402,18 +410,18 @@ Written before the runs. The learning rate of a remedy is tuned for each model, 
 at loss scale 1, with seeds 100 and 101: in steps of 2, and beyond the edge as long as the best rate is at the edge. It
 then holds for every variant, other loss scales and faults included, except where the variant has its own rate. The
 tested seeds are others. A fault starts at a step between half and three quarters of the run, which depends on the seed;
-a rewind leaves out the rows of the bad step, and with them the fault. Claims are
-registered in the code, compared over pairs of equal seeds (Student's t, 95 %), and corrected by Holm's method over all
-of them.
+a rewind leaves out the rows of the bad step, and with them the fault. Claims are registered in the code, compared over
+pairs of equal seeds (Student's t, 95 %), and corrected by Holm's method over all of them.
 
-*Regret* is the loss above that of the best remedy that was run for the same variant and seed, in nats. *(+0.12)* after
-a loss is the damage: the loss above that of the same remedy and seed without the fault. *Lost* are runs with weights
-that are not finite, or within {learnt} nats of a model that knows token frequencies only. *Run undone by a fault* is
-the share of the training that the fault took back: how much earlier the undisturbed run of the same remedy and seed had
-the final loss of the faulty one. A *spike episode* is a rise of the training loss by 0.5 nats above its lowest smoothed
-value, counted per run. The *cost of a step* is processor time in units of a step with Adam, of forward and backward
-pass, clipping, guard and optimizer together. *Recovery* is the mean number of steps until the validation loss is back
-where it was before the fault.
+*Regret* is the loss above that of the best remedy for the same variant and seed, in nats. It is a mean over the seeds
+that all remedies of the variant have, as is every number above the claims. Losses and damages below the claims are
+means over the number of seeds in the column *seeds*. *(+0.12)* after a loss is the damage: the loss above that of the
+same remedy and seed without the fault. *Lost* are runs with weights that are not finite, or within {learnt} nats of a
+model that knows token frequencies only. *Run undone by a fault* is the share of the training that the fault took back:
+how much earlier the undisturbed run of the same remedy and seed had the final loss of the faulty one. A *spike episode*
+is a rise of the training loss by 0.5 nats above its lowest smoothed value, counted per run. The *cost of a step* is
+processor time in units of a step with Adam, of forward and backward pass, clipping, guard and optimizer together.
+*Recovery* is the mean number of steps until the validation loss is back where it was before the fault.
 """
 
 LIMITS = """\
@@ -438,22 +446,22 @@ def text_of(
     seeds = sorted({seed for by_remedy in results.trials.values() for one in by_remedy.values() for seed in one})
     runs = sum(len(one) for by_remedy in results.trials.values() for one in by_remedy.values())
     hours = sum(s.get("seconds", 0) for s in summaries) / 3600
+    shared = results.common()
     claims = [
         (one["text"], one["ours"], "" if one["holm"] is None else f"{one['holm']:.3f}", f"**{one['verdict']}**")
         for one in verdicts(results)
     ]
     parts = [
         f"# Where training breaks\n\n<!-- Written by `{command} --report`. Change the program, not the page. -->\n",
-        lead(results, remedies) + "\n",
+        lead(shared, verdicts(results), remedies) + "\n",
         f"{runs:,} runs, seeds {', '.join(map(str, seeds))}, {hours:.1f} hours of one core with tuning. "
         f"{'; '.join(hardware)}. Commits {', '.join(commits) or 'unknown'}. Repeat with `{command}`.\n",
         "![Regret of every remedy in every task](stability.png)\n",
         "## All tasks\n",
-        overview(results, remedies),
+        overview(shared, remedies),
         "## If this breaks, use that\n",
-        "Means in nats over the variants and seeds of a task: regret, and damage by the fault. The last columns are "
-        "regrets.\n",
-        choices(results),
+        "Means in nats over the variants of a task: regret, and damage by the fault. The last columns are regrets.\n",
+        choices(shared),
         "## Claims\n",
         table(("claim", "loss", "p (Holm)", "verdict"), claims),
         RULES.format(learnt=LEARNT),
@@ -477,6 +485,7 @@ def draw(results: Results, remedies: Sequence[Remedy], path: Path) -> Path:
         from matplotlib.figure import Figure
     except ImportError:
         raise EvenstepError("pictures need matplotlib; pip install 'evenstep[plots]'") from None
+    results = results.common()
     keys = list(results.trials)
     names = [r.name for r in remedies if any(r.name in results.trials[key] for key in keys)]
     grid = [

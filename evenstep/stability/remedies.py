@@ -85,6 +85,7 @@ REMEDIES: tuple[Remedy, ...] = (
     Remedy("Stable-SPAM .7/.9, robust, schedule", {**_STABLE, "robust": True, "total_steps": "run"}),
     # The clip is far above a usual norm (about 1), so that only a spike meets it, before Stable-SPAM sees the gradient.
     Remedy("Stable-SPAM .7/.9 + clip 10", {**_STABLE, "clip_norm": 10.0}),
+    Remedy("Stable-SPAM .7/.9, robust + clip 10", {**_STABLE, "robust": True, "clip_norm": 10.0}),
     Remedy("SCALE", {"name": "scale"}, rate=0.5),
     Remedy("Muon", {"name": "muon"}),
     Remedy("Adam + QK-norm", shape={"qk_norm": True}),

@@ -72,3 +72,14 @@ def test_a_state_of_before_the_option_loads():
     assert optimizer.param_groups[0]["robust"] is True
     w.grad = torch.ones(3)
     optimizer.step()
+
+
+def test_the_steady_preset_is_robust_unless_a_group_says_otherwise():
+    w = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    groups = [{"params": w[:1]}, {"params": w[1:], "robust": False}]
+    optimizer = StableSPAM(groups, preset="steady")
+    assert [group["robust"] for group in optimizer.param_groups] == [True, False]
+    optimizer = StableSPAM([{"params": w[:1], "preset": "steady"}, {"params": w[1:]}])
+    assert [group["robust"] for group in optimizer.param_groups] == [True, False]
+    with pytest.raises(ValueError, match="preset='calm' is not 'steady' or None"):
+        StableSPAM(w, preset="calm")
