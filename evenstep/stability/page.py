@@ -14,8 +14,9 @@ from statistics import mean
 from typing import Any
 
 from evenstep.compare.cells import Outcome
-from evenstep.compare.claims import OPEN, UNMEASURED, judge, settled
+from evenstep.compare.claims import CONFIRMED, OPEN, OPPOSITE, UNCONFIRMED, UNMEASURED, judge, settled
 from evenstep.compare.report import table
+from evenstep.console import counted
 from evenstep.errors import EvenstepError
 from evenstep.stability.remedies import Remedy
 from evenstep.stability.study import CLAIMS, WATCHED, Claim, Scale
@@ -24,7 +25,7 @@ from evenstep.stability.trial import EVERY
 from evenstep.train.files import replace_text
 from evenstep.train.hardware import short_commit
 
-NEAR = 0.1  # nats: a cell whose loss is within it of the best counts for the headline
+NEAR = 0.1  # nats: a run whose loss is within it of the best counts for the headline
 LEVEL = 0.05  # nats: remedies that differ by less are recommended alike
 LEARNT = 0.3  # nats below the loss of a model that knows token frequencies only: survival
 SEPARATED = 0.1  # nats between the best and the worst remedy below which a variant separates nothing
@@ -71,11 +72,11 @@ class Results:
     def regrets(self, key: Key, remedy: str) -> dict[int, float]:
         """Loss above the lowest one of any remedy, by seed."""
         return {
-            seed: self.loss(key, remedy, seed) - min(self.loss(key, other, seed) for other in self.having(key, seed))
+            seed: self.loss(key, remedy, seed) - min(self.loss(key, other, seed) for other in self._having(key, seed))
             for seed in self.trials[key].get(remedy, {})
         }
 
-    def having(self, key: Key, seed: int) -> list[str]:
+    def _having(self, key: Key, seed: int) -> list[str]:
         return [remedy for remedy, by_seed in self.trials[key].items() if seed in by_seed]
 
     def damages(self, key: Key, remedy: str) -> list[float]:
@@ -106,10 +107,15 @@ class Results:
         losses = self.losses(key, remedy)
         return sum(loss <= self.baselines[family] - LEARNT for loss in losses), len(losses)
 
-    def near(self, remedy: str, keys: Iterable[Key] | None = None) -> tuple[int, int]:
-        """Cells (variant and seed) whose regret is at most `NEAR`, of how many that the remedy has."""
-        found = [x for key in keys or self.trials for x in self.regrets(key, remedy).values()]
-        return sum(x <= NEAR for x in found), len(found)
+    def near(self, remedy: str) -> tuple[float, int]:
+        """The share of seeds whose regret is at most `NEAR`, as a mean over the variants that the remedy has, and the
+        number of these."""
+        shares = [mean(x <= NEAR for x in self.regrets(key, remedy).values()) for key in self.having(remedy)]
+        return (mean(shares) if shares else math.nan), len(shares)
+
+    def having(self, remedy: str) -> list[Key]:
+        """The variants that the remedy has runs of."""
+        return [key for key, by_remedy in self.trials.items() if by_remedy.get(remedy)]
 
     def separates(self, key: Key) -> bool:
         means = [mean(self.losses(key, remedy)) for remedy in self.trials[key]]
@@ -192,49 +198,51 @@ def number(x: float) -> str:
 
 
 def lead(results: Results, told: Sequence[Mapping[str, Any]], remedies: Sequence[Remedy]) -> str:
-    """The first paragraph: the share of cells near the best, for the remedies that have every cell."""
-    most = max(results.near(remedy.name)[1] for remedy in remedies)
-    whole = {r.name: results.near(r.name)[0] / most for r in remedies if results.near(r.name)[1] == most}
+    """The first words of the page: the share of runs near the best and the lost runs, for the remedies that have every
+    variant; and the claims by verdict. Lost runs are counted over all seeds."""
+    every, results = results, results.common()
+    near = {remedy.name: results.near(remedy.name) for remedy in remedies}
+    most = max(variants for _, variants in near.values())
+    whole = {name: share for name, (share, variants) in near.items() if variants == most}
     order = sorted(whole, key=lambda name: -whole[name])
     shown = [*order[:3], *(name for name in _NAMED if name in whole and name not in order[:3])]
     shares = ", ".join(f"{name} in {whole[name]:.0%}" for name in shown)
     calm = [key for key in results.trials if key[0] not in RAISED]
-    lost = {name: _lost(results, name, calm) for name in whole}
-    held = [name for name in order if not lost[name]]
-    survivors = f"{' and '.join(held)} lost no run" if held else "every remedy lost a run"
-    kept = {kind: [one["text"] for one in told if one["verdict"] == kind] for kind in ("confirmed", "opposite")}
+    lost = {name: _lost(every, name, calm) for name in whole}
+    held = [name for name in order if not lost[name][0]]
+    survivors = f"{', '.join(held)} lost no run" if held else "every remedy lost a run"
     sentences = [
-        f"**No remedy is best everywhere.** Of {most} cells (a variant of a task, with a seed), a remedy is within "
-        f"{NEAR} nats of the best one: {shares}.",
+        f"**No remedy is best everywhere.** Over {counted(most, 'variant')} of the tasks, a remedy is within {NEAR} nats "
+        f"of the best one: {shares}.",
         f"Outside of the tasks that raise the learning rate on purpose, {survivors}"
-        + "".join(f", {name} lost {lost[name]}" for name in shown if lost[name])
+        + "".join(f"; {name} lost {lost[name][0]} of {lost[name][1]}" for name in shown if lost[name][0])
         + ".",
     ]
-    if kept["confirmed"]:
-        sentences.append(f"Confirmed claims: {'; '.join(kept['confirmed'])}.")
-    if kept["opposite"]:
-        sentences.append(f"The opposite was found for: {'; '.join(kept['opposite'])}.")
-    open_ones = len(told) - len(kept["confirmed"]) - len(kept["opposite"])
-    if open_ones:
-        sentences.append(f"{open_ones} of {len(told)} claims are not confirmed or not measured yet.")
-    return " ".join(sentences)
+    blocks = [" ".join(sentences)]
+    for verdict in (CONFIRMED, OPPOSITE, UNCONFIRMED, UNMEASURED):
+        found = [one for one in told if one["verdict"] == verdict]
+        lines = [f"- {one['text']}{': ' if one['ours'] else ''}{one['ours']}" for one in found]
+        blocks += ["\n".join([f"{verdict.capitalize()} (loss in nats):\n", *lines])] if lines else []
+    return "\n\n".join(blocks)
 
 
-def _lost(results: Results, remedy: str, keys: Iterable[Key]) -> int:
-    counts = [results.survived(key, remedy) for key in keys]
-    return sum(runs - alive for alive, runs in counts)
+def _lost(results: Results, remedy: str, keys: Iterable[Key]) -> tuple[int, int]:
+    """The number of lost runs, and that of all runs."""
+    counts = [results.survived(key, remedy) for key in keys if remedy in results.trials[key]]
+    return sum(runs - alive for alive, runs in counts), sum(runs for _, runs in counts)
 
 
 def overview(results: Results, remedies: Sequence[Remedy]) -> str:
-    """A line for each remedy over all tasks, by the share of cells near the best: first the remedies that have every
-    cell, then the others, whose cells are not the same."""
+    """A line for each remedy over all tasks, by the share of runs near the best: first the remedies that have every
+    variant, then the others. Lost runs are counted over all seeds."""
+    every, results = results, results.common()
     faulty = [(task.name, variant.name) for task in TASKS for variant in task.variants if variant.fault]
     rows: list[tuple[int, float, tuple[str, ...]]] = []
     for remedy in remedies:
-        close, cells = results.near(remedy.name)
-        if not cells:
+        share, variants = results.near(remedy.name)
+        if not variants:
             continue
-        keys = [key for key in results.trials if remedy.name in results.trials[key]]
+        keys = results.having(remedy.name)
         damages = [x for key in faulty if key in keys for x in results.damages(key, remedy.name)]
         alive = [x for x in damages if x < math.inf]
         undone = [x for key in faulty if key in keys for x in results.lost_share(key, remedy.name)]
@@ -243,27 +251,28 @@ def overview(results: Results, remedies: Sequence[Remedy]) -> str:
         premium = mean(results.regrets(CONTROL, remedy.name).values()) if CONTROL in keys else math.nan
         damage = f"{mean(alive):.2f}" if alive else "-"
         lost = []
-        for part in ([key for key in keys if (key[0] in RAISED) == raised] for raised in (False, True)):
-            lost.append(f"{_lost(results, remedy.name, part)} of {results.near(remedy.name, part)[1]}" if part else "-")
+        for raised in (False, True):
+            gone, runs = _lost(every, remedy.name, [key for key in keys if (key[0] in RAISED) == raised])
+            lost.append(f"{gone} of {runs}" if runs else "-")
         words = (
             *lost, damage, f"{mean(undone):.0%}" if undone else "-", f"{episodes:.2f}", number(premium),
             f"{results.costs[remedy.name]:.2f}" if remedy.name in results.costs else "-",
         )  # fmt: skip
-        rows.append((cells, close / cells, (remedy.name, f"{close / cells:.0%}", *words)))
-    most = max(cells for cells, _, _ in rows)
+        rows.append((variants, share, (remedy.name, f"{share:.0%}", *words)))
+    most = max(variants for variants, _, _ in rows)
     heads = (
         "remedy", f"within {NEAR} of the best", "lost", "lost at raised rates", "mean damage", "run undone by a fault",
         "spike episodes", "regret undisturbed", "cost of a step",
     )  # fmt: skip
     order = sorted(rows, key=lambda row: -row[1])
-    text = table(heads, [words for cells, _, words in order if cells == most])
-    fewer = [(*words, str(cells)) for cells, _, words in order if cells < most]
+    text = table(heads, [words for variants, _, words in order if variants == most])
+    fewer = [(*words, str(variants)) for variants, _, words in order if variants < most]
     if fewer:
         text += (
-            f"\nThese remedies have fewer than {most} cells, as they were not run in every task. Their shares and "
-            "means cannot be compared with those above, nor with each other where the numbers of cells differ.\n\n"
+            f"\nThese remedies were run in fewer than {counted(most, 'variant')}. Their shares and means cannot be "
+            "compared with those above, nor with each other where the numbers of variants differ.\n\n"
         )
-        text += table((*heads, "cells"), fewer)
+        text += table((*heads, "variants"), fewer)
     return text
 
 
@@ -414,14 +423,15 @@ a rewind leaves out the rows of the bad step, and with them the fault. Claims ar
 pairs of equal seeds (Student's t, 95 %), and corrected by Holm's method over all of them.
 
 *Regret* is the loss above that of the best remedy for the same variant and seed, in nats. It is a mean over the seeds
-that all remedies of the variant have, as is every number above the claims. Losses and damages below the claims are
-means over the number of seeds in the column *seeds*. *(+0.12)* after a loss is the damage: the loss above that of the
-same remedy and seed without the fault. *Lost* are runs with weights that are not finite, or within {learnt} nats of a
-model that knows token frequencies only. *Run undone by a fault* is the share of the training that the fault took back:
-how much earlier the undisturbed run of the same remedy and seed had the final loss of the faulty one. A *spike episode*
-is a rise of the training loss by 0.5 nats above its lowest smoothed value, counted per run. The *cost of a step* is
-processor time in units of a step with Adam, of forward and backward pass, clipping, guard and optimizer together.
-*Recovery* is the mean number of steps until the validation loss is back where it was before the fault.
+that all remedies of the variant have, as is every number above the claims but that of lost runs, which is of all seeds.
+Losses and damages below the claims are means over the number of seeds in the column *seeds*. *(+0.12)* after a loss is
+the damage: the loss above that of the same remedy and seed without the fault. *Lost* are runs with weights that are not
+finite, or within {learnt} nats of a model that knows token frequencies only. *Run undone by a fault* is the share of
+the training that the fault took back: how much earlier the undisturbed run of the same remedy and seed had the final
+loss of the faulty one. A *spike episode* is a rise of the training loss by 0.5 nats above its lowest smoothed value,
+counted per run. The *cost of a step* is processor time in units of a step with Adam, of forward and backward pass,
+clipping, guard and optimizer together. *Recovery* is the mean number of steps until the validation loss is back where
+it was before the fault.
 """
 
 LIMITS = """\
@@ -446,22 +456,21 @@ def text_of(
     seeds = sorted({seed for by_remedy in results.trials.values() for one in by_remedy.values() for seed in one})
     runs = sum(len(one) for by_remedy in results.trials.values() for one in by_remedy.values())
     hours = sum(s.get("seconds", 0) for s in summaries) / 3600
-    shared = results.common()
     claims = [
         (one["text"], one["ours"], "" if one["holm"] is None else f"{one['holm']:.3f}", f"**{one['verdict']}**")
         for one in verdicts(results)
     ]
     parts = [
         f"# Where training breaks\n\n<!-- Written by `{command} --report`. Change the program, not the page. -->\n",
-        lead(shared, verdicts(results), remedies) + "\n",
+        lead(results, verdicts(results), remedies) + "\n",
         f"{runs:,} runs, seeds {', '.join(map(str, seeds))}, {hours:.1f} hours of one core with tuning. "
         f"{'; '.join(hardware)}. Commits {', '.join(commits) or 'unknown'}. Repeat with `{command}`.\n",
         "![Regret of every remedy in every task](stability.png)\n",
         "## All tasks\n",
-        overview(shared, remedies),
+        overview(results, remedies),
         "## If this breaks, use that\n",
         "Means in nats over the variants of a task: regret, and damage by the fault. The last columns are regrets.\n",
-        choices(shared),
+        choices(results.common()),
         "## Claims\n",
         table(("claim", "loss", "p (Holm)", "verdict"), claims),
         RULES.format(learnt=LEARNT),

@@ -141,7 +141,7 @@ def test_regret_damage_and_survival_are_of_the_same_seed(results):
     )
     assert results.damages(gradient, "Stable-SPAM .7/.9") == pytest.approx([0.05, 0.05])
     assert results.survived(gradient, "Adam") == (1, 2) and results.survived(gradient, "Stable-SPAM .7/.9") == (2, 2)
-    assert results.near("Adam") == (2, 4) and results.near("Stable-SPAM .7/.9") == (2, 4)
+    assert results.near("Adam") == (0.5, 2) and results.near("Stable-SPAM .7/.9") == (0.5, 2)
     assert results.separates(control)
 
 
@@ -180,13 +180,23 @@ def test_the_page_of_a_faulty_task_alone_has_no_damage(results):
     assert "| Stable-SPAM .7/.9 | 4.40 | 0.00 | 2 | 30 |" in text
 
 
-def test_remedies_with_fewer_cells_have_a_table_of_their_own(results):
+def test_remedies_with_fewer_variants_have_a_table_of_their_own(results):
     results, _ = results
-    for by_remedy in results.trials.values():
-        by_remedy["SPAM"] = {0: trial(0, 4.0, 30)}
-    first, fewer = page.overview(results, REMEDIES).split("fewer than 4 cells")
-    assert "| SPAM |" not in first and "| Adam | 50% |" in first
-    assert re.search(r"\| SPAM \| 100% .* \| 2 \|", fewer) and "| Adam |" not in fewer
+    results.trials["control", "tuned rate"]["SPAM"] = {0: trial(0, 4.0), 1: trial(1, 4.0)}
+    first, fewer = page.overview(results, REMEDIES).split("fewer than 2 variants")
+    assert "| SPAM |" not in first and "| Adam | 25% |" in first
+    assert re.search(r"\| SPAM \| 100% .* \| 1 \|", fewer) and "| Adam |" not in fewer
+
+
+def test_remedies_are_compared_over_the_seeds_that_all_of_them_have(results):
+    results, _ = results
+    control = ("control", "tuned rate")
+    name = "Stable-SPAM .7/.9"
+    results.trials[control][name][2] = trial(2, 5.0)  # the best of its seed, being alone
+    assert results.near(name)[0] == pytest.approx((1 / 3 + 1) / 2)
+    common = results.common()
+    assert common.regrets(control, name) == pytest.approx({0: 0.3, 1: 0.2}) and common.near(name) == (0.5, 2)
+    assert results.losses(control, name) == [4.3, 4.4, 5.0]
 
 
 def test_alarms_without_a_fault_and_before_it_are_false(results):
