@@ -211,9 +211,10 @@ def lead(results: Results, told: Sequence[Mapping[str, Any]], remedies: Sequence
     lost = {name: _lost(every, name, calm) for name in whole}
     held = [name for name in order if not lost[name][0]]
     survivors = f"{', '.join(held)} lost no run" if held else "every remedy lost a run"
+    variants = counted(most, "variant")
     sentences = [
-        f"**No remedy is best everywhere.** Over {counted(most, 'variant')} of the tasks, a remedy is within {NEAR} nats "
-        f"of the best one: {shares}.",
+        f"**No remedy is best everywhere.** Over {variants} of the tasks, a remedy is within {NEAR} nats of the best "
+        f"one: {shares}.",
         f"Outside of the tasks that raise the learning rate on purpose, {survivors}"
         + "".join(f"; {name} lost {lost[name][0]} of {lost[name][1]}" for name in shown if lost[name][0])
         + ".",
