@@ -8,6 +8,7 @@ from triton_support import (
     DEVICE,
     FLOAT,
     KERNELS,
+    columns,
     copies,
     fill,
     randn,
@@ -27,7 +28,7 @@ from evenstep.optim import fused
 from evenstep.optim.functional import Gradients, Weights, opened, row_norms
 from evenstep.optim.state import moment
 
-TOTALS = cuda_launch._totals
+ADAM_STEP = cuda_launch.adam_step_
 
 
 # ---- SCALE, and the rest ----
@@ -117,13 +118,18 @@ def test_sums_over_columns():
         torch.zeros(0, 4, device=DEVICE),
         randn(3, 4, scale=1e30),
     ]
-    measured, sums = KERNELS._columns(grads)
+    measured, sums, norms = columns(grads)
     same(measured.norm.double(), torch.stack([g.double().norm() for g in grads]), rtol=1e-6, atol=0)
     assert torch.equal(measured.peak, run(Gradients.measure(grads, FLOAT)).peak)
+    seen = []
     for found, g in zip(sums, grads, strict=True):
         assert found.dtype == torch.float64
         torch.testing.assert_close(found, g.double().square().sum(0, keepdim=True), rtol=1e-12, atol=0)
-    _, [bad] = KERNELS._columns([torch.tensor([[1.0, torch.nan], [2.0, 3.0]], device=DEVICE)])
+        if len(g):
+            rms = g.double().square().mean(0).sqrt().clamp(min=1e-8).flatten()
+            torch.testing.assert_close(norms[len(seen)].double(), rms, rtol=1e-6, atol=0)
+        seen.append(g)
+    _, [bad], _ = columns([torch.tensor([[1.0, torch.nan], [2.0, 3.0]], device=DEVICE)])
     assert torch.isfinite(bad).tolist() == [[True, False]]
 
 
@@ -155,7 +161,7 @@ MAKERS = {
 def test_optimizers_take_the_same_way_with_kernels(make, monkeypatch):
     monkeypatch.setattr(fused, "kernels_for", lambda device_type: KERNELS)
     served = []
-    monkeypatch.setattr(cuda_launch, "_totals", lambda *a, **o: served.append(a) or TOTALS(*a, **o))
+    monkeypatch.setattr(cuda_launch, "adam_step_", lambda *a: served.append(a) or ADAM_STEP(*a))
     start = [randn(40, 9), randn(5, 300), randn(30, 7), randn(33)]
     ways = []
     for option in (None, False):
