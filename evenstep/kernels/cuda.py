@@ -22,6 +22,7 @@ import importlib.metadata
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,7 +147,7 @@ class TritonKernels:
         values = _vector([options.get(name, 0.0) for name in STEP_OPTIONS], tensors.params[0].device)
         # The self-check of an optimizer class covers what the flags select, which is compiled in.
         flags = [bool(options.get(name, 0.0)) for name in ("stable", "capped", "zero_history")]
-        stats = launches().adam_step_(tensors, values, *flags)
+        stats: Tensor = launches().adam_step_(tensors, values, *flags)
         _mark_written(tensors)
         return stats
 
@@ -165,7 +166,7 @@ class TritonKernels:
         `Kernels.scale_step_`.
         """
         values = _vector([sign, lr, decay, momentum], tensors.params[0].device)
-        stats = launches().scale_step_(tensors, values, norm == "rms", by == "columns", floor)
+        stats: Tensor = launches().scale_step_(tensors, values, norm == "rms", by == "columns", floor)
         _mark_written(tensors)
         return stats
 
@@ -187,6 +188,17 @@ class TritonKernels:
         """See `Kernels.transform`."""
         launches().transformed_(out, grads, numbers)
         torch.autograd.graph.increment_version(out)
+
+    # ---- undoing a step of another optimizer ----
+
+    def save_unless(self, flags: list[Tensor], tensors: list[tuple[int, Tensor]]) -> Any:
+        """Copy tensors whose flag is False. ``flags``: 0-d bools on the device, not read on the host; ``tensors``: the
+        number of a flag, and a contiguous tensor of any dtype. The result reserves memory for all of them."""
+        return launches().save_unless(flags, tensors)
+
+    def restore_unless(self, saved: Any) -> None:
+        """Write the copies that `save_unless` has made back into their tensors."""
+        launches().restore_unless(saved)
 
 
 def _vector(values: list[float | Tensor], device: torch.device) -> Tensor:

@@ -300,8 +300,8 @@ def scale_job(tensors: StepTensors, columns: bool, given: list[Tensor] | None = 
         coded = _coded(exp_avg, scales, maps) if exp_avg else [[0] * k] * 2
         if exp_avg:
             main, sizes = [pointers(exp_avg), pointers(grads)], [g.numel() for g in grads]
-            keys = [(m.dtype, g.dtype, fits) for m, g, fits in zip(exp_avg, grads, aligned(main, sizes), strict=True)]
-            averaging = Plan.of([chunks_of(n) for n in sizes], keys, [sizes], device)
+            alike = [(m.dtype, g.dtype, fits) for m, g, fits in zip(exp_avg, grads, aligned(main, sizes), strict=True)]
+            averaging = Plan.of([chunks_of(n) for n in sizes], alike, [sizes], device)
             averages = addresses([*main, *coded], device)
         sources = exp_avg or grads
         main = [pointers(params), pointers(sources), _pointers(tensors.lost, k)]
@@ -519,6 +519,56 @@ def transformed_(out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> Non
             )  # fmt: skip
 
 
+# ---- undoing a step of another optimizer ----
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Copies of some tensors, made where their flag was False, and all that is needed to write them back."""
+
+    flags: Tensor
+    plan: Plan
+    """``dims [2, tensors]``: bytes, and number of the flag."""
+    at: Tensor
+    """Addresses of the copies and of the tensors."""
+    copies: Tensor
+    """uint8: room for all copies, one after the other. Other entries are never written."""
+
+
+def save_unless(flags: list[Tensor], tensors: list[tuple[int, Tensor]]) -> Saved:
+    """See `TritonKernels.save_unless`."""
+    device = flags[0].device
+    with _device_of(flags[0]):
+        sizes = [x.numel() * x.element_size() for _, x in tensors]
+        # Copies begin at multiples of 64 bytes.
+        places = list(itertools.accumulate([-(-n // 64) * 64 for n in sizes], initial=0))
+        copies = torch.empty(places[-1], dtype=torch.uint8, device=device)
+        start = copies.data_ptr()
+        at = addresses([[start + place for place in places[:-1]], [x.data_ptr() for _, x in tensors]], device)
+        # Chunks of as many bytes as a chunk of fp32 entries has. One launch serves all, byte by byte: it is rare that
+        # anything is copied.
+        counts = [-(-n // (4 * CHUNK)) for n in sizes]
+        plan = Plan.of(counts, [()] * len(sizes), [sizes, [number for number, _ in tensors]], device)
+        saved = Saved(torch.stack(flags), plan, at, copies)
+        _copy(saved, back=False)
+        return saved
+
+
+def restore_unless(saved: Saved) -> None:
+    """See `TritonKernels.restore_unless`."""
+    with _device_of(saved.flags):
+        _copy(saved, back=True)
+
+
+def _copy(saved: Saved, back: bool) -> None:
+    plan = saved.plan
+    for group in plan.groups:
+        flat.copy_chunks[(group.chunks,)](
+            plan.tensor_of, plan.first_chunk, plan.dims, saved.at, group.first, plan.first_chunk.numel(), saved.flags,
+            BACK=back, CHUNK=4 * CHUNK, TILE=4 * TILE, **OPTIONS,
+        )  # fmt: skip
+
+
 # ---- what the launches share ----
 
 
@@ -546,7 +596,7 @@ def _clip_norms(
 
 def _read_key(group: Group) -> tuple[torch.dtype, bool]:
     """Dtype and alignment of the gradients of a group, by the plan of an `AdamJob` or of `_flat_plan`."""
-    return (group.key[1], group.key[4]) if len(group.key) > 2 else group.key  # type: ignore[return-value]
+    return (group.key[1], group.key[4]) if len(group.key) > 2 else group.key
 
 
 def _flat_plan(grads: list[Tensor]) -> tuple[Plan, Tensor]:

@@ -312,3 +312,21 @@ def transformed_chunks(
         # A gain of 0 stands for a gradient that is not finite: 0 * Inf is NaN, which `cleaned` makes 0.
         x = cleaned(x * tl.where(tl.abs(x) > limit, reduced, gain))
         tl.store(out + offsets, x.to(D), mask=inside)
+
+
+@kernel
+def copy_chunks(
+    tensor_of: tl.tensor, first_chunk: tl.tensor, dims: tl.tensor, addresses: tl.tensor,
+    base: tl.tensor, k: tl.tensor, flags: tl.tensor, BACK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Copy the bytes of tensors whose flag is False, or with ``BACK`` their copies into them. ``addresses``: copies,
+    tensors; ``dims``: bytes, number of the flag."""
+    _, i, begin, n = locate(tensor_of, first_chunk, dims, base, CHUNK, False)
+    copy, x = pointer(addresses, 0, k, i, tl.uint8, False), pointer(addresses, 1, k, i, tl.uint8, False)
+    accepted = tl.load(flags + tl.load(dims + k + i))
+    for start in range(begin, tl.where(accepted, begin, tl.minimum(begin + CHUNK, n)), TILE):
+        offsets = start + tl.arange(0, TILE)
+        if BACK:
+            tl.store(x + offsets, tl.load(copy + offsets, mask=offsets < n, other=0), mask=offsets < n)
+        else:
+            tl.store(copy + offsets, tl.load(x + offsets, mask=offsets < n, other=0), mask=offsets < n)

@@ -34,7 +34,7 @@ VARYING = ["base", "width", "k"]
 # of 16 bytes. A program reads a few entries of them, so nothing is lost.
 TABLES = [
     *("tensor_of", "first_chunk", "chunk_count", "dims", "addresses"),
-    *("partial", "known", "out", "numbers", "seeds", "limits", "rescales", "starts", "sums", "divisors"),
+    *("partial", "known", "out", "numbers", "seeds", "limits", "rescales", "starts", "sums", "divisors", "flags"),
     *("settings", "scalars", "facts", "stats", "sizes", "lengths", "heights"),
 ]
 

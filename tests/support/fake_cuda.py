@@ -104,6 +104,14 @@ class Launches:
         return cls._table(8, len(tensors.params), options, [list(plain_parts(x)) for several in lists for x in several])
 
     @classmethod
+    def save_unless(cls, flags, tensors):
+        return cls._table(1, 1, flags, tensors)
+
+    @classmethod
+    def restore_unless(cls, saved):
+        cls._table(1, 1, saved)
+
+    @classmethod
     def transformed_(cls, out, grads, numbers):
         cls._table(1, 1, out, grads, numbers)
 

@@ -21,10 +21,10 @@ from triton_support import (
     vector,
 )
 
-from evenstep import SCALE, SPAM, StableSPAM
+from evenstep import SCALE, SPAM, AdaClip, AdaGN, StableSPAM, stabilize
 from evenstep.kernels import cuda_launch
 from evenstep.kernels.interface import SCALE_ROWS, table
-from evenstep.optim import fused
+from evenstep.optim import base_optimizer, fused
 from evenstep.optim.functional import Gradients, Weights, opened, row_norms
 from evenstep.optim.state import moment
 
@@ -184,3 +184,27 @@ def test_optimizers_take_the_same_way_with_kernels(make, monkeypatch):
         same(p, q, rtol=1e-5, atol=1e-6)
     for name, values in expected.items():
         torch.testing.assert_close(stats[name], values.to(stats[name]), rtol=1e-5, atol=1e-7, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("option", [None, False])
+def test_the_step_of_a_base_is_undone_where_a_gradient_is_not_finite(option, monkeypatch):
+    monkeypatch.setattr(fused, "kernels_for", lambda device_type: KERNELS)
+    monkeypatch.setattr(base_optimizer, "on_host", lambda x: False)  # as on a GPU, where no flag may be read
+    saved = []
+    save = cuda_launch.save_unless
+    monkeypatch.setattr(cuda_launch, "save_unless", lambda *given: saved.append(given) or save(*given))
+    params = [torch.nn.Parameter(randn(*shape)) for shape in ((40, 9), (5, 300), (33,))]
+    base = torch.optim.AdamW(params, lr=0.1, weight_decay=0.1)
+    optimizer = stabilize(base, AdaClip(), AdaGN(), reset_interval=3, fused=option)
+    for step in range(4):
+        for p in params:
+            p.grad = randn(*p.shape)
+        if step in (1, 2):  # the second of them is the step of a reset
+            params[1].grad[0, 0] = torch.nan
+        before = [[p.clone(), *(x.clone() for x in base.state.get(p, {}).values())] for p in params]
+        optimizer.step()
+        for i, (p, old) in enumerate(zip(params, before, strict=True)):
+            if step:
+                equal = [torch.equal(x, y) for x, y in zip((p, *base.state[p].values()), old, strict=True)]
+                assert all(equal) if step < 3 and i == 1 else not any(equal[1:3]), (step, i, equal)
+    assert bool(saved) == (option is None)
