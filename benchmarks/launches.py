@@ -12,7 +12,6 @@ Inductor only generates its Triton code, for an H100; bytes are its own count.
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,12 +27,6 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 import evenstep.kernels.cuda as kernels  # noqa: E402
 from evenstep import StableSPAM  # noqa: E402
 from evenstep.bench.measure import outline  # noqa: E402
-
-READ_AND_WRITTEN = {  # lists of large tensors, by function of cuda_launch.py
-    "measure": lambda grads: [grads],
-    "clip_norms": lambda grads, *more: [grads],  # at most: chunks without a clipped entry are not read
-    "adam_": lambda p, g, m, v, *more: [g, p, p, m, m, v, v],
-}
 
 
 def size(tensors):
@@ -59,14 +52,17 @@ def counted(optimizer):
     optimizer.step()
     counter = Counter()
 
-    def launch(name, *args):
-        tensors = READ_AND_WRITTEN[name](*args)
-        # A kernel for each group of tensors that are alike in dtype and alignment, then `totals`.
-        counter.triton += len({(x.dtype, x.numel() % 16 == 0) for x in tensors[0]}) + 1
-        counter.moved += sum(map(size, tensors))
-        return getattr(fake_cuda.Launches, name)(*args)
+    def adam_step_(tensors, options, stable, capped, zero_history):
+        g, rest = tensors.grads, [*tensors.params, *tensors.exp_avg, *tensors.exp_avg_sq]
+        # Measuring, clipping and updating have a launch for each group of tensors that are alike in dtype and
+        # alignment; limits, numbers and the report have one for all. Clipping reads at most all gradients: chunks
+        # without a clipped entry are not read.
+        groups = len({(x.dtype, x.numel() % 16 == 0) for x in g})
+        counter.triton += groups * (2 + stable) + 2 + stable
+        counter.moved += size(g) * (2 + stable) + 2 * size(rest)
+        return fake_cuda.Launches.adam_step_(tensors, options, stable, capped, zero_history)
 
-    kernels.launches = lambda: SimpleNamespace(**{name: partial(launch, name) for name in READ_AND_WRITTEN})
+    kernels.launches = lambda: SimpleNamespace(adam_step_=adam_step_)
     with counter:
         optimizer.step()
     return counter.triton, counter.operators, counter.moved

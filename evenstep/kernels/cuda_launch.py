@@ -12,10 +12,13 @@ that. An 8-bit moment of torchao is given as its uint8 codes, ``scales`` and ``m
 returns them. Launches go to the current stream, where all tensors are used.
 """
 
+import collections
 import functools
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +27,18 @@ import triton.language as tl
 from torch import Tensor
 
 from evenstep.kernels import triton_flat as flat
+from evenstep.kernels import triton_numbers as numbers
 from evenstep.kernels import triton_rows as matrices
-from evenstep.kernels.interface import capturing, stream, uploaded
+from evenstep.kernels.interface import (
+    ADAM_ROWS,
+    SCALE_ROWS,
+    STATS,
+    StepTensors,
+    capturing,
+    stored_moments,
+    stream,
+    uploaded,
+)
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.uint8: tl.uint8}
 
@@ -43,7 +56,10 @@ CHUNK = 1 << 14
 # bandwidth asks for; consumer GPUs ask for less.
 TILE = 1 << 10
 
-# Columns and rows of a chunk of `columns`: 500 programs for an embedding of 32000 by 512, and sums of 8 bytes per
+# Chunks that the kernels of whole tensors (triton_numbers.py) read at a time.
+TOTALS_TILE = 1 << 10
+
+# Columns and rows of a chunk of `column_chunks`: 500 programs for an embedding of 32000 by 512, and sums of 8 bytes per
 # column and 256 rows, less than 1 % of the gradient.
 COLUMN_TILE = 128
 COLUMN_ROWS = 256
@@ -153,121 +169,142 @@ def aligned(streams: list[list[int]], sizes: list[int]) -> list[bool]:
     return [b % 16 == 0 for b in bits]
 
 
-# ---- launches ----
+# ---- jobs ----
+#
+# A job is what all steps on the same tensors have in common: plans, addresses, and memory for results that do not leave
+# the step. Looking a job up costs the host one pass over the addresses; making it costs several over all tensors.
 
 
-def _device_of(x: Tensor) -> torch.cuda.device:
-    """Launches go to the current device: make it that of ``x``. Nothing for a CPU tensor (Triton's interpreter)."""
-    return torch.cuda.device(x.get_device() if x.is_cuda else -1)
+ADAM_STREAMS = 10  # parameter, gradient, moments, compensation, scales and maps of both moments, mask
 
 
-def measure(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Largest entries and norms of tensors, fp32 ``[2, k]``, and of their chunks ``[2, chunks]``. Reads gradients."""
-    with _device_of(grads[0]):
-        plan, at, k = _flat_plan(grads)
-        partial = _floats(grads[0], 2, plan.chunks)
-        for group in plan.groups:
-            dtype, fits = group.key
-            # Launches of several groups write to their own columns of `partial`.
-            flat.measure_chunks[(group.chunks,)](
-                plan.tensor_of, plan.first_chunk, plan.dims, at, group.first, k, plan.chunks, partial,
-                G=TYPES[dtype], ALIGNED=fits, CHUNK=CHUNK, TILE=TILE, **OPTIONS,
-            )  # fmt: skip
-        return _totals(plan, partial, maxima=1, norms=1, sums=0), partial
+@dataclass(frozen=True, slots=True)
+class AdamJob:
+    """A job of Adam, SPAM or Stable-SPAM for ``k`` tensors."""
+
+    plan: Plan
+    """``dims [2, k]``: entries of a tensor, and those that are trained."""
+    at: Tensor
+    """Addresses ``[streams, k]``, in the order that `adam_chunks` takes them, then those of the scalars."""
+    partial: Tensor
+    """fp32 ``[4, chunks]``, and ``facts [4, k]``, ``numbers [16, k]``: see triton_numbers.py."""
+    facts: Tensor
+    numbers: Tensor
+    starts: Tensor | None
+    """int64 ``[chunks]``: trained entries of the tensor before a chunk; None where no tensor has a mask."""
+
+    @property
+    def gradients(self) -> Tensor:
+        """Addresses, with the gradients in row 0."""
+        return self.at[1:]
+
+    @property
+    def scalars(self) -> Tensor:
+        """Addresses of the scalars of the state, a row each."""
+        return self.at[ADAM_STREAMS:]
 
 
-def clip_norms(grads: list[Tensor], known: Tensor, limit: Tensor, rescale: Tensor) -> Tensor:
-    """fp32 ``[2, k]``: norms after clipping and numbers of clipped entries. ``known``: the chunks of `measure`;
-    ``limit`` and ``rescale``: ``[k]``. Reads the chunks of gradients that have an entry above the limit.
-    """
-    with _device_of(grads[0]):
-        plan, at, k = _flat_plan(grads)
-        partial = _floats(grads[0], 2, plan.chunks)
-        for group in plan.groups:
-            dtype, fits = group.key
-            flat.clip_chunks[(group.chunks,)](
-                plan.tensor_of, plan.first_chunk, plan.dims, at, group.first, k, plan.chunks, known,
-                limit.float().contiguous(), rescale.float().contiguous(), partial,
-                G=TYPES[dtype], ALIGNED=fits, CHUNK=CHUNK, TILE=TILE, **OPTIONS,
-            )  # fmt: skip
-        return _totals(plan, partial, maxima=0, norms=1, sums=1)
+def adam_job(tensors: StepTensors) -> AdamJob:
+    """The job of these tensors, remembered while they stay where they are. ValueError where a moment has another size
+    than its parameter and there is no mask."""
+    m, scales, maps = stored_moments(tensors.exp_avg)
+    v, scales_sq, maps_sq = stored_moments(tensors.exp_avg_sq)
+    params, grads = tensors.params, tensors.grads
+    lists = (params, grads, m, v, tensors.lost, scales, maps, scales_sq, maps_sq, tensors.masks, tensors.scalars)
+    # Sizes and dtypes belong to the key: `p.data` may be replaced by another tensor at the same address.
+    key = (
+        tuple(map(len, lists)),
+        tuple(map(Tensor.data_ptr, itertools.chain.from_iterable(lists))),
+        tuple(map(Tensor.numel, itertools.chain(params, grads, m, v))),
+        tuple([x.dtype for x in itertools.chain(params, grads, m, v)]),
+    )
 
-
-def adam_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avg: list[Tensor],
-    exp_avg_sq: list[Tensor],
-    scales: list[Tensor],
-    scales_sq: list[Tensor],
-    maps: list[Tensor],
-    maps_sq: list[Tensor],
-    numbers: Tensor,
-    lost: list[Tensor],
-    seeds: list[Tensor],
-    capped: bool,
-    zero_history: bool,
-) -> Tensor:
-    """Update parameters and moments in place. ``numbers``: `ADAM_ROWS`, fp32 ``[16, k]``.
-
-    Returns fp32 ``[3, k]``: norm of the update, norm after clipping by history, entries clipped so (the latter two 0
-    where not ``capped``). Reads gradients, parameters and moments once, and writes the latter two once: 28 bytes per
-    entry in fp32.
-    """
-    with _device_of(numbers):
-        k = len(params)
-        # Rows of the table of addresses, in the order that the kernel takes them.
-        main = [pointers(params), pointers(grads), pointers(exp_avg), pointers(exp_avg_sq), _pointers(lost, k)]
-        # Scales and maps are read entry by entry and need no alignment.
-        coded = [*_coded(exp_avg, scales, maps), *_coded(exp_avg_sq, scales_sq, maps_sq)]
-        sizes = [p.numel() for p in params]
+    def make() -> AdamJob:
+        k, device = len(params), params[0].device
+        sizes, trained = [p.numel() for p in params], [x.numel() for x in m]
+        masked = [bool(mask.numel()) for mask in tensors.masks] or [False] * k
+        for n, count, other, has_mask in zip(sizes, trained, map(Tensor.numel, v), masked, strict=True):
+            # A kernel takes the size of the parameter for all: a smaller tensor would be read beyond its end.
+            if count != other or (count != n and not has_mask):
+                raise ValueError(f"a parameter has {n} entries, its moments {count} and {other}")
+        main = [*map(pointers, (params, grads, m, v)), _pointers(tensors.lost, k)]
+        # Scales, maps and masks are read entry by entry and need no alignment.
+        coded = [*_coded(m, scales, maps), *_coded(v, scales_sq, maps_sq), _pointers(tensors.masks, k)]
         keys = [
-            (p.dtype, g.dtype, m.dtype, v.dtype, fits)
-            for p, g, m, v, fits in zip(params, grads, exp_avg, exp_avg_sq, aligned(main, sizes), strict=True)
+            (p.dtype, g.dtype, x.dtype, y.dtype, fits, has_mask)
+            for p, g, x, y, fits, has_mask in zip(params, grads, m, v, aligned(main, sizes), masked, strict=True)
         ]
-        plan = Plan.of([chunks_of(n) for n in sizes], keys, [sizes], numbers.device)
-        at = addresses([*main, *coded], numbers.device)
-        # The kernel writes rows 1 and 2 only where it clips, so that other steps do without two more sums.
-        partial = _floats(numbers, 3, plan.chunks) if capped else numbers.new_zeros(3, plan.chunks)
-        table, noise = numbers.float().contiguous(), _stacked(seeds, numbers)
-        for group in plan.groups:
-            p, g, m, v, fits = group.key
-            flat.adam_chunks[(group.chunks,)](
-                plan.tensor_of, plan.first_chunk, plan.dims, at, group.first, k, plan.chunks, table, noise, partial,
-                P=TYPES[p], G=TYPES[g], M=TYPES[m], V=TYPES[v], ALIGNED=fits, **_rounding(p, lost, seeds),
-                CAPPED=capped, ZERO_HISTORY=zero_history, CHUNK=CHUNK, TILE=TILE, **OPTIONS,
-            )  # fmt: skip
-        return _totals(plan, partial, maxima=0, norms=2, sums=1)
+        plan = Plan.of([chunks_of(n) for n in sizes], keys, [sizes, trained], device)
+        scalars = pointers(tensors.scalars)
+        rows = [scalars[i : i + k] for i in range(0, len(scalars), k)]
+        partial, facts = _floats(params[0], 4, plan.chunks), _floats(params[0], 4, k)
+        factors = _floats(params[0], len(ADAM_ROWS), k)
+        starts = torch.empty(plan.chunks, dtype=torch.int64, device=device) if any(masked) else None
+        return AdamJob(plan, addresses([*main, *coded, *rows], device), partial, facts, factors, starts)
+
+    return _remembered(key, params[0].device, make)
 
 
-def rows_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avg: list[Tensor],
-    scales: list[Tensor],
-    maps: list[Tensor],
-    divisors: list[Tensor],
-    numbers: Tensor,
-    floor: float,
-    lost: list[Tensor],
-    seeds: list[Tensor],
-) -> Tensor:
-    """SCALE's step of matrices, in place. ``numbers``: `SCALE_ROWS`, fp32 ``[7, k]``. ``exp_avg`` is empty for SCALE
-    without momentum. ``divisors``: the norms of columns, fp32 in the shape of one row, or empty to divide rows by their
-    own norms. Returns fp32 ``[1, k]``: norm of each normalised tensor.
-    """
-    with _device_of(numbers):
-        k, device, table = len(params), numbers.device, numbers.float().contiguous()
-        coded = _coded(exp_avg, scales, maps) if exp_avg else [[0] * k] * 2
-        # The average has to be complete before a row of it is measured, hence a launch of its own before, on the same
-        # stream.
-        if exp_avg:
-            _average(exp_avg, grads, coded, table)
-        sources = exp_avg or grads
-        main = [pointers(params), pointers(sources), _pointers(lost, k)]
-        # Matrices [rows, length]; a tensor of more dimensions is [dimension 0, rest], as in the plain code.
+@dataclass(frozen=True, slots=True)
+class ScaleJob:
+    """A job of SCALE's matrices ``[rows, length]``; a tensor of more dimensions is [dimension 0, rest], as in the plain
+    code."""
+
+    measuring: Plan
+    """``dims``: rows, length, then for sums over columns the first entry in ``sums`` and in ``divisors``."""
+    gradients: Tensor
+    updating: Plan
+    """``dims``: rows, length, rows per chunk."""
+    at: Tensor
+    """Addresses as `row_chunks` takes them."""
+    averaging: Plan | None
+    averages: Tensor | None
+    """Addresses as `average_chunks` takes them; None without momentum."""
+    partial: Tensor
+    directions: Tensor
+    numbers: Tensor
+    sums: Tensor | None
+    """fp64 ``[groups, length]`` of each tensor, one after the other; None where rows are divided."""
+    divisors: Tensor | None
+    """fp32, ``[length]`` of each tensor."""
+
+
+def scale_job(tensors: StepTensors, columns: bool, given: list[Tensor] | None = None) -> ScaleJob:
+    """The job of these matrices, remembered while they stay where they are. ``given``: divisors, instead of those of
+    the job."""
+    params, grads, device = tensors.params, tensors.grads, tensors.params[0].device
+    exp_avg, scales, maps = stored_moments(tensors.exp_avg)
+    lists = (params, grads, exp_avg, tensors.lost, scales, maps, given or [])
+    key = (
+        columns,
+        tuple(map(len, lists)),
+        tuple(map(Tensor.data_ptr, itertools.chain.from_iterable(lists))),
+        tuple([x.shape for x in itertools.chain(params, grads)]),
+        tuple([x.dtype for x in itertools.chain(params, grads, exp_avg)]),
+    )
+
+    def make() -> ScaleJob:
+        k = len(params)
         shapes = [(p.shape[0], math.prod(p.shape[1:])) for p in params]
-        lengths = [length for _, length in shapes]
+        heights, lengths = [rows for rows, _ in shapes], [length for _, length in shapes]
+        sums = divisors = averaging = averages = None
+        divisor_pointers = pointers(given) if given else [0] * k
+        if columns:
+            measuring, parts = _column_plan(grads)
+            sums = torch.empty(parts, dtype=torch.float64, device=device)
+            divisors = _floats(params[0], 1, sum(lengths))[0]
+            places = itertools.accumulate([0, *lengths[:-1]])
+            divisor_pointers = [divisors.data_ptr() + 4 * place for place in places]
+        else:
+            measuring, _ = _flat_plan(grads)
+        coded = _coded(exp_avg, scales, maps) if exp_avg else [[0] * k] * 2
+        if exp_avg:
+            main, sizes = [pointers(exp_avg), pointers(grads)], [g.numel() for g in grads]
+            alike = [(m.dtype, g.dtype, fits) for m, g, fits in zip(exp_avg, grads, aligned(main, sizes), strict=True)]
+            averaging = Plan.of([chunks_of(n) for n in sizes], alike, [sizes], device)
+            averages = addresses([*main, *coded], device)
+        sources = exp_avg or grads
+        main = [pointers(params), pointers(sources), _pointers(tensors.lost, k)]
         widths = [min(triton.next_power_of_2(max(length, 1)), TILE) for length in lengths]
         # Rows per chunk: about CHUNK entries, in whole tiles of TILE // width rows.
         rows_per_chunk = [
@@ -279,66 +316,192 @@ def rows_(
             for p, s, w, fits in zip(params, sources, widths, aligned(main, lengths), strict=True)
         ]
         counts = [-(-rows // per) if length else 0 for (rows, length), per in zip(shapes, rows_per_chunk, strict=True)]
-        plan = Plan.of(counts, keys, [[rows for rows, _ in shapes], lengths, rows_per_chunk], device)
-        at = addresses([main[0], main[1], _pointers(divisors, k), main[2], *coded], device)
-        partial, noise = _floats(numbers, 1, plan.chunks), _stacked(seeds, numbers)
-        for group in plan.groups:
-            p, s, w, fits = group.key
-            matrices.row_chunks[(group.chunks,)](
-                plan.tensor_of, plan.first_chunk, plan.dims, at, group.first, k, table, noise, floor, partial,
-                P=TYPES[p], S=TYPES[s], AVERAGED=bool(exp_avg), COLUMNS=bool(divisors), ALIGNED=fits,
-                **_rounding(p, lost, seeds), W=w, TILE=TILE, **OPTIONS,
+        updating = Plan.of(counts, keys, [heights, lengths, rows_per_chunk], device)
+        at = addresses([main[0], main[1], divisor_pointers, main[2], *coded], device)
+        partial, numbers = _floats(params[0], 2, measuring.chunks), _floats(params[0], len(SCALE_ROWS), k)
+        directions, gradients = _floats(params[0], 1, updating.chunks), addresses([pointers(grads)], device)
+        return ScaleJob(
+            measuring, gradients, updating, at, averaging, averages, partial, directions, numbers, sums, divisors
+        )
+
+    return _remembered(key, device, make)
+
+
+_jobs: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+J = TypeVar("J")
+
+
+def _remembered(key: tuple[Any, ...], device: torch.device, make: Callable[[], J]) -> J:
+    """The job of ``key``, made where there is none. The last 64 are kept."""
+    # As for tables: a captured graph has jobs of its own, which stay alive as long as its memory.
+    if capturing(device):
+        return make()
+    key = (device, stream(device), *key)
+    try:
+        job: J = _jobs[key]
+        _jobs.move_to_end(key)
+    except KeyError:
+        job = _jobs[key] = make()
+        if len(_jobs) > 64:
+            _jobs.popitem(last=False)
+    return job
+
+
+# ---- whole steps ----
+
+
+def _device_of(x: Tensor) -> torch.cuda.device:
+    """Launches go to the current device: make it that of ``x``. Nothing for a CPU tensor (Triton's interpreter)."""
+    return torch.cuda.device(x.get_device() if x.is_cuda else -1)
+
+
+def adam_step_(tensors: StepTensors, options: Tensor, stable: bool, capped: bool, zero_history: bool) -> Tensor:
+    """A whole step of Adam, SPAM or Stable-SPAM, in place: four launches, or six with ``stable``, for tensors that are
+    alike. ``options``: values of `STEP_OPTIONS`, fp64 on the device. Returns `STATS`, fp32 ``[8, k]``.
+
+    Moves 32 bytes per entry in fp32: 4 to measure the gradient and 28 to update.
+    """
+    with _device_of(options):
+        job, k = adam_job(tensors), len(tensors.params)
+        plan, stats = job.plan, _floats(options, len(STATS), k)
+        chunks, width, sizes = (plan.first_chunk, plan.chunk_count, job.partial), plan.chunks, plan.dims[0]
+        _measure(plan, job.gradients, k, job.partial)
+        if stable:
+            numbers.adam_limits[(k,)](
+                *chunks, width, job.scalars, options, job.facts, k, TILE=TOTALS_TILE, **OPTIONS
             )  # fmt: skip
-        return _totals(plan, partial, maxima=0, norms=1, sums=0)
+            after = job.partial[2:]
+            _clip_norms(plan, job.gradients, k, job.partial, job.facts[2], job.facts[3], after)
+        numbers.adam_numbers[(k,)](
+            plan.first_chunk, plan.chunk_count, after if stable else job.partial, width, job.facts, job.scalars,
+            options, sizes, job.numbers, stats, k,
+            STABLE=stable, TILE=TOTALS_TILE, **OPTIONS,
+        )  # fmt: skip
+        adam_update_(job, tensors, job.numbers, capped, zero_history)
+        numbers.adam_report[(k,)](
+            *chunks, width, plan.dims[1], stats, k, CAPPED=capped, TILE=TOTALS_TILE, **OPTIONS
+        )  # fmt: skip
+        return stats
 
 
-def _average(exp_avg: list[Tensor], grads: list[Tensor], coded: list[list[int]], table: Tensor) -> None:
-    """m <- b m + (1 - b) g, in place. ``coded``: addresses of scales and maps; ``table``: `SCALE_ROWS`."""
-    main, sizes = [pointers(exp_avg), pointers(grads)], [g.numel() for g in grads]
-    keys = [(m.dtype, g.dtype, fits) for m, g, fits in zip(exp_avg, grads, aligned(main, sizes), strict=True)]
-    plan = Plan.of([chunks_of(n) for n in sizes], keys, [sizes], table.device)
-    at = addresses([*main, *coded], table.device)
+def adam_update_(job: AdamJob, tensors: StepTensors, table: Tensor, capped: bool, zero_history: bool) -> None:
+    """Update parameters and moments in place by ``table``, `ADAM_ROWS`, fp32 ``[16, k]``. Writes rows of
+    ``job.partial``: the norm of the update, and where ``capped`` the norm after clipping by history and the number of
+    entries clipped so. Reads gradients, parameters and moments once, and writes the latter two once.
+    """
+    plan, k, noise = job.plan, len(tensors.params), _stacked(tensors.seeds, table)
+    starts = plan.tensor_of if job.starts is None else job.starts
+    if job.starts is not None:
+        for group in plan.groups:
+            if group.key[-1]:
+                flat.mask_counts[(group.chunks,)](
+                    plan.tensor_of, plan.first_chunk, plan.dims, job.at, group.first, k, starts, CHUNK=CHUNK, **OPTIONS
+                )
+        flat.mask_starts[(k,)](plan.first_chunk, plan.chunk_count, starts, TILE=TOTALS_TILE, **OPTIONS)
     for group in plan.groups:
-        m, g, fits = group.key
-        flat.average_chunks[(group.chunks,)](
-            plan.tensor_of, plan.first_chunk, plan.dims, at, group.first, len(grads), table,
-            M=TYPES[m], G=TYPES[g], ALIGNED=fits, CHUNK=CHUNK, TILE=TILE, **OPTIONS,
+        p, g, m, v, fits, masked = group.key
+        flat.adam_chunks[(group.chunks,)](
+            plan.tensor_of, plan.first_chunk, plan.dims, job.at, group.first, k, plan.chunks, table, noise,
+            starts, job.partial,
+            P=TYPES[p], G=TYPES[g], M=TYPES[m], V=TYPES[v], ALIGNED=fits, MASKED=masked,
+            **_rounding(p, tensors.lost, tensors.seeds),
+            CAPPED=capped, ZERO_HISTORY=zero_history, CHUNK=CHUNK, TILE=_adam_tile(capped), **OPTIONS,
         )  # fmt: skip
 
 
-def columns(grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Largest entries and norms, fp32 ``[2, k]``, and the squared norms of columns, fp64 in the shape of one row. Reads
-    gradients.
+def _adam_tile(capped: bool) -> int:
+    return TILE
+
+
+def scale_step_(tensors: StepTensors, options: Tensor, rms: bool, columns: bool, floor: float) -> Tensor:
+    """A whole step of SCALE's matrices, in place: four or five launches for matrices that are alike. ``options``:
+    values of `SCALE_OPTIONS`, fp64 on the device. Returns `STATS`, fp32 ``[8, k]``.
+    """
+    with _device_of(options):
+        job, k = scale_job(tensors, columns), len(tensors.params)
+        stats, measuring, updating = _floats(options, len(STATS), k), job.measuring, job.updating
+        # A row's norm is taken by the program that updates the row. A column's is known only once all rows are read,
+        # so columns are summed in the pass that measures.
+        if columns:
+            scale_columns(job, k, rms, floor)
+        else:
+            _measure(measuring, job.gradients, k, job.partial)
+        numbers.scale_numbers[(k,)](
+            measuring.first_chunk, measuring.chunk_count, job.partial, measuring.chunks, options, updating.dims[1],
+            job.numbers, stats, k, RMS=rms and not columns, TILE=TOTALS_TILE, **OPTIONS,
+        )  # fmt: skip
+        scale_update_(job, tensors, job.numbers, columns, floor)
+        numbers.scale_report[(k,)](
+            updating.first_chunk, updating.chunk_count, job.directions, options, updating.dims[1], updating.dims[0],
+            stats, k, TILE=TOTALS_TILE, **OPTIONS,
+        )  # fmt: skip
+        return stats
+
+
+def scale_columns(job: ScaleJob, k: int, rms: bool, floor: float) -> None:
+    """Measure gradients and take the norms of their columns: ``job.partial``, ``job.sums``, ``job.divisors``."""
+    plan = job.measuring
+    for group in plan.groups:
+        dtype, w, fits = group.key
+        matrices.column_chunks[(group.chunks,)](
+            plan.tensor_of, plan.first_chunk, plan.dims, job.gradients, group.first, k, plan.chunks,
+            job.partial, job.sums,
+            G=TYPES[dtype], ALIGNED=fits, W=w, ROWS=TILE // w, PER=COLUMN_ROWS, **OPTIONS,
+        )  # fmt: skip
+    for group in plan.groups:
+        _, w, _ = group.key
+        matrices.column_norms[(group.chunks,)](
+            plan.tensor_of, plan.first_chunk, plan.dims, group.first, k, job.sums, job.divisors, floor,
+            RMS=rms, W=w, ROWS=TILE // w, PER=COLUMN_ROWS, **OPTIONS,
+        )  # fmt: skip
+
+
+def scale_update_(job: ScaleJob, tensors: StepTensors, table: Tensor, columns: bool, floor: float) -> None:
+    """Update averages and parameters in place by ``table``, `SCALE_ROWS`, fp32 ``[7, k]``. Writes ``job.directions``:
+    the norm of the normalised entries of each chunk.
+    """
+    k, noise = len(tensors.params), _stacked(tensors.seeds, table)
+    # The average has to be complete before a row of it is measured, hence a launch of its own before, on the same
+    # stream.
+    if (plan := job.averaging) is not None:
+        for group in plan.groups:
+            m, g, fits = group.key
+            flat.average_chunks[(group.chunks,)](
+                plan.tensor_of, plan.first_chunk, plan.dims, job.averages, group.first, k, table,
+                M=TYPES[m], G=TYPES[g], ALIGNED=fits, CHUNK=CHUNK, TILE=TILE, **OPTIONS,
+            )  # fmt: skip
+    plan = job.updating
+    for group in plan.groups:
+        p, s, w, fits = group.key
+        matrices.row_chunks[(group.chunks,)](
+            plan.tensor_of, plan.first_chunk, plan.dims, job.at, group.first, k, table, noise, floor, job.directions,
+            P=TYPES[p], S=TYPES[s], AVERAGED=job.averaging is not None, COLUMNS=columns, ALIGNED=fits,
+            **_rounding(p, tensors.lost, tensors.seeds), W=w, TILE=TILE, **OPTIONS,
+        )  # fmt: skip
+
+
+# ---- reading gradients outside of a step ----
+
+
+def measure(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Largest entries and norms of tensors, fp32 ``[2, k]``, and of their chunks ``[2, chunks]``. Reads gradients."""
+    with _device_of(grads[0]):
+        plan, at = _flat_plan(grads)
+        partial = _floats(grads[0], 2, plan.chunks)
+        _measure(plan, at, len(grads), partial)
+        return _totals(plan, partial, maxima=1, norms=1, sums=0), partial
+
+
+def clip_norms(grads: list[Tensor], known: Tensor, limit: Tensor, rescale: Tensor) -> Tensor:
+    """fp32 ``[2, k]``: norms after clipping and numbers of clipped entries. ``known``: the chunks of `measure`;
+    ``limit`` and ``rescale``: ``[k]``. Reads the chunks of gradients that have an entry above the limit.
     """
     with _device_of(grads[0]):
-        device, main = grads[0].device, [pointers(grads)]
-        shapes = [(g.shape[0], math.prod(g.shape[1:])) for g in grads]
-        lengths = [length for _, length in shapes]
-        # A chunk is a group of COLUMN_ROWS rows by up to COLUMN_TILE columns.
-        groups = [-(-rows // COLUMN_ROWS) for rows, _ in shapes]
-        widths = [min(triton.next_power_of_2(max(length, 1)), COLUMN_TILE) for length in lengths]
-        counts = [group * -(-length // w) for group, length, w in zip(groups, lengths, widths, strict=True)]
-        keys = list(zip([g.dtype for g in grads], widths, aligned(main, lengths), strict=True))
-        # `sums` holds [groups, length] of each tensor, one after the other.
-        parts = [group * length for group, length in zip(groups, lengths, strict=True)]
-        places = [sum(parts[:i]) for i in range(len(parts))]
-        plan = Plan.of(counts, keys, [[rows for rows, _ in shapes], lengths, places], device)
-        at, k = addresses(main, device), len(grads)
+        plan, at = _flat_plan(grads)
         partial = _floats(grads[0], 2, plan.chunks)
-        # fp64, since squares of fp32 numbers leave the range of fp32.
-        sums = torch.empty(sum(parts), dtype=torch.float64, device=device)
-        for group in plan.groups:
-            dtype, w, fits = group.key
-            matrices.column_chunks[(group.chunks,)](
-                plan.tensor_of, plan.first_chunk, plan.dims, at, group.first, k, plan.chunks, partial, sums,
-                G=TYPES[dtype], ALIGNED=fits, W=w, ROWS=TILE // w, PER=COLUMN_ROWS, **OPTIONS,
-            )  # fmt: skip
-        # Added by torch: a reduction of [groups, length], groups being rows / 256.
-        of_columns = [
-            (part.view(-1, length).sum(0) if part.numel() else sums.new_zeros(length)).view(1, *g.shape[1:])
-            for part, length, g in zip(torch.split(sums, parts), lengths, grads, strict=True)
-        ]
-        return _totals(plan, partial, maxima=1, norms=1, sums=0), of_columns
+        limits, rescales = limit.float().contiguous(), rescale.float().contiguous()
+        _clip_norms(plan, at, len(grads), known, limits, rescales, partial)
+        return _totals(plan, partial, maxima=0, norms=1, sums=1)
 
 
 def transformed_(out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
@@ -356,14 +519,107 @@ def transformed_(out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> Non
             )  # fmt: skip
 
 
+# ---- undoing a step of another optimizer ----
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Copies of some tensors, made where their flag was False, and all that is needed to write them back."""
+
+    flags: Tensor
+    plan: Plan
+    """``dims [2, tensors]``: bytes, and number of the flag."""
+    at: Tensor
+    """Addresses of the copies and of the tensors."""
+    copies: Tensor
+    """uint8: room for all copies, one after the other. Other entries are never written."""
+
+
+def save_unless(flags: list[Tensor], tensors: list[tuple[int, Tensor]]) -> Saved:
+    """See `TritonKernels.save_unless`."""
+    device = flags[0].device
+    with _device_of(flags[0]):
+        sizes = [x.numel() * x.element_size() for _, x in tensors]
+        # Copies begin at multiples of 64 bytes.
+        places = list(itertools.accumulate([-(-n // 64) * 64 for n in sizes], initial=0))
+        copies = torch.empty(places[-1], dtype=torch.uint8, device=device)
+        start = copies.data_ptr()
+        at = addresses([[start + place for place in places[:-1]], [x.data_ptr() for _, x in tensors]], device)
+        # Chunks of as many bytes as a chunk of fp32 entries has. One launch serves all, byte by byte: it is rare that
+        # anything is copied.
+        counts = [-(-n // (4 * CHUNK)) for n in sizes]
+        plan = Plan.of(counts, [()] * len(sizes), [sizes, [number for number, _ in tensors]], device)
+        saved = Saved(torch.stack(flags), plan, at, copies)
+        _copy(saved, back=False)
+        return saved
+
+
+def restore_unless(saved: Saved) -> None:
+    """See `TritonKernels.restore_unless`."""
+    with _device_of(saved.flags):
+        _copy(saved, back=True)
+
+
+def _copy(saved: Saved, back: bool) -> None:
+    plan = saved.plan
+    for group in plan.groups:
+        flat.copy_chunks[(group.chunks,)](
+            plan.tensor_of, plan.first_chunk, plan.dims, saved.at, group.first, plan.first_chunk.numel(), saved.flags,
+            BACK=back, CHUNK=4 * CHUNK, TILE=4 * TILE, **OPTIONS,
+        )  # fmt: skip
+
+
 # ---- what the launches share ----
 
 
-def _flat_plan(grads: list[Tensor]) -> tuple[Plan, Tensor, int]:
-    """The plan of kernels that only read gradients, the addresses ``[1, k]``, and ``k``."""
+def _measure(plan: Plan, gradients: Tensor, k: int, partial: Tensor) -> None:
+    """Rows 0 and 1 of ``partial``: largest entry and norm of each chunk. ``gradients``: addresses in row 0."""
+    for group in plan.groups:
+        dtype, fits = _read_key(group)
+        flat.measure_chunks[(group.chunks,)](
+            plan.tensor_of, plan.first_chunk, plan.dims, gradients, group.first, k, plan.chunks, partial,
+            G=TYPES[dtype], ALIGNED=fits, CHUNK=CHUNK, TILE=TILE, **OPTIONS,
+        )  # fmt: skip
+
+
+def _clip_norms(
+    plan: Plan, gradients: Tensor, k: int, known: Tensor, limits: Tensor, rescales: Tensor, partial: Tensor
+) -> None:
+    for group in plan.groups:
+        dtype, fits = _read_key(group)
+        flat.clip_chunks[(group.chunks,)](
+            plan.tensor_of, plan.first_chunk, plan.dims, gradients, group.first, k, plan.chunks, known,
+            limits, rescales, partial,
+            G=TYPES[dtype], ALIGNED=fits, CHUNK=CHUNK, TILE=TILE, **OPTIONS,
+        )  # fmt: skip
+
+
+def _read_key(group: Group) -> tuple[torch.dtype, bool]:
+    """Dtype and alignment of the gradients of a group, by the plan of an `AdamJob` or of `_flat_plan`."""
+    return (group.key[1], group.key[4]) if len(group.key) > 2 else group.key
+
+
+def _flat_plan(grads: list[Tensor]) -> tuple[Plan, Tensor]:
+    """The plan of kernels that only read gradients, and the addresses ``[1, k]``."""
     device, main, sizes = grads[0].device, [pointers(grads)], [g.numel() for g in grads]
     keys = [(g.dtype, fits) for g, fits in zip(grads, aligned(main, sizes), strict=True)]
-    return Plan.of([chunks_of(n) for n in sizes], keys, [sizes], device), addresses(main, device), len(grads)
+    return Plan.of([chunks_of(n) for n in sizes], keys, [sizes], device), addresses(main, device)
+
+
+def _column_plan(grads: list[Tensor]) -> tuple[Plan, int]:
+    """The plan of `column_chunks`, and the number of entries of its ``sums``."""
+    shapes = [(g.shape[0], math.prod(g.shape[1:])) for g in grads]
+    lengths = [length for _, length in shapes]
+    # A chunk is a group of COLUMN_ROWS rows by up to COLUMN_TILE columns.
+    groups = [-(-rows // COLUMN_ROWS) for rows, _ in shapes]
+    widths = [min(triton.next_power_of_2(max(length, 1)), COLUMN_TILE) for length in lengths]
+    counts = [group * -(-length // w) for group, length, w in zip(groups, lengths, widths, strict=True)]
+    keys = list(zip([g.dtype for g in grads], widths, aligned([pointers(grads)], lengths), strict=True))
+    # `sums` holds [groups, length] of each tensor, one after the other; `divisors` holds [length] of each.
+    parts = [group * length for group, length in zip(groups, lengths, strict=True)]
+    places, divisors = (list(itertools.accumulate([0, *x[:-1]])) for x in (parts, lengths))
+    heights = [rows for rows, _ in shapes]
+    return Plan.of(counts, keys, [heights, lengths, places, divisors], grads[0].device), sum(parts)
 
 
 def _totals(plan: Plan, partial: Tensor, *, maxima: int, norms: int, sums: int) -> Tensor:
@@ -371,9 +627,9 @@ def _totals(plan: Plan, partial: Tensor, *, maxima: int, norms: int, sums: int) 
     k = plan.first_chunk.numel()
     out = _floats(partial, maxima + norms + sums, k)
     # One program per tensor. A tensor without chunks gets zeros.
-    flat.totals[(k,)](
+    numbers.totals[(k,)](
         plan.first_chunk, plan.chunk_count, partial, plan.chunks, out, k,
-        MAXIMA=maxima, NORMS=norms, SUMS=sums, TILE=TILE, **OPTIONS,
+        MAXIMA=maxima, NORMS=norms, SUMS=sums, TILE=TOTALS_TILE, **OPTIONS,
     )  # fmt: skip
     return out
 

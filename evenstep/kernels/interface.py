@@ -36,6 +36,12 @@ STEP_OPTIONS = (
 """Options of `Kernels.adam_step_`, the same for all tensors of a call; an option that is not given is 0. The order is
 that of ``struct StepOptions`` in cpu_adam.h, which receives the values as one vector."""
 
+SCALE_OPTIONS = ("sign", "lr", "decay", "momentum")
+"""Numbers of `Kernels.scale_step_`, in the order in which the Triton kernels receive them."""
+
+ADAM_SCALARS = ("age", "peak", "norm", "norm_rms", "n")
+"""`StepTensors.scalars` by name, in their order; only the first is kept without AdaClip and AdaGN."""
+
 STATS = ("grad_max", "grad_norm", "norm_after", "clip_limit", "clipped", "gain", "update_rms", "skipped")
 """Per-tensor statistics that a step returns, one row per statistic."""
 

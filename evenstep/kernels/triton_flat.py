@@ -1,14 +1,14 @@
-"""Triton kernels that treat tensors as flat: measuring, clipped norms, Adam, an average, and the sums over chunks.
+"""Triton kernels that treat tensors as flat: measuring, clipped norms, masks, Adam, and an average.
 
 One launch serves all tensors of a group. Each program takes one chunk: ``CHUNK`` neighbouring entries of one tensor, in
 a loop over tiles of ``TILE`` entries. Arguments that the kernels share:
 
-* ``tensor_of [chunks]``, ``first_chunk [k]``, ``chunk_count [k]``, ``dims [1, k]`` (sizes): the tables of `Plan` in
-  cuda_launch.py, int64.
+* ``tensor_of [chunks]``, ``first_chunk [k]``, ``chunk_count [k]``, ``dims [rows, k]`` (sizes first): the tables of
+  `Plan` in cuda_launch.py, int64.
 * ``addresses [streams, k]``, int64: where the tensors lie, a row for each of parameter, gradient, moments, ...
 * ``base``: the first chunk of the launch; ``width``: the number of chunks of all launches; ``k``: of tensors.
 * ``numbers [rows, k]``, fp32: the numbers of whole tensors; `ADAM_ROWS` and `SCALE_ROWS` in interface.py name the rows.
-* ``out [rows, width]``, fp32: results of chunks. `totals` makes those of tensors.
+* ``out [rows, width]``, fp32: results of chunks, from which triton_numbers.py computes those of tensors.
 
 Memory: entries that a program writes are read by no other program of the launch, and each program has its own column of
 ``out``. So there are no races and no atomics, and results are the same on every run. Launches on one stream run in
@@ -32,6 +32,7 @@ from evenstep.kernels.triton_math import (
     open_moment,
     pointer,
     read,
+    store_moment,
     write,
 )
 
@@ -57,6 +58,9 @@ RATE_FINITE = tl.constexpr(SCALE_ROWS.index("finite"))
 RATE_GAIN = tl.constexpr(SCALE_ROWS.index("gain"))
 RATE_KEEP = tl.constexpr(SCALE_ROWS.index("keep"))
 RATE_ADD = tl.constexpr(SCALE_ROWS.index("add"))
+RATE = tl.constexpr(SCALE_ROWS.index("rate"))
+RATE_SHRINK = tl.constexpr(SCALE_ROWS.index("shrink"))
+RATE_ROOT = tl.constexpr(SCALE_ROWS.index("root"))
 
 
 @device_function
@@ -134,54 +138,53 @@ def clip_chunks(
 
 
 @kernel
-def totals(
-    first_chunk: tl.tensor, chunk_count: tl.tensor, partial: tl.tensor, width: tl.tensor, out: tl.tensor, k: tl.tensor,
-    MAXIMA: tl.constexpr, NORMS: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr,
+def mask_counts(
+    tensor_of: tl.tensor, first_chunk: tl.tensor, dims: tl.tensor, addresses: tl.tensor,
+    base: tl.tensor, k: tl.tensor, starts: tl.tensor, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """From chunks to tensors: ``partial [rows, width]`` to ``out [rows, k]``, one program per tensor.
+    """``starts [width]``, int64: the number of trained entries of each chunk. ``addresses``: those of `adam_chunks`."""
+    chunk, i, begin, n = locate(tensor_of, first_chunk, dims, base, CHUNK, False)
+    mask = pointer(addresses, 9, k, i, tl.uint8, False)
+    # CHUNK is a multiple of 8, so a chunk begins with a whole byte. The bits after the last entry are 0.
+    bytes = begin // 8 + tl.arange(0, CHUNK // 8)
+    bits = tl.load(mask + bytes, mask=bytes * 8 < n, other=0).to(tl.int32)
+    # The number of ones of each byte: sums of neighbours of 1, 2 and 4 bits.
+    bits = bits - ((bits >> 1) & 0x55)
+    bits = (bits & 0x33) + ((bits >> 2) & 0x33)
+    tl.store(starts + chunk, tl.sum((bits + (bits >> 4)) & 0x0F).to(tl.int64))
 
-    Rows of maxima come first, then rows of norms (the 2-norm of the chunks' norms), then rows to be summed.
-    """
-    # A tensor's chunks are neighbours in `partial`. The order of additions depends on their number alone, so results do
-    # not depend on which program finished first.
+
+@kernel
+def mask_starts(first_chunk: tl.tensor, chunk_count: tl.tensor, starts: tl.tensor, TILE: tl.constexpr) -> None:
+    """Counts of chunks become the number of trained entries before each chunk of a tensor, in place. One program per
+    tensor."""
     i = tl.program_id(0)
     first, count = tl.load(first_chunk + i), tl.load(chunk_count + i)
-    for row in tl.static_range(MAXIMA + NORMS + SUMS):
-        values = partial + row * width + first
-        one = tl.zeros([TILE], tl.float32)
-        two, three = one, one
-        for start in range(0, count, TILE):
-            offsets = start + tl.arange(0, TILE)
-            x = tl.load(values + offsets, mask=offsets < count, other=0.0)
-            if row < MAXIMA:
-                one = tl.maximum(one, x)
-            elif row < MAXIMA + NORMS:
-                one, two, three = add_squares(x, one, two, three)
-            else:
-                one += x
-        # `row` is a constant of the unrolled loop, so each row is compiled with its own branch.
-        if row < MAXIMA:
-            total = tl.max(one)
-        elif row < MAXIMA + NORMS:
-            total = norm_of(tl.sum(one), tl.sum(two), tl.sum(three))
-        else:
-            total = tl.sum(one)
-        tl.store(out + row * k + i, total)
+    before = tl.zeros([], tl.int64)
+    for start in range(0, count, TILE):
+        offsets = start + tl.arange(0, TILE)
+        counts = tl.load(starts + first + offsets, mask=offsets < count, other=0)
+        tl.store(starts + first + offsets, before + tl.cumsum(counts, 0) - counts, mask=offsets < count)
+        before += tl.sum(counts)
 
 
 @kernel
 def adam_chunks(
     tensor_of: tl.tensor, first_chunk: tl.tensor, dims: tl.tensor, addresses: tl.tensor,
-    base: tl.tensor, k: tl.tensor, width: tl.tensor, numbers: tl.tensor, seeds: tl.tensor, out: tl.tensor,
-    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
+    base: tl.tensor, k: tl.tensor, width: tl.tensor, numbers: tl.tensor, seeds: tl.tensor, starts: tl.tensor,
+    out: tl.tensor,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
     KAHAN: tl.constexpr, STOCHASTIC: tl.constexpr, CAPPED: tl.constexpr, ZERO_HISTORY: tl.constexpr,
     CHUNK: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
     """The step of Adam, SPAM and Stable-SPAM: the twin of `adam_step` in evenstep/optim/functional.py.
 
     ``addresses``: parameter, gradient, first and second moment, compensation, then scales and map of the first moment
-    and of the second where they are coded, else 0. Reads all of them once; writes parameter, moments, compensation and
-    scales. ``seeds [k]``, int32, where rounding is stochastic.
+    and of the second where they are coded, else 0, and the mask. Reads all of them once; writes parameter, moments,
+    compensation and scales. ``seeds [k]``, int32, where rounding is stochastic.
+
+    With ``MASKED`` the moments hold the trained entries alone, in their order; ``starts [width]`` has the number of
+    trained entries before each chunk (`mask_starts`). Bit i of byte j of the mask stands for entry 8 j + i.
 
     ``out [3, width]``: norm of the update; for SPAM (``CAPPED``) also the norm after clipping and the number of clipped
     entries.
@@ -193,6 +196,7 @@ def adam_chunks(
     # A pointer of 0 is never read: its use is cut out by a constant (M, V, KAHAN).
     m_scale, m_map = pointer(addresses, 5, k, i, tl.float32, False), pointer(addresses, 6, k, i, tl.float32, False)
     v_scale, v_map = pointer(addresses, 7, k, i, tl.float32, False), pointer(addresses, 8, k, i, tl.float32, False)
+    mask = pointer(addresses, 9, k, i, tl.uint8, False)
     # Numbers of the whole tensor: column i of `numbers`, read once per chunk.
     number = numbers + i
     gain, limit, reduced = tl.load(number + GAIN * k), tl.load(number + LIMIT * k), tl.load(number + REDUCED * k)
@@ -207,18 +211,27 @@ def adam_chunks(
     zero = tl.zeros([TILE], tl.float32)
     high, middle, low = zero, zero, zero
     clipped_high, clipped_middle, clipped_low, count = zero, zero, zero, zero
+    before_tile = tl.load(starts + chunk) if MASKED else begin
     # A tensor whose gradient is not finite keeps parameter and moments bit for bit: the loop is empty.
     end = tl.where(tl.load(number + FINITE * k) != 0, tl.minimum(begin + CHUNK, n), begin)
     for start in range(begin, end, TILE):
         start = tl.multiple_of(start, TILE)
         offsets = start + tl.arange(0, TILE)
         inside = offsets < n
+        # `places`: where the moments of an entry are, and its number in the noise of stochastic rounding.
+        places = offsets
+        if MASKED:
+            bits = tl.load(mask + offsets // 8, mask=inside, other=0).to(tl.int32)
+            trained = ((bits >> (offsets % 8).to(tl.int32)) & 1) * inside.to(tl.int32)
+            places = before_tile + tl.cumsum(trained, 0) - trained
+            before_tile += tl.sum(trained)
+            inside = trained != 0
         x, before = read(g, offsets, inside), read(p, offsets, inside)
         # AdaClip and AdaGN: gain = mu_hat / (sqrt(nu_hat) + eps) / ||g||, reduced = gain * T_hat / max|g|, each times
         # the sign of the step.
         x = cleaned(x * tl.where(tl.abs(x) > limit, reduced, gain))
-        first = open_moment(m, m_scale, m_map, offsets, inside, M)
-        second = open_moment(v, v_scale, v_map, offsets, inside, V)
+        first = open_moment(m, m_scale, m_map, places, inside, M)
+        second = open_moment(v, v_scale, v_map, places, inside, V)
         if CAPPED:
             # SPAM: g^2 > theta v becomes sign(g) sqrt(theta v), with v from before this step. On a step without
             # clipping cap_spread is Inf; on a reset step cap_factor is 0.
@@ -238,11 +251,15 @@ def adam_chunks(
         # With eps = 0 the update of a masked entry is 0 / 0.
         high, middle, low = add_squares(tl.where(inside, update, 0.0), high, middle, low)
         # The published code clears moments after the update: after = 0 on its reset steps.
-        # Masked entries of first and second are 0, as `close_moment` asks.
-        close_moment(m, m_scale, m_map, first * after, start, n, M, True, TILE)
-        close_moment(v, v_scale, v_map, second * after, start, n, V, False, TILE)
+        if MASKED:
+            store_moment(m, first * after, places, inside, M)
+            store_moment(v, second * after, places, inside, V)
+        else:  # entries beyond the end are 0 in first and second, as `close_moment` asks
+            close_moment(m, m_scale, m_map, first * after, start, n, M, True, TILE)
+            close_moment(v, v_scale, v_map, second * after, start, n, V, False, TILE)
         # Decoupled weight decay: shrink = 1 - lr wd before the update, or shrink_after (published SPAM) after it.
-        write(p, lost, (before * shrink - update) * shrink_after, offsets, inside, seed, P, KAHAN, STOCHASTIC)
+        exact = (before * shrink - update) * shrink_after
+        write(p, lost, exact, offsets, places, inside, seed, P, KAHAN, STOCHASTIC)
     tl.store(out + chunk, norm_of(tl.sum(high), tl.sum(middle), tl.sum(low)))
     if CAPPED:
         norm = norm_of(tl.sum(clipped_high), tl.sum(clipped_middle), tl.sum(clipped_low))
@@ -295,3 +312,21 @@ def transformed_chunks(
         # A gain of 0 stands for a gradient that is not finite: 0 * Inf is NaN, which `cleaned` makes 0.
         x = cleaned(x * tl.where(tl.abs(x) > limit, reduced, gain))
         tl.store(out + offsets, x.to(D), mask=inside)
+
+
+@kernel
+def copy_chunks(
+    tensor_of: tl.tensor, first_chunk: tl.tensor, dims: tl.tensor, addresses: tl.tensor,
+    base: tl.tensor, k: tl.tensor, flags: tl.tensor, BACK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Copy the bytes of tensors whose flag is False, or with ``BACK`` their copies into them. ``addresses``: copies,
+    tensors; ``dims``: bytes, number of the flag."""
+    _, i, begin, n = locate(tensor_of, first_chunk, dims, base, CHUNK, False)
+    copy, x = pointer(addresses, 0, k, i, tl.uint8, False), pointer(addresses, 1, k, i, tl.uint8, False)
+    accepted = tl.load(flags + tl.load(dims + k + i))
+    for start in range(begin, tl.where(accepted, begin, tl.minimum(begin + CHUNK, n)), TILE):
+        offsets = start + tl.arange(0, TILE)
+        if BACK:
+            tl.store(x + offsets, tl.load(copy + offsets, mask=offsets < n, other=0), mask=offsets < n)
+        else:
+            tl.store(copy + offsets, tl.load(x + offsets, mask=offsets < n, other=0), mask=offsets < n)

@@ -34,7 +34,8 @@ VARYING = ["base", "width", "k"]
 # of 16 bytes. A program reads a few entries of them, so nothing is lost.
 TABLES = [
     *("tensor_of", "first_chunk", "chunk_count", "dims", "addresses"),
-    *("partial", "known", "out", "numbers", "seeds", "limits", "rescales"),
+    *("partial", "known", "out", "numbers", "seeds", "limits", "rescales", "starts", "sums", "divisors", "flags"),
+    *("settings", "scalars", "facts", "stats", "sizes", "lengths", "heights"),
 ]
 
 
@@ -158,9 +159,15 @@ def close_moment(
         number = start // CODED + tl.arange(0, TILE // CODED)
         tl.store(scale + number, size, mask=number * CODED < n)
     else:
-        if tl.bfloat16 == DTYPE:  # larger numbers would round to Inf, which no later decay brings back
-            x = tl.minimum(tl.maximum(x, -LARGEST_BF16), LARGEST_BF16)
-        tl.store(p + offsets, x.to(DTYPE), mask=offsets < n)
+        store_moment(p, x, offsets, offsets < n, DTYPE)
+
+
+@device_function
+def store_moment(p: tl.tensor, x: tl.tensor, offsets: tl.tensor, inside: tl.tensor, DTYPE: tl.constexpr) -> None:
+    """Store ``x`` as entries ``offsets`` of an fp32 or bf16 moment."""
+    if tl.bfloat16 == DTYPE:  # larger numbers would round to Inf, which no later decay brings back
+        x = tl.minimum(tl.maximum(x, -LARGEST_BF16), LARGEST_BF16)
+    tl.store(p + offsets, x.to(DTYPE), mask=inside)
 
 
 @device_function
@@ -216,10 +223,13 @@ def mixed(x: tl.tensor) -> tl.tensor:
 
 @device_function
 def write(
-    p: tl.tensor, lost: tl.tensor, exact: tl.tensor, offsets: tl.tensor, inside: tl.tensor, seed: tl.tensor,
-    P: tl.constexpr, KAHAN: tl.constexpr, STOCHASTIC: tl.constexpr,
+    p: tl.tensor, lost: tl.tensor, exact: tl.tensor, offsets: tl.tensor, places: tl.tensor, inside: tl.tensor,
+    seed: tl.tensor, P: tl.constexpr, KAHAN: tl.constexpr, STOCHASTIC: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Round ``exact`` (fp32) into entries ``offsets`` of a parameter of dtype ``P``, as evenstep/optim/rounding.py."""
+    """Round ``exact`` (fp32) into entries ``offsets`` of a parameter of dtype ``P``, as evenstep/optim/rounding.py.
+
+    ``places``: the number of each entry in the noise of stochastic rounding.
+    """
     if KAHAN:
         # p <- round(exact + lost), lost <- what rounding took away.
         exact += read(lost, offsets, inside)
@@ -230,7 +240,7 @@ def write(
         # Noise of 16 bits below the last bit that bf16 keeps: it carries into that bit with the probability that makes
         # the mean exact. It is a hash of the seed and the entry's number in its tensor, so it depends on neither tiles
         # nor programs. The number enters modulo 2^32.
-        noise = mixed(offsets.to(tl.int32) * -1640531527 + seed) & 0xFFFF
+        noise = mixed(places.to(tl.int32) * -1640531527 + seed) & 0xFFFF
         rounded = ((exact.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
         finite = tl.abs(exact) <= LARGEST  # noise could turn the bits of an Inf into those of a NaN
         tl.store(p + offsets, tl.where(finite, rounded, exact).to(P), mask=inside)

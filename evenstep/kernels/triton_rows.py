@@ -10,8 +10,7 @@ short rows share a tile, long ones take several.
 
 import triton.language as tl
 
-from evenstep.kernels.interface import SCALE_ROWS
-from evenstep.kernels.triton_flat import RATE_FINITE, RATE_GAIN
+from evenstep.kernels.triton_flat import RATE, RATE_FINITE, RATE_GAIN, RATE_ROOT, RATE_SHRINK
 from evenstep.kernels.triton_math import (
     LARGEST,
     add_squares,
@@ -24,10 +23,6 @@ from evenstep.kernels.triton_math import (
     read,
     write,
 )
-
-RATE = tl.constexpr(SCALE_ROWS.index("rate"))
-SHRINK = tl.constexpr(SCALE_ROWS.index("shrink"))
-ROOT = tl.constexpr(SCALE_ROWS.index("root"))
 
 
 @device_function
@@ -68,7 +63,7 @@ def row_chunks(
     lost = pointer(addresses, 3, k, i, P, ALIGNED)
     scale, map = pointer(addresses, 4, k, i, tl.float32, False), pointer(addresses, 5, k, i, tl.float32, False)
     gain, rate = tl.load(number + RATE_GAIN * k), tl.load(number + RATE * k)
-    shrink, root = tl.load(number + SHRINK * k), tl.load(number + ROOT * k)
+    shrink, root = tl.load(number + RATE_SHRINK * k), tl.load(number + RATE_ROOT * k)
     seed = tl.load(seeds + i) if STOCHASTIC else 0
 
     # Tiles are [ROWS, W]; r [ROWS] numbers rows of the matrix, c [W] its columns.
@@ -101,7 +96,8 @@ def row_chunks(
             x = tl.div_rn(x, size)
             total_high, total_middle, total_low = add_squares(x, total_high, total_middle, total_low)
             # p <- p (1 - lr wd) - lr x
-            write(p, lost, read(p, offsets, inside) * shrink - x * rate, offsets, inside, seed, P, KAHAN, STOCHASTIC)
+            exact = read(p, offsets, inside) * shrink - x * rate
+            write(p, lost, exact, offsets, offsets, inside, seed, P, KAHAN, STOCHASTIC)
     tl.store(out + chunk, norm_of(tl.sum(total_high), tl.sum(total_middle), tl.sum(total_low)))
 
 
@@ -114,7 +110,7 @@ def column_chunks(
     """Measure gradients (``out [2, width]`` as in `measure_chunks`) and sum the squares of their columns.
 
     A chunk is a group of ``PER`` rows by ``W`` columns. ``sums``, fp64: for each tensor ``[groups, length]``, from
-    entry ``dims[2]`` on; the host adds the groups. ``dims``: rows, length of a row, first entry in ``sums``.
+    entry ``dims[2]`` on; `column_norms` adds the groups. ``dims``: rows, length of a row, first entry in ``sums``.
     """
     chunk = base + tl.program_id(0)
     i = tl.load(tensor_of + chunk)
@@ -145,3 +141,30 @@ def column_chunks(
     tl.store(out + width + chunk, norm_of(tl.sum(high), tl.sum(middle), tl.sum(low)))
     # Each group of rows has entries of its own in `sums`: no two programs write the same one.
     tl.store(sums + place + group * length + c, tl.sum(squares, axis=0), mask=c < length)
+
+
+@kernel
+def column_norms(
+    tensor_of: tl.tensor, first_chunk: tl.tensor, dims: tl.tensor, base: tl.tensor, k: tl.tensor,
+    sums: tl.tensor, divisors: tl.tensor, floor: tl.tensor,
+    RMS: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, PER: tl.constexpr,
+) -> None:  # fmt: skip
+    """The norms of columns from the ``sums`` of `column_chunks`: ``divisors``, fp32, from entry ``dims[3]`` on for each
+    tensor. The programs are those of `column_chunks`; those of the first group of rows add ``W`` columns each.
+    """
+    chunk = base + tl.program_id(0)
+    i = tl.load(tensor_of + chunk)
+    rows, length, place = tl.load(dims + i), tl.load(dims + k + i), tl.load(dims + 2 * k + i)
+    number = chunk - tl.load(first_chunk + i)
+    c = number * W + tl.arange(0, W)
+    inside = (number < tl.cdiv(length, W)) & (c < length)
+    groups = tl.where(number < tl.cdiv(length, W), tl.cdiv(rows, PER), 0)
+    squares = tl.zeros([ROWS, W], tl.float64)
+    for group in range(0, groups, ROWS):
+        r = group + tl.arange(0, ROWS)
+        at = place + r[:, None] * length + c[None, :]
+        squares += tl.load(sums + at, mask=(r < groups)[:, None] & inside[None, :], other=0.0)
+    size = tl.sqrt(tl.sum(squares, axis=0)).to(tl.float32)
+    if RMS:  # ||x|| / sqrt(rows)
+        size = tl.div_rn(size, tl.sqrt_rn(tl.maximum(rows, 1).to(tl.float32)))
+    tl.store(divisors + tl.load(dims + 3 * k + i) + c, tl.maximum(size, floor), mask=inside)

@@ -8,13 +8,15 @@ transformed gradients (`GradientSwap`).
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from evenstep.kernels.cuda import TritonKernels
+from evenstep.kernels.interface import PLAIN
 from evenstep.optim.chain import PREFIX
 from evenstep.optim.distributed import is_sharded, local, plain_parts, refuse_flat_shard, shard_like
 from evenstep.optim.functional import Gradients
@@ -165,7 +167,7 @@ def on_host(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def split_by_flag(accepted: dict[Tensor, Tensor], nonfinite: str) -> tuple[set[Tensor], list[Tensor]]:
+def split_by_flag(accepted: dict[Tensor, Tensor], nonfinite: str) -> tuple[set[Tensor], set[Tensor]]:
     """The parameters that the base steps, and those among them that may have to be put back afterwards.
 
     ``accepted`` has a flag for each parameter with a gradient (0-d bool on its device): the gradient is finite. A
@@ -175,7 +177,7 @@ def split_by_flag(accepted: dict[Tensor, Tensor], nonfinite: str) -> tuple[set[T
     read = [p for p, flag in accepted.items() if nonfinite == "skip" or (nonfinite == "restore" and on_host(flag))]
     values = _values([accepted[p] for p in read])
     stepped, was_read = set(accepted) - {p for p, good in zip(read, values, strict=True) if not good}, set(read)
-    return stepped, [p for p in accepted if p not in was_read] if nonfinite == "restore" else []
+    return stepped, set(accepted) - was_read if nonfinite == "restore" else set()
 
 
 def _values(flags: list[Tensor]) -> list[bool]:
@@ -186,47 +188,68 @@ def _values(flags: list[Tensor]) -> list[bool]:
 
 
 class Snapshot:
-    """A copy of parameters and their state before a step, which undoes the step for some of them.
+    """Parameters and their state before a step, from which the step is undone for some of them.
 
-    The choice is made on the device, by ``torch.where`` with the flags. Counts that are Python numbers, or live on
-    another device than the parameter (torch's step counts on the CPU, for parameters on a GPU), cannot be put back
-    without reading from the device: they keep the value after the step.
+    ``accepted`` says for each parameter (0-d bool on its device) whether its step counts; no flag is read on the host.
+    With ``kernels`` only the tensors whose flag is False are copied, and copied back: memory for all of them is
+    reserved, but the usual step moves nothing. Without, everything is copied, and ``torch.where`` chooses.
+
+    Counts that are Python numbers, or live on another device than the parameter (torch's step counts on the CPU, for
+    parameters on a GPU), cannot be put back without reading from the device: they keep the value after the step.
     """
 
-    def __init__(self, base: Optimizer, params: list[Tensor], moments: frozenset[str]):
-        self.base, self.params, self.moments = base, params, moments
-        # Lists, because a DTensor or an 8-bit tensor consists of several plain tensors.
-        self.weights = [_copies(p) for p in params]
-        self.states = [
-            {name: _copies(value) for name, value in base.state.get(p, {}).items() if isinstance(value, Tensor)}
-            for p in params
-        ]
+    def __init__(
+        self,
+        base: Optimizer,
+        accepted: Mapping[Tensor, Tensor],
+        moments: frozenset[str],
+        kernels: TritonKernels | None = None,
+    ):
+        self.base, self.accepted, self.moments, self.kernels = base, accepted, moments, kernels
+        # The plain tensors of each parameter (None) and of each entry of its state.
+        self.before = {p: {name: _parts(x) for name, x in self._entries(p)} for p in accepted}
+        self.copies: dict[int, Tensor] = {}  # id of a tensor that the kernel does not serve -> its copy
+        served: list[tuple[int, Tensor]] = []  # number of the flag, and tensor
+        for number, (p, flag) in enumerate(accepted.items()):
+            for part in (part for parts in self.before[p].values() for part in parts):
+                if kernels is not None and part.is_contiguous() and part.device == flag.device:
+                    served.append((number, part))
+                else:
+                    self.copies[id(part)] = part.clone()
+        self.saved = kernels.save_unless(list(accepted.values()), served) if kernels is not None and served else None
 
-    def restore(self, accepted: list[Tensor]) -> None:
-        """Put back the parameters whose flag (0-d bool) is False, and their state."""
-        for p, flag, weights, before in zip(self.params, accepted, self.weights, self.states, strict=True):
-            _restore_where_false(p, weights, flag)
-            for name, value in self.base.state.get(p, {}).items():
-                if not isinstance(value, Tensor):
-                    continue
-                if name in before:
-                    _restore_where_false(value, before[name], flag)
+    def _entries(self, p: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        yield None, p
+        yield from ((name, x) for name, x in self.base.state.get(p, {}).items() if isinstance(x, Tensor))
+
+    def restore(self) -> None:
+        """Put back the parameters whose flag is False, and their state."""
+        if self.kernels is not None and self.saved is not None:
+            self.kernels.restore_unless(self.saved)
+        for p, flag in self.accepted.items():
+            for name, x in self._entries(p):
+                parts = _parts(x)
+                if name in self.before[p]:
+                    for part, old in zip(parts, self.before[p][name], strict=False):
+                        if id(old) in self.copies:
+                            _restore_where_false(part, self.copies[id(old)], flag)
+                        # The kernel has put the old tensor back; the step may have made another in its place.
+                        elif part is not old and part.untyped_storage()._cdata != old.untyped_storage()._cdata:
+                            _restore_where_false(part, old, flag)
                 elif name in self.moments or STARTS.get(name) is not None:  # created by this step: back to the start
-                    _restore_where_false(
-                        value, [torch.full_like(x, STARTS.get(name) or 0) for x in plain_parts(value)], flag
-                    )
+                    for part in parts:
+                        _restore_where_false(part, torch.full_like(part, STARTS.get(name) or 0), flag)
 
 
-def _copies(x: Tensor) -> list[Tensor]:
-    return [part.clone() for part in plain_parts(x)]
+def _parts(x: Tensor) -> list[Tensor]:
+    return [x] if type(x) in PLAIN else list(plain_parts(x))
 
 
-def _restore_where_false(x: Tensor, saved: list[Tensor], flag: Tensor) -> None:
-    """Overwrite ``x`` by its copy where ``flag`` is False, without reading the flag."""
-    for part, old in zip(plain_parts(x), saved, strict=False):
-        # Another device: see the class. Another shape: replaced by the step, for example a mask with its moments.
-        if part.device == flag.device and part.shape == old.shape:
-            torch.where(flag, part, old, out=part)
+def _restore_where_false(x: Tensor, old: Tensor, flag: Tensor) -> None:
+    """Overwrite ``x`` by ``old`` where ``flag`` is False, without reading the flag."""
+    # Another device: see the class. Another shape: replaced by the step, for example a mask with its moments.
+    if x.device == flag.device and x.shape == old.shape:
+        torch.where(flag, x.detach(), old, out=x.detach())
 
 
 # ---- transformed gradients ----
@@ -275,24 +298,32 @@ class GradientSwap:
         work: Sequence[Work],
         step: Callable[[], Any] | None = None,
         bad: Tensor | None = None,
+        before: Callable[[list[Tensor]], Snapshot] | None = None,
     ) -> None:
         """Step ``base`` (by calling ``step``, if given) on the transformed gradients ``work``.
 
         ``p.grad`` of all parameters must be None before, and is None again afterwards. Where ``bad`` (0-d bool) is True
-        the gradients are NaN instead, for a base that leaves such tensors unchanged.
+        the gradients are NaN instead, for a base that leaves such tensors unchanged. ``before`` is called with the
+        parameters of each turn, and the step is undone by the snapshot that it returns.
         """
+        # Computed once for all turns; the plain code reads its factors tensor by tensor.
+        factors = {id(g): g.factors() for g in {id(g): g for g, _, _ in work}.values() if g.kernels is not None}
         # One turn holds all gradients at once, in new memory, if the base has to see them together.
         for turn in (turns := _turns(work) if goes_in_turns(base) else [list(work)] if work else []):
             outs = self._allocate(turn) if len(turns) > 1 else [torch.empty_like(_original(g, i)) for g, i, _ in turn]
             for several, targets in _by_bucket(turn, outs):
-                several[0][0].write([i for _, i, _ in several], targets)
+                grads = several[0][0]
+                grads.write([i for _, i, _ in several], targets, factors.get(id(grads)))
             if bad is not None:
                 for out in outs:
                     out.masked_fill_(bad, math.nan)
             for (_, _, p), out in zip(turn, outs, strict=True):
                 p.grad = shard_like(p, out, p.shape, p.stride())
             try:
+                snapshot = before([p for _, _, p in turn]) if before else None
                 (step or base.step)()
+                if snapshot is not None:
+                    snapshot.restore()
             finally:  # also after an error, and before the next turn: a base must see each gradient once
                 for _, _, p in turn:
                     p.grad = None

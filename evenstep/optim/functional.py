@@ -279,11 +279,16 @@ class Gradients:
         reduced = self._rescale[i] * gain
         return lambda piece: torch.nan_to_num_(_scale(piece.to(dtype), limit, gain, reduced)[0], nan=0.0)
 
-    def write(self, indices: Sequence[int], outs: list[Tensor]) -> None:
-        """Write the transformed tensors of these indices into ``outs``, in their dtype."""
+    def factors(self) -> Tensor:
+        """Gain, limit and reduced gain as a table ``[3, k]``, for `write`."""
+        return table(self.peak, *self.numbers())
+
+    def write(self, indices: Sequence[int], outs: list[Tensor], factors: Tensor | None = None) -> None:
+        """Write the transformed tensors of these indices into ``outs``, in their dtype. ``factors``: the result of
+        `factors`, for callers that write several times."""
         sources = [self.tensors[i] for i in indices]
         if self.kernels is not None and all(out.is_contiguous() for out in outs):
-            numbers = table(self.peak, *self.numbers())  # [3, k]: gain, limit, reduced gain
+            numbers = self.factors() if factors is None else factors
             if len(indices) < len(self.tensors):
                 numbers = numbers.index_select(1, constant(list(indices), torch.int64, numbers.device))
             self.kernels.transform(outs, sources, numbers)

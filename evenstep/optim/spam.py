@@ -381,10 +381,7 @@ class SPAM(EvenOptimizer):
         def build(params: list[Tensor], **how: Any) -> EvenOptimizer:
             return cls(params, threshold=50.0, clip_start=1, reset_interval=0, weight_decay=0.1, **how)
 
-        def sparse(params: list[Tensor], *, fused: bool | None, **how: Any) -> EvenOptimizer:
-            return build(params, density=0.5, fused=None if fused else False, **how)  # not all kernels know masks
-
-        return {"SPAM": build, "SPAM, density 0.5": sparse}
+        return {"SPAM": build, "SPAM, density 0.5": lambda params, **how: build(params, density=0.5, **how)}
 
     def _spread(self, group: Group) -> Any:
         """The term that is added to all limits: 0, or Inf on a step without clipping. As `EntryClip.spread`."""

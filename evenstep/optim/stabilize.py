@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from evenstep.kernels.cuda import TritonKernels
 from evenstep.optim.base_optimizer import (
     MOMENTS,
     GradientSwap,
@@ -68,9 +69,11 @@ def stabilize(
             (``stats["skipped"]``, and ``stabilize.skipped`` in the state), and its statistics do not change.
 
             ``"restore"`` (default): the tensor and its base state are as before the step, without waiting for a device.
-            On CPU the base does not see the tensor. On other devices the base steps it, and both are put back: this
-            takes a copy of parameters and base state during the step, and a step count that the base keeps on the host
-            advances.
+            On CPU the base does not see the tensor. On other devices the base steps it, and both are put back; a step
+            count that the base keeps on the host advances. On CUDA only such a tensor is copied, so other steps cost no
+            bandwidth. The memory for it is reserved during the step: for the optimizers of torch, which are stepped on
+            some parameters at a time, that of the largest parameter with its state; for others, and without the
+            kernels (``fused=False``, shards), that of all parameters with their state.
 
             ``"skip"``: the base does not see the tensor, on any device. This reads from the device once per step and
             copies nothing; for when memory is short or steps are long.
@@ -410,21 +413,28 @@ class Stabilized(Optimizer):
         }
         # The base sees `stepped`. Those of them whose flag was not read may have to be put back afterwards.
         stepped, unread = split_by_flag(accepted, self.nonfinite)
-        # A copy of nothing where all flags were read (on CPU, and with "skip").
-        snapshot = Snapshot(self.base, unread, self.moments)
-        for p in resets:  # a tensor that is skipped keeps its moments, also on the step of a reset
-            if p in stepped:
-                reset_(self.base.state.get(p, {}), self.moments)
+        kernels = {result.bucket.kernels for result in results}
+        [served] = kernels if len(kernels) == 1 else [None]
+
+        def before(params: list[Tensor]) -> Snapshot:
+            # A copy of nothing where all flags were read (on CPU, and with "skip").
+            flags = {p: accepted[p] for p in params if p in unread}
+            snapshot = Snapshot(self.base, flags, self.moments, served if isinstance(served, TritonKernels) else None)
+            for p in params:  # a tensor that is skipped keeps its moments, also on the step of a reset
+                if p in due:
+                    reset_(self.base.state.get(p, {}), self.moments)
+            return snapshot
+
+        due = set(resets)
         # The user's gradients, to be put back as the same tensor objects.
         given = {p: p.grad for p in accepted}
         work = [(result.grads, i, p) for result in results for i, p in enumerate(result.bucket.params) if p in stepped]
         try:
             for p in accepted:  # a base skips parameters without a gradient
                 p.grad = None
-            self._swap.step(self.base, work)
+            self._swap.step(self.base, work, before=before)
             if not accepted:  # no gradient at all: the base may count steps of its own
                 self.base.step()
-            snapshot.restore([accepted[p] for p in unread])
         finally:  # also after an error in the base: the gradients belong to the user
             for p, grad in given.items():
                 p.grad = grad

@@ -9,6 +9,7 @@ are replaced by `Launches`, which returns results in their shapes.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 import sys
 import traceback
@@ -85,18 +86,30 @@ class Launches:
         return cls._table(2, len(grads), grads, known, limit, rescale)
 
     @classmethod
-    def adam_(cls, params, *given):
-        assert given[7].shape == (16, len(params)), given[7].shape  # the table of numbers
-        return cls._table(3, len(params), params, given)
+    def adam_step_(cls, tensors, options, stable, capped, zero_history):
+        assert options.shape == (22,) and options.dtype == torch.float64, options
+        assert len(tensors.scalars) == len(tensors.params) * (5 if stable else 1)
+        return cls._step(tensors, options)
 
     @classmethod
-    def columns(cls, grads):
-        squares = [g.new_empty((1, *g.shape[1:]), dtype=torch.float64) for g in grads]
-        return cls._table(2, len(grads), grads), squares
+    def scale_step_(cls, tensors, options, rms, columns, floor):
+        assert options.shape == (4,) and options.dtype == torch.float64, options
+        return cls._step(tensors, options)
 
     @classmethod
-    def rows_(cls, params, *given):
-        return cls._table(1, len(params), params, given)
+    def _step(cls, tensors, options):
+        from evenstep.optim.distributed import plain_parts
+
+        lists = [getattr(tensors, field.name) for field in dataclasses.fields(tensors)]
+        return cls._table(8, len(tensors.params), options, [list(plain_parts(x)) for several in lists for x in several])
+
+    @classmethod
+    def save_unless(cls, flags, tensors):
+        return cls._table(1, 1, flags, tensors)
+
+    @classmethod
+    def restore_unless(cls, saved):
+        cls._table(1, 1, saved)
 
     @classmethod
     def transformed_(cls, out, grads, numbers):

@@ -85,6 +85,6 @@ if __name__ == "__main__":
         for state, shape in itertools.product((None, "fp32", "bf16", "int8"), ((8, 512), (8, 1376), (400, 5))):
             rows(shape, state)
         rows((8, 512), divisors=[torch.ones(1, 512)], dtype=BF16)
-        KERNELS._columns([torch.zeros(512, 512), torch.zeros(512, 5, dtype=BF16)])
+        triton_support.columns([torch.zeros(512, 512), torch.zeros(512, 5, dtype=BF16)])
         KERNELS.transform([x], [x.bfloat16()], torch.ones(3, 1))
         KERNELS.measure([x.bfloat16(), torch.zeros(4099)])

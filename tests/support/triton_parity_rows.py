@@ -8,6 +8,7 @@ from triton_support import (
     DEVICE,
     FLOAT,
     KERNELS,
+    columns,
     copies,
     fill,
     randn,
@@ -20,14 +21,14 @@ from triton_support import (
     vector,
 )
 
-from evenstep import SCALE, SPAM, StableSPAM
+from evenstep import SCALE, SPAM, AdaClip, AdaGN, StableSPAM, stabilize
 from evenstep.kernels import cuda_launch
 from evenstep.kernels.interface import SCALE_ROWS, table
-from evenstep.optim import fused
+from evenstep.optim import base_optimizer, fused
 from evenstep.optim.functional import Gradients, Weights, opened, row_norms
 from evenstep.optim.state import moment
 
-TOTALS = cuda_launch._totals
+ADAM_STEP = cuda_launch.adam_step_
 
 
 # ---- SCALE, and the rest ----
@@ -117,13 +118,18 @@ def test_sums_over_columns():
         torch.zeros(0, 4, device=DEVICE),
         randn(3, 4, scale=1e30),
     ]
-    measured, sums = KERNELS._columns(grads)
+    measured, sums, norms = columns(grads)
     same(measured.norm.double(), torch.stack([g.double().norm() for g in grads]), rtol=1e-6, atol=0)
     assert torch.equal(measured.peak, run(Gradients.measure(grads, FLOAT)).peak)
+    seen = []
     for found, g in zip(sums, grads, strict=True):
         assert found.dtype == torch.float64
         torch.testing.assert_close(found, g.double().square().sum(0, keepdim=True), rtol=1e-12, atol=0)
-    _, [bad] = KERNELS._columns([torch.tensor([[1.0, torch.nan], [2.0, 3.0]], device=DEVICE)])
+        if len(g):
+            rms = g.double().square().mean(0).sqrt().clamp(min=1e-8).flatten()
+            torch.testing.assert_close(norms[len(seen)].double(), rms, rtol=1e-6, atol=0)
+        seen.append(g)
+    _, [bad], _ = columns([torch.tensor([[1.0, torch.nan], [2.0, 3.0]], device=DEVICE)])
     assert torch.isfinite(bad).tolist() == [[True, False]]
 
 
@@ -155,7 +161,7 @@ MAKERS = {
 def test_optimizers_take_the_same_way_with_kernels(make, monkeypatch):
     monkeypatch.setattr(fused, "kernels_for", lambda device_type: KERNELS)
     served = []
-    monkeypatch.setattr(cuda_launch, "_totals", lambda *a, **o: served.append(a) or TOTALS(*a, **o))
+    monkeypatch.setattr(cuda_launch, "adam_step_", lambda *a: served.append(a) or ADAM_STEP(*a))
     start = [randn(40, 9), randn(5, 300), randn(30, 7), randn(33)]
     ways = []
     for option in (None, False):
@@ -178,3 +184,27 @@ def test_optimizers_take_the_same_way_with_kernels(make, monkeypatch):
         same(p, q, rtol=1e-5, atol=1e-6)
     for name, values in expected.items():
         torch.testing.assert_close(stats[name], values.to(stats[name]), rtol=1e-5, atol=1e-7, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("option", [None, False])
+def test_the_step_of_a_base_is_undone_where_a_gradient_is_not_finite(option, monkeypatch):
+    monkeypatch.setattr(fused, "kernels_for", lambda device_type: KERNELS)
+    monkeypatch.setattr(base_optimizer, "on_host", lambda x: False)  # as on a GPU, where no flag may be read
+    saved = []
+    save = cuda_launch.save_unless
+    monkeypatch.setattr(cuda_launch, "save_unless", lambda *given: saved.append(given) or save(*given))
+    params = [torch.nn.Parameter(randn(*shape)) for shape in ((40, 9), (5, 300), (33,))]
+    base = torch.optim.AdamW(params, lr=0.1, weight_decay=0.1)
+    optimizer = stabilize(base, AdaClip(), AdaGN(), reset_interval=3, fused=option)
+    for step in range(4):
+        for p in params:
+            p.grad = randn(*p.shape)
+        if step in (1, 2):  # the second of them is the step of a reset
+            params[1].grad[0, 0] = torch.nan
+        before = [[p.clone(), *(x.clone() for x in base.state.get(p, {}).values())] for p in params]
+        optimizer.step()
+        for i, (p, old) in enumerate(zip(params, before, strict=True)):
+            if step:
+                equal = [torch.equal(x, y) for x, y in zip((p, *base.state[p].values()), old, strict=True)]
+                assert all(equal) if step < 3 and i == 1 else not any(equal[1:3]), (step, i, equal)
+    assert bool(saved) == (option is None)

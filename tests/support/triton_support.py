@@ -7,7 +7,7 @@ import torch
 
 from evenstep.kernels import cuda_launch
 from evenstep.kernels.cuda import TritonKernels
-from evenstep.kernels.interface import stored_moments
+from evenstep.kernels.interface import Measured, StepTensors
 from evenstep.optim.functional import completed
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -64,16 +64,32 @@ run = completed
 
 def adam_(params, grads, exp_avg, exp_avg_sq, numbers, lost=(), seeds=(), capped=False, zero_history=False):
     """Launch Adam's kernel: norm of the update, norm after clipping by history, entries clipped; ``[k]`` each."""
-    m, scales, maps = stored_moments(exp_avg)
-    v, scales_sq, maps_sq = stored_moments(exp_avg_sq)
-    rest = numbers, list(lost), list(seeds), capped, zero_history
-    return cuda_launch.adam_(params, grads, m, v, scales, scales_sq, maps, maps_sq, *rest).unbind()
+    tensors = StepTensors(params, grads, exp_avg, exp_avg_sq, lost=list(lost), seeds=list(seeds))
+    job = cuda_launch.adam_job(tensors)
+    cuda_launch.adam_update_(job, tensors, numbers, capped, zero_history)
+    found = cuda_launch._totals(job.plan, job.partial, maxima=0, norms=1 + capped, sums=int(capped)).unbind()
+    return found if capped else (*found, torch.zeros_like(found[0]), torch.zeros_like(found[0]))
 
 
 def rows_(params, grads, exp_avg, divisors, numbers, lost=(), seeds=()):
     """Launch SCALE's kernel: norm of each normalised tensor ``[k]``."""
-    m, scales, maps = stored_moments(exp_avg)
-    return cuda_launch.rows_(params, grads, m, scales, maps, divisors, numbers, 1e-8, list(lost), list(seeds))[0]
+    tensors = StepTensors(params, grads, exp_avg, lost=list(lost), seeds=list(seeds))
+    job = cuda_launch.scale_job(tensors, False, divisors)
+    cuda_launch.scale_update_(job, tensors, numbers, bool(divisors), 1e-8)
+    return cuda_launch._totals(job.updating, job.directions, maxima=0, norms=1, sums=0)[0]
+
+
+def columns(grads):
+    """Largest entries and norms ``[k]``, the squared norms of columns in the shape of one row, and the columns' RMS."""
+    job, k = cuda_launch.scale_job(StepTensors(grads, grads), True), len(grads)
+    cuda_launch.scale_columns(job, k, True, 1e-8)
+    peak, norm = cuda_launch._totals(job.measuring, job.partial, maxima=1, norms=1, sums=0)
+    lengths = [g[0].numel() if len(g) else g.shape[1] for g in grads]
+    parts = torch.split(
+        job.sums, [-(-len(g) // cuda_launch.COLUMN_ROWS) * n for g, n in zip(grads, lengths, strict=True)]
+    )
+    sums = [x.view(-1, n).sum(0).view(1, *g.shape[1:]) for x, n, g in zip(parts, lengths, grads, strict=True)]
+    return Measured(peak, norm, ()), sums, torch.split(job.divisors, lengths)
 
 
 def vector(k, low, high):
