@@ -455,8 +455,8 @@ class TrainConfig(Section):
         False, "recompute activations in the backward pass: less memory, more time", resume="rounding"
     )
     loss_chunk: int | str = option(
-        "auto", "rows of logits in memory at once; 0: all; auto: 256 on a CPU in fp32, else all rows if they take at "
-        "most an eighth of the memory",
+        "auto", "rows of logits in memory at once; 0: all; auto: 256 on a CPU, and on a GPU as many as take 1 GiB in "
+        "fp32",
         low=0, high=10**12, choices=("auto",), resume="rounding",
     )  # fmt: skip
     clip_norm: float = option(

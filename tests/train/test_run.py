@@ -441,22 +441,21 @@ def test_training_starts_from_a_given_model(corpus, tmp_path):
         Run(quick(corpus, tmp_path / "third", model__init=str(where), data__vocab_size="320"), say=silent)
 
 
-def test_the_chunk_rule():
+def test_the_chunk_rule(monkeypatch):
     from evenstep.train import task
     from evenstep.train.config import Config, TrainConfig
 
-    def rows(vocab, **options):
-        said: list[str] = []
-        config = Config(train=TrainConfig(steps=1, **options))
-        return task.loss_chunk(config, vocab, torch.device("cpu"), said.append), len(said)
+    monkeypatch.setattr(task, "total_memory", lambda device: 80e9)
 
-    assert rows(2048) == rows(32000, batch_size=65536) == (256, 0)
-    assert rows(2048, batch_size=1, seq_len=200) == (None, 0)
-    assert rows(2048, dtype="bf16") == (None, 0)
-    assert rows(32000, loss_chunk=0, batch_size=4096) == (None, 0)
-    assert rows(2048, loss_chunk=128) == (128, 0)
-    chunk, lines = rows(32000, batch_size=65536, dtype="bf16")
-    assert lines == 1 and chunk == 512  # 64 MiB / (4 * 32000) = 524, rounded down to a multiple of 64
+    def rows(vocab, device="cpu", **options):
+        return task.loss_chunk(Config(train=TrainConfig(steps=1, **options)), vocab, torch.device(device))
+
+    assert rows(2048) == rows(2048, dtype="bf16") == rows(32000, batch_size=65536) == 256
+    assert rows(2048, batch_size=1, seq_len=200) is None
+    assert rows(32000, loss_chunk=0, batch_size=4096) is None
+    assert rows(2048, loss_chunk=128) == 128
+    assert rows(32000, "cuda") == 8 * 256  # all: also there the gradients are computed in the forward pass
+    assert rows(32000, "cuda", batch_size=512) == 8384  # 1 GiB / (4 * 32000) = 8388, down to a multiple of 64
 
 
 @pytest.fixture
