@@ -443,7 +443,8 @@ class TrainConfig(Section):
     )
     seq_len: int = option(256, "tokens per sequence", low=2, high=MOST_SEQUENCES)
     dtype: str = option(
-        "fp32", "number format: bf16-autocast computes in bf16 with fp32 weights, bf16 also has bf16 weights",
+        "fp32", "number format: fp32 (on a GPU with products in TF32); bf16-autocast computes in bf16 with fp32 "
+        "weights, bf16 also has bf16 weights",
         choices=("fp32", "bf16-autocast", "bf16"),
     )  # fmt: skip
     device: str = option(
