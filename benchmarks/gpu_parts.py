@@ -39,7 +39,7 @@ from evenstep.lowbit.linear import LowBitLinear
 from evenstep.models import Llama, llama_config
 from evenstep.stability.study import SCALES, measure, wanted
 from evenstep.train.hardware import commit, describe_hardware, peak_flops, peak_memory, total_memory, versions
-from evenstep.train.memory import LOGIT_BYTES
+from evenstep.train.memory import chunk_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIMIZERS = (REFERENCE, "stable_spam", "spam", "scale", "spam_density_25", "stabilize_adamw")
@@ -419,8 +419,7 @@ def model_and_batch(context: Context, size: str, rows: int, length: int) -> tupl
         model = Llama(llama_config(context.size(size), context.vocabulary, max_seq_len=length)).to(torch.bfloat16)
         tokens = torch.randint(context.vocabulary, (rows, length + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    fits = rows * length * context.vocabulary * LOGIT_BYTES < total_memory(context.device) / 8  # the trainer's rule
-    chunk = None if fits else 8192
+    chunk = chunk_rows(rows * length, context.vocabulary, total_memory(context.device))  # the trainer's rule
 
     def run() -> torch.Tensor:
         loss = model.loss(inputs, targets, chunk=chunk)
@@ -431,6 +430,7 @@ def model_and_batch(context: Context, size: str, rows: int, length: int) -> tupl
 
 
 def compile_blocks(model: Llama, context: Context) -> None:
+    model.compile_loss = True
     for block in model.model.layers:
         block.compile(dynamic=False, backend="aot_eager" if context.smoke else "inductor")
 

@@ -129,7 +129,7 @@ class FineTuning(Task):
     def loss_chunk(self, model: Any) -> int | None:
         if not isinstance(model, Llama):
             return None
-        return loss_chunk(self.config, model.config.vocab_size, self.world.device, self.say)
+        return loss_chunk(self.config, model.config.vocab_size, self.world.device)
 
     def describe_data(self) -> str:
         return f"{self.config.data.file}: {self.data.describe()[0]}"

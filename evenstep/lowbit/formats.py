@@ -81,6 +81,8 @@ class Grid:
         if noise is not None:
             step = power.mul_(2.0**-self.mantissa)  # the distance between neighbours, 2 ** (exponent - mantissa)
             return y.div_(step).add_(noise).floor_().mul_(step)
+        if self.name in FLOAT8 and y.is_cuda:
+            return y.copy_(y.to(FLOAT8[self.name]))  # one kernel, and on sm_89 and later one instruction
         if self.mantissa == 0:
             return _round_to_powers(y, self.low)
         # Rounding without a table: with p = power, the anchor 1.5 * 2 ** (23 - mantissa) * p is a number of 24 bits
@@ -111,12 +113,26 @@ class Grid:
         if self.twos_complement:
             masked: Tensor = v.to(torch.int16) & (2**self.bits - 1)
             return masked.to(torch.uint8)
-        # A sign-magnitude code is the rank of |v| among the non-negative values, plus 2 ** (bits - 1) if negative.
-        half = 2 ** (self.bits - 1)
-        upper = self.values(v.device)[:half]
-        upper = upper[upper <= self.top]  # NaN compares False, which drops the codes that mean NaN
-        codes: Tensor = torch.bucketize(v.abs().contiguous(), upper).add_(negative * half).to(torch.uint8)
+        # A sign-magnitude code is the rank of |v| among the non-negative values, plus 2 ** (bits - 1) if negative,
+        # computed without a table, for whose upload a GPU would have to wait.
+        size, half = v.abs(), 2 ** (self.bits - 1)
+        if self.name in FLOAT8:
+            rank = size.to(FLOAT8[self.name]).view(torch.uint8)
+        elif self.mantissa is None:
+            rank = size.to(torch.uint8).clamp_(max=half - 1)
+        else:
+            # The fields of fp32 with exponent and mantissa shortened: the exponent code of 2 ** low is 1. Below it,
+            # numbers count steps of 2 ** (low - mantissa).
+            normal = (size.view(torch.int32) >> (23 - self.mantissa)) - ((self.low + 126) << self.mantissa)
+            steps = (size * 2.0 ** (self.mantissa - self.low)).to(torch.int32)
+            # NaN, which has no code, must not spill into the neighbour's bits.
+            rank = torch.where(size < 2.0**self.low, steps, normal).clamp_(0, half - 1)
+        codes: Tensor = (rank + negative * half).to(torch.uint8)
         return codes
+
+
+FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+"""Grids that torch has a dtype for. Its casts round to nearest, ties to even, as `Grid.round`."""
 
 
 def _round_to_powers(y: Tensor, low: int) -> Tensor:

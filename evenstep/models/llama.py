@@ -354,6 +354,9 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
+        self.compile_loss = False
+        """Whether a chunked loss on a GPU compiles its formulas between the products; `Trainer` sets it to
+        ``train.compile``."""
         self.model = LlamaBody(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -414,10 +417,10 @@ class Llama(nn.Module):
             reduction: the "mean" (default) or the "sum" over the targets that count.
             chunk: number of rows (token positions) of logits in memory at once; None (default): all B * T. Value and
                 gradients are the same up to rounding. A row of logits of 32000 words takes 125 KiB, and several copies
-                of it exist. On a CPU in fp32, chunks of a few hundred rows stay in the cache and are faster too (8 x
-                256 tokens of the 9m model: 1.4 times the speed of a whole step); chunks of a few rows are slow. A
-                chunked loss allows one ``backward()`` and no second derivatives, since it may compute its gradients in
-                the forward pass.
+                of it exist. Chunks are faster too: on a CPU a few hundred rows, which stay in the cache (8 x 256 tokens
+                of the 9m model: 1.4 times the speed of a whole step), on a GPU some thousands. A chunked loss computes
+                its gradients in the forward pass. It therefore allows one ``backward()`` and no second derivatives, and
+                its cross entropy and z-loss must have the same gradient, as in a loss that adds them.
             positions: for packed rows, as in `forward`. The head then computes only the rows whose target counts.
             z_loss: coefficient of the z-loss, mean or sum of logsumexp(logits)^2, which keeps the logits near zero;
                 PaLM's is 1e-4. If given, the result is a tensor [2], cross entropy and z-loss. None (default): without.
@@ -435,8 +438,10 @@ class Llama(nn.Module):
             counts = targets != -100
             hidden, targets = hidden[counts], targets[counts]
         if chunk is not None:
-            head = self.lm_head if self.config.logit_softcap is None else self.logits
-            return chunked_cross_entropy(hidden, head, targets, reduction, chunk, z_loss)
+            cap = self.config.logit_softcap
+            return chunked_cross_entropy(
+                hidden, self.lm_head, targets, reduction, chunk, z_loss, cap, self.compile_loss
+            )
         logits = self.logits(hidden)
         if z_loss is not None:
             return cross_entropy_and_z_loss(logits, targets, z_loss, reduction)

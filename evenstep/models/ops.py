@@ -8,6 +8,7 @@ and on a GPU the plain formula is left to the compiler or to PyTorch's own fused
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -176,26 +177,164 @@ def chunked_cross_entropy(
     reduction: str,
     rows: int,
     z_loss: float | None = None,
+    cap: float | None = None,
+    compiled: bool = False,
 ) -> Tensor:
-    """Cross entropy of ``head(hidden)``, 0-d fp32, with ``rows`` rows of logits in memory at once. With ``z_loss`` the
-    result has the z-loss too, as in `cross_entropy_and_z_loss`.
+    """Cross entropy of ``head(hidden)``, 0-d fp32, with at most ``rows`` rows of logits in memory at once. With
+    ``z_loss`` the result has the z-loss too, as in `cross_entropy_and_z_loss`; ``cap`` is the soft-cap of the logits.
 
-    ``hidden`` is [N, D], ``targets`` int64 [N]. In fp32 with a plain ``nn.Linear`` this is
-    ``torch.nn.functional.linear_cross_entropy`` (PyTorch 2.13), which computes the gradients in the forward pass. In 16
-    bits that function rounds the loss to 16 bits too (4.6757 becomes 4.6562). There, with a z-loss, and in older
-    versions of PyTorch, the chunks are recomputed in the backward pass, at the cost of one more product with the head.
-    The gradient of the head is then summed over the chunks in its own dtype (error in bf16: 0.3 % whole, 0.5 % in 16
-    chunks, 0.9 % in 64).
+    ``hidden`` is [N, D], ``targets`` int64 [N]. With a plain ``nn.Linear`` without a bias, the forward pass computes
+    the gradients of each chunk while its logits exist, so that no logit is computed twice (`_LinearCrossEntropy`). Any
+    other head, such as a low-bit layer or a sharded weight, and a call under torch.compile have their chunks recomputed
+    in the backward pass, at the cost of one more product with the head. ``compiled``: compile the arithmetic of a chunk
+    between its products, which halves the memory traffic of a GPU; a CPU's own kernels are faster than compiled ones.
     """
-    fp32 = hidden.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
-    if fp32 and z_loss is None and type(head) is nn.Linear and hasattr(nn, "LinearCrossEntropyOptions"):
-        options = nn.LinearCrossEntropyOptions(
-            batch_chunk_size=rows,
-            acc_policy="compact",  # in fp32 all policies compute the same, and this one needs no second weight gradient
-            allow_retain_graph=torch.compiler.is_compiling(),  # under torch.compile it is forced, with a warning
+    if torch.compiler.is_compiling() or not _is_plain(hidden, head):
+        return _checkpointed_cross_entropy(hidden, head, targets, reduction, rows, z_loss, cap)
+    weight: Tensor = head.weight  # type: ignore[attr-defined]
+    sums: Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, targets, rows, z_loss or 0.0, cap, compiled, torch.is_grad_enabled()
+    )
+    if z_loss is None:
+        sums = sums[0]
+    return sums if reduction == "sum" else sums / (targets != -100).sum()
+
+
+def _is_plain(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> bool:
+    """Whether ``head`` is a product with a weight that this process has whole: no subclass, and no DTensor."""
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(head.weight) in (Tensor, nn.Parameter)
+        and type(hidden) is Tensor
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sums of cross entropy and z-loss, fp32 [2], of hidden [N, D] with the weight [V, D] of the head.
+
+    The derivative by the logits is known up to a factor as soon as the logits are: the forward pass multiplies it with
+    the weight and with hidden at once, and keeps two gradients [N, D] and [V, D] instead of logits [N, V] (as in Liger
+    Kernel, arXiv:2410.10989, section 3.2). The factor, which is known in the backward pass only, has to be the same for
+    both sums, as in a loss that adds them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        rows: int,
+        z_loss: float,
+        cap: float | None,
+        compiled: bool,
+        gradients: bool,  # in here gradients are always off
+    ) -> Tensor:
+        of_hidden, of_weight = (needed and gradients for needed in ctx.needs_input_grad[:2])
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        # 16 bits would lose what many chunks add: their sum is fp32.
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        count = max(1, -(-len(hidden) // rows))
+        size = max(1, -(-len(hidden) // count))  # equal chunks, so that a compiled function sees one shape
+        sums = hidden.new_zeros(2, dtype=wide)
+        dhidden = torch.empty_like(hidden) if of_hidden else None
+        dweight = torch.zeros_like(weight, dtype=wide) if of_weight else None
+        terms = _compiled_terms() if compiled and not hidden.is_cpu else _terms
+        with torch.autocast(device, enabled=False):
+            head = weight.to(dtype)
+            memory = head.new_empty(size, len(head))  # one buffer for the logits of all chunks
+            for start in range(0, len(hidden), size):
+                h = hidden[start : start + size].to(dtype)  # [n, D]
+                counts = targets[start : start + size, None] != -100  # [n, 1]
+                logits = torch.mm(h, head.t(), out=memory[: len(h)])
+                picked = targets[start : start + size, None].clamp(min=0)
+                chunk, dlogits = terms(logits, picked, counts, z_loss, cap, of_hidden or of_weight)
+                sums += chunk
+                # Rows that do not count are left out here, in [n, D], and not in dlogits [n, V].
+                if dhidden is not None:
+                    torch.mul(dlogits @ head, counts, out=dhidden[start : start + size])
+                if dweight is None:
+                    continue
+                if dtype == wide:
+                    dweight.addmm_(dlogits.t(), h * counts)
+                else:
+                    dweight += dlogits.t() @ (h * counts)
+        ctx.gradients, ctx.dtype, ctx.z_loss = (dhidden, dweight), weight.dtype, z_loss
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("a chunked loss allows one backward(): call model.loss again, or leave out its chunk")
+        # Taken out of ctx, so that they are scaled in place, and that the parameter keeps the tensor without a copy.
+        dhidden, dweight = ctx.gradients
+        ctx.gradients = None
+        if not ctx.z_loss:
+            factor = grad[0]
+        else:
+            # A branch on the values would wait for a GPU: unequal factors become NaN there.
+            factor = torch.where(grad[0] == grad[1], grad[0], math.nan)
+            if grad.is_cpu and grad[0] != grad[1]:
+                raise RuntimeError("the gradients of cross entropy and z-loss differ: add both, or leave out the chunk")
+        if dhidden is not None:
+            dhidden.mul_(factor)
+        if dweight is not None:
+            dweight = dweight.mul_(factor).to(ctx.dtype)
+        return dhidden, dweight, *[None] * 6
+
+
+def _terms(
+    logits: Tensor, picked: Tensor, counts: Tensor, z_loss: float, cap: float | None, gradients: bool
+) -> tuple[Tensor, Tensor]:
+    """Sums of cross entropy and z-loss [2] of a chunk, and their derivative by its logits [n, V], in the dtype of
+    ``logits``, which are overwritten. ``picked`` are the targets [n, 1] and ``counts`` whether a row counts [n, 1]; the
+    derivative is that of a row that counts."""
+    wide, slope = torch.promote_types(logits.dtype, torch.float32), None
+    if cap is not None:
+        tanh = torch.tanh(logits.to(wide) / cap)
+        slope, x = 1 - tanh.square(), cap * tanh  # d (c tanh(x / c)) / dx = 1 - tanh^2
+    else:
+        x = logits
+    peak, target = x.amax(1, keepdim=True).to(wide), x.gather(1, picked).to(wide)
+    # In place where the dtype allows it: the kernel writes a row after its last read of it.
+    p = torch.softmax(x, 1, out=x) if x.dtype == wide else torch.softmax(x, 1, dtype=wide)
+    # The largest probability is exp(peak - lse), so that lse = peak - log(max p): one pass instead of a second exp.
+    lse = peak - p.amax(1, keepdim=True).log()
+    sums = torch.stack((((lse - target) * counts).sum(), z_loss * (lse.square() * counts).sum()))
+    if gradients:
+        # With p = softmax(x): d lse / dx = p, so d (lse - x_t + z lse^2) / dx = (1 + 2 z lse) p - onehot(t).
+        if z_loss:
+            p.mul_(1 + 2 * z_loss * lse)
+        p.scatter_add_(1, picked, torch.full_like(lse, -1.0))
+        if slope is not None:
+            p.mul_(slope)
+    return sums, p.to(logits.dtype)
+
+
+@functools.cache
+def _compiled_terms() -> Callable[..., tuple[Tensor, Tensor]]:
+    """The same formulas in a form that a compiler fuses into two passes over the logits."""
+
+    def terms(
+        logits: Tensor, picked: Tensor, counts: Tensor, z_loss: float, cap: float | None, gradients: bool
+    ) -> tuple[Tensor, Tensor]:
+        x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        x = x if cap is None else softcap(x, cap)
+        lse = x.logsumexp(1, keepdim=True)
+        sums = torch.stack(
+            (((lse - x.gather(1, picked)) * counts).sum(), z_loss * (lse.square() * counts).sum()),
         )
-        return F.linear_cross_entropy(hidden, head.weight, targets, reduction=reduction, options=options)
-    return _checkpointed_cross_entropy(hidden, head, targets, reduction, rows, z_loss)
+        # A comparison instead of a scattered -1, which would be a kernel of its own.
+        hot = torch.arange(x.shape[1], device=x.device) == picked
+        dx = (1 + 2 * z_loss * lse) * (x - lse).exp() - hot.to(x.dtype)
+        if cap is not None:
+            dx = dx * (1 - (x / cap).square())
+        return sums, dx.to(logits.dtype)
+
+    return torch.compile(terms)
 
 
 def _checkpointed_cross_entropy(
@@ -205,12 +344,17 @@ def _checkpointed_cross_entropy(
     reduction: str,
     rows: int,
     z_loss: float | None,
+    cap: float | None,
 ) -> Tensor:
     def part(h: Tensor, t: Tensor) -> Tensor:
+        logits = head(h) if cap is None else softcap(head(h), cap)
         if z_loss is not None:
-            return cross_entropy_and_z_loss(head(h), t, z_loss, "sum")
-        return F.cross_entropy(head(h).float(), t, reduction="sum")
+            return cross_entropy_and_z_loss(logits, t, z_loss, "sum")
+        return F.cross_entropy(logits.float(), t, reduction="sum")
 
+    if len(hidden) <= rows:  # nothing is saved by computing all logits twice
+        total = part(hidden, targets)
+        return total if reduction == "sum" else total / (targets != -100).sum()
     parts = [
         checkpoint(part, h, t, use_reentrant=False)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)

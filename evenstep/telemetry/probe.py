@@ -15,6 +15,7 @@ probe was made. Nothing here calls ``.item()``, ``.cpu()`` or a bool of a device
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -87,6 +88,10 @@ class Probe:
         self.sizes = [entries(p) for p in self.params]
         self.where = [torch.randint(max(n, 1), (samples if n else 0,), generator=draw) for n in self.sizes]
         self.where = [where.to(p.device) for where, p in zip(self.where, self.params, strict=True)]
+        self.table: Tensor | None = None
+        """The sampled positions as one tensor [k, samples]."""
+        self.gathers: bool | None = None
+        """Whether the kernel of gather.py reads the samples on a GPU; None before its first use."""
         shape = (len(self.params), samples)
         self.sums = torch.zeros(shape, dtype=torch.float32, device=self.device)
         self.counts = torch.zeros(len(self.params), dtype=torch.float32, device=self.device)
@@ -201,6 +206,46 @@ class Probe:
 
     def _sampled(self, tensors: Iterable[Tensor | None]) -> Tensor:
         """The sampled entries ``[k, samples]`` in fp32, NaN for a missing tensor."""
+        tensors = list(tensors)
+        if self.device.type == "cuda" and self.gathers is not False and self._places_fit(tensors):
+            return self._gathered(tensors)
+        return self._each_sampled(tensors)
+
+    def _places_fit(self, tensors: list[Tensor | None]) -> bool:
+        """Whether all sampled positions are on the device and within the tensors, which `_taken` sees to."""
+        return not self.unread and all(
+            where.device == self.device and (x is None or (_is_readable(x) and local(x).numel() == size))
+            for x, where, size in zip(tensors, self.where, self.sizes, strict=True)
+        )
+
+    def _gathered(self, tensors: list[Tensor | None]) -> Tensor:
+        """`_each_sampled` by one kernel for each dtype instead of one for each tensor; checked once against it."""
+        try:
+            from evenstep.telemetry.gather import can_gather, gathered
+
+            parts = [None if x is None else local(x) for x in tensors]
+            if not can_gather(parts, self.device):
+                return self._each_sampled(tensors)
+            if self.table is None:
+                # Empty tensors have no positions; their row is never read.
+                none = torch.zeros(self.sums.shape[1], dtype=torch.int64, device=self.device)
+                self.table = torch.stack([where if len(where) else none for where in self.where])
+            found = gathered(parts, self.table)
+            if self.gathers is None:
+                self.gathers = torch.equal(found.nan_to_num(), self._each_sampled(tensors).nan_to_num())
+                if not self.gathers:
+                    raise ValueError("it differs from torch.take")
+            return found
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:
+            self.gathers = False
+            warnings.warn(
+                f"telemetry reads its samples tensor by tensor, since the kernel failed ({problem})", stacklevel=2
+            )
+            return self._each_sampled(tensors)
+
+    def _each_sampled(self, tensors: list[Tensor | None]) -> Tensor:
         absent = torch.full((self.sums.shape[1],), math.nan, device=self.device)
         taken = [self._taken(i, x) for i, x in enumerate(tensors)]
         return torch.stack([absent if x is None else x.to(absent) for x in taken])
@@ -214,7 +259,7 @@ class Probe:
             if x.numel() != self.sizes[i]:
                 self._redraw(i, x.numel())
             if self.where[i].device != x.device:
-                self.where[i] = self.where[i].to(x.device)
+                self.where[i], self.table = self.where[i].to(x.device), None
             return torch.take(x, self.where[i]) if len(self.where[i]) else None
         except torch.OutOfMemoryError:
             raise
@@ -225,7 +270,7 @@ class Probe:
     def _redraw(self, i: int, size: int) -> None:
         """Sample other coordinates of parameter ``i``, which has ``size`` entries now, and forget their means."""
         draw = torch.Generator().manual_seed(i)
-        self.sizes[i], samples = size, self.sums.shape[1]
+        self.sizes[i], samples, self.table = size, self.sums.shape[1], None
         self.where[i] = torch.randint(max(size, 1), (samples if size else 0,), generator=draw)
         self.sums[i] = 0.0
         self.counts[i] = 0.0
@@ -259,16 +304,33 @@ class Probe:
         entry is not finite; parameters that are skipped have NaN and Inf. Costs two passes over the weights and, if
         parameters are sharded, an all-reduce."""
         layouts = [Layout.of(p) for p in self.params]
-        found = [self._norm_and_peak(i, p) for i, p in enumerate(self.params)]
+        norms, peaks = self._norms_and_peaks()
+        sums, peaks = norms.square(), peaks.nan_to_num(nan=math.inf)
         asked: dict[int, tuple[Reduction, ...]] = {
-            i: (Reduction("sum", norm.square().reshape(1)), Reduction("max", peak.nan_to_num(nan=math.inf).reshape(1)))
-            for i, (norm, peak) in enumerate(found)
+            i: (Reduction("sum", sums[i : i + 1]), Reduction("max", peaks[i : i + 1]))
+            for i, layout in enumerate(layouts)
+            if layout.cuts
         }
         all_reduce(asked, layouts)
-        answers = [[one.values if one.answer is None else one.answer for one in both] for both in asked.values()]
-        sums, peaks = (torch.cat([both[j].to(self.counts) for both in answers]) for j in (0, 1))
+        for i, (summed, largest) in asked.items():
+            assert summed.answer is not None and largest.answer is not None
+            sums[i], peaks[i] = summed.answer[0], largest.answer[0]
+        sums, peaks = sums.to(self.counts), peaks.to(self.counts)
         sizes = self.counts.new_tensor([max(entries(p, whole=True), 1) for p in self.params])
         return torch.stack([(sums / sizes).sqrt(), peaks])
+
+    def _norms_and_peaks(self) -> tuple[Tensor, Tensor]:
+        """2-norms and largest absolute entries of the local parts of all parameters, [k] each, NaN where unknown."""
+        if not self.unread and all(map(_is_readable, self.params)):
+            # A few launches for all tensors instead of two for each, where they are alike.
+            parts = [local(p.detach()) for p in self.params]
+            if all(x.dtype == torch.float32 and x.device == self.device and x.numel() for x in parts):
+                both = [torch.stack(torch._foreach_norm(parts, order)) for order in (2, math.inf)]
+                return both[0], both[1]
+        found = [self._norm_and_peak(i, p) for i, p in enumerate(self.params)]
+        wide = torch.float64 if any(norm.dtype == torch.float64 for norm, _ in found) else torch.float32
+        norms, peaks = (torch.stack([one[j].to(self.device, wide) for one in found]) for j in (0, 1))
+        return norms, peaks
 
     def _norm_and_peak(self, i: int, p: Tensor) -> tuple[Tensor, Tensor]:
         """2-norm and largest absolute entry of the local part of parameter ``i``, as 0-d tensors."""

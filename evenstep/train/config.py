@@ -443,7 +443,8 @@ class TrainConfig(Section):
     )
     seq_len: int = option(256, "tokens per sequence", low=2, high=MOST_SEQUENCES)
     dtype: str = option(
-        "fp32", "number format: bf16-autocast computes in bf16 with fp32 weights, bf16 also has bf16 weights",
+        "fp32", "number format: fp32 (on a GPU with products in TF32); bf16-autocast computes in bf16 with fp32 "
+        "weights, bf16 also has bf16 weights",
         choices=("fp32", "bf16-autocast", "bf16"),
     )  # fmt: skip
     device: str = option(
@@ -455,8 +456,8 @@ class TrainConfig(Section):
         False, "recompute activations in the backward pass: less memory, more time", resume="rounding"
     )
     loss_chunk: int | str = option(
-        "auto", "rows of logits in memory at once; 0: all; auto: 256 on a CPU in fp32, else all rows if they take at "
-        "most an eighth of the memory",
+        "auto", "rows of logits in memory at once; 0: all; auto: 256 on a CPU, and on a GPU as many as take 1 GiB in "
+        "fp32",
         low=0, high=10**12, choices=("auto",), resume="rounding",
     )  # fmt: skip
     clip_norm: float = option(

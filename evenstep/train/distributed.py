@@ -392,7 +392,8 @@ class Parallel:
         if self.mode == "tp+fsdp":
             self._shard_matrices(model)
         if self.config.train.compile:
-            # Block by block, so that one small graph serves all. The chunked loss cannot be compiled.
+            # Block by block, so that one small graph serves all. The chunked loss compiles its formulas alone.
+            model.compile_loss = True
             for block in blocks_of(model):
                 block.compile(dynamic=False)
         if self.mode == "ddp":

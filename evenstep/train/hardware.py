@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -16,18 +17,25 @@ import torch
 from evenstep.errors import EvenstepError
 from evenstep.version import __version__
 
-# Dense peak in FLOP/s without sparsity, (fp32, bf16), from NVIDIA's data sheets; a GPU that is not listed gets no MFU.
+# Peaks of a GPU in FLOP/s for products in plain fp32, TF32 and bf16, dense (half of the figures "with sparsity"), from
+# NVIDIA's data sheets. H20, without a sheet in public: as sellers list it. A GPU that is not listed gets no MFU.
 _PEAKS = {
-    "B200": (75e12, 2250e12),
-    "H200": (67e12, 989e12),
-    "H100 PCIe": (51e12, 756e12),
-    "H100": (67e12, 989e12),
-    "A100": (19.5e12, 312e12),
-    "L40S": (91.6e12, 362e12),
-    "L4": (30.3e12, 121e12),
-    "RTX 4090": (82.6e12, 165.2e12),
-    "RTX 3090": (35.6e12, 71e12),
-    "V100": (15.7e12, 125e12),
+    "B300": (75e12, 1125e12, 2250e12),  # HGX B300, a GPU's share
+    "B200": (75e12, 1125e12, 2250e12),  # HGX B200
+    "GH200": (67e12, 494e12, 989e12),
+    "H200 NVL": (60e12, 418e12, 835e12),
+    "H200": (67e12, 494e12, 989e12),
+    "H100 NVL": (60e12, 418e12, 835e12),
+    "H100 PCIe": (51e12, 378e12, 756e12),
+    "H100": (67e12, 494e12, 989e12),
+    "H20": (44e12, 74e12, 148e12),
+    "A100": (19.5e12, 156e12, 312e12),
+    "L40S": (91.6e12, 183e12, 362e12),
+    "L40": (90.5e12, 90.5e12, 181e12),
+    "L4": (30.3e12, 60e12, 121e12),
+    "RTX 4090": (82.6e12, 82.6e12, 165.2e12),
+    "RTX 3090": (35.6e12, 35.6e12, 71e12),
+    "V100": (15.7e12, 15.7e12, 125e12),  # it has no TF32
 }
 
 
@@ -40,8 +48,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def set_up_torch(threads: int, deterministic: bool) -> None:
-    """Settings of torch for the whole process. ``threads``: 0 leaves their number to torch."""
+def set_up_torch(threads: int, deterministic: bool, device: torch.device) -> None:
+    """Settings of torch for the whole process. ``threads``: 0 leaves their number to torch.
+
+    On a GPU, fp32 products are computed in TF32: inputs rounded to 10 bits of mantissa, sums in fp32. An H100 has seven
+    times the rate of plain fp32 then. The environment variable ``NVIDIA_TF32_OVERRIDE=0`` forbids TF32.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     if threads:
         torch.set_num_threads(threads)
     if deterministic:
@@ -54,9 +68,14 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     """The GPU's peak for the run's dtype in FLOP/s, or None on a CPU and on GPUs that are not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    # The first key that occurs in the name wins, so longer names precede their prefixes: "H100 PCIe" before "H100".
-    return next((peaks[dtype != "fp32"] for key, peaks in _PEAKS.items() if key in name), None)
+    fp32 = 1 if torch.get_float32_matmul_precision() != "highest" else 0
+    return _peak(torch.cuda.get_device_name(device), 2 if dtype != "fp32" else fp32)
+
+
+def _peak(name: str, kind: int) -> float | None:
+    # Whole words: a "GB300" is no "B300", whose peak differs. The first key found wins, so longer names precede their
+    # beginnings: "H100 PCIe" before "H100".
+    return next((peaks[kind] for key, peaks in _PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 _CONTROL_GROUPS = (  # limit and usage, versions 2 and 1 of Linux's control groups, as seen from inside a container

@@ -245,26 +245,25 @@ def fake_processes(grid: Grid) -> Iterator[World]:
 
 # ---- activations and logits, by formula ----
 
-CHUNK_BYTES = 64 * 2**20
-"""Bytes of logits in memory at once when ``train.loss_chunk auto`` chunks the loss."""
+CHUNK_BYTES = 2**30
+"""Bytes of the logits that ``train.loss_chunk auto`` has in memory at once on a GPU, in fp32 (8,384 rows of 32,000
+words). With so many rows the products of a chunk fill a large GPU, and their launches take no time."""
 
 LOGIT_BYTES = 12
 """Bytes per logit in memory: its fp32 copy for the softmax, the gradient, and the temporaries of the loss."""
 
 
-def chunk_rows(rows: int, vocab_size: int, memory: float) -> int | None:
-    """The number of rows of logits that are computed at once under ``train.loss_chunk auto``, on a device of ``memory``
-    bytes; None for all ``rows``.
+def chunk_rows(rows: int, vocab_size: int, memory: float) -> int:
+    """The number of rows of logits that are computed at once under ``train.loss_chunk auto``, on a GPU of ``memory``
+    bytes, of which they take at most a sixteenth.
 
-    >>> chunk_rows(8 * 256, 32_000, 80e9) is None
-    True
-    >>> chunk_rows(64 * 1024, 128_000, 80e9)
-    128
+    >>> chunk_rows(8 * 256, 32_000, 80e9)
+    2048
+    >>> chunk_rows(64 * 1024, 32_000, 80e9), chunk_rows(64 * 1024, 128_000, 80e9), chunk_rows(64 * 1024, 128_000, 8e9)
+    (8384, 2048, 320)
     """
-    if rows * vocab_size * LOGIT_BYTES <= memory / 8:
-        return None
-    chunk = max(64, CHUNK_BYTES // (4 * vocab_size) // 64 * 64)
-    return chunk if chunk < rows else None
+    most = min(CHUNK_BYTES // 4, int(memory / 16) // LOGIT_BYTES)
+    return min(rows, max(64, most // vocab_size // 64 * 64))
 
 
 def weight_bytes(config: Config) -> int:

@@ -179,7 +179,8 @@ def make_plan(config: Config, shape: Shape, gpus: int, per_node: int, gpu_memory
         "gradients": on_process_0.parameters,
         "optimizer state": on_process_0.state,
         "activations": activation_bytes(config, shape, grid, tokens),
-        "logits and loss": min(rows or tokens, tokens) * shape.vocab_size * LOGIT_BYTES,
+        "logits and loss": min(rows or tokens, tokens) * shape.vocab_size * LOGIT_BYTES
+        + _early_gradients(config, shape, rows, tokens),
         "communication": _communication(config, shape, grid, tensors),
         "gradients between micro batches": _whole_gradients(grid, tensors) if passes > 1 else 0,
         "16-bit copies of weights": _copies(config, grid, tensors),
@@ -196,6 +197,14 @@ def make_plan(config: Config, shape: Shape, gpus: int, per_node: int, gpu_memory
     messages = step_messages(config.optim.name, tensors, grid)
     peak = standing + max(early, memory["gradients"])
     return Plan(config, shape, grid, gpu_memory, passes, rows, memory, peak, wire, messages)
+
+
+def _early_gradients(config: Config, shape: Shape, rows: int | None, tokens: int) -> int:
+    """Bytes of the gradients that a chunked loss computes in the forward pass: of the head, fp32 [vocabulary, hidden],
+    and of the hidden states [tokens, hidden]."""
+    if rows is None or isinstance(shape, HubShape):
+        return 0
+    return shape.hidden_size * (4 * shape.vocab_size + weight_bytes(config) * tokens)
 
 
 def _rows(config: Config, shape: Shape, gpu_memory: float) -> int | None:

@@ -25,7 +25,7 @@ from evenstep.train.distributed import World
 from evenstep.train.evaluate import EvalResult, Evaluation, evaluate, sample_text
 from evenstep.train.hardware import memory_limit, total_memory
 from evenstep.train.log import Metrics, short_count
-from evenstep.train.memory import LOGIT_BYTES, chunk_rows, least_memory, llama_shape, model_shape
+from evenstep.train.memory import chunk_rows, least_memory, llama_shape, model_shape
 from evenstep.train.saving import model_tensors
 from evenstep.train.summary import closing_lines
 from evenstep.train.weights import check_positions, fill_from, find_source, load_model, shape_in, with_lowbit
@@ -205,7 +205,11 @@ class Pretraining(Task):
             )
         check_positions(config.train.seq_len, model.config.max_seq_len, source)
         model.activation_checkpointing = config.train.activation_checkpointing
-        return with_lowbit(model.to(device=device), config.lowbit, self.say)
+        model = with_lowbit(model.to(device=device), config.lowbit, self.say)
+        if config.lowbit and self.world.device.type == "cuda" and not config.train.compile:
+            # Every operation of a quantisation is a kernel that reads and writes the tensor; a compiler fuses them.
+            self.say("low-bit layers run slowly on a GPU without compilation; --compile makes them faster")
+        return model
 
     def _llama(self, blank: bool) -> Llama:
         config, source = self.config, self.source
@@ -252,7 +256,7 @@ class Pretraining(Task):
     def loss_chunk(self, model: Any) -> int | None:
         if isinstance(model, HubLM):
             return None
-        return loss_chunk(self.config, model.config.vocab_size, self.world.device, self.say)
+        return loss_chunk(self.config, model.config.vocab_size, self.world.device)
 
     def describe_data(self) -> str:
         train, val, data = self.data.train, self.data.val, self.config.data
@@ -386,25 +390,16 @@ def with_shape_of(config: Config, source: Path) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **options))
 
 
-def loss_chunk(config: Any, vocab_size: int, device: torch.device, say: Callable[[str], None]) -> int | None:
+def loss_chunk(config: Any, vocab_size: int, device: torch.device) -> int | None:
     """The number of rows of logits in memory at once; None for all.
 
-    The rule of ``auto``: on a CPU in fp32 always 256 rows, which stay in the cache and are fastest. Elsewhere, the
-    logits of a forward pass with their fp32 copy for the softmax and their gradient take about 12 bytes per value. If
-    that is below an eighth of the memory of the device, they are computed at once, which is faster; otherwise in chunks
-    of 64 MiB. The rule uses the total memory instead of the free memory, so that a resumed run decides the same.
+    The rule of ``auto``: 256 rows on a CPU, where they stay in the cache, and on a GPU as many as `chunk_rows` says, by
+    the total memory instead of the free memory, so that a resumed run decides the same.
     """
     given = config.train.loss_chunk
     if isinstance(given, int):
         return given or None
     rows = config.micro_batch_size * config.train.seq_len
-    if device.type == "cpu" and config.train.dtype == "fp32":
+    if device.type == "cpu":
         return CPU_ROWS if rows > CPU_ROWS else None
-    chunk = chunk_rows(rows, vocab_size, total_memory(device))
-    if chunk is not None:
-        whole = rows * vocab_size * LOGIT_BYTES
-        say(
-            f"loss in chunks of {chunk} rows: all logits at once would take {whole / 2**30:.1f} GiB "
-            "(train.loss_chunk 0 computes them at once; a smaller train.micro_batch_size also helps)"
-        )
-    return chunk
+    return chunk_rows(rows, vocab_size, total_memory(device))

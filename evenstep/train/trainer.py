@@ -216,7 +216,7 @@ class Trainer:
         check_optimizer(config.optim)
         self.heart = Heartbeat(world, config.parallel.timeout)
         self.saver = Saver(self.out / "checkpoints", world, alive=self.heart.alive)
-        set_up_torch(config.train.threads, config.train.deterministic)
+        set_up_torch(config.train.threads, config.train.deterministic, self.device)
 
         # The order matters: the loader checks the data before the memory is estimated, and both come before the model,
         # whose construction takes long.

@@ -1,6 +1,7 @@
 """The formats' promises: codes and back, idempotence, symmetry, groups."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lowbit_support import ALL, OURS, generator, normal
 
 from evenstep.lowbit import FORMATS, Format, dequantize, fake_quantize, quantize
 from evenstep.lowbit.fake_quant import CACHE_ENTRIES
+from evenstep.lowbit.formats import FLOAT8, GRIDS
 
 pytestmark = pytest.mark.usefixtures("either_lowbit_code")
 
@@ -145,3 +147,30 @@ def test_numbers_that_are_not_contiguous_are_read_right():
     x = normal(64, 40)
     for name in ("e2m1", "nvfp4-row", "outliers", "int4-weight-official"):
         assert torch.equal(fake_quantize(x.t(), ALL[name]), fake_quantize(x.t().contiguous(), ALL[name]))
+
+
+@pytest.mark.parametrize("name", ["e4m3", "e5m2"])
+def test_a_cast_of_torch_rounds_as_the_grid(name):
+    """On a GPU the cast takes the place of `Grid.round`: every value, its neighbours and the points between values."""
+    grid, kind = GRIDS[name], FLOAT8[name]
+    values = grid.values()[: 2 ** (grid.bits - 1)]
+    values = values[~values.isnan()]
+    middles = (values[1:] + values[:-1]) / 2
+    points = torch.cat([values, middles, torch.tensor([1e-30, 3e38, math.inf])])
+    points = torch.cat([points, points.nextafter(torch.tensor(0.0)), points.nextafter(torch.tensor(math.inf))])
+    points = torch.cat([points, -points])
+    cast = points.clamp(-grid.top, grid.top).to(kind).float()
+    assert torch.equal(cast, grid.round(points.clone()))
+    assert grid.round(torch.tensor([math.nan])).isnan() and torch.tensor([math.nan]).to(kind).float().isnan()
+
+
+@pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if not grid.twos_complement])
+def test_codes_are_ranks_and_no_nan_spills_into_another_code(name):
+    grid = GRIDS[name]
+    values = grid.values()
+    codes = torch.arange(len(values), dtype=torch.uint8)
+    known = ~values.isnan()
+    negative = codes >= len(values) // 2
+    assert torch.equal(grid.encode(values, negative)[known], codes[known])
+    nan = grid.encode(torch.full((2,), math.nan), torch.tensor([False, True]))
+    assert (nan.int() < 2**grid.bits).all()

@@ -9,13 +9,14 @@ from evenstep.models import ops
 from tests.models.test_llama import batch, grads, small
 
 
-@pytest.fixture(params=["linear_cross_entropy", "checkpointed"])
+@pytest.fixture(params=["own_backward", "compiled", "checkpointed"])
 def path(request, monkeypatch):
-    """Both ways of chunking: PyTorch's own where it exists, and ours for PyTorch before 2.13."""
+    """The ways of chunking: with a plain head, with its formulas as a GPU compiles them, and with any other head."""
     if request.param == "checkpointed":
-        monkeypatch.delattr(nn, "LinearCrossEntropyOptions", raising=False)
-    elif not hasattr(nn, "LinearCrossEntropyOptions"):
-        pytest.skip("this PyTorch has no linear_cross_entropy with options")
+        monkeypatch.setattr(ops, "_is_plain", lambda hidden, head: False)
+    if request.param == "compiled":  # the formulas alone: compiling takes seconds
+        monkeypatch.setattr(torch, "compile", lambda function: function)
+        monkeypatch.setattr(ops, "_terms", ops._compiled_terms.__wrapped__())
     return request.param
 
 
@@ -103,8 +104,6 @@ def test_whole_logits_never_exist_in_a_chunked_loss(path):
     with Watch():
         model.loss(*batch(), chunk=None).backward()
     assert max(rows) == 24
-    if path == "linear_cross_entropy":
-        return  # one opaque operator; its memory is measured in benchmarks/throughput.py
     rows.clear()
     with Watch():
         model.loss(*batch(), chunk=6).backward()
@@ -138,3 +137,72 @@ def test_the_z_loss_is_that_of_palm(path, reduction, chunk):
     torch.testing.assert_close(z_loss.double(), want_z, rtol=1e-6, atol=0)
     for name, g in grads(exact, want + want_z).items():
         torch.testing.assert_close(gradients[name].double(), g, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("z_loss", [None, 0.05])
+def test_the_gradients_of_the_forward_pass_are_the_derivatives(path, z_loss, cap):
+    """In float64: finite differences confirm the chunked loss, with targets left out and a chunk that is not full."""
+    if path == "checkpointed":
+        pytest.skip("its gradients are autograd's, and its loss is in fp32")
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    head = nn.Linear(3, 5, bias=False, dtype=torch.float64)
+    targets = torch.tensor([1, -100, 4, 0, 2, -100, 3])
+
+    def loss():
+        return ops.chunked_cross_entropy(hidden, head, targets, "mean", 3, z_loss, cap).sum()
+
+    loss().backward()
+    for x in (hidden, head.weight):
+        for entry, slope in zip(x.detach().view(-1), x.grad.view(-1), strict=True):
+            values = []
+            for change in (1e-5, -2e-5):
+                entry += change
+                with torch.no_grad():
+                    values.append(loss())
+            entry += 1e-5
+            torch.testing.assert_close((values[0] - values[1]) / 2e-5, slope, rtol=1e-6, atol=1e-9)
+
+
+def test_a_chunk_of_bf16_rounds_as_the_whole(path):
+    """The weight's gradient is summed over chunks in fp32: many chunks are as exact as one."""
+    model = small().bfloat16()
+    exact = small().bfloat16().double()
+    want = grads(exact, exact.loss(*batch()))["lm_head.weight"]
+
+    def error(chunk):
+        return (grads(model, model.loss(*batch(), chunk=chunk))["lm_head.weight"].double() - want).norm() / want.norm()
+
+    assert error(2) < (0.02 if path == "checkpointed" else 1.2 * error(24)) and error(24) < 0.01
+
+
+def test_a_frozen_half_gets_no_gradient():
+    for frozen in ("lm_head", "model"):
+        model, whole = small(), small()
+        getattr(model, frozen).requires_grad_(False)
+        model.loss(*batch(), chunk=5).backward()
+        want = grads(whole, whole.loss(*batch()))
+        for name, p in model.named_parameters():
+            assert (p.grad is None) == name.startswith(frozen)
+            if p.grad is not None:
+                torch.testing.assert_close(p.grad, want[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_chunked_loss_cannot_do_is_refused_not_wrong():
+    model = small()
+    loss = model.loss(*batch(), chunk=5)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"a chunked loss allows one backward\(\)"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="the gradients of cross entropy and z-loss differ"):
+        model.loss(*batch(), chunk=5, z_loss=0.1)[0].backward()
+
+
+def test_no_targets_at_all_are_no_error(path):
+    model = small()
+    tokens, targets = batch()
+    loss = model.loss(tokens, torch.full_like(targets, -100), reduction="sum", chunk=5)
+    assert loss.item() == 0 and all(g.abs().max() == 0 for g in grads(model, loss).values())
+    positions = torch.arange(12).expand(2, 12)
+    assert model.loss(tokens, torch.full_like(targets, -100), reduction="sum", chunk=5, positions=positions) == 0

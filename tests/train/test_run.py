@@ -441,22 +441,21 @@ def test_training_starts_from_a_given_model(corpus, tmp_path):
         Run(quick(corpus, tmp_path / "third", model__init=str(where), data__vocab_size="320"), say=silent)
 
 
-def test_the_chunk_rule():
+def test_the_chunk_rule(monkeypatch):
     from evenstep.train import task
     from evenstep.train.config import Config, TrainConfig
 
-    def rows(vocab, **options):
-        said: list[str] = []
-        config = Config(train=TrainConfig(steps=1, **options))
-        return task.loss_chunk(config, vocab, torch.device("cpu"), said.append), len(said)
+    monkeypatch.setattr(task, "total_memory", lambda device: 80e9)
 
-    assert rows(2048) == rows(32000, batch_size=65536) == (256, 0)
-    assert rows(2048, batch_size=1, seq_len=200) == (None, 0)
-    assert rows(2048, dtype="bf16") == (None, 0)
-    assert rows(32000, loss_chunk=0, batch_size=4096) == (None, 0)
-    assert rows(2048, loss_chunk=128) == (128, 0)
-    chunk, lines = rows(32000, batch_size=65536, dtype="bf16")
-    assert lines == 1 and chunk == 512  # 64 MiB / (4 * 32000) = 524, rounded down to a multiple of 64
+    def rows(vocab, device="cpu", **options):
+        return task.loss_chunk(Config(train=TrainConfig(steps=1, **options)), vocab, torch.device(device))
+
+    assert rows(2048) == rows(2048, dtype="bf16") == rows(32000, batch_size=65536) == 256
+    assert rows(2048, batch_size=1, seq_len=200) is None
+    assert rows(32000, loss_chunk=0, batch_size=4096) is None
+    assert rows(2048, loss_chunk=128) == 128
+    assert rows(32000, "cuda") == 8 * 256  # all: also there the gradients are computed in the forward pass
+    assert rows(32000, "cuda", batch_size=512) == 8384  # 1 GiB / (4 * 32000) = 8388, down to a multiple of 64
 
 
 @pytest.fixture
@@ -548,3 +547,39 @@ run.fit()
     whole = Run(quick(corpus, tmp_path / "whole"), say=silent).fit()
     assert (summary["val_loss"], summary["train_loss"]) == (whole["val_loss"], whole["train_loss"])
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000008", "step-000004"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fp32", "tf32", "bf16"),
+    [
+        ("NVIDIA H100 NVL", 60e12, 418e12, 835e12),
+        ("NVIDIA H100 80GB HBM3", 67e12, 494e12, 989e12),
+        ("NVIDIA GH200 480GB", 67e12, 494e12, 989e12),
+        ("NVIDIA H20", 44e12, 74e12, 148e12),
+        ("NVIDIA L40S", 91.6e12, 183e12, 362e12),
+        ("NVIDIA L40", 90.5e12, 90.5e12, 181e12),
+        ("NVIDIA A100-SXM4-80GB", 19.5e12, 156e12, 312e12),
+        ("NVIDIA B300 SXM6 AC", 75e12, 1125e12, 2250e12),
+        ("NVIDIA GB300", None, None, None),  # its peak is not that of a B300
+    ],
+)
+def test_the_peak_of_a_gpu_is_found_by_its_whole_name(name, fp32, tf32, bf16, monkeypatch):
+    from evenstep.train.hardware import peak_flops
+
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    assert peak_flops(device, "fp32") == fp32 and peak_flops(device, "bf16-autocast") == bf16
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert peak_flops(device, "fp32") == tf32 and peak_flops(device, "bf16") == bf16
+
+
+def test_fp32_products_use_tf32_on_a_gpu_alone(monkeypatch):
+    from evenstep.train.hardware import set_up_torch
+
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    set_up_torch(0, False, torch.device("cpu"))
+    assert asked == []
+    set_up_torch(0, False, torch.device("cuda"))
+    assert asked == ["high"]
