@@ -10,6 +10,8 @@ import sys
 import pytest
 from docs_support import ANY, ROOT, texts
 
+import evenstep
+
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
@@ -134,3 +136,30 @@ def test_an_example_of_a_docstring_is_code(monkeypatch):
 
     page = markdown.markdown('Before\n\n>>> x["a"]["b"]\n3\n\n> after\n', extensions=[docs_hooks.DoctestBlocks()])
     assert '<code>&gt;&gt;&gt; x["a"]["b"]\n3\n</code>' in page and page.count("<blockquote>") == 1
+
+
+DOCUMENTED = re.compile(r"^::: (?P<name>\S+)\n(?P<options>(?: +.*\n)*)", re.MULTILINE)
+"""An entry of mkdocstrings: an object, or a module some of whose members are shown."""
+
+
+def documented():
+    """{identifier: page} of every object whose docstring a page of the site shows."""
+    found = {}
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        page = path.relative_to(ROOT / "docs").as_posix()
+        for entry in DOCUMENTED.finditer(path.read_text(encoding="utf-8")):
+            members = re.search(r"members: \[(.*)\]", entry["options"])
+            if members and "show_root_heading: false" in entry["options"]:
+                found |= {f"{entry['name']}.{member}": page for member in members[1].split(", ")}
+            else:
+                found[entry["name"]] = page
+    return found
+
+
+def test_the_index_of_the_api_leads_to_every_documented_object():
+    """Each row has the object's identifier as its anchor too, as the page had when it held everything."""
+    index = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[`(.+)`\]\(([^#]+)#(\S+)\)\{ #(\S+) \} \| .+ \|$", index, re.MULTILINE)
+    assert {anchor: page for _, page, anchor, _ in rows} == documented() and len(rows) == len(documented())
+    assert all(anchor == own and anchor.endswith(f".{name}") for name, _, anchor, own in rows)
+    assert {*evenstep.__all__} - {"__version__"} <= {name for name, *_ in rows}
