@@ -1,4 +1,4 @@
-"""Files that an upload would publish: `python tools/manifest.py dist` lists those of every archive there, with their sizes.
+"""List what an upload would publish: `python tools/manifest.py dist` prints the files of each archive there, and sizes.
 It fails if an archive has files that belong to the repository alone. `make dist` ends with it.
 """
 
