@@ -1,6 +1,7 @@
 """What a release promises: one version, types, dependencies, citations; sdist and wheel that install."""
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -131,6 +132,30 @@ def test_the_citation_names_the_repository_if_there_is_one():
     assert not repository or re.fullmatch(r"https://\S+[^/\s]", repository)
 
 
+def manifest():
+    spec = importlib.util.spec_from_file_location("manifest", ROOT / "tools" / "manifest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_manifest_lists_what_an_archive_has_and_what_it_must_not_have(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a-1.whl", "w") as wheel:
+        wheel.writestr("evenstep/toml.py", "x = 1\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_x.py").write_text("")
+    with tarfile.open(tmp_path / "a-1.tar.gz", "w:gz") as sdist:
+        sdist.add(tmp_path / "tests", "a-1/tests")
+    tool = manifest()
+    assert tool.manifest(tmp_path / "a-1.whl")[0].startswith("a-1.whl: 1 files, 6 bytes, ")
+    assert tool.unwanted(tool.contents(tmp_path / "a-1.whl")) == []
+    assert tool.unwanted(tool.contents(tmp_path / "a-1.tar.gz")) == ["tests/test_x.py"]
+    assert tool.unwanted(["evenstep/bench/report.py", "evenstep/__pycache__/x.pyc", "lab/x.py"]) == [
+        "evenstep/__pycache__/x.pyc",
+        "lab/x.py",
+    ]
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
     """Built from the files that git would commit, so that no build of this checkout gets in."""
@@ -169,8 +194,7 @@ def test_the_sdist_holds_the_sources_of_the_kernels_and_no_half_of_the_tests(sdi
         "CITATION.cff",
         "LICENSE",
     } <= names
-    unwanted = ("tests", "benchmarks", "lab")
-    assert not [name for name in names if name.startswith(unwanted) or name.endswith(".so")]
+    assert manifest().unwanted(names) == [] and not [name for name in names if name.endswith(".so")]
 
 
 @pytest.mark.slow
@@ -181,8 +205,7 @@ def test_without_a_compiler_the_sdist_becomes_a_wheel_that_installs_alone(sdist,
     assert "evenstep/py.typed" in names and any(name.startswith("evenstep/telemetry/assets/") for name in names)
     recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.toml")}
     assert {f"evenstep/{name}" for name in recipes} <= {*names}
-    outside = ("tests/", "tools/", "docs/", "benchmarks/", "lab/", "recipes/")
-    assert not [name for name in names if name.startswith(outside)]
+    assert manifest().unwanted(names) == [] and not [name for name in names if name.startswith("recipes/")]
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]

@@ -22,7 +22,11 @@ def contents(archive):
 
 def unwanted(names):
     """The names that must not be published: private folders, and in them or elsewhere what Python or a build leaves."""
-    return sorted(name for name in names if name.startswith(PRIVATE) or "__pycache__" in name or name.endswith(".o"))
+    return sorted(
+        name
+        for name in names
+        if name.startswith(tuple(f"{folder}/" for folder in PRIVATE)) or "__pycache__" in name or name.endswith(".o")
+    )
 
 
 def manifest(archive):
