@@ -141,6 +141,7 @@ BAD = [
     (["pretrain", "nosuch.toml"], ["nosuch.toml", "no such file"]),
     (["pretrain", "--resume"], ["--resume", "names no run"]),
     (["pretrain", "--resume", "{tmp}"], ["{tmp}", "not a run"]),
+    (["finetune", "--resume", "{tmp}/no"], ["{tmp}/no", "not a run"]),
     (["pretrain", "--data.source", "text:{tmp}/none-*.txt"], ["none-*.txt"]),
     (["generate", "{tmp}/nowhere"], ["nowhere", "no such directory"]),
     (["generate", "{tmp}"], ["{tmp}", "no checkpoint"]),
