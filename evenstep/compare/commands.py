@@ -329,6 +329,7 @@ def write(plan: Any, outcomes: Any, out: Path, store: Path | None, say: Any) -> 
     except EvenstepError as problem:
         say(str(problem))
     console.print_table(document["title"], report.HEADS, report.rows(document), report.below(document))
+    say(f"table:   {where / 'table.md'}, its pictures beside it, and every run in {where / 'cells.csv'}")
     return document
 
 
