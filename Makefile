@@ -63,9 +63,10 @@ docs: $(VENV)/.dev  ## the documentation site, in site/; any warning and any bro
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python tools/check_links.py site
 
-dist: $(VENV)/.dev  ## the source distribution and a wheel for this machine, in dist/
+dist: $(VENV)/.dev  ## the source distribution and a wheel for this machine, in dist/, and a list of their files
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(BIN)/python tools/manifest.py dist
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,7 +4,8 @@ They are optional. Without a compiler the install succeeds, and the plain versio
 
 A wheel carries recipes/ inside the package, so that ``evenstep pretrain recipes/demo.toml`` works without a clone.
 
-The description on a package index is README.md with absolute links: `long_description`.
+The description on a package index is README.md with absolute links: `long_description`. They and `project_urls` come
+from ``repository`` below ``[tool.evenstep]`` of pyproject.toml.
 """
 
 import platform
@@ -47,21 +48,33 @@ class WithRecipes(build_py):
 
 def long_description(readme, repository):
     """``readme`` for a page outside of the repository, such as that of a package index: links to its files and pictures
-    become addresses below ``repository``. Without one, links become their text, and pictures are left out.
+    become addresses below ``repository``. If that is empty, links become their text, and pictures are left out with
+    their captions, a paragraph in italics.
     """
     target = r"\((?!https?://|#|mailto:)([^)\s]+)\)"
-    if repository is None:
-        text = re.sub(rf"!\[[^\]]*\]{target}\n*", "", readme)
+    if not repository:
+        text = re.sub(rf"!\[[^\]]*\]{target}\n*(?:\*[^*]+\*\n+)?", "", readme)
         return re.sub(rf"\[([^\]]*)\]{target}", r"\1", text)
     # A page of the forge shows a file at blob/, and raw/ is the file itself, which a picture needs
     text = re.sub(rf"!\[([^\]]*)\]{target}", rf"![\1]({repository}/raw/main/\2)", readme)
     return re.sub(rf"(?<!!)\[([^\]]*)\]{target}", rf"[\1]({repository}/blob/main/\2)", text)
 
 
-PROJECT = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
-REPOSITORY = PROJECT.get("urls", {}).get("Repository")
+def project_urls(repository):
+    """The links that a package index shows beside the description; none without a ``repository``."""
+    places = {
+        "Repository": "",
+        "Documentation": "/blob/main/docs/index.md",
+        "Changelog": "/blob/main/CHANGELOG.md",
+        "Issues": "/issues",
+    }
+    return {name: repository + place for name, place in places.items()} if repository else {}
+
+
+REPOSITORY = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["tool"]["evenstep"]["repository"]
 
 setup(
+    project_urls=project_urls(REPOSITORY),
     long_description=long_description(Path("README.md").read_text(encoding="utf-8"), REPOSITORY),
     long_description_content_type="text/markdown",
     ext_modules=[

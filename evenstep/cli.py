@@ -21,6 +21,7 @@ from evenstep.compare.commands import add_compare
 from evenstep.errors import EvenstepError, nearest
 from evenstep.finetune import commands as finetune_commands
 from evenstep.finetune.config import FineTuneConfig
+from evenstep.help import finish_help
 from evenstep.stability.commands import add_stability
 from evenstep.telemetry.commands import add_commands as add_telemetry
 from evenstep.train import commands as train_commands
@@ -66,6 +67,36 @@ columns of the log lines:
 """ + "".join(f"  {name:<9} {meaning}\n" for name, meaning in COLUMNS.items())
 
 
+GENERATE = """\
+Continue a prompt with the model of RUN. A model that was fine-tuned on instructions or chats gets the prompt in that
+form, and only its answer is printed. The same seed draws the same text.
+"""
+
+GENERATE_EXAMPLES = """\
+examples:
+  evenstep generate runs/NAME --prompt 'In the beginning'
+  evenstep generate runs/NAME/checkpoints/step-000400 --temperature 0    always the most likely token
+"""
+
+COMPLETION = """\
+Print the completion script of a shell: commands, options, and the values of options. Needs the package shtab, which
+evenstep[train] installs.
+"""
+
+COMPLETION_EXAMPLES = """\
+examples:
+  eval "$(evenstep completion bash)"                                   in this shell; in ~/.bashrc for all
+  evenstep completion zsh > ~/.zfunc/_evenstep                         for zsh, with ~/.zfunc in fpath
+  evenstep completion fish > ~/.config/fish/completions/evenstep.fish
+"""
+
+DOCTOR_EXAMPLES = """\
+examples:
+  evenstep doctor
+  evenstep doctor --check    after an update of torch or a driver
+"""
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises EvenstepError instead of printing its usage and exiting."""
 
@@ -79,7 +110,6 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
         prog="evenstep",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"evenstep {__version__}")
@@ -95,14 +125,18 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
         usage="evenstep pretrain [RECIPE.toml] [--section.key VALUE ...] [--resume [RUN]]",
         description=PRETRAIN,
         epilog=PRETRAIN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     _pretrain_arguments(pretrain)
 
     default = SampleConfig()
     generate = commands.add_parser(
-        "generate", parents=[debug], help="generate text with a trained model", allow_abbrev=False
+        "generate",
+        parents=[debug],
+        help="generate text with a trained model",
+        description=GENERATE,
+        epilog=GENERATE_EXAMPLES,
+        allow_abbrev=False,
     )
     generate.add_argument(
         "run", metavar="RUN", type=Path, help="a run, one of its checkpoints, or a directory that transformers can load"
@@ -135,7 +169,14 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
     finetune_commands.add_commands(commands, debug)
     train_commands.add_commands(commands, debug)
 
-    shells = commands.add_parser("completion", parents=[debug], help="print shell completion", allow_abbrev=False)
+    shells = commands.add_parser(
+        "completion",
+        parents=[debug],
+        help="print shell completion",
+        description=COMPLETION,
+        epilog=COMPLETION_EXAMPLES,
+        allow_abbrev=False,
+    )
     shells.add_argument("shell", metavar="SHELL", help="bash, zsh, tcsh, fish or powershell")
     shells.set_defaults(run_command=_completion)
 
@@ -143,6 +184,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
         "doctor",
         parents=[debug],
         help="show which kernels are available on which device, and why others are not",
+        description="Print versions, devices and the kernels that run on them, with the reason for each that does not.",
+        epilog=DOCTOR_EXAMPLES,
         allow_abbrev=False,
     )
     doctor.add_argument(
@@ -151,6 +194,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, Any]:
         help="compare every kernel with the plain code; exit status 2 if one differs",
     )
     doctor.set_defaults(run_command=_doctor)
+    finish_help(parser)
     return parser, commands
 
 

@@ -58,6 +58,45 @@ def test_pretrain_help_shows_every_option_in_its_group(capsys):
     assert "(pre | post | mix)" in out and "--optim.gamma1 VALUE" in out and "stable_spam 1000, spam 500" in out
 
 
+def parsers():
+    """(words, parser) of the program, its commands and their subcommands."""
+    found = [([], cli.build_parser()[0])]
+    for words, parser in found:
+        for action in parser._actions:
+            for name, each in (action.choices or {}).items() if isinstance(action.choices, dict) else ():
+                found.append(([*words, name], each))
+    return found
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_every_help_fits_the_terminal_and_has_what_a_manual_page_has(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    texts = {" ".join(words): (parser, parser.format_help()) for words, parser in parsers()}
+    assert len(texts) > 22
+    for name, (parser, text) in texts.items():
+        assert [line for line in text.splitlines() if len(line) > width] == [], name
+        assert text.startswith("usage: ") and "exit status:" in text, name
+        if " " not in name:  # the examples of a group of commands are those of the group
+            assert parser.description and "examples:" in text, name
+    for name in ("", "pretrain", "finetune", "sweep", "compare"):
+        assert "EVENSTEP_CACHE" in texts[name][1], name
+
+
+def test_a_wide_example_is_a_command_that_a_shell_continues():
+    from evenstep.help import HelpFormatter
+
+    text = "one\ntwo\n\nexamples:\n  evenstep pretrain --out x --seed 5    what it does\n"
+    drawn = HelpFormatter("evenstep", width=30)._fill_text(text, 30, "").splitlines()
+    assert drawn == [
+        "one two",
+        "",
+        "examples:",
+        "  evenstep pretrain --out x \\",
+        "      --seed 5",
+        "      # what it does",
+    ]
+
+
 @pytest.mark.parametrize("words", [["--help"], ["pretrain", "--help"], ["runs", "/"], ["completion", "bash"]])
 def test_quick_commands_do_not_load_torch_or_any_extra(words):
     blocked = "torch matplotlib rich tokenizers safetensors numpy transformers".split()  # noqa: SIM905
@@ -141,6 +180,7 @@ BAD = [
     (["pretrain", "nosuch.toml"], ["nosuch.toml", "no such file"]),
     (["pretrain", "--resume"], ["--resume", "names no run"]),
     (["pretrain", "--resume", "{tmp}"], ["{tmp}", "not a run"]),
+    (["finetune", "--resume", "{tmp}/no"], ["{tmp}/no", "not a run"]),
     (["pretrain", "--data.source", "text:{tmp}/none-*.txt"], ["none-*.txt"]),
     (["generate", "{tmp}/nowhere"], ["nowhere", "no such directory"]),
     (["generate", "{tmp}"], ["{tmp}", "no checkpoint"]),

@@ -10,6 +10,8 @@ import sys
 import pytest
 from docs_support import ANY, ROOT, texts
 
+import evenstep
+
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
@@ -63,6 +65,24 @@ def test_a_notebook_runs_and_shows_its_results(notebook, tmp_path, monkeypatch):
     names = {"__name__": "__main__"}
     for i, cell in enumerate(code):
         exec(compile("".join(cell["source"]), f"{notebook.name}, code cell {i}", "exec"), names)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_installs_an_uploaded_archive_where_evenstep_is_missing(notebook, tmp_path, monkeypatch):
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = "".join(next(cell for cell in cells if cell["cell_type"] == "code")["source"])
+    commands = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    exec(code, {})
+    assert commands == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(AssertionError, match=r"upload dist/evenstep-VERSION\.tar\.gz first"):
+        exec(code, {})
+    (tmp_path / "evenstep-0.1.0.tar.gz").touch()
+    exec(code, {})
+    [command] = commands
+    assert command[1:4] == ["-m", "pip", "install"] and tmp_path / "evenstep-0.1.0.tar.gz" in command
 
 
 @pytest.mark.slow
@@ -126,11 +146,33 @@ def test_the_width_check_sees_wide_lines_of_code_alone():
     assert wide_lines(f"```\n7b (6.74B parameters) on 64 GPUs, {wide}\n```\n") == []
 
 
-def test_an_example_of_a_docstring_is_code(monkeypatch):
+def test_an_example_of_a_docstring_is_code_and_a_picture_a_link(monkeypatch):
     markdown = pytest.importorskip("markdown")
     pytest.importorskip("mkdocs")
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import docs_hooks
 
+    # A picture opens at its own size, since its text is tiny on a phone; one that is a link already stays
+    linked = '<a href="a.png"><img alt="x" src="a.png" /></a>'
+    assert docs_hooks.on_page_content('<img alt="x" src="a.png" />', None, None, None) == linked
+    assert docs_hooks.on_page_content('<img src="data:x">' + linked, None, None, None) == '<img src="data:x">' + linked
     page = markdown.markdown('Before\n\n>>> x["a"]["b"]\n3\n\n> after\n', extensions=[docs_hooks.DoctestBlocks()])
     assert '<code>&gt;&gt;&gt; x["a"]["b"]\n3\n</code>' in page and page.count("<blockquote>") == 1
+
+
+def documented():
+    """{identifier: page} of every object whose docstring a page of the site shows."""
+    found = {}
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        names = re.findall(r"^::: (\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        found |= dict.fromkeys(names, path.relative_to(ROOT / "docs").as_posix())
+    return found
+
+
+def test_the_index_of_the_api_leads_to_every_documented_object():
+    """Each row has the object's identifier as its anchor too, as the page had when it held everything."""
+    index = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[`(.+)`\]\(([^#]+)#(\S+)\)\{ #(\S+) \} \| .+ \|$", index, re.MULTILINE)
+    assert {anchor: page for _, page, anchor, _ in rows} == documented() and len(rows) == len(documented())
+    assert all(anchor == own and anchor.endswith(f".{name}") for name, _, anchor, own in rows)
+    assert {*evenstep.__all__} - {"__version__"} <= {name for name, *_ in rows}

@@ -1,6 +1,7 @@
 """What a release promises: one version, types, dependencies, citations; sdist and wheel that install."""
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import tarfile
 import tomllib
 import venv
 import zipfile
+from email import message_from_string
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,8 @@ import yaml
 import evenstep
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+PROJECT = tomllib.loads(PYPROJECT)["project"]
 
 
 def test_the_version_is_the_same_everywhere():
@@ -87,15 +90,70 @@ def test_the_description_on_an_index_has_no_link_that_leads_nowhere():
     [function] = (node for node in tree.body if getattr(node, "name", "") == "long_description")
     names = {"re": re}
     exec(compile(ast.Module([function], []), "setup.py", "exec"), names)
-    text = "![a](docs/a.png)\n\n[b](docs/b.md#c), [d](https://e.org), [f](#g)\n"
+    text = "![a](docs/a.png)\n\n*A caption, [c](c.md).*\n\n[b](docs/b.md#c), [d](https://e.org), [f](#g)\n"
     known = names["long_description"](text, "https://forge.org/x")
     assert "![a](https://forge.org/x/raw/main/docs/a.png)" in known
     assert "[b](https://forge.org/x/blob/main/docs/b.md#c), [d](https://e.org), [f](#g)" in known
-    assert names["long_description"](text, None) == "b, [d](https://e.org), [f](#g)\n"
+    assert names["long_description"](text, "") == "b, [d](https://e.org), [f](#g)\n"
     readme = (ROOT / "README.md").read_text()
-    for repository in ("https://forge.org/x", None):
+    for repository in ("https://forge.org/x", ""):
         links = re.findall(r"\]\(([^)\s]+)\)", names["long_description"](readme, repository))
         assert [link for link in links if not link.startswith(("https://", "#"))] == []
+
+
+@pytest.mark.parametrize("repository", ["", "https://forge.org/x"])
+def test_one_line_of_pyproject_gives_every_address_of_the_repository(repository, tmp_path):
+    """The metadata of a package that is built with it, and without one."""
+    for name in ("README.md", "LICENSE", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    project, changed = re.subn(r"(?m)^repository = .*", f'repository = "{repository}"', PYPROJECT)
+    assert changed == 1
+    (tmp_path / "pyproject.toml").write_text(project)
+    (tmp_path / "evenstep").mkdir()
+    build = "from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel('.')"
+    subprocess.run([sys.executable, "-W", "error", "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    [path] = tmp_path.glob("*.dist-info/METADATA")
+    metadata = message_from_string(path.read_text())
+    urls = metadata.get_all("Project-URL", [])
+    links = re.findall(r"\]\((https://[^)]+)\)", metadata.get_payload())
+    if repository:
+        assert [url.partition(", ")[0] for url in urls] == ["Repository", "Documentation", "Changelog", "Issues"]
+        assert all(url.partition(", ")[2].startswith(repository) for url in urls)
+        # Documents that are linked exist
+        there = [link.partition("/main/")[2].partition("#")[0] for link in links + urls if "/main/" in link]
+        assert len(there) > 10 and all((ROOT / file).exists() for file in there)
+    else:
+        assert urls == [] and links and all(link.startswith("https://arxiv.org/") for link in links)
+
+
+def test_the_citation_names_the_repository_if_there_is_one():
+    repository = tomllib.loads(PYPROJECT)["tool"]["evenstep"]["repository"]
+    assert not repository or yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"] == repository
+    assert not repository or re.fullmatch(r"https://\S+[^/\s]", repository)
+
+
+def manifest():
+    spec = importlib.util.spec_from_file_location("manifest", ROOT / "tools" / "manifest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_manifest_lists_what_an_archive_has_and_what_it_must_not_have(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a-1.whl", "w") as wheel:
+        wheel.writestr("evenstep/toml.py", "x = 1\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_x.py").write_text("")
+    with tarfile.open(tmp_path / "a-1.tar.gz", "w:gz") as sdist:
+        sdist.add(tmp_path / "tests", "a-1/tests")
+    tool = manifest()
+    assert tool.manifest(tmp_path / "a-1.whl")[0].startswith("a-1.whl: 1 files, 6 bytes, ")
+    assert tool.unwanted(tool.contents(tmp_path / "a-1.whl")) == []
+    assert tool.unwanted(tool.contents(tmp_path / "a-1.tar.gz")) == ["tests/test_x.py"]
+    assert tool.unwanted(["evenstep/bench/report.py", "evenstep/__pycache__/x.pyc", "lab/x.py"]) == [
+        "evenstep/__pycache__/x.pyc",
+        "lab/x.py",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +194,7 @@ def test_the_sdist_holds_the_sources_of_the_kernels_and_no_half_of_the_tests(sdi
         "CITATION.cff",
         "LICENSE",
     } <= names
-    unwanted = ("tests", "benchmarks", "lab")
-    assert not [name for name in names if name.startswith(unwanted) or name.endswith(".so")]
+    assert manifest().unwanted(names) == [] and not [name for name in names if name.endswith(".so")]
 
 
 @pytest.mark.slow
@@ -148,8 +205,7 @@ def test_without_a_compiler_the_sdist_becomes_a_wheel_that_installs_alone(sdist,
     assert "evenstep/py.typed" in names and any(name.startswith("evenstep/telemetry/assets/") for name in names)
     recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.toml")}
     assert {f"evenstep/{name}" for name in recipes} <= {*names}
-    outside = ("tests/", "tools/", "docs/", "benchmarks/", "lab/", "recipes/")
-    assert not [name for name in names if name.startswith(outside)]
+    assert manifest().unwanted(names) == [] and not [name for name in names if name.startswith("recipes/")]
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]

@@ -114,6 +114,15 @@ def on_page_markdown(markdown, page, config, files):
     return OUTSIDE.sub(inside, markdown)
 
 
+PICTURE = re.compile(r'(?<!">)<img [^>]*src="(?!data:)([^"]+)"[^>]*>')
+"""A picture that is no link."""
+
+
+def on_page_content(html, page, config, files):
+    """Let every picture open at its own size, since its text is tiny on a phone."""
+    return PICTURE.sub(lambda match: f'<a href="{match[1]}">{match[0]}</a>', html)
+
+
 def on_post_page(output, page, config):
     """Convert the links of notebooks, which mkdocs leaves as they are, to those of HTML pages."""
     if page.file.src_uri.endswith(".ipynb"):

@@ -17,12 +17,21 @@ how it treats each kind of parameter of a small LLaMA, with the bytes of its sta
 """
 
 
+EXAMPLES = """\
+examples:
+  evenstep optimizers
+  evenstep optimizers stable_spam
+  evenstep optimizers torch.optim:NAdam
+"""
+
+
 def add_optimizers(commands: Any, debug: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "optimizers",
         parents=[debug],
         help="list the optimizers, and how each treats the parameters of a model",
         description=DESCRIPTION,
+        epilog=EXAMPLES,
         allow_abbrev=False,
     )
     parser.add_argument("name", metavar="NAME", nargs="?", help="show this one in detail")

@@ -31,17 +31,21 @@ examples:
 
 def add_bench(commands: Any, debug: argparse.ArgumentParser) -> None:
     """Add the command ``bench``, with its subcommands, to the parser of the program."""
-    raw: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "parents": [debug]}
+    raw: Any = {"allow_abbrev": False, "parents": [debug]}
     bench = commands.add_parser(
         "bench", help="time optimizer steps against other packages", description=DESCRIPTION, epilog=EXAMPLES, **raw
     )
     parts = bench.add_subparsers(title="commands", metavar="WHAT", dest="part", required=True)
 
-    step_time = parts.add_parser("step-time", help="time, memory and bandwidth of a step", **raw)
+    step_time = parts.add_parser(
+        "step-time", help="time, memory and bandwidth of a step", description=DESCRIPTION, **raw
+    )
     _options(step_time, shapes="60m", threads="1", optimizers="all")
     step_time.set_defaults(run_command=_measure, leaf=step_time)
 
-    scaling = parts.add_parser("scaling", help="cost per parameter over sizes and threads", **raw)
+    scaling = parts.add_parser(
+        "scaling", help="cost per parameter over sizes and threads", description=DESCRIPTION, **raw
+    )
     optimizers = "stable_spam,spam,spam_density_25,scale,stabilize_adamw"
     _options(scaling, shapes="9m,60m,130m,350m,1b", threads="1,2", optimizers=optimizers)
     scaling.set_defaults(run_command=_measure, leaf=scaling)

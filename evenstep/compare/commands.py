@@ -75,9 +75,15 @@ JOBS: Any = {
 }
 
 
+RESULTS_EXAMPLES = """\
+examples:
+  evenstep results benchmarks/results/tables --out docs/results.md
+"""
+
+
 def add_compare(commands: Any, debug: argparse.ArgumentParser) -> None:
     """Add the commands ``compare``, ``sweep`` and ``results`` to the parser of the program."""
-    raw: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, "parents": [debug]}
+    raw: Any = {"allow_abbrev": False, "parents": [debug]}
     compare = commands.add_parser(
         "compare",
         help="train a table of optimizers: one of the papers' or your own",
@@ -165,7 +171,9 @@ def add_compare(commands: Any, debug: argparse.ArgumentParser) -> None:
     add_overrides(sweep, without={"out", "name"})
     sweep.set_defaults(run_command=_sweep)
 
-    results = commands.add_parser("results", help="write the page of results", description=RESULTS, **raw)
+    results = commands.add_parser(
+        "results", help="write the page of results", description=RESULTS, epilog=RESULTS_EXAMPLES, **raw
+    )
     add = results.add_argument
     add(
         "stored",
@@ -321,6 +329,7 @@ def write(plan: Any, outcomes: Any, out: Path, store: Path | None, say: Any) -> 
     except EvenstepError as problem:
         say(str(problem))
     console.print_table(document["title"], report.HEADS, report.rows(document), report.below(document))
+    say(f"table:   {where / 'table.md'}, its pictures beside it, and every run in {where / 'cells.csv'}")
     return document
 
 

@@ -43,7 +43,7 @@ class LeftOut:
     '1 files that are not text (a.bin)'
     """
 
-    def __init__(self, on_bad: str = "stop", advice: str = "; data.on_bad skip leaves it out"):
+    def __init__(self, on_bad: str = "stop", advice: str = "; --data.on_bad skip leaves it out"):
         self.stops, self._advice = on_bad == "stop", advice
         self._counts: dict[str, tuple[int, str]] = {}
 

@@ -270,7 +270,7 @@ def _documents(corpus: Corpus, left_out: LeftOut) -> Iterator[tuple[str, bytes, 
 
 def _left_out(spec: DataSpec) -> LeftOut:
     if spec.source.startswith("text:"):
-        return LeftOut(spec.on_bad, advice="; data.exclude or data.on_bad skip leaves it out")
+        return LeftOut(spec.on_bad, advice="; --data.exclude PATTERN or --data.on_bad skip leaves it out")
     return LeftOut(spec.on_bad)
 
 

@@ -45,7 +45,6 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
         usage="evenstep finetune [RECIPE.toml] MODEL --data FILE.jsonl [--section.key VALUE ...] [--resume [RUN]]",
         description=FINETUNE,
         epilog=FINETUNE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     finetune.add_argument("tuned", metavar="MODEL", nargs="*", help="the model, optionally preceded by a recipe")

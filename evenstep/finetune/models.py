@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +286,22 @@ def open_model(config: FineTuneConfig, source: Source, labels: Sequence[str], sa
         for line in describe_lora(model, config):
             say(line)
     return model
+
+
+def fit_length(config: FineTuneConfig, folder: Path, say: Callable[[str], None]) -> FineTuneConfig:
+    """``config`` with ``train.seq_len`` shortened to the positions of the model in ``folder``, if it is the default. A
+    length that was chosen stays, and `check_positions` refuses it."""
+    [default] = [field.default for field in fields(config.train) if field.name == "seq_len"]
+    try:
+        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # reported when the model is loaded
+        return config
+    found = [shape.get(name) for name in ("max_position_embeddings", "n_positions")] if isinstance(shape, dict) else []
+    positions = next((n for n in found if isinstance(n, int) and n > 1), config.train.seq_len)
+    if config.train.seq_len != default or positions >= config.train.seq_len:
+        return config
+    say(f"train.seq_len is {positions} instead of {default}: the model of {folder} has no more positions")
+    return replace(config, train=replace(config.train, seq_len=positions))
 
 
 def _ours(config: FineTuneConfig, source: Source, labels: Sequence[str]) -> Any:

@@ -42,8 +42,9 @@ def write(
     """Generate at most ``most`` tokens after each prompt; returns them without the token that ended the text.
 
     With ``temperature`` 0 the most likely token is chosen, otherwise one of the ``top_k`` most likely tokens (0: of
-    all) is drawn. A prompt that leaves no room for an answer loses its beginning. The same ``seed`` draws the same
-    tokens on the same machine; for models of transformers it seeds torch's global generator.
+    all) is drawn. Prompt and answer have to fit into the model's positions: the answer is shortened first, to half of
+    them at least, and then the prompt loses its beginning. The same ``seed`` draws the same tokens on the same machine;
+    for models of transformers it seeds torch's global generator.
     """
     if isinstance(model, Llama):
         return [
@@ -56,6 +57,8 @@ def write(
     net = model.net
     room = getattr(net.config.get_text_config(), "max_position_embeddings", None)
     if room:
+        # A limit above the positions, such as the default of `evenstep generate`, must not cost a short prompt anything
+        most = min(most, max(room - max(map(len, prompts)), room // 2))
         prompts = [prompt[-max(1, room - most) :] for prompt in prompts]
     width = max(map(len, prompts))
     device = net.get_input_embeddings().weight.device

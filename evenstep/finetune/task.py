@@ -25,6 +25,7 @@ from evenstep.finetune.models import (
     Source,
     classes_of,
     find_source,
+    fit_length,
     hushed,
     keeps_documents_apart,
     open_model,
@@ -63,6 +64,7 @@ class FineTuning(Task):
         path, library = Path(config.model.path), config.model.library
         self.source = self.world.on_rank_0(lambda: find_source(path, library, self.say))
         folder = self.source.folder
+        config = fit_length(config, folder, self.say)
         bad: Bad = {}
         train, val = open_examples(config, bad)
         text = load_text(folder, self.source.library)

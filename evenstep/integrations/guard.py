@@ -1,10 +1,11 @@
 """The common part of the callbacks that act on spikes: checked options, a replaced optimizer step, a line for each
-decision."""
+decision, and its record in the log of a `SpikeCallback` beside them."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from evenstep.errors import nearest
 from evenstep.telemetry.guard import SpikeGuard
+from evenstep.telemetry.monitor import SpikeMonitor
 from evenstep.telemetry.trouble import Troubles
 
 OWNER = "SpikeGuardCallback"
@@ -22,6 +24,8 @@ GIVEN = ("model", "optimizer", "schedulers", "data")
 ``data``."""
 
 _troubles = Troubles(OWNER)
+_monitors: weakref.WeakSet[SpikeMonitor] = weakref.WeakSet()
+"""The open monitors of the callbacks that record spikes."""
 
 
 def checked_guard_options(options: Mapping[str, Any]) -> None:
@@ -93,6 +97,26 @@ def event_line(event: Mapping[str, Any], guard: SpikeGuard, steps_before: int) -
     else:
         effect = effects[event["action"]]
     return f"SpikeGuard: step {event['rows']} is bad: {event['reason']}; {event['action']}: {effect}"
+
+
+def record_decisions_in(monitor: SpikeMonitor) -> None:
+    """Let the guards of the monitor's optimizer write their decisions to its log, until `close_monitor`. Neither of the
+    two callbacks gets the other from its trainer, and either may start first."""
+    _monitors.add(monitor)
+
+
+def close_monitor(monitor: SpikeMonitor, *, flush: bool = True) -> None:
+    """Close a monitor of `record_decisions_in`."""
+    _monitors.discard(monitor)
+    monitor.close(flush=flush)
+
+
+def record_decision(event: Mapping[str, Any], guard: SpikeGuard) -> None:
+    """Write a decision of ``guard`` to the log of each callback that watches the same optimizer."""
+    # The monitor would take a number of the trainer's steps for data rows
+    facts = {key: value for key, value in event.items() if key != "rows"}
+    for monitor in [each for each in _monitors if each.optimizer is guard.optimizer]:
+        monitor.record(facts)
 
 
 def load_guard(guard: SpikeGuard, saved: Mapping[str, Any]) -> None:

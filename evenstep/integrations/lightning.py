@@ -20,8 +20,11 @@ from evenstep.integrations.guard import (
     OWNER,
     checked_guard_options,
     checked_say,
+    close_monitor,
     event_line,
     load_guard,
+    record_decision,
+    record_decisions_in,
     replace_step,
 )
 from evenstep.integrations.log import go_on, harmless, lent_sinks, open_log, write_line
@@ -112,7 +115,7 @@ class SpikeCallback(pl.Callback):
         _check_there("SpikeCallback", self.which, trainer)
         before, step = self.monitor, self._step(trainer)
         if before is not None:
-            before.close()
+            close_monitor(before)
             if self._saved is None and before.step == step > 0:  # fit() called again
                 self._saved = before.state_dict()
         folder = Path(trainer.log_dir or trainer.default_root_dir)
@@ -122,6 +125,7 @@ class SpikeCallback(pl.Callback):
         self.monitor = SpikeMonitor(
             pl_module, trainer.optimizers[self.which], sinks=[*sinks, *self.extra], **self.options
         )
+        record_decisions_in(self.monitor)
         self._losses.clear()
         if self._saved is not None:
             go_on(self.monitor, self._saved)
@@ -161,12 +165,12 @@ class SpikeCallback(pl.Callback):
     @harmless
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.monitor:
-            self.monitor.close()
+            close_monitor(self.monitor)
 
     @harmless
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self.monitor:
-            self.monitor.close(flush=trainer.world_size == 1)
+            close_monitor(self.monitor, flush=trainer.world_size == 1)
 
     def state_dict(self) -> dict[str, Any]:
         return self.monitor.state_dict() if self.monitor else {}
@@ -188,7 +192,8 @@ class SpikeGuardCallback(pl.Callback):
     again.
 
     With fp16, a step that overflows is left to the GradScaler. Decisions are in ``guard.events``, with the number of
-    the step (from 1) as ``rows``. The guard's state is in Lightning's checkpoints.
+    the step (from 1) as ``rows``, and in the metrics.jsonl of a `SpikeCallback` of the same optimizer. The guard's
+    state is in Lightning's checkpoints.
 
     Args:
         optimizer: index of the optimizer, for modules with several. Default 0. The ladder of a callback in such a
@@ -344,6 +349,7 @@ class SpikeGuardCallback(pl.Callback):
 
     def _decided(self, event: Event) -> None:
         assert self.guard is not None and self._trainer is not None
+        record_decision(event, self.guard)
         if self.say is not None and self._trainer.is_global_zero:
             self.say(event_line(event, self.guard, self._steps))
         if self.options.get("on_event") is not None:

@@ -19,8 +19,11 @@ from evenstep.integrations.guard import (
     OWNER,
     checked_guard_options,
     checked_say,
+    close_monitor,
     event_line,
     load_guard,
+    record_decision,
+    record_decisions_in,
     replace_step,
 )
 from evenstep.integrations.log import Tally, go_on, harmless, lent_sinks, open_log, write_line
@@ -121,6 +124,7 @@ class SpikeCallback(TrainerCallback):
             sinks.insert(0, open_log(Path(self.path or output / "metrics.jsonl"), step, state))
         self.monitor = SpikeMonitor(model, optimizer, sinks=sinks, **self.options)
         self.monitor.step = step
+        record_decisions_in(self.monitor)
         folder = _checkpoint(output, step)
         saved = next((folder / name for name in (self._state, STATE) if (folder / name).exists()), None)
         if step and saved:
@@ -181,7 +185,7 @@ class SpikeCallback(TrainerCallback):
             self._losses.close()
             self._losses = None
         if self.monitor is not None:
-            self.monitor.close()
+            close_monitor(self.monitor)
 
 
 GUARD_STATE = "spike_guard.pt"
@@ -207,7 +211,8 @@ class SpikeGuardCallback(TrainerCallback):
     next epoch, in other batches, and are judged again.
 
     With fp16, a step that overflows is left to the GradScaler. Decisions are in ``guard.events`` (with the Trainer's
-    number of the step as ``rows``) and in ``state.log_history``; the guard's state is in the Trainer's checkpoints.
+    number of the step as ``rows``), in ``state.log_history``, and in the metrics.jsonl of a `SpikeCallback` of the same
+    Trainer; the guard's state is in the Trainer's checkpoints.
 
     Args:
         say: called with one line of text for each decision, on the main process. Default ``print``; None prints
@@ -335,6 +340,7 @@ class SpikeGuardCallback(TrainerCallback):
         assert self.guard is not None
         entry = {"step": event["rows"], "guard": event["action"], "guard_reason": event["reason"]}
         self._state.log_history.append(entry)
+        record_decision(event, self.guard)
         if self.say is not None and self._state.is_world_process_zero:
             self.say(event_line(event, self.guard, self._steps))
         if self.options.get("on_event") is not None:

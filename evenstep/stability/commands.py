@@ -27,7 +27,7 @@ def add_stability(commands: Any, debug: argparse.ArgumentParser) -> None:
 
     parser = commands.add_parser(
         "stability", help="where training breaks, and which remedy holds", description=DESCRIPTION, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, parents=[debug],
+        allow_abbrev=False, parents=[debug],
     )  # fmt: skip
     add = parser.add_argument
     add("--quick", action="store_true", help="short for --scale quick: one seed, five tasks, rates as they come")

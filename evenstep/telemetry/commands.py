@@ -40,6 +40,23 @@ Print the text of data rows of RUN. Rows are given as events name them: "data ro
 text is decoded from the run's tokens, which are prepared again if they are no longer in the cache.
 """
 
+ROWS_EXAMPLES = """\
+examples:
+  evenstep diagnose runs/NAME        names the rows of a spike
+  evenstep rows runs/NAME 264-272    prints their text
+"""
+
+WATCH_EXAMPLES = """\
+examples:
+  evenstep watch runs/NAME
+  evenstep watch runs/a runs/b --port 0    two runs, on any free port
+"""
+
+STUDY_EXAMPLES = """\
+examples:
+  evenstep study --steps 100 --models llama-9m --out spike-study
+"""
+
 STUDY = """\
 Train small LLaMA and Pythia-shaped models with Adam and record the gradient spike score (GSS) of the SPAM paper over
 layers and time: how often gradients spike, where, how large, and how long one injected spike stays in the moments of
@@ -49,7 +66,7 @@ Adam, SPAM and Stable-SPAM. Writes pictures and numbers.
 
 def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     """Add the commands to ``commands``, the program's ``add_subparsers()``."""
-    shared = {"parents": [debug], "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    shared: Any = {"parents": [debug], "allow_abbrev": False}
     report = commands.add_parser(
         "report", help="make a page of a run's telemetry", description=REPORT, epilog=REPORT_EXAMPLES, **shared
     )
@@ -78,20 +95,27 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     watch = commands.add_parser(
         "watch",
         help="show a run's page while it trains",
-        description="Serve the page of RUN on this machine alone.",
+        description="Serve the page of RUN on this machine alone. It follows the run until Ctrl-C.",
+        epilog=WATCH_EXAMPLES,
         **shared,
     )
     watch.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="directory of a run")
     watch.add_argument("--port", type=int, default=8642, help="0 for any free port (default: %(default)s)")
     watch.set_defaults(run_command=_watch)
 
-    rows = commands.add_parser("rows", help="print the text of a run's data rows", description=ROWS, **shared)
+    rows = commands.add_parser(
+        "rows", help="print the text of a run's data rows", description=ROWS, epilog=ROWS_EXAMPLES, **shared
+    )
     rows.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
     rows.add_argument("rows", metavar="A-B", help="the first row, and one past the last")
     rows.set_defaults(run_command=_rows)
 
     study = commands.add_parser(
-        "study", help="repeat the gradient spike study of the SPAM paper", description=STUDY, **shared
+        "study",
+        help="repeat the gradient spike study of the SPAM paper",
+        description=STUDY,
+        epilog=STUDY_EXAMPLES,
+        **shared,
     )
     study.add_argument("--out", metavar="DIR", type=Path, default=Path("spike-study"), help="default: %(default)s")
     study.add_argument(

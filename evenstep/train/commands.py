@@ -85,15 +85,33 @@ checksum is verified; if one does not match, the exit status is 2 and the error 
 """
 
 
+INSPECT_EXAMPLES = """\
+examples:
+  evenstep inspect runs/NAME                                   the newest checkpoint
+  evenstep inspect runs/NAME/checkpoints/step-000400 --all     every tensor of the optimizer
+"""
+
+RUNS = """\
+List the runs below DIR: size, optimizer, steps, validation loss, and whether each is finished. A run that goes on from
+another one stands below it.
+"""
+
+RUNS_EXAMPLES = """\
+examples:
+  evenstep runs
+  evenstep runs /shared/runs
+"""
+
+
 def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     """Add the commands to the action that holds those of the program."""
-    runs = commands.add_parser("runs", parents=[debug], help="list runs", allow_abbrev=False)
+    runs = commands.add_parser(
+        "runs", parents=[debug], help="list runs", description=RUNS, epilog=RUNS_EXAMPLES, allow_abbrev=False
+    )
     runs.add_argument("directory", metavar="DIR", nargs="?", type=Path, default=Path("runs"), help="default: runs")
     runs.set_defaults(run_command=_runs)
 
-    shared: Any = {
-        "parents": [debug], "allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter
-    }  # fmt: skip
+    shared: Any = {"parents": [debug], "allow_abbrev": False}
     plan = commands.add_parser(
         "plan",
         help="compute the memory and the traffic of a run on a number of GPUs",
@@ -166,7 +184,11 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     official.set_defaults(run_command=_official)
 
     inspect = commands.add_parser(
-        "inspect", help="show the content of a checkpoint and verify it", description=INSPECT, **shared
+        "inspect",
+        help="show the content of a checkpoint and verify it",
+        description=INSPECT,
+        epilog=INSPECT_EXAMPLES,
+        **shared,
     )
     inspect.add_argument(
         "checkpoint",

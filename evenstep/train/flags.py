@@ -128,8 +128,8 @@ def chosen(
                 f"for it, --out {unused(parent.run)}"
             )
         saved = parent.run / "config.toml"
-        if recipe is None and (saved.is_file() or start is parent):
-            tables = read_toml(config_file(parent.run))
+        if recipe is None:
+            tables = read_toml(config_file(parent.run))  # EvenstepError where there is no run
             if start is parent:
                 tables.pop("name", None)  # the name of the parent
             return build(override(without_foreign_options(tables, overrides, saved), overrides, kind), kind), start

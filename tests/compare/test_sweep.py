@@ -175,6 +175,7 @@ def test_the_example_is_a_table_that_runs(recipe, tmp_path, capsys):
     assert main(["compare", str(path), "--jobs", "0", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "claim (tiny): Stable-SPAM beats AdamW:" in out and (tmp_path / "out/tables/own/table.md").exists()
+    assert f"table:   {tmp_path / 'out/tables/own/table.md'}" in out
 
 
 def test_every_key_of_a_table_is_documented():

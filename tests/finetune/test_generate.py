@@ -76,6 +76,18 @@ def test_the_same_seed_draws_the_same_text(hub, capsys):
     assert told(capsys, *words, "--seed", 1) == told(capsys, *words, "--seed", 1) != told(capsys, *words, "--seed", 2)
 
 
+def test_a_limit_above_the_models_positions_costs_a_short_prompt_nothing(hub, capsys):
+    """The default of ``--tokens`` exceeds the 64 positions of this model."""
+    few = told(capsys, hub, "--prompt", "abcd", "--temperature", 0, "--tokens", 12)
+    many = told(capsys, hub, "--prompt", "abcd", "--temperature", 0)
+    assert len(many) > len(few) and many.startswith(few)
+    # A prompt that does not fit loses its beginning, and half of the positions are left for the answer
+    long = told(capsys, hub, "--prompt", "x" * 100 + "abcd" * 8, "--temperature", 0)
+    assert long.removeprefix("x" * 100 + "abcd" * 8) == told(
+        capsys, hub, "--prompt", "abcd" * 8, "--temperature", 0
+    ).removeprefix("abcd" * 8)
+
+
 def test_a_tokenizers_own_chat_template_asks_and_ends_the_answer(hub, tmp_path, capsys):
     """Its last token ends the answer though the tokenizer's end of text is another."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -163,6 +163,15 @@ def test_choices_are_scored_by_likelihood(hub, tmp_path):
     assert summary["score_kind"] == "choice" and 0 <= summary["score"] <= 1
 
 
+def test_only_the_default_length_is_shortened_to_the_positions_of_the_model(hub, data, tmp_path):
+    said = []
+    run = Tuning(config(hub, data, tmp_path / "default", train={"seq_len": 256}), say=said.append)
+    assert run.config.train.seq_len == 64
+    assert f"train.seq_len is 64 instead of 256: the model of {hub} has no more positions" in said
+    with pytest.raises(EvenstepError, match=r"train\.seq_len 100 is longer than the 64 positions"):
+        Tuning(config(hub, data, tmp_path / "chosen", train={"seq_len": 100}), say=said.append)
+
+
 def test_too_long_examples_are_counted_and_said(hub, tmp_path):
     rows = [{"prompt": "abc:", "response": "x"}] * 8 + [{"prompt": "abc:", "response": "x" * 99}] * 3
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -13,6 +13,7 @@ from torch import nn
 
 from evenstep import AdaGN, SpikeGuard, StableSPAM, stabilize
 from evenstep.integrations import lightning
+from evenstep.telemetry.runlog import load_run
 
 # ---- Lightning ----
 
@@ -129,6 +130,15 @@ def test_a_step_that_lightning_skips_does_not_advance_the_schedule(precision):
     assert done(guard) == [(30, "skip")] and len(said) == 1
     assert module.rates == pytest.approx([1e-2 / (1 + t / 20) for t in range(39)])
     assert guard._trainer.global_step == 40
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_log_of_lightnings_callback_has_the_decisions_of_the_guard(order, tmp_path):
+    watch = lightning.SpikeCallback(tmp_path / "metrics.jsonl", say=None)
+    guard = lightning.SpikeGuardCallback(say=None, ladder="skip")
+    pl_trainer(40, *[watch, guard][::order]).fit(Regression([30]), numbers())
+    [decision] = [event for event in load_run(tmp_path).events if event["event"] == "guard"]
+    assert (decision["bad_step"], decision["action"], decision["rows"]) == (30, "skip", None)
 
 
 def test_lightning_leaves_an_overflow_to_the_gradscaler():

@@ -16,6 +16,8 @@ from torch import nn
 
 from evenstep import StableSPAM
 from evenstep.integrations.transformers import SpikeCallback, SpikeGuardCallback
+from evenstep.telemetry.diagnosis import diagnose
+from evenstep.telemetry.runlog import load_run
 
 BAD = 30
 """Number of the bad step, the first is 1."""
@@ -251,6 +253,13 @@ def test_monitor_and_guard_share_a_training(tmp_path):
         monitor = SpikeCallback(every=1, say=None)
         _, guard, _ = guarded(tmp_path, at=[BAD], callbacks=[monitor] if first else [], ladder="skip")
         assert done(guard) == [(BAD, "skip")]
+        # The report of the training has the decision, with the Trainer's number of the step and without data rows
+        if first:
+            [decision] = [event for event in load_run(tmp_path).events if event["event"] == "guard"]
+            assert (decision["bad_step"], decision["action"], decision["rows"]) == (BAD, "skip", None)
+            assert decision["reason"] == guard.guard.events[0]["reason"]
+            [finding] = [finding for finding in diagnose(load_run(tmp_path)) if finding.kind == "guard"]
+            assert f"The guard skipped a step once, first at step {BAD}: the" in finding.sentences[0]
     # A step that is not taken is none for the monitor.
     assert float(monitor.monitor.probe.counts[0]) == 39 if first else True
 

@@ -31,7 +31,7 @@ def shell_lines():
     """(page, number, text) for each line of the shell blocks of the pages, continued lines joined."""
     for path in texts():
         text = path.read_text(encoding="utf-8")
-        for block in (each for each in ANY.finditer(text) if each["info"] in ("sh", "bash", "")):
+        for block in (each for each in ANY.finditer(text) if each["info"] in ("sh", "bash", "shell", "")):
             first = text[: block.start("code")].count("\n") + 1
             for i, line in enumerate(block["code"].replace("\\\n", "  ").splitlines()):
                 yield str(path.relative_to(ROOT)), first + i, line
@@ -46,6 +46,12 @@ def commands():
             words = shlex.split(re.split(r" [|>]|&&|;", ours[1])[0], comments=True)
             found.append((page, number, words))
     return found
+
+
+def redirected():
+    """{(page, line): file} for the commands whose output the shell writes to a file."""
+    found = {(page, number): re.search(r" > (\S+)\s*$", line) for page, number, line in shell_lines()}
+    return {place: match[1] for place, match in found.items() if match}
 
 
 def programs():
