@@ -22,7 +22,9 @@ import triton.language as tl
 
 from evenstep.kernels.interface import ADAM_ROWS, SCALE_ROWS
 from evenstep.kernels.triton_math import (
+    HIGH,
     LARGEST,
+    LEAST,
     add_squares,
     cleaned,
     close_moment,
@@ -89,19 +91,28 @@ def measure_chunks(
     ``addresses``: gradient, which is read once.
     """
     chunk, i, begin, n = locate(tensor_of, first_chunk, dims, base, CHUNK, ALIGNED)
-    g = pointer(addresses, 0, k, i, G, ALIGNED)
-    # Sums are kept per lane of the tile and added once, after the loop.
+    g, end = pointer(addresses, 0, k, i, G, ALIGNED), tl.minimum(begin + CHUNK, n)
+    # Sums are kept per lane of the tile and added once, after the loop. For bf16 gradients instructions set the pace of
+    # this loop, so it has two per entry: squares are those of the entries themselves.
     peak = tl.zeros([TILE], tl.float32)
-    high, middle, low = peak, peak, peak
-    for start in range(begin, tl.minimum(begin + CHUNK, n), TILE):
+    total = peak
+    for start in range(begin, end, TILE):
         offsets = start + tl.arange(0, TILE)
-        a = tl.abs(read(g, offsets, offsets < n))
-        # `maximum` may drop a NaN, so one becomes Inf first: a comparison with NaN is false.
-        a = tl.where(a <= LARGEST, a, float("inf"))
-        peak = tl.maximum(peak, a)
-        high, middle, low = add_squares(a, high, middle, low)
-    tl.store(out + chunk, tl.max(peak))
-    tl.store(out + width + chunk, norm_of(tl.sum(high), tl.sum(middle), tl.sum(low)))
+        x = read(g, offsets, offsets < n)
+        peak = tl.maximum(peak, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
+        total = tl.fma(x, x, total)
+    most = tl.max(tl.where(peak <= LARGEST, peak, float("inf")))  # a NaN becomes Inf, which `tl.max` does not drop
+    norm = tl.sqrt_rn(tl.sum(total))
+    # With a largest entry in [2^-40, 2^48] the sum of a chunk's squares neither overflows, nor do squares that vanish
+    # matter. Other chunks are read again, in three ranges.
+    usual = (most >= LEAST) & (most <= HIGH)
+    high = tl.zeros([TILE], tl.float32)
+    middle, low = high, high
+    for start in range(begin, tl.where(usual, begin, end), TILE):
+        offsets = start + tl.arange(0, TILE)
+        high, middle, low = add_squares(read(g, offsets, offsets < n), high, middle, low)
+    tl.store(out + chunk, most)
+    tl.store(out + width + chunk, tl.where(usual, norm, norm_of(tl.sum(high), tl.sum(middle), tl.sum(low))))
 
 
 @kernel

@@ -58,6 +58,7 @@ def kernel(function: Callable[..., None]) -> Kernel:
 # more than a chunk has (2^14), or a row of any usual matrix.
 HIGH = tl.constexpr(2.0**48)
 LOW = tl.constexpr(2.0**-48)
+LEAST = tl.constexpr(2.0**-40)
 TO_HIGH = tl.constexpr(2.0**-80)
 FROM_HIGH = tl.constexpr(2.0**80)
 TO_LOW = tl.constexpr(2.0**100)
@@ -104,7 +105,10 @@ def pointer(
     p = tl.load(addresses + stream * k + i).to(tl.pointer_type(DTYPE))
     # An address from a table tells the compiler nothing. Without this hint it would move 4 bytes at a time instead of
     # 16. Hazard: a wrong hint makes accesses fault, so `aligned` of cuda_launch.py checks every address.
-    return tl.multiple_of(p, 16) if ALIGNED else p
+    # ALIGNED is the number of neighbours that a thread moves at once, the same for all streams of a kernel: with 16
+    # bytes each, a bf16 stream would give a thread other entries than an fp32 stream, and the kernel would exchange
+    # them through shared memory in every round.
+    return tl.multiple_of(p, ALIGNED * (DTYPE.primitive_bitwidth // 8)) if ALIGNED else p
 
 
 @device_function
@@ -214,7 +218,7 @@ def nearest_code(x: tl.tensor, map: tl.tensor, SIGNED: tl.constexpr) -> tl.tenso
 
 @device_function
 def mixed(x: tl.tensor) -> tl.tensor:
-    """A hash of int32 (Murmur3's finaliser), the twin of `_mixed` in evenstep/optim/rounding.py."""
+    """A hash of int32 (Murmur3's finaliser), the twin of `mixed` in evenstep/optim/rounding.py."""
     # Products wrap modulo 2^32, and shifts keep the sign, as in the twin: the noise has to be equal bit for bit.
     x = (x ^ (x >> 16)) * -2048144789
     x = (x ^ (x >> 13)) * -1028477387
