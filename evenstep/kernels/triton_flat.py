@@ -25,6 +25,7 @@ from evenstep.kernels.triton_math import (
     HIGH,
     LARGEST,
     LEAST,
+    Constant,
     add_squares,
     cleaned,
     close_moment,
@@ -39,30 +40,30 @@ from evenstep.kernels.triton_math import (
 )
 
 # Rows of `numbers`. Kernels read global names only where they are constants of the compiler.
-FINITE = tl.constexpr(ADAM_ROWS.index("finite"))
-GAIN = tl.constexpr(ADAM_ROWS.index("gain"))
-LIMIT = tl.constexpr(ADAM_ROWS.index("limit"))
-REDUCED = tl.constexpr(ADAM_ROWS.index("reduced"))
-KEEP1 = tl.constexpr(ADAM_ROWS.index("keep1"))
-KEEP2 = tl.constexpr(ADAM_ROWS.index("keep2"))
-ADD1 = tl.constexpr(ADAM_ROWS.index("add1"))
-ADD2 = tl.constexpr(ADAM_ROWS.index("add2"))
-STEP_SIZE = tl.constexpr(ADAM_ROWS.index("step_size"))
-INVERSE_ROOT2 = tl.constexpr(ADAM_ROWS.index("inverse_root2"))
-EPS = tl.constexpr(ADAM_ROWS.index("eps"))
-SHRINK = tl.constexpr(ADAM_ROWS.index("shrink"))
-SHRINK_AFTER = tl.constexpr(ADAM_ROWS.index("shrink_after"))
-AFTER = tl.constexpr(ADAM_ROWS.index("after"))
-CAP_FACTOR = tl.constexpr(ADAM_ROWS.index("cap_factor"))
-CAP_SPREAD = tl.constexpr(ADAM_ROWS.index("cap_spread"))
+FINITE = Constant(ADAM_ROWS.index("finite"))
+GAIN = Constant(ADAM_ROWS.index("gain"))
+LIMIT = Constant(ADAM_ROWS.index("limit"))
+REDUCED = Constant(ADAM_ROWS.index("reduced"))
+KEEP1 = Constant(ADAM_ROWS.index("keep1"))
+KEEP2 = Constant(ADAM_ROWS.index("keep2"))
+ADD1 = Constant(ADAM_ROWS.index("add1"))
+ADD2 = Constant(ADAM_ROWS.index("add2"))
+STEP_SIZE = Constant(ADAM_ROWS.index("step_size"))
+INVERSE_ROOT2 = Constant(ADAM_ROWS.index("inverse_root2"))
+EPS = Constant(ADAM_ROWS.index("eps"))
+SHRINK = Constant(ADAM_ROWS.index("shrink"))
+SHRINK_AFTER = Constant(ADAM_ROWS.index("shrink_after"))
+AFTER = Constant(ADAM_ROWS.index("after"))
+CAP_FACTOR = Constant(ADAM_ROWS.index("cap_factor"))
+CAP_SPREAD = Constant(ADAM_ROWS.index("cap_spread"))
 
-RATE_FINITE = tl.constexpr(SCALE_ROWS.index("finite"))
-RATE_GAIN = tl.constexpr(SCALE_ROWS.index("gain"))
-RATE_KEEP = tl.constexpr(SCALE_ROWS.index("keep"))
-RATE_ADD = tl.constexpr(SCALE_ROWS.index("add"))
-RATE = tl.constexpr(SCALE_ROWS.index("rate"))
-RATE_SHRINK = tl.constexpr(SCALE_ROWS.index("shrink"))
-RATE_ROOT = tl.constexpr(SCALE_ROWS.index("root"))
+RATE_FINITE = Constant(SCALE_ROWS.index("finite"))
+RATE_GAIN = Constant(SCALE_ROWS.index("gain"))
+RATE_KEEP = Constant(SCALE_ROWS.index("keep"))
+RATE_ADD = Constant(SCALE_ROWS.index("add"))
+RATE = Constant(SCALE_ROWS.index("rate"))
+RATE_SHRINK = Constant(SCALE_ROWS.index("shrink"))
+RATE_ROOT = Constant(SCALE_ROWS.index("root"))
 
 
 @device_function
