@@ -30,10 +30,12 @@ from torch import Tensor
 
 from evenstep.kernels.interface import (
     PLAIN,
+    SCALE_OPTIONS,
     STEP_OPTIONS,
     Measured,
     StepTensors,
     Unavailable,
+    capturing,
     constant,
     is_coded,
     is_plain,
@@ -144,7 +146,7 @@ class TritonKernels:
         """A whole step of Adam, SPAM or Stable-SPAM: four to six launches for tensors that are alike; see
         `Kernels.adam_step_`.
         """
-        values = _vector([options.get(name, 0.0) for name in STEP_OPTIONS], tensors.params[0].device)
+        values = _vector(STEP_OPTIONS, [options.get(name, 0.0) for name in STEP_OPTIONS], tensors.params[0].device)
         # The self-check of an optimizer class covers what the flags select, which is compiled in.
         flags = [bool(options.get(name, 0.0)) for name in ("stable", "capped", "zero_history")]
         stats: Tensor = launches().adam_step_(tensors, values, *flags)
@@ -165,7 +167,7 @@ class TritonKernels:
         """A whole step of SCALE's matrices: four or five launches for matrices that are alike; see
         `Kernels.scale_step_`.
         """
-        values = _vector([sign, lr, decay, momentum], tensors.params[0].device)
+        values = _vector(SCALE_OPTIONS, [sign, lr, decay, momentum], tensors.params[0].device)
         stats: Tensor = launches().scale_step_(tensors, values, norm == "rms", by == "columns", floor)
         _mark_written(tensors)
         return stats
@@ -201,16 +203,37 @@ class TritonKernels:
         launches().restore_unless(saved)
 
 
-def _vector(values: list[float | Tensor], device: torch.device) -> Tensor:
-    """``values`` as one fp64 vector on the device, which is remembered while they stay the same. Tensors among them,
-    such as a learning rate that a captured graph reads, are not read on the host."""
-    given = constant([0.0 if isinstance(x, Tensor) else float(x) for x in values], torch.float64, device)
-    on_device = [(i, x) for i, x in enumerate(values) if isinstance(x, Tensor)]
-    if on_device:
-        given = given.clone()
-        for i, x in on_device:  # a 0-d tensor of the CPU reaches the device as an argument of the operator
-            given[i].add_(x.reshape(()))
-    return given
+# Options that schedules and resets change from step to step.
+_CHANGING = frozenset(
+    "lr beta1 warmup reset forget forget_after gamma1 cap_factor cap_spread".split()  # noqa: SIM905
+)
+# The vector of the other options, by identity -> itself, a copy with all options, and its values of those that change.
+_vectors: dict[tuple[int, torch.device], tuple[Tensor, Tensor, dict[int, float]]] = {}
+
+
+def _vector(names: tuple[str, ...], values: list[float | Tensor], device: torch.device) -> Tensor:
+    """``values`` as one fp64 vector on the device. Nothing is copied there after the first step: values that have
+    changed are filled in, and tensors, such as a learning rate that a captured graph reads, are added on the device."""
+    changing = {i: x for i, x in enumerate(values) if names[i] in _CHANGING or isinstance(x, Tensor)}
+    fixed = [0.0 if i in changing else float(x) for i, x in enumerate(values)]
+    given = constant(fixed, torch.float64, device)
+    if capturing(device) or any(isinstance(x, Tensor) for x in changing.values()):
+        vector, present = given.clone(), dict.fromkeys(changing, 0.0)
+    else:
+        # `given` is one object while its values, device and stream stay the same; the entry keeps it alive.
+        entry = _vectors.get((id(given), device))
+        if entry is None or entry[0] is not given:
+            if len(_vectors) >= 64:
+                _vectors.clear()
+            entry = _vectors[id(given), device] = (given, given.clone(), dict.fromkeys(changing, 0.0))
+        _, vector, present = entry
+    for i, x in changing.items():
+        if isinstance(x, Tensor):  # a 0-d tensor of the CPU reaches the device as an argument of the operator
+            vector[i].add_(x.reshape(()))
+        elif present[i] != x:
+            vector[i].fill_(x)
+            present[i] = float(x)
+    return vector
 
 
 def _mark_written(tensors: StepTensors) -> None:

@@ -403,14 +403,16 @@ def adam_update_(job: AdamJob, tensors: StepTensors, table: Tensor, capped: bool
         flat.adam_chunks[(group.chunks,)](
             plan.tensor_of, plan.first_chunk, plan.dims, job.at, group.first, k, plan.chunks, table, noise,
             starts, job.partial,
-            P=TYPES[p], G=TYPES[g], M=TYPES[m], V=TYPES[v], ALIGNED=fits, MASKED=masked,
+            P=TYPES[p], G=TYPES[g], M=TYPES[m], V=TYPES[v], ALIGNED=_neighbours(fits, p, g, m, v), MASKED=masked,
             **_rounding(p, tensors.lost, tensors.seeds),
             CAPPED=capped, ZERO_HISTORY=zero_history, CHUNK=CHUNK, TILE=_adam_tile(capped), **OPTIONS,
         )  # fmt: skip
 
 
 def _adam_tile(capped: bool) -> int:
-    return TILE
+    """Entries in flight: half as many where SPAM clips, whose sums would take the registers of another program. A block
+    of 256 codes is not divided."""
+    return max(TILE // 2, 256) if capped else TILE
 
 
 def scale_step_(tensors: StepTensors, options: Tensor, rms: bool, columns: bool, floor: float) -> Tensor:
@@ -446,7 +448,7 @@ def scale_columns(job: ScaleJob, k: int, rms: bool, floor: float) -> None:
         matrices.column_chunks[(group.chunks,)](
             plan.tensor_of, plan.first_chunk, plan.dims, job.gradients, group.first, k, plan.chunks,
             job.partial, job.sums,
-            G=TYPES[dtype], ALIGNED=fits, W=w, ROWS=TILE // w, PER=COLUMN_ROWS, **OPTIONS,
+            G=TYPES[dtype], ALIGNED=_neighbours(fits, dtype), W=w, ROWS=TILE // w, PER=COLUMN_ROWS, **OPTIONS,
         )  # fmt: skip
     for group in plan.groups:
         _, w, _ = group.key
@@ -468,14 +470,15 @@ def scale_update_(job: ScaleJob, tensors: StepTensors, table: Tensor, columns: b
             m, g, fits = group.key
             flat.average_chunks[(group.chunks,)](
                 plan.tensor_of, plan.first_chunk, plan.dims, job.averages, group.first, k, table,
-                M=TYPES[m], G=TYPES[g], ALIGNED=fits, CHUNK=CHUNK, TILE=TILE, **OPTIONS,
+                M=TYPES[m], G=TYPES[g], ALIGNED=_neighbours(fits, m, g), CHUNK=CHUNK, TILE=TILE, **OPTIONS,
             )  # fmt: skip
     plan = job.updating
     for group in plan.groups:
         p, s, w, fits = group.key
         matrices.row_chunks[(group.chunks,)](
             plan.tensor_of, plan.first_chunk, plan.dims, job.at, group.first, k, table, noise, floor, job.directions,
-            P=TYPES[p], S=TYPES[s], AVERAGED=job.averaging is not None, COLUMNS=columns, ALIGNED=fits,
+            P=TYPES[p], S=TYPES[s], AVERAGED=job.averaging is not None, COLUMNS=columns,
+            ALIGNED=_neighbours(fits, p, s),
             **_rounding(p, tensors.lost, tensors.seeds), W=w, TILE=TILE, **OPTIONS,
         )  # fmt: skip
 
@@ -515,7 +518,7 @@ def transformed_(out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> Non
             o, g, fits = group.key
             flat.transformed_chunks[(group.chunks,)](
                 plan.tensor_of, plan.first_chunk, plan.dims, at, group.first, len(out), table,
-                D=TYPES[o], G=TYPES[g], ALIGNED=fits, CHUNK=CHUNK, TILE=TILE, **OPTIONS,
+                D=TYPES[o], G=TYPES[g], ALIGNED=_neighbours(fits, o, g), CHUNK=CHUNK, TILE=TILE, **OPTIONS,
             )  # fmt: skip
 
 
@@ -578,7 +581,7 @@ def _measure(plan: Plan, gradients: Tensor, k: int, partial: Tensor) -> None:
         dtype, fits = _read_key(group)
         flat.measure_chunks[(group.chunks,)](
             plan.tensor_of, plan.first_chunk, plan.dims, gradients, group.first, k, plan.chunks, partial,
-            G=TYPES[dtype], ALIGNED=fits, CHUNK=CHUNK, TILE=TILE, **OPTIONS,
+            G=TYPES[dtype], ALIGNED=_neighbours(fits, dtype), CHUNK=CHUNK, TILE=TILE, **OPTIONS,
         )  # fmt: skip
 
 
@@ -590,8 +593,14 @@ def _clip_norms(
         flat.clip_chunks[(group.chunks,)](
             plan.tensor_of, plan.first_chunk, plan.dims, gradients, group.first, k, plan.chunks, known,
             limits, rescales, partial,
-            G=TYPES[dtype], ALIGNED=fits, CHUNK=CHUNK, TILE=TILE, **OPTIONS,
+            G=TYPES[dtype], ALIGNED=_neighbours(fits, dtype), CHUNK=CHUNK, TILE=TILE, **OPTIONS,
         )  # fmt: skip
+
+
+def _neighbours(fits: bool, *dtypes: torch.dtype) -> int:
+    """The number of neighbouring entries that a thread moves at once, 16 bytes of the widest dtype; 0 where addresses
+    or sizes do not allow it."""
+    return 16 // max(dtype.itemsize for dtype in dtypes) if fits else 0
 
 
 def _read_key(group: Group) -> tuple[torch.dtype, bool]:

@@ -22,7 +22,10 @@ import triton.language as tl
 
 from evenstep.kernels.interface import ADAM_ROWS, SCALE_ROWS
 from evenstep.kernels.triton_math import (
+    HIGH,
     LARGEST,
+    LEAST,
+    Constant,
     add_squares,
     cleaned,
     close_moment,
@@ -37,30 +40,30 @@ from evenstep.kernels.triton_math import (
 )
 
 # Rows of `numbers`. Kernels read global names only where they are constants of the compiler.
-FINITE = tl.constexpr(ADAM_ROWS.index("finite"))
-GAIN = tl.constexpr(ADAM_ROWS.index("gain"))
-LIMIT = tl.constexpr(ADAM_ROWS.index("limit"))
-REDUCED = tl.constexpr(ADAM_ROWS.index("reduced"))
-KEEP1 = tl.constexpr(ADAM_ROWS.index("keep1"))
-KEEP2 = tl.constexpr(ADAM_ROWS.index("keep2"))
-ADD1 = tl.constexpr(ADAM_ROWS.index("add1"))
-ADD2 = tl.constexpr(ADAM_ROWS.index("add2"))
-STEP_SIZE = tl.constexpr(ADAM_ROWS.index("step_size"))
-INVERSE_ROOT2 = tl.constexpr(ADAM_ROWS.index("inverse_root2"))
-EPS = tl.constexpr(ADAM_ROWS.index("eps"))
-SHRINK = tl.constexpr(ADAM_ROWS.index("shrink"))
-SHRINK_AFTER = tl.constexpr(ADAM_ROWS.index("shrink_after"))
-AFTER = tl.constexpr(ADAM_ROWS.index("after"))
-CAP_FACTOR = tl.constexpr(ADAM_ROWS.index("cap_factor"))
-CAP_SPREAD = tl.constexpr(ADAM_ROWS.index("cap_spread"))
+FINITE = Constant(ADAM_ROWS.index("finite"))
+GAIN = Constant(ADAM_ROWS.index("gain"))
+LIMIT = Constant(ADAM_ROWS.index("limit"))
+REDUCED = Constant(ADAM_ROWS.index("reduced"))
+KEEP1 = Constant(ADAM_ROWS.index("keep1"))
+KEEP2 = Constant(ADAM_ROWS.index("keep2"))
+ADD1 = Constant(ADAM_ROWS.index("add1"))
+ADD2 = Constant(ADAM_ROWS.index("add2"))
+STEP_SIZE = Constant(ADAM_ROWS.index("step_size"))
+INVERSE_ROOT2 = Constant(ADAM_ROWS.index("inverse_root2"))
+EPS = Constant(ADAM_ROWS.index("eps"))
+SHRINK = Constant(ADAM_ROWS.index("shrink"))
+SHRINK_AFTER = Constant(ADAM_ROWS.index("shrink_after"))
+AFTER = Constant(ADAM_ROWS.index("after"))
+CAP_FACTOR = Constant(ADAM_ROWS.index("cap_factor"))
+CAP_SPREAD = Constant(ADAM_ROWS.index("cap_spread"))
 
-RATE_FINITE = tl.constexpr(SCALE_ROWS.index("finite"))
-RATE_GAIN = tl.constexpr(SCALE_ROWS.index("gain"))
-RATE_KEEP = tl.constexpr(SCALE_ROWS.index("keep"))
-RATE_ADD = tl.constexpr(SCALE_ROWS.index("add"))
-RATE = tl.constexpr(SCALE_ROWS.index("rate"))
-RATE_SHRINK = tl.constexpr(SCALE_ROWS.index("shrink"))
-RATE_ROOT = tl.constexpr(SCALE_ROWS.index("root"))
+RATE_FINITE = Constant(SCALE_ROWS.index("finite"))
+RATE_GAIN = Constant(SCALE_ROWS.index("gain"))
+RATE_KEEP = Constant(SCALE_ROWS.index("keep"))
+RATE_ADD = Constant(SCALE_ROWS.index("add"))
+RATE = Constant(SCALE_ROWS.index("rate"))
+RATE_SHRINK = Constant(SCALE_ROWS.index("shrink"))
+RATE_ROOT = Constant(SCALE_ROWS.index("root"))
 
 
 @device_function
@@ -89,19 +92,28 @@ def measure_chunks(
     ``addresses``: gradient, which is read once.
     """
     chunk, i, begin, n = locate(tensor_of, first_chunk, dims, base, CHUNK, ALIGNED)
-    g = pointer(addresses, 0, k, i, G, ALIGNED)
-    # Sums are kept per lane of the tile and added once, after the loop.
+    g, end = pointer(addresses, 0, k, i, G, ALIGNED), tl.minimum(begin + CHUNK, n)
+    # Sums are kept per lane of the tile and added once, after the loop. For bf16 gradients instructions set the pace of
+    # this loop, so it has two per entry: squares are those of the entries themselves.
     peak = tl.zeros([TILE], tl.float32)
-    high, middle, low = peak, peak, peak
-    for start in range(begin, tl.minimum(begin + CHUNK, n), TILE):
+    total = peak
+    for start in range(begin, end, TILE):
         offsets = start + tl.arange(0, TILE)
-        a = tl.abs(read(g, offsets, offsets < n))
-        # `maximum` may drop a NaN, so one becomes Inf first: a comparison with NaN is false.
-        a = tl.where(a <= LARGEST, a, float("inf"))
-        peak = tl.maximum(peak, a)
-        high, middle, low = add_squares(a, high, middle, low)
-    tl.store(out + chunk, tl.max(peak))
-    tl.store(out + width + chunk, norm_of(tl.sum(high), tl.sum(middle), tl.sum(low)))
+        x = read(g, offsets, offsets < n)
+        peak = tl.maximum(peak, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
+        total = tl.fma(x, x, total)
+    most = tl.max(tl.where(peak <= LARGEST, peak, float("inf")))  # a NaN becomes Inf, which `tl.max` does not drop
+    norm = tl.sqrt_rn(tl.sum(total))
+    # With a largest entry in [2^-40, 2^48] the sum of a chunk's squares neither overflows, nor do squares that vanish
+    # matter. Other chunks are read again, in three ranges.
+    usual = (most >= LEAST) & (most <= HIGH)
+    high = tl.zeros([TILE], tl.float32)
+    middle, low = high, high
+    for start in range(begin, tl.where(usual, begin, end), TILE):
+        offsets = start + tl.arange(0, TILE)
+        high, middle, low = add_squares(read(g, offsets, offsets < n), high, middle, low)
+    tl.store(out + chunk, most)
+    tl.store(out + width + chunk, tl.where(usual, norm, norm_of(tl.sum(high), tl.sum(middle), tl.sum(low))))
 
 
 @kernel

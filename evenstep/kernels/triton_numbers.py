@@ -23,47 +23,47 @@ import triton.language as tl
 
 from evenstep.kernels import triton_flat as rows
 from evenstep.kernels.interface import ADAM_SCALARS, SCALE_OPTIONS, STATS, STEP_OPTIONS
-from evenstep.kernels.triton_math import LARGEST, add_squares, device_function, kernel, norm_of, pointer
+from evenstep.kernels.triton_math import LARGEST, Constant, add_squares, device_function, kernel, norm_of, pointer
 
-SIGN = tl.constexpr(STEP_OPTIONS.index("sign"))
-LR = tl.constexpr(STEP_OPTIONS.index("lr"))
-BETA1 = tl.constexpr(STEP_OPTIONS.index("beta1"))
-BETA2 = tl.constexpr(STEP_OPTIONS.index("beta2"))
-EPS = tl.constexpr(STEP_OPTIONS.index("eps"))
-DECAY = tl.constexpr(STEP_OPTIONS.index("decay"))
-DECAY_AFTER = tl.constexpr(STEP_OPTIONS.index("decay_after"))
-WARMUP = tl.constexpr(STEP_OPTIONS.index("warmup"))
-RESET = tl.constexpr(STEP_OPTIONS.index("reset"))
-FORGET = tl.constexpr(STEP_OPTIONS.index("forget"))
-FORGET_AFTER = tl.constexpr(STEP_OPTIONS.index("forget_after"))
-EPS_FIRST = tl.constexpr(STEP_OPTIONS.index("eps_first"))
-GAMMA1 = tl.constexpr(STEP_OPTIONS.index("gamma1"))
-GAMMA2 = tl.constexpr(STEP_OPTIONS.index("gamma2"))
-GAMMA3 = tl.constexpr(STEP_OPTIONS.index("gamma3"))
-ROBUST = tl.constexpr(STEP_OPTIONS.index("robust"))
-ONE_COUNTER = tl.constexpr(STEP_OPTIONS.index("one_counter"))
-CAP_FACTOR = tl.constexpr(STEP_OPTIONS.index("cap_factor"))
-CAP_SPREAD = tl.constexpr(STEP_OPTIONS.index("cap_spread"))
+SIGN = Constant(STEP_OPTIONS.index("sign"))
+LR = Constant(STEP_OPTIONS.index("lr"))
+BETA1 = Constant(STEP_OPTIONS.index("beta1"))
+BETA2 = Constant(STEP_OPTIONS.index("beta2"))
+EPS = Constant(STEP_OPTIONS.index("eps"))
+DECAY = Constant(STEP_OPTIONS.index("decay"))
+DECAY_AFTER = Constant(STEP_OPTIONS.index("decay_after"))
+WARMUP = Constant(STEP_OPTIONS.index("warmup"))
+RESET = Constant(STEP_OPTIONS.index("reset"))
+FORGET = Constant(STEP_OPTIONS.index("forget"))
+FORGET_AFTER = Constant(STEP_OPTIONS.index("forget_after"))
+EPS_FIRST = Constant(STEP_OPTIONS.index("eps_first"))
+GAMMA1 = Constant(STEP_OPTIONS.index("gamma1"))
+GAMMA2 = Constant(STEP_OPTIONS.index("gamma2"))
+GAMMA3 = Constant(STEP_OPTIONS.index("gamma3"))
+ROBUST = Constant(STEP_OPTIONS.index("robust"))
+ONE_COUNTER = Constant(STEP_OPTIONS.index("one_counter"))
+CAP_FACTOR = Constant(STEP_OPTIONS.index("cap_factor"))
+CAP_SPREAD = Constant(STEP_OPTIONS.index("cap_spread"))
 
-SCALE_SIGN = tl.constexpr(SCALE_OPTIONS.index("sign"))
-SCALE_LR = tl.constexpr(SCALE_OPTIONS.index("lr"))
-SCALE_DECAY = tl.constexpr(SCALE_OPTIONS.index("decay"))
-MOMENTUM = tl.constexpr(SCALE_OPTIONS.index("momentum"))
+SCALE_SIGN = Constant(SCALE_OPTIONS.index("sign"))
+SCALE_LR = Constant(SCALE_OPTIONS.index("lr"))
+SCALE_DECAY = Constant(SCALE_OPTIONS.index("decay"))
+MOMENTUM = Constant(SCALE_OPTIONS.index("momentum"))
 
-AGE = tl.constexpr(ADAM_SCALARS.index("age"))
-PEAK = tl.constexpr(ADAM_SCALARS.index("peak"))
-NORM = tl.constexpr(ADAM_SCALARS.index("norm"))
-NORM_RMS = tl.constexpr(ADAM_SCALARS.index("norm_rms"))
-COUNT = tl.constexpr(ADAM_SCALARS.index("n"))
+AGE = Constant(ADAM_SCALARS.index("age"))
+PEAK = Constant(ADAM_SCALARS.index("peak"))
+NORM = Constant(ADAM_SCALARS.index("norm"))
+NORM_RMS = Constant(ADAM_SCALARS.index("norm_rms"))
+COUNT = Constant(ADAM_SCALARS.index("n"))
 
-GRAD_MAX = tl.constexpr(STATS.index("grad_max"))
-GRAD_NORM = tl.constexpr(STATS.index("grad_norm"))
-NORM_AFTER = tl.constexpr(STATS.index("norm_after"))
-CLIP_LIMIT = tl.constexpr(STATS.index("clip_limit"))
-CLIPPED = tl.constexpr(STATS.index("clipped"))
-STATS_GAIN = tl.constexpr(STATS.index("gain"))
-UPDATE_RMS = tl.constexpr(STATS.index("update_rms"))
-SKIPPED = tl.constexpr(STATS.index("skipped"))
+GRAD_MAX = Constant(STATS.index("grad_max"))
+GRAD_NORM = Constant(STATS.index("grad_norm"))
+NORM_AFTER = Constant(STATS.index("norm_after"))
+CLIP_LIMIT = Constant(STATS.index("clip_limit"))
+CLIPPED = Constant(STATS.index("clipped"))
+STATS_GAIN = Constant(STATS.index("gain"))
+UPDATE_RMS = Constant(STATS.index("update_rms"))
+SKIPPED = Constant(STATS.index("skipped"))
 
 # Rows of `numbers` (triton_flat.py), under names that Triton accepts as constants of this module.
 FINITE_ROW, GAIN_ROW, LIMIT_ROW, REDUCED_ROW = rows.FINITE, rows.GAIN, rows.LIMIT, rows.REDUCED
@@ -74,7 +74,7 @@ CAP_FACTOR_ROW, CAP_SPREAD_ROW = rows.CAP_FACTOR, rows.CAP_SPREAD
 RATE_FINITE, RATE_GAIN, RATE_KEEP, RATE_ADD = rows.RATE_FINITE, rows.RATE_GAIN, rows.RATE_KEEP, rows.RATE_ADD
 RATE, RATE_SHRINK, RATE_ROOT = rows.RATE, rows.RATE_SHRINK, rows.RATE_ROOT
 
-TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal number of fp32
+TINY = Constant(1.1754943508222875e-38)  # the smallest normal number of fp32
 
 # ---- from chunks to tensors ----
 #

@@ -13,7 +13,7 @@ from evenstep.kernels.interface import constant
 
 # Odd 32-bit constants, written as signed numbers because torch has no uint32 arithmetic: the golden ratio of Weyl
 # sequences and the two multipliers of Murmur3's finaliser.
-_GOLDEN, _MIX1, _MIX2 = -1640531527, -2048144789, -1028477387
+GOLDEN, _MIX1, _MIX2 = -1640531527, -2048144789, -1028477387
 
 
 def write_kahan(p: Tensor, exact: Tensor, lost: Tensor, accepted: Tensor) -> None:
@@ -45,17 +45,17 @@ def noise_seeds(
 
     The seeds are the same after a resume and on all replicas, and no random state is read or changed.
     """
-    step = _mixed(t.to(torch.int32) * _GOLDEN)
+    step = mixed(t.to(torch.int32) * GOLDEN)
     # A prime above any usual group size keeps the numbers of (group, index) apart.
     tensor = constant([(place * 1_000_003 + index) % 2**31 for place, index in places], torch.int32, device or t.device)
     seeds = tensor ^ step
-    if starts is not None:  # the noise of entry i is a hash of i * _GOLDEN + seed
-        shifts = [(start * _GOLDEN + 2**31) % 2**32 - 2**31 for start in starts]  # as int32 arithmetic wraps around
+    if starts is not None:  # the noise of entry i is a hash of i * GOLDEN + seed
+        shifts = [(start * GOLDEN + 2**31) % 2**32 - 2**31 for start in starts]  # as int32 arithmetic wraps around
         seeds = seeds + constant(shifts, torch.int32, seeds.device)
     return list(seeds.unbind())
 
 
-def _mixed(x: Tensor) -> Tensor:
+def mixed(x: Tensor) -> Tensor:
     """32 bits, changed in place, each of which depends on all input bits (Murmur3's finaliser)."""
     # ``>>`` on int32 keeps the sign; the kernels' twins do the same, since their noise has to be equal bit for bit.
     x.bitwise_xor_(x >> 16).mul_(_MIX1)
@@ -75,7 +75,7 @@ def stochastically_rounded(x: Tensor, dtype: torch.dtype, seed: Tensor, start: i
     number = torch.arange(start, start + x.numel(), dtype=torch.int32, device=x.device)
     # Uniform noise is added below the last bit that stays, then all bits below are cut off. A value that lies a
     # fraction f of the gap above its lower neighbour carries over into that bit with probability f.
-    noise = _mixed(number.mul_(_GOLDEN).add_(seed)).bitwise_and_((1 << below) - 1).view(x.shape)
+    noise = mixed(number.mul_(GOLDEN).add_(seed)).bitwise_and_((1 << below) - 1).view(x.shape)
     rounded = noise.add_(x.contiguous().view(torch.int32)).bitwise_and_(-(1 << below)).view(torch.float32)
     # Noise could turn the bits of an Inf into those of a NaN.
     return torch.where(torch.isfinite(x), rounded, x).to(dtype)

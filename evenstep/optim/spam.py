@@ -27,6 +27,7 @@ from evenstep.optim.distributed import (
     state_dtype,
 )
 from evenstep.optim.optimizer import EvenOptimizer
+from evenstep.optim.rounding import GOLDEN, mixed
 from evenstep.optim.state import Group, State, adam_moments, largest_stored, pack, scalar, unpack
 
 N = TypeVar("N", Tensor, float)
@@ -187,13 +188,16 @@ class SPAM(EvenOptimizer):
             bits = torch.empty(-(-shard.numel() // 8), dtype=torch.uint8, device=p.device)
             return bits, round(group["density"] * shard.numel())
         # The seed is the place of the parameter and the step: equal on all ranks, and the same again after a resume.
-        bits, count = draw_mask(n, group["density"], (*self.place(p)[1], int(group["t"]))), round(group["density"] * n)
+        # On a GPU the mask is drawn there, without work of the host per entry. All ranks of shards need the same one.
+        device = shard.device if shard.is_cuda and not is_sharded(p) else None
+        seed = (*self.place(p)[1], int(group["t"]))
+        bits, count = draw_mask(n, group["density"], seed, device), round(group["density"] * n)
         if is_sharded(p):
             # Every rank draws the bits of the whole tensor (n / 8 bytes of host memory, for one tensor at a time), so
             # that the mask does not depend on the number of ranks. Shards have different numbers of trained entries.
             flags = _flags_of_shard(p, bits)
             bits, count = pack(flags), int(flags.sum())
-        return uploaded(bits, shard.device), count
+        return bits if device is not None else uploaded(bits, shard.device), count
 
     def prepare(self, group: Group, params: list[Tensor]) -> None:
         """On a reset the sparse parameters get new masks, unless their gradients are not finite: such a step changes
@@ -405,16 +409,18 @@ class SPAM(EvenOptimizer):
 CHUNK = 1 << 20
 
 
-def draw_mask(n: int, density: float, seed: tuple[int, ...]) -> Tensor:
-    """``round(density * n)`` of ``n`` entries, all subsets equally likely, as packed bits (uint8 CPU tensor of ``ceil(n
-    / 8)``).
+def draw_mask(n: int, density: float, seed: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """``round(density * n)`` of ``n`` entries, all subsets equally likely, as packed bits (uint8 tensor of ``ceil(n /
+    8)``, on the CPU).
 
-    Equal seeds give equal masks on every machine and rank; no global random state is read or changed.
+    With ``device`` the mask is another one, drawn and kept there by a hash. Equal seeds give equal masks on every
+    machine and rank; no global random state is read or changed, and nothing waits for the device.
     """
     # The number of entries in each chunk is drawn first, then the entries within the chunk. With the hypergeometric
     # distribution of the former, all subsets of the whole tensor are equally likely.
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
     left, parts = round(density * n), []  # entries still to be drawn, packed chunks
+    hashed: list[Tensor] = []  # the same on a device
     for start in range(0, n, CHUNK):
         size = min(CHUNK, n - start)
         after = n - start - size
@@ -423,12 +429,29 @@ def draw_mask(n: int, density: float, seed: tuple[int, ...]) -> Tensor:
             kept = int(rng.hypergeometric(left, n - start - left, size))
         else:
             kept = int(np.clip(rng.binomial(size, left / (n - start)), left - after, min(left, size)))
+        left -= kept
         # The first `kept` entries of a random order of the chunk.
+        if device is not None:
+            hashed.append(_drawn(size, kept, rng.integers(-(2**31), 2**31, 2).tolist(), device))
+            continue
         chunk = np.zeros(size, dtype=bool)
         chunk[rng.permutation(size)[:kept]] = True
         parts.append(np.packbits(chunk, bitorder="little"))
-        left -= kept
+    if device is not None:
+        return torch.cat(hashed) if hashed else torch.zeros(0, dtype=torch.uint8, device=device)
     return torch.from_numpy(np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint8))
+
+
+def _drawn(size: int, kept: int, seeds: list[int], device: torch.device) -> Tensor:
+    """``kept`` of ``size`` entries, as packed bits on ``device``."""
+    # A hash that is one to one gives each entry a key of its own, so that their order is the same everywhere. Two
+    # rounds, since one of numbers in a row and a seed would give shifted copies of one mask.
+    keys = torch.arange(size, dtype=torch.int32, device=device)
+    for seed in seeds:
+        keys = mixed(keys.mul_(GOLDEN).add_(seed))
+    flags = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8, device=device)
+    flags.index_fill_(0, torch.argsort(keys)[:kept], 1)
+    return (flags.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=device)).sum(1, dtype=torch.uint8)
 
 
 def _masks(bucket: Bucket) -> list[Tensor]:

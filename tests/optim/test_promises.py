@@ -240,16 +240,21 @@ def test_masks_are_the_same_on_every_rank_and_differ_between_tensors_and_resets(
     assert torch.equal(first[0][0], first[1][0]) and not torch.equal(first[1][0], first[2][0])
 
 
-def test_masks_are_uniform_over_entries():
+@pytest.mark.parametrize("device", [None, torch.device("cpu")], ids=["by the host", "on a device"])
+def test_masks_are_uniform_over_entries(device):
     from evenstep.optim.spam import CHUNK, draw_mask
     from evenstep.optim.state import unpack
 
-    n = 64
-    hits = sum(unpack(draw_mask(n, 0.25, (0, i, 0)), n).double() for i in range(4000)) / 4000
-    assert abs(hits - 0.25).max() < 5 * (0.25 * 0.75 / 4000) ** 0.5
-    big = unpack(draw_mask(2 * CHUNK + 77, 0.1, (1,)), 2 * CHUNK + 77)
+    n, draws = 64, 4000 if device is None else 1000
+    hits = sum(unpack(draw_mask(n, 0.25, (0, i, 0), device), n).double() for i in range(draws)) / draws
+    assert abs(hits - 0.25).max() < 5 * (0.25 * 0.75 / draws) ** 0.5
+    big = unpack(draw_mask(2 * CHUNK + 77, 0.1, (1,), device), 2 * CHUNK + 77)
     assert int(big.sum()) == round(0.1 * (2 * CHUNK + 77))
     assert abs(big[:CHUNK].double().mean() - 0.1) < 0.002
+    # Masks of two seeds, and two chunks of one mask, agree no more than chance has it.
+    other = unpack(draw_mask(2 * CHUNK + 77, 0.1, (2,), device), 2 * CHUNK + 77)
+    for both in (big & other, big[:CHUNK] & big[CHUNK : 2 * CHUNK], big[1:] & other[:-1]):
+        assert abs(both.double().mean() - 0.01) < 5e-4
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5], ids=["another size", "the same size"])
