@@ -1,6 +1,7 @@
 """What a StableSPAM step in fp32 on a CUDA device launches, and how many bytes it moves: counted without a GPU.
 
     python benchmarks/launches.py [--shapes 60m] [--compiled]
+    python benchmarks/launches.py --loss            # the loss of a chunk between its products instead
 
 Counted are the fused step (Triton), the plain code, and with ``--compiled`` (four minutes or more) the plain code
 through torch.compile.
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 import evenstep.kernels.cuda as kernels  # noqa: E402
 from evenstep import StableSPAM  # noqa: E402
 from evenstep.bench.measure import outline  # noqa: E402
+from evenstep.models import ops  # noqa: E402
 
 
 def size(tensors):
@@ -70,6 +72,12 @@ def counted(optimizer):
 
 def compiled(optimizer):
     """The same of the code that Inductor generates for the step, which is not run."""
+    StableSPAM._compiles = lambda self: True  # which fake tensors, a subclass, would not be asked for
+    return generated(lambda: torch.compile(optimizer.step)())
+
+
+def generated(run):
+    """Triton kernels, operators and bytes of the first graph that ``run`` compiles."""
     import torch._inductor.config
     import torch._inductor.graph
     from triton.backends.compiler import GPUTarget
@@ -86,18 +94,43 @@ def compiled(optimizer):
     driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0))
     torch._inductor.config.fx_graph_cache = torch._inductor.config.joint_graph_constant_folding = False
     torch._inductor.graph.GraphLowering.compile_to_module = stop
-    StableSPAM._compiles = lambda self: True  # which fake tensors, a subclass, would not be asked for
     try:
-        torch.compile(optimizer.step)()
-    except Generated as generated:
-        return generated.args
+        with torch.no_grad():
+            run()
+    except Generated as found:
+        return found.args
+
+
+def loss():
+    """The arithmetic of 8,384 rows of 32,000 bf16 logits: their loss, and their gradient."""
+    rows, words = 8384, 32000
+    logits = torch.empty(rows, words, device="cuda", dtype=torch.bfloat16)
+    targets = torch.empty(rows, device="cuda", dtype=torch.int64)
+    given = logits, targets[:, None], torch.empty(rows, 1, device="cuda", dtype=torch.bool), 0.0, None, True
+
+    def autograd():
+        of = logits.detach().requires_grad_()
+        torch.nn.functional.cross_entropy(of.float(), targets, reduction="sum").backward()
+
+    print("| loss and gradient by | Triton kernels | ATen operators | bytes per logit |\n|---|---|---|---|")
+    for name, work in (("F.cross_entropy and autograd", autograd), ("evenstep, eager", lambda: ops._terms(*given))):
+        with Counter() as counter:
+            work()
+        print(f"| {name} | 0 | {counter.operators} | {counter.moved / rows / words:.1f} |", flush=True)
+    triton, operators, moved = generated(lambda: ops._compiled_terms()(*given))
+    print(f"| evenstep, compiled | {triton} | {operators} | {moved / rows / words:.1f} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="60m")
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--loss", action="store_true")
     given = parser.parse_args()
+    if given.loss:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            loss()
+        return
     with FakeTensorMode(allow_non_fake_inputs=True):
         params = [torch.nn.Parameter(torch.empty(p.shape, device="cuda")) for p in outline(given.shapes).parameters()]
         for p in params:

@@ -18,6 +18,7 @@ GPT-2's further division of the residual projections by sqrt(2 * layers) is not 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -372,11 +373,17 @@ class Llama(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw every parameter again from torch's global generator, as after ``to_empty()`` of a model on meta."""
+        for weight, mean, std in self.initial():
+            weight.normal_(mean, std) if std else weight.fill_(mean)
+
+    def initial(self) -> Iterator[tuple[Tensor, float, float]]:
+        """Each weight with the mean and the standard deviation of its initial entries, in the order of the draws; with
+        the deviation 0 nothing is drawn."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.normal_(0.0, self.config.init_std)
+                yield module.weight, 0.0, self.config.init_std
             elif isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
+                yield module.weight, 1.0, 0.0
 
     @property
     def activation_checkpointing(self) -> bool:

@@ -5,10 +5,12 @@ one process. Besides the process group for tensors (NCCL on GPUs, gloo on CPUs) 
 in which the training loops exchange small values, and ``saving``, for the threads that write checkpoints and may
 communicate at the same time.
 
-`Parallel` applies torch's DDP, FSDP2 and DTensor tensor parallelism to a model that knows nothing of them. Every
-process builds the whole model on its CPU from the same seed, so that a run starts from the same weights as in a single
-process; this takes the size of the model in host memory per process. Then each block is compiled and sharded, and the
-other parameters (token embedding, final norm, head) are sharded with the root module.
+`Parallel` applies torch's DDP, FSDP2 and DTensor tensor parallelism to a model that knows nothing of them. A run
+starts from the same weights as in a single process. Under fsdp and hsdp, a model that starts from random weights or is
+resumed is built on the meta device, and every process makes its shards alone: it draws one whole weight at a time and
+keeps its part. In other modes, and for a low-bit, tied or given model, every process builds the whole model on its CPU
+from the same seed, which takes the size of the model in host memory per process. Then each block is compiled and
+sharded, and the other parameters (token embedding, final norm, head) are sharded with the root module.
 
 * ``ddp``: a replica in every process; gradients are averaged.
 * ``fsdp``: parameters, gradients and optimizer state are sharded over all processes. The weights of a block are
@@ -401,6 +403,15 @@ class Parallel:
         elif self.sharded:
             self._fsdp(model)
 
+    def materialise(self, *, draw: bool) -> None:
+        """Give the shards of a model on the meta device their memory and, with ``draw``, their initial weights. A model
+        on another device stays as it is."""
+        model = self.model
+        if isinstance(model, Llama) and model.lm_head.weight.is_meta:
+            model.to_empty(device=self.world.device)
+            if draw:
+                draw_shards(model, self.config.seed)
+
     def loss(self, *args: Any, **options: Any) -> Tensor:
         """``model.loss`` for a training step, through the DDP wrapper where there is one."""
         assert self.model is not None
@@ -480,6 +491,33 @@ class Parallel:
         fully_shard(model, mesh=outer, reshard_after_forward=False, mp_policy=precision)
         # FSDP gathers the weights of the root around `forward` alone; the trainer calls `loss`.
         register_fsdp_forward_method(model, "loss")
+
+
+@torch.no_grad()
+def draw_shards(model: Llama, seed: int) -> None:
+    """Give the shards of this process their initial weights, those that a single process draws from ``seed``.
+
+    One whole weight exists at a time. Every process draws all of them, since the random numbers of a shard depend on
+    how many come before it.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    torch.manual_seed(seed)
+    # The layers of torch draw weights of their own when they are constructed, which are thrown away. On the meta device
+    # they have drawn nothing, so that the random numbers are consumed here.
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            torch.empty(module.weight.shape, dtype=torch.float32, device="cpu").uniform_()
+        elif isinstance(module, nn.Embedding):
+            torch.empty(module.weight.shape, dtype=torch.float32, device="cpu").normal_()
+    for weight, mean, std in model.initial():
+        assert isinstance(weight, DTensor)
+        # In fp32 and on the CPU, as in a single process, whose weights are cast and moved afterwards.
+        whole = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+        whole = (whole.normal_(mean, std) if std else whole.fill_(mean)).to(weight.dtype)
+        # Without a source rank nothing is sent: each process cuts its shard out of its own draw.
+        shard = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
+        weight.to_local().copy_(shard.to_local())
 
 
 class _Loss(nn.Module):

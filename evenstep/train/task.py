@@ -194,6 +194,12 @@ class Pretraining(Task):
         config, words = self.config, self.data.vocab_size
         # bf16-autocast keeps fp32 weights, and casts them in each matrix product.
         dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+        if (shape := self._shape_of_shards(blank)) is not None:
+            with torch.device("meta"):
+                empty = Llama(shape).to(dtype=dtype)
+            check_positions(config.train.seq_len, shape.max_seq_len, self.source)
+            empty.activation_checkpointing = config.train.activation_checkpointing
+            return empty
         # All processes draw the same weights; parallel modes shard them afterwards.
         torch.manual_seed(config.seed)
         model = self._llama(blank).to(dtype=dtype) if config.model.hf is None else self._hub(blank, dtype)
@@ -210,6 +216,17 @@ class Pretraining(Task):
             # Every operation of a quantisation is a kernel that reads and writes the tensor; a compiler fuses them.
             self.say("low-bit layers run slowly on a GPU without compilation; --compile makes them faster")
         return model
+
+    def _shape_of_shards(self, blank: bool) -> LlamaConfig | None:
+        """The shape of a model that is built without entries, whose shards `Parallel.materialise` makes: under FSDP,
+        unless weights are read from another model, rounded to few bits, or shared by two layers. None otherwise."""
+        config = self.config
+        if config.parallel.mode not in ("fsdp", "hsdp") or self.world.control is None:
+            return None
+        if config.model.hf is not None or config.lowbit is not None or not (blank or self.source is None):
+            return None
+        shape = llama_shape(config, self.data.vocab_size) if self.source is None else read_config(self.source)
+        return None if shape.tie_embeddings else shape
 
     def _llama(self, blank: bool) -> Llama:
         config, source = self.config, self.source

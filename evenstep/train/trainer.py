@@ -232,6 +232,7 @@ class Trainer:
             self.parallel.check(self.model)
         # The optimizer is built from the sharded parameters. Frozen weights, as beside LoRA adapters, are left out.
         self.parallel.apply(self.model)
+        self.parallel.materialise(draw=not blank)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config.optim)
         self.rates = LearningRates(self.optimizer, self.model if config.optim.decay_correction else None)

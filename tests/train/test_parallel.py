@@ -1,10 +1,14 @@
 """The same run on one process and on several, and checkpoints that move between them."""
 
+import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from parallel_support import by_step, losses, silent, train
+from parallel_support import by_step, free_port, losses, silent, train
+from process_support import run_processes
 from train_support import quick, write_corpus
 
 from evenstep.telemetry.schema import read_records
@@ -85,6 +89,14 @@ def _fit_and_cut(run):
         cut(copied(run.out, "again"), 4)
 
 
+def _save_initial(run):
+    """The initial weights as a whole, and the random state after they were drawn."""
+    assert run.task._shape_of_shards(False) is not None  # no process has had the whole model
+    weights = {name: p.full_tensor() for name, p in run.model.named_parameters()}
+    if run.world.rank == 0:
+        torch.save((weights, torch.get_rng_state()), run.out / "initial.pt")
+
+
 @pytest.fixture(scope="module")
 def two(corpus, tmp_path_factory):
     """The runs of two processes, which are started once: ddp, fsdp, again (fsdp from its step 4), bf16,
@@ -98,8 +110,52 @@ def two(corpus, tmp_path_factory):
         (out / "again", SPAM, True, None),
         (out / "bf16", options("ddp", **BF16), False, None),
         (out / "low", SPAM | FP4, False, None),
+        (out / "drawn", SPAM, False, _save_initial),
     )
     return out
+
+
+def test_shards_drawn_alone_are_those_of_the_whole_model_bit_for_bit(corpus, two, tmp_path):
+    weights, random_state = torch.load(two / "drawn" / "initial.pt")
+    run = Run(quick(corpus, tmp_path / "one", **SPAM | {"parallel__mode": "none"}), say=silent)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert weights.keys() == dict(run.model.named_parameters()).keys()
+    assert all(torch.equal(p, weights[name]) for name, p in run.model.named_parameters())
+
+
+def _build_1b(rank, size, port, out):
+    from evenstep.models import Llama, llama_config
+    from evenstep.train.config import Config, ParallelConfig, TrainConfig
+    from evenstep.train.distributed import Parallel, open_world
+
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    config = Config(train=TrainConfig(steps=1), parallel=ParallelConfig(mode="fsdp"))
+
+    def resident(key):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+    with open_world(config) as world:
+        with torch.device("meta"):
+            model = Llama(llama_config("1b", 32000))
+        parallel = Parallel(config, world)
+        parallel.apply(model)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = resident("VmRSS")
+        parallel.materialise(draw=True)
+        shard = sum(p.to_local().nbytes for p in model.parameters())
+        Path(out, str(rank)).write_text(str((resident("VmHWM") - before) / shard))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of memory from /proc")
+def test_a_process_of_two_builds_1b_in_the_memory_of_its_shard(tmp_path):
+    run_processes(_build_1b, 2, free_port(), str(tmp_path), count=2)
+    for rank in range(2):
+        assert 0.95 < float((tmp_path / str(rank)).read_text()) < 1.2
 
 
 def test_two_processes_give_the_losses_of_one_and_resume_bit_for_bit(corpus, whole, two, tmp_path):
