@@ -61,7 +61,7 @@ def small(words):
     if words[0] == "pretrain":
         if "--resume" in words:
             run_on = "@" not in words[words.index("--resume") + 1]
-            return words + (["--train.steps", "8"] if run_on else [])
+            return [*words, "--log.curve", "false", *(["--train.steps", "8"] if run_on else [])]
         if "--train.tokens" in words:
             del words[words.index("--train.tokens") : words.index("--train.tokens") + 2]
         own = {"data.source"} if any(word.startswith("text:") for word in words) else set()
