@@ -15,9 +15,10 @@ from typing import Any
 STATUS = """\
 exit status:
   0    success
-  1    a failure while running, such as a full disk
+  1    a failure while running, such as a full disk, or a --fail-on that holds
   2    wrong usage or input: one line on stderr says what to do
-  130  stopped by Ctrl-C
+  75   a process of a distributed run hung
+  130  stopped by Ctrl-C; 143 by SIGTERM
 """
 
 ENVIRONMENT = """\
@@ -33,7 +34,7 @@ TRAINS = ("pretrain", "finetune", "sweep", "compare", "official", "stability")
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Fills paragraphs, and keeps indented lines apart from those that are wider than the terminal."""
+    """Fills paragraphs, and keeps indented lines, except those that are wider than the terminal."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         blocks = text.strip("\n").split("\n\n")

@@ -91,7 +91,7 @@ class Cell:
         recipe, out = pool.directory / f"{self.name}.toml", pool.run(self)
         if not recipe.exists():
             recipe.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(recipe, to_toml(self.config))
+            replace_text(recipe, to_toml(self.config))
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         program = [sys.executable, *(launcher if processes > 1 else ()), "-m", "evenstep", "pretrain"]
         how = ["--parallel.mode", "ddp"] if processes > 1 and self.config.parallel.mode == "none" else []

@@ -289,8 +289,8 @@ def open_model(config: FineTuneConfig, source: Source, labels: Sequence[str], sa
 
 
 def fit_length(config: FineTuneConfig, folder: Path, say: Callable[[str], None]) -> FineTuneConfig:
-    """``config`` with ``train.seq_len`` shortened to the positions of the model in ``folder``, if it is the default. A
-    length that was chosen stays, and `check_positions` refuses it."""
+    """``config`` with ``train.seq_len`` shortened to the positions of the model in ``folder``, if it is the default.
+    Another length stays, and `check_positions` refuses it."""
     [default] = [field.default for field in fields(config.train) if field.name == "seq_len"]
     try:
         shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -143,7 +143,7 @@ class TritonKernels:
     # ---- whole steps ----
 
     def adam_step_(self, tensors: StepTensors, options: dict[str, float | Tensor]) -> Tensor:
-        """A whole step of Adam, SPAM or Stable-SPAM: four to six launches for tensors that are alike; see
+        """A whole step of Adam, SPAM or Stable-SPAM: four to eight launches for tensors that are alike; see
         `Kernels.adam_step_`.
         """
         values = _vector(STEP_OPTIONS, [options.get(name, 0.0) for name in STEP_OPTIONS], tensors.params[0].device)
@@ -164,7 +164,7 @@ class TritonKernels:
         by: str,
         floor: float,
     ) -> Tensor:
-        """A whole step of SCALE's matrices: four or five launches for matrices that are alike; see
+        """A whole step of SCALE's matrices: four to six launches for matrices that are alike; see
         `Kernels.scale_step_`.
         """
         values = _vector(SCALE_OPTIONS, [sign, lr, decay, momentum], tensors.params[0].device)

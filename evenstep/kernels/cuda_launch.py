@@ -332,7 +332,8 @@ J = TypeVar("J")
 
 
 def _remembered(key: tuple[Any, ...], device: torch.device, make: Callable[[], J]) -> J:
-    """The job of ``key``, made where there is none. The last 64 are kept."""
+    """The job of ``key``, made where there is none. The last 64 are kept, for as many buckets. A job of SCALE has
+    memory of its own (0.8 % of the gradients), and gradients at other addresses make another job."""
     # As for tables: a captured graph has jobs of its own, which stay alive as long as its memory.
     if capturing(device):
         return make()
@@ -416,7 +417,7 @@ def _adam_tile(capped: bool) -> int:
 
 
 def scale_step_(tensors: StepTensors, options: Tensor, rms: bool, columns: bool, floor: float) -> Tensor:
-    """A whole step of SCALE's matrices, in place: four or five launches for matrices that are alike. ``options``:
+    """A whole step of SCALE's matrices, in place: four to six launches for matrices that are alike. ``options``:
     values of `SCALE_OPTIONS`, fp64 on the device. Returns `STATS`, fp32 ``[8, k]``.
     """
     with _device_of(options):

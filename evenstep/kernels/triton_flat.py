@@ -105,8 +105,8 @@ def measure_chunks(
     most = tl.max(tl.where(peak <= LARGEST, peak, float("inf")))  # a NaN becomes Inf, which `tl.max` does not drop
     norm = tl.sqrt_rn(tl.sum(total))
     # With a largest entry in [2^-40, 2^48] the sum of a chunk's squares neither overflows, nor do squares that vanish
-    # matter. Other chunks are read again, in three ranges.
-    usual = (most >= LEAST) & (most <= HIGH)
+    # matter. Other chunks are read again, in three ranges; the norm of zeros, as in rows that are not used, is known.
+    usual = (most <= HIGH) & ((most >= LEAST) | (most == 0))
     high = tl.zeros([TILE], tl.float32)
     middle, low = high, high
     for start in range(begin, tl.where(usual, begin, end), TILE):

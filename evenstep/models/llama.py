@@ -427,7 +427,8 @@ class Llama(nn.Module):
                 of it exist. Chunks are faster too: on a CPU a few hundred rows, which stay in the cache (8 x 256 tokens
                 of the 9m model: 1.4 times the speed of a whole step), on a GPU some thousands. A chunked loss computes
                 its gradients in the forward pass. It therefore allows one ``backward()`` and no second derivatives, and
-                its cross entropy and z-loss must have the same gradient, as in a loss that adds them.
+                its cross entropy and z-loss must have the same gradient, as in a loss that adds them: other gradients
+                are an error on a CPU, and become NaN on a GPU.
             positions: for packed rows, as in `forward`. The head then computes only the rows whose target counts.
             z_loss: coefficient of the z-loss, mean or sum of logsumexp(logits)^2, which keeps the logits near zero;
                 PaLM's is 1e-4. If given, the result is a tensor [2], cross entropy and z-loss. None (default): without.

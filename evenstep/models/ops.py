@@ -153,7 +153,8 @@ class _CrossEntropyAndZLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, z_loss: float) -> Tensor:
         lse = logits.logsumexp(1)  # [N], the log of the softmax's normaliser Z
         counts = (targets != -100).to(lse.dtype)  # a product: selecting rows would wait for a GPU
-        picked = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+        # Only -100 is replaced, so that another negative target is an error and not the token 0.
+        picked = logits.gather(1, targets.masked_fill(targets == -100, 0)[:, None]).squeeze(1)
         ctx.save_for_backward(logits, targets, lse)
         ctx.z_loss = z_loss
         return torch.stack((((lse - picked) * counts).sum(), z_loss * (lse.square() * counts).sum()))
@@ -166,7 +167,7 @@ class _CrossEntropyAndZLoss(torch.autograd.Function):
         counts = (targets != -100).to(lse.dtype)
         scale = (grad[0] + 2 * ctx.z_loss * grad[1] * lse) * counts
         dx = torch.sub(logits, lse[:, None]).exp_().mul_(scale[:, None])
-        dx.scatter_add_(1, targets.clamp(min=0)[:, None], (-grad[0] * counts)[:, None])
+        dx.scatter_add_(1, targets.masked_fill(targets == -100, 0)[:, None], (-grad[0] * counts)[:, None])
         return dx, None, None
 
 
@@ -201,12 +202,14 @@ def chunked_cross_entropy(
 
 
 def _is_plain(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> bool:
-    """Whether ``head`` is a product with a weight that this process has whole: no subclass, and no DTensor."""
+    """Whether ``head`` is a product with a weight that this process has whole, and nothing watches it: no subclass, no
+    DTensor, and no hook, which would not be called."""
     return (
         type(head) is nn.Linear
         and head.bias is None
         and type(head.weight) in (Tensor, nn.Parameter)
         and type(hidden) is Tensor
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
     )
 
 
@@ -249,7 +252,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 h = hidden[start : start + size].to(dtype)  # [n, D]
                 counts = targets[start : start + size, None] != -100  # [n, 1]
                 logits = torch.mm(h, head.t(), out=memory[: len(h)])
-                picked = targets[start : start + size, None].clamp(min=0)
+                # Only -100 is replaced, so that another negative target is an error and not the token 0.
+                picked = targets[start : start + size, None].masked_fill(~counts, 0)
                 chunk, dlogits = terms(logits, picked, counts, z_loss, cap, of_hidden or of_weight)
                 sums += chunk
                 # Rows that do not count are left out here, in [n, D], and not in dlogits [n, V].
@@ -327,6 +331,8 @@ def _compiled_terms() -> Callable[..., tuple[Tensor, Tensor]]:
         sums = torch.stack(
             (((lse - x.gather(1, picked)) * counts).sum(), z_loss * (lse.square() * counts).sum()),
         )
+        if not gradients:
+            return sums, logits
         # A comparison instead of a scattered -1, which would be a kernel of its own.
         hot = torch.arange(x.shape[1], device=x.device) == picked
         dx = (1 + 2 * z_loss * lse) * (x - lse).exp() - hot.to(x.dtype)

@@ -206,17 +206,21 @@ class Snapshot:
         kernels: TritonKernels | None = None,
     ):
         self.base, self.accepted, self.moments, self.kernels = base, accepted, moments, kernels
-        # The plain tensors of each parameter (None) and of each entry of its state.
+        # The plain tensors of each parameter (None) and of each entry of its state. They are aliases that keep the
+        # memory: a base may give a parameter other memory (``p.data = ...``), and the kernel knows addresses alone.
         self.before = {p: {name: _parts(x) for name, x in self._entries(p)} for p in accepted}
         self.copies: dict[int, Tensor] = {}  # id of a tensor that the kernel does not serve -> its copy
-        served: list[tuple[int, Tensor]] = []  # number of the flag, and tensor
-        for number, (p, flag) in enumerate(accepted.items()):
+        flags: dict[torch.device, list[Tensor]] = {}  # one launch for each device
+        served: dict[torch.device, list[tuple[int, Tensor]]] = {}  # number of the flag, and tensor
+        for p, flag in accepted.items():
+            of_device = flags.setdefault(flag.device, [])
+            of_device.append(flag)
             for part in (part for parts in self.before[p].values() for part in parts):
                 if kernels is not None and part.is_contiguous() and part.device == flag.device:
-                    served.append((number, part))
+                    served.setdefault(flag.device, []).append((len(of_device) - 1, part))
                 else:
                     self.copies[id(part)] = part.clone()
-        self.saved = kernels.save_unless(list(accepted.values()), served) if kernels is not None and served else None
+        self.saved = [kernels.save_unless(flags[device], served[device]) for device in served] if kernels else []
 
     def _entries(self, p: Tensor) -> Iterator[tuple[Any, Tensor]]:
         yield None, p
@@ -224,8 +228,8 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put back the parameters whose flag is False, and their state."""
-        if self.kernels is not None and self.saved is not None:
-            self.kernels.restore_unless(self.saved)
+        for saved in self.saved:
+            self.kernels.restore_unless(saved)  # type: ignore[union-attr]
         for p, flag in self.accepted.items():
             for name, x in self._entries(p):
                 parts = _parts(x)
@@ -233,8 +237,8 @@ class Snapshot:
                     for part, old in zip(parts, self.before[p][name], strict=False):
                         if id(old) in self.copies:
                             _restore_where_false(part, self.copies[id(old)], flag)
-                        # The kernel has put the old tensor back; the step may have made another in its place.
-                        elif part is not old and part.untyped_storage()._cdata != old.untyped_storage()._cdata:
+                        # The kernel has put the old memory back; the step may have made other memory in its place.
+                        elif part.untyped_storage()._cdata != old.untyped_storage()._cdata:
                             _restore_where_false(part, old, flag)
                 elif name in self.moments or STARTS.get(name) is not None:  # created by this step: back to the start
                     for part in parts:
@@ -242,7 +246,7 @@ class Snapshot:
 
 
 def _parts(x: Tensor) -> list[Tensor]:
-    return [x] if type(x) in PLAIN else list(plain_parts(x))
+    return [part.detach() for part in ([x] if type(x) in PLAIN else plain_parts(x))]
 
 
 def _restore_where_false(x: Tensor, old: Tensor, flag: Tensor) -> None:

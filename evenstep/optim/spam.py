@@ -188,13 +188,14 @@ class SPAM(EvenOptimizer):
             bits = torch.empty(-(-shard.numel() // 8), dtype=torch.uint8, device=p.device)
             return bits, round(group["density"] * shard.numel())
         # The seed is the place of the parameter and the step: equal on all ranks, and the same again after a resume.
-        # On a GPU the mask is drawn there, without work of the host per entry. All ranks of shards need the same one.
-        device = shard.device if shard.is_cuda and not is_sharded(p) else None
+        # On a GPU the mask is drawn there, without work of the host per entry.
+        device = shard.device if shard.is_cuda else None
         seed = (*self.place(p)[1], int(group["t"]))
         bits, count = draw_mask(n, group["density"], seed, device), round(group["density"] * n)
         if is_sharded(p):
-            # Every rank draws the bits of the whole tensor (n / 8 bytes of host memory, for one tensor at a time), so
-            # that the mask does not depend on the number of ranks. Shards have different numbers of trained entries.
+            # Every rank draws the bits of the whole tensor (n / 8 bytes, and on a GPU some working memory, for one
+            # tensor at a time), so that the mask does not depend on the number of ranks. Shards have different numbers
+            # of trained entries.
             flags = _flags_of_shard(p, bits)
             bits, count = pack(flags), int(flags.sum())
         return bits if device is not None else uploaded(bits, shard.device), count

@@ -47,8 +47,8 @@ class StableSPAM(EvenOptimizer):
         robust: bound the values that enter the running means of AdaClip and AdaGN, so that a spike does not shrink the
             steps after it: from the 11th update on, the bound is twice the bias-corrected mean, or the value that
             raises it by 10 %, whichever is larger. Default False (the paper).
-        preset: ``"steady"`` sets the options that the stability suite supports (docs/stability.md) where a param group
-            does not set them itself, at construction: ``robust=True``. Default None.
+        preset: ``"steady"`` sets ``robust=True``, the best setting in the stability suite (docs/stability.md), in every
+            param group that does not set ``robust`` itself. It wins over the argument ``robust``. Default None.
         maximize: ascend instead of descend. Default False.
         capturable: keep the clock on the device, so that the step can be captured in a CUDA graph. Default False.
         rounding: how results enter 16-bit parameters: ``"nearest"`` (default), ``"stochastic"`` or ``"kahan"`` (2 more

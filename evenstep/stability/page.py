@@ -388,15 +388,17 @@ def alarm_section(results: Results, remedies: Sequence[Remedy]) -> str:
         return ""
     heads = ("", "alarms in undisturbed runs", "before a fault", "faults seen", "steps until then")
     text = (
-        "An alarm is a step with an event `spike`, `loss_spike` or `nonfinite` of the monitor, or an act of the guard."
+        "An alarm is a step with an event `spike`, `loss_spike` or `nonfinite` of the monitor, or an action of the "
+        f"guard.\n\n{table(heads, rows)}"
     )
-    return f"## What the monitor and the guard saw\n\n{text}\n\n{table(heads, rows)}"
+    return f"## What the monitor and the guard saw\n\n{text}"
 
 
 def _alarms(calm: Sequence[int], before: int, delays: Sequence[int | None]) -> tuple[str, ...]:
     seen = [delay for delay in delays if delay is not None]
     late = f"{mean(seen):.1f} (largest {max(seen)})" if seen else "-"
-    return f"{sum(calm)} in {len(calm)} runs", str(before), f"{len(seen)} of {len(delays)}", late
+    runs = len(delays)
+    return f"{sum(calm)} in {len(calm)} runs", f"{before} in {runs} runs", f"{len(seen)} of {runs}", late
 
 
 def tuning_section(results: Results, remedies: Sequence[Remedy]) -> str:

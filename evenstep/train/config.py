@@ -457,7 +457,7 @@ class TrainConfig(Section):
     )
     loss_chunk: int | str = option(
         "auto", "rows of logits in memory at once; 0: all; auto: 256 on a CPU, and on a GPU as many as take 1 GiB in "
-        "fp32",
+        "fp32, or a sixteenth of its memory if that is less",
         low=0, high=10**12, choices=("auto",), resume="rounding",
     )  # fmt: skip
     clip_norm: float = option(

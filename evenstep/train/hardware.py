@@ -68,7 +68,8 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     """The GPU's peak for the run's dtype in FLOP/s, or None on a CPU and on GPUs that are not in the table."""
     if device.type != "cuda":
         return None
-    fp32 = 1 if torch.get_float32_matmul_precision() != "highest" else 0
+    tf32 = torch.get_float32_matmul_precision() != "highest" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+    fp32 = 1 if tf32 else 0
     return _peak(torch.cuda.get_device_name(device), 2 if dtype != "fp32" else fp32)
 
 

@@ -102,7 +102,7 @@ def test_stable_spam_in_16_bits_has_the_published_schedule():
     assert sweep.config.optim.options["total_steps"] == 245, "as long as this run, not as the longer one"
     recipes = [load_config(path) for path in sorted((ROOT / "recipes").glob("*.toml")) if "finetune" not in path.name]
     # Robust statistics are not published: that recipe has the gammas that the stability suite measured.
-    published = [each for each in recipes if not each.optim.options.get("robust")]
+    published = [each for each in recipes if not each.optim.options.get("preset")]
     ours = [each for each in published if each.optim.name == "stable_spam" and each.lowbit is None]
     assert len(ours) >= 7 and all(each.optim.options.get("total_steps") == each.total_steps for each in ours)
 

@@ -107,7 +107,7 @@ def test_a_cell_is_a_run_of_pretrain_and_the_long_runs_follow_the_sweep(tmp_path
 def test_finished_and_diverged_runs_are_stored_and_become_a_page(tmp_path, capsys):
     pool, store = Pool(tmp_path / "runs"), Store(tmp_path / "store")
     good, diverged = (lowbit.cell("adamw + clip", "fp4", lr, 0, 1000) for lr in (1e-3, 8e-3))
-    pool.run(good).mkdir()
+    pool.run(good).mkdir(parents=True)
     summary = {"val_loss": 4.5, "tokens": 1000, "tokens_per_second": 9.6, "commit": "0123456789+changes"}
     summary |= {"parameters": 10, "hardware": {"cpu": "some", "threads": 1}, "versions": {"torch": "2"}}
     (pool.run(good) / "summary.json").write_text(json.dumps(summary))

@@ -211,8 +211,8 @@ def test_alarms_without_a_fault_and_before_it_are_false(results):
         "gradient", "Adam + guard: skip", **{"MLPs": ([4.0], {"fault": 30, "first": 4, "false": 1})}
     )
     text = page.alarm_section(page.results_of(outcomes, SCALES["small"], REMEDIES), REMEDIES)
-    assert "| SpikeMonitor, Adam | 3 in 1 runs | 1 | 1 of 2 | 2.0 (largest 2) |" in text
-    assert "| Adam + guard: skip | 2 in 1 runs | 1 | 1 of 1 | 4.0 (largest 4) |" in text
+    assert "| SpikeMonitor, Adam | 3 in 1 runs | 1 in 2 runs | 1 of 2 | 2.0 (largest 2) |" in text
+    assert "| Adam + guard: skip | 2 in 1 runs | 1 in 1 runs | 1 of 1 | 4.0 (largest 4) |" in text
 
 
 def test_a_verdict_needs_more_than_chance_over_all_claims(results, monkeypatch):
