@@ -157,7 +157,7 @@ def column_norms(
     rows, length, place = tl.load(dims + i), tl.load(dims + k + i), tl.load(dims + 2 * k + i)
     number = chunk - tl.load(first_chunk + i)
     c = number * W + tl.arange(0, W)
-    inside = (number < tl.cdiv(length, W)) & (c < length)
+    inside = c < tl.where(number < tl.cdiv(length, W), length, 0)
     groups = tl.where(number < tl.cdiv(length, W), tl.cdiv(rows, PER), 0)
     squares = tl.zeros([ROWS, W], tl.float64)
     for group in range(0, groups, ROWS):

@@ -202,14 +202,13 @@ def chunked_cross_entropy(
 
 
 def _is_plain(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> bool:
-    """Whether ``head`` is a product with a weight that this process has whole, and nothing watches it: no subclass, no
-    DTensor, and no hook, which would not be called."""
+    """Whether ``head`` is a product with a weight that this process has whole: no subclass, and no DTensor. Hooks of
+    the head are not called, so that a measurement of the last layer does not change the training."""
     return (
         type(head) is nn.Linear
         and head.bias is None
         and type(head.weight) in (Tensor, nn.Parameter)
         and type(hidden) is Tensor
-        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
     )
 
 
