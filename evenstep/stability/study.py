@@ -16,11 +16,11 @@ The rules, which were written before the runs:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,8 @@ from evenstep.compare.grid import Outcomes
 from evenstep.stability.remedies import REMEDIES, Remedy
 from evenstep.stability.tasks import FAMILIES, GPU_FAMILIES, TASKS, Family, Task, Variant
 from evenstep.stability.trial import step_cost, train, watch
+
+R = TypeVar("R")
 
 TUNING_SEEDS = (100, 101)
 TIMED = "llama"  # the family with which the cost of a step is measured; every remedy fits it
@@ -232,31 +234,31 @@ def _mean(losses: Sequence[float | None]) -> float:
 
 def measure(setting: dict[str, Any], directory: Path, say: Any) -> dict[str, Any]:
     """Train every variant of a task on every seed. Returns ``trials``: by variant a list of `Trial` as dicts."""
-    torch.set_num_threads(1)
-    family, remedy = Family(**setting["family"]), with_threshold(remedy_in(setting), setting["threshold"])
-    where = (setting["source"], setting.get("device", "cpu"))
-    trials: dict[str, list[dict[str, Any]]] = {}
-    for facts in setting["variants"]:
-        variant = Variant(**facts)
-        done = [train(family, variant, remedy, setting["lr"], seed, *where) for seed in setting["seeds"]]
-        trials[variant.name] = [asdict(trial) for trial in done]
-        say(f"{variant.name}: {[trial.loss for trial in done]}")
+    trials = {}
+    for variant, done in _trainings(setting, train):
+        trials[variant] = [asdict(trial) for trial in done]
+        say(f"{variant}: {[trial.loss for trial in done]}")
     return {"trials": trials}
 
 
 def monitor(setting: dict[str, Any], directory: Path, say: Any) -> dict[str, Any]:
     """Train every variant of a task on every seed with a SpikeMonitor. Returns ``alarms``: by variant a list of the
     results of `watch`."""
+    alarms = {}
+    for variant, done in _trainings(setting, watch):
+        alarms[variant] = done
+        say(f"{variant}: {done}")
+    return {"alarms": alarms}
+
+
+def _trainings(setting: Mapping[str, Any], run: Callable[..., R]) -> Iterator[tuple[str, list[R]]]:
+    """By variant of a task, the results of ``run``, which is `train` or `watch`, on every seed."""
     torch.set_num_threads(1)
-    family, remedy = Family(**setting["family"]), remedy_in(setting)
+    family, remedy = Family(**setting["family"]), with_threshold(remedy_in(setting), setting["threshold"])
     where = (setting["source"], setting.get("device", "cpu"))
-    alarms: dict[str, list[dict[str, Any]]] = {}
     for facts in setting["variants"]:
         variant = Variant(**facts)
-        found = [watch(family, variant, remedy, setting["lr"], seed, *where) for seed in setting["seeds"]]
-        alarms[variant.name] = found
-        say(f"{variant.name}: {alarms[variant.name]}")
-    return {"alarms": alarms}
+        yield variant.name, [run(family, variant, remedy, setting["lr"], seed, *where) for seed in setting["seeds"]]
 
 
 def cost(setting: dict[str, Any], directory: Path, say: Any) -> dict[str, Any]:

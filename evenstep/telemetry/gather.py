@@ -6,7 +6,6 @@ addresses of the tensors, and each program of a launch reads the entries of one 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from evenstep.kernels.interface import capturing, is_plain, stream, uploaded
+from evenstep.kernels.cuda_launch import addresses
+from evenstep.kernels.interface import is_plain
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 BLOCK = 128
@@ -41,20 +41,12 @@ def gathered(tensors: Sequence[Tensor | None], where: Tensor) -> Tensor:
     n = where.shape[1]
     with torch.cuda.device(where.get_device() if where.is_cuda else -1):
         for dtype, members in rows.items():
-            found = tuple(tensors[i].data_ptr() for i in members)  # type: ignore[union-attr]
-            make = _table.__wrapped__ if capturing(where.device) else _table
-            table = make(found, tuple(members), where.device, stream(where.device))
+            # Gradients usually keep their addresses, so that a step copies nothing.
+            found = [tensors[i].data_ptr() for i in members]  # type: ignore[union-attr]
+            table = addresses([found, members], where.device)  # int64 [2, members]: addresses, and rows of the result
             grid = (len(members), triton.cdiv(n, BLOCK))
             _gather[grid](table, where, out, len(members), n, DTYPE=TYPES[dtype], BLOCK=BLOCK)
     return out
-
-
-@functools.lru_cache(maxsize=16)
-def _table(addresses: tuple[int, ...], rows: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """Addresses and rows, int64 [2, members]. Gradients usually keep their addresses, so that a step copies nothing."""
-    # Addresses are unsigned, and some machines use the highest bit.
-    signed = [address - (1 << 64 if address >> 63 else 0) for address in addresses]
-    return uploaded(torch.tensor([signed, rows], dtype=torch.int64), device)
 
 
 @triton.jit(do_not_specialize=["members", "n"])  # type: ignore[untyped-decorator]
