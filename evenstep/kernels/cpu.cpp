@@ -22,10 +22,10 @@ PUBLIC const char *evenstep_compiler() {
 #endif
 }
 
-// Sets whether loops prefetch, and returns whether they did. Tests compare both.
-PUBLIC int64_t evenstep_prefetch(int64_t on) {
-  const bool before = prefetches;
-  prefetches = on != 0;
+// Sets whether loops read in turn, and returns whether they did. Tests compare both.
+PUBLIC int64_t evenstep_in_turn(int64_t on) {
+  const bool before = in_turn;
+  in_turn = on != 0;
   return before;
 }
 
@@ -42,12 +42,13 @@ PUBLIC int64_t evenstep_threaded() {
 
 namespace {
 
-// A block whose tensors are all in fp32 is updated in place, SPAN entries at a time.
-void adam_block(const Job &job, const Block &block, const Numbers &c, Chunk chunk, bool zero_history, Sums &sums) {
+// A block whose tensors are all in fp32 is updated in place: `all` updates its spans in turn, `one` one of them.
+void adam_block(const Job &job, const Block &block, const Numbers &c, Chunk one, Chunk all, bool zero_history, Sums &sums) {
   float *p = static_cast<float *>(job.p), *m = static_cast<float *>(job.m), *v = static_cast<float *>(job.v);
   const float *g = static_cast<const float *>(job.g);
-  for (int64_t i = block.start; i < block.end; i += SPAN)
-    chunk(p + i, g + i, m + i, v + i, std::min(SPAN, block.end - i), c, zero_history, sums);
+  const bool whole = in_turn && block.end - block.start == BLOCK;
+  for (int64_t i = block.start; i < block.end; i += whole ? BLOCK : SPAN)
+    (whole ? all : one)(p + i, g + i, m + i, v + i, std::min(SPAN, block.end - i), c, zero_history, sums);
 }
 
 // The update of all blocks; numbers(i) are the factors of tensor i, sizes[b] the measurement of block b.
@@ -58,15 +59,16 @@ std::vector<Sums> adam_blocks(const Job *jobs, const std::vector<Block> &blocks,
   std::vector<Sums> sums(blocks.size());
   parallel(int64_t(blocks.size()), threads, WARM, [&](int64_t b) {
     const Job &job = jobs[blocks[b].job];
-    const Numbers c = numbers(blocks[b].job);
+    Numbers c = numbers(blocks[b].job);
     if (c.finite == 0) return;
-    const Chunk chunk = version(c, capped, sizes[b].peak);
+    c.unit = unit_of(sizes[b].peak);
+    const Chunk one = version<1>(c, capped, sizes[b].peak), all = version<SPANS>(c, capped, sizes[b].peak);
     if (job.mask)
-      masked_adam_block(job, blocks[b], c, chunk, zero_history, before[b], sums[b]);
+      masked_adam_block(job, blocks[b], c, one, zero_history, before[b], sums[b]);
     else if (job.p_type | job.g_type | job.m_type | job.v_type)
-      unpacked_adam_block(job, blocks[b], c, chunk, zero_history, sums[b]);
+      unpacked_adam_block(job, blocks[b], c, one, zero_history, sums[b]);
     else
-      adam_block(job, blocks[b], c, chunk, zero_history, sums[b]);
+      adam_block(job, blocks[b], c, one, all, zero_history, sums[b]);
   });
   return sums;
 }

@@ -36,8 +36,12 @@ enum Scalar { AGE, PEAK, NORM, NORM_RMS, COUNT };
 // The factors of one tensor in the loop over entries, as ADAM_ROWS in interface.py describes them.
 struct Numbers {
   float finite, gain, limit, reduced, keep1, keep2, add1, add2, step_size, inverse_root2, eps, shrink, shrink_after, after;
-  float cap_factor, cap_spread;
+  float cap_factor, cap_spread, unit; // unit: of a block, as below
 };
+
+// What entries are multiplied by before SPAM's clipping squares them: squares of at most 1 stay in the range of fp32.
+static inline float unit_of(float peak) { return std::min(1 / peak, 1e38f); }
+
 
 struct TensorStep {
   double scalars[5] = {0}; // a Scalar each; stored as fp32, computed in fp64
@@ -117,17 +121,16 @@ static inline void report(const Job &job, const TensorStep &t, const StepOptions
 
 // ---- the loop over entries ----
 
-// Sums of the loop, one per lane. Squares after SPAM's clipping are in fp64, since entries of any size meet in one lane.
+// Sums of the loop, one per lane.
 template <bool CAP> struct Lanes {
   static constexpr int CAPPED = CAP ? W : 1; // of those that SPAM's clipping alone has
-  float update[W] = {0};
-  double squares[CAPPED] = {0};
+  float update[W] = {0}, squares[CAPPED] = {0};
   int32_t count[CAPPED] = {0};
 
-  void add_to(Sums &sums) {
+  void add_to(Sums &sums, double unit) {
     sums.update += sum_of(update);
     if constexpr (CAP) {
-      sums.clipped += sum_of(squares);
+      sums.clipped += sum_of(squares) / (unit * unit);
       sums.count += sum_of(count);
     }
   }
@@ -148,8 +151,10 @@ static inline __attribute__((always_inline)) void adam_turn(float *__restrict p,
       lanes.count[j] += y != x;
       x = y;
     }
-    if (CAP)
-      lanes.squares[j] += double(x) * x;
+    if (CAP) {
+      const float y = x * c.unit;
+      lanes.squares[j] += y * y;
+    }
     mm = mm * c.keep1 + x * c.add1;
     vv = vv * c.keep2 + x * x * c.add2;
     if (!SIMPLE)
@@ -162,48 +167,52 @@ static inline __attribute__((always_inline)) void adam_turn(float *__restrict p,
   }
 }
 
-// At most SPAN entries. Square roots for SPAM's clipping are computed only for turns in which g^2 > theta v somewhere. The
-// factor 1.0001 covers the rounding of this test: it computes a root too many now and then, and changes no result.
-template <bool CAP, bool SIMPLE>
+// At most SPAN entries at each of COUNT places, which are SPAN entries from one another, updated in turn. Square roots for
+// SPAM's clipping are computed only for turns in which g^2 > theta v somewhere. The factor 1.0001 covers the rounding of this
+// test: it computes a root too many now and then, and changes no result.
+template <bool CAP, bool SIMPLE, int COUNT>
 static void adam_chunk(float *__restrict p, const float *__restrict g, float *__restrict m, float *__restrict v, int64_t n, const Numbers &numbers, bool zero_history, Sums &sums) {
   const Numbers c = numbers;
-  Lanes<CAP> lanes;
+  Lanes<CAP> lanes[COUNT];
   int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    for (int j = 0; j < W; j += 16) {
-      fetch(g + i + j + AHEAD);
-      fetch(p + i + j + AHEAD);
-      fetch(m + i + j + AHEAD);
-      fetch(v + i + j + AHEAD);
-    }
-    float most = 0; // above 0 where an entry may be clipped
-    if (CAP) {
-#pragma omp simd reduction(max : most)
-      for (int j = 0; j < W; j++) {
-        float x = g[i + j] * c.gain, over = x * x * 1.0001f - v[i + j] * c.cap_factor;
-        most = over > most ? over : most;
+  for (; i + W <= n; i += W)
+    for (int place = 0; place < COUNT; place++) {
+      const int64_t at = i + place * SPAN;
+      for (int j = 0; j < W; j += 16) {
+        fetch(g + at + j + AHEAD);
+        fetch(p + at + j + AHEAD);
+        fetch(m + at + j + AHEAD);
+        fetch(v + at + j + AHEAD);
       }
+      float most = 0; // above 0 where an entry may be clipped
+      if (CAP) {
+#pragma omp simd reduction(max : most)
+        for (int j = 0; j < W; j++) {
+          float x = g[at + j] * c.gain, over = x * x * 1.0001f - v[at + j] * c.cap_factor;
+          most = over > most ? over : most;
+        }
+      }
+      if (CAP && most > 0 && c.cap_spread == 0)
+        adam_turn<CAP, SIMPLE>(p + at, g + at, m + at, v + at, W, c, true, zero_history, lanes[place]);
+      else
+        adam_turn<CAP, SIMPLE>(p + at, g + at, m + at, v + at, W, c, false, zero_history, lanes[place]);
     }
-    if (CAP && most > 0 && c.cap_spread == 0)
-      adam_turn<CAP, SIMPLE>(p + i, g + i, m + i, v + i, W, c, true, zero_history, lanes);
-    else
-      adam_turn<CAP, SIMPLE>(p + i, g + i, m + i, v + i, W, c, false, zero_history, lanes);
-  }
-  lanes.add_to(sums);
+  for (Lanes<CAP> &those : lanes)
+    those.add_to(sums, c.unit);
   if (i < n) { // lanes of its own: those above stay in registers
     Lanes<CAP> rest;
     adam_turn<CAP, SIMPLE>(p + i, g + i, m + i, v + i, int(n - i), c, true, zero_history, rest);
-    rest.add_to(sums);
+    rest.add_to(sums, c.unit);
   }
 }
 
 using Chunk = void (*)(float *, const float *, float *, float *, int64_t, const Numbers &, bool, Sums &);
 
-// The version of the loop for a block whose largest magnitude is `peak`. 1e17 keeps squares of scaled entries in fp32.
-static inline Chunk version(const Numbers &c, bool capped, float peak) {
+// The version of the loop, for COUNT places, for a block whose largest magnitude is `peak`. 1e17 keeps squares of scaled entries in fp32.
+template <int COUNT> static inline Chunk version(const Numbers &c, bool capped, float peak) {
   const bool simple = peak <= c.limit && peak * std::fabs(c.gain) < 1e17f && c.after == 1 && c.shrink_after == 1;
-  return capped ? simple ? adam_chunk<true, true> : adam_chunk<true, false>
-                : simple ? adam_chunk<false, true> : adam_chunk<false, false>;
+  return capped ? simple ? adam_chunk<true, true, COUNT> : adam_chunk<true, false, COUNT>
+                : simple ? adam_chunk<false, true, COUNT> : adam_chunk<false, false, COUNT>;
 }
 
 // ---- blocks that are not fp32 throughout: defined in cpu_unpacked.cpp ----

@@ -40,6 +40,35 @@ PUBLIC void evenstep_clip_norms(const Job *jobs, int64_t k, int64_t threads, con
   }
 }
 
+namespace {
+
+// Writes W entries past the caches, which saves reading `to` first. `to` is aligned to 64 bytes.
+inline void stream(float *to, const float *from) {
+#if defined(__AVX512F__)
+  for (int j = 0; j < W; j += 16)
+    _mm512_stream_ps(to + j, _mm512_load_ps(from + j));
+#elif defined(__AVX__)
+  for (int j = 0; j < W; j += 8)
+    _mm256_stream_ps(to + j, _mm256_load_ps(from + j));
+#else
+  std::memcpy(to, from, W * sizeof(float));
+#endif
+}
+
+// A whole block in fp32, PLACES of it in turn.
+void transform_in_turn(const float *g, float gain, float limit, float reduced, float *out) {
+  alignas(64) float turn[W];
+  for (int64_t i = 0; i < PART; i += W)
+    for (int64_t at = i; at < BLOCK; at += PART) {
+#pragma omp simd
+      for (int j = 0; j < W; j++)
+        turn[j] = clipped_and_scaled(g[at + j], gain, limit, reduced);
+      stream(out + at, turn);
+    }
+}
+
+} // namespace
+
 // p <- clipped and scaled g in p's dtype, 0 where the gain is 0. table: fp32 [3, k], rows gain, limit and reduced gain.
 PUBLIC void evenstep_transformed(const Job *jobs, int64_t k, int64_t threads, const float *table) {
   std::vector<Block> blocks = cut(jobs, 0, k, 0);
@@ -47,6 +76,11 @@ PUBLIC void evenstep_transformed(const Job *jobs, int64_t k, int64_t threads, co
     const Block &block = blocks[b];
     const Job &job = jobs[block.job];
     const float gain = table[block.job], limit = table[k + block.job], reduced = table[2 * k + block.job];
+    const bool floats = job.p_type == F32 && job.g_type == F32, aligned = reinterpret_cast<uintptr_t>(job.p) % 64 == 0;
+    if (in_turn && floats && aligned && gain != 0 && block.end - block.start == BLOCK) {
+      transform_in_turn(static_cast<const float *>(job.g) + block.start, gain, limit, reduced, static_cast<float *>(job.p) + block.start);
+      return;
+    }
     float g[CHUNK], buffer[CHUNK]; // unpacked bf16 entries
     for (int64_t i = block.start; i < block.end; i += CHUNK) {
       const int64_t n = std::min(CHUNK, block.end - i);
@@ -56,14 +90,9 @@ PUBLIC void evenstep_transformed(const Job *jobs, int64_t k, int64_t threads, co
       else
         load(job.g, job.g_type, i, n, g);
       float *__restrict out = job.p_type == F32 ? static_cast<float *>(job.p) + i : buffer;
-      for (int64_t start = 0; start < n; start += W) {
-        const int width = int(std::min<int64_t>(W, n - start));
-        fetch(x + start + AHEAD);
-        fetch(x + start + AHEAD + 16);
 #pragma omp simd
-        for (int j = 0; j < width; j++)
-          out[start + j] = gain == 0 ? 0 : clipped_and_scaled(x[start + j], gain, limit, reduced);
-      }
+      for (int64_t j = 0; j < n; j++)
+        out[j] = gain == 0 ? 0 : clipped_and_scaled(x[j], gain, limit, reduced);
       if (job.p_type != F32) write_bf16(job, i, n, out, i);
     }
   });

@@ -28,7 +28,7 @@ static inline float max_of(const float *lanes) {
 
 struct Measured { float peak = 0; double squares = 0; };
 
-// Squares are summed in fp32 over at most SPAN entries in W lanes (relative error 1e-7), and once more in fp64 where the
+// Squares are summed in fp32 over at most PART entries in W lanes (relative error 1e-7), and once more in fp64 where the
 // sum left the range of fp32. A NaN or Inf among the entries makes the sum NaN or Inf, while `peak` ignores NaN.
 static inline __attribute__((always_inline)) void accumulate(const float *__restrict g, int width, float *__restrict sum, float *__restrict peak) {
 #pragma omp simd
@@ -92,37 +92,43 @@ static inline void merge(const float *some, float *peak) {
     peak[j] = some[j] > peak[j] ? some[j] : peak[j];
 }
 
-// n consecutive entries in fp32, at most SPAN at a time in fp32 sums. The rest of fewer than W entries has its own lanes:
-// a loop of variable width on the same arrays would force those out of registers.
-static inline Measured measure_entries(const float *__restrict g, int64_t n, LargeEntries *large = nullptr) {
-  Measured found;
-  float peak[W] = {0};
-  for (int64_t i = 0; i < n; i += SPAN) {
-    const int64_t end = std::min(i + SPAN, n);
-    float sum[W] = {0}, top[W] = {0};
-    int64_t c = i;
-    for (; c + W <= end; c += W) {
-      fetch(g + c + AHEAD);
-      fetch(g + c + AHEAD + 16);
-      accumulate(g + c, W, sum, top);
-    }
-    float total = sum_of(sum);
-    if (c < end) {
+// At most PART entries at each of PLACES places, which are `apart` entries from one another, read in turn. The rest of fewer
+// than W entries has its own lanes: a loop of variable width on the same arrays would force those out of registers.
+template <int PLACES> static inline void measure_part(const float *__restrict g, int64_t apart, int64_t n, Measured *found) {
+  float sum[PLACES][W] = {{0}}, top[PLACES][W] = {{0}};
+  int64_t i = 0;
+  for (; i + W <= n; i += W)
+    for (int place = 0; place < PLACES; place++)
+      accumulate(g + place * apart + i, W, sum[place], top[place]);
+  for (int place = 0; place < PLACES; place++) {
+    const float *here = g + place * apart;
+    float total = sum_of(sum[place]);
+    if (i < n) {
       float rest[W] = {0}, rest_top[W] = {0};
-      accumulate(g + c, int(end - c), rest, rest_top);
-      merge(rest_top, top);
+      accumulate(here + i, int(n - i), rest, rest_top);
+      merge(rest_top, top[place]);
       total += sum_of(rest);
     }
-    merge(top, peak);
-    const double squares = trusted(total, top) ? total : squares_of(g + i, end - i);
-    found.squares += squares;
-    if (large && max_of(top) > large->low)
-      large->sift(g + i, end - i);
-    else if (large)
-      large->rest += squares;
+    found[place] = {max_of(top[place]), trusted(total, top[place]) ? total : squares_of(here, n)};
   }
-  found.peak = max_of(peak);
-  return found;
+}
+
+// n consecutive entries in fp32.
+static inline Measured measure_entries(const float *g, int64_t n, LargeEntries *large = nullptr) {
+  Measured whole, parts[PLACES];
+  for (int64_t i = 0; i < n;) {
+    const int64_t size = std::min(PART, n - i), count = in_turn && n - i >= PLACES * PART ? PLACES : 1;
+    count > 1 ? measure_part<PLACES>(g + i, size, size, parts) : measure_part<1>(g + i, size, size, parts);
+    for (int64_t part = 0; part < count; part++, i += size) {
+      whole.peak = std::max(whole.peak, parts[part].peak);
+      whole.squares += parts[part].squares;
+      if (large && parts[part].peak > large->low)
+        large->sift(g + i, size);
+      else if (large)
+        large->rest += parts[part].squares;
+    }
+  }
+  return whole;
 }
 
 // One block of a gradient in fp32 or bf16.

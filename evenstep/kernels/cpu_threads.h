@@ -3,9 +3,9 @@
 // The code is plain C++ on raw pointers, without Python and torch. An optimizer step is bound by memory bandwidth, so each
 // kernel reads and writes every tensor once. Three properties make the kernels fast:
 //
-// * Prefetches. On an Intel Xeon (Sapphire Rapids) the hardware prefetcher stops at every page of 4 KiB, and prefetching AHEAD
-//   entries saves a fifth of a step. On an AMD EPYC (Zen 4) the same instructions cost a fifth. So `fetch` prefetches on Intel
-//   alone; results are the same.
+// * Reading in turn. On Intel Xeons one core that reads at one place waits at every page of 4 KiB, where the hardware prefetcher
+//   stops. Reading a block at several places in turn, and prefetching AHEAD entries, saves a tenth of a step. On an AMD EPYC
+//   (Zen 4) prefetches cost a fifth. So `in_turn` is set on Intel alone; results are the same.
 // * Chunks. Arithmetic is in fp32 on at most SPAN entries that stay in the first-level cache. fp32 tensors are updated in
 //   place; other dtypes and masked tensors are unpacked into buffers of the stack and packed again (cpu_unpacked.cpp).
 // * Vectors. The compiler vectorises the loops. The build compiles every file once per instruction set.
@@ -33,8 +33,10 @@ namespace evenstep {
 // ---- sizes, in entries ----
 
 constexpr int64_t CHUNK = 1024;       // unpacked at a time: four fp32 buffers of it are 16 KiB
-constexpr int64_t SPAN = 4 * CHUNK;   // processed at a time where nothing is unpacked
+constexpr int64_t SPAN = 8 * CHUNK;   // updated at a time where nothing is unpacked
+constexpr int64_t PART = 2 * CHUNK;   // of a gradient: has a sum of squares in fp32
 constexpr int64_t BLOCK = 16 * CHUNK; // a unit of work, and the unit that the clipping pass may skip
+constexpr int64_t PLACES = BLOCK / PART, SPANS = BLOCK / SPAN; // of a block that are measured, and updated, in turn
 constexpr int64_t BATCH = 16 * BLOCK; // measured and then updated while the gradients are still in cache
 constexpr int64_t AHEAD = 512;        // distance of prefetches
 constexpr int W = 32;                 // one turn of a vectorised loop: two AVX-512 or four AVX2 registers
@@ -124,16 +126,17 @@ static inline float as_float(uint32_t bits) { float x; std::memcpy(&x, &bits, 4)
 static inline uint32_t as_bits(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
 static inline float from_bf16(uint16_t x) { return as_float(uint32_t(x) << 16); }
 
-// Whether `fetch` prefetches (see above), decided when the library is loaded. A variable, so that tests can try both.
+// Whether loops read several places in turn, and prefetch (see above), decided when the library is loaded. A variable, so that
+// tests can try both.
 #if defined(__x86_64__)
-inline bool prefetches = __builtin_cpu_is("intel");
+inline bool in_turn = __builtin_cpu_is("intel");
 #else
-inline bool prefetches = false;
+inline bool in_turn = false;
 #endif
 
 // Prefetch to read. Prefetching with the intent to write is 4 % slower on Intel. Addresses beyond a tensor do not fault.
 static inline void fetch(const void *address) {
-  if (prefetches) __builtin_prefetch(address, 0);
+  if (in_turn) __builtin_prefetch(address, 0);
 }
 
 // Convert n entries, from entry `start` on, to fp32.

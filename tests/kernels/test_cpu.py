@@ -2,11 +2,13 @@
 
 import functools
 import importlib.util
+import math
 import os
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -207,19 +209,50 @@ def test_whole_steps_are_the_same_to_the_bit_for_any_number_of_threads_and_every
         assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", ["stable_spam", "spam sparse", "scale"])
-def test_prefetching_changes_no_result(name):
-    # Which of the two runs depends on the processor's vendor.
-    library, finals = cpu_library.library(), []
-    found = library.evenstep_prefetch(0)
+@contextmanager
+def reading_in_turn(on):
+    """The processor's vendor decides otherwise whether loops read several places in turn."""
+    library = cpu_library.library()
+    found = library.evenstep_in_turn(on)
     try:
-        for on in (0, 1):
-            library.evenstep_prefetch(on)
-            params, _ = trained(name, True, [(300, 400), (33,)], torch.float32, [1.0, 5.0], None)
-            finals.append([p.detach().clone() for p in params])
+        yield
     finally:
-        library.evenstep_prefetch(found)
-    assert all(torch.equal(a, b) for a, b in zip(*finals, strict=True))
+        library.evenstep_in_turn(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*sorted(OPTIMIZERS), "stabilize"])
+def test_reading_in_turn_changes_no_result(name, dtype):
+    def stabilized(params, fused, **how):
+        return stabilize(torch.optim.SGD(params, **how), AdaClip(), AdaGN(), fused=fused)
+
+    results = []
+    for on in (0, 1):
+        with reading_in_turn(on), pytest.MonkeyPatch.context() as patch:
+            patch.setitem(OPTIMIZERS, "stabilize", stabilized)
+            params, optimizer = trained(name, True, LARGE, dtype, [1.0, 5.0], (1, 1, math.nan))
+        state = [x for p in params for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)]
+        results.append([*params, *state, *optimizer.stats.values()])
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_large_tensors_both_ways(on):
+    for name in ("stable_spam", "spam", "spam sparse", "scale"):
+        with reading_in_turn(on):
+            plain, fused = (trained(name, choice, LARGE, torch.float32, [1.0, 30.0], None) for choice in (False, True))
+        assert_same(plain, fused, torch.float32)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1e15])
+def test_the_norm_after_clipping_is_right_for_entries_of_any_size(size):
+    # Squares of entries below 1e-19 underflow in fp32, and those above 1e19 overflow.
+    p = torch.nn.Parameter(torch.zeros(150, 200))
+    optimizer = SPAM([p], clip_start=0, fused=True)  # a first step clips nothing
+    p.grad = torch.randn(150, 200, generator=torch.Generator().manual_seed(0)) * size
+    p.grad[3, 5] = 100 * size
+    optimizer.step()
+    assert float(optimizer.stats["norm_after"]) == pytest.approx(float(p.grad.double().norm()), rel=1e-6, abs=0)
 
 
 @pytest.mark.slow  # a measurement of time
