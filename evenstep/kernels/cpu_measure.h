@@ -98,8 +98,13 @@ template <int PLACES> static inline void measure_part(const float *__restrict g,
   float sum[PLACES][W] = {{0}}, top[PLACES][W] = {{0}};
   int64_t i = 0;
   for (; i + W <= n; i += W)
-    for (int place = 0; place < PLACES; place++)
+    for (int place = 0; place < PLACES; place++) {
+      if (PLACES == 1) {
+        fetch(g + i + AHEAD);
+        fetch(g + i + AHEAD + 16);
+      }
       accumulate(g + place * apart + i, W, sum[place], top[place]);
+    }
   for (int place = 0; place < PLACES; place++) {
     const float *here = g + place * apart;
     float total = sum_of(sum[place]);

@@ -22,19 +22,19 @@ struct Rates {
   float finite, gain, keep, add, rate, shrink, root;
 };
 
-// Rows of a unit of work, which has about BLOCK entries: a multiple of PLACES.
+// A unit of work: about BLOCK entries of whole rows.
 int64_t rows_of_unit(int64_t length) { return std::max(BLOCK / length / PLACES, int64_t(1)) * PLACES; }
 
 // Rows of a unit that are measured, and updated, in turn: `count`, which are `apart` rows from one another.
 struct Turns {
   int64_t count, apart;
-  explicit Turns(int64_t rows) : count(in_turn && rows % PLACES == 0 ? PLACES : 1), apart(rows / count) {}
+  Turns(int64_t rows, int64_t length) : count(in_turn && rows % PLACES == 0 && length >= 256 ? PLACES : 1), apart(rows / count) {}
 };
 
 // Squared norms of rows first..last-1 into squares[first..last-1], fp64; returns the largest magnitude, Inf where an entry is
 // not finite.
 float measure_rows(const Job &job, int64_t first, int64_t last, int64_t length, double *squares) {
-  const Turns turns(job.g_type == F32 ? last - first : 1);
+  const Turns turns(job.g_type == F32 ? last - first : 1, length);
   float top = 0;
   for (int64_t row = first; turns.count > 1 && row < first + turns.apart; row++)
     for (int64_t i = 0; i < length; i += PART) {
@@ -57,123 +57,103 @@ float measure_rows(const Job &job, int64_t first, int64_t last, int64_t length, 
 // divides, and differs in the last bit.
 struct ByColumns {
   const float *divisors;
-  float operator()(int, int64_t column, float x) const { return x / divisors[column]; }
+  float operator()(int64_t column, float x) const { return x / divisors[column]; }
 };
-template <int COUNT> struct ByRow {
-  float inverse[COUNT];
-  float operator()(int place, int64_t, float x) const { return x * inverse[place]; }
+struct ByRow {
+  float inverse;
+  float operator()(int64_t, float x) const { return x * inverse; }
 };
 
-// p <- p (1 - lr wd) - lr x / size (SCALE, arXiv 2506.16659) for n entries, from `column` on, of COUNT rows in turn: `row` and
-// those that follow `apart` rows from one another. x[place] points to the entries of one of them. Adds the sums of squares of
-// the direction x / size to directions[row].
-template <int COUNT, class F>
-void scale_chunk(const Job &job, int64_t row, int64_t apart, int64_t length, int64_t column, int64_t n, const float *const *x, float sign, const Rates &rates, F divided, double *directions) {
+// p <- p (1 - lr wd) - lr x / size (SCALE, arXiv 2506.16659) for n entries from `at` on, where `column` is the column of the
+// first one; returns the sum of squares of the direction x / size.
+template <class F> double scale_chunk(const Job &job, int64_t at, int64_t column, int64_t n, const float *__restrict x, float sign, const Rates &rates, F divided) {
   const float shrink = rates.shrink, rate = rates.rate;
-  float buffers[COUNT][CHUNK], *rows[COUNT], sum[COUNT][W] = {{0}};
-  auto begin = [&](int place) { return (row + place * apart) * length + column; };
-  // fp32 is updated in place, bf16 through a buffer.
-  for (int place = 0; place < COUNT; place++) {
-    rows[place] = job.p_type == F32 ? static_cast<float *>(job.p) + begin(place) : buffers[place];
-    if (job.p_type != F32) load(job.p, job.p_type, begin(place), n, rows[place]);
-  }
+  float buffer[CHUNK], *__restrict p = buffer, sum[W] = {0}, rest = 0;
+  // fp32 is updated in place, bf16 through a buffer. `__restrict`: x and p never overlap, as `struct Job` requires.
+  if (job.p_type == F32)
+    p = static_cast<float *>(job.p) + at;
+  else
+    load(job.p, job.p_type, at, n, buffer);
   int64_t i = 0;
-  for (; i + W <= n; i += W)
-    for (int place = 0; place < COUNT; place++) {
-      // `__restrict`: x and p never overlap, as `struct Job` requires.
-      const float *__restrict from = x[place] + i;
-      float *__restrict p = rows[place] + i;
+  for (; i + W <= n; i += W) {
+    fetch(x + i + AHEAD);
+    fetch(x + i + AHEAD + 16);
+    if (job.p_type == F32) {
+      fetch(p + i + AHEAD);
+      fetch(p + i + AHEAD + 16);
+    }
 #pragma omp simd
-      for (int j = 0; j < W; j++) {
-        const float u = divided(place, column + i + j, from[j] * sign);
-        sum[place][j] += u * u;
-        p[j] = p[j] * shrink - rate * u;
-      }
+    for (int j = 0; j < W; j++) {
+      const float u = divided(column + i + j, x[i + j] * sign);
+      sum[j] += u * u;
+      p[i + j] = p[i + j] * shrink - rate * u;
     }
-  for (int place = 0; place < COUNT; place++) {
-    float *p = rows[place], rest = 0;
-    for (int64_t j = i; j < n; j++) {
-      const float u = divided(place, column + j, x[place][j] * sign);
-      rest += u * u;
-      p[j] = p[j] * shrink - rate * u;
-    }
-    if (job.p_type == BF16)
-      write_bf16(job, begin(place), n, p, begin(place));
-    directions[row + place * apart] += double(sum_of(sum[place])) + rest;
   }
+  for (; i < n; i++) {
+    const float u = divided(column + i, x[i] * sign);
+    rest += u * u;
+    p[i] = p[i] * shrink - rate * u;
+  }
+  if (job.p_type == BF16)
+    write_bf16(job, at, n, p, at);
+  return double(sum_of(sum)) + rest;
 }
 
-// COUNT rows in turn: momentum, normalisation, update. Row `row` is the first, and the others follow `apart` rows from one
-// another. Adds the sums of squares of their directions to `directions`, which has one for each row. `squares` are those of all rows where they are known, `divisors` the
-// norms of columns where those are divided by. A row is read twice, the second time from cache.
-template <int COUNT>
-void step_rows(const Job &job, int64_t row, int64_t apart, int64_t length, const Rates &c, const float *divisors, const double *squares, float floor, const Coder *coder, double *directions) {
-  float g[COUNT][CHUNK], m[COUNT][CHUNK]; // unpacked bf16 and 8-bit entries
-  const float *x[COUNT];
-  auto begin = [&](int place) { return (row + place * apart) * length; };
-  auto gradient = [&](int place, int64_t i, int64_t n) -> const float * {
+// One row: momentum, normalisation, update. Returns the sum of squares of its direction. `squares` is the row's where it is
+// known, `divisors` are the norms of columns where those are divided by. The row is read twice, the second time from cache.
+double step_row(const Job &job, int64_t row, int64_t length, const Rates &c, const float *divisors, const double *squares, float floor, const Coder *coder) {
+  float g[CHUNK], m[CHUNK]; // unpacked bf16 and 8-bit entries
+  const int64_t begin = row * length;
+  auto gradient = [&](int64_t at, int64_t n) -> const float * {
     if (job.g_type == F32)
-      return static_cast<const float *>(job.g) + begin(place) + i;
-    load(job.g, job.g_type, begin(place) + i, n, g[place]);
-    return g[place];
+      return static_cast<const float *>(job.g) + at;
+    load(job.g, job.g_type, at, n, g);
+    return g;
   };
   // The momentum m <- b m + (1 - b) g, without bias correction, and reading it.
-  auto average = [&](int place, int64_t i, int64_t n) -> float * {
-    return open_moment(job.m, job.m_type, job.m_scale, coder, begin(place) + i, n, m[place]);
+  auto average = [&](int64_t at, int64_t n) -> const float * {
+    return open_moment(job.m, job.m_type, job.m_scale, coder, at, n, m);
   };
-  auto update_average = [&](int64_t i, int64_t n) {
-    const float keep = c.keep, add = c.add * c.gain;
-    float *to[COUNT];
-    for (int place = 0; place < COUNT; place++) {
-      x[place] = gradient(place, i, n);
-      to[place] = average(place, i, n);
-    }
-    auto turn = [&](int place, int64_t at, int width) {
-      const float *__restrict from = x[place] + at;
-      float *__restrict mm = to[place] + at;
+  auto update_average = [&](int64_t at, int64_t n) {
+    const float *x = gradient(at, n), keep = c.keep, add = c.add * c.gain;
+    float *to = open_moment(job.m, job.m_type, job.m_scale, coder, at, n, m);
+    // The parameter is prefetched here: the update that follows finds everything else in cache.
+    const float *p = static_cast<const float *>(job.p) + (job.p_type == F32 ? at : 0);
+    for (int64_t start = 0; start < n; start += W) {
+      const int width = int(std::min<int64_t>(W, n - start));
+      for (int j = 0; j < W; j += 16) {
+        fetch(x + start + j + AHEAD);
+        fetch(to + start + j + AHEAD);
+        fetch(p + start + j + AHEAD);
+      }
 #pragma omp simd
       for (int j = 0; j < width; j++)
-        mm[j] = mm[j] * keep + from[j] * add;
-    };
-    const int64_t whole = n / W * W;
-    for (int64_t at = 0; at < whole; at += W)
-      for (int place = 0; place < COUNT; place++)
-        turn(place, at, W);
-    for (int place = 0; place < COUNT; place++)
-      turn(place, whole, int(n - whole));
-    // Hazard: entry `i` of a row begins a block of 256 codes, because CHUNK and, for 8-bit moments, the length of a row are
-    // multiples of 256 (`refusal` in cpu.py). So no other thread writes these scales.
-    for (int place = 0; place < COUNT; place++)
-      close_moment(job.m, job.m_type, job.m_scale, coder, begin(place) + i, n, to[place]);
+        to[start + j] = to[start + j] * keep + x[start + j] * add;
+    }
+    // Hazard: entry `at` begins a block of 256 codes, because CHUNK and, for 8-bit moments, the length of a row are multiples of
+    // 256 (`refusal` in cpu.py). So no other thread writes these scales.
+    close_moment(job.m, job.m_type, job.m_scale, coder, at, n, to);
   };
-  auto read = [&](int64_t i, int64_t n) {
-    for (int place = 0; place < COUNT; place++)
-      x[place] = job.m ? average(place, i, n) : gradient(place, i, n);
-  };
-  double known[COUNT] = {0};
-  for (int place = 0; squares && place < COUNT; place++)
-    known[place] = squares[row + place * apart];
-  for (int64_t i = 0; !squares && !divisors && i < length; i += CHUNK) {
-    const int64_t n = std::min(CHUNK, length - i);
-    if (job.m) update_average(i, n);
-    read(i, n);
-    for (int place = 0; place < COUNT; place++)
-      known[place] += measure_entries(x[place], n).squares;
+  double known = 0;
+  if (squares) {
+    known = *squares;
+  } else if (!divisors) {
+    for (int64_t i = 0; i < length; i += CHUNK) {
+      const int64_t n = std::min(CHUNK, length - i), at = begin + i;
+      if (job.m) update_average(at, n);
+      known += measure_entries(job.m ? average(at, n) : gradient(at, n), n).squares;
+    }
   }
   // root = sqrt(length) for the RMS, 1 for the 2-norm; the floor keeps a row of zeros from dividing by 0.
-  ByRow<COUNT> by_row;
-  for (int place = 0; place < COUNT; place++)
-    by_row.inverse[place] = 1 / std::max(float(std::sqrt(known[place])) / c.root, floor);
+  const ByRow by_row{1 / std::max(float(std::sqrt(known)) / c.root, floor)};
+  double sum = 0;
   for (int64_t i = 0; i < length; i += CHUNK) {
-    const int64_t n = std::min(CHUNK, length - i);
-    if (job.m && divisors) update_average(i, n);
-    read(i, n);
-    const float sign = job.m ? 1 : c.gain;
-    if (divisors)
-      scale_chunk<COUNT>(job, row, apart, length, i, n, x, sign, c, ByColumns{divisors}, directions);
-    else
-      scale_chunk<COUNT>(job, row, apart, length, i, n, x, sign, c, by_row, directions);
+    const int64_t n = std::min(CHUNK, length - i), at = begin + i;
+    if (job.m && divisors) update_average(at, n);
+    const float *x = job.m ? average(at, n) : gradient(at, n), sign = job.m ? 1 : c.gain;
+    sum += divisors ? scale_chunk(job, at, i, n, x, sign, c, ByColumns{divisors}) : scale_chunk(job, at, i, n, x, sign, c, by_row);
   }
+  return sum;
 }
 
 // Squared norms of a matrix's columns, and largest magnitude (Inf where an entry is not finite) and norm of the whole. Rows
@@ -261,18 +241,15 @@ float scale_tensor(const Job &job, Rates c, const float *divisors, float floor, 
   if (c.finite == 0) return 0; // the matrix and its average stay as they are
   std::shared_ptr<const Coder> coder = job.m_type == INT8 ? coder_of(job.m_map) : nullptr;
   const bool known = measured && !job.m && !divisors; // without momentum the gradient itself is normalised
-  std::vector<double> directions(job.rows);
+  std::vector<double> sums(units);
   // Units are divided among threads as in the pass that measured, so that each begins with rows that its caches still hold.
   parallel(units, threads, 2 * WARM, [&](int64_t unit) {
-    const int64_t first = unit * several, rows = std::min(several, job.rows - first);
-    const Turns turns(rows);
-    const auto step = turns.count == 1 ? step_rows<1> : step_rows<PLACES>;
-    for (int64_t row = first; row < first + turns.apart; row++)
-      step(job, row, turns.apart, length, c, divisors, known ? squares.data() : nullptr, floor, coder.get(), directions.data());
+    for (int64_t row = unit * several; row < std::min((unit + 1) * several, job.rows); row++)
+      sums[unit] += step_row(job, row, length, c, divisors, known ? &squares[row] : nullptr, floor, coder.get());
   });
   double whole = 0;
-  for (double x : directions)
-    whole += x;
+  for (double sum : sums)
+    whole += sum;
   return float(std::sqrt(whole));
 }
 
