@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -32,10 +33,12 @@ from evenstep.models.ops import (
     chunked_cross_entropy,
     cross_entropy_and_z_loss,
     document_mask,
+    own_rows,
     rms_norm,
     rotate,
     softcap,
     softcapped_attention,
+    sum_over,
 )
 
 # ---- the shape ----
@@ -358,6 +361,9 @@ class Llama(nn.Module):
         self.compile_loss = False
         """Whether a chunked loss on a GPU compiles its formulas between the products; `Trainer` sets it to
         ``train.compile``."""
+        self.tensor_group: dist.ProcessGroup | None = None
+        """The processes that have the same tokens as this one and share out the rows of the loss; `Trainer` sets it
+        under tensor parallelism."""
         self.model = LlamaBody(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -445,6 +451,16 @@ class Llama(nn.Module):
         if positions is not None:  # in fine-tuning most targets are -100; their logits would be wasted work
             counts = targets != -100
             hidden, targets = hidden[counts], targets[counts]
+        if self.tensor_group is None:
+            return self._loss_of(hidden, targets, reduction, chunk, z_loss)
+        rows = own_rows(hidden, targets, self.tensor_group)
+        total = sum_over(self._loss_of(*rows, "sum", chunk, z_loss), self.tensor_group)
+        return total if reduction == "sum" else total / (targets != -100).sum()
+
+    def _loss_of(
+        self, hidden: Tensor, targets: Tensor, reduction: str, chunk: int | None, z_loss: float | None
+    ) -> Tensor:
+        """The loss of hidden states [N, hidden] after the last norm, with targets [N]."""
         if chunk is not None:
             cap = self.config.logit_softcap
             return chunked_cross_entropy(

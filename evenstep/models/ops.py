@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -367,3 +368,56 @@ def _checkpointed_cross_entropy(
     # Sums, not means: chunks may have different numbers of targets that count.
     total = torch.stack(parts).sum(0)
     return total if reduction == "sum" else total / (targets != -100).sum()
+
+
+# ---- the loss under tensor parallelism ----
+#
+# The processes of a tensor-parallel group have the same hidden states. Each one computes the logits of its own rows, so
+# that the products with the head are shared out, and the sums are added up. The head is gathered whole anyway, because
+# FSDP shards it over all processes, and FSDP averages its gradient over them. That of one process therefore counts
+# size-fold (`sum_over`), and the gradient of the hidden states is divided by the size again (`own_rows`).
+
+
+def own_rows(hidden: Tensor, targets: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """The part of hidden [N, D] and of targets [N] whose loss this process of ``group`` computes: N / size rows, or
+    one more. The backward pass gives all processes the gradient of all rows, by one all-reduce of [N, D]."""
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    start, end = len(hidden) * rank // size, len(hidden) * (rank + 1) // size
+    rows: Tensor = _OwnRows.apply(hidden, start, end, group)
+    return rows, targets[start:end]
+
+
+class _OwnRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, start: int, end: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.given = hidden.shape, start, end, group
+        return hidden[start:end].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        shape, start, end, group = ctx.given
+        whole = grad.new_zeros(shape)  # no two processes have the same row, so that the sum is exact in 16 bits too
+        whole[start:end] = grad / dist.get_world_size(group)
+        dist.all_reduce(whole, group=group)
+        return whole, None, None, None
+
+
+def sum_over(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of ``sums`` over the processes of ``group``; its gradient counts size-fold, as described above."""
+    total: Tensor = _SumOver.apply(sums, group)
+    return total
+
+
+class _SumOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.size = dist.get_world_size(group)
+        total = sums.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.size, None

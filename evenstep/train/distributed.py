@@ -17,8 +17,8 @@ sharded, and the other parameters (token embedding, final norm, head) are sharde
   gathered before its forward and its backward pass.
 * ``hsdp``: fsdp within each of ``parallel.replicate`` groups; gradients are averaged between the groups.
 * ``tp+fsdp``: the matrices of attention and MLP are sharded over ``parallel.tensor`` processes (first by columns, then
-  by rows: two all-reduces per block and pass), and over the other processes as in fsdp. Embedding, norms and head are
-  not tensor-parallel: fsdp shards embedding and head over all processes, and every process computes their products.
+  by rows: two all-reduces per block and pass), and over the other processes as in fsdp. fsdp shards embedding, norms
+  and head over all processes. Each process of a tensor-parallel group computes the logits of its part of the rows.
 
 Gradients are reduced in fp32 whatever the dtype of the parameters. With gradient accumulation they are reduced once per
 step; until then fsdp keeps them unsharded in every process, which trades memory for fewer messages.
@@ -473,6 +473,7 @@ class Parallel:
         }
         for block in model.model.layers:
             parallelize_module(block, self._grid["tensor"], plan)
+        model.tensor_group = self._grid["tensor"].get_group()
 
     def _fsdp(self, model: Any) -> None:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method

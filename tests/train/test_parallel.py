@@ -1,5 +1,6 @@
 """The same run on one process and on several, and checkpoints that move between them."""
 
+import json
 import os
 import shutil
 import sys
@@ -69,6 +70,7 @@ def copied(out, name):
 
 SPAM = options("fsdp", optim__name="stable_spam", train__activation_checkpointing="true")
 FP4 = {"lowbit": "fp4", "train__steps": "2"}
+TENSOR = options("tp+fsdp", optim__name="adamw")
 BF16 = {"train__dtype": "bf16", "train__steps": "3", "optim__name": "adamw"}
 
 
@@ -97,6 +99,14 @@ def _save_initial(run):
         torch.save((weights, torch.get_rng_state()), run.out / "initial.pt")
 
 
+def _fit_and_count(run):
+    """Leaves the number of rows whose logits each process has computed in a pass."""
+    loss_of, seen = run.model._loss_of, set()
+    run.model._loss_of = lambda hidden, *rest: (seen.add(len(hidden)), loss_of(hidden, *rest))[1]
+    run.fit()
+    (run.out / f"rows-{run.world.rank}.json").write_text(json.dumps(sorted(seen)))
+
+
 @pytest.fixture(scope="module")
 def two(corpus, tmp_path_factory):
     """The runs of two processes, which are started once: ddp, fsdp, again (fsdp from its step 4), bf16,
@@ -111,8 +121,15 @@ def two(corpus, tmp_path_factory):
         (out / "bf16", options("ddp", **BF16), False, None),
         (out / "low", SPAM | FP4, False, None),
         (out / "drawn", SPAM, False, _save_initial),
+        (out / "tensor", TENSOR, False, _fit_and_count),
     )
     return out
+
+
+def test_tensor_parallel_processes_share_out_the_rows_of_the_loss(two, whole):
+    assert losses(two / "tensor") == pytest.approx(losses(whole("adamw")), rel=1e-5)
+    first, second = (json.loads((two / "tensor" / f"rows-{rank}.json").read_text()) for rank in range(2))
+    assert max(first) == max(second) == 2 * 16 // 2  # two sequences of 16 tokens are a micro batch
 
 
 def test_shards_drawn_alone_are_those_of_the_whole_model_bit_for_bit(corpus, two, tmp_path):
