@@ -211,11 +211,7 @@ class Pretraining(Task):
             )
         check_positions(config.train.seq_len, model.config.max_seq_len, source)
         model.activation_checkpointing = config.train.activation_checkpointing
-        model = with_lowbit(model.to(device=device), config.lowbit, self.say)
-        if config.lowbit and self.world.device.type == "cuda" and not config.train.compile:
-            # Every operation of a quantisation is a kernel that reads and writes the tensor; a compiler fuses them.
-            self.say("low-bit layers run slowly on a GPU without compilation; --compile makes them faster")
-        return model
+        return with_lowbit(model.to(device=device), config.lowbit, self.say)
 
     def _shape_of_shards(self, blank: bool) -> LlamaConfig | None:
         """The shape of a model that is built without entries, whose shards `Parallel.materialise` makes: under FSDP,

@@ -65,7 +65,7 @@ from evenstep.train.config_io import (
 from evenstep.train.distributed import Heartbeat, Parallel, World, clip_, launched, open_world, restarts, total_norm
 from evenstep.train.evaluate import Evaluation
 from evenstep.train.files import RunLock, check_own, default_name, fresh_directory, hold, locked, replace_text
-from evenstep.train.hardware import peak_flops, peak_memory, pick_device, set_up_torch
+from evenstep.train.hardware import bf16_advice, peak_flops, peak_memory, pick_device, set_up_torch
 from evenstep.train.interrupts import Interrupted, Interrupts, Stopped, Votes
 from evenstep.train.log import (
     LineProgress,
@@ -230,6 +230,11 @@ class Trainer:
             first = torch.device("cpu") if self.parallel.mode in ("fsdp", "hsdp") else self.device
             self.model = task.build_model(first, blank=blank)
             self.parallel.check(self.model)
+        if config.lowbit and self.device.type == "cuda" and not config.train.compile:
+            # Every operation of a quantisation is a kernel that reads and writes the tensor; a compiler fuses them.
+            self.say("low-bit layers run slowly on a GPU without compilation; --compile makes them faster")
+        if advice := bf16_advice(self.device, config.train.dtype):
+            self.say(advice)
         # The optimizer is built from the sharded parameters. Frozen weights, as beside LoRA adapters, are left out.
         self.parallel.apply(self.model)
         self.parallel.materialise(draw=not blank)
