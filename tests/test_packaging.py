@@ -127,7 +127,7 @@ def test_one_line_of_pyproject_gives_every_address_of_the_repository(repository,
 
 
 def test_the_extra_of_developers_builds_without_isolation():
-    """``make dist`` and the tests here use the setuptools of the environment, which only some versions of torch bring."""
+    """``make dist`` and the tests here use the setuptools of the environment, which not every torch brings."""
     project = tomllib.loads(PYPROJECT)
     assert set(project["build-system"]["requires"]) <= set(project["project"]["optional-dependencies"]["dev"])
 

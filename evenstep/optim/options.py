@@ -49,10 +49,10 @@ def number(low: float, high: float = math.inf, *, below: bool = False) -> Callab
         if not isinstance(x, Real) or isinstance(x, bool):  # bool is a Real: lr=True would pass as 1.0
             return False
         try:
-            x = float(x)
+            value = float(x)
         except OverflowError:  # an int beyond fp64
             return False
-        return low <= x and (x < high if below else x <= high)
+        return low <= value and (value < high if below else value <= high)
 
     return holds
 
