@@ -126,6 +126,12 @@ def test_one_line_of_pyproject_gives_every_address_of_the_repository(repository,
         assert urls == [] and links and all(link.startswith("https://arxiv.org/") for link in links)
 
 
+def test_the_extra_of_developers_builds_without_isolation():
+    """``make dist`` and the tests here use the setuptools of the environment, which not every torch brings."""
+    project = tomllib.loads(PYPROJECT)
+    assert set(project["build-system"]["requires"]) <= set(project["project"]["optional-dependencies"]["dev"])
+
+
 def test_the_citation_names_the_repository_if_there_is_one():
     repository = tomllib.loads(PYPROJECT)["tool"]["evenstep"]["repository"]
     assert not repository or yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"] == repository

@@ -238,7 +238,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def _gzip(stream: Any, name: str) -> Any:
-    return gzip.GzipFile(fileobj=stream)
+    return gzip.GzipFile(fileobj=stream, mode="rb")  # else that of the stream, which another GzipFile has as a number
 
 
 def _bz2(stream: Any, name: str) -> Any:

@@ -48,7 +48,11 @@ def number(low: float, high: float = math.inf, *, below: bool = False) -> Callab
             x = x.item()
         if not isinstance(x, Real) or isinstance(x, bool):  # bool is a Real: lr=True would pass as 1.0
             return False
-        return low <= float(x) and (float(x) < high if below else float(x) <= high)
+        try:
+            value = float(x)
+        except OverflowError:  # an int beyond fp64
+            return False
+        return low <= value and (value < high if below else value <= high)
 
     return holds
 
@@ -58,7 +62,8 @@ _fraction, _at_least_0 = number(0, 1, below=True), number(0, math.inf, below=Tru
 
 
 def _count(x: Any) -> bool:
-    return isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= 0
+    # Counts enter the arithmetic of floats and int64 tensors.
+    return isinstance(x, Integral) and not isinstance(x, bool) and 0 <= int(x) < 2**63
 
 
 def _choice(*names: str) -> Range:
@@ -128,7 +133,7 @@ def check(owner: str, /, **options: Any) -> None:
         allowed = RANGES[name]
         if not allowed.holds(value):
             where = f"{owner}: " if owner else ""
-            raise ValueError(f"{where}{name}={value!r} is not {allowed.text}")
+            raise ValueError(f"{where}{name}={value!r:.80} is not {allowed.text}")
 
 
 TENSOR = object()  # stands for a tensor in `comparable`

@@ -114,6 +114,13 @@ def test_every_kind_is_read_in_every_compression_by_pretraining_and_fine_tuning(
     assert [example.prompt for example in read_examples(path)] == TEXTS
 
 
+@pytest.mark.parametrize("outer", [name for name in AROUND if name])
+@pytest.mark.parametrize("inner", [name for name in AROUND if name])
+def test_a_file_may_be_compressed_twice(tmp_path, inner, outer):
+    (tmp_path / f"a.jsonl{inner}{outer}").write_bytes(AROUND[outer](AROUND[inner](LINES)))
+    assert texts(tmp_path) == TEXTS
+
+
 def test_a_zip_archive_is_its_members(tmp_path):
     members = {"b.txt": "text", "folder/a.jsonl": LINES, "c.csv.gz": gzip.compress(table()), "d.parquet": parquet()}
     others = {"e.png": b"\x89PNG", "__MACOSX/._b.txt": b"x", ".hidden.txt": b"x", "empty.txt": b"", "folder/": b""}

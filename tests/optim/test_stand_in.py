@@ -291,6 +291,7 @@ def test_flat_shards_of_zero_are_refused(name):
 
 # ---- settings put out of range after construction ----
 
+BEYOND = 10**400  # a float raises OverflowError at it
 SETTINGS = [
     ("lr", float("nan")), ("lr", float("inf")), ("lr", -1e-3), ("lr", None), ("betas", (0.9, 1.0)),
     ("betas", (float("nan"), 0.9)), ("eps", -1.0), ("eps", float("nan")), ("weight_decay", float("inf")),
@@ -298,12 +299,12 @@ SETTINGS = [
     ("density", 2), ("reset_interval", -1), ("reset_interval", 1.5), ("warmup_steps", -1), ("clip_start", -1),
     ("gamma1", 1.0),
     ("gamma2", -0.1), ("gamma3", float("nan")), ("total_steps", 0), ("eta_min", 2.0), ("momentum", 1.0),
-    ("norm", "l1"), ("variant", "mine"),
+    ("norm", "l1"), ("variant", "mine"), ("eps", BEYOND), ("reset_interval", BEYOND), ("density", BEYOND),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("fused", [None, False], ids=["kernels", "plain"])
-@pytest.mark.parametrize(("setting", "value"), SETTINGS, ids=[f"{name}={value}" for name, value in SETTINGS])
+@pytest.mark.parametrize(("setting", "value"), SETTINGS, ids=[f"{name}={value!s:.9}" for name, value in SETTINGS])
 def test_a_setting_out_of_range_is_an_error_before_anything_changes(setting, value, fused):
     for cls in (StableSPAM, SPAM, SCALE):
         p = parameter()
