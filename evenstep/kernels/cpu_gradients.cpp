@@ -65,6 +65,9 @@ void transform_in_turn(const float *g, float gain, float limit, float reduced, f
         turn[j] = clipped_and_scaled(g[at + j], gain, limit, reduced);
       stream(out + at, turn);
     }
+#if defined(__AVX__)
+  _mm_sfence(); // other threads read these entries after the barrier that follows
+#endif
 }
 
 } // namespace
