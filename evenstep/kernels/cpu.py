@@ -26,6 +26,7 @@ from evenstep.kernels.interface import (
     Measured,
     StepTensors,
     Unavailable,
+    all_plain,
     is_coded,
     stored_moments,
 )
@@ -297,7 +298,7 @@ class CpuKernels:
         """See `Kernels.serves_all`: plain, contiguous fp32 and bf16 tensors on the CPU."""
         # Each condition is one pass by C code over all tensors; 8-bit states take the slow way.
         return (
-            PLAIN.issuperset(map(type, tensors))
+            all_plain(tensors)
             and _SERVED.issuperset([x.dtype for x in tensors])
             and all(x.is_cpu for x in tensors)
             and all(map(Tensor.is_contiguous, tensors))

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from evenstep.kernels.interface import (
-    PLAIN,
     SCALE_OPTIONS,
     STEP_OPTIONS,
     Measured,
     StepTensors,
     Unavailable,
+    all_plain,
     capturing,
     constant,
     is_coded,
@@ -106,7 +106,7 @@ class TritonKernels:
         # Each condition is one pass over all tensors. Their sizes are compared by `adam_job` (cuda_launch.py).
         device = tensors[0].device
         return (
-            PLAIN.issuperset(map(type, tensors))
+            all_plain(tensors)
             and _refused(device) is None
             and {x.dtype for x in tensors} <= _SERVED
             and all(x.device == device for x in tensors)

@@ -194,6 +194,11 @@ def is_plain(x: Tensor) -> bool:
     return type(x) in PLAIN
 
 
+def all_plain(tensors: list[Tensor]) -> bool:
+    """`is_plain` for all tensors, in one pass of C code."""
+    return PLAIN.issuperset(map(type, tensors))
+
+
 def is_coded(x: Tensor) -> bool:
     """Whether ``x`` is torchao's tensor of 8-bit blocks."""
     return type(x) not in PLAIN and hasattr(x, "codes")
