@@ -13,6 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import Context
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -182,23 +183,27 @@ class MlflowSink:
         params = [Param(key, str(value)[:500]) for key, value in _flat(config or {})]
         for first in range(0, len(params), 100):  # the most that one request may have
             self._client.log_batch(self._run, params=params[first : first + 100])
-        self._sent: deque[Any] = deque()
+        # One thread, so that records arrive in order. MLflow's own logging in the background has ten, which collided in
+        # its directory of files.
+        self._sender = ThreadPoolExecutor(1, "evenstep-mlflow")
+        self._sent: deque[Future[Any]] = deque()
 
     def write(self, record: Record) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         values = [Metric(key, float(value), now, record["step"]) for key, value in scalars(record).items()]
-        if values:  # by a thread of mlflow, so that a slow server does not delay the training
-            self._sent.append(self._client.log_batch(self._run, metrics=values, synchronous=False))
+        if values:  # by the thread, so that a slow server does not delay the training
+            self._sent.append(self._sender.submit(self._client.log_batch, self._run, metrics=values))
         if len(self._sent) > MLFLOW_PENDING:
-            self._sent.popleft().wait()  # raises if the request has failed
+            self._sent.popleft().result()  # raises if the request has failed
 
     def close(self) -> None:
         try:
             while self._sent:
-                self._sent.popleft().wait()
+                self._sent.popleft().result()
         finally:
+            self._sender.shutdown()
             self._client.set_terminated(self._run)
 
 

@@ -134,17 +134,6 @@ def test_mlflow_keeps_the_numbers_in_a_run_of_its_own(tmp_path):
     assert done.stdout.strip() == str(expected)
 
 
-class Sent:
-    """In place of what mlflow returns for a request that a thread sends."""
-
-    def __init__(self, fails):
-        self.fails = fails
-
-    def wait(self):
-        if self.fails:
-            raise ConnectionError("no network")
-
-
 class Client:
     """In place of mlflow's client. The request of number ``failing`` fails."""
 
@@ -159,9 +148,10 @@ class Client:
     def create_run(self, experiment, run_name):
         return types.SimpleNamespace(info=types.SimpleNamespace(run_id="7"))
 
-    def log_batch(self, run, metrics, synchronous):
+    def log_batch(self, run, metrics):
         self.sent += 1
-        return Sent(self.sent == self.failing)
+        if self.sent == self.failing:
+            raise ConnectionError("no network")
 
     def set_terminated(self, run):
         self.ended.append(run)
@@ -190,6 +180,8 @@ def test_mlflow_looks_at_each_request_after_a_bounded_number_of_others(mlflow_si
     with pytest.raises(ConnectionError):
         for step in range(MLFLOW_PENDING + 2):
             mlflow_sink.write({"step": step, "loss": 1.0})
+    assert len(mlflow_sink._sent) == MLFLOW_PENDING  # of 102, two have been looked at
+    mlflow_sink.close()
     assert mlflow_sink._client.sent == MLFLOW_PENDING + 2
 
 
