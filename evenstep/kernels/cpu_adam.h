@@ -42,7 +42,6 @@ struct Numbers {
 // What entries are multiplied by before SPAM's clipping squares them: squares of at most 1 stay in the range of fp32.
 static inline float unit_of(float peak) { return std::min(1 / peak, 1e38f); }
 
-
 struct TensorStep {
   double scalars[5] = {0}; // a Scalar each; stored as fp32, computed in fp64
   double sum = 0;          // of the squares of all entries
@@ -208,7 +207,8 @@ static void adam_chunk(float *__restrict p, const float *__restrict g, float *__
 
 using Chunk = void (*)(float *, const float *, float *, float *, int64_t, const Numbers &, bool, Sums &);
 
-// The version of the loop, for COUNT places, for a block whose largest magnitude is `peak`. 1e17 keeps squares of scaled entries in fp32.
+// The version of the loop, for COUNT places, for a block whose largest magnitude is `peak`. 1e17 keeps squares of scaled
+// entries in fp32.
 template <int COUNT> static inline Chunk version(const Numbers &c, bool capped, float peak) {
   const bool simple = peak <= c.limit && peak * std::fabs(c.gain) < 1e17f && c.after == 1 && c.shrink_after == 1;
   return capped ? simple ? adam_chunk<true, true, COUNT> : adam_chunk<true, false, COUNT>

@@ -25,7 +25,8 @@ struct Rates {
 // A unit of work: about BLOCK entries of whole rows.
 int64_t rows_of_unit(int64_t length) { return std::max(BLOCK / length / PLACES, int64_t(1)) * PLACES; }
 
-// Rows of a unit that are measured, and updated, in turn: `count`, which are `apart` rows from one another.
+// Rows of a unit that are measured in turn: `count`, which are `apart` rows from one another. For shorter rows the sums of the
+// lanes cost more than reading in turn saves.
 struct Turns {
   int64_t count, apart;
   Turns(int64_t rows, int64_t length) : count(in_turn && rows % PLACES == 0 && length >= 256 ? PLACES : 1), apart(rows / count) {}

@@ -30,6 +30,22 @@ def whole(corpus, out, **options):
 
 
 @linux
+@pytest.mark.slow
+def test_a_run_survives_a_kill_while_saving_one_process_less_and_a_sigterm(corpus, tmp_path):
+    """Three faults in a row on one run; then it ends with the losses of a run that nothing happened to."""
+    options, out, draw = {"train__steps": "30"}, tmp_path / "run", random.Random(0)
+    for name in ("kill_in_save", "terminate"):
+        FAULTS[name](corpus, out, draw, **options)
+    assert 0 < newest(out) < 25
+    with job(corpus, out, restarts=2, **options) as running:
+        lose_one(running, out, draw)
+        assert running.end() == 0, running.said()[-3000:]
+        assert running.said().count("step 30/30") == 1, "one process writes"
+    all_whole(out)
+    assert by_step(out) == whole(corpus, tmp_path / "whole", **options)
+
+
+@linux
 def test_a_run_survives_a_kill_while_saving_and_one_process_less(corpus, tmp_path):
     """Two faults in a row on one run; then it ends with the losses of a run that nothing happened to."""
     options, out, draw = {"train__steps": "20"}, tmp_path / "run", random.Random(0)
