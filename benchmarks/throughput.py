@@ -1,8 +1,9 @@
 """Training throughput and peak memory of our LLaMA against a plain loop around transformers' of the same shape.
 
-    python benchmarks/throughput.py [--compile] [--sizes tiny 9m] [--optim adamw] [--json FILE]
+    python benchmarks/throughput.py [--compile] [--autocast] [--sizes tiny 9m] [--optim adamw] [--json FILE]
 
-One step is a forward pass, a backward pass and an optimizer step on 8 x 256 tokens in fp32. The reference is the usual
+One step is a forward pass, a backward pass and an optimizer step on 8 x 256 tokens in fp32, or with ``--autocast`` also
+with matrix products in bf16. The reference is the usual
 loop: ``model(input_ids, labels=...)`` with ``torch.optim.AdamW(fused=True)``. All contestants of a size run in one
 process and take turns, so that a busy machine slows all of them alike; the ratio is that of the medians. Peak memory is
 the resident set of a separate process for each contestant, also without the part from before the model was built
@@ -65,7 +66,7 @@ def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def ours(size: str, compiled: bool, args: argparse.Namespace) -> Callable[[], None]:
+def ours(size: str, compiled: bool, autocast: bool, args: argparse.Namespace) -> Callable[[], None]:
     model = Llama(llama_config(size, VOCABULARY.get(size, 32000), max_seq_len=LENGTH))
     optimizer, data = OPTIMIZERS[args.optim](model), batches()
     if compiled:
@@ -74,14 +75,16 @@ def ours(size: str, compiled: bool, args: argparse.Namespace) -> Callable[[], No
 
     def step() -> None:
         tokens, targets = next(data)
-        model.loss(tokens, targets, chunk=args.chunk or None).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model.loss(tokens, targets, chunk=args.chunk or None)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def reference(size: str, compiled: bool, args: argparse.Namespace) -> Callable[[], None]:
+def reference(size: str, compiled: bool, autocast: bool, args: argparse.Namespace) -> Callable[[], None]:
     import transformers
 
     config = llama_config(size, VOCABULARY.get(size, 32000))
@@ -101,24 +104,31 @@ def reference(size: str, compiled: bool, args: argparse.Namespace) -> Callable[[
 
     def step() -> None:
         tokens, _ = next(data)
-        model(input_ids=tokens, labels=tokens).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
+# Name -> (its builder, whether the model is compiled, whether products are in bf16).
 CONTESTANTS = {
-    "transformers": (reference, False),
-    "evenstep": (ours, False),
-    "transformers compiled": (reference, True),
-    "evenstep compiled": (ours, True),
+    f"{name}{' compiled' * compiled}{' bf16' * autocast}": (build, compiled, autocast)
+    for autocast in (False, True)
+    for compiled in (False, True)
+    for name, build in (("transformers", reference), ("evenstep", ours))
 }
 
 
 def time_steps(size: str, names: list[str], args: argparse.Namespace) -> dict[str, float]:
     """Median seconds per step of each contestant over interleaved rounds."""
-    steps = {name: CONTESTANTS[name][0](size, CONTESTANTS[name][1], args) for name in names}
+    steps = {
+        name: build(size, compiled, autocast, args)
+        for name in names
+        for build, compiled, autocast in [CONTESTANTS[name]]
+    }
     for step in steps.values():
         for _ in range(WARMUP_STEPS):
             step()
@@ -146,11 +156,11 @@ def resident(key: str) -> float:
 
 
 def measure_memory_here(size: str, name: str, args: argparse.Namespace) -> None:
-    build, compiled = CONTESTANTS[name]
+    build, compiled, autocast = CONTESTANTS[name]
     if build is reference:
         importlib.import_module("transformers.models.llama.modeling_llama")  # so that its import is not counted
     before = resident("VmRSS")
-    step = build(size, compiled, args)
+    step = build(size, compiled, autocast, args)
     for _ in range(3):
         step()
     peak = resident("VmHWM")
@@ -173,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["tiny", "9m"], help="named sizes (default: tiny 9m)")
     parser.add_argument("--compile", action="store_true", help="also measure the compiled models")
+    parser.add_argument("--autocast", action="store_true", help="also measure with matrix products in bf16")
     parser.add_argument("--optim", choices=list(OPTIMIZERS), default="adamw", help="our optimizer (default: adamw)")
     parser.add_argument(
         "--chunk", type=int, default=256, help="rows of logits at once in our loss; 0: all (default: 256)"
@@ -191,9 +202,13 @@ def main() -> None:
 
     result = {**surroundings(args.threads), "transformers": transformers.__version__}
     print(", ".join(f"{key} {value}" for key, value in result.items()))
-    print(f"fp32, {BATCH} x {LENGTH} tokens; evenstep with {args.optim}, loss chunks of {args.chunk}; reference: adamw")
-    print(f"{'size':6}{'':24}{'tokens/s':>10}{'ratio':>8}{'peak MiB':>10}{'of training':>13}", flush=True)
-    names = [name for name, (_, compiled) in CONTESTANTS.items() if args.compile or not compiled]
+    print(f"{BATCH} x {LENGTH} tokens; evenstep with {args.optim}, loss chunks of {args.chunk}; reference: adamw")
+    print(f"{'size':6}{'':28}{'tokens/s':>10}{'ratio':>8}{'peak MiB':>10}{'of training':>13}", flush=True)
+    names = [
+        name
+        for name, (_, compiled, autocast) in CONTESTANTS.items()
+        if (args.compile or not compiled) and (args.autocast or not autocast)
+    ]
     rows = []
     for size in args.sizes:
         memory = {name: peak_memory(size, name, args) for name in names}
@@ -209,7 +224,7 @@ def main() -> None:
             }
             rows.append(row)
             print(
-                f"{size:6}{name:24}{row['tokens_per_second']:>10}{row['ratio_to_transformers']:>8}"
+                f"{size:6}{name:28}{row['tokens_per_second']:>10}{row['ratio_to_transformers']:>8}"
                 f"{row['peak_mib']:>10}{row['peak_mib_of_training']:>13}",
                 flush=True,
             )

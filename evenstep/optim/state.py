@@ -5,6 +5,7 @@ a tensor in ``state[p]`` or a number in a param group, under a name of its meani
 """
 
 import functools
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -160,11 +161,16 @@ def scalar(p: Tensor) -> Tensor:
 @functools.cache
 def _eight_bit_blocks() -> Any:
     """The class of torchao's 8-bit codes, extended by ``clone``, which copying an optimizer needs."""
+    # On a CPU, torchao 0.18 logs several warnings about its libraries for GPUs while it is imported.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         from torchao.optim.subclass_8bit import OptimState8bit
     except ImportError as error:
         # At construction, not in the middle of a run.
         raise ImportError("state='int8' needs torchao (pip install torchao); state='bf16' does without") from error
+    finally:
+        logging.disable(before)
 
     # torchao dispatches by operator, and copy.deepcopy calls clone, which its class does not implement.
     def clone(func: Any, types: Any, args: Any, kwargs: Any) -> Any:

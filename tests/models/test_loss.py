@@ -5,13 +5,19 @@ import torch
 from torch import nn
 
 from evenstep.errors import EvenstepError
+from evenstep.kernels import cpu_loss
 from evenstep.models import ops
 from tests.models.test_llama import batch, grads, small
 
 
-@pytest.fixture(params=["own_backward", "compiled", "checkpointed"])
+@pytest.fixture(params=["own_backward", "kernel", "compiled", "checkpointed"])
 def path(request, monkeypatch):
-    """The ways of chunking: with a plain head, with its formulas as a GPU compiles them, and with any other head."""
+    """The ways of chunking: with a plain head, by a CPU's kernel, with its formulas as a GPU compiles them, and with any
+    other head."""
+    if request.param != "kernel":
+        monkeypatch.setattr(cpu_loss, "ready", lambda: False)
+    elif not cpu_loss.ready():
+        pytest.skip("no CPU kernels here")
     if request.param == "checkpointed":
         monkeypatch.setattr(ops, "_is_plain", lambda hidden, head: False)
     if request.param == "compiled":  # the formulas alone: compiling takes seconds
