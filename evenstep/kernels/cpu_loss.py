@@ -22,10 +22,10 @@ def ready() -> bool:
 
 
 def terms(
-    logits: Tensor, picked: Tensor, counts: Tensor, z_loss: float, cap: None, gradients: bool
+    logits: Tensor, picked: Tensor, counts: Tensor, z_loss: float, cap: float | None, gradients: bool
 ) -> tuple[Tensor, Tensor]:
-    """`evenstep.models.ops._terms` for contiguous fp32 and bf16 logits on a CPU, without a soft-cap. IndexError for a
-    target that is not a word."""
+    """`evenstep.models.ops._terms` for contiguous fp32 and bf16 logits on a CPU; ``cap`` is None, as the kernel has no
+    soft-cap. IndexError for a target that is not a word."""
     rows, words = logits.shape
     low, high = (int(x) for x in picked.aminmax()) if rows else (0, 0)
     if low < 0 or high >= words:

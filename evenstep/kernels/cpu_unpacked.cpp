@@ -70,38 +70,35 @@ const Moves moves;
 inline __m256i row(const int32_t *numbers) { return _mm256_load_si256(reinterpret_cast<const __m256i *>(numbers)); }
 #endif
 
-// Compacts the entries of two tensors whose bits are set, for COUNT runs of n entries, which follow one another and are read in
-// turn. Writes run r from entry r * (n + SPARE) on, and counts[r]. 16 entries at a time with AVX-512, 8 with AVX2, else one by
-// one.
-template <int COUNT> void pick(const float *__restrict from, const float *__restrict other, const uint8_t *mask, int64_t n, float *__restrict to, float *__restrict other_to, int64_t *counts) {
-  int64_t count[COUNT] = {0}, i = 0;
+// Compacts the entries of two tensors whose bits are set; returns how many they are. 16 entries at a time with AVX-512, 8 with
+// AVX2, else one by one.
+int64_t pick(const float *__restrict from, const float *__restrict other, const uint8_t *mask, int64_t n, float *__restrict to, float *__restrict other_to) {
+  int64_t count = 0, i = 0;
 #if defined(__AVX512F__)
-  for (; i + 16 <= n; i += 16)
-    for (int run = 0; run < COUNT; run++) {
-      const int64_t at = run * n + i, place = run * (n + SPARE) + count[run];
-      const __mmask16 bits = bits_at(mask, at);
-      _mm512_storeu_ps(to + place, _mm512_maskz_compress_ps(bits, _mm512_loadu_ps(from + at)));
-      _mm512_storeu_ps(other_to + place, _mm512_maskz_compress_ps(bits, _mm512_loadu_ps(other + at)));
-      count[run] += __builtin_popcount(bits);
-    }
+  for (; i + 16 <= n; i += 16) {
+    fetch(from + i + AHEAD);
+    fetch(other + i + AHEAD);
+    const __mmask16 bits = bits_at(mask, i);
+    _mm512_storeu_ps(to + count, _mm512_maskz_compress_ps(bits, _mm512_loadu_ps(from + i)));
+    _mm512_storeu_ps(other_to + count, _mm512_maskz_compress_ps(bits, _mm512_loadu_ps(other + i)));
+    count += __builtin_popcount(bits);
+  }
 #elif defined(__AVX2__)
-  for (; i + 8 <= n; i += 8)
-    for (int run = 0; run < COUNT; run++) {
-      const int64_t at = run * n + i, place = run * (n + SPARE) + count[run];
-      const uint8_t byte = mask[at / 8];
-      _mm256_storeu_ps(to + place, _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + at), row(moves.places[byte])));
-      _mm256_storeu_ps(other_to + place, _mm256_permutevar8x32_ps(_mm256_loadu_ps(other + at), row(moves.places[byte])));
-      count[run] += __builtin_popcount(byte);
-    }
+  for (; i + 8 <= n; i += 8) {
+    fetch(from + i + AHEAD);
+    fetch(other + i + AHEAD);
+    const uint8_t byte = mask[i / 8];
+    _mm256_storeu_ps(to + count, _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + i), row(moves.places[byte])));
+    _mm256_storeu_ps(other_to + count, _mm256_permutevar8x32_ps(_mm256_loadu_ps(other + i), row(moves.places[byte])));
+    count += __builtin_popcount(byte);
+  }
 #endif
-  for (; i < n; i++)
-    for (int run = 0; run < COUNT; run++) {
-      const int64_t at = run * n + i, place = run * (n + SPARE) + count[run];
-      to[place] = from[at];
-      other_to[place] = other[at];
-      count[run] += bit_of(mask, at);
-    }
-  std::copy(count, count + COUNT, counts);
+  for (; i < n; i++) {
+    to[count] = from[i];
+    other_to[count] = other[i];
+    count += bit_of(mask, i);
+  }
+  return count;
 }
 
 // The inverse of `pick` for one tensor: the first `count` entries of `from` return to the set places, other entries of `to`
@@ -157,56 +154,44 @@ int64_t bits_in(const uint8_t *mask, int64_t start, int64_t end) {
 
 } // namespace
 
+// The buffers of a whole block take 256 KiB of the second-level cache. Smaller pieces are slower on Intel: the prefetcher has
+// to find the tensors again after each update of the moments.
 void masked_adam_block(const Job &job, const Block &block, const Numbers &c, Chunk chunk, bool zero_history, int64_t before, Sums &sums) {
-  constexpr int64_t PICKED = 4 * CHUNK, RUNS = 4; // entries at a time, in runs that are read in turn
-  float p[PICKED + RUNS * SPARE], g[PICKED + RUNS * SPARE], m[PICKED], v[PICKED], all[PICKED], all_p[PICKED];
-  uint16_t halves[PICKED + SPARE], lost[PICKED + SPARE];
+  float p[BLOCK + SPARE], g[BLOCK + SPARE], m[BLOCK], v[BLOCK];
+  uint16_t halves[BLOCK + SPARE], lost[BLOCK + SPARE];
+  const int64_t start = block.start, size = block.end - start;
+  const uint8_t *mask = job.mask + start / 8; // `start` is a multiple of 8: BLOCK is
+  auto floats = [&](const void *from, int64_t type, float *buffer) -> const float * {
+    if (type == F32)
+      return static_cast<const float *>(from) + start;
+    load(from, type, start, size, buffer);
+    return buffer;
+  };
+  // Unpacked entries, if any, lie where the moments will.
+  const int64_t in_mask = pick(floats(job.g, job.g_type, m), floats(job.p, job.p_type, v), mask, size, g, p);
+  // A mask that was changed by hand may have more bits than there are moments.
+  const int64_t n = std::min(in_mask, std::max<int64_t>(job.trained - before, 0));
+  float *mm = open_moment(job.m, job.m_type, nullptr, nullptr, before, n, m);
+  float *vv = open_moment(job.v, job.v_type, nullptr, nullptr, before, n, v);
+  if (job.p_type == BF16 && job.lost)
+    pick_halves(job.lost + start, mask, size, lost);
   Numbers numbers = c;
-  int64_t done = before; // compact moments of the entries before this block (`trained_before`)
-  for (int64_t i = block.start; i < block.end; i += PICKED) {
-    const int64_t size = std::min(PICKED, block.end - i);
-    const uint8_t *mask = job.mask + i / 8; // i is a multiple of 8: blocks and PICKED are
-    auto floats = [&](const void *from, int64_t type, float *buffer) -> const float * {
-      if (type == F32)
-        return static_cast<const float *>(from) + i;
-      load(from, type, i, size, buffer);
-      return buffer;
-    };
-    const float *all_of_g = floats(job.g, job.g_type, all), *all_of_p = floats(job.p, job.p_type, all_p);
-    int64_t in_mask = 0;
-    if (in_turn && size == PICKED) {
-      int64_t counts[RUNS];
-      pick<RUNS>(all_of_g, all_of_p, mask, PICKED / RUNS, g, p, counts);
-      for (int64_t run = 0; run < RUNS; in_mask += counts[run++]) {
-        std::memmove(g + in_mask, g + run * (PICKED / RUNS + SPARE), counts[run] * sizeof(float));
-        std::memmove(p + in_mask, p + run * (PICKED / RUNS + SPARE), counts[run] * sizeof(float));
-      }
-    } else {
-      pick<1>(all_of_g, all_of_p, mask, size, g, p, &in_mask);
-    }
-    // A mask that was changed by hand may have more bits than there are moments.
-    const int64_t n = std::min(in_mask, std::max<int64_t>(job.trained - done, 0));
-    float *mm = open_moment(job.m, job.m_type, nullptr, nullptr, done, n, m);
-    float *vv = open_moment(job.v, job.v_type, nullptr, nullptr, done, n, v);
-    if (job.p_type == BF16 && job.lost)
-      pick_halves(job.lost + i, mask, size, lost);
-    numbers.unit = unit_of(measure_entries(g, n).peak); // of the trained entries alone
-    chunk(p, g, mm, vv, n, numbers, zero_history, sums);
-    if (job.p_type == F32) {
-      put(p, mask, size, n, static_cast<float *>(job.p) + i);
-    } else {
-      Job compact = job; // rounded as a compact tensor, entry numbers of stochastic rounding included
-      compact.p = halves;
-      compact.lost = job.lost ? lost : nullptr;
-      write_bf16(compact, 0, n, p, done);
-      put_halves(halves, mask, size, n, static_cast<uint16_t *>(job.p) + i);
-      if (job.lost)
-        put_halves(lost, mask, size, n, job.lost + i);
-    }
-    close_moment(job.m, job.m_type, nullptr, nullptr, done, n, mm);
-    close_moment(job.v, job.v_type, nullptr, nullptr, done, n, vv);
-    done += n;
+  numbers.unit = unit_of(measure_entries(g, n).peak); // of the trained entries alone
+  for (int64_t i = 0; i < n; i += SPAN)
+    chunk(p + i, g + i, mm + i, vv + i, std::min(SPAN, n - i), numbers, zero_history, sums);
+  if (job.p_type == F32) {
+    put(p, mask, size, n, static_cast<float *>(job.p) + start);
+  } else {
+    Job compact = job; // rounded as a compact tensor, entry numbers of stochastic rounding included
+    compact.p = halves;
+    compact.lost = job.lost ? lost : nullptr;
+    write_bf16(compact, 0, n, p, before);
+    put_halves(halves, mask, size, n, static_cast<uint16_t *>(job.p) + start);
+    if (job.lost)
+      put_halves(lost, mask, size, n, job.lost + start);
   }
+  close_moment(job.m, job.m_type, nullptr, nullptr, before, n, mm);
+  close_moment(job.v, job.v_type, nullptr, nullptr, before, n, vv);
 }
 
 std::vector<int64_t> trained_before(const Job *jobs, const std::vector<Block> &blocks, int64_t threads) {

@@ -12,8 +12,8 @@ from tests.models.test_llama import batch, grads, small
 
 @pytest.fixture(params=["own_backward", "kernel", "compiled", "checkpointed"])
 def path(request, monkeypatch):
-    """The ways of chunking: with a plain head, by a CPU's kernel, with its formulas as a GPU compiles them, and with any
-    other head."""
+    """The ways of chunking: with a plain head, by a CPU's kernel, as a GPU compiles the formulas, and with any other
+    head."""
     if request.param != "kernel":
         monkeypatch.setattr(cpu_loss, "ready", lambda: False)
     elif not cpu_loss.ready():
