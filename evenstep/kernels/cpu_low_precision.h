@@ -7,6 +7,10 @@ namespace evenstep {
 
 constexpr int64_t QBLOCK = 256; // entries that share the scale of an 8-bit moment
 
+#if defined(__AVX512F__)
+inline const bool by_bytes = __builtin_cpu_supports("avx512vbmi");
+#endif
+
 // ---- bf16 parameters ----
 
 // Rounds to nearest, ties to even. The sum of 0x7fff would carry a NaN into Inf or 0, so NaN is a constant.
@@ -68,9 +72,11 @@ struct Coder {
   // Per decade: lower border, first value's cell edge, cells per unit, first code (from `zero`), last cell.
   float border[7], low[7], cells[7], base[7], last[7], least, most;
 #if defined(__AVX512F__)
-  // By exponent, from 2^-24 on: the decade border within that power of two, if any, and the decade below it. Then by decade.
-  alignas(64) float edge[32], from[16], per[16];
-  alignas(64) int32_t decade[32], first_code[16], last_cell[16];
+  // By exponent, from 2^-31 on: the border within that power of two, if any, and the interval below it. Intervals are the
+  // decades from 1 on; 0 is below the smallest border and 8 above the largest. Then by interval.
+  alignas(64) float edge[32], from[16] = {0}, per[16] = {0};
+  alignas(64) int32_t interval[32], first_code[16] = {0}, last_cell[16] = {0};
+  alignas(64) uint8_t bytes[4][256]; // the values of the map, the first byte of each, then the second, ...
 #endif
 
   explicit Coder(const float *values) : zero(values[0] < 0 ? 127 : 0) {
@@ -89,18 +95,22 @@ struct Coder {
     most = 0.5f * (map[254] + map[255]);
 #if defined(__AVX512F__)
     for (int e = 0; e < 32; e++) {
-      const float start = std::ldexp(1.0f, e - 24), end = 2 * start;
+      const float start = std::ldexp(1.0f, e - 31), end = 2 * start;
       edge[e] = INFINITY;
-      decade[e] = 0;
-      for (int i = 1; i < 7; i++) {
-        decade[e] += border[i] <= start;
-        if (border[i] > start && border[i] < end) edge[e] = border[i];
+      interval[e] = 0;
+      for (int i = 0; i < 8; i++) {
+        const float at = i < 7 ? border[i] : most;
+        interval[e] += at <= start;
+        if (at > start && at < end) edge[e] = at;
       }
     }
-    for (int i = 0; i < 16; i++) {
-      const int d = std::min(i, 6);
-      from[i] = low[d], per[i] = cells[d], first_code[i] = int32_t(base[d]), last_cell[i] = int32_t(last[d]);
-    }
+    for (int i = 0; i < 7; i++)
+      from[i + 1] = low[i], per[i + 1] = cells[i], first_code[i + 1] = int32_t(base[i]), last_cell[i + 1] = int32_t(last[i]);
+    first_code[0] = zero ? 0 : 1; // a positive second moment never gets the code of 0 (`lifted`)
+    first_code[8] = 255 - zero;
+    for (int c = 0; c < 256; c++)
+      for (int i = 0; i < 4; i++)
+        bytes[i][c] = uint8_t(as_bits(map[c]) >> 8 * i);
 #endif
     for (int32_t c = 0; c < 256; c++)
       known = known && code(map[c]) == c;
@@ -140,29 +150,62 @@ struct Coder {
       _mm512_storeu_ps(to + i, _mm512_mul_ps(units, _mm512_mask_blend_ps(upper, of128(0), of128(4))));
     }
   }
-  // The codes of x / unit for one block of QBLOCK entries, equal to `code`: six comparisons become one look at the exponent,
+
+  // The same for processors that look up bytes (Ice Lake, Zen 4 and later): 64 codes at a time, in half the time. Each of the
+  // four bytes of a value comes from two tables of 128 entries; unpacking joins them within lanes of 16 codes, so the codes are
+  // first ordered so that the lanes of a result are neighbours.
+  __attribute__((target("avx512vbmi"))) void decode_block_by_bytes(const uint8_t *codes, float unit, float *to) const {
+    const __m512 units = _mm512_set1_ps(unit);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int64_t i = 0; i < QBLOCK; i += 64) {
+      const __m512i c = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes + i));
+      const __mmask64 upper = _mm512_movepi8_mask(c);
+      __m512i byte[4];
+      for (int b = 0; b < 4; b++) {
+        const __m512i below = _mm512_permutex2var_epi8(_mm512_load_si512(bytes[b]), c, _mm512_load_si512(bytes[b] + 64));
+        const __m512i above = _mm512_permutex2var_epi8(_mm512_load_si512(bytes[b] + 128), c, _mm512_load_si512(bytes[b] + 192));
+        byte[b] = _mm512_mask_blend_epi8(upper, below, above);
+      }
+      const __m512i left[2] = {_mm512_unpacklo_epi8(byte[0], byte[1]), _mm512_unpackhi_epi8(byte[0], byte[1])};
+      const __m512i right[2] = {_mm512_unpacklo_epi8(byte[2], byte[3]), _mm512_unpackhi_epi8(byte[2], byte[3])};
+      for (int half = 0; half < 2; half++) {
+        const __m512 x = _mm512_castsi512_ps(_mm512_unpacklo_epi16(left[half], right[half]));
+        const __m512 y = _mm512_castsi512_ps(_mm512_unpackhi_epi16(left[half], right[half]));
+        _mm512_storeu_ps(to + i + 32 * half, _mm512_mul_ps(units, x));
+        _mm512_storeu_ps(to + i + 32 * half + 16, _mm512_mul_ps(units, y));
+      }
+    }
+  }
+
+  // The codes of x / unit for one block of QBLOCK entries, equal to `code`: seven comparisons become one look at the exponent,
   // and the division becomes a product with the reciprocal and one Newton correction, which gives the same quotient.
   void code_block(const float *x, float unit, uint8_t *codes) const {
     const __m512 edge0 = _mm512_load_ps(edge), edge1 = _mm512_load_ps(edge + 16), froms = _mm512_load_ps(from), pers = _mm512_load_ps(per);
-    const __m512i decade0 = _mm512_load_si512(decade), decade1 = _mm512_load_si512(decade + 16);
+    const __m512i interval0 = _mm512_load_si512(interval), interval1 = _mm512_load_si512(interval + 16);
     const __m512i firsts = _mm512_load_si512(first_code), lasts = _mm512_load_si512(last_cell);
-    const __m512 units = _mm512_set1_ps(unit), inverse = _mm512_set1_ps(1 / unit), leasts = _mm512_set1_ps(least), mosts = _mm512_set1_ps(most);
-    const __m512i lowest = _mm512_set1_epi32(127 - 24), none = _mm512_setzero_si512(), one = _mm512_set1_epi32(1), middle = _mm512_set1_epi32(zero);
-    for (int64_t i = 0; i < QBLOCK; i += 16) {
-      const __m512 raw = _mm512_loadu_ps(x + i), near = _mm512_mul_ps(raw, inverse);
-      const __m512 y = _mm512_fmadd_ps(_mm512_fnmadd_ps(near, units, raw), inverse, near), a = _mm512_abs_ps(y);
-      const __m512i power = _mm512_sub_epi32(_mm512_srli_epi32(_mm512_castps_si512(a), 23), lowest); // of small ones: rubbish
-      const __mmask16 over = _mm512_cmp_ps_mask(a, _mm512_permutex2var_ps(edge0, power, edge1), _CMP_GE_OQ);
-      __m512i d = _mm512_permutex2var_epi32(decade0, power, decade1);
-      d = _mm512_mask_add_epi32(d, over, d, one);
-      const __m512 within = _mm512_mul_ps(_mm512_sub_ps(a, _mm512_permutexvar_ps(d, froms)), _mm512_permutexvar_ps(d, pers));
-      const __m512i cell = _mm512_min_epi32(_mm512_cvttps_epi32(within), _mm512_permutexvar_epi32(d, lasts));
-      const __mmask16 some = _mm512_cmp_ps_mask(a, leasts, _CMP_GE_OQ), top = _mm512_cmp_ps_mask(y, mosts, _CMP_GE_OQ);
-      __m512i found = _mm512_maskz_add_epi32(some, cell, _mm512_permutexvar_epi32(d, firsts));
-      found = _mm512_mask_add_epi32(found, top, found, one);
-      if (!zero) found = _mm512_mask_mov_epi32(found, _mm512_cmpeq_epi32_mask(found, none) & _mm512_cmp_ps_mask(raw, _mm512_setzero_ps(), _CMP_GT_OQ), one);
-      if (zero) found = _mm512_mask_sub_epi32(found, _mm512_movepi32_mask(_mm512_castps_si512(y)), none, found);
-      _mm_storeu_si128(reinterpret_cast<__m128i *>(codes + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(found, middle)));
+    const __m512 units = _mm512_set1_ps(unit), inverse = _mm512_set1_ps(1 / unit), smallest = _mm512_set1_ps(0x1p-31f);
+    const __m512i one = _mm512_set1_epi32(1), middle = _mm512_set1_epi32(zero), order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int64_t i = 0; i < QBLOCK; i += 64) {
+      __m512i found[4];
+      for (int part = 0; part < 4; part++) {
+        const __m512 raw = _mm512_loadu_ps(x + i + 16 * part), near = _mm512_mul_ps(raw, inverse);
+        const __m512 y = _mm512_fmadd_ps(_mm512_fnmadd_ps(near, units, raw), inverse, near), a = _mm512_max_ps(_mm512_abs_ps(y), smallest);
+        const __m512i power = _mm512_srli_epi32(_mm512_castps_si512(a), 23); // its lowest 5 bits choose: 0 for 2^-31, 31 for 1
+        const __mmask16 over = _mm512_cmp_ps_mask(a, _mm512_permutex2var_ps(edge0, power, edge1), _CMP_GE_OQ);
+        __m512i d = _mm512_permutex2var_epi32(interval0, power, interval1);
+        d = _mm512_mask_add_epi32(d, over, d, one);
+        const __m512 within = _mm512_mul_ps(_mm512_sub_ps(a, _mm512_permutexvar_ps(d, froms)), _mm512_permutexvar_ps(d, pers));
+        const __m512i cell = _mm512_min_epi32(_mm512_cvttps_epi32(within), _mm512_permutexvar_epi32(d, lasts)), first = _mm512_permutexvar_epi32(d, firsts);
+        if (zero) {
+          const __m512i c = _mm512_add_epi32(cell, first);
+          found[part] = _mm512_mask_sub_epi32(_mm512_add_epi32(middle, c), _mm512_movepi32_mask(_mm512_castps_si512(y)), middle, c);
+        } else {
+          found[part] = _mm512_maskz_add_epi32(_mm512_cmp_ps_mask(raw, _mm512_setzero_ps(), _CMP_GT_OQ), cell, first);
+        }
+      }
+      // Packing saturates: -1, which a negative entry of the largest magnitude has here, becomes 0, the smallest code.
+      const __m512i packed = _mm512_packus_epi16(_mm512_packus_epi32(found[0], found[1]), _mm512_packus_epi32(found[2], found[3]));
+      _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi32(order, packed));
     }
   }
 #endif
@@ -182,7 +225,7 @@ struct Coder {
     for (int64_t start = 0; start < n; start += QBLOCK) {
       const float unit = scale[start / QBLOCK];
 #if defined(__AVX512F__)
-      decode_block(codes + start, unit, to + start);
+      by_bytes ? decode_block_by_bytes(codes + start, unit, to + start) : decode_block(codes + start, unit, to + start);
       continue;
 #endif
 #pragma omp simd
@@ -195,12 +238,16 @@ struct Coder {
   // [-1, 1]; 1e-12 for a block of zeros, as in torchao. Hazard: n is a multiple of QBLOCK.
   void encode(const float *x, int64_t n, uint8_t *codes, float *scale) const {
     for (int64_t start = 0; start < n; start += QBLOCK) {
-      float top = 0;
+      float tops[64] = {0}, top = 0; // four vectors, since one would wait for each comparison
+      for (int64_t i = start; i < start + QBLOCK; i += 64)
+#pragma omp simd
+        for (int j = 0; j < 64; j++) {
+          const float y = std::fabs(x[i + j]);
+          tops[j] = y > tops[j] ? y : tops[j];
+        }
 #pragma omp simd reduction(max : top)
-      for (int64_t i = 0; i < QBLOCK; i++) {
-        float y = std::fabs(x[start + i]);
-        top = y > top ? y : top;
-      }
+      for (int j = 0; j < 64; j++)
+        top = tops[j] > top ? tops[j] : top;
       const float unit = top > 1e-12f ? top : 1e-12f;
       scale[start / QBLOCK] = unit;
       if (!known) {
