@@ -8,7 +8,7 @@ import platform
 import torch
 
 from evenstep.errors import EvenstepError
-from evenstep.kernels import cpu, cpu_quant, kernels_for
+from evenstep.kernels import cpu, cpu_loss, cpu_quant, kernels_for
 from evenstep.train.hardware import bf16_speed
 
 
@@ -61,6 +61,7 @@ def print_checks() -> None:
         EvenstepError: if a kernel raises, or differs by more than rounding explains.
     """
     from evenstep.lowbit import fake_quant
+    from evenstep.models import ops
     from evenstep.optim import SCALE, SPAM, StableSPAM, self_check
 
     failed = 0
@@ -76,6 +77,9 @@ def print_checks() -> None:
         if device.type == "cpu" and cpu_quant.ready():
             for name, (apart, problem) in fake_quant.kernel_differences().items():
                 failed += _check_failed(f"low-bit format {name}", apart, problem)
+        if device.type == "cpu" and cpu_loss.ready():
+            for name, (apart, problem) in ops.kernel_differences().items():
+                failed += _check_failed(f"cross entropy, {name}", apart, problem)
     if failed:
         raise EvenstepError(
             f"{failed} kernels differ from the plain code, which serves in their place; please report the lines above"

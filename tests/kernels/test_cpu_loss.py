@@ -105,6 +105,7 @@ def test_no_rows():
 def test_the_chunked_loss_takes_the_kernel_where_it_serves(monkeypatch):
     """fp32 and bf16 logits do; a soft-cap, fp64, and an install without kernels have the plain formulas."""
     head, targets = torch.nn.Linear(8, 20, bias=False), torch.randint(20, (6,))
+    assert ops._kernel_serves()  # its comparison with the plain code is done now
     served = []
     inner = cpu_loss.terms
     monkeypatch.setattr(cpu_loss, "terms", lambda *given: served.append(given[0].dtype) or inner(*given))
@@ -117,8 +118,28 @@ def test_the_chunked_loss_takes_the_kernel_where_it_serves(monkeypatch):
 
     assert loss() == [torch.float32] * 2 and loss(torch.bfloat16) == [torch.bfloat16] * 2
     assert loss(torch.float64) == [] and loss(cap=30.0) == []
-    monkeypatch.setattr(cpu_loss, "ready", lambda: False)
-    assert loss() == []
+    ops._kernel_serves.cache_clear()
+    try:
+        monkeypatch.setattr(cpu_loss, "ready", lambda: False)
+        assert loss() == []
+    finally:
+        ops._kernel_serves.cache_clear()
+
+
+def test_a_kernel_that_is_wrong_is_told_and_the_plain_code_serves(monkeypatch):
+    inner = cpu_loss.terms
+
+    def wrong(*given):
+        sums, dlogits = inner(*given)
+        return sums, dlogits * 1.01
+
+    ops._kernel_serves.cache_clear()
+    try:
+        monkeypatch.setattr(cpu_loss, "terms", wrong)
+        with pytest.warns(UserWarning, match="kernel of the loss differs from the plain code by .*doctor --check"):
+            assert not ops._kernel_serves()
+    finally:
+        ops._kernel_serves.cache_clear()
 
 
 def test_sixteen_bit_gradients_are_added_in_fp32():

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from evenstep.errors import EvenstepError
-from evenstep.kernels import cpu_loss
 from evenstep.models import ops
 from tests.models.test_llama import batch, grads, small
 
@@ -15,8 +14,8 @@ def path(request, monkeypatch):
     """The ways of chunking: with a plain head, by a CPU's kernel, as a GPU compiles the formulas, and with any other
     head."""
     if request.param != "kernel":
-        monkeypatch.setattr(cpu_loss, "ready", lambda: False)
-    elif not cpu_loss.ready():
+        monkeypatch.setattr(ops, "_kernel_serves", lambda: False)
+    elif not ops._kernel_serves():
         pytest.skip("no CPU kernels here")
     if request.param == "checkpointed":
         monkeypatch.setattr(ops, "_is_plain", lambda hidden, head: False)
