@@ -299,8 +299,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add(to: Tensor, x: Tensor) -> None:
-    """``to += x`` for ``x`` [n, D] in fewer bits. On a CPU torch would convert all of ``x`` into new memory, whose pages
-    take longer to get than the sum takes; here pieces of 2,048 rows share memory."""
+    """``to += x`` for ``x`` [n, D] in fewer bits. On a CPU torch would convert all of ``x`` into new memory, whose
+    pages take longer to get than the sum takes; here pieces of 2,048 rows share memory."""
     if not to.is_cpu:
         to += x
         return
