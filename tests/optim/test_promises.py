@@ -530,6 +530,14 @@ assert seconds < 0.3, seconds
     assert done.stdout == "" and done.stderr == ""
 
 
+def test_eight_bit_moments_say_nothing_about_libraries_for_gpus():
+    """torchao logs several lines on a CPU while it is imported."""
+    pytest.importorskip("torchao")
+    script = "import torch, evenstep; evenstep.StableSPAM([torch.nn.Parameter(torch.ones(4096))], state='int8')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize("cls", [StableSPAM, SPAM, SCALE])
 def test_options_are_declared_as_the_constructor_and_its_documentation_have_them(cls):
     signature = inspect.signature(cls).parameters
