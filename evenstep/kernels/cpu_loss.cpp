@@ -82,7 +82,8 @@ template <class T> void row_loss(T *x, int64_t n, int64_t target, double z, bool
 
 // The sums of cross entropy and z-loss over the rows that count, fp64 [2]. logits: [rows, n] of a Type; targets: one per row,
 // in 0..n-1, and `counts` whether the row counts, 1 or 0.
-PUBLIC void evenstep_cross_entropy(void *logits, int64_t type, int64_t rows, int64_t n, int64_t threads, const int64_t *targets, const uint8_t *counts, double z, int64_t gradients, double *sums) {
+PUBLIC void evenstep_cross_entropy(void *logits, int64_t type, int64_t rows, int64_t n, int64_t threads, const int64_t *targets,
+                                   const uint8_t *counts, double z, int64_t gradients, double *sums) {
   std::vector<double> losses(2 * rows);
   parallel(rows, threads, [&](int64_t row) {
     double *loss = losses.data() + 2 * row;

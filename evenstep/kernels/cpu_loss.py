@@ -37,7 +37,8 @@ def terms(
         ctypes.c_int64(DTYPES.index(logits.dtype)),
         ctypes.c_int64(rows),
         ctypes.c_int64(words),
-        ctypes.c_int64(threads()),
+        # Below 2^16 logits, which fit a cache, starting threads costs more than they save.
+        ctypes.c_int64(threads() if logits.numel() > 1 << 16 else 1),
         ctypes.c_void_p(picked.data_ptr()),
         ctypes.c_void_p(counts.data_ptr()),
         ctypes.c_double(z_loss),
