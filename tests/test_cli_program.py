@@ -338,6 +338,7 @@ def test_train_list_generate_resume(capsys, tmp_path, corpus):
     assert text.count("\nstep ") + text.startswith("step ") == 8 + 2  # one line a log step, one a validation
     assert f"evenstep generate {out}" in text and "validation loss" in text and f"evenstep report {out}" in text
     head = text.partition("step 1/8")[0].splitlines()
+    head = [line for line in head if not line.startswith("matrix products")]  # advice on a CPU that is fast in bf16
     assert [line.split()[0] for line in head] == [
         "model",
         "optimizer",
