@@ -16,7 +16,7 @@ import collections
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -59,10 +59,16 @@ TILE = 1 << 10
 # Chunks that the kernels of whole tensors (triton_numbers.py) read at a time.
 TOTALS_TILE = 1 << 10
 
+# Scalars of the state that a program reads or writes, one for each of its threads.
+SCALARS_TILE = 1 << 7
+
 # Columns and rows of a chunk of `column_chunks`: 500 programs for an embedding of 32000 by 512, and sums of 8 bytes per
 # column and 256 rows, less than 1 % of the gradient.
 COLUMN_TILE = 128
 COLUMN_ROWS = 256
+
+# Tables of each kind that are kept.
+TABLES = 512
 
 # ---- tables on the device ----
 #
@@ -104,7 +110,7 @@ class Plan:
         return make(tuple(counts), tuple(keys), tuple(map(tuple, dims)), device, stream(device))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=TABLES)
 def _plan(
     counts: tuple[int, ...],
     keys: tuple[tuple[Any, ...], ...],
@@ -142,7 +148,7 @@ def addresses(streams: list[list[int]], device: torch.device) -> Tensor:
     return make(tuple(map(tuple, streams)), device, stream(device))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=TABLES)
 def _addresses(streams: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
     # Addresses are unsigned, and some machines use the highest bit.
     return uploaded(torch.from_numpy(np.array(streams, dtype=np.uint64).view(np.int64)), device)
@@ -211,13 +217,8 @@ def adam_job(tensors: StepTensors) -> AdamJob:
     v, scales_sq, maps_sq = stored_moments(tensors.exp_avg_sq)
     params, grads = tensors.params, tensors.grads
     lists = (params, grads, m, v, tensors.lost, scales, maps, scales_sq, maps_sq, tensors.masks, tensors.scalars)
-    # Sizes and dtypes belong to the key: `p.data` may be replaced by another tensor at the same address.
-    key = (
-        tuple(map(len, lists)),
-        tuple(map(Tensor.data_ptr, itertools.chain.from_iterable(lists))),
-        tuple(map(Tensor.numel, itertools.chain(params, grads, m, v))),
-        tuple([x.dtype for x in itertools.chain(params, grads, m, v)]),
-    )
+    others = tuple(map(Tensor.data_ptr, itertools.chain.from_iterable(lists[4:])))
+    key = (tuple(map(len, lists)), *_identity([*params, *grads, *m, *v]), others)
 
     def make() -> AdamJob:
         k, device = len(params), params[0].device
@@ -327,25 +328,49 @@ def scale_job(tensors: StepTensors, columns: bool, given: list[Tensor] | None = 
     return _remembered(key, device, make)
 
 
-_jobs: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 J = TypeVar("J")
+_jobs: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+_tables: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 
 
 def _remembered(key: tuple[Any, ...], device: torch.device, make: Callable[[], J]) -> J:
     """The job of ``key``, made where there is none. The last 64 are kept, for as many buckets. A job of SCALE has
     memory of its own (0.8 % of the gradients), and gradients at other addresses make another job."""
+    return _looked_up(_jobs, 64, key, device, make)
+
+
+def _known(key: tuple[Any, ...], device: torch.device, make: Callable[[], J]) -> J:
+    """The same for jobs that are tables alone, some KB each: `stabilize` steps a large model in many turns, of which
+    each has two."""
+    return _looked_up(_tables, TABLES, key, device, make)
+
+
+def _looked_up(
+    cache: collections.OrderedDict[Any, Any],
+    most: int,
+    key: tuple[Any, ...],
+    device: torch.device,
+    make: Callable[[], J],
+) -> J:
     # As for tables: a captured graph has jobs of its own, which stay alive as long as its memory.
     if capturing(device):
         return make()
     key = (device, stream(device), *key)
     try:
-        job: J = _jobs[key]
-        _jobs.move_to_end(key)
+        job: J = cache[key]
+        cache.move_to_end(key)
     except KeyError:
-        job = _jobs[key] = make()
-        if len(_jobs) > 64:
-            _jobs.popitem(last=False)
+        job = cache[key] = make()
+        if len(cache) > most:
+            cache.popitem(last=False)
     return job
+
+
+def _identity(tensors: list[Tensor]) -> tuple[tuple[Any, ...], ...]:
+    """What tables of these tensors depend on. `p.data` may be replaced by another tensor at the same address, so sizes
+    and dtypes belong to it."""
+    sizes, dtypes = tuple(map(Tensor.numel, tensors)), tuple([x.dtype for x in tensors])
+    return tuple(map(Tensor.data_ptr, tensors)), sizes, dtypes
 
 
 # ---- whole steps ----
@@ -508,19 +533,68 @@ def clip_norms(grads: list[Tensor], known: Tensor, limit: Tensor, rescale: Tenso
         return _totals(plan, partial, maxima=0, norms=1, sums=1)
 
 
-def transformed_(out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
-    """``out`` <- gradients limited and scaled by ``numbers``, fp32 ``[3, k]``: gain, limit, reduced gain."""
-    with _device_of(numbers):
+def transformed_(out: list[Tensor], grads: list[Tensor], numbers: Tensor, columns: Sequence[int]) -> None:
+    """``out`` <- gradients limited and scaled by ``numbers``, fp32 ``[3, width]``: gain, limit, reduced gain.
+    ``columns``: the column of each gradient there."""
+    device = numbers.device
+
+    def make() -> tuple[Plan, Tensor]:
         main, sizes = [pointers(out), pointers(grads)], [g.numel() for g in grads]
         keys = [(o.dtype, g.dtype, fits) for o, g, fits in zip(out, grads, aligned(main, sizes), strict=True)]
-        plan = Plan.of([chunks_of(n) for n in sizes], keys, [sizes], numbers.device)
-        at, table = addresses(main, numbers.device), numbers.float().contiguous()
+        return Plan.of([chunks_of(n) for n in sizes], keys, [sizes, list(columns)], device), addresses(main, device)
+
+    with _device_of(numbers):
+        plan, at = _known((transformed_, tuple(columns), *_identity([*out, *grads])), device, make)
+        table, width = numbers.float().contiguous(), numbers.shape[1]
         for group in plan.groups:
             o, g, fits = group.key
             flat.transformed_chunks[(group.chunks,)](
-                plan.tensor_of, plan.first_chunk, plan.dims, at, group.first, len(out), table,
+                plan.tensor_of, plan.first_chunk, plan.dims, at, group.first, len(out), table, width,
                 D=TYPES[o], G=TYPES[g], ALIGNED=_neighbours(fits, o, g), CHUNK=CHUNK, TILE=TILE, **OPTIONS,
             )  # fmt: skip
+
+
+# ---- numbers of transforms before another optimizer ----
+
+
+def adaclip(peak: Tensor, gain: Tensor, ema: Tensor, n: Tensor, settings: Tensor) -> Tensor:
+    """See `TritonKernels.adaclip`. Vectors are fp32 ``[k]`` and contiguous, ``settings`` fp64."""
+    with _device_of(peak):
+        k, out = len(peak), _floats(peak, 3, len(peak))
+        numbers.adaclip_limits[(k,)](peak, gain, ema, n, settings, out, k, **OPTIONS)
+        return out
+
+
+def adagn(
+    raw: Tensor, norm: Tensor, gain: Tensor, ema: Tensor, rms: Tensor, n: Tensor, flags: Tensor, settings: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `TritonKernels.adagn`. Vectors are fp32 ``[k]`` and contiguous, ``flags`` bool, ``settings`` fp64."""
+    with _device_of(gain):
+        k, out, finite = len(gain), _floats(gain, 3, len(gain)), torch.empty_like(flags)
+        numbers.adagn_gains[(k,)](raw, norm, gain, ema, rms, n, flags, settings, out, finite, k, **OPTIONS)
+        return out, finite
+
+
+def scalars(tensors: list[Tensor]) -> Tensor:
+    """Addresses of tensors, int64 ``[n]``."""
+    return addresses([pointers(tensors)], tensors[0].device)[0]
+
+
+def read_scalars(at: Tensor) -> Tensor:
+    """See `TritonKernels.read`."""
+    with _device_of(at):
+        n, out = at.numel(), torch.empty(at.shape, dtype=torch.float32, device=at.device)
+        numbers.read_scalars[(-(-n // SCALARS_TILE),)](at, out, n, TILE=SCALARS_TILE, **OPTIONS)
+        return out
+
+
+def keep_scalars(at: Tensor, new: Tensor, finite: Tensor) -> None:
+    """See `TritonKernels.keep`."""
+    with _device_of(at):
+        n = at.numel()
+        numbers.keep_scalars[(-(-n // SCALARS_TILE),)](
+            at, new, finite, n, len(finite), TILE=SCALARS_TILE, **OPTIONS
+        )  # fmt: skip
 
 
 # ---- undoing a step of another optimizer ----
@@ -534,26 +608,27 @@ class Saved:
     plan: Plan
     """``dims [2, tensors]``: bytes, and number of the flag."""
     at: Tensor
-    """Addresses of the copies and of the tensors."""
+    """Where the copies begin in ``copies``, and addresses of the tensors."""
     copies: Tensor
     """uint8: room for all copies, one after the other. Other entries are never written."""
 
 
-def save_unless(flags: list[Tensor], tensors: list[tuple[int, Tensor]]) -> Saved:
+def save_unless(flags: Tensor, tensors: list[tuple[int, Tensor]]) -> Saved:
     """See `TritonKernels.save_unless`."""
-    device = flags[0].device
-    with _device_of(flags[0]):
-        sizes = [x.numel() * x.element_size() for _, x in tensors]
+    which, given = [number for number, _ in tensors], [x for _, x in tensors]
+
+    def make() -> tuple[Plan, Tensor, int]:
+        sizes = [x.numel() * x.element_size() for x in given]
         # Copies begin at multiples of 64 bytes.
         places = list(itertools.accumulate([-(-n // 64) * 64 for n in sizes], initial=0))
-        copies = torch.empty(places[-1], dtype=torch.uint8, device=device)
-        start = copies.data_ptr()
-        at = addresses([[start + place for place in places[:-1]], [x.data_ptr() for _, x in tensors]], device)
         # Chunks of as many bytes as a chunk of fp32 entries has. One launch serves all, byte by byte: it is rare that
         # anything is copied.
-        counts = [-(-n // (4 * CHUNK)) for n in sizes]
-        plan = Plan.of(counts, [()] * len(sizes), [sizes, [number for number, _ in tensors]], device)
-        saved = Saved(torch.stack(flags), plan, at, copies)
+        plan = Plan.of([-(-n // (4 * CHUNK)) for n in sizes], [()] * len(sizes), [sizes, which], flags.device)
+        return plan, addresses([places[:-1], pointers(given)], flags.device), places[-1]
+
+    with _device_of(flags):
+        plan, at, size = _known((save_unless, tuple(which), *_identity(given)), flags.device, make)
+        saved = Saved(flags, plan, at, torch.empty(size, dtype=torch.uint8, device=flags.device))
         _copy(saved, back=False)
         return saved
 
@@ -569,7 +644,7 @@ def _copy(saved: Saved, back: bool) -> None:
     for group in plan.groups:
         flat.copy_chunks[(group.chunks,)](
             plan.tensor_of, plan.first_chunk, plan.dims, saved.at, group.first, plan.first_chunk.numel(), saved.flags,
-            BACK=back, CHUNK=4 * CHUNK, TILE=4 * TILE, **OPTIONS,
+            saved.copies, BACK=back, CHUNK=4 * CHUNK, TILE=4 * TILE, **OPTIONS,
         )  # fmt: skip
 
 
@@ -611,9 +686,14 @@ def _read_key(group: Group) -> tuple[torch.dtype, bool]:
 
 def _flat_plan(grads: list[Tensor]) -> tuple[Plan, Tensor]:
     """The plan of kernels that only read gradients, and the addresses ``[1, k]``."""
-    device, main, sizes = grads[0].device, [pointers(grads)], [g.numel() for g in grads]
-    keys = [(g.dtype, fits) for g, fits in zip(grads, aligned(main, sizes), strict=True)]
-    return Plan.of([chunks_of(n) for n in sizes], keys, [sizes], device), addresses(main, device)
+    device = grads[0].device
+
+    def make() -> tuple[Plan, Tensor]:
+        main, sizes = [pointers(grads)], [g.numel() for g in grads]
+        keys = [(g.dtype, fits) for g, fits in zip(grads, aligned(main, sizes), strict=True)]
+        return Plan.of([chunks_of(n) for n in sizes], keys, [sizes], device), addresses(main, device)
+
+    return _known((_flat_plan, *_identity(grads)), device, make)
 
 
 def _column_plan(grads: list[Tensor]) -> tuple[Plan, int]:

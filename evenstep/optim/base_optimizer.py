@@ -161,38 +161,48 @@ def unknown_entries(states: Iterable[Any], moments: frozenset[str]) -> list[str]
 
 # ---- tensors whose gradient is not finite ----
 
+# Whether the step of a parameter counts: a vector of bools on its device, and the parameter's place in it.
+Flag = tuple[Tensor, int]
+
+
+def flags_of(several: Iterable[tuple[list[Tensor], Tensor]]) -> dict[Tensor, Flag]:
+    """The flag of each parameter, from lists of ``k`` parameters with their flags (bool ``[k]``). All flags of a device
+    are in one vector."""
+    by_device: dict[torch.device, list[tuple[list[Tensor], Tensor]]] = {}
+    for params, flags in several:
+        by_device.setdefault(flags.device, []).append((params, flags))
+    found = {}
+    for lists in by_device.values():
+        vector = lists[0][1] if len(lists) == 1 else torch.cat([flags for _, flags in lists])
+        found.update({p: (vector, i) for i, p in enumerate(p for params, _ in lists for p in params)})
+    return found
+
 
 def on_host(x: Tensor) -> bool:
     """Whether a value can be read without waiting for a device."""
     return x.device.type == "cpu"
 
 
-def split_by_flag(accepted: dict[Tensor, Tensor], nonfinite: str) -> tuple[set[Tensor], set[Tensor]]:
+def split_by_flag(accepted: dict[Tensor, Flag], nonfinite: str) -> tuple[set[Tensor], dict[Tensor, Flag]]:
     """The parameters that the base steps, and those among them that may have to be put back afterwards.
 
-    ``accepted`` has a flag for each parameter with a gradient (0-d bool on its device): the gradient is finite. A
-    parameter is left out of the step only where its flag may be read, which depends on ``nonfinite`` (see `stabilize`).
+    A parameter is left out of the step only where its flag may be read, which depends on ``nonfinite`` (see
+    `stabilize`).
     """
-    # "skip" reads everywhere, "restore" where no device has to be waited for, "zero" nowhere.
-    read = [p for p, flag in accepted.items() if nonfinite == "skip" or (nonfinite == "restore" and on_host(flag))]
-    values = _values([accepted[p] for p in read])
-    stepped, was_read = set(accepted) - {p for p, good in zip(read, values, strict=True) if not good}, set(read)
-    return stepped, set(accepted) - was_read if nonfinite == "restore" else set()
-
-
-def _values(flags: list[Tensor]) -> list[bool]:
-    """The values of 0-d tensors. One read of the device for all, or one each where there are several devices."""
-    if len({flag.device for flag in flags}) == 1:
-        return torch.stack(flags).tolist()
-    return [bool(flag) for flag in flags]
+    # "skip" reads everywhere, "restore" where no device has to be waited for, "zero" nowhere. One read for each device.
+    vectors = {id(vector): vector for vector, _ in accepted.values()}
+    read = [x for x in vectors.values() if nonfinite == "skip" or (nonfinite == "restore" and on_host(x))]
+    values: dict[int, list[bool]] = {id(x): x.tolist() for x in read}
+    stepped = {p for p, (x, i) in accepted.items() if id(x) not in values or values[id(x)][i]}
+    return stepped, {p: flag for p, flag in accepted.items() if nonfinite == "restore" and id(flag[0]) not in values}
 
 
 class Snapshot:
     """Parameters and their state before a step, from which the step is undone for some of them.
 
-    ``accepted`` says for each parameter (0-d bool on its device) whether its step counts; no flag is read on the host.
-    With ``kernels`` only the tensors whose flag is False are copied, and copied back: memory for all of them is
-    reserved, but the usual step moves nothing. Without, everything is copied, and ``torch.where`` chooses.
+    ``accepted`` has the flag of each parameter; no flag is read on the host. With ``kernels`` only the tensors whose
+    flag is False are copied, and copied back: memory for all of them is reserved, but the usual step moves nothing.
+    Without, everything is copied, and ``torch.where`` chooses.
 
     Counts that are Python numbers, or live on another device than the parameter (torch's step counts on the CPU, for
     parameters on a GPU), cannot be put back without reading from the device: they keep the value after the step.
@@ -201,7 +211,7 @@ class Snapshot:
     def __init__(
         self,
         base: Optimizer,
-        accepted: Mapping[Tensor, Tensor],
+        accepted: Mapping[Tensor, Flag],
         moments: frozenset[str],
         kernels: TritonKernels | None = None,
     ):
@@ -210,17 +220,18 @@ class Snapshot:
         # memory: a base may give a parameter other memory (``p.data = ...``), and the kernel knows addresses alone.
         self.before = {p: {name: _parts(x) for name, x in self._entries(p)} for p in accepted}
         self.copies: dict[int, Tensor] = {}  # id of a tensor that the kernel does not serve -> its copy
-        flags: dict[torch.device, list[Tensor]] = {}  # one launch for each device
-        served: dict[torch.device, list[tuple[int, Tensor]]] = {}  # number of the flag, and tensor
-        for p, flag in accepted.items():
-            of_device = flags.setdefault(flag.device, [])
-            of_device.append(flag)
+        # One launch for each device: its vector of flags, and tensors with the place of their flag.
+        served: dict[int, tuple[Tensor, list[tuple[int, Tensor]]]] = {}
+        for p, (vector, place) in accepted.items():
+            device, tensors = vector.device, served.setdefault(id(vector), (vector, []))[1]
             for part in (part for parts in self.before[p].values() for part in parts):
-                if kernels is not None and part.is_contiguous() and part.device == flag.device:
-                    served.setdefault(flag.device, []).append((len(of_device) - 1, part))
+                if part.device != device:
+                    continue
+                if kernels is not None and part.is_contiguous():
+                    tensors.append((place, part))
                 else:
                     self.copies[id(part)] = part.clone()
-        self.saved = [kernels.save_unless(flags[device], served[device]) for device in served] if kernels else []
+        self.saved = [kernels.save_unless(*given) for given in served.values()] if kernels else []
 
     def _entries(self, p: Tensor) -> Iterator[tuple[Any, Tensor]]:
         yield None, p
@@ -230,7 +241,10 @@ class Snapshot:
         """Put back the parameters whose flag is False, and their state."""
         for saved in self.saved:
             self.kernels.restore_unless(saved)  # type: ignore[union-attr]
-        for p, flag in self.accepted.items():
+        if not self.copies and not any(map(self._replaced, self.accepted)):
+            return  # the kernel has put back everything
+        for p, (vector, place) in self.accepted.items():
+            flag = vector[place]
             for name, x in self._entries(p):
                 parts = _parts(x)
                 if name in self.before[p]:
@@ -244,9 +258,19 @@ class Snapshot:
                     for part in parts:
                         _restore_where_false(part, torch.full_like(part, STARTS.get(name) or 0), flag)
 
+    def _replaced(self, p: Tensor) -> bool:
+        """Whether the step has made other tensors of a parameter or its state, or may have."""
+        now = dict(self._entries(p))
+        # The memory from before is kept, so no other tensor can have its address. Tensors of several parts, or of no
+        # memory of their own, are looked at one by one.
+        return now.keys() != self.before[p].keys() or not all(
+            type(x) in PLAIN and x.data_ptr() == parts[0].data_ptr()
+            for x, parts in zip(now.values(), self.before[p].values(), strict=True)
+        )
+
 
 def _parts(x: Tensor) -> list[Tensor]:
-    return [part.detach() for part in ([x] if type(x) in PLAIN else plain_parts(x))]
+    return [x.detach()] if type(x) in PLAIN else [part.detach() for part in plain_parts(x)]
 
 
 def _restore_where_false(x: Tensor, old: Tensor, flag: Tensor) -> None:
@@ -292,6 +316,9 @@ class GradientSwap:
 
     def __init__(self) -> None:
         self.scratch: dict[torch.device, Tensor] = {}  # uint8, reused by every turn and every step
+        # Shape, dtype, device and contiguity of the gradients of the last step, and their turns: see `_divided`.
+        self.layout: list[tuple[Any, ...]] = []
+        self.turns: list[tuple[int, int, list[Tensor | None]]] = []
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return GradientSwap, ()  # copies and pickles do without the scratch memory
@@ -312,9 +339,7 @@ class GradientSwap:
         """
         # Computed once for all turns; the plain code reads its factors tensor by tensor.
         factors = {id(g): g.factors() for g in {id(g): g for g, _, _ in work}.values() if g.kernels is not None}
-        # One turn holds all gradients at once, in new memory, if the base has to see them together.
-        for turn in (turns := _turns(work) if goes_in_turns(base) else [list(work)] if work else []):
-            outs = self._allocate(turn) if len(turns) > 1 else [torch.empty_like(_original(g, i)) for g, i, _ in turn]
+        for turn, outs in self._turns(work) if goes_in_turns(base) else _one_turn(work):
             for several, targets in _by_bucket(turn, outs):
                 grads = several[0][0]
                 grads.write([i for _, i, _ in several], targets, factors.get(id(grads)))
@@ -322,7 +347,7 @@ class GradientSwap:
                 for out in outs:
                     out.masked_fill_(bad, math.nan)
             for (_, _, p), out in zip(turn, outs, strict=True):
-                p.grad = shard_like(p, out, p.shape, p.stride())
+                p.grad = shard_like(p, out, p.shape, p.stride()) if is_sharded(p) else out
             try:
                 snapshot = before([p for _, _, p in turn]) if before else None
                 (step or base.step)()
@@ -332,20 +357,55 @@ class GradientSwap:
                 for _, _, p in turn:
                     p.grad = None
 
-    def _allocate(self, turn: list[Work]) -> list[Tensor]:
-        """A tensor for each gradient of a turn, like it in shape and dtype, in the scratch memory."""
-        given = [_original(grads, i) for grads, i, _ in turn]
-        # Grows to the largest turn in the first step, then stays.
-        size, device = sum(map(_aligned_bytes, given)), given[0].device
-        if device not in self.scratch or self.scratch[device].numel() < size:
-            self.scratch[device] = torch.empty(size, dtype=torch.uint8, device=device)
-        outs, start = [], 0
+    def _turns(self, work: Sequence[Work]) -> list[tuple[Sequence[Work], list[Tensor]]]:
+        """The turns, with a tensor for each of their gradients, like it in shape and dtype, in the scratch memory."""
+        given = [_original(grads, i) for grads, i, _ in work]
+        layout = [(g.shape, g.dtype, g.device, g.is_contiguous()) for g in given]
+        if layout != self.layout:
+            self.layout, self.turns = layout, self._divided(given)
+        if len(self.turns) < 2:
+            return _one_turn(work)
+        # Other memory formats, such as channels_last, are kept, in memory of their own.
+        return [
+            (work[begin:end], [torch.empty_like(given[begin + i]) if x is None else x for i, x in enumerate(outs)])
+            for begin, end, outs in self.turns
+        ]
+
+    def _divided(self, given: list[Tensor]) -> list[tuple[int, int, list[Tensor | None]]]:
+        """The turns of these gradients: first and end among them, and the tensors of their copies (None for a gradient
+        that is not contiguous). A turn takes neighbours on one device whose sizes together are no larger than the
+        largest gradient, or than `MIN_TURN_BYTES`."""
+        # A turn ends before a gradient that would not fit, and where the device changes.
+        sizes = [_aligned_bytes(g) for g in given]
+        begins, used = [0], 0
+        for i, g in enumerate(given):
+            if g.device != given[begins[-1]].device or used + sizes[i] > max(*sizes, MIN_TURN_BYTES):
+                begins.append(i)
+                used = 0
+            used += sizes[i]
+        turns = list(itertools.pairwise([*begins, len(given)]))
+        if len(turns) < 2:
+            return [(begin, end, []) for begin, end in turns]
+        # The scratch memory grows to the largest turn in the first step, then stays.
+        for begin, end in turns:
+            device, size = given[begin].device, sum(sizes[begin:end])
+            if device not in self.scratch or self.scratch[device].numel() < size:
+                self.scratch[device] = torch.empty(size, dtype=torch.uint8, device=device)
+        return [(begin, end, self._allocated(given[begin:end])) for begin, end in turns]
+
+    def _allocated(self, given: list[Tensor]) -> list[Tensor | None]:
+        outs: list[Tensor | None] = []
+        start = 0
         for g in given:
-            room = self.scratch[device][start : start + g.numel() * g.element_size()]
-            # Other memory formats, such as channels_last, are kept, in memory of their own.
-            outs.append(room.view(g.dtype).view(g.shape) if g.is_contiguous() else torch.empty_like(g))
+            room = self.scratch[g.device][start : start + g.numel() * g.element_size()]
+            outs.append(room.view(g.dtype).view(g.shape) if g.is_contiguous() else None)
             start += _aligned_bytes(g)
         return outs
+
+
+def _one_turn(work: Sequence[Work]) -> list[tuple[Sequence[Work], list[Tensor]]]:
+    """All gradients at once, in new memory, for a base that has to see them together."""
+    return [(work, [torch.empty_like(_original(grads, i)) for grads, i, _ in work])] if work else []
 
 
 def _original(grads: Gradients, i: int) -> Tensor:
@@ -358,24 +418,7 @@ def _aligned_bytes(g: Tensor) -> int:
     return -(-g.numel() * g.element_size() // 64) * 64
 
 
-def _turns(work: Sequence[Work]) -> list[list[Work]]:
-    """Split ``work`` into turns: neighbours on one device whose gradients together are no larger than the largest
-    gradient, or than `MIN_TURN_BYTES`."""
-    # A turn ends before a gradient that would not fit, and where the device changes.
-    most = max([_aligned_bytes(_original(grads, i)) for grads, i, _ in work], default=0)
-    turns: list[list[Work]] = []
-    used, device = 0, None  # bytes and device of the present turn
-    for grads, i, p in work:
-        g = _original(grads, i)
-        if not turns or g.device != device or used + _aligned_bytes(g) > max(most, MIN_TURN_BYTES):
-            turns.append([])
-            used, device = 0, g.device
-        turns[-1].append((grads, i, p))
-        used += _aligned_bytes(g)
-    return turns
-
-
-def _by_bucket(turn: list[Work], outs: list[Tensor]) -> Iterator[tuple[list[Work], list[Tensor]]]:
+def _by_bucket(turn: Sequence[Work], outs: list[Tensor]) -> Iterator[tuple[list[Work], list[Tensor]]]:
     """The items of a turn and their outputs, grouped by the `Gradients` object that writes them in one call."""
     for _, pairs in itertools.groupby(zip(turn, outs, strict=True), key=lambda pair: id(pair[0][0])):
         several = list(pairs)

@@ -30,6 +30,7 @@ from evenstep.optim.base_optimizer import (
     check_base,
     check_parameters,
     checked_copy,
+    flags_of,
     reset_,
     split_by_flag,
     unknown_entries,
@@ -107,8 +108,7 @@ def stabilize(
 
 def _statistics(grads: Gradients, bucket: Bucket) -> dict[str, Tensor]:
     """The part of `Stabilized.stats` of one bucket. The base computes the update, so its norm is unknown: NaN."""
-    unknown = torch.full_like(grads.peak, torch.nan)  # [k]
-    return statistics(grads, bucket.sizes(), unknown, sharded=bool(bucket.layout.cuts))
+    return statistics(grads, bucket.sizes(), None)
 
 
 # Attributes that belong to `Stabilized` even if the base has some under these names.
@@ -405,12 +405,8 @@ class Stabilized(Optimizer):
 
     def _swapped_step(self, results: list[Transformed], resets: list[Tensor]) -> None:
         """Step the base on the transformed gradients, after a reset of some parameters' moments."""
-        # Parameter -> 0-d bool on its device: its gradient is finite and the step is not skipped.
-        accepted = {
-            p: flag
-            for result in results
-            for p, flag in zip(result.bucket.params, result.grads.finite.unbind(), strict=True)
-        }
+        # The flag of each parameter: its gradient is finite and the step is not skipped.
+        accepted = flags_of((result.bucket.params, result.grads.finite) for result in results)
         # The base sees `stepped`. Those of them whose flag was not read may have to be put back afterwards.
         stepped, unread = split_by_flag(accepted, self.nonfinite)
         kernels = {result.bucket.kernels for result in results}
@@ -418,9 +414,9 @@ class Stabilized(Optimizer):
 
         def before(params: list[Tensor]) -> Snapshot:
             # A copy of nothing where all flags were read (on CPU, and with "skip").
-            flags = {p: accepted[p] for p in params if p in unread}
+            flags = {p: unread[p] for p in params if p in unread}
             snapshot = Snapshot(self.base, flags, self.moments, served if isinstance(served, TritonKernels) else None)
-            for p in params:  # a tensor that is skipped keeps its moments, also on the step of a reset
+            for p in params if due else ():  # a tensor that is skipped keeps its moments, also on the step of a reset
                 if p in due:
                     reset_(self.base.state.get(p, {}), self.moments)
             return snapshot

@@ -112,8 +112,32 @@ class Launches:
         cls._table(1, 1, saved)
 
     @classmethod
-    def transformed_(cls, out, grads, numbers):
+    def transformed_(cls, out, grads, numbers, columns):
+        assert len(out) == len(grads) == len(columns)
         cls._table(1, 1, out, grads, numbers)
+
+    @classmethod
+    def adaclip(cls, peak, gain, ema, n, settings):
+        assert settings.shape == (2,) and settings.dtype == torch.float64, settings
+        return cls._table(3, len(peak), peak, gain, ema, n, settings)
+
+    @classmethod
+    def adagn(cls, raw, norm, gain, ema, rms, n, flags, settings):
+        assert settings.shape == (4,) and settings.dtype == torch.float64, settings
+        return cls._table(3, len(gain), raw, norm, gain, ema, rms, n, flags, settings), torch.empty_like(flags)
+
+    @classmethod
+    def scalars(cls, tensors):
+        return cls._table(1, len(tensors), tensors)[0]
+
+    @classmethod
+    def read_scalars(cls, at):
+        return cls._table(1, len(at), at)[0]
+
+    @classmethod
+    def keep_scalars(cls, at, new, finite):
+        assert len(at) == len(finite) + new.numel()
+        cls._table(1, 1, at, new, finite)
 
 
 def _moved(module, fn, recurse=True):
