@@ -177,14 +177,14 @@ class TritonKernels:
 
     def measure(self, grads: list[Tensor]) -> Measured:
         """See `Kernels.measure`."""
-        totals, chunks = launches().measure(grads)
-        return Measured(totals[0], totals[1], blocks=(chunks,))
+        totals, known = launches().measure(grads)
+        return Measured(totals[0], totals[1], known)
 
     def clip_norms(
         self, grads: list[Tensor], measured: Measured, limit: Tensor, rescale: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `Kernels.clip_norms`."""
-        norm, count = launches().clip_norms(grads, measured.blocks[0], limit, rescale)
+        norm, count = launches().clip_norms(grads, measured.blocks, limit, rescale)
         return norm, count
 
     def transform(
@@ -225,10 +225,9 @@ class TritonKernels:
         out: tuple[Tensor, Tensor] = launches().adagn(*vectors, finite.contiguous(), settings)
         return out
 
-    def scalars(self, tensors: list[Tensor], device: torch.device) -> Tensor | None:
-        """The addresses of 0-d tensors, for `read` and `keep`; None where they are not all fp32 and on ``device``."""
-        served = all_plain(tensors) and {x.dtype for x in tensors} == {torch.float32}
-        if not served or {x.device for x in tensors} != {device}:
+    def scalars(self, tensors: list[Tensor]) -> Tensor | None:
+        """The addresses of 0-d tensors on one device, for `read` and `keep`; None where they are not all fp32."""
+        if not all_plain(tensors) or {x.dtype for x in tensors} != {torch.float32}:
             return None
         at: Tensor = launches().scalars(tensors)
         return at
@@ -246,11 +245,11 @@ class TritonKernels:
 
     # ---- undoing a step of another optimizer ----
 
-    def save_unless(self, flags: Tensor, tensors: list[tuple[int, Tensor]]) -> Any:
+    def save_unless(self, flags: Tensor, places: list[int], tensors: list[Tensor]) -> Any:
         """Copy tensors whose flag is False. ``flags``: a vector of bools on the device, not read on the host;
-        ``tensors``: the number of a flag, and a contiguous tensor of any dtype. The result reserves memory for all of
-        them."""
-        return launches().save_unless(flags, tensors)
+        ``places``: where the flag of each tensor is. The result reserves memory for all of them, and names those that
+        are not served in ``left_out``."""
+        return launches().save_unless(flags, places, tensors)
 
     def restore_unless(self, saved: Any) -> None:
         """Write the copies that `save_unless` has made back into their tensors."""

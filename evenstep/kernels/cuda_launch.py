@@ -161,7 +161,7 @@ def chunks_of(n: int) -> int:
 
 def pointers(tensors: list[Tensor]) -> list[int]:
     """Addresses of the first entries."""
-    return [t.data_ptr() for t in tensors]
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def aligned(streams: list[list[int]], sizes: list[int]) -> list[bool]:
@@ -512,24 +512,24 @@ def scale_update_(job: ScaleJob, tensors: StepTensors, table: Tensor, columns: b
 # ---- reading gradients outside of a step ----
 
 
-def measure(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Largest entries and norms of tensors, fp32 ``[2, k]``, and of their chunks ``[2, chunks]``. Reads gradients."""
+def measure(grads: list[Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
+    """Largest entries and norms of tensors, fp32 ``[2, k]``, and what `clip_norms` takes. Reads gradients."""
     with _device_of(grads[0]):
         plan, at = _flat_plan(grads)
         partial = _floats(grads[0], 2, plan.chunks)
         _measure(plan, at, len(grads), partial)
-        return _totals(plan, partial, maxima=1, norms=1, sums=0), partial
+        return _totals(plan, partial, maxima=1, norms=1, sums=0), (partial, plan, at)
 
 
-def clip_norms(grads: list[Tensor], known: Tensor, limit: Tensor, rescale: Tensor) -> Tensor:
-    """fp32 ``[2, k]``: norms after clipping and numbers of clipped entries. ``known``: the chunks of `measure`;
-    ``limit`` and ``rescale``: ``[k]``. Reads the chunks of gradients that have an entry above the limit.
+def clip_norms(grads: list[Tensor], known: tuple[Any, ...], limit: Tensor, rescale: Tensor) -> Tensor:
+    """fp32 ``[2, k]``: norms after clipping and numbers of clipped entries. ``known``: from `measure` of the same
+    gradients; ``limit`` and ``rescale``: ``[k]``. Reads the chunks of gradients that have an entry above the limit.
     """
     with _device_of(grads[0]):
-        plan, at = _flat_plan(grads)
+        measured, plan, at = known  # of chunks [2, chunks]
         partial = _floats(grads[0], 2, plan.chunks)
         limits, rescales = limit.float().contiguous(), rescale.float().contiguous()
-        _clip_norms(plan, at, len(grads), known, limits, rescales, partial)
+        _clip_norms(plan, at, len(grads), measured, limits, rescales, partial)
         return _totals(plan, partial, maxima=0, norms=1, sums=1)
 
 
@@ -611,24 +611,33 @@ class Saved:
     """Where the copies begin in ``copies``, and addresses of the tensors."""
     copies: Tensor
     """uint8: room for all copies, one after the other. Other entries are never written."""
+    pointers: list[int]
+    """Addresses of all tensors that were given."""
+    left_out: list[int]
+    """Numbers of the tensors among them that are not served: on another device, or not contiguous."""
 
 
-def save_unless(flags: Tensor, tensors: list[tuple[int, Tensor]]) -> Saved:
+def save_unless(flags: Tensor, places: list[int], tensors: list[Tensor]) -> Saved:
     """See `TritonKernels.save_unless`."""
-    which, given = [number for number, _ in tensors], [x for _, x in tensors]
+    sizes, at_now, device = [x.nbytes for x in tensors], pointers(tensors), flags.device
 
-    def make() -> tuple[Plan, Tensor, int]:
-        sizes = [x.numel() * x.element_size() for x in given]
+    def make() -> tuple[Plan, Tensor, int, list[int]]:
+        mine = [i for i, x in enumerate(tensors) if x.device == device and x.is_contiguous()]
+        counts, of_flags = [sizes[i] for i in mine], [places[i] for i in mine]
         # Copies begin at multiples of 64 bytes.
-        places = list(itertools.accumulate([-(-n // 64) * 64 for n in sizes], initial=0))
+        begins = list(itertools.accumulate([-(-n // 64) * 64 for n in counts], initial=0))
         # Chunks of as many bytes as a chunk of fp32 entries has. One launch serves all, byte by byte: it is rare that
         # anything is copied.
-        plan = Plan.of([-(-n // (4 * CHUNK)) for n in sizes], [()] * len(sizes), [sizes, which], flags.device)
-        return plan, addresses([places[:-1], pointers(given)], flags.device), places[-1]
+        plan = Plan.of([-(-n // (4 * CHUNK)) for n in counts], [()] * len(mine), [counts, of_flags], device)
+        at = addresses([begins[:-1], [at_now[i] for i in mine]], device)
+        return plan, at, begins[-1], sorted(set(range(len(tensors))) - set(mine))
 
     with _device_of(flags):
-        plan, at, size = _known((save_unless, tuple(which), *_identity(given)), flags.device, make)
-        saved = Saved(flags, plan, at, torch.empty(size, dtype=torch.uint8, device=flags.device))
+        # A tensor that has become another view of the same bytes is served as before: they are copied in their order.
+        key = save_unless, tuple(places), tuple(sizes), tuple(at_now)
+        plan, at, size, left_out = _known(key, device, make)
+        copies = torch.empty(size, dtype=torch.uint8, device=device)
+        saved = Saved(flags, plan, at, copies, at_now, left_out)
         _copy(saved, back=False)
         return saved
 

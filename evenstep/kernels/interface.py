@@ -83,9 +83,9 @@ class Measured:
     """Largest absolute entry, Inf where any entry is not finite."""
     norm: Tensor
     """2-norm, accurate to 1e-6 for entries of any size; not finite where an entry is not, with Triton's kernels NaN."""
-    blocks: tuple[Tensor, ...]
+    blocks: tuple[Any, ...]
     """Maxima and square sums of blocks, from which `Kernels.clip_norms` knows the blocks that it need not read again.
-    The memory layout is private to the kernels."""
+    The layout is private to the kernels."""
 
 
 class Kernels(Protocol):

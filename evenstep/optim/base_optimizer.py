@@ -8,6 +8,7 @@ transformed gradients (`GradientSwap`).
 import inspect
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -184,7 +185,7 @@ def on_host(x: Tensor) -> bool:
 
 
 def split_by_flag(accepted: dict[Tensor, Flag], nonfinite: str) -> tuple[set[Tensor], dict[Tensor, Flag]]:
-    """The parameters that the base steps, and those among them that may have to be put back afterwards.
+    """The parameters that the base does not step, and those that it steps and that may have to be put back afterwards.
 
     A parameter is left out of the step only where its flag may be read, which depends on ``nonfinite`` (see
     `stabilize`).
@@ -192,17 +193,20 @@ def split_by_flag(accepted: dict[Tensor, Flag], nonfinite: str) -> tuple[set[Ten
     # "skip" reads everywhere, "restore" where no device has to be waited for, "zero" nowhere. One read for each device.
     vectors = {id(vector): vector for vector, _ in accepted.values()}
     read = [x for x in vectors.values() if nonfinite == "skip" or (nonfinite == "restore" and on_host(x))]
+    if not read:
+        return set(), accepted if nonfinite == "restore" else {}
     values: dict[int, list[bool]] = {id(x): x.tolist() for x in read}
-    stepped = {p for p, (x, i) in accepted.items() if id(x) not in values or values[id(x)][i]}
-    return stepped, {p: flag for p, flag in accepted.items() if nonfinite == "restore" and id(flag[0]) not in values}
+    left_out = {p for p, (x, i) in accepted.items() if id(x) in values and not values[id(x)][i]}
+    unread = {p: flag for p, flag in accepted.items() if id(flag[0]) not in values}
+    return left_out, unread if nonfinite == "restore" else {}
 
 
 class Snapshot:
-    """Parameters and their state before a step, from which the step is undone for some of them.
+    """Parameters of one device and their state before a step, from which the step is undone for some of them.
 
-    ``accepted`` has the flag of each parameter; no flag is read on the host. With ``kernels`` only the tensors whose
-    flag is False are copied, and copied back: memory for all of them is reserved, but the usual step moves nothing.
-    Without, everything is copied, and ``torch.where`` chooses.
+    ``flags`` (a vector of bools) has the flag of each parameter at its place in ``places``; none is read on the host.
+    With ``kernels`` only the tensors whose flag is False are copied, and copied back: memory for all of them is
+    reserved, but the usual step moves nothing. Without, everything is copied, and ``torch.where`` chooses.
 
     Counts that are Python numbers, or live on another device than the parameter (torch's step counts on the CPU, for
     parameters on a GPU), cannot be put back without reading from the device: they keep the value after the step.
@@ -211,66 +215,75 @@ class Snapshot:
     def __init__(
         self,
         base: Optimizer,
-        accepted: Mapping[Tensor, Flag],
+        flags: Tensor,
+        places: Mapping[Tensor, int],
         moments: frozenset[str],
         kernels: TritonKernels | None = None,
     ):
-        self.base, self.accepted, self.moments, self.kernels = base, accepted, moments, kernels
-        # The plain tensors of each parameter (None) and of each entry of its state. They are aliases that keep the
-        # memory: a base may give a parameter other memory (``p.data = ...``), and the kernel knows addresses alone.
-        self.before = {p: {name: _parts(x) for name, x in self._entries(p)} for p in accepted}
-        self.copies: dict[int, Tensor] = {}  # id of a tensor that the kernel does not serve -> its copy
-        # One launch for each device: its vector of flags, and tensors with the place of their flag.
-        served: dict[int, tuple[Tensor, list[tuple[int, Tensor]]]] = {}
-        for p, (vector, place) in accepted.items():
-            device, tensors = vector.device, served.setdefault(id(vector), (vector, []))[1]
-            for part in (part for parts in self.before[p].values() for part in parts):
-                if part.device != device:
-                    continue
-                if kernels is not None and part.is_contiguous():
-                    tensors.append((place, part))
-                else:
-                    self.copies[id(part)] = part.clone()
-        self.saved = [kernels.save_unless(*given) for given in served.values()] if kernels else []
+        self.base, self.flags, self.places, self.moments, self.kernels = base, flags, places, moments, kernels
+        self.before = self._entries()
+        self.tensors, counts = _all_parts(self.before)
+        # The kernel knows addresses alone, and a base may give a tensor other memory (``p.data = ...``): it is kept.
+        self.memory = list(map(Tensor.untyped_storage, self.tensors))
+        left = range(len(self.tensors))
+        if kernels is not None:
+            of_flags = list(itertools.chain(*map(itertools.repeat, places.values(), counts)))
+            self.saved = kernels.save_unless(flags, of_flags, self.tensors)
+            left = self.saved.left_out
+        # Copies of the tensors that the kernel does not serve, by number.
+        self.copies = {i: self.tensors[i].detach().clone() for i in left if self.tensors[i].device == flags.device}
 
-    def _entries(self, p: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        yield None, p
-        yield from ((name, x) for name, x in self.base.state.get(p, {}).items() if isinstance(x, Tensor))
+    def _entries(self) -> list[dict[Any, Any]]:
+        """For each parameter: itself (None), and its state by name."""
+        state = self.base.state
+        return [{None: p, **state.get(p, {})} for p in self.places]
 
     def restore(self) -> None:
         """Put back the parameters whose flag is False, and their state."""
-        for saved in self.saved:
-            self.kernels.restore_unless(saved)  # type: ignore[union-attr]
-        if not self.copies and not any(map(self._replaced, self.accepted)):
-            return  # the kernel has put back everything
-        for p, (vector, place) in self.accepted.items():
-            flag = vector[place]
-            for name, x in self._entries(p):
-                parts = _parts(x)
-                if name in self.before[p]:
-                    for part, old in zip(parts, self.before[p][name], strict=False):
-                        if id(old) in self.copies:
-                            _restore_where_false(part, self.copies[id(old)], flag)
-                        # The kernel has put the old memory back; the step may have made other memory in its place.
-                        elif part.untyped_storage()._cdata != old.untyped_storage()._cdata:
-                            _restore_where_false(part, old, flag)
+        now = self._entries()
+        if self.kernels is not None:
+            self.kernels.restore_unless(self.saved)
+            tensors, _ = _all_parts(now)
+            same = len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
+            if same and not self.copies and list(map(Tensor.data_ptr, tensors)) == self.saved.pointers:
+                return  # as usual: the step has made no other tensor, and the kernel has put back everything
+        numbers = itertools.count()
+        for place, entries, before in zip(self.places.values(), now, self.before, strict=True):
+            known = {name: [next(numbers) for _ in _parts(x)] for name, x in before.items()}
+            for name, x in entries.items():
+                if known.get(name):
+                    for part, i in zip(_parts(x), known[name], strict=False):
+                        self._put_back(part, i, self.flags[place])
                 elif name in self.moments or STARTS.get(name) is not None:  # created by this step: back to the start
-                    for part in parts:
-                        _restore_where_false(part, torch.full_like(part, STARTS.get(name) or 0), flag)
+                    for part in _parts(x):
+                        _restore_where_false(part, torch.full_like(part, STARTS.get(name) or 0), self.flags[place])
 
-    def _replaced(self, p: Tensor) -> bool:
-        """Whether the step has made other tensors of a parameter or its state, or may have."""
-        now = dict(self._entries(p))
-        # The memory from before is kept, so no other tensor can have its address. Tensors of several parts, or of no
-        # memory of their own, are looked at one by one.
-        return now.keys() != self.before[p].keys() or not all(
-            type(x) in PLAIN and x.data_ptr() == parts[0].data_ptr()
-            for x, parts in zip(now.values(), self.before[p].values(), strict=True)
-        )
+    def _put_back(self, x: Tensor, i: int, flag: Tensor) -> None:
+        """Put back ``x``, which was tensor ``i`` before."""
+        if i in self.copies:
+            _restore_where_false(x, self.copies[i], flag)
+        elif self.kernels is not None and x.untyped_storage()._cdata != self.memory[i]._cdata:
+            # The kernel has put the old memory back; the step has made other memory in its place.
+            old, start = self.tensors[i], self.saved.pointers[i] - self.memory[i].data_ptr()
+            if x.device == flag.device and start + old.nbytes <= self.memory[i].nbytes():
+                place = start // old.element_size(), old.shape, old.stride()
+                _restore_where_false(x, old.new_empty(0).set_(self.memory[i], *place), flag)
 
 
-def _parts(x: Tensor) -> list[Tensor]:
-    return [x.detach()] if type(x) in PLAIN else [part.detach() for part in plain_parts(x)]
+def _parts(x: Any) -> list[Tensor]:
+    """The plain tensors of which an entry consists; none of a number."""
+    if type(x) in PLAIN:
+        return [x]
+    return list(plain_parts(x)) if isinstance(x, Tensor) else []
+
+
+def _all_parts(several: list[dict[Any, Any]]) -> tuple[list[Tensor], list[int]]:
+    """The plain tensors of the entries of several parameters, and how many each parameter has."""
+    tensors = [x for entries in several for x in entries.values()]
+    if PLAIN.issuperset(map(type, tensors)):  # as usual
+        return tensors, list(map(len, several))
+    lists = [[part for x in entries.values() for part in _parts(x)] for entries in several]
+    return list(itertools.chain(*lists)), list(map(len, lists))
 
 
 def _restore_where_false(x: Tensor, old: Tensor, flag: Tensor) -> None:
@@ -329,29 +342,28 @@ class GradientSwap:
         work: Sequence[Work],
         step: Callable[[], Any] | None = None,
         bad: Tensor | None = None,
-        before: Callable[[list[Tensor]], Snapshot] | None = None,
+        before: Callable[[list[Tensor]], list[Snapshot]] | None = None,
     ) -> None:
         """Step ``base`` (by calling ``step``, if given) on the transformed gradients ``work``.
 
         ``p.grad`` of all parameters must be None before, and is None again afterwards. Where ``bad`` (0-d bool) is True
         the gradients are NaN instead, for a base that leaves such tensors unchanged. ``before`` is called with the
-        parameters of each turn, and the step is undone by the snapshot that it returns.
+        parameters of each turn, and the step is undone by the snapshots that it returns.
         """
         # Computed once for all turns; the plain code reads its factors tensor by tensor.
         factors = {id(g): g.factors() for g in {id(g): g for g, _, _ in work}.values() if g.kernels is not None}
         for turn, outs in self._turns(work) if goes_in_turns(base) else _one_turn(work):
-            for several, targets in _by_bucket(turn, outs):
-                grads = several[0][0]
-                grads.write([i for _, i, _ in several], targets, factors.get(id(grads)))
+            for grads, indices, targets in _by_bucket(turn, outs):
+                grads.write(indices, targets, factors.get(id(grads)))
             if bad is not None:
                 for out in outs:
                     out.masked_fill_(bad, math.nan)
             for (_, _, p), out in zip(turn, outs, strict=True):
                 p.grad = shard_like(p, out, p.shape, p.stride()) if is_sharded(p) else out
             try:
-                snapshot = before([p for _, _, p in turn]) if before else None
+                snapshots = before([p for _, _, p in turn]) if before else []
                 (step or base.step)()
-                if snapshot is not None:
+                for snapshot in snapshots:
                     snapshot.restore()
             finally:  # also after an error, and before the next turn: a base must see each gradient once
                 for _, _, p in turn:
@@ -418,8 +430,11 @@ def _aligned_bytes(g: Tensor) -> int:
     return -(-g.numel() * g.element_size() // 64) * 64
 
 
-def _by_bucket(turn: Sequence[Work], outs: list[Tensor]) -> Iterator[tuple[list[Work], list[Tensor]]]:
-    """The items of a turn and their outputs, grouped by the `Gradients` object that writes them in one call."""
-    for _, pairs in itertools.groupby(zip(turn, outs, strict=True), key=lambda pair: id(pair[0][0])):
-        several = list(pairs)
-        yield [item for item, _ in several], [out for _, out in several]
+def _by_bucket(turn: Sequence[Work], outs: list[Tensor]) -> Iterator[tuple[Gradients, list[int], list[Tensor]]]:
+    """For each `Gradients` object, which writes its tensors in one call: their numbers and outputs."""
+    found: dict[int, tuple[Gradients, list[int], list[Tensor]]] = {}
+    for (grads, i, _), out in zip(turn, outs, strict=True):
+        _, indices, targets = found.setdefault(id(grads), (grads, [], []))
+        indices.append(i)
+        targets.append(out)
+    yield from found.values()

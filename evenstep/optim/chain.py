@@ -48,9 +48,11 @@ class ScalarStatistics:
     @classmethod
     def read(cls, names: list[str], kept: list[dict[str, Tensor]], bucket: Bucket) -> ScalarStatistics:
         """Read the statistics ``names`` of each parameter."""
-        tensors, k = [local(state[name]) for name in ("skipped", *names) for state in kept], len(kept)
+        tensors, k = [state[name] for name in ("skipped", *names) for state in kept], len(kept)
+        if bucket.layout.cuts:
+            tensors = list(map(local, tensors))
         kernels = bucket.kernels if isinstance(bucket.kernels, TritonKernels) else None
-        at = kernels.scalars(tensors, bucket.shards[0].device) if kernels else None
+        at = kernels.scalars(tensors) if kernels else None
         if not names:
             values: Iterable[Tensor] = ()
         elif kernels and at is not None:
@@ -175,12 +177,12 @@ class Chain:
             finite = result.grads.finite  # [k] bool, never read back
             pairs = list(zip(self.transforms, result.new, strict=True))
             result.scalars.keep([new[name] for transform, new in pairs for name in transform.scalars], finite)
-            kept = [self.statistics[p] for p in result.bucket.params]
-            for transform, new in pairs:
-                for name in transform.entries:
-                    for state, flag, value in zip(kept, finite.unbind(), new[name], strict=True):
-                        whole = local(state[f"{transform.name}.{name}"])
-                        whole.copy_(torch.where(flag, value, whole))
+            for key, values in [
+                (f"{transform.name}.{name}", new[name]) for transform, new in pairs for name in transform.entries
+            ]:
+                for p, flag, value in zip(result.bucket.params, finite.unbind(), values, strict=True):
+                    whole = local(self.statistics[p][key])
+                    whole.copy_(torch.where(flag, value, whole))
         if results:
             self._keep_shared(results[0])
 

@@ -104,12 +104,15 @@ class Launches:
         return cls._table(8, len(tensors.params), options, [list(plain_parts(x)) for several in lists for x in several])
 
     @classmethod
-    def save_unless(cls, flags, tensors):
-        return cls._table(1, 1, flags, tensors)
+    def save_unless(cls, flags, places, tensors):
+        here = [x for x in tensors if x.is_cuda]
+        assert len(places) == len(tensors) and all(x.is_contiguous() for x in here)
+        left_out = [i for i, x in enumerate(tensors) if not x.is_cuda]
+        return types.SimpleNamespace(table=cls._table(1, 1, flags, here), pointers=[], left_out=left_out)
 
     @classmethod
     def restore_unless(cls, saved):
-        cls._table(1, 1, saved)
+        cls._table(1, 1, saved.table)
 
     @classmethod
     def transformed_(cls, out, grads, numbers, columns):
