@@ -264,10 +264,11 @@ class Snapshot:
             _restore_where_false(x, self.copies[i], flag)
         elif self.kernels is not None and x.untyped_storage()._cdata != self.memory[i]._cdata:
             # The kernel has put the old memory back; the step has made other memory in its place.
-            old, start = self.tensors[i], self.saved.pointers[i] - self.memory[i].data_ptr()
-            if x.device == flag.device and start + old.nbytes <= self.memory[i].nbytes():
-                place = start // old.element_size(), old.shape, old.stride()
-                _restore_where_false(x, old.new_empty(0).set_(self.memory[i], *place), flag)
+            old, memory = self.tensors[i], self.memory[i]
+            start = self.saved.pointers[i] - memory.data_ptr()
+            if x.device == flag.device and start + old.nbytes <= memory.nbytes():
+                before = old.new_empty(0).set_(memory, start // old.element_size(), (old.numel(),), (1,))
+                _restore_where_false(x, before.view(old.shape), flag)
 
 
 def _parts(x: Any) -> list[Tensor]:

@@ -128,7 +128,25 @@ CHAINS = {
     "replaced": lambda: [AdaClip(gamma3=0.5), ValueClip(0.4), AdaGN()],
     "none": list,
 }
+
+
+class Replacing(torch.optim.Optimizer):
+    """A base that makes new tensors in each step: the memory of its parameters, and one of its two moments."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            state["momentum"] = state["momentum"] * 0.9 + p.grad if "momentum" in state else p.grad.clone()
+            state.setdefault("m", torch.zeros_like(p)).data = state.get("m", p) * 0.5 + p.grad
+            p.data = p - 0.1 * state["momentum"] - 0.1 * state["m"]
+
+
 BASES = {
+    "Replacing": Replacing,
     "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.1),
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
 }
@@ -154,7 +172,9 @@ def trained(make, base, option, steps, nonfinite="restore", dtype=FLOAT):
     return params, optimizer
 
 
-@pytest.mark.parametrize(("base", "nonfinite"), [("AdamW", "restore"), ("AdamW", "zero"), ("SGD", "skip")])
+@pytest.mark.parametrize(
+    ("base", "nonfinite"), [("AdamW", "restore"), ("AdamW", "zero"), ("SGD", "skip"), ("Replacing", "restore")]
+)
 @pytest.mark.parametrize("chain", CHAINS)
 def test_stabilised_steps_by_kernels_are_those_of_the_plain_code(chain, base, nonfinite, monkeypatch):
     monkeypatch.setattr(fused, "kernels_for", lambda device_type: KERNELS)
