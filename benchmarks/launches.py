@@ -21,9 +21,7 @@ import fake_cuda  # noqa: E402  before torch, which asks for a driver when it is
 
 fake_cuda.pretend()
 import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import evenstep.kernels.cuda as kernels  # noqa: E402
 from evenstep import StableSPAM  # noqa: E402
@@ -31,40 +29,21 @@ from evenstep.bench.measure import outline  # noqa: E402
 from evenstep.models import ops  # noqa: E402
 
 
-def size(tensors):
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
-class Counter(fake_cuda.Watch):
-    operators = triton = moved = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        ins, outs = ([x for x in tree_leaves(y) if isinstance(x, Tensor) and x.is_cuda] for y in ((args, kwargs), out))
-        if outs and not view and "empty" not in func._schema.name:
-            self.operators += 1
-            only_written = func._schema.name in ("aten::copy_", "aten::fill_", "aten::zero_")
-            self.moved += size(outs) + size(ins[only_written:])
-        return out
+class Counter(fake_cuda.Counter):
+    def _launched(self, name, tensors, *given):
+        found = super()._launched(name, tensors, *given)
+        if name == "adam_step_":
+            stable, rest = given[1], [*tensors.params, *tensors.exp_avg, *tensors.exp_avg_sq]
+            # Clipping reads at most all gradients: chunks without a clipped entry are not read.
+            self.moved += fake_cuda.size(tensors.grads) * (2 + stable) + 2 * fake_cuda.size(rest)
+        return found
 
 
 def counted(optimizer):
     """Triton kernels, operators and bytes of the second step; the first one uploads constants."""
     optimizer.step()
     counter = Counter()
-
-    def adam_step_(tensors, options, stable, capped, zero_history):
-        g, rest = tensors.grads, [*tensors.params, *tensors.exp_avg, *tensors.exp_avg_sq]
-        # Measuring, clipping and updating have a launch for each group of tensors that are alike in dtype and
-        # alignment; limits, numbers and the report have one for all. Clipping reads at most all gradients: chunks
-        # without a clipped entry are not read.
-        groups = len({(x.dtype, x.numel() % 16 == 0) for x in g})
-        counter.triton += groups * (2 + stable) + 2 + stable
-        counter.moved += size(g) * (2 + stable) + 2 * size(rest)
-        return fake_cuda.Launches.adam_step_(tensors, options, stable, capped, zero_history)
-
-    kernels.launches = lambda: SimpleNamespace(adam_step_=adam_step_)
+    kernels.launches = counter.launches
     with counter:
         optimizer.step()
     return counter.triton, counter.operators, counter.moved

@@ -148,6 +148,12 @@ def compile_all(kernels: TritonKernels, few: bool, every: bool) -> None:
     step(SPAM, (8, 512))
     step(lambda ps: SCALE([{"params": ps, "kind": "hidden"}]), (8, 512))
     adam(BF16, BF16, "bf16")
+    one, flag = torch.ones(1), torch.ones(1, dtype=torch.bool)
+    kernels.adaclip(one, one, one, one, 0.999, False)
+    kernels.adagn(one, one, one, flag, one, one, one, [0.7, 0.9, 1e-8, False])
+    at = kernels.scalars([torch.ones(()), torch.ones(())])
+    kernels.read(at)
+    kernels.keep(at, [one], flag)
     if not every:
         return
     step(lambda ps: SPAM(ps, density=0.25), (8, 512))
@@ -163,8 +169,7 @@ def compile_all(kernels: TritonKernels, few: bool, every: bool) -> None:
     triton_support.columns([torch.zeros(512, 512), torch.zeros(512, 5, dtype=BF16)])
     kernels.transform([x], [x.bfloat16()], torch.ones(3, 1))
     kernels.measure([x.bfloat16(), torch.zeros(4099)])
-    flag = torch.ones((), dtype=torch.bool)
-    kernels.restore_unless(kernels.save_unless([flag], [(0, x)]))
+    kernels.restore_unless(kernels.save_unless(flag, [0], [x]))
 
 
 def main() -> None:

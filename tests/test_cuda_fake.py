@@ -50,6 +50,13 @@ def test_steps_neither_fail_nor_wait(part):
     assert not wrong(found), wrong(found)
 
 
+def test_a_step_launches_few_kernels():
+    found = noted(1, "counted")
+    assert found.pop("counted: one too many"), "launches are not counted as they were: set the limits anew"
+    assert len(found) >= 4
+    assert not wrong(found), wrong(found)
+
+
 def test_what_fails_or_waits_is_noticed():
     found = noted(1, "waiting")
     for case, notes in found.items():

@@ -387,7 +387,11 @@ class CpuKernels:
         call("clip_norms", job_table(grads), *measured.blocks, *limits, norm, count)
         return norm, count
 
-    def transform(self, out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
+    def transform(
+        self, out: list[Tensor], grads: list[Tensor], numbers: Tensor, columns: Sequence[int] | None = None
+    ) -> None:
         """See `Kernels.transform`."""
+        if columns is not None and len(columns) < numbers.shape[1]:
+            numbers = numbers.index_select(1, torch.tensor(columns, device="cpu"))
         call("transformed", job_table(grads, out), numbers.contiguous())
         _mark_written(out)

@@ -21,6 +21,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -176,27 +177,79 @@ class TritonKernels:
 
     def measure(self, grads: list[Tensor]) -> Measured:
         """See `Kernels.measure`."""
-        totals, chunks = launches().measure(grads)
-        return Measured(totals[0], totals[1], blocks=(chunks,))
+        totals, known = launches().measure(grads)
+        return Measured(totals[0], totals[1], known)
 
     def clip_norms(
         self, grads: list[Tensor], measured: Measured, limit: Tensor, rescale: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `Kernels.clip_norms`."""
-        norm, count = launches().clip_norms(grads, measured.blocks[0], limit, rescale)
+        norm, count = launches().clip_norms(grads, measured.blocks, limit, rescale)
         return norm, count
 
-    def transform(self, out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
+    def transform(
+        self, out: list[Tensor], grads: list[Tensor], numbers: Tensor, columns: Sequence[int] | None = None
+    ) -> None:
         """See `Kernels.transform`."""
-        launches().transformed_(out, grads, numbers)
+        launches().transformed_(out, grads, numbers, range(len(grads)) if columns is None else columns)
         torch.autograd.graph.increment_version(out)
+
+    # ---- transforms before another optimizer ----
+    #
+    # The numbers of whole tensors, in one launch instead of a dozen or more operators on short vectors.
+
+    def adaclip(
+        self, peak: Tensor, gain: Tensor, ema: Tensor, n: Tensor, gamma3: float | Tensor, robust: bool
+    ) -> Tensor:
+        """`evenstep.optim.functional.adaclip` on vectors ``[k]``: ``[3, k]`` with the limit, the rescale and T."""
+        settings = _vector(("gamma3", "robust"), [gamma3, robust], peak.device)
+        out: Tensor = launches().adaclip(*_fp32(peak, gain, ema, n), settings)
+        return out
+
+    def adagn(
+        self,
+        raw: Tensor,
+        norm: Tensor,
+        gain: Tensor,
+        finite: Tensor,
+        ema: Tensor,
+        rms: Tensor,
+        n: Tensor,
+        options: list[float | Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """`evenstep.optim.functional.adagn` on vectors ``[k]``, of the norms before all transforms and after clipping:
+        ``[3, k]`` with the gain, mu and sqrt(nu); and the tensors that count (bool ``[k]``). ``options``: gamma1,
+        gamma2, eps, robust."""
+        settings = _vector(("gamma1", "gamma2", "eps", "robust"), options, gain.device)
+        vectors = _fp32(raw, norm, gain, ema, rms, n)
+        out: tuple[Tensor, Tensor] = launches().adagn(*vectors, finite.contiguous(), settings)
+        return out
+
+    def scalars(self, tensors: list[Tensor]) -> Tensor | None:
+        """The addresses of 0-d tensors on one device, for `read` and `keep`; None where they are not all fp32."""
+        if not all_plain(tensors) or {x.dtype for x in tensors} != {torch.float32}:
+            return None
+        at: Tensor = launches().scalars(tensors)
+        return at
+
+    def read(self, at: Tensor) -> Tensor:
+        """The values of the scalars ``at``, a vector."""
+        values: Tensor = launches().read_scalars(at)
+        return values
+
+    def keep(self, at: Tensor, new: list[Tensor], finite: Tensor) -> None:
+        """Write the vectors ``new`` to the scalars ``at [(1 + len(new)) k]`` where ``finite`` (bool ``[k]``) holds, and
+        add 1 to the first ``k`` of them where it does not."""
+        rows = torch.stack(new).float() if new else torch.empty(0, dtype=torch.float32, device=finite.device)
+        launches().keep_scalars(at, rows, finite)
 
     # ---- undoing a step of another optimizer ----
 
-    def save_unless(self, flags: list[Tensor], tensors: list[tuple[int, Tensor]]) -> Any:
-        """Copy tensors whose flag is False. ``flags``: 0-d bools on the device, not read on the host; ``tensors``: the
-        number of a flag, and a contiguous tensor of any dtype. The result reserves memory for all of them."""
-        return launches().save_unless(flags, tensors)
+    def save_unless(self, flags: Tensor, places: list[int], tensors: list[Tensor]) -> Any:
+        """Copy tensors whose flag is False. ``flags``: a vector of bools on the device, not read on the host;
+        ``places``: where the flag of each tensor is. The result reserves memory for all of them, and names those that
+        are not served in ``left_out``."""
+        return launches().save_unless(flags, places, tensors)
 
     def restore_unless(self, saved: Any) -> None:
         """Write the copies that `save_unless` has made back into their tensors."""
@@ -234,6 +287,10 @@ def _vector(names: tuple[str, ...], values: list[float | Tensor], device: torch.
             vector[i].fill_(x)
             present[i] = float(x)
     return vector
+
+
+def _fp32(*vectors: Tensor) -> list[Tensor]:
+    return [x.float().contiguous() for x in vectors]
 
 
 def _mark_written(tensors: StepTensors) -> None:

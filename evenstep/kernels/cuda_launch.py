@@ -16,7 +16,7 @@ import collections
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -59,10 +59,16 @@ TILE = 1 << 10
 # Chunks that the kernels of whole tensors (triton_numbers.py) read at a time.
 TOTALS_TILE = 1 << 10
 
+# Scalars of the state that a program reads or writes, one for each of its threads.
+SCALARS_TILE = 1 << 7
+
 # Columns and rows of a chunk of `column_chunks`: 500 programs for an embedding of 32000 by 512, and sums of 8 bytes per
 # column and 256 rows, less than 1 % of the gradient.
 COLUMN_TILE = 128
 COLUMN_ROWS = 256
+
+# Tables of each kind that are kept.
+TABLES = 512
 
 # ---- tables on the device ----
 #
@@ -104,7 +110,7 @@ class Plan:
         return make(tuple(counts), tuple(keys), tuple(map(tuple, dims)), device, stream(device))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=TABLES)
 def _plan(
     counts: tuple[int, ...],
     keys: tuple[tuple[Any, ...], ...],
@@ -142,7 +148,7 @@ def addresses(streams: list[list[int]], device: torch.device) -> Tensor:
     return make(tuple(map(tuple, streams)), device, stream(device))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=TABLES)
 def _addresses(streams: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
     # Addresses are unsigned, and some machines use the highest bit.
     return uploaded(torch.from_numpy(np.array(streams, dtype=np.uint64).view(np.int64)), device)
@@ -155,7 +161,7 @@ def chunks_of(n: int) -> int:
 
 def pointers(tensors: list[Tensor]) -> list[int]:
     """Addresses of the first entries."""
-    return [t.data_ptr() for t in tensors]
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def aligned(streams: list[list[int]], sizes: list[int]) -> list[bool]:
@@ -211,13 +217,8 @@ def adam_job(tensors: StepTensors) -> AdamJob:
     v, scales_sq, maps_sq = stored_moments(tensors.exp_avg_sq)
     params, grads = tensors.params, tensors.grads
     lists = (params, grads, m, v, tensors.lost, scales, maps, scales_sq, maps_sq, tensors.masks, tensors.scalars)
-    # Sizes and dtypes belong to the key: `p.data` may be replaced by another tensor at the same address.
-    key = (
-        tuple(map(len, lists)),
-        tuple(map(Tensor.data_ptr, itertools.chain.from_iterable(lists))),
-        tuple(map(Tensor.numel, itertools.chain(params, grads, m, v))),
-        tuple([x.dtype for x in itertools.chain(params, grads, m, v)]),
-    )
+    others = tuple(map(Tensor.data_ptr, itertools.chain.from_iterable(lists[4:])))
+    key = (tuple(map(len, lists)), *_identity([*params, *grads, *m, *v]), others)
 
     def make() -> AdamJob:
         k, device = len(params), params[0].device
@@ -327,25 +328,49 @@ def scale_job(tensors: StepTensors, columns: bool, given: list[Tensor] | None = 
     return _remembered(key, device, make)
 
 
-_jobs: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 J = TypeVar("J")
+_jobs: collections.OrderedDict[Any, Any] = collections.OrderedDict()
+_tables: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 
 
 def _remembered(key: tuple[Any, ...], device: torch.device, make: Callable[[], J]) -> J:
     """The job of ``key``, made where there is none. The last 64 are kept, for as many buckets. A job of SCALE has
     memory of its own (0.8 % of the gradients), and gradients at other addresses make another job."""
+    return _looked_up(_jobs, 64, key, device, make)
+
+
+def _known(key: tuple[Any, ...], device: torch.device, make: Callable[[], J]) -> J:
+    """The same for jobs that are tables alone, some KB each: `stabilize` steps a large model in many turns, of which
+    each has two."""
+    return _looked_up(_tables, TABLES, key, device, make)
+
+
+def _looked_up(
+    cache: collections.OrderedDict[Any, Any],
+    most: int,
+    key: tuple[Any, ...],
+    device: torch.device,
+    make: Callable[[], J],
+) -> J:
     # As for tables: a captured graph has jobs of its own, which stay alive as long as its memory.
     if capturing(device):
         return make()
     key = (device, stream(device), *key)
     try:
-        job: J = _jobs[key]
-        _jobs.move_to_end(key)
+        job: J = cache[key]
+        cache.move_to_end(key)
     except KeyError:
-        job = _jobs[key] = make()
-        if len(_jobs) > 64:
-            _jobs.popitem(last=False)
+        job = cache[key] = make()
+        if len(cache) > most:
+            cache.popitem(last=False)
     return job
+
+
+def _identity(tensors: list[Tensor]) -> tuple[tuple[Any, ...], ...]:
+    """What tables of these tensors depend on. `p.data` may be replaced by another tensor at the same address, so sizes
+    and dtypes belong to it."""
+    sizes, dtypes = tuple(map(Tensor.numel, tensors)), tuple([x.dtype for x in tensors])
+    return tuple(map(Tensor.data_ptr, tensors)), sizes, dtypes
 
 
 # ---- whole steps ----
@@ -487,40 +512,89 @@ def scale_update_(job: ScaleJob, tensors: StepTensors, table: Tensor, columns: b
 # ---- reading gradients outside of a step ----
 
 
-def measure(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Largest entries and norms of tensors, fp32 ``[2, k]``, and of their chunks ``[2, chunks]``. Reads gradients."""
+def measure(grads: list[Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
+    """Largest entries and norms of tensors, fp32 ``[2, k]``, and what `clip_norms` takes. Reads gradients."""
     with _device_of(grads[0]):
         plan, at = _flat_plan(grads)
         partial = _floats(grads[0], 2, plan.chunks)
         _measure(plan, at, len(grads), partial)
-        return _totals(plan, partial, maxima=1, norms=1, sums=0), partial
+        return _totals(plan, partial, maxima=1, norms=1, sums=0), (partial, plan, at)
 
 
-def clip_norms(grads: list[Tensor], known: Tensor, limit: Tensor, rescale: Tensor) -> Tensor:
-    """fp32 ``[2, k]``: norms after clipping and numbers of clipped entries. ``known``: the chunks of `measure`;
-    ``limit`` and ``rescale``: ``[k]``. Reads the chunks of gradients that have an entry above the limit.
+def clip_norms(grads: list[Tensor], known: tuple[Any, ...], limit: Tensor, rescale: Tensor) -> Tensor:
+    """fp32 ``[2, k]``: norms after clipping and numbers of clipped entries. ``known``: from `measure` of the same
+    gradients; ``limit`` and ``rescale``: ``[k]``. Reads the chunks of gradients that have an entry above the limit.
     """
     with _device_of(grads[0]):
-        plan, at = _flat_plan(grads)
+        measured, plan, at = known  # of chunks [2, chunks]
         partial = _floats(grads[0], 2, plan.chunks)
         limits, rescales = limit.float().contiguous(), rescale.float().contiguous()
-        _clip_norms(plan, at, len(grads), known, limits, rescales, partial)
+        _clip_norms(plan, at, len(grads), measured, limits, rescales, partial)
         return _totals(plan, partial, maxima=0, norms=1, sums=1)
 
 
-def transformed_(out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
-    """``out`` <- gradients limited and scaled by ``numbers``, fp32 ``[3, k]``: gain, limit, reduced gain."""
-    with _device_of(numbers):
+def transformed_(out: list[Tensor], grads: list[Tensor], numbers: Tensor, columns: Sequence[int]) -> None:
+    """``out`` <- gradients limited and scaled by ``numbers``, fp32 ``[3, width]``: gain, limit, reduced gain.
+    ``columns``: the column of each gradient there."""
+    device = numbers.device
+
+    def make() -> tuple[Plan, Tensor]:
         main, sizes = [pointers(out), pointers(grads)], [g.numel() for g in grads]
         keys = [(o.dtype, g.dtype, fits) for o, g, fits in zip(out, grads, aligned(main, sizes), strict=True)]
-        plan = Plan.of([chunks_of(n) for n in sizes], keys, [sizes], numbers.device)
-        at, table = addresses(main, numbers.device), numbers.float().contiguous()
+        return Plan.of([chunks_of(n) for n in sizes], keys, [sizes, list(columns)], device), addresses(main, device)
+
+    with _device_of(numbers):
+        plan, at = _known((transformed_, tuple(columns), *_identity([*out, *grads])), device, make)
+        table, width = numbers.float().contiguous(), numbers.shape[1]
         for group in plan.groups:
             o, g, fits = group.key
             flat.transformed_chunks[(group.chunks,)](
-                plan.tensor_of, plan.first_chunk, plan.dims, at, group.first, len(out), table,
+                plan.tensor_of, plan.first_chunk, plan.dims, at, group.first, len(out), table, width,
                 D=TYPES[o], G=TYPES[g], ALIGNED=_neighbours(fits, o, g), CHUNK=CHUNK, TILE=TILE, **OPTIONS,
             )  # fmt: skip
+
+
+# ---- numbers of transforms before another optimizer ----
+
+
+def adaclip(peak: Tensor, gain: Tensor, ema: Tensor, n: Tensor, settings: Tensor) -> Tensor:
+    """See `TritonKernels.adaclip`. Vectors are fp32 ``[k]`` and contiguous, ``settings`` fp64."""
+    with _device_of(peak):
+        k, out = len(peak), _floats(peak, 3, len(peak))
+        numbers.adaclip_limits[(k,)](peak, gain, ema, n, settings, out, k, **OPTIONS)
+        return out
+
+
+def adagn(
+    raw: Tensor, norm: Tensor, gain: Tensor, ema: Tensor, rms: Tensor, n: Tensor, flags: Tensor, settings: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `TritonKernels.adagn`. Vectors are fp32 ``[k]`` and contiguous, ``flags`` bool, ``settings`` fp64."""
+    with _device_of(gain):
+        k, out, finite = len(gain), _floats(gain, 3, len(gain)), torch.empty_like(flags)
+        numbers.adagn_gains[(k,)](raw, norm, gain, ema, rms, n, flags, settings, out, finite, k, **OPTIONS)
+        return out, finite
+
+
+def scalars(tensors: list[Tensor]) -> Tensor:
+    """Addresses of tensors, int64 ``[n]``."""
+    return addresses([pointers(tensors)], tensors[0].device)[0]
+
+
+def read_scalars(at: Tensor) -> Tensor:
+    """See `TritonKernels.read`."""
+    with _device_of(at):
+        n, out = at.numel(), torch.empty(at.shape, dtype=torch.float32, device=at.device)
+        numbers.read_scalars[(-(-n // SCALARS_TILE),)](at, out, n, TILE=SCALARS_TILE, **OPTIONS)
+        return out
+
+
+def keep_scalars(at: Tensor, new: Tensor, finite: Tensor) -> None:
+    """See `TritonKernels.keep`."""
+    with _device_of(at):
+        n = at.numel()
+        numbers.keep_scalars[(-(-n // SCALARS_TILE),)](
+            at, new, finite, n, len(finite), TILE=SCALARS_TILE, **OPTIONS
+        )  # fmt: skip
 
 
 # ---- undoing a step of another optimizer ----
@@ -534,26 +608,36 @@ class Saved:
     plan: Plan
     """``dims [2, tensors]``: bytes, and number of the flag."""
     at: Tensor
-    """Addresses of the copies and of the tensors."""
+    """Where the copies begin in ``copies``, and addresses of the tensors."""
     copies: Tensor
     """uint8: room for all copies, one after the other. Other entries are never written."""
+    pointers: list[int]
+    """Addresses of all tensors that were given."""
+    left_out: list[int]
+    """Numbers of the tensors among them that are not served: on another device, or not contiguous."""
 
 
-def save_unless(flags: list[Tensor], tensors: list[tuple[int, Tensor]]) -> Saved:
+def save_unless(flags: Tensor, places: list[int], tensors: list[Tensor]) -> Saved:
     """See `TritonKernels.save_unless`."""
-    device = flags[0].device
-    with _device_of(flags[0]):
-        sizes = [x.numel() * x.element_size() for _, x in tensors]
+    sizes, at_now, device = [x.nbytes for x in tensors], pointers(tensors), flags.device
+
+    def make() -> tuple[Plan, Tensor, int, list[int]]:
+        mine = [i for i, x in enumerate(tensors) if x.device == device and x.is_contiguous()]
+        counts, of_flags = [sizes[i] for i in mine], [places[i] for i in mine]
         # Copies begin at multiples of 64 bytes.
-        places = list(itertools.accumulate([-(-n // 64) * 64 for n in sizes], initial=0))
-        copies = torch.empty(places[-1], dtype=torch.uint8, device=device)
-        start = copies.data_ptr()
-        at = addresses([[start + place for place in places[:-1]], [x.data_ptr() for _, x in tensors]], device)
+        begins = list(itertools.accumulate([-(-n // 64) * 64 for n in counts], initial=0))
         # Chunks of as many bytes as a chunk of fp32 entries has. One launch serves all, byte by byte: it is rare that
         # anything is copied.
-        counts = [-(-n // (4 * CHUNK)) for n in sizes]
-        plan = Plan.of(counts, [()] * len(sizes), [sizes, [number for number, _ in tensors]], device)
-        saved = Saved(torch.stack(flags), plan, at, copies)
+        plan = Plan.of([-(-n // (4 * CHUNK)) for n in counts], [()] * len(mine), [counts, of_flags], device)
+        at = addresses([begins[:-1], [at_now[i] for i in mine]], device)
+        return plan, at, begins[-1], sorted(set(range(len(tensors))) - set(mine))
+
+    with _device_of(flags):
+        # A tensor that has become another view of the same bytes is served as before: they are copied in their order.
+        key = save_unless, tuple(places), tuple(sizes), tuple(at_now)
+        plan, at, size, left_out = _known(key, device, make)
+        copies = torch.empty(size, dtype=torch.uint8, device=device)
+        saved = Saved(flags, plan, at, copies, at_now, left_out)
         _copy(saved, back=False)
         return saved
 
@@ -569,7 +653,7 @@ def _copy(saved: Saved, back: bool) -> None:
     for group in plan.groups:
         flat.copy_chunks[(group.chunks,)](
             plan.tensor_of, plan.first_chunk, plan.dims, saved.at, group.first, plan.first_chunk.numel(), saved.flags,
-            BACK=back, CHUNK=4 * CHUNK, TILE=4 * TILE, **OPTIONS,
+            saved.copies, BACK=back, CHUNK=4 * CHUNK, TILE=4 * TILE, **OPTIONS,
         )  # fmt: skip
 
 
@@ -611,9 +695,14 @@ def _read_key(group: Group) -> tuple[torch.dtype, bool]:
 
 def _flat_plan(grads: list[Tensor]) -> tuple[Plan, Tensor]:
     """The plan of kernels that only read gradients, and the addresses ``[1, k]``."""
-    device, main, sizes = grads[0].device, [pointers(grads)], [g.numel() for g in grads]
-    keys = [(g.dtype, fits) for g, fits in zip(grads, aligned(main, sizes), strict=True)]
-    return Plan.of([chunks_of(n) for n in sizes], keys, [sizes], device), addresses(main, device)
+    device = grads[0].device
+
+    def make() -> tuple[Plan, Tensor]:
+        main, sizes = [pointers(grads)], [g.numel() for g in grads]
+        keys = [(g.dtype, fits) for g, fits in zip(grads, aligned(main, sizes), strict=True)]
+        return Plan.of([chunks_of(n) for n in sizes], keys, [sizes], device), addresses(main, device)
+
+    return _known((_flat_plan, *_identity(grads)), device, make)
 
 
 def _column_plan(grads: list[Tensor]) -> tuple[Plan, int]:

@@ -82,10 +82,10 @@ class Measured:
     peak: Tensor
     """Largest absolute entry, Inf where any entry is not finite."""
     norm: Tensor
-    """2-norm, accurate to 1e-6 for entries of any size; not finite where an entry is not."""
-    blocks: tuple[Tensor, ...]
+    """2-norm, accurate to 1e-6 for entries of any size; not finite where an entry is not, with Triton's kernels NaN."""
+    blocks: tuple[Any, ...]
     """Maxima and square sums of blocks, from which `Kernels.clip_norms` knows the blocks that it need not read again.
-    The memory layout is private to the kernels."""
+    The layout is private to the kernels."""
 
 
 class Kernels(Protocol):
@@ -140,9 +140,11 @@ class Kernels(Protocol):
         """2-norm of each gradient after its entries above ``limit`` (``[k]``) are multiplied by ``rescale``, and how
         many entries that are. Only blocks with such an entry are read."""
 
-    def transform(self, out: list[Tensor], grads: list[Tensor], numbers: Tensor) -> None:
+    def transform(
+        self, out: list[Tensor], grads: list[Tensor], numbers: Tensor, columns: Sequence[int] | None = None
+    ) -> None:
         """``out <- grad`` limited and scaled by ``numbers`` (fp32 ``[3, k]``: gain, limit, reduced gain); 0 where a
-        gain is 0."""
+        gain is 0. ``columns``: the column of ``numbers`` for each gradient, where they are not all in order."""
 
 
 # ---- per-tensor numbers of the Triton kernels: fp32 ``[rows, k]``, a column per tensor ----
@@ -293,7 +295,12 @@ def uploaded(host: Tensor, device: torch.device) -> Tensor:
 
 def stream(device: torch.device) -> int:
     """The current stream of ``device``, as a number."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" and _fake_mode() is None else 0
+    if device.type != "cuda" or _fake_mode() is not None:
+        return 0
+    # As Triton asks for it: `torch.cuda.current_stream` makes an object, which takes twenty times as long.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    number: int = torch._C._cuda_getCurrentRawStream(index)
+    return number
 
 
 def capturing(device: torch.device) -> bool:

@@ -308,15 +308,16 @@ def average_chunks(
 @kernel
 def transformed_chunks(
     tensor_of: tl.tensor, first_chunk: tl.tensor, dims: tl.tensor, addresses: tl.tensor,
-    base: tl.tensor, k: tl.tensor, numbers: tl.tensor,
+    base: tl.tensor, k: tl.tensor, numbers: tl.tensor, width: tl.tensor,
     D: tl.constexpr, G: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Gradients, limited and scaled, into other tensors. ``addresses``: output, gradient; ``numbers [3, k]``: gain,
-    limit, reduced gain.
+    """Gradients, limited and scaled, into other tensors. ``addresses``: output, gradient; ``dims``: size, column in
+    ``numbers [3, width]`` (gain, limit, reduced gain).
     """
     _, i, begin, n = locate(tensor_of, first_chunk, dims, base, CHUNK, ALIGNED)
     out, g = pointer(addresses, 0, k, i, D, ALIGNED), pointer(addresses, 1, k, i, G, ALIGNED)
-    gain, limit, reduced = tl.load(numbers + i), tl.load(numbers + k + i), tl.load(numbers + 2 * k + i)
+    number = numbers + tl.load(dims + k + i)
+    gain, limit, reduced = tl.load(number), tl.load(number + width), tl.load(number + 2 * width)
     for start in range(begin, tl.minimum(begin + CHUNK, n), TILE):
         offsets = tl.multiple_of(start, TILE) + tl.arange(0, TILE)
         inside = offsets < n
@@ -329,12 +330,13 @@ def transformed_chunks(
 @kernel
 def copy_chunks(
     tensor_of: tl.tensor, first_chunk: tl.tensor, dims: tl.tensor, addresses: tl.tensor,
-    base: tl.tensor, k: tl.tensor, flags: tl.tensor, BACK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    base: tl.tensor, k: tl.tensor, flags: tl.tensor, copies: tl.tensor,
+    BACK: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Copy the bytes of tensors whose flag is False, or with ``BACK`` their copies into them. ``addresses``: copies,
-    tensors; ``dims``: bytes, number of the flag."""
+    """Copy the bytes of tensors whose flag is False, or with ``BACK`` their copies into them. ``addresses``:
+    places in ``copies`` (uint8), tensors; ``dims``: bytes, number of the flag."""
     _, i, begin, n = locate(tensor_of, first_chunk, dims, base, CHUNK, False)
-    copy, x = pointer(addresses, 0, k, i, tl.uint8, False), pointer(addresses, 1, k, i, tl.uint8, False)
+    copy, x = copies + tl.load(addresses + i), pointer(addresses, 1, k, i, tl.uint8, False)
     accepted = tl.load(flags + tl.load(dims + k + i))
     for start in range(begin, tl.where(accepted, begin, tl.minimum(begin + CHUNK, n)), TILE):
         offsets = start + tl.arange(0, TILE)

@@ -28,7 +28,7 @@ class Kernel(Protocol):
 
 # Arguments that vary from launch to launch. By default Triton compiles a kernel again where one of them is 1, or a
 # multiple of 16, and was not at another launch.
-VARYING = ["base", "width", "k"]
+VARYING = ["base", "width", "k", "n"]
 
 # Tables, whose views may begin anywhere. By default Triton compiles a kernel again for addresses that are no multiple
 # of 16 bytes. A program reads a few entries of them, so nothing is lost.
@@ -36,6 +36,7 @@ TABLES = [
     *("tensor_of", "first_chunk", "chunk_count", "dims", "addresses"),
     *("partial", "known", "out", "numbers", "seeds", "limits", "rescales", "starts", "sums", "divisors", "flags"),
     *("settings", "scalars", "facts", "stats", "sizes", "lengths", "heights"),
+    *("peaks", "gains", "means", "counts", "raws", "norms", "roots", "finite", "new", "copies"),
 ]
 
 

@@ -119,16 +119,20 @@ def totals(
     first_chunk: tl.tensor, chunk_count: tl.tensor, partial: tl.tensor, width: tl.tensor, out: tl.tensor, k: tl.tensor,
     MAXIMA: tl.constexpr, NORMS: tl.constexpr, SUMS: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """``partial [rows, width]`` to ``out [rows, k]``: rows of maxima come first, then rows of norms, then of sums."""
+    """``partial [rows, width]`` to ``out [rows, k]``: rows of maxima come first, then rows of norms, then of sums.
+
+    Where a maximum says that an entry is not finite, norms are NaN."""
     i = tl.program_id(0)
     first, count = tl.load(first_chunk + i), tl.load(chunk_count + i)
+    most = tl.full([], 0.0, tl.float32)
     # `row` is a constant of the unrolled loop, so each row is compiled with its own branch.
     for row in tl.static_range(MAXIMA + NORMS + SUMS):
         values = partial + row * width + first
         if row < MAXIMA:
             total = largest_of(values, count, TILE)
+            most = tl.maximum(most, total)
         elif row < MAXIMA + NORMS:
-            total = norm_over(values, count, TILE)
+            total = tl.where(most <= LARGEST, norm_over(values, count, TILE), float("nan"))
         else:
             total = sum_over(values, count, TILE)
         tl.store(out + row * k + i, total)
@@ -153,6 +157,44 @@ def robust_input(x: tl.tensor, ema: tl.tensor, n: tl.tensor, gamma: tl.tensor, r
 
 
 @device_function
+def clip_limit(
+    largest: tl.tensor, ema: tl.tensor, n: tl.tensor, gamma3: tl.tensor, robust: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """AdaClip: the new T = gamma3 T + (1 - gamma3) max|g|, and the limit T / (1 - gamma3^n), both fp64."""
+    ema = ema.to(tl.float64)
+    ema = gamma3 * ema + (1 - gamma3) * robust_input(largest.to(tl.float64), ema, n, gamma3, robust)
+    return ema, ema / bias_correction(gamma3, n)
+
+
+@device_function
+def rescale_of(limit: tl.tensor, peak: tl.tensor) -> tl.tensor:
+    """What entries above the limit are multiplied by, limit / max|g|, so that the largest lands on the limit."""
+    return tl.where(limit < peak, tl.div_rn(limit, peak), 1.0)
+
+
+@device_function
+def norm_gain(
+    norm: tl.tensor, mu: tl.tensor, rms: tl.tensor, n: tl.tensor,
+    gamma1: tl.tensor, gamma2: tl.tensor, eps: tl.tensor, robust: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """AdaGN: the gain mu_hat / (sqrt(nu_hat) + eps) / r in fp32, with r the norm after clipping, and in fp64 the new
+    mu = gamma1 mu + (1 - gamma1) r and the root of nu = gamma2 nu + (1 - gamma2) r^2.
+
+    The state holds sqrt(nu), since nu overflows before the norm does; fp64 holds the squares of all fp32 numbers.
+    """
+    mu, rms = mu.to(tl.float64), rms.to(tl.float64)
+    r = robust_input(norm.to(tl.float64), mu, n, gamma1, robust)
+    mu = gamma1 * mu + (1 - gamma1) * r
+    rms = tl.sqrt(gamma2 * rms * rms + (1 - gamma2) * r * r)
+    mean = tl.minimum(mu / bias_correction(gamma1, n), LARGEST)
+    root = tl.minimum(rms / tl.sqrt(bias_correction(gamma2, n)) + eps, LARGEST)
+    # A norm of 0, or below the normal numbers, which no gain could bring back, has the gain 0.
+    divisor = tl.where(norm >= TINY, norm, 1.0).to(tl.float64)
+    gain = tl.where(norm >= TINY, tl.minimum(mean / root / divisor, LARGEST), 0.0).to(tl.float32)
+    return gain, mu, rms
+
+
+@device_function
 def put(values: tl.tensor, row: int, k: tl.tensor, i: tl.tensor, x: tl.tensor) -> None:
     """Store ``x`` in a row of ``values [rows, k]``, fp32."""
     tl.store(values + row * k + i, x.to(tl.float32))
@@ -163,27 +205,21 @@ def adam_limits(
     first_chunk: tl.tensor, chunk_count: tl.tensor, partial: tl.tensor, width: tl.tensor,
     scalars: tl.tensor, settings: tl.tensor, facts: tl.tensor, k: tl.tensor, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """AdaClip (Stable-SPAM): T <- gamma3 T + (1 - gamma3) max|g|, limit = T / (1 - gamma3^n).
-
-    ``partial``: the result of `measure_chunks`. Writes ``facts`` and T.
-    """
+    """AdaClip of Stable-SPAM. ``partial``: the result of `measure_chunks`. Writes ``facts`` and T."""
     i = tl.program_id(0)
     first, count = tl.load(first_chunk + i), tl.load(chunk_count + i)
     peak = largest_of(partial + first, count, TILE)
     norm = norm_over(partial + width + first, count, TILE)
-    gamma3, robust = tl.load(settings + GAMMA3), tl.load(settings + ROBUST)
     at = pointer(scalars, PEAK, k, i, tl.float32, False)
     before, n = tl.load(at), tl.load(pointer(scalars, COUNT, k, i, tl.float32, False)).to(tl.float64) + 1
-    ema = before.to(tl.float64)
-    ema = gamma3 * ema + (1 - gamma3) * robust_input(peak.to(tl.float64), ema, n, gamma3, robust)
-    limit = (ema / bias_correction(gamma3, n)).to(tl.float32)
+    ema, limit = clip_limit(peak, before, n, tl.load(settings + GAMMA3), tl.load(settings + ROBUST))
+    limit = limit.to(tl.float32)
     # A norm beyond the range of fp32, though no entry is, is treated as a gradient that is not finite.
     tl.store(at, tl.where((peak <= LARGEST) & (norm <= LARGEST), ema.to(tl.float32), before))
     put(facts, 0, k, i, peak)
     put(facts, 1, k, i, norm)
     put(facts, 2, k, i, tl.where(peak <= LARGEST, limit, float("inf")))
-    # Entries above the limit are multiplied by limit / max|g|, so that the largest lands on the limit.
-    put(facts, 3, k, i, tl.where(limit < peak, tl.div_rn(limit, peak), 1.0))
+    put(facts, 3, k, i, rescale_of(limit, peak))
 
 
 @kernel
@@ -218,22 +254,13 @@ def adam_numbers(
     tl.store(at, tl.where(finite, age.to(tl.float32), before))
     gain = tl.full([], 1.0, tl.float32)
     if STABLE:
-        # AdaGN: g * mu_hat / (sqrt(nu_hat) + eps) / r, with r the norm after clipping, mu <- gamma1 mu + (1 - gamma1) r
-        # and nu <- gamma2 nu + (1 - gamma2) r^2. The state holds sqrt(nu), since nu overflows before the norm does.
-        gamma1, gamma2 = tl.load(settings + GAMMA1), tl.load(settings + GAMMA2)
         mu_at = pointer(scalars, NORM, k, i, tl.float32, False)
         rms_at = pointer(scalars, NORM_RMS, k, i, tl.float32, False)
         n_at = pointer(scalars, COUNT, k, i, tl.float32, False)
         old_mu, old_rms, old_n = tl.load(mu_at), tl.load(rms_at), tl.load(n_at)
-        n, mu, rms = old_n.to(tl.float64) + 1, old_mu.to(tl.float64), old_rms.to(tl.float64)
-        r = robust_input(norm.to(tl.float64), mu, n, gamma1, tl.load(settings + ROBUST))
-        mu = gamma1 * mu + (1 - gamma1) * r
-        rms = tl.sqrt(gamma2 * rms * rms + (1 - gamma2) * r * r)  # fp64 holds the squares of all fp32 numbers
-        mean = tl.minimum(mu / bias_correction(gamma1, n), LARGEST)
-        root = tl.minimum(rms / tl.sqrt(bias_correction(gamma2, n)) + eps, LARGEST)
-        # A norm of 0, or below the normal numbers, which no gain could bring back, has the gain 0.
-        divisor = tl.where(norm >= TINY, norm, 1.0).to(tl.float64)
-        gain = tl.where(norm >= TINY, tl.minimum(mean / root / divisor, LARGEST), 0.0).to(tl.float32)
+        n, robust = old_n.to(tl.float64) + 1, tl.load(settings + ROBUST)
+        gamma1, gamma2 = tl.load(settings + GAMMA1), tl.load(settings + GAMMA2)
+        gain, mu, rms = norm_gain(norm, old_mu, old_rms, n, gamma1, gamma2, eps, robust)
         n = tl.where(tl.load(settings + ONE_COUNTER) != 0, age, n)
         tl.store(mu_at, tl.where(finite, mu.to(tl.float32), old_mu))
         tl.store(rms_at, tl.where(finite, rms.to(tl.float32), old_rms))
@@ -292,6 +319,80 @@ def adam_report(
     if CAPPED:  # SPAM clips inside of the kernel, by the history of each entry
         put(stats, NORM_AFTER, k, i, norm_over(partial + width + first, count, TILE))
         put(stats, CLIPPED, k, i, tl.div_rn(sum_over(partial + 2 * width + first, count, TILE), size))
+
+
+# ---- transforms before another optimizer ----
+#
+# The same equations for `stabilize`, where limits and gains may come from several transforms, and statistics are kept
+# after the step of the other optimizer.
+
+
+@kernel
+def adaclip_limits(
+    peaks: tl.tensor, gains: tl.tensor, means: tl.tensor, counts: tl.tensor, settings: tl.tensor, out: tl.tensor,
+    k: tl.tensor,
+) -> None:  # fmt: skip
+    """`adaclip` of functional.py: ``out [3, k]`` is the limit of raw entries, the rescale of those above it, and T.
+
+    ``[k]``: largest entries, gains so far, T before, and the number of updates, this one included. ``settings``: gamma3
+    and whether to bound what enters T.
+    """
+    i = tl.program_id(0)
+    peak, gain, n = tl.load(peaks + i), tl.load(gains + i), tl.load(counts + i).to(tl.float64)
+    ema, limit = clip_limit(peak * gain, tl.load(means + i), n, tl.load(settings), tl.load(settings + 1))
+    # The limit is that of entries with their gain. Without a gain there is nothing to clip, or nothing is finite.
+    limit = tl.where(gain > 0, (limit / tl.where(gain > 0, gain, 1.0)).to(tl.float32), float("inf"))
+    put(out, 0, k, i, limit)
+    put(out, 1, k, i, rescale_of(limit, peak))
+    put(out, 2, k, i, ema)
+
+
+@kernel
+def adagn_gains(
+    raws: tl.tensor, norms: tl.tensor, gains: tl.tensor, means: tl.tensor, roots: tl.tensor, counts: tl.tensor,
+    flags: tl.tensor, settings: tl.tensor, out: tl.tensor, finite: tl.tensor, k: tl.tensor,
+) -> None:  # fmt: skip
+    """`adagn` of functional.py: ``out [3, k]`` is the gain, mu and sqrt(nu); ``finite [k]``, bool, the tensors that
+    count.
+
+    ``[k]``: norms before any transform and after clipping, gains so far, mu and sqrt(nu) before, the number of updates,
+    this one included, and flags so far. ``settings``: gamma1, gamma2, eps, and whether to bound what enters mu and nu.
+    """
+    i = tl.program_id(0)
+    # A norm beyond the range of fp32, though no entry is, is treated as a gradient that is not finite.
+    usable = tl.load(flags + i) & (tl.load(raws + i) <= LARGEST)
+    before = tl.where(usable, tl.load(gains + i), 0.0)
+    gain, mu, rms = norm_gain(
+        tl.load(norms + i) * before, tl.load(means + i), tl.load(roots + i), tl.load(counts + i).to(tl.float64),
+        tl.load(settings), tl.load(settings + 1), tl.load(settings + 2), tl.load(settings + 3),
+    )  # fmt: skip
+    put(out, 0, k, i, tl.where(usable, before * gain, 0.0))
+    put(out, 1, k, i, mu)
+    put(out, 2, k, i, rms)
+    tl.store(finite + i, usable)
+
+
+@kernel
+def read_scalars(scalars: tl.tensor, out: tl.tensor, n: tl.tensor, TILE: tl.constexpr) -> None:
+    """``out [n]``: the fp32 numbers at the addresses ``scalars [n]``."""
+    places = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    at = tl.load(scalars + places, mask=places < n, other=0).to(tl.pointer_type(tl.float32))
+    tl.store(out + places, tl.load(at, mask=places < n, other=0.0), mask=places < n)
+
+
+@kernel
+def keep_scalars(
+    scalars: tl.tensor, new: tl.tensor, flags: tl.tensor, n: tl.tensor, k: tl.tensor, TILE: tl.constexpr
+) -> None:
+    """Write ``new [rows, k]`` to the addresses ``scalars [1 + rows, k]``, ``n`` in all, of tensors whose flag is True.
+    The first row are counts of the steps whose flag was False."""
+    places = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside, counts = places < n, places < k
+    at = tl.load(scalars + places, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+    accepted = tl.load(flags + places % k, mask=inside, other=0) != 0
+    count = tl.load(at, mask=counts, other=0.0) + 1
+    value = tl.where(counts, count, tl.load(new + places - k, mask=inside & (places >= k), other=0.0))
+    tl.store(at, value, mask=inside & (accepted != counts))
 
 
 # ---- SCALE ----

@@ -4,6 +4,8 @@ Each parameter has its own dict of statistics, as in an optimizer's state, so th
 Statistics of the whole model are in the dict of every parameter, as one tensor per device.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evenstep.kernels.cuda import TritonKernels
 from evenstep.optim.distributed import Bucket, Reduction, Steps, local, reduced, state_dtype
 from evenstep.optim.functional import Gradients
 from evenstep.optim.state import is_trained, scalar, untouched
@@ -24,13 +27,62 @@ CLOCK = "stabilize_t"
 
 @dataclass(frozen=True)
 class Transformed:
-    """The result of the chain for one bucket: transformed gradients, new statistics by transform, and whether all
-    gradients are finite (0-d bool)."""
+    """The result of the chain for one bucket: transformed gradients, and new statistics by transform."""
 
     bucket: Bucket
     grads: Gradients  # transformed; the raw tensors are shared with p.grad
     new: list[Statistics]  # by transform
-    all_finite: Tensor  # 0-d bool, equal in all buckets
+    scalars: ScalarStatistics  # those of all transforms before the step
+    all_finite: Tensor | None  # 0-d bool, equal in all buckets: all gradients are; None where nothing depends on it
+
+
+@dataclass(frozen=True)
+class ScalarStatistics:
+    """The statistics of ``k`` parameters that are one number each, by name, before a step."""
+
+    values: dict[str, Tensor]  # [k] each, copies
+    tensors: list[Tensor]  # of the parameters: the count of skipped steps, then each name
+    kernels: TritonKernels | None  # those that have read them
+    at: Tensor | None  # the addresses of `tensors` for the kernels
+
+    @classmethod
+    def read(cls, names: list[str], kept: list[dict[str, Tensor]], bucket: Bucket) -> ScalarStatistics:
+        """Read the statistics ``names`` of each parameter."""
+        tensors, k = [state[name] for name in ("skipped", *names) for state in kept], len(kept)
+        if bucket.layout.cuts:
+            tensors = list(map(local, tensors))
+        kernels = bucket.kernels if isinstance(bucket.kernels, TritonKernels) else None
+        at = kernels.scalars(tensors) if kernels else None
+        if not names:
+            values: Iterable[Tensor] = ()
+        elif kernels and at is not None:
+            values = kernels.read(at[k:]).view(len(names), k)
+        else:
+            values = torch.stack(tensors[k:]).view(len(names), k)
+        return cls(dict(zip(names, values, strict=True)), tensors, kernels, at)
+
+    def keep(self, new: list[Tensor], finite: Tensor) -> None:
+        """Write a vector ``[k]`` for each name, for the parameters where ``finite`` (bool ``[k]``) holds, and count a
+        skipped step of the others."""
+        rows = [value.expand_as(finite) for value in new]
+        if self.kernels and self.at is not None:
+            self.kernels.keep(self.at, rows, finite)
+            torch.autograd.graph.increment_version(self.tensors)
+            return
+        k = len(finite)
+        skipped, old = self.tensors[:k], self.tensors[k:]
+        torch._foreach_add_(skipped, list((~finite).to(skipped[0].dtype).unbind()))
+        if rows:
+            values = torch.where(finite, torch.stack(rows), torch.stack(list(self.values.values())))  # [names, k]
+            torch._foreach_copy_(old, list(values.view(-1).unbind()))
+
+
+def _present(transform: Transform, scalars: ScalarStatistics, kept: list[dict[str, Tensor]]) -> Statistics:
+    """The present statistics of a transform for ``k`` parameters: see `Transform.__call__`."""
+    # scalars: [k] per name; entries: k local shards; shared: one tensor, the same object for all parameters.
+    state: Statistics = {name: scalars.values[f"{transform.name}.{name}"] for name in transform.scalars}
+    state |= {name: [local(state[f"{transform.name}.{name}"]) for state in kept] for name in transform.entries}
+    return state | {name: kept[0][f"{transform.name}.{name}"] for name in transform.shared}
 
 
 class Chain:
@@ -84,61 +136,53 @@ class Chain:
 
     def transformed(self, bucket: Bucket, t: int, loss: Tensor | None) -> Steps[Transformed]:
         """Pass the gradients of a bucket through the chain. Nothing is written: `keep` does that after the step."""
-        for p in bucket.params:
-            self._follow(p)
+        kept = self._followed(bucket)
         # Every transform gets the same facts; the clock is that of the step being taken.
         info = StepInfo(bucket.shards, t, self.reset_interval, loss)
         # Each transform changes limits and gains beside the gradients, which are read once, by the base's step.
         grads = yield from Gradients.measure(bucket.grads, bucket.dtype, kernels=bucket.kernels)
+        # The numbers of all tensors at once: a call for each would take longer than the step on a GPU.
+        names = [f"{transform.name}.{name}" for transform in self.transforms for name in transform.scalars]
+        scalars = ScalarStatistics.read(names, kept, bucket)
         new = []  # new statistics by transform
         for transform in self.transforms:
             # Where a transform needs statistics of whole tensors, it yields requests through this generator.
-            grads, statistics = yield from transform(grads, self._read(transform, bucket), info)
+            grads, statistics = yield from transform(grads, _present(transform, scalars, kept), info)
             new.append(statistics)
         grads = yield from grads.with_norms()
+        if not any(transform.shared for transform in self.transforms):
+            return Transformed(bucket, grads, new, scalars, None)
         # Every bucket issues this request, so that each learns of all: shared statistics are kept only if all gradients
         # of the model are finite.
         [finite] = yield from reduced(Reduction("gather", grads.finite.to(grads.dtype)))
-        return Transformed(bucket, grads, new, finite.amin() > 0)
+        return Transformed(bucket, grads, new, scalars, finite.amin() > 0)
 
-    def _follow(self, p: Tensor) -> None:
-        """Move statistics to the device of their parameter, which ``model.to`` may have moved."""
-        for key, value in self.statistics[p].items():
-            if value.device != p.device:
-                # A tensor on the meta device has no values to move: its statistics start at zero.
-                moved = torch.zeros_like(value, device=p.device) if value.is_meta else value.to(p.device)
-                self.statistics[p][key] = moved
-
-    def _read(self, transform: Transform, bucket: Bucket) -> Statistics:
-        """The present statistics of a transform for the ``k`` parameters of a bucket: see `Transform.__call__`."""
-
-        def stored(name: str) -> list[Tensor]:
-            return [self.statistics[p][f"{transform.name}.{name}"] for p in bucket.params]
-
-        # scalars: [k] per name; entries: k local shards; shared: one tensor, the same object for all parameters.
-        state: Statistics = {name: torch.stack(stored(name)) for name in transform.scalars}
-        state |= {name: [local(value) for value in stored(name)] for name in transform.entries}
-        return state | {name: stored(name)[0] for name in transform.shared}
+    def _followed(self, bucket: Bucket) -> list[dict[str, Tensor]]:
+        """The statistics of the parameters of a bucket, on its device: ``model.to`` may have moved the parameters."""
+        kept, device = [self.statistics[p] for p in bucket.params], bucket.shards[0].device
+        if {value.device for state in kept for value in state.values()} != {device}:
+            for state in kept:
+                for key, value in state.items():
+                    if value.device != device:
+                        # A tensor on the meta device has no values to move: its statistics start at zero.
+                        moved = torch.zeros_like(value, device=device) if value.is_meta else value.to(device)
+                        state[key] = moved
+        return kept
 
     def keep(self, results: list[Transformed]) -> None:
         """Write the new statistics of a step: those of a tensor if its gradient was finite, the shared ones if all
         were.
         """
         for result in results:
-            kept = [self.statistics[p] for p in result.bucket.params]
             finite = result.grads.finite  # [k] bool, never read back
-            skipped = [state["skipped"] for state in kept]
-            torch._foreach_add_(skipped, list((~finite).to(skipped[0].dtype).unbind()))
-            for transform, new in zip(self.transforms, result.new, strict=True):
-                # Numbers of all tensors at once: a call for each would take longer than the step on a GPU.
-                for name in transform.scalars:
-                    old = [local(state[f"{transform.name}.{name}"]) for state in kept]
-                    values = torch.where(finite, new[name], torch.stack(old))  # [k]
-                    torch._foreach_copy_(old, list(values.unbind()))
-                for name in transform.entries:
-                    for state, flag, value in zip(kept, finite.unbind(), new[name], strict=True):
-                        whole = local(state[f"{transform.name}.{name}"])
-                        whole.copy_(torch.where(flag, value, whole))
+            pairs = list(zip(self.transforms, result.new, strict=True))
+            result.scalars.keep([new[name] for transform, new in pairs for name in transform.scalars], finite)
+            for key, values in [
+                (f"{transform.name}.{name}", new[name]) for transform, new in pairs for name in transform.entries
+            ]:
+                for p, flag, value in zip(result.bucket.params, finite.unbind(), values, strict=True):
+                    whole = local(self.statistics[p][key])
+                    whole.copy_(torch.where(flag, value, whole))
         if results:
             self._keep_shared(results[0])
 
@@ -148,7 +192,9 @@ class Chain:
             for name in transform.shared:
                 key = f"{transform.name}.{name}"
                 old = self.statistics[result.bucket.params[0]][key]
-                value = new[name] if transform.sees_skipped_steps else torch.where(result.all_finite, new[name], old)
+                value = new[name]
+                if result.all_finite is not None and not transform.sees_skipped_steps:
+                    value = torch.where(result.all_finite, value, old)
                 # Parameters on several devices: one tensor per device, each found under many parameters.
                 for holder in {id(state[key]): state[key] for state in self.statistics.values()}.values():
                     holder.copy_(value)

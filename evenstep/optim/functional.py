@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from evenstep.kernels.interface import Kernels, Measured, constant, is_coded, table
+from evenstep.kernels.cuda import TritonKernels
+from evenstep.kernels.interface import Kernels, Measured, is_coded, table
 from evenstep.optim.distributed import Reduction, Steps, run_batched_collectives
 from evenstep.optim.rounding import stochastically_rounded, write_kahan
 
@@ -159,7 +160,7 @@ class Gradients:
     A transform such as AdaClip needs a few numbers per tensor (its largest entry, its norm) and results in a few more
     (a limit, a gain). They are kept beside the raw tensors and applied when a piece is read, so that no transformed
     copy of a whole gradient exists and ``p.grad`` stays as it is. Entry ``g`` is read as
-    ``sign * gain * (g if |g| <= limit else g * limit / peak)``.
+    ``sign * gain * (g if |g| <= limit else g * rescale)``.
 
     Statistics are vectors ``[k]`` in ``dtype`` and describe whole tensors, also where the tensors are shards. An
     instance is never changed: each transform returns a new one that shares the tensors.
@@ -177,7 +178,8 @@ class Gradients:
     local_norm: Tensor  # [k] 2-norm of the local shard, before any transform
     finite: Tensor  # [k] bool: every entry is finite; the other tensors are read as zeros
     gain: Tensor  # [k] every entry is multiplied by it, after clipping; 0 where not finite
-    limit: Tensor | None = None  # [k] raw entries above it (absolute value) are multiplied by limit / peak
+    limit: Tensor | None = None  # [k] raw entries above it (absolute value) are multiplied by `rescale`
+    rescale: Tensor | None = None  # [k] limit / peak where that is below 1, so that the largest lands on the limit
     sign: float = 1.0  # -1 to ascend
     norms: Norms | None = None  # the result of `with_norms`; None before
     origin: Gradients | None = None  # the gradients before `replaced` put other tensors in their place
@@ -211,15 +213,18 @@ class Gradients:
             bound = torch.nan_to_num(torch.stack(peaks), nan=torch.inf, posinf=torch.inf)
             norm = torch.stack(norms)
         [peak] = yield (Reduction("max", bound),)  # [k], of whole tensors
-        finite = torch.isfinite(peak)  # bool [k], equal on all ranks: one bad shard skips the whole tensor
+        # bool [k], equal on all ranks: one bad shard skips the whole tensor. One operator, since `peak` is never NaN.
+        finite = peak < math.inf
         gain = finite.to(dtype)
         return cls(tensors, dtype, peak, norm, finite, gain, sign=sign, kernels=kernels, measured=measured)
 
     def numbers(self) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """Gain, limit and reduced gain ``[k]``: an entry is multiplied by the reduced gain where it is above the limit,
         else by the gain."""
-        gain = self.gain * self.sign  # [k]
-        return (gain, torch.inf, gain) if self.limit is None else (gain, self.limit, self._rescale * gain)
+        gain = self.gain if self.sign == 1 else self.gain * self.sign  # [k]
+        if self.limit is None or self.rescale is None:
+            return gain, torch.inf, gain
+        return gain, self.limit, self.rescale * gain
 
     def of(self, tensors: list[Tensor]) -> Gradients:
         """The same statistics for other tensors, such as the entries that a mask selects from each."""
@@ -240,10 +245,15 @@ class Gradients:
         """Scale entries above ``limit`` ``[k]`` so that the largest lands on it (a rescale, not a clamp): AdaClip's
         rule. The limit applies to entries with the gain so far. ValueError when the gradients are clipped already.
         """
+        # Stored for raw entries: gain |g| <= limit is |g| <= limit / gain. A gain of 0 leaves nothing to clip.
+        limit = torch.where(self.gain > 0, limit / self.gain, torch.inf)
+        return self.with_limit(limit, torch.where(limit < self.peak, limit / self.peak, torch.ones_like(self.peak)))
+
+    def with_limit(self, limit: Tensor, rescale: Tensor) -> Gradients:
+        """Multiply raw entries above ``limit`` by ``rescale``, both ``[k]``. ValueError as in `clipped`."""
         if self.limit is not None:
             raise ValueError("these gradients are clipped already; a step clips once")
-        # Stored for raw entries: gain |g| <= limit is |g| <= limit / gain. A gain of 0 leaves nothing to clip.
-        return replace(self, limit=torch.where(self.gain > 0, limit / self.gain, torch.inf), norms=None)
+        return replace(self, limit=limit, rescale=rescale, norms=None)
 
     def amplified(self, gain: Tensor) -> Gradients:
         """Multiply every entry by ``gain`` ``[k]``, after clipping."""
@@ -273,10 +283,9 @@ class Gradients:
         gain, dtype = self.gain[i] * self.sign, self.dtype
         # Where a tensor is not finite the gain is 0, and 0 * Inf is NaN, which nan_to_num replaces by 0: zeros leave
         # the moments as they were, a NaN would stay in them.
-        if self.limit is None:
+        if self.limit is None or self.rescale is None:
             return lambda piece: torch.nan_to_num_(piece.to(dtype) * gain, nan=0.0)
-        limit = self.limit[i]
-        reduced = self._rescale[i] * gain
+        limit, reduced = self.limit[i], self.rescale[i] * gain
         return lambda piece: torch.nan_to_num_(_scale(piece.to(dtype), limit, gain, reduced)[0], nan=0.0)
 
     def factors(self) -> Tensor:
@@ -288,10 +297,7 @@ class Gradients:
         `factors`, for callers that write several times."""
         sources = [self.tensors[i] for i in indices]
         if self.kernels is not None and all(out.is_contiguous() for out in outs):
-            numbers = self.factors() if factors is None else factors
-            if len(indices) < len(self.tensors):
-                numbers = numbers.index_select(1, constant(list(indices), torch.int64, numbers.device))
-            self.kernels.transform(outs, sources, numbers)
+            self.kernels.transform(outs, sources, self.factors() if factors is None else factors, indices)
             return
         for i, source, out in zip(indices, sources, outs, strict=True):
             read = self.reader(i)
@@ -304,12 +310,22 @@ class Gradients:
         """
         if self.norms is not None:
             return self
+        if isinstance(self.kernels, TritonKernels):
+            yield ()  # no request; but steps that share a later one go through equally many rounds
+            return self._with_local_norms()
         if self.origin is None or self.origin.norms is not None:
             [sums] = yield (self.squares(),)
             return self.with_sums(sums)
         # The norms before `replaced` are requested in the same message, for the statistics of the step.
         sums, before = yield self.squares(), self.origin.squares()
         return replace(self.with_sums(sums), origin=self.origin.with_sums(before))
+
+    def _with_local_norms(self) -> Gradients:
+        """`with_norms` where no tensor is sharded: the local norms are those of whole tensors."""
+        if self.norms is not None:
+            return self
+        origin = None if self.origin is None else self.origin._with_local_norms()
+        return replace(self, norms=Norms(self.local_norm, *self._clipped_locally()), origin=origin)
 
     def within_range(self) -> Gradients:
         """Treat tensors whose norm is beyond the range of ``dtype``, though no entry is, as not finite: for steps that
@@ -347,16 +363,16 @@ class Gradients:
 
     def _clipped_locally(self) -> tuple[Tensor, Tensor]:
         """2-norm after clipping and number of clipped entries of each local shard, ``[k]``."""
-        if self.limit is None:
+        if self.limit is None or self.rescale is None:
             return self.local_norm, torch.zeros_like(self.local_norm)
         if self.kernels is not None and self.measured is not None:
-            return self.kernels.clip_norms(self.tensors, self.measured, self.limit, self._rescale)
+            return self.kernels.clip_norms(self.tensors, self.measured, self.limit, self.rescale)
         # Entries are read in units of the largest one after clipping, so that their squares stay in range.
         unit = self._largest_left  # [k]
         inverse = 1 / unit.clamp(min=torch.finfo(self.dtype).tiny)  # [k]
         norms, counts = [], []  # k entries, 0-d each
         for tensor, limit, gain, reduced in zip(
-            self.tensors, self.limit.unbind(), inverse.unbind(), (self._rescale * inverse).unbind(), strict=True
+            self.tensors, self.limit.unbind(), inverse.unbind(), (self.rescale * inverse).unbind(), strict=True
         ):
             blockwise = []
             for (piece,) in blocks(tensor):
@@ -365,12 +381,6 @@ class Gradients:
             norms.append(torch.linalg.vector_norm(torch.stack([norm for norm, _ in blockwise])))
             counts.append(torch.stack([count for _, count in blockwise]).sum())
         return torch.stack(norms) * unit, torch.stack(counts)
-
-    @property
-    def _rescale(self) -> Tensor:
-        """Factor of the entries above the limit, ``[k]``: limit / peak, so that the largest lands on the limit."""
-        assert self.limit is not None
-        return torch.where(self.limit < self.peak, self.limit / self.peak, torch.ones_like(self.peak))
 
 
 def _scale(g: Tensor, limit: Tensor, gain: Tensor, reduced: Tensor) -> tuple[Tensor, Tensor]:
@@ -428,13 +438,16 @@ def adaclip(
     # T_t = gamma3 T_{t-1} + (1 - gamma3) max|g_t|, so that this gradient raises its own limit a little.
     # Limit: That_t = T_t / (1 - gamma3^n). Entries above it become g_i / max|g_t| * That_t. n counts the updates of
     # this tensor and goes on after a moment reset, which does not touch T.
+    if isinstance(grads.kernels, TritonKernels):
+        limit, rescale, peak_ema = grads.kernels.adaclip(grads.peak, grads.gain, peak_ema, n, gamma3, robust)
+        return grads.with_limit(limit, rescale), peak_ema
     largest = robust_input(grads.largest, peak_ema, n, gamma3) if robust else grads.largest
     peak_ema = gamma3 * peak_ema + (1 - gamma3) * largest
     return grads.clipped(peak_ema / bias_correction(gamma3, n)), peak_ema
 
 
 def adagn(
-    norm: Tensor,
+    grads: Gradients,
     norm_ema: Tensor,
     norm_rms: Tensor,
     n: Tensor,
@@ -442,18 +455,26 @@ def adagn(
     gamma2: float,
     eps: float,
     robust: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """AdaGN: the gain that gives each tensor the norm ``m_hat / (sqrt(v_hat) + eps)`` of its norm's history.
+) -> tuple[Gradients, Tensor, Tensor]:
+    """AdaGN: give each tensor the norm ``m_hat / (sqrt(v_hat) + eps)`` of its norm's history.
 
-    All are ``[k]``: the norm of this gradient, the running mean m of the norm, ``norm_rms`` = sqrt(v), the root of the
-    running mean of the squared norm, and the number of updates. Returns the gain, m and ``norm_rms``. The gain is 0 for
-    a gradient that is zero, or whose norm is below the smallest normal number, which no gain could bring back.
-    ``robust``: see `robust_input`.
+    ``norm_ema`` is the running mean m of the norm, ``norm_rms`` = sqrt(v) the root of the running mean of the squared
+    norm, ``n`` the number of updates, this one included; all ``[k]``. Needs `Gradients.with_norms` first. Returns the
+    gradients, m and ``norm_rms``. The gain is 0 for a gradient that is zero, or whose norm is below the smallest normal
+    number, which no gain could bring back; a tensor whose norm is out of range counts as not finite. ``robust``: see
+    `robust_input`.
     """
     # Paper: mu_t = gamma1 mu_{t-1} + (1 - gamma1) ||g_t||,   nu_t = gamma2 nu_{t-1} + (1 - gamma2) ||g_t||^2,
     #        g_t <- g_t / ||g_t|| * mu_hat / (sqrt(nu_hat) + eps),   both corrected by 1 - gamma^n.
     # sqrt(nu) is kept, because nu itself overflows where the norm does not, and hypot takes the root of the sum of
     # squares without forming them.
+    if isinstance(grads.kernels, TritonKernels) and grads.norms is not None:
+        before = grads.norms.raw, grads.norms.clipped, grads.gain, grads.finite
+        found, finite = grads.kernels.adagn(*before, norm_ema, norm_rms, n, [gamma1, gamma2, eps, robust])
+        gain, norm_ema, norm_rms = found.unbind()
+        return replace(grads, gain=gain, finite=finite), norm_ema, norm_rms
+    grads = grads.within_range()
+    norm = grads.norm  # [k]
     entering = robust_input(norm, norm_ema, n, gamma1) if robust else norm  # [k]
     norm_ema = gamma1 * norm_ema + (1 - gamma1) * entering  # [k]
     norm_rms = torch.hypot(math.sqrt(gamma2) * norm_rms, math.sqrt(1 - gamma2) * entering)
@@ -462,7 +483,7 @@ def adagn(
     mean = (norm_ema / bias_correction(gamma1, n)).clamp(max=span.max)
     root = (norm_rms / bias_correction(gamma2, n).sqrt() + eps).clamp(max=span.max)
     gain = (mean / root / norm).clamp(max=span.max)
-    return torch.where(norm >= span.tiny, gain, 0.0), norm_ema, norm_rms
+    return grads.amplified(torch.where(norm >= span.tiny, gain, 0.0)), norm_ema, norm_rms
 
 
 # ---- SPAM: clipping by the history of each entry ----
@@ -717,8 +738,11 @@ def close(stored: Tensor, moment: Tensor, accepted: Tensor) -> None:
 # ---- what a step reports ----
 
 
-def statistics(grads: Gradients, sizes: Tensor, update_norm: Tensor, *, sharded: bool = False) -> dict[str, Tensor]:
-    """``optimizer.stats`` of ``k`` parameters of ``sizes`` entries (all ``[k]``); norms are those of whole tensors."""
+def statistics(
+    grads: Gradients, sizes: Tensor, update_norm: Tensor | None, *, sharded: bool = False
+) -> dict[str, Tensor]:
+    """``optimizer.stats`` of ``k`` parameters of ``sizes`` entries (all ``[k]``); norms are those of whole tensors.
+    ``update_norm``: None where another optimizer computes the update."""
     first = grads.origin or grads  # before any transform that put new tensors in place of the gradients
     assert first.norms is not None
     unknown = torch.full_like(grads.peak, math.nan)
@@ -732,8 +756,9 @@ def statistics(grads: Gradients, sizes: Tensor, update_norm: Tensor, *, sharded:
         "clipped": limited.norms.count / sizes,
         "gain": grads.gain if grads is first else grads.gain * first.gain,
         # Of a sharded tensor's update only a shard is here, and its norm is not worth an all-reduce of its own.
-        "update_rms": unknown if sharded else update_norm / sizes.sqrt(),
-        "skipped": (~grads.finite).to(grads.dtype),
+        "update_rms": unknown if sharded or update_norm is None else update_norm / sizes.sqrt(),
+        # One operator instead of two.
+        "skipped": torch.logical_not(grads.finite, out=torch.empty_like(grads.peak)),
     }
 
 

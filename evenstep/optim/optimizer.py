@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from evenstep.kernels.interface import PLAIN, STATS, Kernels, StepTensors
+from evenstep.kernels.interface import PLAIN, Kernels, StepTensors
 from evenstep.optim.convert_state import convert_state_dict
 from evenstep.optim.distributed import (
     Bucket,
@@ -42,6 +42,7 @@ from evenstep.optim.functional import Gradients, Weights
 from evenstep.optim.fused import MOMENTS, Choice, buckets
 from evenstep.optim.options import RANGES, TENSOR, Option, aliases, check, comparable, renamed, without_inert
 from evenstep.optim.state import (
+    BucketStats,
     Group,
     State,
     check_parameter,
@@ -266,20 +267,23 @@ class EvenOptimizer(Optimizer):
             for bucket in buckets(params, self.state, choice):
                 # Seeds of stochastic rounding depend on a parameter's place, which is the same after a resume.
                 places = [self.place(p)[1] for p in bucket.params] if group["rounding"] == "stochastic" else []
-                # "given": t and lr as they are in the group, for the fused step; with_tensor_clock converts them.
+                # "given": t and lr as they are in the group, for the fused step, which takes numbers as they are.
                 given = {"places": places, "given": (group["t"], group["lr"])}
-                work.append((with_tensor_clock(group) | given, bucket))
+                numbers = bucket.kernels is not None and not any(isinstance(x, Tensor) for x in given["given"])
+                work.append(((group if numbers else with_tensor_clock(group)) | given, bucket))
         return work
 
     def prepare(self, group: Group, params: list[Tensor]) -> None:
         """A hook for subclasses: host work before a step on ``params``, which have gradients. It may replace their
         state, as SPAM does with the moments of a new mask."""
 
-    def _update(self, work: list[Work]) -> list[dict[str, Tensor]]:
+    def _update(self, work: list[Work]) -> list[BucketStats]:
         """The two execution tiers: one fused call for each bucket that has kernels. The plain steps of the others
         advance together, so that their collectives are batched. Returns the statistics of each bucket."""
         # Statistics are kept by number of the bucket, since the two tiers are run one after the other.
-        stats = {i: self._fused(*one) for i, one in enumerate(work) if one[1].kernels is not None}
+        stats: dict[int, BucketStats] = {
+            i: self._fused(*one) for i, one in enumerate(work) if one[1].kernels is not None
+        }
         plain = [i for i in range(len(work)) if i not in stats]
         layouts = [work[i][1].layout for i in plain]
         # Generators: nothing has run before run_batched_collectives advances them.
@@ -288,7 +292,7 @@ class EvenOptimizer(Optimizer):
         stats |= dict(zip(plain, results, strict=True))
         return [stats[i] for i in range(len(work))]
 
-    def _fused(self, group: Group, bucket: Bucket) -> dict[str, Tensor]:
+    def _fused(self, group: Group, bucket: Bucket) -> Tensor:
         assert bucket.kernels is not None
         # Kernels take numbers as arguments without a copy to the device, where numbers were given. A clock or a
         # learning rate that is on a device (CUDA graphs) stays there.
@@ -296,7 +300,7 @@ class EvenOptimizer(Optimizer):
         now = group if group["capturable"] else group | {"t": t}
         if not isinstance(lr, Tensor):
             now = now | {"lr": lr}
-        return dict(zip(STATS, self.fused_step(now, bucket, bucket.kernels).unbind(), strict=True))
+        return self.fused_step(now, bucket, bucket.kernels)
 
     def update(self, group: Group, bucket: Bucket) -> Steps[dict[str, Tensor]]:
         """The plain step: update the parameters of ``bucket`` in place and return their statistics, vectors ``[k]``.
@@ -340,7 +344,7 @@ class EvenOptimizer(Optimizer):
         )
 
     @_disable_dynamo
-    def _end(self, work: list[Work], stats: list[dict[str, Tensor]]) -> None:
+    def _end(self, work: list[Work], stats: list[BucketStats]) -> None:
         """Put the statistics of all buckets together as `stats`. They stay on the device until someone reads them."""
         measured = [(bucket.params, numbers) for (_, bucket), numbers in zip(work, stats, strict=True)]
         self.stats = in_param_order(self.param_groups, measured)

@@ -23,6 +23,9 @@ from torch.nn import Parameter
 from evenstep.kernels import Kernels, kernels_for
 from evenstep.kernels.interface import capturing, under_observation
 from evenstep.optim import functional as F
+from evenstep.optim.chain import Chain
+from evenstep.optim.distributed import UNSHARDED, Bucket
+from evenstep.optim.transforms import AdaClip, AdaGN
 
 STEPS = 3
 SHAPES = (33, 7), (16, 256), (17,)  # an odd matrix, one that 8-bit blocks and vector registers divide, a vector
@@ -95,13 +98,33 @@ def _transformed(given: Numbers, fused: bool) -> dict[str, Tensor]:
     return results | {f"gradient {i}": out for i, out in enumerate(outs)}
 
 
+def _chained(given: Numbers, fused: bool) -> dict[str, Tensor]:
+    """The kernels that compute the numbers of AdaClip and AdaGN before another optimizer, and keep their statistics."""
+    kernels = kernels_for(given[0][0].device.type) if fused else None
+    assert not isinstance(kernels, str)
+    chain = Chain((AdaClip(gamma3=0.5), AdaGN()), reset_interval=0)
+    results: dict[str, Tensor] = {}
+    for p in given[0]:
+        chain.adopt(p)
+    for t, tensors in enumerate(given[1:], start=1):
+        bucket = Bucket(given[0], tensors, given[0], [], torch.float32, UNSHARDED, kernels)
+        found = F.completed(chain.transformed(bucket, t, None))
+        chain.keep([found])
+        results |= {f"{name} of step {t}": x for name, x in F.statistics(found.grads, bucket.sizes(), None).items()}
+    return results | {f"{name} {i}": x for i, p in enumerate(given[0]) for name, x in chain.statistics[p].items()}
+
+
 @functools.cache
 def cases(user: type | None = None) -> tuple[Case, ...]:
     """The cases of the optimizer class ``user``; without one, those that all optimizers and `stabilize` share."""
     both, coarse = (torch.float32, torch.bfloat16), (torch.bfloat16,)
     steps: dict[str, Callable[..., Any]] = getattr(user, "checked_steps", dict)()
     if not steps:
-        return (Case("measuring and transforming", _transformed),)
+        # The CPU has no kernels of its own for the numbers of a chain.
+        return (
+            Case("measuring and transforming", _transformed),
+            Case("AdaClip and AdaGN before an optimizer", _chained, devices=("cuda",)),
+        )
     result = []
     for name, build in steps.items():
         result.append(Case(name, _stepped(build)))

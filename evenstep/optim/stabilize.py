@@ -30,6 +30,7 @@ from evenstep.optim.base_optimizer import (
     check_base,
     check_parameters,
     checked_copy,
+    flags_of,
     reset_,
     split_by_flag,
     unknown_entries,
@@ -107,8 +108,7 @@ def stabilize(
 
 def _statistics(grads: Gradients, bucket: Bucket) -> dict[str, Tensor]:
     """The part of `Stabilized.stats` of one bucket. The base computes the update, so its norm is unknown: NaN."""
-    unknown = torch.full_like(grads.peak, torch.nan)  # [k]
-    return statistics(grads, bucket.sizes(), unknown, sharded=bool(bucket.layout.cuts))
+    return statistics(grads, bucket.sizes(), None)
 
 
 # Attributes that belong to `Stabilized` even if the base has some under these names.
@@ -405,30 +405,32 @@ class Stabilized(Optimizer):
 
     def _swapped_step(self, results: list[Transformed], resets: list[Tensor]) -> None:
         """Step the base on the transformed gradients, after a reset of some parameters' moments."""
-        # Parameter -> 0-d bool on its device: its gradient is finite and the step is not skipped.
-        accepted = {
-            p: flag
-            for result in results
-            for p, flag in zip(result.bucket.params, result.grads.finite.unbind(), strict=True)
-        }
-        # The base sees `stepped`. Those of them whose flag was not read may have to be put back afterwards.
-        stepped, unread = split_by_flag(accepted, self.nonfinite)
+        # The flag of each parameter: its gradient is finite and the step is not skipped.
+        accepted = flags_of((result.bucket.params, result.grads.finite) for result in results)
+        # The base does not see `left_out`. Others whose flag was not read may have to be put back afterwards.
+        left_out, unread = split_by_flag(accepted, self.nonfinite)
         kernels = {result.bucket.kernels for result in results}
         [served] = kernels if len(kernels) == 1 else [None]
+        triton = served if isinstance(served, TritonKernels) else None
 
-        def before(params: list[Tensor]) -> Snapshot:
-            # A copy of nothing where all flags were read (on CPU, and with "skip").
-            flags = {p: accepted[p] for p in params if p in unread}
-            snapshot = Snapshot(self.base, flags, self.moments, served if isinstance(served, TritonKernels) else None)
-            for p in params:  # a tensor that is skipped keeps its moments, also on the step of a reset
+        def before(params: list[Tensor]) -> list[Snapshot]:
+            # None where all flags were read (on CPU, and with "skip").
+            devices: dict[int, tuple[Tensor, dict[Tensor, int]]] = {}
+            for p in params:
+                if (flag := unread.get(p)) is not None:
+                    vector, place = flag
+                    devices.setdefault(id(vector), (vector, {}))[1][p] = place
+            several = [Snapshot(self.base, *flags, self.moments, triton) for flags in devices.values()]
+            for p in params if due else ():  # a tensor that is skipped keeps its moments, also on the step of a reset
                 if p in due:
                     reset_(self.base.state.get(p, {}), self.moments)
-            return snapshot
+            return several
 
         due = set(resets)
         # The user's gradients, to be put back as the same tensor objects.
-        given = {p: p.grad for p in accepted}
-        work = [(result.grads, i, p) for result in results for i, p in enumerate(result.bucket.params) if p in stepped]
+        given = [(p, p.grad) for p in accepted]
+        work = [(result.grads, i, p) for result in results for i, p in enumerate(result.bucket.params)]
+        work = [item for item in work if item[2] not in left_out] if left_out else work
         try:
             for p in accepted:  # a base skips parameters without a gradient
                 p.grad = None
@@ -436,7 +438,7 @@ class Stabilized(Optimizer):
             if not accepted:  # no gradient at all: the base may count steps of its own
                 self.base.step()
         finally:  # also after an error in the base: the gradients belong to the user
-            for p, grad in given.items():
+            for p, grad in given:
                 p.grad = grad
 
     def _rehearses(self, results: list[Transformed]) -> bool:

@@ -139,11 +139,10 @@ class StableSPAM(EvenOptimizer):
         grads, peak = F.adaclip(grads, peak, n, group["gamma3"], group["robust"])
 
         # AdaGN: g <- g / ||g|| * mu_hat / (sqrt(nu_hat) + eps), with ||g|| after AdaClip.
-        grads = (yield grads.with_norms()).within_range()  # all-reduce: the norm after clipping
-        gain, norm, norm_rms = F.adagn(
-            grads.norm, norm, norm_rms, n, gamma1, group["gamma2"], group["eps"], group["robust"]
+        grads = yield grads.with_norms()  # all-reduce: the norm after clipping
+        grads, norm, norm_rms = F.adagn(
+            grads, norm, norm_rms, n, gamma1, group["gamma2"], group["eps"], group["robust"]
         )
-        grads = grads.amplified(gain)
 
         # MoRet: on a reset step m = v = 0 before this gradient enters. The published code clears them after the update
         # instead: the old moments, this gradient included, take this step with the bias correction of age 1.

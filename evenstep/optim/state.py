@@ -7,7 +7,7 @@ a tensor in ``state[p]`` or a number in a param group, under a name of its meani
 import functools
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from evenstep.kernels.interface import constant, is_coded, uploaded
+from evenstep.kernels.interface import STATS, constant, is_coded, uploaded
 from evenstep.optim.distributed import (
     Bucket,
     first_entry,
@@ -231,46 +231,57 @@ def unpack(bits: Tensor, n: int) -> Tensor:
 # ---- statistics ----
 
 
-def in_param_order(groups: list[Group], measured: list[tuple[list[Tensor], dict[str, Tensor]]]) -> dict[str, Tensor]:
+# Statistics of a bucket: a vector ``[k]`` for each name; or one tensor with the rows `STATS`, from a fused step.
+BucketStats = dict[str, Tensor] | Tensor
+
+
+def in_param_order(groups: list[Group], measured: Sequence[tuple[list[Tensor], BucketStats]]) -> dict[str, Tensor]:
     """Statistics of all parameters, one vector per name in the order of the groups; NaN for parameters without a
     gradient.
 
-    ``measured`` has the parameters of each bucket with their statistics ``[k]``. Nothing waits for a device.
+    ``measured`` has the parameters of each bucket with their statistics. Nothing waits for a device.
     """
     if not measured:  # no parameter has a gradient, or none is left in the groups
         return {}
     params = [p for group in groups for p in group["params"]]
     measured_params = [p for bucket, _ in measured for p in bucket]
-    names = list(measured[0][1])
+    several = [numbers for _, numbers in measured]
+    names = _names(several[0])
     # Usually the buckets hold all parameters in order, and their vectors are concatenated.
-    complete = len(measured_params) == len(params) and all(list(numbers) == names for _, numbers in measured)
+    complete = len(measured_params) == len(params) and all(_names(numbers) == names for numbers in several)
     if complete and all(p is q for p, q in zip(measured_params, params, strict=True)):
-        return measured[0][1] if len(measured) == 1 else _side_by_side([numbers for _, numbers in measured])
+        if len(several) == 1:
+            return dict(_named(several[0]))
+        # All names together: [names, k] per bucket, so that the number of launches does not grow with the names.
+        rows = [x if isinstance(x, Tensor) else torch.stack(list(x.values())) for x in several]
+        like = torch.empty(0, dtype=rows[0].dtype, device=_home(rows))
+        return dict(zip(names, torch.cat([_brought(row, like) for row in rows], dim=1).unbind(), strict=True))
     # Otherwise each value is written to the place of its parameter.
     place = {p: i for i, p in enumerate(params)}
     stats: dict[str, Tensor] = {}
-    device = _home([numbers for _, numbers in measured])
+    device = _home([vector for numbers in several for _, vector in _named(numbers)])
     for bucket, numbers in measured:
         where = [place[p] for p in bucket]
-        for name, vector in numbers.items():
+        for name, vector in _named(numbers):
             if name not in stats:
                 stats[name] = vector.new_full((len(params),), math.nan, device=device)
             stats[name].index_copy_(0, constant(where, torch.int64, device), _brought(vector, stats[name]))
     return stats
 
 
-def _side_by_side(several: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The vectors of several buckets concatenated by name, in the dtype of the first."""
-    # All names together: [names, k] per bucket, so that the number of launches does not grow with the names.
-    rows = [torch.stack(list(numbers.values())) for numbers in several]
-    like = torch.empty(0, dtype=rows[0].dtype, device=_home(several))
-    return dict(zip(several[0], torch.cat([_brought(row, like) for row in rows], dim=1).unbind(), strict=True))
+def _names(numbers: BucketStats) -> list[str]:
+    return list(STATS if isinstance(numbers, Tensor) else numbers)
 
 
-def _home(several: list[dict[str, Tensor]]) -> torch.device:
+def _named(numbers: BucketStats) -> Iterable[tuple[str, Tensor]]:
+    """Pairs of a name and its vector."""
+    return zip(STATS, numbers.unbind(), strict=True) if isinstance(numbers, Tensor) else numbers.items()
+
+
+def _home(tensors: list[Tensor]) -> torch.device:
     """The device for statistics of parameters on several devices: the first that is not the CPU, because a copy to the
     CPU would wait for the device."""
-    devices = [vector.device for numbers in several for vector in numbers.values()]
+    devices = [x.device for x in tensors]
     return next((device for device in devices if device.type != "cpu"), devices[0] if devices else torch.device("cpu"))
 
 

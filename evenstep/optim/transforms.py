@@ -203,16 +203,16 @@ class AdaGN(Transform):
 
     def __call__(self, grads: Gradients, state: Statistics, step: StepInfo) -> Result:
         n = state["n"] + 1  # [k]
-        grads = (yield from grads.with_norms()).within_range()  # all-reduce: the norms of whole tensors
+        before = yield from grads.with_norms()  # all-reduce: the norms of whole tensors
         # mu_t = gamma1 mu_{t-1} + (1 - gamma1) ||g_t||, nu_t = gamma2 nu_{t-1} + (1 - gamma2) ||g_t||^2;
         # gain = mu_hat / (sqrt(nu_hat) + eps) / ||g_t||, [k]. sqrt(nu) is kept, see `adagn`.
-        gain, ema, rms = adagn(
-            grads.norm, state["norm"], state["norm_rms"], n, self.gamma1, self.gamma2, self.eps, self.robust
+        grads, ema, rms = adagn(
+            before, state["norm"], state["norm_rms"], n, self.gamma1, self.gamma2, self.eps, self.robust
         )
         after = {"norm": ema, "norm_rms": rms, "n": n}
         if self.skips_zeros:
-            after = {key: torch.where(grads.norm > 0, value, state[key]) for key, value in after.items()}
-        return grads.amplified(gain), after
+            after = {key: torch.where(before.norm > 0, value, state[key]) for key, value in after.items()}
+        return grads, after
 
 
 class GradientStabilizer(AdaGN):

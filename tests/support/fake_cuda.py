@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import os
 import sys
 import traceback
@@ -65,6 +66,7 @@ def pretend() -> None:
     plain = kernels.is_plain
     # They have no data, and what stands in for the launches needs none.
     kernels.is_plain = lambda x: plain(x) or isinstance(x, FakeTensor)
+    kernels.all_plain = lambda tensors: all(map(kernels.is_plain, tensors))
     kernels.launches = lambda: Launches
 
 
@@ -104,16 +106,43 @@ class Launches:
         return cls._table(8, len(tensors.params), options, [list(plain_parts(x)) for several in lists for x in several])
 
     @classmethod
-    def save_unless(cls, flags, tensors):
-        return cls._table(1, 1, flags, tensors)
+    def save_unless(cls, flags, places, tensors):
+        here = [x for x in tensors if x.is_cuda]
+        assert len(places) == len(tensors) and all(x.is_contiguous() for x in here)
+        left_out = [i for i, x in enumerate(tensors) if not x.is_cuda]
+        return types.SimpleNamespace(table=cls._table(1, 1, flags, here), pointers=[], left_out=left_out)
 
     @classmethod
     def restore_unless(cls, saved):
-        cls._table(1, 1, saved)
+        cls._table(1, 1, saved.table)
 
     @classmethod
-    def transformed_(cls, out, grads, numbers):
+    def transformed_(cls, out, grads, numbers, columns):
+        assert len(out) == len(grads) == len(columns)
         cls._table(1, 1, out, grads, numbers)
+
+    @classmethod
+    def adaclip(cls, peak, gain, ema, n, settings):
+        assert settings.shape == (2,) and settings.dtype == torch.float64, settings
+        return cls._table(3, len(peak), peak, gain, ema, n, settings)
+
+    @classmethod
+    def adagn(cls, raw, norm, gain, ema, rms, n, flags, settings):
+        assert settings.shape == (4,) and settings.dtype == torch.float64, settings
+        return cls._table(3, len(gain), raw, norm, gain, ema, rms, n, flags, settings), torch.empty_like(flags)
+
+    @classmethod
+    def scalars(cls, tensors):
+        return cls._table(1, len(tensors), tensors)[0]
+
+    @classmethod
+    def read_scalars(cls, at):
+        return cls._table(1, len(at), at)[0]
+
+    @classmethod
+    def keep_scalars(cls, at, new, finite):
+        assert len(at) == len(finite) + new.numel()
+        cls._table(1, 1, at, new, finite)
 
 
 def _moved(module, fn, recurse=True):
@@ -212,6 +241,57 @@ class Watch(TorchDispatchMode):
         if not (name.rstrip("_") in BINARY and len(host) == 1):
             return self.note(f"mixed devices into {name}")
         return None
+
+
+def size(tensors):
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def alike(tensors):
+    """Groups of tensors that share a launch: those alike in dtype and alignment."""
+    return len({(x.dtype, x.numel() % 16 == 0) for x in tensors})
+
+
+LAUNCHED = {
+    # Measuring, clipping and updating have a launch for each group of tensors that are alike; limits, numbers and the
+    # report have one for all.
+    "adam_step_": lambda tensors, options, stable, *_: alike(tensors.grads) * (2 + stable) + 2 + stable,
+    "measure": lambda grads: alike(grads) + 1,
+    "clip_norms": lambda grads, *_: alike(grads) + 1,
+    "transformed_": lambda out, *_: alike(out),
+    **dict.fromkeys(("adaclip", "adagn", "read_scalars", "keep_scalars"), lambda *_: 1),
+    **dict.fromkeys(("save_unless", "restore_unless"), lambda *_: 1),
+    "scalars": lambda *_: 0,
+}
+"""Function of cuda_launch.py -> its launches, by its arguments."""
+
+
+class Counter(Watch):
+    """Counts what would be launched while it is on, and bytes: ATen operators that make a tensor or change one that
+    they return, and the Triton kernels of functions that are launched through `launches`."""
+
+    operators = triton = moved = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        ins, outs = ([x for x in tree_leaves(y) if isinstance(x, Tensor) and x.is_cuda] for y in ((args, kwargs), out))
+        if outs and not view and "empty" not in func._schema.name:
+            self.operators += 1
+            only_written = func._schema.name in ("aten::copy_", "aten::fill_", "aten::zero_")
+            self.moved += size(outs) + size(ins[only_written:])
+        return out
+
+    def launches(self):
+        """A stand-in for cuda_launch.py, which counts."""
+        return types.SimpleNamespace(**{name: functools.partial(self._launched, name) for name in LAUNCHED})
+
+    def _launched(self, name, *given):
+        before = self.operators, self.moved  # what the stand-in does itself does not count
+        self.triton += LAUNCHED[name](*given)
+        found = getattr(Launches, name)(*given)
+        self.operators, self.moved = before
+        return found
 
 
 def watched(work, steps=3, *, settles=True):

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from fake_cuda import Watch, watched
+from fake_cuda import Counter, Watch, watched
 from torch import nn
 
 FLOAT, BF16 = torch.float32, torch.bfloat16
@@ -134,6 +134,59 @@ def stabilized():
         yield f"{base} {nonfinite}", partial(_stabilized, base, "adaclip + zclip", nonfinite=nonfinite)
     for base in ("AdamW", "SGD"):
         yield f"{base} reset", partial(_stabilized, base, "adagn", reset_interval=2)
+
+
+# ---- launches ----
+
+MOST = {
+    "StableSPAM": (lambda ps: _optimizers().StableSPAM(ps), 6),
+    "SPAM": (lambda ps: _optimizers().SPAM(ps), 4),
+    # Of these the base launches 9 more, which are not counted: 4 turns, one of them with two calls.
+    "stabilize(AdamW, AdaClip, AdaGN)": (lambda ps: _in_front("adaclip + adagn", ps), 31),
+    "stabilize(AdamW, AdaGN)": (lambda ps: _in_front("adagn", ps), 28),
+}
+"""Optimizers, and how much a step may launch for the 75 tensors of LLaMA-60M."""
+
+
+def _optimizers():
+    import evenstep
+
+    return evenstep
+
+
+def _in_front(front, params):
+    from evenstep.baselines.transforms import build_transforms
+
+    return _optimizers().stabilize(torch.optim.AdamW(params, fused=True), *build_transforms(front))
+
+
+def _counted(build, most):
+    import evenstep.kernels.cuda as kernels
+    from evenstep.bench.measure import outline
+
+    params = [nn.Parameter(torch.empty(p.shape, device="cuda")) for p in outline("60m").parameters()]
+    for p in params:
+        p.grad = torch.empty_like(p)
+    optimizer = build(params)
+    for _ in range(2):  # constants and the base's state
+        optimizer.step()
+    counter, stand_in = Counter(), kernels.launches
+    kernels.launches = counter.launches
+    try:
+        with counter:
+            optimizer.step()
+    finally:
+        kernels.launches = stand_in
+    launched = counter.triton + counter.operators
+    return [f"{launched} launches, more than {most}"] if launched > most else []
+
+
+def counted():
+    """What is noted of launches that are too many."""
+    for name, (build, most) in MOST.items():
+        yield name, partial(_counted, build, most)
+    build, most = MOST["stabilize(AdamW, AdaClip, AdaGN)"]
+    yield "one too many", partial(_counted, build, most - 1)
 
 
 def _baseline(one):

@@ -50,7 +50,7 @@ def test_clip_norms_are_those_after_clipping(share):
     plain = run(Gradients.measure(grads, FLOAT)).clipped(
         share * torch.stack([g.float().abs().sum() for g in grads]) / 600
     )
-    norm, count = KERNELS.clip_norms(grads, KERNELS.measure(grads), plain.limit, plain._rescale)
+    norm, count = KERNELS.clip_norms(grads, KERNELS.measure(grads), plain.limit, plain.rescale)
     expected, counted = plain._clipped_locally()
     finite = plain.finite
     same(norm[finite], expected[finite], rtol=1e-6, atol=0)
@@ -88,7 +88,7 @@ def plan(k, finite, shrink):
 
 
 def adam_numbers(grads, how, k, capped):
-    reduced = grads._rescale * grads.gain if grads.limit is not None else grads.gain
+    reduced = grads.rescale * grads.gain if grads.limit is not None else grads.gain
     rows = {
         "finite": grads.finite.float(),
         "gain": grads.gain * grads.sign,

@@ -138,7 +138,7 @@ def test_transformed_gradients():
     plain = run(Gradients.measure(grads, FLOAT))
     plain = plain.clipped(plain.peak * 0.5).amplified(vector(len(grads), 0.5, 2))
     out = [torch.full_like(g, 7, dtype=FLOAT if i % 2 else g.dtype) for i, g in enumerate(grads)]
-    KERNELS.transform(out, grads, torch.stack([plain.gain, plain.limit, plain._rescale * plain.gain]))
+    KERNELS.transform(out, grads, torch.stack([plain.gain, plain.limit, plain.rescale * plain.gain]))
     for i, x in enumerate(out):
         same(x, plain.read(i), **CLOSE[x.dtype] | {"atol": 0})
 
